@@ -116,7 +116,13 @@ def _check_runner_fields(manifest: Manifest) -> None:
         raise ManifestError(
             f"cannot run the job: runner {manifest.runner!r} needs {needed[0]!r}", manifest.job_id
         )
-    texts = [manifest.command or "", manifest.task or "", *manifest.args, *manifest.env, *manifest.env.values()]
+    texts = [
+        manifest.command or "",
+        manifest.task or "",
+        *manifest.args,
+        *manifest.env,
+        *manifest.env.values(),
+    ]
     if any("\0" in text for text in texts):
         raise ManifestError("cannot run the job: command, args and env must not contain NUL", manifest.job_id)
 
@@ -188,7 +194,7 @@ class Usage(Struct, frozen=True):
 
 
 class Artifact(Struct, frozen=True):
-    """A file that goes to the coordinator: `path` is its name there, `file` where it lies in the job's directory."""
+    """A file for the coordinator: `path` is its name there, `file` its place in the job's directory."""
 
     path: str
     file: str

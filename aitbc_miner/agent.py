@@ -1,0 +1,450 @@
+"""The process that talks to the coordinator about jobs: pulls, takes in, reports progress, delivers.
+
+One thread decides, here; calls to the coordinator run in a few others and come back as a callback in this
+one. The process is not root and reads everything that comes from outside.
+"""
+
+import hashlib
+import select
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from aitbc_miner.channel import Channel
+from aitbc_miner.config import Config
+from aitbc_miner.coordinator import (
+    Busy,
+    Coordinator,
+    CoordinatorError,
+    PulledJob,
+    PullFilters,
+    Unauthorized,
+)
+from aitbc_miner.delivery import Delivered, Schedule, declare_lost, deliver
+from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.intake import Intake, Stopping, Taken
+from aitbc_miner.jobs import FINAL, Outcome, State, valid_job_id
+from aitbc_miner.messages import (
+    CancelJob,
+    Deliveries,
+    FoundJob,
+    JobProgress,
+    JobReady,
+    JobSettled,
+    JobUpdate,
+    NodeToken,
+    Offer,
+    PrivateLine,
+    Recovered,
+    Redeliver,
+    Slots,
+    Stop,
+    Ticket,
+    ToAgent,
+    TokenWanted,
+)
+from aitbc_miner.placing import place
+from aitbc_miner.records import RecordError, Records
+from aitbc_miner.util import clock
+from aitbc_miner.util.background import Background
+from aitbc_miner.util.backoff import Backoff
+from aitbc_miner.util.log import events
+
+MAX_KNOWN = 1000
+# How many calls of each kind may be under way. A slow upload must not keep a pull or an ack waiting.
+POOLS = {"pull": 1, "intake": 16, "delivery": 4, "progress": 2}
+# A task may report as often as it likes; the coordinator hears of it once in this time.
+PROGRESS_PAUSE_S = 1.0
+STARTED = frozenset({State.PREP, State.RUNNING, State.COLLECTING})
+
+
+class Progress(Struct):
+    """A running job's word on itself, and when to pass it on. Mutable: this is the agent's own notebook."""
+
+    pct: float = 0.0
+    note: str = ""
+    due: float = 0.0
+    sending: bool = False
+
+
+class Agent:
+    """The agent's main thread."""
+
+    def __init__(
+        self,
+        channel: Channel[ToAgent],
+        line: Channel[PrivateLine],
+        config: Config,
+        coordinator: Coordinator,
+        mask: Callable[[str], None],
+    ) -> None:
+        self._channel = channel
+        self._line = line
+        self._config = config
+        self._coordinator = coordinator
+        self._mask = mask
+        self._log = events("agent")
+        self._records = Records(config.workspace.root)
+        self._background = Background()
+        self._stopping = threading.Event()
+        self._token: str | None = None
+        self._token_refused = threading.Event()
+        self._intake = Intake(config, self._records, coordinator, self._stopping, self._refuse_token)
+        self._pools = {name: ThreadPoolExecutor(n, name) for name, n in POOLS.items()}
+        self._view: Slots | None = None
+        self._unplaced: dict[str, Ticket | None] = {}
+        self._progress: dict[str, Progress] = {}
+        self._pulling = False
+        self._pull_at = 0.0
+        self._pull_backoff = Backoff(config.coordinator.poll_interval_s, config.heartbeat.backoff.max_s)
+        self._schedule = Schedule(0.5, config.heartbeat.backoff.max_s)
+        self._to_resume: list[str] = []
+        self._error: str | None = None
+
+    # --- the loop ------------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Recover, then serve until told to stop or the supervisor is gone (ChannelError)."""
+        self._recover()
+        self._line.send(TokenWanted())
+        while not self._stopping.is_set():
+            self._wait()
+            self._background.finish()
+            self._start_pull()
+            self._start_deliveries()
+            self._start_progress()
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _wait(self) -> None:
+        poller = select.poll()
+        poller.register(
+            self._channel.fileno(), select.POLLIN | (select.POLLOUT if self._channel.has_unsent else 0)
+        )
+        poller.register(self._line.fileno(), select.POLLIN)
+        poller.register(self._background.woken, select.POLLIN)
+        ready = dict(poller.poll(self._pause() * 1000))
+        if ready.get(self._channel.fileno(), 0) & select.POLLOUT:
+            self._channel.flush()
+        if ready.get(self._channel.fileno(), 0) & ~select.POLLOUT:
+            for message in self._channel.receive():
+                self._obey(message)
+        if self._line.fileno() in ready:
+            for word in self._line.receive():
+                self._use_token(word)
+        if self._background.woken in ready:
+            self._background.clear()
+        if self._token_refused.is_set():
+            self._token_refused.clear()
+            self._ask_for_token()
+
+    def _pause(self) -> float:
+        times = [clock.now() + 60.0]
+        if self._may_pull():
+            times.append(self._pull_at)
+        if (due := self._schedule.next_due()) is not None and self._schedule.running < POOLS["delivery"]:
+            times.append(due)
+        times += [progress.due for progress in self._progress.values() if not progress.sending]
+        return max(0.0, min(times) - clock.now())
+
+    def _obey(self, message: ToAgent) -> None:
+        match message:
+            case Slots():
+                self._see(message)
+            case JobSettled():
+                self._settle(message.job_id, message.why)
+            case JobProgress():
+                progress = self._progress.setdefault(message.job_id, Progress())
+                progress.pct, progress.note = message.pct or 0.0, message.note
+                progress.due = min(progress.due, clock.now() + PROGRESS_PAUSE_S)
+            case Redeliver():
+                self._schedule.hurry(clock.now())
+            case Stop():
+                self._stopping.set()
+
+    # --- the node token ------------------------------------------------------------------------------------
+
+    def _use_token(self, word: PrivateLine) -> None:
+        if isinstance(word, NodeToken):
+            self._token = word.token
+            self._mask(word.token)
+            self._coordinator.use_token(word.token)
+            self._pull_at = clock.now()
+            self._schedule.hurry(clock.now())
+
+    def _refuse_token(self) -> None:
+        """Note, from any thread, that the coordinator refused the token."""
+        self._token_refused.set()
+        self._background.wake()
+
+    def _ask_for_token(self) -> None:
+        if self._token is not None:
+            digest = hashlib.sha256(self._token.encode()).hexdigest()[:16]
+            self._line.send(TokenWanted(refused=digest))
+
+    def _note_error(self, error: Exception) -> float | None:
+        """Remember the last error for `status`; gives how long the coordinator asks to be left alone."""
+        if isinstance(error, Unauthorized):
+            self._ask_for_token()
+        self._error = str(error)
+        self._report()
+        return error.retry_after if isinstance(error, Busy) else None
+
+    def _report(self) -> None:
+        self._channel.send(Deliveries(len(self._schedule), self._error))
+
+    # --- recovery ------------------------------------------------------------------------------------------
+
+    def _recover(self) -> None:
+        """Read all records: what is to be delivered, resumed, or still being worked on."""
+        started: list[FoundJob] = []
+        for job_id, record in self._records.scan():
+            if isinstance(record, RecordError):
+                self._log.error("broken record", job_id=job_id, error=str(record))
+            elif record.state in FINAL:
+                self._update(job_id, record.state, outcome=self._outcome(job_id))
+            elif record.state in STARTED and not self._has_outcome(job_id):
+                found = FoundJob(job_id, record.state, record.slot, record.worker_pid, record.worker_start)
+                started.append(found)
+            elif record.state in {State.PULLED, State.ACKED} and not self._has_outcome(job_id):
+                self._to_resume.append(job_id)
+            else:
+                self._schedule.add(job_id, clock.now())
+        self._channel.send(Recovered(started))
+        self._report()
+
+    def _has_outcome(self, job_id: str) -> bool:
+        with self._records.open(job_id) as job:
+            return job.has_outcome()
+
+    def _outcome(self, job_id: str) -> Outcome | None:
+        try:
+            with self._records.open(job_id) as job:
+                return job.outcome()
+        except RecordError as error:
+            self._log.error("broken record", job_id=job_id, error=str(error))
+            return None
+
+    # --- slots ---------------------------------------------------------------------------------------------
+
+    def _see(self, view: Slots) -> None:
+        self._view = view
+        for slot in view.slots:
+            if slot.job_id is not None:
+                self._unplaced.pop(slot.job_id, None)
+                self._progress.setdefault(
+                    slot.job_id, Progress(due=clock.now() + self._config.heartbeat.interval_s)
+                )
+        in_slots = {slot.job_id for slot in view.slots}
+        while self._to_resume and view.slots:
+            # One that is in a slot already was ready before an earlier agent died.
+            if (job_id := self._to_resume.pop()) not in in_slots:
+                self._start_intake(job_id, None)
+
+    def _offers(self) -> list[Offer]:
+        return [slot.offer for slot in self._view.slots] if self._view else []
+
+    def _settle(self, job_id: str, why: str) -> None:
+        """Nobody works on the job any more: what it left is its outcome, or it is lost."""
+        self._progress.pop(job_id, None)
+        self._unplaced.pop(job_id, None)
+        try:
+            with self._records.open(job_id) as job:
+                if job.state().state in FINAL:
+                    return
+                if not job.has_outcome():
+                    declare_lost(job, why or "its worker ended without a word")
+        except (RecordError, OSError) as error:
+            self._log.error("cannot settle job", job_id=job_id, error=str(error))
+        self._schedule.add(job_id, clock.now())
+        self._report()
+
+    # --- pulling -------------------------------------------------------------------------------------------
+
+    def _room(self) -> list[Offer]:
+        """Which free slots no job on its way will take."""
+        if self._view is None or not self._view.accepting:
+            return []
+        free = [slot.offer for slot in self._view.slots if slot.free]
+        if None in self._unplaced.values():
+            # One whose needs are not known yet may want any of them.
+            unknown = sum(ticket is None for ticket in self._unplaced.values())
+            free = free[: max(0, len(free) - unknown)]
+        coming = [ticket for ticket in self._unplaced.values() if ticket is not None]
+        taken = {offer.name for _, offer in place(coming, free)}
+        return [offer for offer in free if offer.name not in taken]
+
+    def _may_pull(self) -> bool:
+        return not self._pulling and self._token is not None and bool(self._room())
+
+    def _start_pull(self) -> None:
+        if not self._may_pull() or clock.now() < self._pull_at:
+            return
+        self._pulling = True
+        known = [*self._unplaced, *self._progress][:MAX_KNOWN]
+        filters = PullFilters([slot_filter(offer) for offer in self._room()], known)
+        self._background.start(self._pools["pull"], partial(self._coordinator.pull, filters), self._pulled)
+
+    def _pulled(self, future: Future[PulledJob | None]) -> None:
+        self._pulling = False
+        try:
+            job = future.result()
+        except CoordinatorError as error:
+            wanted = self._note_error(error)
+            self._log.warning("pull failed", error=str(error))
+            self._pull_at = clock.now() + max(self._pull_backoff.next(), wanted or 0.0)
+            return
+        self._pull_backoff.reset()
+        if job is None or not self._accept(job):
+            self._pull_at = clock.now() + self._config.coordinator.poll_interval_s
+        else:
+            self._pull_at = clock.now()
+
+    def _accept(self, job: PulledJob) -> bool:
+        """Begin to take a pulled job in; False when it brought no new work."""
+        job_id = job.manifest.job_id if job.manifest else str(job.error and job.error.job_id)
+        if not valid_job_id(job_id):
+            self._answer_nameless(job_id, str(job.error))
+            return False
+        if self._records.known(job_id) or job_id in self._unplaced:
+            self._repeat(job_id)
+            return False
+        if job.error:
+            self._log.warning("manifest refused", job_id=job_id, error=str(job.error))
+        self._start_intake(job_id, job)
+        return True
+
+    def _answer_nameless(self, job_id: str, why: str) -> None:
+        """Refuse a job whose id may not touch the file system: told once, recorded in the log alone."""
+        self._log.warning("manifest refused", claimed_id=ascii(job_id)[:200], error=why)
+        outcome = Outcome(job_id=job_id, code=ErrorCode.E_MANIFEST, message=why)
+        key = hashlib.sha256(job_id.encode("utf-8", "replace")).hexdigest()
+        call = partial(self._coordinator.fail, job_id, outcome, f"fail:{self._config.node_id}:{key}")
+        self._background.start(self._pools["intake"], call, self._nameless_answered)
+
+    def _nameless_answered(self, future: Future[None]) -> None:
+        if error := future.exception():
+            self._log.warning("refusal not delivered", error=str(error))
+
+    def _repeat(self, job_id: str) -> None:
+        """A job that is here already is never run again; if it has a report, that is sent again."""
+        self._log.info("job known already", job_id=job_id)
+        if job_id in self._unplaced or job_id in self._progress or job_id in self._schedule:
+            return
+        if self._has_outcome(job_id):
+            self._schedule.add(job_id, clock.now())
+
+    def _start_intake(self, job_id: str, job: PulledJob | None) -> None:
+        self._unplaced[job_id] = None
+        self._update(job_id, State.PULLED)
+        offers = self._offers()
+        call = (
+            partial(self._intake.take, job, job_id, offers)
+            if job
+            else partial(self._intake.resume, job_id, offers)
+        )
+        if job and job.manifest:
+            manifest = job.manifest
+            ticket = Ticket(job_id, manifest.runner, manifest.requirements, manifest.priority, clock.now())
+            self._unplaced[job_id] = ticket
+        self._background.start(self._pools["intake"], call, partial(self._taken, job_id))
+
+    def _taken(self, job_id: str, future: Future[Taken]) -> None:
+        try:
+            taken = future.result()
+        except Stopping:
+            return
+        except (MinerError, OSError) as error:
+            # Nothing is acknowledged that is not recorded, so the coordinator will hand it out again.
+            self._unplaced.pop(job_id, None)
+            self._pull_at = clock.now() + self._pull_backoff.next()
+            self._note_error(error)
+            self._log.error("cannot take job in", job_id=job_id, error=str(error))
+            return
+        self._unplaced[job_id] = taken.ticket
+        if taken.ticket is not None:
+            self._channel.send(JobReady(taken.ticket))
+            self._update(job_id, State.ACKED, runner=taken.ticket.runner)
+            return
+        del self._unplaced[job_id]
+        if taken.report:
+            self._schedule.add(job_id, clock.now())
+        else:
+            self._log.info("job is not ours any more", job_id=job_id)
+            self._update(job_id, State.FAILED)
+
+    # --- delivering ----------------------------------------------------------------------------------------
+
+    def _start_deliveries(self) -> None:
+        if self._token is None:
+            return
+        for job_id in self._schedule.start_due(clock.now(), POOLS["delivery"] - self._schedule.running):
+            call = partial(deliver, self._records, self._coordinator, self._config.node_id, job_id)
+            self._background.start(self._pools["delivery"], call, partial(self._delivered, job_id))
+
+    def _delivered(self, job_id: str, future: Future[Delivered]) -> None:
+        try:
+            delivered = future.result()
+        except (MinerError, OSError) as error:
+            pause = self._schedule.failed(job_id, clock.now(), self._note_error(error))
+            self._log.warning(
+                "report not accepted", job_id=job_id, error=str(error), again_in_s=round(pause, 1)
+            )
+            return
+        self._schedule.succeeded(job_id, clock.now())
+        self._error = None
+        outcome = delivered.outcome
+        self._log.info("report accepted", job_id=job_id, code=outcome.code or "OK", how=delivered.how)
+        self._update(job_id, State.DONE if outcome.ok else State.FAILED, outcome=outcome)
+        self._report()
+
+    # --- progress ------------------------------------------------------------------------------------------
+
+    def _start_progress(self) -> None:
+        now = clock.now()
+        for job_id, progress in self._progress.items():
+            if self._token is not None and progress.due <= now and not progress.sending:
+                progress.sending = True
+                call = partial(self._coordinator.progress, job_id, progress.pct, progress.note)
+                self._background.start(self._pools["progress"], call, partial(self._progressed, job_id))
+
+    def _progressed(self, job_id: str, future: Future[bool]) -> None:
+        if progress := self._progress.get(job_id):
+            progress.sending = False
+            progress.due = clock.now() + self._config.heartbeat.interval_s
+        try:
+            if future.result():
+                self._channel.send(CancelJob(job_id, "cancel", "by the coordinator"))
+        except CoordinatorError as error:
+            # The next report says the same and more; only a refused token must be dealt with.
+            if isinstance(error, Unauthorized):
+                self._ask_for_token()
+            self._log.debug("progress not accepted", job_id=job_id, error=str(error))
+
+    def _update(self, job_id: str, state: State, *, runner: str = "", outcome: Outcome | None = None) -> None:
+        """Tell the supervisor what `jobs` shows of this one."""
+        shown = outcome or Outcome(job_id=job_id)
+        self._channel.send(
+            JobUpdate(
+                job_id,
+                state,
+                runner,
+                code=shown.code,
+                message=shown.message,
+                slot=shown.slot,
+                since_wall=clock.wall(),
+                wall_s=shown.usage.wall_s if outcome else None,
+                artifacts=len(shown.artifacts),
+            )
+        )
+
+
+def slot_filter(offer: Offer) -> dict[str, Any]:
+    """Describe a free slot to the coordinator."""
+    plain: dict[str, Any] = msgspec.to_builtins(offer)
+    return plain

@@ -1,0 +1,199 @@
+"""Collecting what a job left behind, when nothing of it is alive any more and so nothing can change.
+
+The job may have left traps: links to the operator's files, FIFOs that block a reader, devices. So every
+component of a path is opened by descriptor and never through a link, and only a regular file with a single
+name is taken. What is taken gets a second name in `artifacts/`, owned by the process that uploads it.
+"""
+
+import errno
+import hashlib
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+from msgspec import Struct
+
+from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.jobs import Artifact, ArtifactSpec
+from aitbc_miner.util import fs
+
+MB = 1_000_000
+CHUNK = 1 << 20
+MAX_DEPTH = 32
+MAX_NAME = 1024
+STAGE = "artifacts"
+
+
+class Caps(Struct, frozen=True):
+    """How much may be taken: files, bytes in all, and bytes that this job's allowlist entry permits."""
+
+    files: int
+    bytes: int
+    job_bytes: int | None = None
+
+
+class Collector:
+    """Takes one job's artifacts; `job_fd` is its directory, `owner` who shall be able to read them."""
+
+    def __init__(self, job_fd: int, caps: Caps, owner: tuple[int, int] | None) -> None:
+        self._job_fd = job_fd
+        self._caps = caps
+        self._owner = owner
+        self._taken: list[Artifact] = []
+        self._inodes: dict[tuple[int, int], str] = {}
+        self._bytes = 0
+
+    def collect(self, specs: list[ArtifactSpec]) -> list[Artifact]:
+        """Take the declared artifacts, then everything else in `output/`.
+
+        Raises:
+            JobError: E_ARTIFACT for a missing or forbidden one, E_OUTPUT over a cap.
+        """
+        with fs.directory(STAGE, at=self._job_fd) as stage:
+            for spec in specs:
+                self._take_declared(spec, stage)
+            with fs.directory("output", at=self._job_fd) as output:
+                for path in walk(output):
+                    with ExitStack() as stack:
+                        fd = open_beneath(output, path, stack)
+                        self._take(fd, path, ArtifactSpec(path=path), stage)
+        return self._taken
+
+    def _take_declared(self, spec: ArtifactSpec, stage: int) -> None:
+        check_path(spec.path)
+        places = [("work", spec.path), ("output", spec.path)]
+        if spec.path.startswith("output/"):
+            places.append(("output", spec.path.removeprefix("output/")))
+        for place, path in places:
+            with ExitStack() as stack:
+                base = stack.enter_context(fs.directory(place, at=self._job_fd))
+                try:
+                    fd = open_beneath(base, path, stack)
+                except FileNotFoundError:
+                    continue
+                self._take(fd, spec.path, spec, stage)
+                return
+        raise JobError(
+            ErrorCode.E_ARTIFACT,
+            f"cannot collect {spec.path!r}: the job did not write it to work/ or output/",
+        )
+
+    def _take(self, fd: int, path: str, spec: ArtifactSpec, stage: int) -> None:
+        info = os.fstat(fd)
+        inode = (info.st_dev, info.st_ino)
+        if inode in self._inodes:
+            return  # declared, and found again in output/
+        self._check(info, path, spec)
+        name = f"{len(self._taken):04d}"
+        shown = path if path not in self._inodes.values() else f"output/{path}"
+        try:
+            # Through the descriptor: it is this very file that gets the name, whatever the path says now.
+            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=stage, follow_symlinks=True)
+        except OSError as error:
+            raise JobError(ErrorCode.E_ARTIFACT, f"cannot keep {path!r}: {error.strerror}") from error
+        if self._owner:
+            os.fchown(fd, *self._owner)
+        os.fchmod(fd, 0o640)
+        self._inodes[inode] = shown
+        self._bytes += info.st_size
+        self._taken.append(Artifact(shown, f"{STAGE}/{name}", info.st_size, sha256(fd), spec.type))
+
+    def _check(self, info: os.stat_result, path: str, spec: ArtifactSpec) -> None:
+        if info.st_nlink != 1:
+            raise JobError(
+                ErrorCode.E_ARTIFACT, f"cannot collect {path!r}: it has {info.st_nlink} hard links"
+            )
+        if spec.max_mb is not None and info.st_size > spec.max_mb * MB:
+            raise JobError(
+                ErrorCode.E_ARTIFACT,
+                f"cannot collect {path!r}: {info.st_size} bytes, over its {spec.max_mb:g} MB",
+            )
+        if len(self._taken) >= self._caps.files:
+            raise JobError(ErrorCode.E_OUTPUT, f"cannot collect {path!r}: over {self._caps.files} files")
+        cap = min(self._caps.bytes, self._caps.job_bytes or self._caps.bytes)
+        if self._bytes + info.st_size > cap:
+            raise JobError(ErrorCode.E_OUTPUT, f"cannot collect {path!r}: over {cap} bytes of output in all")
+
+
+def check_path(path: str) -> None:
+    """Refuse a path that could lead out of the job's directory, or that no file can have.
+
+    Raises:
+        JobError: E_ARTIFACT, with the path.
+    """
+    parts = path.split("/")
+    if "\0" in path or len(path) > MAX_NAME or any(part in {"", ".", ".."} for part in parts):
+        raise JobError(
+            ErrorCode.E_ARTIFACT,
+            f"cannot collect {path[:200]!r}: not a plain relative path beneath the job's directory",
+        )
+
+
+def open_beneath(base: int, path: str, stack: ExitStack) -> int:
+    """Open a regular file below a directory, no component through a link; `stack` closes what was opened.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        JobError: E_ARTIFACT, it is something else than a regular file, or the way there is a link.
+    """
+    *parents, name = path.split("/")
+    try:
+        for part in parents:
+            base = os.open(part, fs.DIRECTORY, dir_fd=base)
+            stack.callback(os.close, base)
+        # Looked at before it is opened, because opening a device can do things.
+        _refuse_special(os.stat(name, dir_fd=base, follow_symlinks=False).st_mode, path)
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=base)
+        stack.callback(os.close, fd)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        cause = {errno.ELOOP: "a link", errno.ENOTDIR: "a link or no directory"}.get(
+            error.errno or 0, error.strerror
+        )
+        raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect {path!r}: {cause}") from error
+    _refuse_special(os.fstat(fd).st_mode, path)
+    return fd
+
+
+def _refuse_special(mode: int, path: str) -> None:
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a directory"}
+        kind = kinds.get(stat.S_IFMT(mode), "a device or socket")
+        raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect {path!r}: it is {kind}, not a regular file")
+
+
+def walk(base: int, prefix: str = "") -> Iterator[str]:
+    """Name everything below a directory that is no directory, in order.
+
+    Raises:
+        JobError: E_ARTIFACT, deeper than MAX_DEPTH or a name that cannot be sent.
+    """
+    if prefix.count("/") > MAX_DEPTH:
+        raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect output/: deeper than {MAX_DEPTH} directories")
+    with os.scandir(base) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
+    for entry in entries:
+        path = prefix + entry.name
+        if not entry.name.isprintable() or len(path) > MAX_NAME:
+            # Undecodable bytes are surrogates here and not printable either.
+            raise JobError(
+                ErrorCode.E_ARTIFACT, f"cannot collect {ascii(path)[:200]}: a name that cannot be sent"
+            )
+        if entry.is_dir(follow_symlinks=False):
+            with fs.directory(entry.name, at=base) as below:
+                yield from walk(below, path + "/")
+        else:
+            yield path
+
+
+def sha256(fd: int) -> str:
+    """Hash a file from its start, in constant memory."""
+    digest = hashlib.sha256()
+    buffer = memoryview(bytearray(CHUNK))
+    offset = 0
+    while size := os.preadv(fd, [buffer], offset):
+        digest.update(buffer[:size])
+        offset += size
+    return digest.hexdigest()

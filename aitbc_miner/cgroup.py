@@ -1,0 +1,398 @@
+"""Control groups, version 2: what holds a job together, limits it, counts it and ends it.
+
+A slot's group has two leaves, because a group that hands controllers on may hold no processes:
+
+    <parent>/<slot>/             the limits
+        worker/                  our process that looks after the job
+        job/                     the job, and nothing else
+
+On hybrid hosts the cgroup2 mount has no controllers. Grouping, `cgroup.kill`, `cgroup.events` and the times
+in `cpu.stat` work there all the same; the limits are then left to `util.limits`.
+Source: Documentation/admin-guide/cgroup-v2.rst of the kernel.
+"""
+
+import errno
+import os
+import re
+import select
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Self
+
+from cgroupspy.controllers import Controller
+from cgroupspy.interfaces import BaseFileInterface, CommaDashSetFile, DictFile, IntegerFile, ListFile
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aitbc_miner.errors import MinerError
+from aitbc_miner.util.clock import now
+from aitbc_miner.util.limits import asked, disk_of
+
+if TYPE_CHECKING:
+    # Only its attributes matter here; reading slots.d is far above this layer.
+    from aitbc_miner.slotspec import SlotSpec
+
+LIMITS = ("cpu", "cpuset", "memory", "pids", "io")
+"""What can be limited; each is the name of its controller too."""
+RETRY_S = 0.005
+"""Between two tries at something that the kernel gives no event for."""
+
+
+class CgroupError(MinerError):
+    """A group cannot be made, written or removed. The caller degrades (mode auto) or refuses (required)."""
+
+
+class Mount(Struct, frozen=True):
+    """Where cgroup2 is mounted.
+
+    controllers: those the kernel offers at the root of the mount. hybrid: version 1 is mounted as well.
+    writable: this process may make groups below the one it is in. root: the group that the mount shows.
+    """
+
+    path: str
+    controllers: tuple[str, ...]
+    hybrid: bool
+    writable: bool
+    root: str = "/"
+
+
+class CpuUsage(Struct, frozen=True):
+    """CPU time of a group since it was made, in seconds."""
+
+    user_s: float
+    system_s: float
+    total_s: float
+
+
+def find_mount(mountinfo: str = "/proc/self/mountinfo") -> Mount | None:
+    """Find the cgroup2 mount of this machine; None where there is none. Source: proc(5), mountinfo."""
+    text = Path(mountinfo).read_text("utf-8", "surrogateescape")
+    rows = [line.partition(" - ") for line in text.splitlines()]
+    hybrid = any(kind.startswith("cgroup ") for _, _, kind in rows)
+    mounts = [_mount(own.split(), hybrid=hybrid) for own, _, kind in rows if kind.startswith("cgroup2 ")]
+    return max(mounts, key=lambda mount: mount.writable, default=None)
+
+
+def _mount(fields: list[str], *, hybrid: bool) -> Mount:
+    root, path = (
+        re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field) for field in fields[3:5]
+    )
+    mount = Mount(path, Group(Path(path)).controllers(), hybrid, writable=False, root=root)
+    try:
+        writable = "rw" in fields[5].split(",") and os.access(own_group(mount), os.W_OK | os.X_OK)
+    except CgroupError:
+        return mount
+    return replace(mount, writable=writable)
+
+
+def own_group(mount: Mount, cgroup_file: str = "/proc/self/cgroup") -> Path:
+    """Return the directory of the group that this process is in.
+
+    Raises:
+        CgroupError: the process is in no group of version 2, or in one that the mount does not show.
+    """
+    for line in Path(cgroup_file).read_text("utf-8", "surrogateescape").splitlines():
+        if line.startswith("0::"):
+            path = Path(line.removeprefix("0::"))
+            if not path.is_relative_to(mount.root) or ".." in path.parts:
+                raise CgroupError(f"cannot find our own cgroup: {path} is outside of what {mount.path} shows")
+            return Path(mount.path) / path.relative_to(mount.root)
+    raise CgroupError(f"cannot find our own cgroup: {cgroup_file} has no line 0:: for version 2")
+
+
+class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type information
+    """One cgroup of version 2. Reading tells None (or nothing) where the kernel does not count."""
+
+    controller_names = ListFile("cgroup.controllers")
+    cpu_stat = DictFile("cpu.stat", readonly=True)
+    memory_current_bytes = IntegerFile("memory.current", readonly=True)
+    memory_peak_bytes = IntegerFile("memory.peak", readonly=True)
+    io_stat = BaseFileInterface("io.stat", readonly=True)
+    io_max = BaseFileInterface("io.max")
+    cpuset_cpus = CommaDashSetFile("cpuset.cpus")
+
+    def __init__(self, path: Path) -> None:
+        # All that the base class wants of its node is this path.
+        super().__init__(SimpleNamespace(full_path=os.fsencode(path)))
+        self.path = path
+
+    def create(self) -> None:
+        """Make the group; one that is there already is adopted."""
+        try:
+            self.path.mkdir(exist_ok=True)
+        except OSError as error:
+            raise CgroupError(f"cannot make cgroup {self.path}: {error.strerror}") from error
+
+    def remove(self, timeout_s: float = 2.0) -> None:
+        """Remove the group and those below it, waiting up to `timeout_s` for the last processes to go.
+
+        Raises:
+            CgroupError: something still lives in it.
+        """
+        deadline = now() + timeout_s
+        for group in reversed(list(self.tree())):
+            _rmdir(group, deadline)
+
+    def tree(self) -> Iterator["Group"]:
+        """Yield this group and all below it, parents first."""
+        yield self
+        try:
+            with os.scandir(self.path) as entries:
+                below = sorted(entry.path for entry in entries if entry.is_dir(follow_symlinks=False))
+        except FileNotFoundError:
+            return
+        for path in below:
+            yield from type(self)(Path(path)).tree()
+
+    def write(self, name: str | bytes, value: object) -> None:
+        """Write one of the group's files.
+
+        Raises:
+            CgroupError: with the file, the value and the kernel's reason.
+        """
+        path = self.path / os.fsdecode(name)
+        try:
+            # Without O_CREAT and O_TRUNC, so that a missing file is reported as missing.
+            with os.fdopen(os.open(path, os.O_WRONLY), "wb", buffering=0) as file:
+                file.write(str(value).encode())
+        except OSError as error:
+            raise CgroupError(f"cannot write {value!r} to {path}: {error.strerror}") from error
+
+    # What cgroupspy's properties write goes the same way.
+    set_property = write
+
+    def has(self, name: str) -> bool:
+        """Whether the group has this file."""
+        return (self.path / name).exists()
+
+    def get_content(self, key: str) -> Any:
+        """Read a property of this class by its name; None where the kernel has no such file."""
+        try:
+            return super().get_content(key)
+        except OSError as error:
+            # The group went away while we read.
+            if error.errno == errno.ENODEV:
+                return None
+            raise
+
+    def controllers(self) -> tuple[str, ...]:
+        """Return the controllers that this group may use and hand on."""
+        return tuple(self.get_content("controller_names") or ())
+
+    def events(self, file: str) -> dict[str, int]:
+        """Read a file of "name count" lines, as memory.events or pids.events; empty where it is missing."""
+        try:
+            text = self.get_property(file.encode())
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ENODEV}:
+                return {}
+            raise
+        return dict(DictFile(file).sanitize_get(text)) if text else {}
+
+    def populated(self) -> bool:
+        """Whether any process lives in the group or below it. A zombie does not."""
+        return self.events("cgroup.events").get("populated") == 1
+
+    def wait_empty(self, timeout_s: float) -> bool:
+        """Wait until nothing lives in the group or below it; False when the time is over before."""
+        deadline = now() + timeout_s
+        try:
+            fd = os.open(self.path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return True
+        try:
+            poller = select.poll()
+            poller.register(fd, select.POLLPRI)
+            # The kernel reports what changed since the last read, so each wait begins with one.
+            while b"populated 1" in os.pread(fd, 4096, 0):
+                left = deadline - now()
+                if left <= 0:
+                    return False
+                poller.poll(left * 1000)
+        except OSError as error:
+            if error.errno != errno.ENODEV:
+                raise
+        finally:
+            os.close(fd)
+        return True
+
+    def pids(self) -> list[int]:
+        """Return the processes in the group and below it."""
+        return [pid for group in self.tree() for pid in group.get_content("procs") or ()]
+
+    def signal(self, number: int) -> None:
+        """Send a signal to each process in the group and below it; one that forks meanwhile may be missed."""
+        for pid in self.pids():
+            with suppress(ProcessLookupError), os.fdopen(os.pidfd_open(pid), "rb", buffering=0) as process:
+                # Checked while the pidfd is held: the number may belong to somebody else by now.
+                if pid in self.pids():
+                    signal.pidfd_send_signal(process.fileno(), number)
+
+    def kill(self) -> None:
+        """Kill everything in the group and below it; `wait_empty` tells when it is gone."""
+        if self.has("cgroup.kill"):
+            self.write("cgroup.kill", "1")
+            return
+        if not self.path.is_dir():
+            return
+        # Before Linux 5.14. What is frozen cannot fork, and can be killed.
+        self.write("cgroup.freeze", "1")
+        signalled: set[int] = set()
+        while fresh := set(self.pids()) - signalled:
+            self.signal(signal.SIGKILL)
+            signalled |= fresh
+        self.write("cgroup.freeze", "0")
+
+    def cpu_usage(self) -> CpuUsage | None:
+        """CPU time since the group was made, including that of processes that have ended."""
+        usec = self.get_content("cpu_stat")
+        if not usec:
+            return None
+        return CpuUsage(usec["user_usec"] / 1e6, usec["system_usec"] / 1e6, usec["usage_usec"] / 1e6)
+
+    def memory_current(self) -> int | None:
+        """Bytes in use now, page cache included."""
+        used: int | None = self.get_content("memory_current_bytes")
+        return used
+
+    def memory_peak(self) -> int | None:
+        """Return the most bytes ever in use since the group was made. Linux 5.19 and later."""
+        used: int | None = self.get_content("memory_peak_bytes")
+        return used
+
+    def io_bytes(self) -> tuple[int, int] | None:
+        """Bytes read from and written to block devices since the group was made."""
+        text: str | None = self.get_content("io_stat")
+        if text is None:
+            return None
+        read, written = (sum(map(int, re.findall(rf"\b{key}=(\d+)", text))) for key in ("rbytes", "wbytes"))
+        return read, written
+
+
+def _rmdir(group: Group, deadline: float) -> None:
+    while True:
+        try:
+            return group.path.rmdir()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno != errno.EBUSY or now() >= deadline:
+                raise CgroupError(f"cannot remove cgroup {group.path}: {error.strerror}") from error
+        # For a moment after the last exit, an empty group may still be busy, and then no event comes.
+        if group.wait_empty(deadline - now()):
+            time.sleep(RETRY_S)
+
+
+class SlotGroup:
+    """The group of a slot with its leaves; as a context manager it is set up and torn down."""
+
+    def __init__(self, parent: Path, name: str) -> None:
+        self.parent = Group(parent)
+        self.slot = Group(parent / name)
+        self.worker = Group(parent / name / "worker")
+        self.job = Group(parent / name / "job")
+
+    def __enter__(self) -> Self:
+        self.setup()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.teardown()
+
+    def setup(self) -> None:
+        """Make the groups, or adopt those that an earlier run has left."""
+        for group in (self.slot, self.worker, self.job):
+            group.create()
+
+    def teardown(self, timeout_s: float = 2.0) -> None:
+        """Kill whatever is in the slot and remove its groups.
+
+        Raises:
+            CgroupError: something survives being killed (it hangs in the kernel).
+        """
+        self.slot.kill()
+        self.slot.remove(timeout_s)
+
+    def renew_job(self, timeout_s: float = 2.0) -> None:
+        """Remove `job/` and make it again, so that its counters begin at zero for the next job.
+
+        Raises:
+            CgroupError: something of the last job is still alive.
+        """
+        self.job.kill()
+        self.job.remove(timeout_s)
+        self.job.create()
+        self._end_as_one()
+
+    def enforce(self, spec: "SlotSpec", available: tuple[str, ...]) -> dict[str, str]:
+        """Write the slot's limits where the controllers for them are there; may be called again.
+
+        Args:
+            spec: the limits of the slot.
+            available: the controllers to use, of which those are taken that the parent has.
+
+        Returns:
+            "cgroup" for each of cpu, cpuset, memory, pids and io that is asked for and now held.
+
+        Raises:
+            CgroupError: a controller is there and cannot be used, or the kernel refuses a value.
+        """
+        usable = set(available) & set(self.parent.controllers())
+        names = [name for name in LIMITS if name in usable]
+        for group in (self.parent, self.slot) if names else ():
+            # The leaves get them too: for memory.oom.group, and to count the job apart from the worker.
+            group.write("cgroup.subtree_control", " ".join(f"+{name}" for name in names))
+        self._end_as_one()
+        held = {name for name in names if self._write_limit(name, spec)}
+        return dict.fromkeys(sorted(held & asked(spec)), "cgroup")
+
+    def _end_as_one(self) -> None:
+        # Half a job that lost one process to the OOM killer would hang, or deliver nonsense.
+        if self.job.has("memory.oom.group"):
+            self.job.write("memory.oom.group", "1")
+
+    def _write_limit(self, name: str, spec: "SlotSpec") -> bool:
+        """Write one limit; what is not asked for is written as unlimited, for an adopted group may be old."""
+        slot = self.slot
+        match name:
+            case "cpu":
+                quota = "max" if spec.cpu_max is None else str(spec.cpu_max * 1000)
+                slot.write("cpu.max", f"{quota} 100000")
+                slot.write("cpu.weight", str(spec.cpu_weight or 100))
+            case "cpuset":
+                slot.cpuset_cpus = set(spec.cpus or ())
+            case "memory":
+                slot.write("memory.high", _or_max(spec.memory_high))
+                slot.write("memory.max", _or_max(spec.memory_max))
+                if slot.has("memory.swap.max"):
+                    slot.write("memory.swap.max", _or_max(spec.swap_max))
+            case "pids":
+                slot.write("pids.max", _or_max(spec.pids_max))
+            case "io":
+                return self._write_io(spec)
+        return True
+
+    def _write_io(self, spec: "SlotSpec") -> bool:
+        slot = self.slot
+        # With the BFQ scheduler the weight has a name of its own, and without either there is no weight.
+        weight = next((name for name in ("io.weight", "io.bfq.weight") if slot.has(name)), None)
+        if weight:
+            most = 1000 if weight == "io.bfq.weight" else 10_000
+            slot.write(weight, f"default {min(spec.io_weight or 100, most)}")
+        for line in (slot.get_content("io_max") or "").splitlines():
+            slot.write("io.max", f"{line.split()[0]} rbps=max wbps=max riops=max wiops=max")
+        for path, rates in spec.io_max.items():
+            try:
+                disk = disk_of(path)
+            except OSError as error:
+                raise CgroupError(f"cannot limit io of {path}: {error.strerror}") from error
+            slot.write("io.max", " ".join([disk, *(f"{key}={rate}" for key, rate in rates.items())]))
+        return weight is not None or spec.io_weight is None
+
+
+def _or_max(value: int | None) -> str:
+    return "max" if value is None else str(value)

@@ -1,0 +1,149 @@
+"""The supervisor's children: forked with nothing but their own pipe, watched by pidfd, restarted with a pause."""
+
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from aitbc_miner.channel import Channel, ChannelError
+from aitbc_miner.errors import MinerError
+from aitbc_miner.util import clock
+
+T = TypeVar("T")
+Main = Callable[["Connection[Any, Any]"], None]
+
+# A child that lived this long before it died is not failing to start.
+SETTLED_S = 60.0
+
+
+class Child(Generic[T]):
+    """A running child. `incoming` is the union of what it may say."""
+
+    def __init__(self, name: str, main: Main, incoming: Any, *, keep: Iterable[int] = ()) -> None:
+        self.name = name
+        ours, theirs = Pipe(duplex=True)
+        self.pid = _fork(main, theirs, keep)
+        theirs.close()
+        self.pidfd = os.pidfd_open(self.pid)
+        self.channel: Channel[T] = Channel(ours, incoming)
+        self.started = clock.now()
+
+    def send(self, message: Any) -> None:
+        """Tell it something; a child that does not read its messages is ended."""
+        try:
+            self.channel.send(message)
+        except ChannelError:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it at once; its pidfd tells when it is gone."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+
+    def reap(self) -> str:
+        """Collect it after its end and say how it ended."""
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.pidfd)
+        self.channel.close()
+        code = os.waitstatus_to_exitcode(status)
+        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+
+
+def _fork(main: Main, end: "Connection[Any, Any]", keep: Iterable[int]) -> int:
+    # Signals are blocked over the fork: a handler of the supervisor's must not run in the child.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        if (pid := os.fork()) != 0:
+            return pid
+        status = 1
+        try:
+            _forget({end.fileno(), *keep})
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            main(end)
+            status = 0
+        except ChannelError:
+            status = 0  # the supervisor is gone, and so is what this child is for
+        except MinerError as error:
+            sys.stderr.write(f"{error}\n")
+        except BaseException:  # noqa: BLE001  # the child's last act; nothing may return into the supervisor
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(status)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _forget(keep: set[int]) -> None:
+    """Drop what a child must not have of its parent: descriptors, signal handlers, its wake-up pipe.
+
+    Were the other children's pipes kept open here, nobody would ever see their end.
+    """
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    # Ctrl-C reaches the whole foreground group; only the supervisor decides what it means.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        fd = int(entry.name)
+        if fd > 2 and fd not in keep:
+            try:
+                os.close(fd)
+            except OSError:
+                continue  # the listing's own
+
+
+class Keeper(Generic[T]):
+    """Keeps one child running: starts it, and starts it again after its death with a growing pause."""
+
+    def __init__(
+        self, name: str, main: Main, incoming: Any, keep: Iterable[int], *, pause_min: float, pause_max: float
+    ) -> None:
+        self.name = name
+        self.child: Child[T] | None = None
+        self.deaths = 0
+        self.last_death: str | None = None
+        self._main = main
+        self._incoming = incoming
+        self._keep = tuple(keep)
+        self._pause_min = pause_min
+        self._pause_max = pause_max
+        self._failures = 0
+        self._start_at: float | None = clock.now()
+
+    def start_if_due(self) -> bool:
+        """Start the child when it is time; True when it was started."""
+        if self._start_at is None or clock.now() < self._start_at:
+            return False
+        self.child = Child(self.name, self._main, self._incoming, keep=self._keep)
+        self._start_at = None
+        return True
+
+    def died(self) -> str:
+        """Collect the dead child, plan its restart, and say how it ended."""
+        assert self.child is not None  # noqa: S101  # for the type checker: only the living can die
+        how = self.child.reap()
+        lived = clock.now() - self.child.started
+        self.child = None
+        self.deaths += 1
+        self.last_death = how
+        self._failures = 0 if lived > SETTLED_S else self._failures + 1
+        pause = 0.0 if self._failures <= 1 else self._pause_min * 2 ** min(self._failures - 2, 16)
+        self._start_at = clock.now() + min(self._pause_max, pause)
+        return how
+
+    def send(self, message: Any) -> None:
+        """Tell the child, if there is one; a new one is told everything anew."""
+        if self.child is not None:
+            self.child.send(message)
+
+    def stop(self) -> None:
+        """Start it no more."""
+        self._start_at = None

@@ -1,0 +1,299 @@
+"""The node's configuration: /etc/aitbc/miner/config.yaml and its AITBC_MINER_* overrides, read once, frozen.
+
+The structs below are the list of keys and their defaults; etc/config.yaml explains each to the operator.
+"""
+
+import hashlib
+import ipaddress
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta, Struct
+
+from aitbc_miner.credentials import parse_source
+from aitbc_miner.util.units import Duration
+from aitbc_miner.util.yamldoc import BadField, Fault, Parse, absolute_path, read_document
+
+MACHINE_ID = Path("/etc/machine-id")
+_NODE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_LISTEN = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", re.ASCII)
+
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
+MegaBytes = Annotated[int, Meta(ge=0, le=2**31)]
+Positive = Annotated[int, Meta(ge=1, le=2**31)]
+UserName = Annotated[str, Meta(pattern="^[a-z_][a-z0-9_-]{0,30}$")]
+ModuleName = Annotated[str, Meta(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+Mode = Literal["required", "auto"]
+ModeOrOff = Literal["required", "auto", "off"]
+
+
+def derive_node_id(machine_id_path: Path = MACHINE_ID) -> str:
+    """Name this node: stable, and not giving away the machine-id, which machine-id(5) calls confidential."""
+    try:
+        machine_id = machine_id_path.read_text(errors="replace").strip()
+    except OSError:
+        machine_id = ""
+    seed = "aitbc-miner" + (machine_id or socket.gethostname())
+    return f"node-{hashlib.sha256(seed.encode()).hexdigest()[:12]}"
+
+
+def _parse_node_id(value: object) -> str:
+    if value is None:
+        return derive_node_id()
+    if not isinstance(value, str) or not _NODE_ID.fullmatch(value):
+        raise ValueError("must be text of 1 to 64 of A-Z a-z 0-9 . _ -, or null")
+    return value
+
+
+def _parse_base_url(value: object) -> str:
+    try:
+        url = urlsplit(value if isinstance(value, str) else "")
+        good = url.scheme in {"http", "https"} and url.hostname and url.port != 0
+    except ValueError:  # a port that is no number, an IPv6 address that is none
+        good = False
+    if not isinstance(value, str) or not good or re.search(r"[\s\x00-\x1f\\]", value):
+        raise ValueError("must be an http or https address, such as https://coordinator.example/api/v1")
+    if "@" in url.netloc or url.query or url.fragment:
+        raise ValueError(
+            "must be without user, password, ? and #; the token belongs in coordinator.auth_token"
+        )
+    return value.rstrip("/")
+
+
+def _is_loopback(url: str) -> bool:
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _parse_dialect(value: object) -> str:
+    if value != "bootstrap":
+        also = "; aitbc-v1 is not in this version" if value == "aitbc-v1" else ""
+        raise ValueError(f"must be bootstrap{also}")
+    return "bootstrap"
+
+
+def _parse_ca_file(value: object) -> Path:
+    path = absolute_path(value)
+    if not path.is_file():
+        raise ValueError("must be an existing file with CA certificates in PEM form; there is none")
+    return path
+
+
+def _parse_listen(value: object) -> str:
+    match = _LISTEN.fullmatch(value) if isinstance(value, str) else None
+    if not match or int(match[1]) > 65_535:
+        raise ValueError("must be host:port, such as 127.0.0.1:9464 or [::1]:9464")
+    return match[0]
+
+
+def _parse_socket(value: object) -> Path:
+    path = absolute_path(value)
+    if len(bytes(path)) > 107:  # sizeof(sun_path) - 1, see unix(7)
+        raise ValueError("must be a path of at most 107 bytes, because it names a socket")
+    return path
+
+
+class Coordinator(Struct, frozen=True):
+    """Where jobs come from. auth_token names the token's source, never the token."""
+
+    base_url: Annotated[str, Parse(_parse_base_url)]
+    auth_token: Annotated[str, Parse(parse_source)]
+    dialect: Annotated[str, Parse(_parse_dialect)] = "bootstrap"
+    auth_scheme: Literal["bearer"] = "bearer"
+    tls_verify: bool = True
+    ca_file: Annotated[Path, Parse(_parse_ca_file)] | None = None
+    timeout_s: Seconds = 20.0
+    poll_interval_s: Seconds = 3.0
+    allow_http: bool = False
+    region: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    max_manifest_kb: Annotated[int, Meta(ge=1, le=65_536)] = 256
+    max_input_mb: MegaBytes = 10_240
+
+    def __post_init__(self) -> None:
+        if self.base_url.startswith("http:") and not self.allow_http and not _is_loopback(self.base_url):
+            remedy = "use https, or set coordinator.allow_http: true on a network that you trust"
+            raise BadField("base_url", f"is {self.base_url!r}, which sends the token unencrypted; {remedy}")
+        if self.ca_file and not self.tls_verify:
+            raise BadField("ca_file", "has no use while tls_verify is false; remove one of the two")
+
+
+class Backoff(Struct, frozen=True):
+    """Waits between failed attempts: doubling from min_s up to max_s."""
+
+    min_s: Seconds = 5.0
+    max_s: Seconds = 120.0
+
+    def __post_init__(self) -> None:
+        if self.min_s > self.max_s:
+            raise BadField("min_s", f"is {self.min_s:g}, above max_s ({self.max_s:g}); must be at most that")
+
+
+class Heartbeat(Struct, frozen=True):
+    """How often the coordinator hears from us."""
+
+    interval_s: Seconds = 15.0
+    jitter_pct: Annotated[float, Meta(ge=0, le=50)] = 10.0
+    backoff: Backoff = Backoff()
+
+
+class CliRunner(Struct, frozen=True):
+    """Jobs that are commands."""
+
+    enable: bool = True
+    allowlist_dirs: tuple[Path, ...] = (Path("/etc/aitbc/miner/allowlist.d"),)
+
+
+class PythonRunner(Struct, frozen=True):
+    """Jobs that are Python tasks."""
+
+    enable: bool = True
+    task_paths: tuple[Path, ...] = (Path("/usr/local/lib/aitbc/miner/tasks"),)
+    preload: tuple[ModuleName, ...] = ()
+
+
+class Runners(Struct, frozen=True):
+    """Which kinds of jobs this node takes."""
+
+    cli: CliRunner = CliRunner()
+    python: PythonRunner = PythonRunner()
+
+
+class Workspace(Struct, frozen=True):
+    """The directories of the jobs, how long they stay, and how much a job may deliver."""
+
+    root: Path = Path("/var/lib/aitbc/miner/jobs")
+    keep_success: Duration = 86_400.0
+    keep_failed: Duration = 604_800.0
+    min_free_mb: MegaBytes = 2048
+    reserve_mb: MegaBytes = 64
+    max_log_mb: Positive = 64
+    max_artifacts_mb: Positive = 10_240
+    max_artifacts: Positive = 1000
+
+
+class Queue(Struct, frozen=True):
+    """Where reports wait until the coordinator has taken them."""
+
+    backend: Literal["sqlite"] = "sqlite"
+    path: Path = Path("/var/lib/aitbc/miner/queue.db")
+    url: str | None = None
+    max_attempts: Positive = 5
+
+
+class Privileges(Struct, frozen=True):
+    """As which users the parts run; job_user `per-slot` is one user for each slot."""
+
+    mode: Mode = "required"
+    service_user: UserName = "aitbc"
+    job_user: UserName = "per-slot"
+
+
+class Sandbox(Struct, frozen=True):
+    """Whether jobs must run in a sandbox."""
+
+    mode: ModeOrOff = "required"
+
+
+class Cgroup(Struct, frozen=True):
+    """Whether limits must be held by cgroups."""
+
+    mode: ModeOrOff = "required"
+
+
+class Shutdown(Struct, frozen=True):
+    """What becomes of running jobs at SIGTERM; `drain` waits up to grace_s."""
+
+    mode: Literal["handover", "drain", "kill"] = "handover"
+    grace_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
+
+
+class Secrets(Struct, frozen=True):
+    """The key that opens what is sealed for this node."""
+
+    pkcs11: Annotated[str, Meta(max_length=4096)] | None = None
+
+
+class Telemetry(Struct, frozen=True):
+    """Where /healthz and /metrics are served; port 0 takes a free one."""
+
+    listen: Annotated[str, Parse(_parse_listen)] = "127.0.0.1:9464"
+
+
+class Control(Struct, frozen=True):
+    """Where aitbc-minerctl finds the daemon."""
+
+    socket: Annotated[Path, Parse(_parse_socket)] = Path("/run/aitbc-miner/control.sock")
+
+
+class Logging(Struct, frozen=True):
+    """What is logged; without a path, to standard error."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    json: bool = True
+    path: Path | None = None
+
+
+class Config(Struct, frozen=True):
+    """All of config.yaml. `node_id` is never empty: without the key it is derived from the machine-id."""
+
+    coordinator: Coordinator
+    node_id: Annotated[str, Parse(_parse_node_id)] = msgspec.field(default_factory=derive_node_id)
+    heartbeat: Heartbeat = Heartbeat()
+    runners: Runners = Runners()
+    slots_dir: Path = Path("/etc/aitbc/miner/slots.d")
+    services_dir: Path = Path("/etc/aitbc/miner/services.d")
+    egress_dir: Path = Path("/etc/aitbc/miner/egress.d")
+    workspace: Workspace = Workspace()
+    queue: Queue = Queue()
+    privileges: Privileges = Privileges()
+    sandbox: Sandbox = Sandbox()
+    cgroup: Cgroup = Cgroup()
+    shutdown: Shutdown = Shutdown()
+    secrets: Secrets = Secrets()
+    telemetry: Telemetry = Telemetry()
+    control: Control = Control()
+    logging: Logging = Logging()
+
+
+_WITHOUT_EFFECT = (
+    *("services_dir", "egress_dir", "secrets.pkcs11"),
+    *("queue.backend", "queue.path", "queue.url", "queue.max_attempts"),
+    *("workspace.keep_success", "workspace.keep_failed", "workspace.min_free_mb", "workspace.reserve_mb"),
+)
+
+
+def load_config(path: Path, environ: Mapping[str, str]) -> tuple[Config | None, list[Fault], list[str]]:
+    """Read the configuration file and its overrides in `environ`.
+
+    Returns:
+        The configuration, or None when there are faults; every fault; and warnings about keys that were
+        changed but have no effect in this version.
+    """
+    faults: list[Fault] = []
+    config = read_document(path, Config, faults, env_overrides=environ)
+    return config, faults, list(_warnings(config)) if config else []
+
+
+def _warnings(config: Config) -> Iterator[str]:
+    defaults = Config(coordinator=config.coordinator)
+    for key in _WITHOUT_EFFECT:
+        if _look_up(config, key) != _look_up(defaults, key):
+            yield f"{key} has no effect in this version; it is accepted for later ones"
+    if config.sandbox.mode != "off":
+        confined = "jobs are confined by user, cgroup and limits only"
+        yield f"sandbox.mode has no effect in this version, which has no sandbox: {confined}"
+
+
+def _look_up(config: Struct, key: str) -> object:
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value

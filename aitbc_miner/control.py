@@ -1,0 +1,278 @@
+"""The control socket: what `aitbc-minerctl` may ask, who may ask it, and the answers.
+
+One request a connection: a frame with a `Request`, answered by a frame with an answer, which may carry open
+files (SCM_RIGHTS), so that the supervisor never reads a log itself. Who asks is told by the kernel.
+"""
+
+import contextlib
+import grp
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from aitbc_miner.channel import HEADER, Channel, ChannelError
+from aitbc_miner.errors import EXIT_FAILURE, EXIT_NOT_PERMITTED, ErrorCode
+from aitbc_miner.jobs import State
+from aitbc_miner.messages import CoordinatorView, SlotView
+from aitbc_miner.util import clock
+
+READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs"})
+WRITE_VERBS = frozenset({"drain", "resume", "cancel"})
+READERS, WRITERS = "aitbc", "aitbc-admin"
+MAX_REQUEST = 4096
+MAX_CLIENTS = 32
+CLIENT_TIMEOUT_S = 5.0
+SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module does not name it
+MAX_GROUPS = 65536
+
+
+class Request(Struct, frozen=True):
+    """What a client wants."""
+
+    verb: str
+    job_id: str | None = None
+    state: State | None = None
+
+
+class Refusal(Struct, frozen=True, tag="refusal"):
+    """No: why, and the exit status that the command should end with."""
+
+    message: str
+    exit_code: int = EXIT_FAILURE
+
+
+class Done(Struct, frozen=True, tag="done"):
+    """It was done."""
+
+    message: str
+
+
+class JobRow(Struct, frozen=True):
+    """A job in one line."""
+
+    job_id: str
+    state: State
+    runner: str = ""
+    slot: str | None = None
+    code: ErrorCode | None = None
+    message: str = ""
+    since_wall: str = ""
+    wall_s: float | None = None
+    artifacts: int = 0
+
+
+class Jobs(Struct, frozen=True, tag="jobs"):
+    """The jobs that this node holds, the newest last."""
+
+    jobs: list[JobRow]
+
+
+class Files(Struct, frozen=True, tag="files"):
+    """A job, and the files that come along with this answer, in this order."""
+
+    job: JobRow
+    names: list[str]
+
+
+class SlotStatus(Struct, frozen=True):
+    """A slot and how long, in seconds, it has been in its state."""
+
+    slot: SlotView
+    for_s: float
+
+
+class Problem(Struct, frozen=True):
+    """Something the operator should know, and what to do about it."""
+
+    what: str
+    remedy: str = ""
+
+
+class Status(Struct, frozen=True, tag="status"):
+    """The node on one screen."""
+
+    node_id: str
+    version: str
+    pid: int
+    up_s: float
+    accepting: bool
+    stopping: bool
+    coordinator: CoordinatorView
+    base_url: str
+    slots: list[SlotStatus]
+    queued: list[str]
+    pending_reports: int
+    finished: dict[str, int]
+    problems: list[Problem]
+
+
+Answer = Refusal | Done | Jobs | Files | Status
+Reply = tuple[Answer, list[int]]
+"""An answer, and the descriptors that go with it; the server closes them."""
+
+
+class Client:
+    """A connected client."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.channel: Channel[Request] = Channel(sock, Request, max_frame=MAX_REQUEST)
+        self.until = clock.now() + CLIENT_TIMEOUT_S
+        self.closing = False
+
+
+class ControlServer:
+    """Serves the socket without ever waiting for a client; `answer` gives the reply to a permitted request."""
+
+    def __init__(self, path: Path, answer: Callable[[Request], Reply]) -> None:
+        self._answer = answer
+        self._path = path
+        self._clients: dict[int, Client] = {}
+        self._listener = _listen(path)
+
+    def close(self) -> None:
+        """Drop all clients and remove the socket."""
+        for fd in list(self._clients):
+            self._drop(fd)
+        self._listener.close()
+        with contextlib.suppress(OSError):
+            self._path.unlink()
+
+    def sources(self) -> dict[int, tuple[Callable[[], None], bool]]:
+        """Give what to wait for: descriptor to what to call, and whether it wants to write."""
+        own: dict[int, tuple[Callable[[], None], bool]] = {}
+        if len(self._clients) < MAX_CLIENTS:
+            own[self._listener.fileno()] = (self._accept, False)
+        for fd, client in self._clients.items():
+            own[fd] = (lambda fd=fd: self._serve(fd), client.channel.has_unsent)  # type: ignore[misc]
+        return own
+
+    def drop_slow(self) -> None:
+        """Drop clients that neither ask nor read in time."""
+        now = clock.now()
+        for fd in [fd for fd, client in self._clients.items() if now > client.until]:
+            self._drop(fd)
+
+    def _accept(self) -> None:
+        try:
+            sock, _ = self._listener.accept()
+        except OSError:
+            return  # it left again, or we are out of descriptors
+        self._clients[sock.fileno()] = Client(sock)
+
+    def _drop(self, fd: int) -> None:
+        self._clients.pop(fd).channel.close()
+
+    def _serve(self, fd: int) -> None:
+        client = self._clients[fd]
+        try:
+            client.channel.flush()
+            if not client.closing:
+                for request in client.channel.receive()[:1]:
+                    _reply(client, *self._permitted(client, request))
+                    client.closing = True
+        except ChannelError:
+            self._drop(fd)
+            return
+        if client.closing and not client.channel.has_unsent:
+            self._drop(fd)
+
+    def _permitted(self, client: Client, request: Request) -> Reply:
+        uid, groups = peer(client.sock)
+        if request.verb not in READ_VERBS | WRITE_VERBS:
+            verbs = ", ".join(sorted(READ_VERBS | WRITE_VERBS))
+            return Refusal(f"cannot do {request.verb[:40]!r}: not one of {verbs}"), []
+        group = READERS if request.verb in READ_VERBS else WRITERS
+        allowed = uid in {0, os.geteuid()} or bool(groups & group_ids(group))
+        if not allowed and request.verb in READ_VERBS:
+            allowed = bool(groups & group_ids(WRITERS))
+        if not allowed:
+            message = (
+                f"cannot {request.verb}: only for root and the group {group}; use sudo, or join the group"
+            )
+            return Refusal(message, EXIT_NOT_PERMITTED), []
+        return self._answer(request)
+
+
+def _listen(path: Path) -> socket.socket:
+    """Listen on a socket that root and the readers' group can reach.
+
+    Raises:
+        OSError: the path is too long, or its directory cannot be written.
+    """
+    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
+    with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    # Nobody may connect in the moment before the mode is set.
+    old = os.umask(0o177)
+    try:
+        listener.bind(os.fspath(path))
+    finally:
+        os.umask(old)
+    if ids := group_ids(READERS):
+        os.chown(path, -1, next(iter(ids)))
+        path.chmod(0o660)
+    listener.listen(MAX_CLIENTS)
+    listener.setblocking(False)
+    return listener
+
+
+def peer(sock: socket.socket) -> tuple[int, set[int]]:
+    """Ask the kernel who is on the other end: uid, and all group ids."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    _, uid, gid = struct.unpack("3i", credentials)
+    raw = sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, MAX_GROUPS)
+    return uid, {gid, *struct.unpack(f"{len(raw) // 4}I", raw)}
+
+
+def group_ids(name: str) -> set[int]:
+    """Give the id of a group, as a set that is empty when there is no such group."""
+    try:
+        return {grp.getgrnam(name).gr_gid}
+    except KeyError:
+        return set()
+
+
+def _reply(client: Client, answer: Answer, fds: list[int]) -> None:
+    try:
+        if not fds:
+            client.channel.send(answer)
+            return
+        body = msgspec.json.encode(answer)
+        frame = len(body).to_bytes(HEADER, "big") + body
+        # A fresh socket has room for such a small frame; one that has not is dropped.
+        if socket.send_fds(client.sock, [frame], fds) != len(frame):
+            raise ChannelError("cannot send: the client does not read")
+    except OSError as error:
+        raise ChannelError(f"cannot send: {error.strerror}") from error
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def ask(path: Path, request: Request, timeout_s: float) -> tuple[Any, list[int]]:
+    """Ask the daemon; for the client.
+
+    Raises:
+        OSError: it is not there, does not answer in time, or does not let us connect.
+        msgspec.DecodeError: what answers is not our daemon.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(timeout_s)
+        sock.connect(os.fspath(path))
+        body = msgspec.json.encode(request)
+        sock.sendall(len(body).to_bytes(HEADER, "big") + body)
+        data, fds, _, _ = socket.recv_fds(sock, 1 << 16, 8)
+        while len(data) < HEADER or len(data) < HEADER + int.from_bytes(data[:HEADER], "big"):
+            more = sock.recv(1 << 16)
+            if not more:
+                raise ConnectionError("the daemon closed the connection without an answer")
+            data += more
+    return msgspec.json.decode(data[HEADER:], type=Answer), list(fds)

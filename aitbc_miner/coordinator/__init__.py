@@ -1,0 +1,133 @@
+"""What the node says to a coordinator, whatever its dialect, and what can come of saying it.
+
+One small interface, one module for each dialect. The errors are told apart by what the caller does next:
+wait, register again, drop the job, or give the report up.
+"""
+
+# ruff: noqa: N818  # Unreachable, Busy, Gone say what happened; "Error" behind each would add nothing.
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from msgspec import Struct
+
+from aitbc_miner.errors import MinerError
+from aitbc_miner.jobs import Manifest, ManifestError, Outcome
+
+
+class CoordinatorError(MinerError):
+    """A call failed. "cannot pull a job: cause"; worth another try later unless `retryable` is false."""
+
+    retryable = True
+
+
+class Unreachable(CoordinatorError):
+    """No usable answer: refused, unknown name, TLS, too slow, broken off, endless, a redirect, or garbage."""
+
+
+class Unauthorized(CoordinatorError):
+    """The coordinator does not accept the credential. The message names its source, never its value."""
+
+
+class UnknownNode(CoordinatorError):
+    """The coordinator does not know this node (any more): register again."""
+
+
+class Busy(CoordinatorError):
+    """The coordinator asks for patience: `retry_after` seconds, at most an hour; None if it did not say."""
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class _Final(CoordinatorError):
+    retryable = False
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class Refused(_Final):
+    """The coordinator will not take this request, now or later: HTTP `status` 4xx."""
+
+
+class Gone(_Final):
+    """The job is not ours, or is already final there: nothing is left to say about it."""
+
+
+class ArtifactChanged(MinerError):
+    """A file is no longer the one that was collected: sending again cannot help."""
+
+
+class Heartbeat(Struct, frozen=True):
+    """How this node is: load average of one minute, free memory in MiB, free GPUs, each slot as a dict."""
+
+    node_id: str
+    load: float
+    free_mb: int
+    gpu_free: int
+    slots: list[dict[str, Any]] = []
+
+
+class PullFilters(Struct, frozen=True):
+    """What this node can take now.
+
+    `slots`: the free ones, each `{name, kind, cpu_threads, memory_mb, vram_mb, runners}`.
+    `known`: ids of jobs that this node still holds and does not want again.
+    """
+
+    slots: list[dict[str, Any]] = []
+    known: list[str] = []
+
+
+class PulledJob(Struct, frozen=True):
+    """A job as it came: its JSON (empty if unreadable), and either the manifest or what is wrong with it.
+
+    `error.job_id` is never None: a job that did not even say its name is an `Unreachable` instead, because
+    nobody could be told about it.
+    """
+
+    raw: bytes
+    manifest: Manifest | None = None
+    error: ManifestError | None = None
+
+
+class Coordinator(Protocol):
+    """A coordinator. Every method raises CoordinatorError; each may be used from several threads."""
+
+    def use_token(self, token: str) -> None:
+        """Use a node token that another process got by registering."""
+        ...
+
+    def register(self, capabilities: dict[str, Any]) -> str:
+        """Make this node known; returns the node token, which later calls of this object use at once."""
+        ...
+
+    def heartbeat(self, report: Heartbeat) -> None:
+        """Say how this node is. UnknownNode: register again."""
+        ...
+
+    def pull(self, filters: PullFilters) -> PulledJob | None:
+        """Ask for one job; None when there is none."""
+        ...
+
+    def ack(self, job_id: str) -> None:
+        """Accept a pulled job. Gone: it is no longer ours and must not be run."""
+        ...
+
+    def progress(self, job_id: str, pct: float, note: str) -> bool:
+        """Say how far a job is, 0 to 100. True: the coordinator wants it cancelled."""
+        ...
+
+    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
+        """Deliver what a job made; artifacts are read below `root`, its directory.
+
+        Gone counts as delivered. Raises ArtifactChanged when a file is not the collected one.
+        """
+        ...
+
+    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
+        """Report that a job failed. Gone counts as delivered."""
+        ...

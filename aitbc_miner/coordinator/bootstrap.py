@@ -1,0 +1,330 @@
+"""The `bootstrap` dialect: bearer tokens, JSON calls below /nodes and /jobs, results as multipart uploads."""
+
+import os
+import re
+import stat
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+from msgspec import Raw, Struct
+from requests_toolbelt import MultipartEncoder
+
+from aitbc_miner.coordinator import (
+    ArtifactChanged,
+    Heartbeat,
+    PulledJob,
+    PullFilters,
+    Unauthorized,
+    UnknownNode,
+    Unreachable,
+)
+from aitbc_miner.coordinator.http import HttpClient, Reply, check, clean, decode
+from aitbc_miner.errors import MinerError
+from aitbc_miner.jobs import Manifest, ManifestError, Outcome, decode_manifest
+
+ENVELOPE = 4096  # room around the manifest in the reply to a pull
+LOG = "logs/exec.log"
+FINAL_THERE = frozenset({404, 409, 410})
+
+_MEDIA_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(; ?[\w.+-]+=[\w.+-]+)*", re.ASCII)
+# A JSON string, a lone quote (a string cut off), punctuation, or anything else up to the next of these.
+_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|"|[{}\[\],:]|[^"{}\[\],:\s]++', re.DOTALL)
+
+
+class BootstrapCoordinator:
+    """A coordinator that speaks `bootstrap`; see `Coordinator` for what each method promises.
+
+    `credential` is the operator's bootstrap token and `source` where it came from, as in `env:MINER_AUTH`.
+    """
+
+    def __init__(
+        self, http: HttpClient, *, node_id: str, credential: str, source: str, max_manifest_kb: int
+    ) -> None:
+        self._http = http
+        self._node_id = node_id
+        self._credential = credential
+        self._source = source
+        self._max_manifest = max_manifest_kb * 1024
+
+    def use_token(self, token: str) -> None:
+        """Use a node token from elsewhere. Raises MinerError if no header can hold it."""
+        self._http.set_token(token)
+
+    def register(self, capabilities: dict[str, Any]) -> str:
+        """POST /nodes/register with the bootstrap token."""
+        doing, used = "register this node", f"the credential from {self._source}"
+        try:
+            bearer = self._http.authorization(self._credential)
+        except MinerError as error:
+            raise Unauthorized(f"cannot {doing}: {used}: {error}; see coordinator.auth_token") from None
+        reply = self._http.call("POST", "/nodes/register", capabilities, doing=doing, headers=bearer)
+        check(reply, doing, f"{used}, coordinator.auth_token", denied=frozenset({401, 403}))
+        body = decode(reply, doing)
+        token = body.get("node_token") if isinstance(body, dict) else None
+        try:
+            self._http.set_token(token if isinstance(token, str) else "")
+        except MinerError as error:
+            raise Unreachable(f"cannot {doing}: garbage reply: no usable node_token in it") from error
+        return str(token)
+
+    def heartbeat(self, report: Heartbeat) -> None:
+        """POST /nodes/heartbeat."""
+        doing = "send a heartbeat"
+        reply = self._http.call("POST", "/nodes/heartbeat", report, doing=doing)
+        if reply.status == 404:
+            raise UnknownNode(f"cannot {doing}: the coordinator does not know node {report.node_id}")
+        self._accepted(reply, doing)
+
+    def pull(self, filters: PullFilters) -> PulledJob | None:
+        """POST /jobs/pull."""
+        doing = "pull a job"
+        reply = self._http.call(
+            "POST",
+            "/jobs/pull",
+            {"node_id": self._node_id, "filters": _filters(filters)},
+            doing=doing,
+            max_bytes=self._max_manifest + ENVELOPE,
+        )
+        check(reply, doing, "the node token")
+        return None if reply.status == 204 else _read_job(reply, self._max_manifest, doing)
+
+    def ack(self, job_id: str) -> None:
+        """POST /jobs/ack, the ids in the body and in the query: there are coordinators that read only one."""
+        doing = f"accept job {clean(job_id, 128)}"
+        ids = {"job_id": job_id, "node_id": self._node_id}
+        key = _key(f"ack:{self._node_id}:{job_id}")
+        reply = self._http.call("POST", "/jobs/ack", ids, doing=doing, params=ids, headers=key)
+        self._accepted(reply, doing, FINAL_THERE)
+
+    def progress(self, job_id: str, pct: float, note: str) -> bool:
+        """POST /jobs/progress. No Idempotency-Key: a remembered reply would hide a later wish to cancel."""
+        doing = f"report the progress of job {clean(job_id, 128)}"
+        payload = {"job_id": job_id, "pct": pct, "note": note}
+        reply = self._http.call("POST", "/jobs/progress", payload, doing=doing)
+        body = self._accepted(reply, doing, FINAL_THERE)
+        return isinstance(body, dict) and body.get("cancel") is True
+
+    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
+        """POST /jobs/result: ids and metadata, then the artifacts, streamed; the log is always one."""
+        doing = f"deliver the result of job {clean(job_id, 128)}"
+        log = _CollectedFile(root, LOG, _log_size(root))
+        files = [("artifact", (LOG, log, "text/plain"))]
+        for artifact in outcome.artifacts:
+            file = _CollectedFile(root, artifact.file, artifact.bytes)
+            media = artifact.type if _MEDIA_TYPE.fullmatch(artifact.type) else "application/octet-stream"
+            files.append(("artifact", (_text(artifact.path), file, media)))
+        fields = [
+            ("job_id", job_id),
+            ("node_id", self._node_id),
+            ("metadata", msgspec.json.encode(_metadata(outcome)).decode()),
+        ]
+        form = MultipartEncoder(fields=[*fields, *files])
+        try:
+            reply = self._http.call("POST", "/jobs/result", form, doing=doing, headers=_key(idempotency_key))
+        finally:
+            for _, (_, file, _) in files:
+                file.close()
+        self._accepted(reply, doing, FINAL_THERE)
+
+    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
+        """POST /jobs/fail."""
+        doing = f"report the failure of job {clean(job_id, 128)}"
+        payload = {
+            "job_id": job_id,
+            "node_id": self._node_id,
+            "error_code": outcome.code,
+            "error_msg": clean(outcome.message, 2000),
+            "logs_ref": LOG,
+            "metrics": {**_measured(outcome), "log_tail": _text(outcome.log.tail[-4096:])},
+        }
+        reply = self._http.call("POST", "/jobs/fail", payload, doing=doing, headers=_key(idempotency_key))
+        self._accepted(reply, doing, FINAL_THERE)
+
+    def _accepted(self, reply: Reply, doing: str, gone: frozenset[int] = frozenset()) -> Any:
+        # A body that is neither empty nor JSON comes from something in between, such as a login page that
+        # answers everything with 200. Taking it for a yes would lose a result.
+        check(reply, doing, "the node token", gone=gone)
+        return decode(reply, doing)
+
+
+def _key(key: str) -> dict[str, str]:
+    # The id of a hostile job may be part of it, and a header holds no line breaks.
+    return {"Idempotency-Key": quote(_text(key), safe=":._-/")}
+
+
+def _text(text: str) -> str:
+    """Return text that UTF-8 can hold: names of files may carry bytes that are no characters."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _filters(filters: PullFilters) -> dict[str, Any]:
+    """Add the free slots' summary, for coordinators that do not look at single slots.
+
+    `free` counts slots by kind; `vram_mb` and `memory_mb` are the most that one job could get.
+    """
+    kinds = [str(slot.get("kind", "")) for slot in filters.slots]
+    return {
+        "slots": filters.slots,
+        "known": filters.known,
+        "free": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
+        "vram_mb": max((slot.get("vram_mb") or 0 for slot in filters.slots), default=0),
+        "memory_mb": max((slot.get("memory_mb") or 0 for slot in filters.slots), default=0),
+        "runners": sorted({runner for slot in filters.slots for runner in slot.get("runners") or ()}),
+    }
+
+
+def _measured(outcome: Outcome) -> dict[str, Any]:
+    return {
+        "exit": outcome.exit,
+        "usage": outcome.usage,
+        "slot": outcome.slot,
+        "timings": outcome.timings,
+        "versions": outcome.versions,
+        "log": {"bytes": outcome.log.bytes, "dropped": outcome.log.dropped},
+        "enforced": outcome.enforced,
+    }
+
+
+def _metadata(outcome: Outcome) -> dict[str, Any]:
+    artifacts = [
+        {"path": _text(one.path), "type": _text(one.type), "bytes": one.bytes, "sha256": one.sha256}
+        for one in outcome.artifacts
+    ]
+    return {**_measured(outcome), "artifacts": artifacts, "result": outcome.result}
+
+
+class _PullReply(Struct):
+    job: Raw = Raw(b"")
+
+
+def _read_job(reply: Reply, bound: int, doing: str) -> PulledJob | None:
+    """Read the reply to a pull: a bad job fails if it can be named, else the pull does."""
+    try:
+        raw = bytes(msgspec.json.decode(reply.body, type=_PullReply).job) if reply.complete else b""
+        if raw == b"null":
+            return None
+        if not reply.complete or len(raw) > bound:
+            return _unreadable(reply, f"it is larger than {bound // 1024} KiB", doing)
+        if not raw:
+            raise Unreachable(f"cannot {doing}: garbage reply: no job in it")
+        manifest: Manifest = decode_manifest(msgspec.json.decode(raw))
+    except RecursionError:
+        return _unreadable(reply, "it is nested too deeply", doing)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return _unreadable(reply, clean(str(error), 100), doing)
+    except ManifestError as error:
+        if error.job_id is None:
+            raise Unreachable(f"cannot {doing}: garbage reply: {clean(str(error), 200)}") from error
+        return PulledJob(raw, error=error)
+    return PulledJob(raw, manifest)
+
+
+def _unreadable(reply: Reply, why: str, doing: str) -> PulledJob:
+    job_id = _find_job_id(reply.body)
+    if job_id is None:
+        raise Unreachable(f"cannot {doing}: garbage reply: {why}")
+    return PulledJob(b"", error=ManifestError(f"cannot read the manifest: {why}", job_id))
+
+
+def _find_job_id(body: bytes) -> str | None:
+    """Find `job.job_id` in JSON that is cut off, too deep or broken further on; None if it is not to be had.
+
+    Goes from token to token with a count of open brackets, so that nothing deep or long in it can hurt, and
+    so that a "job_id" inside the parameters of a job is not taken for its own.
+    """
+    depth, in_job = 0, False
+    before = last = b""
+    for match in _TOKENS.finditer(body):
+        token = match[0]
+        if depth == 0 and token != b"{":
+            return None
+        if token == b'"':
+            return None
+        if token in {b"{", b"["}:
+            depth += 1
+            in_job = in_job or (depth == 2 and token == b"{" and (before, last) == (b'"job"', b":"))
+        elif token in {b"}", b"]"}:
+            depth -= 1
+            in_job = in_job and depth >= 2
+        elif in_job and depth == 2 and (before, last) == (b'"job_id"', b":"):
+            return _string(token)
+        before, last = last, token
+    return None
+
+
+def _string(token: bytes) -> str | None:
+    try:
+        return msgspec.json.decode(token, type=str)[:256] or None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+class _CollectedFile:
+    """A file of the job for the upload: `len` is what is left of it.
+
+    Opened only when its turn comes, so a job of ten thousand artifacts needs one descriptor.
+    """
+
+    def __init__(self, root: Path, file: str, size: int) -> None:
+        self.len = size
+        self._root = root
+        self._file = file
+        self._fd: int | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        """Read up to `size` bytes. Raises ArtifactChanged if the file is not as recorded."""
+        try:
+            if self._fd is None:
+                self._fd = self._open()
+            data = os.read(self._fd, self.len if size < 0 else min(size, self.len))
+        except OSError as error:
+            raise self._changed(error.strerror or str(error)) from error
+        if self.len and size and not data:
+            raise self._changed(f"it is {self.len} bytes shorter than when it was collected")
+        self.len -= len(data)
+        if not self.len:
+            self.close()
+        return data
+
+    def close(self) -> None:
+        """Close the file if it is open."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _open(self) -> int:
+        fd = _open_beneath(self._root, self._file)
+        status = os.fstat(fd)
+        if stat.S_ISREG(status.st_mode) and status.st_size == self.len:
+            return fd
+        os.close(fd)
+        raise self._changed(f"it has {status.st_size} bytes instead of {self.len}, or is no plain file")
+
+    def _changed(self, why: str) -> ArtifactChanged:
+        return ArtifactChanged(f"cannot send {clean(_text(self._file), 200)}: {why}")
+
+
+def _log_size(root: Path) -> int:
+    try:
+        return (root / LOG).lstat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _open_beneath(root: Path, relative: str) -> int:
+    """Open a file below a directory for reading, following no link in any part of the way. Raises OSError."""
+    parts = PurePosixPath(relative).parts
+    if not parts or parts[0] == "/" or ".." in parts:
+        raise OSError(f"{relative!r} is not below the job's directory")
+    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for number, part in enumerate(parts, 1):
+        # O_NONBLOCK: opening a FIFO would wait for a writer for ever.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            inner = os.open(part, flags | (os.O_DIRECTORY if number < len(parts) else 0), dir_fd=fd)
+        finally:
+            os.close(fd)
+        fd = inner
+    return fd

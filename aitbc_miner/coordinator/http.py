@@ -1,0 +1,348 @@
+"""HTTP to a coordinator that may be slow, broken or hostile: everything about a reply is bounded.
+
+`requests` does the talking. Added here are a deadline for a whole reply, a bound on its size, uploads that
+stall rather than time out, and errors an operator can read. No redirect is followed: it would get the token.
+"""
+
+import http.client
+import io
+import re
+import socket
+import ssl
+import threading
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from email.utils import parsedate_to_datetime
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any
+from urllib.parse import urlsplit
+
+import msgspec
+import requests
+import urllib3
+from msgspec import Struct
+from requests.adapters import HTTPAdapter
+from requests_toolbelt import MultipartEncoder
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
+from aitbc_miner.errors import MinerError
+from aitbc_miner.util.clock import now
+
+MAX_REPLY = 64 * 1024
+MAX_RETRY_AFTER_S = 3600.0
+UPLOAD_READ = 1 << 20  # requests' own 16 KiB make an upload several times slower
+UPLOAD_PIECE = 64 * 1024  # what must get through within one time-out: 3 KiB/s at 20 s
+UPLOAD_REPLY_S = 60.0  # the coordinator may want to store what it got before it answers
+
+_TOKEN = re.compile(r"[\x21-\x7e]{1,8192}")
+
+
+class Reply(Struct, frozen=True):
+    """An answer: HTTP status, body, whether that is all of it or cut at the bound, and two headers."""
+
+    status: int
+    body: bytes = b""
+    complete: bool = True
+    retry_after: float | None = None
+    location: str = ""
+
+
+class _DeadlineReader(io.RawIOBase):
+    """Reads a socket until its time-out is used up once: the socket's own starts anew with every byte."""
+
+    def __init__(self, sock: socket.socket, held: io.BufferedReader) -> None:
+        super().__init__()
+        self._sock = sock
+        self._held = held  # its reference keeps the socket open when the connection lets go of it
+        self._deadline = now() + (sock.gettimeout() or 0.0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - now()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+        return self._sock.recv_into(buffer)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._held.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp))
+
+
+class _Http(HTTPConnection):
+    response_class = _Response
+
+    def send(self, data: Any) -> None:
+        """Send in pieces: a socket's time-out is for all of one `sendall`, too little for a slow line."""
+        if not isinstance(data, bytes):
+            super().send(data)
+            return
+        view = memoryview(data)
+        for start in range(0, len(view), UPLOAD_PIECE):
+            super().send(view[start : start + UPLOAD_PIECE])
+
+
+class _Https(_Http, HTTPSConnection):
+    pass
+
+
+class _HttpPool(HTTPConnectionPool):
+    ConnectionCls = _Http
+
+
+class _HttpsPool(HTTPSConnectionPool):
+    ConnectionCls = _Https
+
+
+class _Adapter(HTTPAdapter):
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        super().init_poolmanager(*args, blocksize=UPLOAD_READ, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
+
+
+class HttpClient:
+    """Calls below one base URL, each with a deadline. May be used from several threads.
+
+    `timeout_s` bounds connecting (to each address of the name), sending, and then the whole reply. Looking
+    the name up has the resolver's own time-outs. `verify` is true, false, or a file of CA certificates.
+    `auth_scheme` is `bearer` or `api_key`.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        timeout_s: float,
+        verify: bool | str = True,  # noqa: FBT001, FBT002  # as requests has it
+        user_agent: str = "aitbc-miner",
+        auth_scheme: str = "bearer",
+    ) -> None:
+        self._base_url = base_url.rstrip("/")
+        self._timeout_s = timeout_s
+        self._verify = verify
+        self._user_agent = user_agent
+        self._auth_scheme = auth_scheme
+        self._token: str | None = None
+        self._local = threading.local()
+        self._sessions: weakref.WeakSet[requests.Session] = weakref.WeakSet()
+        self._peer = urlsplit(base_url).netloc.rpartition("@")[2]
+        if verify is False:
+            # The operator decided so; urllib3 would repeat its warning on stderr.
+            urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
+
+    def set_token(self, token: str) -> None:
+        """Send this token with every later call. Raises MinerError if no header can hold it."""
+        self.authorization(token)
+        self._token = token
+
+    def authorization(self, token: str) -> dict[str, str]:
+        """Build the header that carries a token. Raises MinerError if no header can hold it."""
+        if not _TOKEN.fullmatch(token):
+            raise MinerError(
+                "cannot use the token: it is empty, too long, or holds a space, a line break or a character"
+                " beyond ASCII"
+            )
+        if self._auth_scheme == "api_key":
+            return {"X-Api-Key": token}
+        return {"Authorization": f"Bearer {token}"}
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        for session in list(self._sessions):
+            session.close()
+
+    def call(
+        self,
+        method: str,
+        path: str,
+        payload: Any = None,
+        *,
+        doing: str,
+        params: Mapping[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
+        max_bytes: int = MAX_REPLY,
+    ) -> Reply:
+        """Send a JSON value or a MultipartEncoder and read the reply, whatever its status.
+
+        `headers` go before the token's own. Raises Unreachable ("cannot DOING: …") when no reply arrives.
+        """
+        upload = isinstance(payload, MultipartEncoder)
+        sent = {
+            "Content-Type": payload.content_type if upload else "application/json",
+            **(self.authorization(self._token) if self._token else {}),
+            **(headers or {}),
+        }
+        body = payload if upload or payload is None else msgspec.json.encode(payload)
+        try:
+            with self._session().request(
+                method,
+                self._base_url + path,
+                params=params,
+                data=body,
+                headers=sent,
+                timeout=self._timeout(upload=upload),
+                verify=self._verify,
+                allow_redirects=False,
+                stream=True,
+            ) as response:
+                content = response.raw.read(max_bytes + 1, decode_content=False)
+        except (OSError, urllib3.exceptions.HTTPError, http.client.HTTPException) as error:
+            raise Unreachable(f"cannot {doing}: {self._cause(error)}") from error
+        return Reply(
+            response.status_code,
+            content[:max_bytes],
+            len(content) <= max_bytes,
+            retry_after(response.headers),
+            response.headers.get("Location", ""),
+        )
+
+    def _timeout(self, *, upload: bool) -> Any:
+        # requests takes urllib3's own kind of time-out too; its annotations do not say so.
+        if upload:
+            return urllib3.Timeout(connect=self._timeout_s, read=max(self._timeout_s, UPLOAD_REPLY_S))
+        return urllib3.Timeout(total=self._timeout_s)
+
+    def _session(self) -> requests.Session:
+        session: requests.Session | None = getattr(self._local, "session", None)
+        if session is None:
+            session = requests.Session()
+            session.trust_env = False
+            session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+            session.headers.update({"User-Agent": self._user_agent, "Accept-Encoding": "identity"})
+            session.mount("http://", _Adapter())
+            session.mount("https://", _Adapter())
+            self._local.session = session
+            self._sessions.add(session)
+        return session
+
+    def _cause(self, error: BaseException) -> str:
+        """Say in words what went wrong, from the innermost error that says something."""
+        # requests' own errors show the insides of urllib3, so only what they wrap is shown.
+        chain = [one for one in _chain(error) if not isinstance(one, requests.RequestException)] or [error]
+        text, found = next((text, one) for kinds, text in _CAUSES for one in chain if isinstance(one, kinds))
+        return clean(text.format(error=found, peer=self._peer, timeout=self._timeout_s), 300)
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and all that it wraps: as cause, as context, as urllib3's `reason`, as an argument."""
+    todo, seen = [error], set()
+    while todo:
+        found = todo.pop(0)
+        if id(found) in seen:
+            continue
+        seen.add(id(found))
+        yield found
+        inner = (found.__cause__, found.__context__, getattr(found, "reason", None), *found.args)
+        todo.extend(one for one in inner if isinstance(one, BaseException))
+
+
+# The first row that any error of the chain fits is what an operator can do something about.
+_CAUSES: list[tuple[tuple[type[BaseException], ...], str]] = [
+    (
+        (ssl.SSLCertVerificationError,),
+        "the TLS certificate of {peer} is not trusted ({error.verify_message}); see coordinator.ca_file",
+    ),
+    ((ssl.SSLError,), "TLS with {peer} failed ({error.reason})"),
+    ((socket.gaierror,), "the name of {peer} cannot be looked up ({error.strerror})"),
+    ((ConnectionRefusedError,), "connection refused by {peer}"),
+    ((TimeoutError, urllib3.exceptions.TimeoutError), "no complete reply from {peer} within {timeout:g} s"),
+    (
+        (http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),
+        "the reply of {peer} was cut short",
+    ),
+    ((ConnectionError,), "{peer} closed the connection without a reply"),
+    (
+        (http.client.HTTPException, urllib3.exceptions.ProtocolError),
+        "garbage reply from {peer}: it is not HTTP",
+    ),
+    ((OSError,), "{error}"),
+    ((BaseException,), "{error.__class__.__name__} from {peer}"),
+]
+
+
+def clean(text: str, limit: int) -> str:
+    """Make foreign text fit for one line of a log: printable, single spaces, at most `limit` characters."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Read `Retry-After`, seconds or a date, as seconds from now, 0 to an hour; None without a usable one."""
+    value = headers.get("Retry-After", "").strip()
+    if re.fullmatch(r"[0-9]{1,20}", value):
+        return min(float(value), MAX_RETRY_AFTER_S)
+    try:
+        due = parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):
+        return None
+    try:
+        # By the coordinator's own clock where it tells us; ours may be wrong.
+        current = parsedate_to_datetime(headers.get("Date", "")).timestamp()
+    except (ValueError, OverflowError):
+        current = time.time()
+    return min(max(due - current, 0.0), MAX_RETRY_AFTER_S)
+
+
+def decode(reply: Reply, doing: str) -> Any:
+    """Decode a JSON body; None if it is empty. Raises Unreachable for garbage."""
+    if not reply.complete:
+        raise Unreachable(f"cannot {doing}: garbage reply: larger than {len(reply.body) // 1024} KiB")
+    try:
+        return msgspec.json.decode(reply.body) if reply.body else None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Unreachable(f"cannot {doing}: garbage reply: {clean(str(error), 100)}") from error
+
+
+def check(
+    reply: Reply,
+    doing: str,
+    credential: str,
+    *,
+    gone: frozenset[int] = frozenset(),
+    denied: frozenset[int] = frozenset({401}),
+) -> None:
+    """Raise what the status means; 2xx passes.
+
+    `credential` says which one was used; `gone` and `denied` are the statuses for Gone and Unauthorized.
+    """
+    status, said = reply.status, _said(reply)
+    if 200 <= status < 300:
+        return
+    if 300 <= status < 400:
+        raise Unreachable(
+            f"cannot {doing}: the coordinator answered {status}, a redirect to"
+            f" {clean(reply.location.partition('?')[0], 120) or 'nowhere'}, which is not followed;"
+            " set coordinator.base_url to the final address"
+        )
+    if status in gone:
+        raise Gone(f"cannot {doing}: the job is not ours any more ({said})", status)
+    if status in denied:
+        raise Unauthorized(f"cannot {doing}: the coordinator does not accept {credential} ({said})")
+    if status in {429, 503}:
+        wait = "" if reply.retry_after is None else f"; it asks to wait {reply.retry_after:.0f} s"
+        raise Busy(f"cannot {doing}: the coordinator is busy ({said}){wait}", reply.retry_after)
+    if status in {408, 425} or not 400 <= status < 500:
+        raise CoordinatorError(f"cannot {doing}: the coordinator answered {said}")
+    raise Refused(f"cannot {doing}: the coordinator refuses it ({said})", status)
+
+
+def _said(reply: Reply) -> str:
+    """Return the status and, shortened, what an error body says in `error.message` or in `detail`."""
+    try:
+        body = msgspec.json.decode(reply.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return str(reply.status)
+    error = body.get("error", body.get("detail")) if isinstance(body, dict) else None
+    message = error.get("message") if isinstance(error, dict) else error
+    return f"{reply.status}: {clean(message, 200)}" if isinstance(message, str) else str(reply.status)

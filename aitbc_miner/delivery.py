@@ -1,0 +1,139 @@
+"""Handing a job's outcome to the coordinator, again and again, until it has been accepted.
+
+The outcome is on disk before the first try and stays there; what is kept in memory here is only when to try
+next, and it is made anew from the disk at every start.
+"""
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aitbc_miner.coordinator import ArtifactChanged, Coordinator, Gone, Refused
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.jobs import FINAL, Outcome, State
+from aitbc_miner.records import JobDir, Records
+from aitbc_miner.util.backoff import Backoff
+
+
+class Delivered(Struct, frozen=True):
+    """A report that is settled: `how` is `accepted`, `superseded` or `refused`."""
+
+    job_id: str
+    outcome: Outcome
+    how: str
+
+
+def deliver(records: Records, coordinator: Coordinator, node_id: str, job_id: str) -> Delivered:
+    """Send one job's report and record that it was accepted.
+
+    The key is the same for every try of the same report, so that a coordinator can tell a repetition.
+
+    Raises:
+        CoordinatorError: not accepted now; try again.
+        RecordError, OSError: the record cannot be read or written.
+    """
+    with records.open(job_id) as job:
+        outcome = job.outcome()
+        if outcome is None:
+            outcome = declare_lost(job, "its record has no outcome")
+        if job.state().state not in FINAL | {State.UPLOADING}:
+            job.move(State.UPLOADING)
+        how = "accepted"
+        try:
+            _send(coordinator, node_id, job, outcome)
+        except Gone:
+            # Already final there, or given to somebody else: nothing is left to say about it.
+            how = "superseded"
+        except (Refused, ArtifactChanged) as error:
+            outcome, how = _send_refusal(coordinator, node_id, job, outcome, error)
+        if job.state().state not in FINAL:
+            job.move(State.DONE if outcome.ok else State.FAILED, delivery=how)
+    return Delivered(job_id, outcome, how)
+
+
+def _send(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome) -> None:
+    if outcome.ok:
+        coordinator.result(job.job_id, outcome, job.path, f"result:{node_id}:{job.job_id}")
+    else:
+        coordinator.fail(job.job_id, outcome, f"fail:{node_id}:{job.job_id}")
+
+
+def _send_refusal(
+    coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome, error: Refused | ArtifactChanged
+) -> tuple[Outcome, str]:
+    """Say that the result could not be handed over, where the coordinator will never take it as it is."""
+    if not outcome.ok:
+        return outcome, "refused"
+    failed = replace(outcome, code=ErrorCode.E_UPLOAD, message=str(error))
+    job.write_outcome(failed)
+    try:
+        _send(coordinator, node_id, job, failed)
+    except Gone:
+        return failed, "superseded"
+    except Refused:
+        return failed, "refused"
+    return failed, "accepted"
+
+
+def declare_lost(job: JobDir, why: str) -> Outcome:
+    """Write the outcome of a job that nobody works on any more and that has none."""
+    outcome = Outcome(
+        job_id=job.job_id, code=ErrorCode.E_LOST, message=f"the job was lost: {why}", slot=job.state().slot
+    )
+    job.write_outcome(outcome)
+    return outcome
+
+
+class Schedule:
+    """Which reports wait, and until when. Pure: the times are given."""
+
+    def __init__(self, min_s: float, max_s: float) -> None:
+        self._bounds = (min_s, max_s)
+        self._due: dict[str, float] = {}
+        self._backoffs: dict[str, Backoff] = {}
+        self._running: set[str] = set()
+
+    def __len__(self) -> int:
+        return len(self._backoffs)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._backoffs
+
+    def add(self, job_id: str, now: float) -> None:
+        """Have this job's report sent now; adding it again changes nothing."""
+        if job_id not in self._backoffs:
+            self._backoffs[job_id] = Backoff(*self._bounds)
+            self._due[job_id] = now
+
+    def start_due(self, now: float, room: int) -> list[str]:
+        """Take what is due, at most `room` of it."""
+        due = sorted((at, job_id) for job_id, at in self._due.items() if at <= now)[: max(0, room)]
+        for _, job_id in due:
+            del self._due[job_id]
+            self._running.add(job_id)
+        return [job_id for _, job_id in due]
+
+    def succeeded(self, job_id: str, now: float) -> None:
+        """Forget this one; and since the coordinator answers, let the others not wait any longer."""
+        self._running.discard(job_id)
+        self._backoffs.pop(job_id, None)
+        self.hurry(now)
+
+    def failed(self, job_id: str, now: float, retry_after: float | None = None) -> float:
+        """Try this one again later; gives the pause in seconds."""
+        self._running.discard(job_id)
+        pause = max(self._backoffs[job_id].next(), retry_after or 0.0)
+        self._due[job_id] = now + pause
+        return pause
+
+    def hurry(self, now: float) -> None:
+        """Make all that waits due now."""
+        self._due = {job_id: min(at, now) for job_id, at in self._due.items()}
+
+    @property
+    def running(self) -> int:
+        """How many are being sent."""
+        return len(self._running)
+
+    def next_due(self) -> float | None:
+        """When the next one is due."""
+        return min(self._due.values(), default=None)

@@ -1,0 +1,213 @@
+"""Looking after one running job: its output, its reports, its time, and the wish to end it.
+
+The worker waits here. Whatever happens first is dealt with: the program ends, prints, reports, runs out of
+time, is cancelled, or the supervisor goes away, which changes nothing for the job.
+"""
+
+import os
+import select
+import signal
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from aitbc_miner.channel import Channel, ChannelError
+from aitbc_miner.joblog import JobLog
+from aitbc_miner.jobs import ExitStatus
+from aitbc_miner.messages import CancelJob, JobProgress, Stop, ToWorker
+from aitbc_miner.spawn import Job
+from aitbc_miner.task import Progress, Report, ReportReader
+from aitbc_miner.util import clock
+
+READ_AT_ONCE = 1 << 16
+
+
+class Delays(Struct, frozen=True):
+    """Seconds: from SIGTERM to SIGKILL, and how long killing and reading the rest of the output may take."""
+
+    term_grace: float = 5.0
+    kill: float = 10.0
+    drain: float = 2.0
+
+
+class Ending(Struct, frozen=True):
+    """How it went: the exit, why we ended it if we did, whether anything survived, and what it reported."""
+
+    exit: ExitStatus
+    clean: bool
+    reports: list[Report]
+
+
+class Supervision:
+    """What ties a worker to its supervisor while a job runs; `stopping` outlives the job."""
+
+    def __init__(self, channel: Channel[ToWorker]) -> None:
+        self._channel = channel
+        self.connected = True
+        self.stopping = False
+        self.cancelled: dict[str, CancelJob] = {}
+        # Set by SIGTERM: how a supervisor that has no channel to us says cancel.
+        self.terminated = False
+        self.woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def fileno(self) -> int:
+        """Give the descriptor to wait on."""
+        return self._channel.fileno()
+
+    def send(self, message: object) -> None:
+        """Tell the supervisor; when it is gone, the job's directory tells the next one."""
+        if not self.connected:
+            return
+        try:
+            self._channel.send(message)
+        except ChannelError:
+            self.connected = False
+
+    def take(self) -> list[ToWorker]:
+        """Receive, and note what concerns a running job."""
+        try:
+            messages = self._channel.receive()
+        except ChannelError:
+            self.connected = False
+            return []
+        for message in messages:
+            if isinstance(message, CancelJob):
+                self.cancelled[message.job_id] = message
+            elif isinstance(message, Stop):
+                self.stopping = True
+        return messages
+
+    def wait(self) -> list[ToWorker]:
+        """Wait for messages, or for SIGTERM, while there is no job."""
+        ready, _, _ = select.select([self.fileno(), self.woken], [], [])
+        return self.take() if self.fileno() in ready else []
+
+    def listen_for_sigterm(self) -> None:
+        """Let SIGTERM be noted and end the wait; a handler does no more than that."""
+
+        def note(_signal: int, _frame: object) -> None:
+            self.terminated = True
+
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, note)
+
+
+class Execution:
+    """One job from its start until nothing of it is alive."""
+
+    def __init__(
+        self,
+        job: Job,
+        job_id: str,
+        supervision: Supervision,
+        log: JobLog,
+        *,
+        deadline: float | None,
+        delays: Delays,
+    ) -> None:
+        self._job = job
+        self._job_id = job_id
+        self._supervision = supervision
+        self._log = log
+        self._deadline = deadline
+        self._delays = delays
+        self._killed_for: str | None = None
+        self._kill_at: float | None = None
+        self._poll = select.poll()
+        self._sources: dict[int, Callable[[], bool]] = {}
+        self._pipes: set[int] = set()
+        self._reader = ReportReader()
+        self._reports: list[Report] = []
+
+    def run(self, log_pipe: int, report_pipe: int | None) -> Ending:
+        """Wait for the end. Closes neither pipe."""
+        self._pipes = {log_pipe} if report_pipe is None else {log_pipe, report_pipe}
+        self._watch(log_pipe, lambda: self._pump(log_pipe))
+        if report_pipe is not None:
+            self._watch(report_pipe, lambda: self._read_reports(report_pipe))
+        self._watch(self._job.pidfd, lambda: True)
+        self._watch(self._supervision.woken, self._woken)
+        if self._supervision.connected:
+            self._watch(self._supervision.fileno(), self._obey)
+        while (ended := self._job.poll()) is None:
+            self._turn(self._time_left())
+            self._enforce()
+        # The program is gone; what it left in the background is not part of the job any more.
+        clean = self._job.kill_all(self._delays.kill)
+        self._drain()
+        self._reports += self._reader.finish()
+        return Ending(
+            ExitStatus(ended.status, ended.signal, self._killed_for or ended.killed_for), clean, self._reports
+        )
+
+    def _turn(self, timeout_s: float | None) -> bool:
+        ready = self._poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+        for fd, _ in ready:
+            if not self._sources[fd]():
+                self._unwatch(fd)
+        return bool(ready)
+
+    def _watch(self, fd: int, read: Callable[[], bool]) -> None:
+        self._sources[fd] = read
+        self._poll.register(fd, select.POLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        self._poll.unregister(fd)
+        del self._sources[fd]
+
+    def _time_left(self) -> float | None:
+        times = [at for at in (self._deadline, self._kill_at) if at is not None]
+        return min(times) - clock.now() if times else None
+
+    def _enforce(self) -> None:
+        now = clock.now()
+        if self._killed_for is None:
+            if self._deadline is not None and now >= self._deadline:
+                self._end("timeout")
+            elif self._job_id in self._supervision.cancelled:
+                self._end(self._supervision.cancelled[self._job_id].why)
+            elif self._supervision.terminated:
+                self._end("cancel")
+            elif self._log.disk_full:
+                self._end("disk")
+        elif self._kill_at is not None and now >= self._kill_at:
+            self._kill_at = None
+            self._job.kill_all(self._delays.kill)
+
+    def _end(self, why: str) -> None:
+        self._killed_for = why
+        # A deadline in the past would keep the wait from waiting.
+        self._deadline = None
+        self._kill_at = clock.now() + self._delays.term_grace
+        self._job.terminate()
+
+    def _pump(self, pipe: int) -> bool:
+        data = os.read(pipe, READ_AT_ONCE)
+        if data:
+            self._log.write(data)
+        return bool(data)
+
+    def _read_reports(self, pipe: int) -> bool:
+        data = os.read(pipe, READ_AT_ONCE)
+        for report in self._reader.feed(data):
+            if isinstance(report, Progress):
+                self._supervision.send(JobProgress(self._job_id, report.pct, report.note))
+            else:
+                self._reports.append(report)
+        return bool(data)
+
+    def _obey(self) -> bool:
+        self._supervision.take()
+        return self._supervision.connected
+
+    def _woken(self) -> bool:
+        os.read(self._supervision.woken, READ_AT_ONCE)
+        return True
+
+    def _drain(self) -> None:
+        """Read what is still in the pipes; all writers are dead, so this ends by itself."""
+        for fd in set(self._sources) - self._pipes:
+            self._unwatch(fd)
+        deadline = clock.now() + self._delays.drain
+        while self._sources and clock.now() < deadline and self._turn(deadline - clock.now()):
+            pass

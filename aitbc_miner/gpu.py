@@ -1,0 +1,383 @@
+"""The machine's NVIDIA GPUs, asked through NVML without ever trusting it to answer.
+
+A call into NVML can hang in the driver for ever, and then not even SIGKILL ends the caller. So it is made in
+a child process only (`serve`); `GpuReader` waits for that with a deadline and leaves it behind if it must.
+"""
+
+import contextlib
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from aitbc_miner.errors import MinerError
+from aitbc_miner.util import clock
+
+MAX_REPLY_BYTES = 4 * 2**20
+NO_LIBRARY = "no NVIDIA library (libnvidia-ml.so.1): GPU slots are not possible; install nvidia-driver"
+
+
+class MigInstance(Struct, frozen=True):
+    """A part of a GPU that can be rented by itself; video memory in MiB."""
+
+    uuid: str
+    name: str
+    vram_mb: int
+
+
+class GpuInfo(Struct, frozen=True):
+    """What does not change about a GPU while the driver is loaded. With an `error`, only `index` is certain.
+
+    `vram_mb` is in MiB, 0 where the GPU has none of its own; `cuda` is the newest version that the driver
+    supports; `pci_bus_id` is written as in sysfs (0000:01:00.0).
+    """
+
+    index: int
+    vendor: str = "nvidia"
+    name: str = ""
+    uuid: str = ""
+    vram_mb: int = 0
+    driver: str = ""
+    cuda: str = ""
+    compute_capability: str | None = None
+    mig: list[MigInstance] = []
+    mig_enabled: bool = False
+    pci_bus_id: str = ""
+    numa_node: int | None = None
+    error: str | None = None
+
+
+class GpuUsage(Struct, frozen=True):
+    """What a GPU or MIG instance does now; None for what it does not tell. MiB, percent, Celsius, watts."""
+
+    uuid: str
+    vram_used_mb: int = 0
+    vram_total_mb: int = 0
+    utilisation_pct: int | None = None
+    temperature_c: int | None = None
+    power_w: float | None = None
+    error: str | None = None
+
+
+class GpuList(Struct, frozen=True):
+    """The GPUs, or why they are not known; `missing` means that there is no NVIDIA library, so no fault."""
+
+    gpus: list[GpuInfo] = []
+    error: str | None = None
+    missing: bool = False
+
+
+class _Reply(Struct, frozen=True):
+    """One line from the child. With an `error` the child is of no more use."""
+
+    gpus: list[GpuInfo] = []
+    usage: list[GpuUsage] = []
+    error: str | None = None
+    missing: bool = False
+
+
+# ---- the child ---------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Answer requests (`list` or `usage`, one a line on stdin) with a JSON line each, until stdin ends."""
+    # Whatever the driver's library prints must not end up between our replies.
+    with os.fdopen(os.dup(1), "wb", buffering=0) as replies:
+        os.dup2(2, 1)
+        nvml = _Nvml()
+        failed = nvml.start()
+        for line in sys.stdin:
+            reply = failed or nvml.answer(line.strip())
+            replies.write(msgspec.json.encode(reply) + b"\n")
+            if reply.error:
+                return
+
+
+class _Nvml:
+    """The questions to NVML. Only `serve` may make one: each call here may never return."""
+
+    def __init__(self) -> None:
+        import pynvml  # noqa: PLC0415  # has no business in the process that asks us
+
+        self._nvml = pynvml
+        self._error: type[Exception] = pynvml.NVMLError
+
+    def start(self) -> _Reply | None:
+        """Load and start NVML; return what to tell if that fails."""
+        try:
+            self._nvml.nvmlInit()
+        except self._nvml.NVMLError_LibraryNotFound:
+            return _Reply(error=NO_LIBRARY, missing=True)
+        except self._error as error:
+            return _Reply(error=f"cannot start NVML: {error}; see nvidia-smi and dmesg")
+        return None
+
+    def answer(self, request: str) -> _Reply:
+        """Ask every GPU; what is wrong with one of them is in its own entry."""
+        try:
+            indexes = range(self._nvml.nvmlDeviceGetCount())
+            if request == "list":
+                driver, cuda = str(self._nvml.nvmlSystemGetDriverVersion()), self._cuda_version()
+                return _Reply(gpus=[self._info(index, driver, cuda) for index in indexes])
+            return _Reply(usage=[entry for index in indexes for entry in self._usages(index)])
+        except self._error as error:
+            return _Reply(error=f"cannot find the GPUs: {error}; see nvidia-smi and dmesg")
+
+    def _cuda_version(self) -> str:
+        number = int(self._optional(self._nvml.nvmlSystemGetCudaDriverVersion_v2) or 0)
+        return f"{number // 1000}.{number % 1000 // 10}" if number else ""
+
+    def _info(self, index: int, driver: str, cuda: str) -> GpuInfo:
+        nvml = self._nvml
+        try:
+            gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+            pci = nvml.nvmlDeviceGetPciInfo(gpu)
+            capability = self._optional(nvml.nvmlDeviceGetCudaComputeCapability, gpu)
+            parts = self._mig_handles(gpu)
+            return GpuInfo(
+                index=index,
+                name=str(nvml.nvmlDeviceGetName(gpu)),
+                uuid=str(nvml.nvmlDeviceGetUUID(gpu)),
+                vram_mb=self._vram(gpu)[1],
+                driver=driver,
+                cuda=cuda,
+                compute_capability=f"{capability[0]}.{capability[1]}" if capability else None,
+                mig=[self._mig_info(part) for part in parts or []],
+                mig_enabled=parts is not None,
+                pci_bus_id=f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0",
+            )
+        except (self._error, UnicodeDecodeError) as error:
+            return GpuInfo(index=index, driver=driver, cuda=cuda, error=_gpu_error(index, error))
+
+    def _mig_info(self, part: Any) -> MigInstance:
+        name, uuid = self._nvml.nvmlDeviceGetName(part), self._nvml.nvmlDeviceGetUUID(part)
+        return MigInstance(str(uuid), str(name), self._vram(part)[1])
+
+    def _usages(self, index: int) -> list[GpuUsage]:
+        """Return the usage of a GPU, then of each of its MIG instances, which tell their memory only."""
+        nvml, uuid = self._nvml, ""
+        try:
+            gpu = nvml.nvmlDeviceGetHandleByIndex(index)
+            uuid = str(nvml.nvmlDeviceGetUUID(gpu))
+            rates = self._optional(nvml.nvmlDeviceGetUtilizationRates, gpu)
+            milliwatts = self._optional(nvml.nvmlDeviceGetPowerUsage, gpu)
+            whole = GpuUsage(
+                uuid,
+                *self._vram(gpu),
+                utilisation_pct=None if rates is None else int(rates.gpu),
+                temperature_c=self._optional(nvml.nvmlDeviceGetTemperature, gpu, nvml.NVML_TEMPERATURE_GPU),
+                power_w=None if milliwatts is None else milliwatts / 1000,
+            )
+            parts = self._mig_handles(gpu) or []
+            return [
+                whole,
+                *(GpuUsage(str(nvml.nvmlDeviceGetUUID(part)), *self._vram(part)) for part in parts),
+            ]
+        except (self._error, UnicodeDecodeError) as error:
+            return [GpuUsage(uuid, error=_gpu_error(index, error))]
+
+    def _vram(self, handle: Any) -> tuple[int, int]:
+        """Return used and total video memory in MiB."""
+        memory = self._optional(self._nvml.nvmlDeviceGetMemoryInfo, handle)
+        return (int(memory.used) >> 20, int(memory.total) >> 20) if memory else (0, 0)
+
+    def _mig_handles(self, gpu: Any) -> list[Any] | None:
+        """Return the handles of the GPU's MIG instances, or None where MIG is off."""
+        mode = self._optional(self._nvml.nvmlDeviceGetMigMode, gpu)
+        if mode is None or mode[0] == 0:
+            return None
+        handles = []
+        for place in range(self._nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
+            # The places are numbered with gaps: an instance keeps its place when another one is destroyed.
+            with contextlib.suppress(self._nvml.NVMLError_NotFound):
+                handles.append(self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, place))
+        return handles
+
+    def _optional(self, call: Callable[..., Any], *args: object) -> Any:
+        """Return what the call says, or None where this GPU, driver or user has no such thing to tell."""
+        nvml = self._nvml
+        absent = (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission)
+        try:
+            return call(*args)
+        except absent:
+            return None
+
+
+def _gpu_error(index: int, error: Exception) -> str:
+    return f"cannot read GPU {index}: {error}; see nvidia-smi and dmesg"
+
+
+# ---- the parent --------------------------------------------------------------------------------------------
+
+Usages: TypeAlias = list[GpuUsage]  # GpuReader has a method called `list`
+
+
+class GpuReader:
+    """Asks for the GPUs in a child process that may hang, break or talk nonsense. For one thread at a time.
+
+    After a failure the child is ended and no new one is started for `pause_s`, doubled at each further
+    failure up to `max_pause_s` (at once where there is no NVIDIA library); calls in that time repeat the
+    error.
+    `environ` is where PATH and LD_LIBRARY_PATH are taken from, the only variables that the child gets.
+    """
+
+    def __init__(
+        self,
+        *,
+        environ: Mapping[str, str] | None = None,
+        sysfs: Path = Path("/sys"),
+        pause_s: float = 5.0,
+        max_pause_s: float = 300.0,
+        command: Sequence[str] | None = None,
+    ) -> None:
+        source = os.environ if environ is None else environ
+        self._environ = {name: source[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in source}
+        self._command = command or _child_command()
+        self._sysfs = sysfs
+        self._first_pause_s, self._max_pause_s = pause_s, max_pause_s
+        self._pause_s = 0.0
+        self._not_before = 0.0
+        self._failure = _Reply()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._ended: subprocess.Popen[bytes] | None = None
+        self._uuids: Sequence[str] = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def list(self, deadline_s: float = 5.0) -> GpuList:
+        """Return the GPUs within about `deadline_s`. Raises nothing: what went wrong is in `error`."""
+        reply = self._ask("list", deadline_s)
+        if reply.error:
+            return GpuList(error=reply.error, missing=reply.missing)
+        gpus = [
+            msgspec.structs.replace(info, numa_node=_numa_node(self._sysfs, info.pci_bus_id))
+            for info in reply.gpus
+        ]
+        uuids = [uuid for info in gpus for uuid in (info.uuid, *(part.uuid for part in info.mig))]
+        self._uuids = [uuid for uuid in uuids if uuid]
+        return GpuList(gpus)
+
+    def usage(self, deadline_s: float = 2.0) -> Usages:
+        """Return the usage of each GPU and MIG instance within about `deadline_s`.
+
+        Raises nothing: when NVML fails, each one that `list` last found has an entry with the error.
+        """
+        reply = self._ask("usage", deadline_s)
+        return [GpuUsage(uuid, error=reply.error) for uuid in self._uuids] if reply.error else reply.usage
+
+    def close(self) -> None:
+        """End the child; one that cannot be ended is left behind."""
+        self._end_child()
+        if self._ended:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._ended.wait(1.0)
+
+    def _ask(self, request: str, deadline_s: float) -> _Reply:
+        deadline = clock.now() + deadline_s
+        if clock.now() < self._not_before:
+            return self._failure
+        try:
+            self._child = self._child or self._start_child()
+            reply = _exchange(self._child, request, deadline)
+        except (MinerError, OSError) as error:
+            reply = _Reply(error=f"cannot ask NVML: {error}")
+        if reply.error:
+            self._fail(reply)
+        else:
+            self._pause_s = 0.0
+        return reply
+
+    def _start_child(self) -> subprocess.Popen[bytes]:
+        # A process that hangs in the driver outlives SIGKILL. One is enough: the next would hang as well.
+        if self._ended and self._ended.poll() is None:
+            raise MinerError(f"process {self._ended.pid} still hangs in the driver; reload it or reboot")
+        # The child may stay behind, so it must not hold our stderr: whoever reads that waits for its end.
+        return subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            bufsize=0,
+            cwd="/",
+            env=self._environ,
+            start_new_session=True,
+        )
+
+    def _fail(self, reply: _Reply) -> None:
+        self._end_child()
+        doubled = min(max(self._first_pause_s, self._pause_s * 2), self._max_pause_s)
+        self._pause_s = self._max_pause_s if reply.missing else doubled
+        self._not_before = clock.now() + self._pause_s
+        self._failure = reply
+
+    def _end_child(self) -> None:
+        """Kill the child without waiting for it; it is reaped before the next one starts."""
+        if child := self._child:
+            child.kill()
+            for pipe in (child.stdin, child.stdout):
+                if pipe:
+                    pipe.close()
+            self._child, self._ended = None, child
+
+
+def _child_command() -> Sequence[str]:
+    # Isolated (-I), so that neither the environment nor the current directory can slip a module in; the place
+    # of our own package is then unknown unless it is installed.
+    start = "import sys; sys.path.append(sys.argv[1]); from aitbc_miner.gpu import serve; serve()"
+    return [sys.executable, "-I", "-c", start, str(Path(__file__).resolve().parents[1])]
+
+
+def _exchange(child: subprocess.Popen[bytes], request: str, deadline: float) -> _Reply:
+    """Send one request and return its reply.
+
+    Raises:
+        MinerError: no reply in time, or something that is none.
+        OSError: the child has closed its end.
+    """
+    if child.stdin is None or child.stdout is None:
+        raise MinerError("its process was started without pipes")
+    child.stdin.write(request.encode() + b"\n")
+    line = _read_line(child.stdout.fileno(), deadline)
+    try:
+        return msgspec.json.decode(line, type=_Reply)
+    except msgspec.DecodeError as error:
+        raise MinerError(f"its process answered {line[:60]!r}: {error}") from error
+
+
+def _read_line(source: int, deadline: float) -> bytes:
+    poll = select.poll()
+    poll.register(source, select.POLLIN)
+    received = b""
+    while not received.endswith(b"\n"):
+        left = deadline - clock.now()
+        if left <= 0 or not poll.poll(left * 1000):
+            raise MinerError("no answer in time; the driver hangs, or the machine is very busy")
+        chunk = os.read(source, 65536)
+        received += chunk
+        if not chunk:
+            raise MinerError(f"its process ended after {received[:60]!r}; see dmesg")
+        if len(received) > MAX_REPLY_BYTES:
+            raise MinerError(f"its process answered more than {MAX_REPLY_BYTES} bytes")
+    return received
+
+
+def _numa_node(sysfs: Path, pci_bus_id: str) -> int | None:
+    try:
+        node = int((sysfs / "bus/pci/devices" / pci_bus_id / "numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None  # -1: the firmware does not say
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,359 @@
+"""The heartbeat process: registers the node, sends its heartbeats, serves /healthz and /metrics.
+
+It holds the node token and hands it to the agent over a line of their own.
+"""
+
+import math
+import os
+import random
+import select
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import psutil
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aitbc_miner.channel import Channel, ChannelError
+from aitbc_miner.config import Config
+from aitbc_miner.coordinator import Busy, CoordinatorError, Heartbeat, Unauthorized, UnknownNode, Unreachable
+from aitbc_miner.credentials import CredentialError
+from aitbc_miner.errors import MinerError
+from aitbc_miner.gpu import GpuReader
+from aitbc_miner.messages import (
+    CoordinatorView,
+    Inventory,
+    JobDone,
+    NodeToken,
+    NodeView,
+    PrivateLine,
+    Slots,
+    SlotView,
+    Stop,
+    ToHeartbeat,
+    TokenWanted,
+)
+from aitbc_miner.probe import SlotCapability, capabilities, probe_machine
+from aitbc_miner.registration import Registration, RegistrationError, connector, digest
+from aitbc_miner.sampling import GpuWatch, Sampler, Use, inventory
+from aitbc_miner.slot import SlotState
+from aitbc_miner.telemetry import Metrics, Snapshot, pages
+from aitbc_miner.util import clock
+from aitbc_miner.util.backoff import Backoff, Schedule
+from aitbc_miner.util.httpd import PageServer
+from aitbc_miner.util.log import events
+
+log = events("heartbeat")
+
+UNSETTLED = frozenset({SlotState.STOPPED, SlotState.STARTING})
+
+
+class Timing(Struct, frozen=True):
+    """The delays that are not configured, in seconds.
+
+    slots_wait: how long the first registration waits for the slots to be set up. settle: how long a change of
+    the slots may go on before it is told. sample: between two looks at what the slots use.
+    """
+
+    slots_wait: float = 10.0
+    settle: float = 1.0
+    sample: float = 5.0
+
+
+class HeartbeatProcess:
+    """The loop and what it knows. What blocks in it are HTTP calls only, and they have their time-out."""
+
+    def __init__(
+        self,
+        channel: Channel[ToHeartbeat],
+        line: Channel[PrivateLine],
+        config: Config,
+        registration: Registration,
+        metrics: Metrics,
+        gpus: GpuWatch,
+        timing: Timing,
+    ) -> None:
+        self._channel, self._line, self._config = channel, line, config
+        self._registration, self._metrics, self._gpus, self._timing = registration, metrics, gpus, timing
+        self._started = clock.now()
+        rng = random.Random()  # noqa: S311  # spreads load, protects nothing
+        beat, pause = config.heartbeat, config.heartbeat.backoff
+        backoff = Backoff(pause.min_s, pause.max_s, rng)
+        self._schedule = Schedule(beat.interval_s, beat.jitter_pct, backoff, rng, self._started)
+        self._sampler = Sampler()
+        self._sample_due = self._started
+        self._inventory: Inventory | None = None
+        self._view: CoordinatorView | None = None
+        self._stopping = False
+
+    def run(self) -> None:
+        """Go on until the supervisor says Stop.
+
+        Raises:
+            ChannelError: the supervisor, or the agent at the other end of the line, is gone.
+        """
+        while not self._stopping:
+            now = clock.now()
+            if now >= self._sample_due:
+                self._sample(now)
+            due = self._schedule.due
+            if not self._may_register():
+                due = max(due, self._started + self._timing.slots_wait)
+            if now >= due:
+                self._beat()
+            # Between two beats, however close, what has come in is looked at.
+            self._wait(min(due, self._sample_due) - clock.now())
+
+    # --- what comes in -------------------------------------------------------------------------------------
+
+    def _wait(self, timeout_s: float) -> None:
+        ends = {end.fileno(): end for end in (self._channel, self._line)}
+        poller = select.poll()
+        for fileno, end in ends.items():
+            poller.register(fileno, select.POLLIN | (select.POLLOUT if end.has_unsent else 0))
+        for fileno, events_ready in poller.poll(math.ceil(max(0.0, timeout_s) * 1000)):
+            if events_ready & select.POLLOUT:
+                ends[fileno].flush()
+            if events_ready & ~select.POLLOUT:
+                for message in ends[fileno].receive():
+                    self._take(message)
+
+    def _take(self, message: ToHeartbeat | PrivateLine) -> None:
+        match message:
+            case Slots(slots=slots, queued=queued, accepting=accepting):
+                self._show(slots=tuple(slots), queued=len(queued), accepting=accepting)
+                if self._registration.token and self._stale():
+                    self._schedule.hurry(clock.now() + self._timing.settle)
+            case JobDone():
+                self._metrics.count_job(message.code, message.timings)
+            case NodeView():
+                self._show(node=message)
+            case TokenWanted():
+                self._give_token(message.refused)
+            case Stop():
+                self._stopping = True
+
+    def _give_token(self, refused: str | None) -> None:
+        token = self._registration.token
+        if token is None:
+            return  # it goes out as soon as there is one
+        if refused == digest(token):
+            log.warning("token-refused", of="agent")
+            self._registration.token = None
+            # A coordinator that refuses every token it gives must not make us ask for ever more of them.
+            pause_s = self._config.heartbeat.backoff.min_s
+            self._schedule.hurry(max(clock.now(), self._registration.at + pause_s))
+        else:
+            self._line.send(NodeToken(token))
+
+    # --- what goes out -------------------------------------------------------------------------------------
+
+    def _show(self, **changes: Any) -> None:
+        self._metrics.snapshot = replace(self._metrics.snapshot, **changes)
+
+    def _sample(self, now: float) -> None:
+        self._sample_due = now + self._timing.sample
+        slots, found = self._metrics.snapshot.slots, self._gpus.found
+        self._show(
+            uses=self._sampler.sample(slots),
+            gpu_uses={view.offer.name: use for view in slots if (use := self._gpus.use_of(view.gpu))},
+            gpu_error=None if found.missing else found.error,
+        )
+        if (seen := inventory(found)) != self._inventory:
+            self._channel.send(seen)
+            self._inventory, self._registration.told = seen, None
+
+    def _settled(self) -> bool:
+        slots = self._metrics.snapshot.slots
+        return bool(slots) and all(view.state not in UNSETTLED for view in slots)
+
+    def _may_register(self) -> bool:
+        return self._registration.at > -math.inf or self._settled()
+
+    def _stale(self) -> bool:
+        """Whether the coordinator was told of other slots or GPUs than there are now."""
+        return self._settled() and self._registration.told != _told_of(self._metrics.snapshot.slots)
+
+    def _beat(self) -> None:
+        """Send a heartbeat, registering before if need be, and settle when the next one is due."""
+        longest_s = self._config.heartbeat.backoff.max_s
+        error: MinerError | None = None
+        try:
+            self._try_beat()
+        except RegistrationError as caught:
+            error = caught
+            self._schedule.failed(clock.now(), longest_s)
+        except CoordinatorError as caught:
+            error = caught
+            asked_s = caught.retry_after if isinstance(caught, Busy) else None
+            self._schedule.failed(clock.now(), asked_s or 0.0)
+        else:
+            now = clock.now()
+            self._schedule.succeeded(now)
+            self._show(last_heartbeat=now)
+        self._report(error)
+
+    def _try_beat(self) -> None:
+        fresh = self._registration.token is None
+        if fresh:
+            self._register()
+        elif self._stale():
+            self._register_anew()
+        try:
+            self._registration.heartbeat(self._heartbeat())
+        except (Unauthorized, UnknownNode) as error:
+            if fresh:
+                raise
+            log.warning("registering-again", cause=str(error))
+            self._register()
+            self._registration.heartbeat(self._heartbeat())
+
+    def _register_anew(self) -> None:
+        try:
+            self._register()
+        except RegistrationError as error:
+            # The node token may well outlive the operator's; as long as it serves, we go on with it.
+            log.warning("slots-not-told", error=str(error))
+            self._registration.told = _told_of(self._metrics.snapshot.slots)
+
+    def _register(self) -> None:
+        slots = _told_of(self._metrics.snapshot.slots)
+        payload = capabilities(
+            self._metrics.snapshot.node_id,
+            probe_machine(self._config.workspace.root),
+            self._gpus.found,
+            slots,
+            sorted({runner for slot in slots for runner in slot.runners}),
+        )
+        token = self._registration.register(payload, slots)
+        log.info("registered", slots=len(slots))
+        self._line.send(NodeToken(token))
+
+    def _heartbeat(self) -> Heartbeat:
+        snapshot = self._metrics.snapshot
+        return Heartbeat(
+            node_id=snapshot.node_id,
+            load=os.getloadavg()[0],
+            free_mb=psutil.virtual_memory().available >> 20,
+            gpu_free=sum(view.free and view.offer.kind == "gpu" for view in snapshot.slots),
+            slots=[_slot_report(snapshot, view) for view in snapshot.slots],
+        )
+
+    def _report(self, error: MinerError | None) -> None:
+        """Tell the supervisor how we stand with the coordinator, if that has changed."""
+        before = self._view
+        reachable = not isinstance(error, Unreachable) and not isinstance(
+            error and error.__cause__, CredentialError
+        )
+        view = CoordinatorView(
+            reachable=reachable,
+            since_wall=before.since_wall if before and before.reachable == reachable else clock.wall(),
+            registered=self._registration.token is not None,
+            error=str(error) if error else None,
+            remedy=_remedy(error, self._config.coordinator.auth_token) if error else None,
+        )
+        if view == before:
+            return
+        self._view = view
+        self._channel.send(view)
+        self._show(reachable=reachable, registered=view.registered, error=view.error, remedy=view.remedy)
+        if error:
+            log.warning("coordinator-trouble", error=view.error, remedy=view.remedy)
+        else:
+            log.info("coordinator-well")
+
+
+def _told_of(slots: Sequence[SlotView]) -> list[SlotCapability]:
+    return [
+        SlotCapability(
+            name=view.offer.name,
+            kind=view.offer.kind,
+            cpus=view.cpus or "",
+            memory_mb=view.offer.memory_mb,
+            enforced=view.enforced,
+            gpu=view.gpu,
+            runners=list(view.offer.runners),
+        )
+        for view in slots
+    ]
+
+
+def _slot_report(snapshot: Snapshot, view: SlotView) -> dict[str, Any]:
+    use, gpu = snapshot.uses.get(view.offer.name, Use()), snapshot.gpu_uses.get(view.offer.name)
+    report: dict[str, Any] = {
+        "name": view.offer.name,
+        "state": view.state,
+        "job_id": view.job_id,
+        "cpu_pct": use.cpu_pct,
+        "memory_mb": None if use.memory_bytes is None else use.memory_bytes >> 20,
+    }
+    if gpu and not gpu.error:
+        report |= {"vram_mb": gpu.vram_used_mb, "gpu_util": gpu.utilisation_pct}
+    return report
+
+
+def _remedy(error: MinerError, source: str) -> str:
+    match error:
+        case RegistrationError():
+            return f"put the token that the coordinator gave you into {source} (coordinator.auth_token)"
+        case Unreachable():
+            return "check coordinator.base_url and this machine's network; the node keeps trying"
+        case _:
+            return "nothing on this node; it keeps trying"
+
+
+@contextmanager
+def _telemetry(listen: str | None, metrics: Metrics) -> Iterator[None]:
+    if not listen:
+        yield
+        return
+    try:
+        server = PageServer(listen, pages(metrics))
+    except MinerError as error:
+        # Jobs are worth more than their statistics.
+        log.error("no-telemetry", error=str(error))  # noqa: TRY400  # the message says it all
+        yield
+        return
+    log.info("telemetry", address=server.address)
+    server.start()
+    try:
+        yield
+    finally:
+        server.stop()
+
+
+def run_heartbeat(
+    channel: Channel[ToHeartbeat],
+    line: Channel[PrivateLine],
+    config: Config,
+    node_id: str,
+    environ: Mapping[str, str],
+    mask: Callable[[str], None],
+    *,
+    timing: Timing | None = None,
+) -> None:
+    """Be the heartbeat process, after the fork, until Stop comes or one of the other processes is gone.
+
+    `channel` goes to the supervisor, `line` to the agent; `environ` is where the credential may be;
+    `mask` is told each secret before it is used, to keep it out of the log.
+    """
+    timing = timing or Timing()
+    metrics = Metrics(
+        Snapshot(
+            node_id=node_id,
+            coordinator=config.coordinator.base_url,
+            interval_s=config.heartbeat.interval_s,
+            started=clock.now(),
+        )
+    )
+    registration = Registration(connector(config, node_id, environ, mask), mask, metrics)
+    gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
+    process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, timing)
+    try:
+        with _telemetry(config.telemetry.listen, metrics):
+            process.run()
+    except ChannelError as error:
+        log.info("ending", cause=str(error))
+    finally:
+        gpus.stop()

@@ -1,0 +1,269 @@
+"""One job in its slot, in one direction: prepare → run → judge → collect → outcome on disk."""
+
+import errno
+import os
+import platform
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+import aitbc_miner
+from aitbc_miner import workspace
+from aitbc_miner.artifacts import Caps, Collector
+from aitbc_miner.cgroup import SlotGroup
+from aitbc_miner.config import Config
+from aitbc_miner.errors import ErrorCode, JobError, MinerError
+from aitbc_miner.execution import Delays, Ending, Execution, Supervision
+from aitbc_miner.joblog import JobLog
+from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Manifest, Outcome, State, Usage
+from aitbc_miner.messages import JobStep
+from aitbc_miner.privileges import Identity
+from aitbc_miner.records import JobDir
+from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, shortest
+from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.spawn import REPORT_FD, Job, spawn
+from aitbc_miner.task import REPORT_FD as REPORT_FD_NAME
+from aitbc_miner.util import clock, fs
+from aitbc_miner.util.limits import ProcessLimits
+from aitbc_miner.util.system import process_start
+
+MIB = 1 << 20
+
+
+class Surroundings(Struct, frozen=True):
+    """What a slot gives each of its jobs."""
+
+    config: Config
+    spec: SlotSpec
+    group: SlotGroup | None
+    limits: ProcessLimits
+    enforced: dict[str, str]
+    runs_as: Identity | None
+    service: Identity | None
+    gpu_env: dict[str, str]
+    delays: Delays
+
+
+class JobRun:
+    """One run of one job; what is known so far is in its attributes, and `outcome` makes a record of it."""
+
+    def __init__(
+        self, job: JobDir, around: Surroundings, runners: dict[str, Runner], supervision: Supervision
+    ) -> None:
+        self._job = job
+        self._around = around
+        self._runners = runners
+        self._supervision = supervision
+        self._began = clock.now()
+        self._timings: dict[str, float] = {}
+        self._verdict = Verdict(ErrorCode.E_INTERNAL, "cannot run the job: it came to no end")
+        self._ending = Ending(ExitStatus(), clean=True, reports=[])
+        self._usage = Usage()
+        self._log = LogInfo()
+        self._artifacts: list[Artifact] = []
+
+    def run(self) -> tuple[Outcome, bool]:
+        """Take the job from its record to its outcome; False with it when something of it is still alive.
+
+        Raises:
+            OSError: not even the outcome can be written.
+        """
+        with self._recording_failure():
+            manifest, runner, launch = self._prepare()
+            self._execute(manifest, launch)
+            self._judge(runner)
+            self._collect(manifest, launch)
+        return self._finish()
+
+    @contextmanager
+    def _recording_failure(self) -> Iterator[None]:
+        """Turn whatever goes wrong into the job's verdict."""
+        try:
+            yield
+        except JobError as error:
+            self._verdict = Verdict(error.code, error.message)
+        except OSError as error:
+            full = error.errno in {errno.ENOSPC, errno.EDQUOT}
+            code = ErrorCode.E_DISK if full else ErrorCode.E_INTERNAL
+            self._verdict = Verdict(code, f"cannot run the job: {error}")
+        except MinerError as error:
+            self._verdict = Verdict(ErrorCode.E_INTERNAL, str(error))
+
+    @contextmanager
+    def _step(self, name: str, state: State | None = None) -> Iterator[None]:
+        """Record that the job has come to this step, tell the supervisor, and take its time."""
+        began = clock.now()
+        if state is not None:
+            self._record(state)
+        try:
+            yield
+        finally:
+            self._timings[name] = round(clock.now() - began, 6)
+
+    def _record(self, state: State, pid: int | None = None) -> None:
+        own = os.getpid()
+        slot = self._around.spec.name
+        self._job.move(state, slot=slot, worker_pid=own, worker_start=process_start(own))
+        self._supervision.send(JobStep(self._job.job_id, state, pid))
+
+    # --- the steps, in their order -------------------------------------------------------------------------
+
+    def _prepare(self) -> tuple[Manifest, Runner, Launch]:
+        with self._step("prepare", State.PREP):
+            manifest = self._job.manifest()
+            runner = self._runners.get(manifest.runner)
+            if runner is None or manifest.runner not in self._around.spec.runners:
+                raise JobError(
+                    ErrorCode.E_DENY,
+                    f"cannot run the job: slot {self._around.spec.name} offers no runner {manifest.runner!r}",
+                )
+            launch = runner.plan(manifest, JobPaths(self._job.path), self._around.spec, self._around.gpu_env)
+            workspace.prepare(self._job, self._around.runs_as, self._around.service)
+            if self._around.group is not None:
+                self._around.group.renew_job()
+        return manifest, runner, launch
+
+    def _execute(self, manifest: Manifest, launch: Launch) -> None:
+        limit = shortest(manifest.timeout_s, self._around.spec.max_runtime_s, launch.max_runtime_s)
+        with self._step("run", State.RUNNING), ExitStack() as stack:
+            logs = stack.enter_context(fs.directory("logs", at=self._job.fd))
+            log = JobLog(logs, self._around.config.workspace.max_log_mb * MIB)
+            if self._around.service is not None:
+                os.fchown(log.fd, self._around.service.uid, self._around.service.gid)
+            began = clock.now()
+            try:
+                log_pipe, report_pipe, job = self._start(launch, stack)
+                self._supervision.send(JobStep(self._job.job_id, State.RUNNING, job.pid))
+                deadline = None if limit is None else began + limit
+                execution = Execution(
+                    job,
+                    self._job.job_id,
+                    self._supervision,
+                    log,
+                    deadline=deadline,
+                    delays=self._around.delays,
+                )
+                self._ending = execution.run(log_pipe, report_pipe)
+                self._usage = job.usage()
+            finally:
+                self._log = log.close()
+
+    def _start(self, launch: Launch, stack: ExitStack) -> tuple[int, int | None, Job]:
+        """Start the program; gives the pipes to read from, which `stack` closes."""
+        log_read, log_write = os.pipe2(os.O_CLOEXEC)
+        stack.callback(os.close, log_read)
+        report_read = report_write = None
+        if launch.reports:
+            report_read, report_write = os.pipe2(os.O_CLOEXEC)
+            stack.callback(os.close, report_read)
+        # Anonymous memory: the parameters of a job touch no disk and are gone with the last descriptor.
+        stdin = os.memfd_create("stdin", os.MFD_CLOEXEC) if launch.stdin else os.open(os.devnull, os.O_RDONLY)
+        stack.callback(os.close, stdin)
+        if launch.stdin:
+            with os.fdopen(stdin, "wb", closefd=False) as file:
+                file.write(launch.stdin)
+            os.lseek(stdin, 0, os.SEEK_SET)
+        runs_as = self._around.runs_as
+        try:
+            job = spawn(
+                launch.argv,
+                cwd=self._job.path / "work",
+                env=launch.env | ({REPORT_FD_NAME: str(REPORT_FD)} if launch.reports else {}),
+                stdin=stdin,
+                log_fd=log_write,
+                report_fd=report_write,
+                limits=self._limits_for(launch),
+                group=self._around.group.job if self._around.group else None,
+                uid=runs_as.uid if runs_as else None,
+                gid=runs_as.gid if runs_as else None,
+            )
+        finally:
+            # Only the job may hold the writing ends, or their end is never seen.
+            os.close(log_write)
+            if report_write is not None:
+                os.close(report_write)
+        stack.enter_context(job)
+        return log_read, report_read, job
+
+    def _limits_for(self, launch: Launch) -> ProcessLimits:
+        limits = self._around.limits
+        if launch.max_output_bytes is None:
+            return limits
+        # One file alone must not exceed what the whole output may have; the sum is checked when collecting.
+        most = min(
+            launch.max_output_bytes, limits.rlimits.get(resource.RLIMIT_FSIZE, launch.max_output_bytes)
+        )
+        return replace(limits, rlimits={**limits.rlimits, resource.RLIMIT_FSIZE: most})
+
+    def _judge(self, runner: Runner) -> None:
+        """Say why it ended: by our own record of kills, then the kernel's counters, then its exit."""
+        ended = self._ending.exit
+        if ended.killed_for is not None:
+            self._verdict = _killed(ended.killed_for, self._timings.get("run", 0.0), self._supervision)
+        else:
+            self._verdict = self._blame_kernel(ended) or runner.verdict(
+                ended, self._ending.reports, self._log.tail
+            )
+        if self._verdict.code is not None:
+            raise JobError(self._verdict.code, self._verdict.message)
+
+    def _blame_kernel(self, ended: ExitStatus) -> Verdict | None:
+        group = self._around.group
+        if group is not None and group.job.events("memory.events").get("oom_kill", 0) > 0:
+            peak, limit = self._usage.peak_memory_bytes, self._around.spec.memory_max
+            return Verdict(
+                ErrorCode.E_OOM, f"the job was out of memory: peak {peak} bytes, limit {limit} bytes"
+            )
+        failed = ended.status != 0
+        if failed and group is not None and group.job.events("pids.events").get("max", 0) > 0:
+            limit = self._around.spec.pids_max
+            return Verdict(ErrorCode.E_PIDS, f"the job was refused more than {limit} processes, and failed")
+        if ended.signal == signal.SIGXFSZ:
+            return Verdict(ErrorCode.E_OUTPUT, "the job wrote a file larger than it may")
+        return None
+
+    def _collect(self, manifest: Manifest, launch: Launch) -> None:
+        with self._step("collect", State.COLLECTING):
+            own = self._around.config.workspace
+            caps = Caps(own.max_artifacts, own.max_artifacts_mb * MIB, launch.max_output_bytes)
+            service = self._around.service
+            owner = (service.uid, service.gid) if service else None
+            self._artifacts = Collector(self._job.fd, caps, owner).collect(manifest.artifacts)
+
+    def _finish(self) -> tuple[Outcome, bool]:
+        self._timings["total"] = round(clock.now() - self._began, 6)
+        ok = self._verdict.code is None
+        outcome = Outcome(
+            job_id=self._job.job_id,
+            code=self._verdict.code,
+            message=self._verdict.message,
+            slot=self._around.spec.name,
+            exit=self._ending.exit,
+            usage=self._usage,
+            timings=self._timings,
+            artifacts=self._artifacts if ok else [],
+            result=self._verdict.result,
+            log=self._log,
+            enforced=self._around.enforced,
+            versions={"aitbc_miner": aitbc_miner.__version__, "python": platform.python_version()},
+            finished_wall=clock.wall(),
+        )
+        self._job.write_outcome(outcome)
+        return outcome, self._ending.clean
+
+
+def _killed(why: str, after_s: float, supervision: Supervision) -> Verdict:
+    match why:
+        case "timeout":
+            return Verdict(ErrorCode.E_TIMEOUT, f"the job was ended after its time of {after_s:.1f} s")
+        case "disk":
+            return Verdict(ErrorCode.E_DISK, "the job was ended: the disk of the workspace is full")
+        case "shutdown":
+            return Verdict(ErrorCode.E_LOST, "the job was ended: the miner was told to stop at once")
+        case _:
+            detail = next((cancel.detail for cancel in supervision.cancelled.values() if cancel.detail), "")
+            return Verdict(ErrorCode.E_CANCELLED, f"the job was cancelled{': ' if detail else ''}{detail}")

@@ -1,0 +1,246 @@
+"""What the processes of the node say to each other.
+
+Every message is a struct with a tag; each direction has a union type at the end of this file, and a process
+that sends anything else is ended. Times are seconds of the boot-time clock unless the name says otherwise.
+"""
+
+from msgspec import Struct
+
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.jobs import Requirements, State
+
+
+class Message(Struct, frozen=True, tag=True):
+    """The root of all messages: a frozen struct, tagged with the name of its class."""
+
+
+class Ticket(Struct, frozen=True):
+    """What the choice of a slot depends on. `received` orders jobs of the same priority."""
+
+    job_id: str
+    runner: str
+    requirements: Requirements = Requirements()
+    priority: int = 0
+    received: float = 0.0
+
+
+class Offer(Struct, frozen=True):
+    """What a slot has to give: threads, MiB of memory, MB of video memory, runners."""
+
+    name: str
+    kind: str
+    cpu_threads: int
+    memory_mb: int
+    vram_mb: int = 0
+    runners: tuple[str, ...] = ()
+
+
+class SlotView(Struct, frozen=True):
+    """A slot as the others see it."""
+
+    offer: Offer
+    state: str
+    free: bool
+    job_id: str | None = None
+    job_state: State | None = None
+    since: float = 0.0
+    reason: str | None = None
+    enforced: dict[str, str] = {}
+    cgroup: str | None = None
+    job_pid: int | None = None
+    worker_pid: int | None = None
+    gpu: str | None = None
+    cpus: str | None = None
+
+
+class GpuFact(Struct, frozen=True):
+    """A GPU or MIG instance that a slot can be given: every name it goes by, and its memory in MB."""
+
+    ids: tuple[str, ...]
+    vram_mb: int
+
+
+class FoundJob(Struct, frozen=True):
+    """A job that the agent found started but not ended on disk."""
+
+    job_id: str
+    state: State
+    slot: str | None
+    worker_pid: int | None
+    worker_start: int | None
+
+
+# --- to the supervisor -------------------------------------------------------------------------------------
+
+
+class Inventory(Message, frozen=True):
+    """heartbeat: the GPUs of this machine, or why they cannot be told."""
+
+    gpus: list[GpuFact]
+    error: str | None = None
+
+
+class CoordinatorView(Message, frozen=True):
+    """heartbeat, agent: whether the coordinator answers, since when, and what it last said wrong."""
+
+    reachable: bool
+    since_wall: str
+    registered: bool = False
+    error: str | None = None
+    remedy: str | None = None
+
+
+class Recovered(Message, frozen=True):
+    """agent: it has read the records; these jobs were started and have no outcome yet."""
+
+    started: list[FoundJob]
+
+
+class JobReady(Message, frozen=True):
+    """agent: recorded, acknowledged, inputs in place; wants a slot."""
+
+    ticket: Ticket
+
+
+class JobUpdate(Message, frozen=True):
+    """agent: what `jobs` shows of a job that is not in a slot."""
+
+    job_id: str
+    state: State
+    runner: str = ""
+    code: ErrorCode | None = None
+    message: str = ""
+    slot: str | None = None
+    since_wall: str = ""
+    wall_s: float | None = None
+    artifacts: int = 0
+
+
+class CancelJob(Message, frozen=True):
+    """agent to supervisor to worker: end the job; `why` is `cancel` or `shutdown`."""
+
+    job_id: str
+    why: str
+    detail: str = ""
+
+
+class Deliveries(Message, frozen=True):
+    """agent: reports that the coordinator has not accepted yet, and the last reason."""
+
+    pending: int
+    error: str | None = None
+
+
+class WorkerReady(Message, frozen=True):
+    """worker: its slot is set up and empty; what enforces each of its limits."""
+
+    enforced: dict[str, str]
+    missing: list[str] = []
+
+
+class WorkerRefused(Message, frozen=True):
+    """worker: its slot cannot be used; it ends."""
+
+    reason: str
+
+
+class JobStep(Message, frozen=True):
+    """worker: its job has come to this step."""
+
+    job_id: str
+    state: State
+    pid: int | None = None
+
+
+class JobProgress(Message, frozen=True):
+    """worker to supervisor to agent: the task's own word on how far it is."""
+
+    job_id: str
+    pct: float | None
+    note: str = ""
+
+
+class JobEnded(Message, frozen=True):
+    """worker: the outcome is on disk. `clean` is False when something of the job is still alive."""
+
+    job_id: str
+    code: ErrorCode | None
+    message: str = ""
+    timings: dict[str, float] = {}
+    clean: bool = True
+
+
+# --- from the supervisor -----------------------------------------------------------------------------------
+
+
+class Slots(Message, frozen=True):
+    """to agent and heartbeat: all slots, the jobs that wait for one, and whether more may be pulled."""
+
+    slots: list[SlotView]
+    queued: list[str]
+    accepting: bool
+
+
+class JobSettled(Message, frozen=True):
+    """to agent: no process works on the job any more; its outcome is on disk, or it is lost."""
+
+    job_id: str
+    why: str = ""
+
+
+class JobDone(Message, frozen=True):
+    """to heartbeat: for the metrics."""
+
+    code: ErrorCode | None
+    timings: dict[str, float] = {}
+
+
+class NodeView(Message, frozen=True):
+    """to heartbeat: what else /healthz and /metrics show."""
+
+    pending_deliveries: int = 0
+    agent_error: str | None = None
+
+
+class Redeliver(Message, frozen=True):
+    """to agent: try all waiting deliveries now."""
+
+
+class StartJob(Message, frozen=True):
+    """to worker: run the job whose directory bears this id."""
+
+    job_id: str
+
+
+class Stop(Message, frozen=True):
+    """to all: end in good order. A worker finishes the job that it has, if any."""
+
+
+FromAgent = Recovered | JobReady | JobUpdate | CancelJob | Deliveries | CoordinatorView
+FromHeartbeat = Inventory | CoordinatorView
+FromWorker = WorkerReady | WorkerRefused | JobStep | JobProgress | JobEnded
+ToAgent = Slots | JobSettled | JobProgress | Redeliver | Stop
+ToHeartbeat = Slots | JobDone | NodeView | Stop
+ToWorker = StartJob | CancelJob | Stop
+
+
+# --- between heartbeat and agent, past the supervisor ------------------------------------------------------
+
+
+class TokenWanted(Message, frozen=True):
+    """agent: send the node token; `refused` is the digest of one that the coordinator no longer takes."""
+
+    refused: str | None = None
+
+
+class NodeToken(Message, frozen=True):
+    """heartbeat: the token of this registration. Never passes through the supervisor."""
+
+    token: str
+
+    def __repr__(self) -> str:
+        """Keep the token out of tracebacks and logs."""
+        return "NodeToken(****)"
+
+
+PrivateLine = TokenWanted | NodeToken

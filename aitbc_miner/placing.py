@@ -1,0 +1,67 @@
+"""Which slot a job goes to: the tightest free one that fits; higher priority first, then the older job."""
+
+from collections.abc import Sequence
+
+from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.messages import Offer, Ticket
+
+
+def fits(ticket: Ticket, offer: Offer) -> bool:
+    """Whether the slot has all that the job needs."""
+    needs = ticket.requirements
+    wants_gpu = needs.gpu or needs.vram_mb > 0
+    return (
+        ticket.runner in offer.runners
+        and needs.cpu_threads <= offer.cpu_threads
+        and needs.memory_mb <= offer.memory_mb
+        and (not wants_gpu or (offer.kind == "gpu" and needs.vram_mb <= offer.vram_mb))
+    )
+
+
+def place(tickets: Sequence[Ticket], free: Sequence[Offer]) -> list[tuple[Ticket, Offer]]:
+    """Pair waiting jobs with free slots. A job for which none is free does not hold up those behind it."""
+    left = list(free)
+    pairs: list[tuple[Ticket, Offer]] = []
+    for ticket in sorted(tickets, key=lambda t: (-t.priority, t.received, t.job_id)):
+        fitting = [offer for offer in left if fits(ticket, offer)]
+        if fitting:
+            offer = min(fitting, key=_size)
+            left.remove(offer)
+            pairs.append((ticket, offer))
+    return pairs
+
+
+def _size(offer: Offer) -> tuple[bool, int, int, int, str]:
+    # A GPU slot is taken by a job without a GPU only when no CPU slot is free.
+    return (offer.kind == "gpu", offer.vram_mb, offer.memory_mb, offer.cpu_threads, offer.name)
+
+
+def refuse_hopeless(ticket: Ticket, offers: Sequence[Offer]) -> None:
+    """Raise when no slot of this node, busy or free, could ever take the job.
+
+    Raises:
+        JobError: E_NOGPU when the GPU or its memory is what is missing, else E_NOSLOT.
+    """
+    if any(fits(ticket, offer) for offer in offers):
+        return
+    needs = ticket.requirements
+    if needs.gpu or needs.vram_mb > 0:
+        most = max((offer.vram_mb for offer in offers if offer.kind == "gpu"), default=None)
+        if most is None:
+            raise JobError(ErrorCode.E_NOGPU, "cannot place the job: it needs a GPU and no slot here has one")
+        if needs.vram_mb > most:
+            raise JobError(
+                ErrorCode.E_NOGPU,
+                f"cannot place the job: it needs {needs.vram_mb} MB of video memory; the most here is {most} MB",
+            )
+    if not any(ticket.runner in offer.runners for offer in offers):
+        raise JobError(
+            ErrorCode.E_NOSLOT, f"cannot place the job: no slot here offers the runner {ticket.runner!r}"
+        )
+    threads = max(offer.cpu_threads for offer in offers)
+    memory = max(offer.memory_mb for offer in offers)
+    raise JobError(
+        ErrorCode.E_NOSLOT,
+        f"cannot place the job: it needs {needs.cpu_threads} threads and {needs.memory_mb} MiB together; "
+        f"the largest slots here have {threads} threads and {memory} MiB",
+    )

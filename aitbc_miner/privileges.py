@@ -1,0 +1,88 @@
+"""Which user runs what: the network's readers as `service_user`, each slot's jobs as a user of its own.
+
+As root, `required` wants those users to exist; `auto` takes numeric ids that belong to nobody instead. As an
+ordinary user everything runs as that user (`auto`), or nothing does (`required`).
+"""
+
+import os
+import pwd
+from collections.abc import Iterator, Sequence
+
+from msgspec import Struct
+
+from aitbc_miner.errors import MinerError
+
+# systemd's table of ids lists 60578 to 61183 as unused by anybody.
+UNALLOCATED = 60600
+UNALLOCATED_END = 61183
+
+
+class PrivilegeError(MinerError):
+    """The users that the configuration asks for are not to be had."""
+
+
+class Identity(Struct, frozen=True):
+    """A user to become; `name` is for people."""
+
+    uid: int
+    gid: int
+    name: str
+
+
+class Identities(Struct, frozen=True):
+    """Who is who on this node. None: no change of user. `missing` says what is not as it should be."""
+
+    service: Identity | None
+    jobs: dict[str, Identity]
+    missing: list[str]
+
+
+def resolve(mode: str, service_user: str, slots: Sequence[str], euid: int | None = None) -> Identities:
+    """Find the service's user and each slot's (`aitbc-job-<slot>`).
+
+    Raises:
+        PrivilegeError: `mode` is `required` and something is missing; the message has the remedy.
+    """
+    euid = os.geteuid() if euid is None else euid
+    if euid != 0:
+        missing = ["not root: jobs run as the same user as the miner and can read what it can"]
+        if mode == "required":
+            raise PrivilegeError(
+                "cannot separate privileges: not started as root; start as root, or set privileges.mode: auto"
+            )
+        return Identities(service=None, jobs={}, missing=missing)
+    wanted = [service_user, *(job_user(slot) for slot in slots)]
+    found = {name: _lookup(name) for name in wanted}
+    absent = [name for name, identity in found.items() if identity is None]
+    if absent and mode == "required":
+        raise PrivilegeError(
+            f"cannot separate privileges: no such user: {', '.join(absent)}; create them with "
+            f"`useradd --system --shell /usr/sbin/nologin NAME`, or set privileges.mode: auto"
+        )
+    free = iter(range(UNALLOCATED, UNALLOCATED_END))
+    ids = {name: identity or _unallocated(name, free) for name, identity in found.items()}
+    missing = [f"no user {name}: it runs as the unallocated id {ids[name].uid}" for name in absent]
+    jobs = {slot: ids[job_user(slot)] for slot in slots}
+    return Identities(service=ids[service_user], jobs=jobs, missing=missing)
+
+
+def job_user(slot: str) -> str:
+    """Name the user that runs a slot's jobs."""
+    return f"aitbc-job-{slot}"
+
+
+def _lookup(name: str) -> Identity | None:
+    try:
+        entry = pwd.getpwnam(name)
+    except KeyError:
+        return None
+    return Identity(entry.pw_uid, entry.pw_gid, name)
+
+
+def _unallocated(name: str, free: Iterator[int]) -> Identity:
+    for uid in free:
+        try:
+            pwd.getpwuid(uid)
+        except KeyError:
+            return Identity(uid, uid, name)
+    raise PrivilegeError("cannot find an unallocated user id; create the users instead")

@@ -1,0 +1,341 @@
+"""What this machine has: told to the coordinator as data and to people as a page.
+
+Only files and system calls that answer at once: the GPUs come from `gpu`, which may wait for a driver.
+"""
+
+import os
+import platform
+import shutil
+import textwrap
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+from msgspec import Struct
+
+from aitbc_miner import __version__
+from aitbc_miner.cgroup import CgroupError, find_mount, own_group
+from aitbc_miner.gpu import GpuInfo, GpuList
+from aitbc_miner.util.units import format_cpus, parse_cpus
+
+TOOLS = ("bwrap", "nft", "systemd-run", "nvidia-smi", "ffmpeg", "python3")
+NEEDED_CONTROLLERS = ("cpu", "memory", "pids")
+PAGE_WIDTH = 80
+LABEL_WIDTH = 11
+
+
+class NumaNode(Struct, frozen=True):
+    """CPUs (none in a node of memory only) and memory (MiB) that are near to each other."""
+
+    id: int
+    cpus: tuple[int, ...]
+    memory_mb: int
+
+
+class CgroupFacts(Struct, frozen=True):
+    """Which cgroups there are (mode `v2`, `hybrid`, `v1` or `none`) and what of version 2 is ours.
+
+    `controllers` are those of the group that this process is in, `delegated` those that it has passed on to
+    the groups below; `writable`: this process may make groups there.
+    """
+
+    mode: str
+    mount: str | None = None
+    controllers: tuple[str, ...] = ()
+    delegated: tuple[str, ...] = ()
+    writable: bool = False
+
+
+class Machine(Struct, frozen=True):
+    """The machine without its GPUs. Memory and disk in MiB.
+
+    `cpus` are those that this process may use, `threads` counts all that are online, `siblings` are the
+    threads of each core, `os_ids` is the distribution and what it descends from, `tools` gives a path to each
+    tool that is there.
+    """
+
+    model: str
+    arch: str
+    cores: int
+    threads: int
+    cpus: tuple[int, ...]
+    siblings: tuple[tuple[int, ...], ...]
+    numa: tuple[NumaNode, ...]
+    memory_mb: int
+    memory_available_mb: int
+    disk_total_mb: int
+    disk_free_mb: int
+    os: str
+    os_ids: tuple[str, ...]
+    kernel: str
+    python: str
+    tools: dict[str, str]
+    sandbox: str | None
+    nft: str | None
+    cgroup: CgroupFacts
+
+
+class SlotCapability(Struct, frozen=True, omit_defaults=True):
+    """What the coordinator is told of a slot. `enforced` says for each limit what holds a job to it."""
+
+    name: str
+    kind: str
+    cpus: str
+    memory_mb: int
+    enforced: dict[str, str]
+    gpu: str | None = None
+    runners: list[str] = []
+
+
+def probe_machine(workspace: Path, *, sysfs: Path = Path("/sys"), proc: Path = Path("/proc")) -> Machine:
+    """Look at everything but the GPUs. The disk is that which `workspace` is on, or will be."""
+    cpu_dir = sysfs / "devices/system/cpu"
+    online = _cpus(cpu_dir / "online") or tuple(range(psutil.cpu_count() or 1))
+    siblings = sorted(
+        {_cpus(file) for file in cpu_dir.glob("cpu[0-9]*/topology/thread_siblings_list")} - {()}
+    )
+    memory = psutil.virtual_memory()
+    disk = shutil.disk_usage(_nearest_existing(workspace))
+    os_name, os_ids = _distribution()
+    # nft is in /usr/sbin, which the PATH of an ordinary user does not have.
+    path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
+    tools = {name: found for name in TOOLS if (found := shutil.which(name, path=path))}
+    return Machine(
+        model=_cpu_model(proc / "cpuinfo"),
+        arch=platform.machine(),
+        cores=len(siblings) or psutil.cpu_count(logical=False) or len(online),
+        threads=len(online),
+        cpus=tuple(sorted(os.sched_getaffinity(0))),
+        siblings=tuple(siblings),
+        numa=_numa_nodes(sysfs / "devices/system/node"),
+        memory_mb=memory.total >> 20,
+        memory_available_mb=memory.available >> 20,
+        disk_total_mb=disk.total >> 20,
+        disk_free_mb=disk.free >> 20,
+        os=os_name,
+        os_ids=os_ids,
+        kernel=platform.release(),
+        python=platform.python_version(),
+        tools=tools,
+        sandbox=tools.get("bwrap"),
+        nft=tools.get("nft"),
+        cgroup=cgroup_facts(proc),
+    )
+
+
+def cgroup_facts(proc: Path = Path("/proc")) -> CgroupFacts:
+    """Find out what this process may do with cgroups. Source: cgroups(7), /proc/self/{mountinfo,cgroup}."""
+    mountinfo = proc / "self/mountinfo"
+    mount = find_mount(str(mountinfo))
+    if mount is None:
+        return CgroupFacts("v1" if " - cgroup " in _read(mountinfo) else "none")
+    mode = "hybrid" if mount.hybrid else "v2"
+    try:
+        own = own_group(mount, str(proc / "self/cgroup"))
+    except CgroupError:
+        return CgroupFacts(mode, mount.path)
+    return CgroupFacts(
+        mode,
+        mount.path,
+        controllers=tuple(_read(own / "cgroup.controllers").split()),
+        delegated=tuple(_read(own / "cgroup.subtree_control").split()),
+        writable=os.access(own, os.W_OK | os.X_OK),
+    )
+
+
+def _read(file: Path) -> str:
+    """Return the text of a file of the kernel, empty where this kernel or machine does not have it."""
+    try:
+        return file.read_text("utf-8", "replace")
+    except OSError:
+        return ""
+
+
+def _cpus(file: Path) -> tuple[int, ...]:
+    text = _read(file).strip()
+    return parse_cpus(text) if text else ()
+
+
+def _cpu_model(cpuinfo: Path) -> str:
+    fields = [
+        [part.strip() for part in line.split(":", 1)] for line in _read(cpuinfo).splitlines() if ":" in line
+    ]
+    names = {name: value for name, value in reversed(fields) if value}
+    # Arm has no "model name"; the boards that say what they are do so in "Model".
+    return names.get("model name") or names.get("Model") or "unknown"
+
+
+def _numa_nodes(directory: Path) -> tuple[NumaNode, ...]:
+    nodes = []
+    for node in directory.glob("node[0-9]*"):
+        total = next(
+            (line for line in _read(node / "meminfo").splitlines() if "MemTotal:" in line), "x x x 0 kB"
+        )
+        nodes.append(NumaNode(int(node.name[4:]), _cpus(node / "cpulist"), int(total.split()[3]) >> 10))
+    return tuple(sorted(nodes, key=lambda node: node.id))
+
+
+def _nearest_existing(path: Path) -> Path:
+    path = path.absolute()
+    while not os.access(path, os.F_OK):
+        path = path.parent
+    return path
+
+
+def _distribution() -> tuple[str, tuple[str, ...]]:
+    try:
+        release = platform.freedesktop_os_release()
+    except OSError:
+        return platform.system(), ()
+    return release["PRETTY_NAME"], (release["ID"], *release.get("ID_LIKE", "").split())
+
+
+def capabilities(
+    node_id: str,
+    machine: Machine,
+    gpus: GpuList,
+    slots: Sequence[SlotCapability],
+    runners: Sequence[str],
+    tags: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Return the capability payload, ready for JSON. A GPU that cannot be read is offered to nobody.
+
+    Everything else that is known stands under "machine", which other nodes' payloads do not have.
+    """
+    working = [gpu for gpu in gpus.gpus if not gpu.error]
+    derived = [*(["debian"] if "debian" in machine.os_ids else []), *(["cuda"] if working else []), "cpu"]
+    return {
+        "node_id": node_id,
+        "version": __version__,
+        "cpu": {"cores": machine.cores, "arch": machine.arch},
+        "memory_mb": machine.memory_mb,
+        "disk_free_mb": machine.disk_free_mb,
+        "gpu": [
+            {
+                "vendor": gpu.vendor,
+                "name": gpu.name,
+                "uuid": gpu.uuid,
+                "vram_mb": gpu.vram_mb,
+                "cuda": {"version": gpu.cuda, "driver": gpu.driver},
+            }
+            for gpu in working
+        ],
+        "runners": list(runners),
+        "tags": list(dict.fromkeys([*derived, *tags])),
+        "slots": [msgspec.to_builtins(slot) for slot in slots],
+        "machine": {
+            **msgspec.to_builtins(machine),
+            "gpus": msgspec.to_builtins(gpus.gpus),
+            "gpu_error": gpus.error,
+        },
+    }
+
+
+def render_page(machine: Machine, gpus: GpuList, runners: Sequence[str]) -> str:
+    """Return what `capabilities` tells as a page for people, with what is missing and what that means."""
+    facts = [
+        ("System", f"{machine.os}, Linux {machine.kernel}, Python {machine.python}"),
+        ("Processor", f"{machine.model} ({machine.arch})"),
+        (
+            "CPUs",
+            f"{machine.cores} cores, {machine.threads} threads; usable here: {format_cpus(machine.cpus)}",
+        ),
+        *(
+            (f"NUMA {node.id}", f"CPUs {format_cpus(node.cpus) or 'none'}, {_size(node.memory_mb)}")
+            for node in machine.numa
+        ),
+        ("Memory", f"{_size(machine.memory_mb)}, {_size(machine.memory_available_mb)} available"),
+        ("Disk", f"{_size(machine.disk_total_mb)}, {_size(machine.disk_free_mb)} free for the workspace"),
+        *(fact for gpu in gpus.gpus for fact in _gpu_facts(gpu)),
+        *([] if gpus.gpus else [("GPUs", "none" if gpus.missing or not gpus.error else "unknown")]),
+        ("Runners", ", ".join(runners) or "none"),
+        ("Tools", ", ".join(machine.tools) or "none"),
+        ("Sandbox", machine.sandbox or "none"),
+        ("Firewall", machine.nft or "none"),
+        ("Cgroups", _cgroup_text(machine.cgroup)),
+    ]
+    lines = [_wrapped(f"{label:{LABEL_WIDTH}}", text) for label, text in facts]
+    if faults := _faults(machine, gpus, runners):
+        lines += ["", "Missing", *(_wrapped("  * ", fault) for fault in faults)]
+    return "\n".join(lines) + "\n"
+
+
+def _wrapped(label: str, text: str) -> str:
+    return textwrap.fill(
+        text,
+        PAGE_WIDTH,
+        initial_indent=label,
+        subsequent_indent=" " * len(label),
+        break_on_hyphens=False,
+    )
+
+
+def _size(mebibytes: int) -> str:
+    for unit, factor in (("TiB", 1 << 20), ("GiB", 1 << 10)):
+        if mebibytes >= factor:
+            return f"{mebibytes / factor:.1f} {unit}"
+    return f"{mebibytes} MiB"
+
+
+def _gpu_facts(gpu: GpuInfo) -> list[tuple[str, str]]:
+    label = f"GPU {gpu.index}"
+    if gpu.error:
+        return [(label, "broken")]
+    facts = [
+        gpu.name,
+        _size(gpu.vram_mb),
+        gpu.uuid,
+        f"compute capability {gpu.compute_capability}" if gpu.compute_capability else "",
+        f"driver {gpu.driver}",
+        f"CUDA {gpu.cuda}" if gpu.cuda else "",
+        f"PCI {gpu.pci_bus_id}",
+        f"NUMA node {gpu.numa_node}" if gpu.numa_node is not None else "",
+        "MIG on" if gpu.mig_enabled else "",
+    ]
+    parts = [
+        (f"  MIG {number}", f"{part.name}, {_size(part.vram_mb)}, {part.uuid}")
+        for number, part in enumerate(gpu.mig)
+    ]
+    return [(label, ", ".join(fact for fact in facts if fact)), *parts]
+
+
+def _cgroup_text(cgroup: CgroupFacts) -> str:
+    if cgroup.mount is None:
+        return "version 1 only" if cgroup.mode == "v1" else "none"
+    kind = "version 2" if cgroup.mode == "v2" else "hybrid (version 2 beside version 1)"
+    return (
+        f"{kind} at {cgroup.mount}, {'writable' if cgroup.writable else 'not writable'} here; "
+        f"controllers here: {', '.join(cgroup.controllers) or 'none'}; "
+        f"passed on: {', '.join(cgroup.delegated) or 'none'}"
+    )
+
+
+def _faults(machine: Machine, gpus: GpuList, runners: Sequence[str]) -> list[str]:
+    """Return what is missing: what, what that means, and what to do."""
+    cgroup = machine.cgroup
+    absent = [name for name in NEEDED_CONTROLLERS if name not in cgroup.controllers]
+    unified = "boot with systemd.unified_cgroup_hierarchy=1"
+    faults = [gpus.error or "", *(gpu.error or "" for gpu in gpus.gpus)]
+    if not gpus.gpus and not gpus.error:
+        faults.append("no NVIDIA GPU: GPU slots are not possible")
+    if not runners:
+        faults.append("no runner: no job can be run; enable one in the configuration")
+    if not machine.sandbox:
+        faults.append("no bwrap: jobs cannot be kept in a sandbox; install bubblewrap")
+    if not machine.nft:
+        faults.append("no nft: the network of a slot cannot be restricted; install nftables")
+    if cgroup.mount is None:
+        faults.append(f"no cgroup version 2: limits are only those of single processes; {unified}")
+    elif absent:
+        remedy = unified if cgroup.mode == "hybrid" else "run as the packaged service, which gets them"
+        faults.append(
+            f"no cgroup controller {', '.join(absent)} here: these limits are only those of single "
+            f"processes; {remedy}"
+        )
+    if cgroup.mount and not cgroup.writable:
+        faults.append(
+            "cgroup not writable: slots get none of their own; run as root or as the packaged service"
+        )
+    return [fault for fault in faults if fault]

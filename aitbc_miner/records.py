@@ -1,0 +1,175 @@
+"""Jobs on disk: one directory each, which is the truth about the job.
+
+```
+<root>/<job-id>/  manifest.json  state.json  outcome.json  input/  work/  output/  logs/exec.log
+```
+Each file has one writer at a time, like a baton: the agent until the job is in a slot, then that slot's
+worker until the outcome is there, then the agent again.
+"""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+from msgspec.structs import replace
+
+from aitbc_miner.errors import MinerError
+from aitbc_miner.jobs import MOVES, Manifest, Outcome, State, StateRecord, valid_job_id
+from aitbc_miner.util import clock, fs
+from aitbc_miner.util.system import boot_id
+
+T = TypeVar("T")
+
+MANIFEST, STATE, OUTCOME = "manifest.json", "state.json", "outcome.json"
+# A slot's user must reach its own directories below, but list nothing on the way there.
+PASSABLE = 0o711
+# `+` is not allowed in a job id, so a directory being made can never be taken for a job.
+BUILDING = "+new-"
+MAX_STATE = 1 << 16
+MAX_OUTCOME = 64 << 20
+MAX_MANIFEST = 64 << 20
+
+
+class RecordError(MinerError):
+    """A job's record is missing or cannot be read."""
+
+
+class JobDir:
+    """One job's directory, by descriptor: nothing in it is ever reached through a link."""
+
+    def __init__(self, root: Path, job_id: str, fd: int) -> None:
+        self.job_id = job_id
+        self.path = root / job_id
+        self.fd = fd
+
+    def manifest(self) -> Manifest:
+        """Read manifest.json.
+
+        Raises:
+            RecordError: it is missing or broken.
+        """
+        return self._read(MANIFEST, Manifest, MAX_MANIFEST)
+
+    def state(self) -> StateRecord:
+        """Read state.json.
+
+        Raises:
+            RecordError: it is missing or broken.
+        """
+        return self._read(STATE, StateRecord, MAX_STATE)
+
+    def outcome(self) -> Outcome | None:
+        """Read outcome.json; None when the job has none yet.
+
+        Raises:
+            RecordError: it is broken.
+        """
+        return self._read(OUTCOME, Outcome, MAX_OUTCOME) if self.has_outcome() else None
+
+    def has_outcome(self) -> bool:
+        """Whether the job's result stands."""
+        return fs.exists(self.fd, OUTCOME)
+
+    def move(self, to: State, **changes: object) -> StateRecord:
+        """Write the next state, durably.
+
+        Raises:
+            RecordError: the present state cannot be read, or `to` may not follow it.
+            OSError: the disk is full or broken.
+        """
+        old = self.state()
+        if to not in MOVES[old.state]:
+            raise RecordError(f"cannot move job {self.job_id} from {old.state} to {to}: not a legal step")
+        return self.write_state(replace(old, state=to, **changes))
+
+    def write_state(self, record: StateRecord) -> StateRecord:
+        """Write state.json durably, stamped with now."""
+        stamped = replace(record, boot_id=boot_id(), since=clock.now(), since_wall=clock.wall())
+        fs.write_durably(self.fd, STATE, pretty(stamped))
+        return stamped
+
+    def write_outcome(self, outcome: Outcome) -> None:
+        """Write outcome.json durably: from here on the job has its one result."""
+        fs.write_durably(self.fd, OUTCOME, pretty(outcome))
+
+    def _read(self, name: str, type_: type[T], limit: int) -> T:
+        try:
+            return msgspec.json.decode(fs.read_bounded(self.fd, name, limit), type=type_)
+        except (OSError, msgspec.DecodeError, RecursionError) as error:
+            raise RecordError(f"cannot read {self.path / name}: {error}") from error
+
+
+def pretty(value: object) -> bytes:
+    """Encode as JSON that a person can read."""
+    return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
+
+
+class Records:
+    """All jobs below one directory (`workspace.root`)."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @contextmanager
+    def open(self, job_id: str) -> Iterator[JobDir]:
+        """Open a job's directory.
+
+        Raises:
+            RecordError: the id is no job id, or there is no such job here.
+        """
+        if not valid_job_id(job_id):
+            raise RecordError(f"cannot open job {job_id[:80]!r}: not a job id")
+        try:
+            fd = os.open(self.root / job_id, fs.DIRECTORY)
+        except OSError as error:
+            raise RecordError(f"cannot open job {job_id}: {error.strerror}") from error
+        try:
+            yield JobDir(self.root, job_id, fd)
+        finally:
+            os.close(fd)
+
+    def known(self, job_id: str) -> bool:
+        """Whether this job was ever taken here and its record is still kept."""
+        return valid_job_id(job_id) and (self.root / job_id / STATE).exists()
+
+    def create(self, job_id: str, manifest: bytes) -> None:
+        """Record a job that was just pulled: its manifest as it came, and state PULLED.
+
+        It appears under its name only when both files are durable, so a crash leaves a job or nothing.
+
+        Raises:
+            RecordError: the id is no job id, or the job is here already.
+            OSError: the disk is full or broken.
+        """
+        if not valid_job_id(job_id) or self.known(job_id):
+            raise RecordError(f"cannot record job {job_id[:128]!r}: a bad id, or it is here already")
+        building = self.root / f"{BUILDING}{job_id}"
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(mode=PASSABLE)
+        building.chmod(PASSABLE)
+        (building / "input").mkdir(mode=0o755)
+        with fs.directory(building) as fd:
+            fs.write_durably(fd, MANIFEST, manifest)
+            JobDir(self.root, job_id, fd).write_state(StateRecord(job_id=job_id, state=State.PULLED))
+        building.rename(self.root / job_id)
+        with fs.directory(self.root) as fd:
+            os.fsync(fd)
+
+    def scan(self) -> Iterator[tuple[str, StateRecord | RecordError]]:
+        """Go through all jobs: id, and the state or why it cannot be read."""
+        with os.scandir(self.root) as entries:
+            names = [
+                entry.name
+                for entry in entries
+                if valid_job_id(entry.name) and entry.is_dir(follow_symlinks=False)
+            ]
+        for name in sorted(names):
+            try:
+                with self.open(name) as job:
+                    yield name, job.state()
+            except RecordError as error:
+                yield name, error

@@ -1,0 +1,107 @@
+"""How the node becomes known to the coordinator, and the node token that it gets for it."""
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from aitbc_miner.config import Config
+from aitbc_miner.coordinator import Coordinator, Heartbeat, Refused, Unauthorized, UnknownNode
+from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
+from aitbc_miner.coordinator.http import HttpClient
+from aitbc_miner.credentials import CredentialError, read_credential
+from aitbc_miner.errors import MinerError
+from aitbc_miner.probe import SlotCapability
+from aitbc_miner.telemetry import Metrics
+from aitbc_miner.util import clock
+
+
+class RegistrationError(MinerError):
+    """The operator has something to mend before this node can be known, so there is no hurry to try again."""
+
+
+def digest(token: str) -> str:
+    """Name a token without telling it, for `TokenWanted.refused`."""
+    return hashlib.sha256(token.encode()).hexdigest()[:16]
+
+
+class Registration:
+    """Our standing with the coordinator: the node token, the client that uses it, and what was told of us.
+
+    `connect` reads the operator's credential and makes a client with it, anew for each registration, so that
+    a credential that was exchanged is taken up.
+    """
+
+    def __init__(
+        self, connect: Callable[[], Coordinator], mask: Callable[[str], None], metrics: Metrics
+    ) -> None:
+        self._connect = connect
+        self._mask = mask
+        self._metrics = metrics
+        self._client: Coordinator | None = None
+        self.token: str | None = None
+        self.told: list[SlotCapability] | None = None
+        self.at = -math.inf
+
+    def register(self, payload: dict[str, Any], slots: list[SlotCapability]) -> str:
+        """Make the node known with this payload, which tells of these slots; gives the new token.
+
+        Raises:
+            RegistrationError: it is for the operator to do something; an old token is kept.
+            CoordinatorError: it may work later.
+        """
+        sent = False
+        try:
+            client = self._connect()
+            token = client.register(payload)
+            sent = True
+        except (CredentialError, Unauthorized, Refused) as error:
+            raise RegistrationError(str(error)) from error
+        finally:
+            self._metrics.count_registration(sent=sent)
+        self._mask(token)
+        self._client, self.token, self.told, self.at = client, token, slots, clock.now()
+        return token
+
+    def heartbeat(self, report: Heartbeat) -> None:
+        """Send one.
+
+        Raises:
+            Unauthorized, UnknownNode: the token is void now.
+            CoordinatorError: it may work later.
+        """
+        if self._client is None:
+            raise UnknownNode("cannot send a heartbeat: not registered")
+        sent = False
+        try:
+            self._client.heartbeat(report)
+            sent = True
+        except (Unauthorized, UnknownNode):
+            self.token = None
+            raise
+        finally:
+            self._metrics.count_heartbeat(sent=sent)
+
+
+def connector(
+    config: Config, node_id: str, environ: Mapping[str, str], mask: Callable[[str], None]
+) -> Callable[[], Coordinator]:
+    """Give the `connect` of a Registration: reads the configured credential, and makes a client with it."""
+    settings = config.coordinator
+
+    def connect() -> Coordinator:
+        credential = read_credential(settings.auth_token, environ)
+        mask(credential.reveal())
+        verify = str(settings.ca_file) if settings.ca_file else settings.tls_verify
+        http = HttpClient(
+            settings.base_url, settings.timeout_s, verify=verify, auth_scheme=settings.auth_scheme
+        )
+        return BootstrapCoordinator(
+            http,
+            node_id=node_id,
+            credential=credential.reveal(),
+            source=credential.source,
+            max_manifest_kb=settings.max_manifest_kb,
+        )
+
+    return connect

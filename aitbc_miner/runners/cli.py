@@ -1,0 +1,41 @@
+"""Runs a program of the allowlist, with arguments that its entry permits. No shell, ever."""
+
+from collections.abc import Mapping
+
+from aitbc_miner.allowlist import Allowlist
+from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.jobs import ExitStatus, Manifest
+from aitbc_miner.runners import JobPaths, Launch, Verdict, ended_badly, job_env, shortest
+from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.task import Report
+
+
+class CliRunner:
+    """The runner `cli`."""
+
+    name = "cli"
+
+    def __init__(self, allowlist: Allowlist) -> None:
+        self.allowlist = allowlist
+
+    def plan(self, manifest: Manifest, paths: JobPaths, slot: SlotSpec, gpu_env: Mapping[str, str]) -> Launch:
+        """Find the program and check its arguments and environment.
+
+        Raises:
+            JobError: E_DENY, naming what is not allowed; E_MANIFEST, there is no command.
+        """
+        if not manifest.command:
+            raise JobError(ErrorCode.E_MANIFEST, "cannot run the job: it has no command")
+        entry = self.allowlist.permit(manifest.command, manifest.args)
+        allowed = [name for name in entry.env if name in slot.env]
+        output_mb = entry.max_output_mb
+        return Launch(
+            argv=[entry.command.path, *manifest.args],
+            env=job_env(manifest, paths, slot, gpu_env, allowed),
+            max_runtime_s=shortest(manifest.timeout_s, entry.max_runtime_s, slot.max_runtime_s),
+            max_output_bytes=None if output_mb is None else int(output_mb * 2**20),
+        )
+
+    def verdict(self, exit: ExitStatus, reports: list[Report], log_tail: str) -> Verdict:  # noqa: A002, ARG002
+        """Judge by the exit status; a program of the allowlist makes no reports."""
+        return ended_badly(exit, log_tail) or Verdict(None)

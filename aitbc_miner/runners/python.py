@@ -1,0 +1,101 @@
+"""Runs a task: a file of the operator's task paths with a function `run`, called in a process of its own."""
+
+import re
+import stat
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.jobs import ExitStatus, Manifest
+from aitbc_miner.runners import JobPaths, Launch, Verdict, ended_badly, job_env, printable, shortest
+from aitbc_miner.runners.task_child import MESSAGE_MAX, Order
+from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.spawn import REPORT_FD
+from aitbc_miner.task import REPORT_VARIABLE, Progress, Report, TaskFailure
+from aitbc_miner.util.trust import distrust
+
+TASK_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
+
+# With -I neither the job's directory nor its environment says what is imported. That leaves out PYTHONPATH
+# too, by which this package may have been found itself, so its place is told.
+_BOOT = f"import sys; sys.path.append({_PACKAGE_ROOT!r}); from aitbc_miner.runners import task_child; "
+_CHILD = ["-I", "-B", "-u", "-c", _BOOT + "sys.exit(task_child.main())"]
+
+# What a task can know better than we do. E_CANCELLED, for one, is for us alone to say.
+_CODES_OF_TASKS = frozenset({ErrorCode.E_TASK, ErrorCode.E_OOM, ErrorCode.E_VRAM})
+
+
+class PythonRunner:
+    """The runner `python`."""
+
+    name = "python"
+
+    def __init__(self, task_paths: Sequence[Path]) -> None:
+        self.task_paths = task_paths
+
+    def plan(self, manifest: Manifest, paths: JobPaths, slot: SlotSpec, gpu_env: Mapping[str, str]) -> Launch:
+        """Find the task's file; its params are checked by the process that can see their annotations.
+
+        Raises:
+            JobError: E_DENY, there is no such task or others could change it; E_MANIFEST, none is named.
+        """
+        if not manifest.task:
+            raise JobError(ErrorCode.E_MANIFEST, "cannot run the job: it has no task")
+        file = find_task(manifest.task, self.task_paths)
+        order = Order(manifest.task, str(file), manifest.params)
+        return Launch(
+            argv=[sys.executable, *_CHILD],
+            env=job_env(manifest, paths, slot, gpu_env, slot.env) | {REPORT_VARIABLE: str(REPORT_FD)},
+            max_runtime_s=shortest(manifest.timeout_s, slot.max_runtime_s),
+            max_output_bytes=None,
+            reports=True,
+            stdin=msgspec.json.encode(order),
+        )
+
+    def verdict(self, exit: ExitStatus, reports: list[Report], log_tail: str) -> Verdict:  # noqa: A002
+        """Judge by what the task said at its end, and by how its process ended if that is worse."""
+        said = next((report for report in reports if not isinstance(report, Progress)), None)
+        if isinstance(said, TaskFailure):
+            code = ErrorCode(said.code) if said.code in _CODES_OF_TASKS else ErrorCode.E_TASK
+            return Verdict(code, printable(said.message, MESSAGE_MAX))
+        if bad := ended_badly(exit, log_tail):
+            return bad
+        if said is None:
+            return Verdict(ErrorCode.E_TASK, "the task ended without a result: it left before run() returned")
+        return Verdict(None, "", said.value)
+
+
+def find_task(name: str, task_paths: Sequence[Path]) -> Path:
+    """Find `<name>.py` in the first task path that has it.
+
+    Raises:
+        JobError: E_DENY, the name is no plain name, no path has it, or others could change it.
+    """
+    if not TASK_NAME.fullmatch(name):
+        raise _denied(name, "a task's name is 1 to 64 of A-Z a-z 0-9 _, and begins with no digit")
+    for directory in task_paths:
+        file = directory / f"{name}.py"
+        try:
+            info = file.lstat()
+            if not stat.S_ISREG(info.st_mode):
+                raise _denied(name, f"{file} is not a regular file")
+            problem = distrust(file)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise _denied(name, f"cannot look at {file}: {error.strerror or error}") from error
+        if problem:
+            raise _denied(name, f"{problem}; it must belong to root and be writable by nobody else")
+        return file
+    raise _denied(
+        name, f"no {name}.py in the task paths {', '.join(map(str, task_paths)) or '(there are none)'}"
+    )
+
+
+def _denied(name: str, reason: str) -> JobError:
+    return JobError(ErrorCode.E_DENY, f"cannot run task {name[:64]!r}: {reason}")

@@ -1,0 +1,153 @@
+"""The process a Python task runs in: reads what to run from stdin, runs it, reports what came of it.
+
+It runs as the job's user within the job's limits, and is as little trusted as the task: everything it says is
+judged again by `runners/python.py`.
+"""
+
+import importlib.util
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.task import REPORT_VARIABLE, RESULT_MAX, TaskError, TaskFailure, TaskResult, send
+
+MESSAGE_MAX = 2000
+
+
+class Order(Struct, frozen=True):
+    """What the child is told to do: `file` was found and judged by the miner."""
+
+    task: str
+    file: str
+    params: dict[str, Any] = {}
+
+
+class _Refused(Exception):  # noqa: N818  # says what happened, as StopIteration does
+    """The task cannot be run as asked, or came back with what cannot be sent."""
+
+
+def main() -> int:
+    """Run the task that stdin describes and return the exit status: 0 with a result, 1 with a failure."""
+    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
+    _close_stdin()
+    # Programs that the task starts must not hold the pipe open after it has ended.
+    os.set_inheritable(int(os.environ[REPORT_VARIABLE]), False)  # noqa: FBT003
+    try:
+        send(TaskResult(_result(order)))
+    except Exception as error:  # noqa: BLE001  # whatever a task raises becomes its report
+        failure = _failure(order.task, error)
+        sys.stdout.flush()
+        if not isinstance(error, _Refused):
+            traceback.print_exception(error)
+        print(failure.message, file=sys.stderr)  # noqa: T201  # the job's log
+        send(failure)
+        return 1
+    return 0
+
+
+def _close_stdin() -> None:
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+
+
+def _result(order: Order) -> msgspec.Raw:
+    run = _load(order.task, Path(order.file))
+    args, kwargs = bind_params(run, order.params)
+    value = run(*args, **kwargs)
+    try:
+        encoded = msgspec.json.encode(value)
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise _Refused(f"run() returned a value that cannot be written as JSON: {error}") from error
+    if len(encoded) > RESULT_MAX:
+        size = f"{len(encoded)} bytes of JSON, more than {RESULT_MAX}"
+        raise _Refused(f"run() returned {size}; write a file to output/ instead")
+    return msgspec.Raw(encoded)
+
+
+def _load(name: str, file: Path) -> Callable[..., Any]:
+    if name in sys.modules or name in sys.stdlib_module_names:
+        raise _Refused(f"a task cannot be called {name}, as a module already is; rename {file.name}")
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise _Refused(f"{file} is not a Python file")
+    # At the end: a file beside the task may help it, but not stand in for a module of Python or of ours.
+    sys.path.append(str(file.parent))
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    run = getattr(module, "run", None)
+    if not callable(run):
+        raise _Refused(f"{file} has no function run(); see docs/tasks.md")
+    return run  # type: ignore[no-any-return]
+
+
+def bind_params(run: Callable[..., Any], params: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """Fit a job's params to a function's signature, each converted to what its annotation says.
+
+    Raises:
+        _Refused: a parameter is missing, unknown, or not of its type.
+    """
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    left = dict(params)
+    signature = inspect.signature(run, eval_str=True)
+    rest: inspect.Parameter | None = None
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            rest = parameter
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            continue  # params have names, so there is never anything for *args
+        elif name in left:
+            kwargs[name] = _converted(name, left.pop(name), parameter)
+        elif parameter.default is parameter.empty:
+            raise _Refused(f"parameter {name!r} is missing; expected {_type_name(parameter)}")
+        else:
+            kwargs[name] = parameter.default
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            args.append(kwargs.pop(name))
+    if left and rest is None:
+        known = ", ".join(signature.parameters) or "none"
+        raise _Refused(f"parameter {min(left)[:64]!r} is unknown; this task takes: {known}")
+    if rest:
+        kwargs |= {name: _converted(name, value, rest) for name, value in left.items()}
+    return args, kwargs
+
+
+def _converted(name: str, value: Any, parameter: inspect.Parameter) -> Any:
+    if parameter.annotation is parameter.empty:
+        return value
+    try:
+        return msgspec.convert(value, parameter.annotation)
+    except msgspec.ValidationError as error:
+        raise _Refused(f"parameter {name[:64]!r}: {error}; expected {_type_name(parameter)}") from error
+    except TypeError as error:
+        raise _Refused(f"parameter {name[:64]!r} has an annotation that JSON cannot fill: {error}") from error
+
+
+def _type_name(parameter: inspect.Parameter) -> str:
+    annotation = parameter.annotation
+    if annotation is parameter.empty:
+        return "any value"
+    return annotation.__name__ if type(annotation) is type else str(annotation)
+
+
+def _failure(task: str, error: Exception) -> TaskFailure:
+    # Matched by name: torch and cupy are not here to be imported, and cupy's is a MemoryError as well.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    code = ErrorCode.E_TASK
+    if "OutOfMemoryError" in names:
+        code = ErrorCode.E_VRAM
+    elif isinstance(error, MemoryError):
+        code = ErrorCode.E_OOM
+    told = isinstance(error, _Refused | TaskError)
+    said = str(error) if told else f"{type(error).__name__}: {error}"
+    return TaskFailure(code, f"task {task}: {said}"[:MESSAGE_MAX])

@@ -1,0 +1,308 @@
+"""What a slot may do next, and which slot a job goes to. Pure: no clock, no process, no file.
+
+`step(slot, event, now)` gives the slot's next value and the actions that the supervisor must carry out.
+"""
+
+from collections.abc import Callable
+from enum import StrEnum
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aitbc_miner.jobs import State
+from aitbc_miner.messages import CancelJob, StartJob, ToWorker
+
+
+class SlotState(StrEnum):
+    """Where a slot is; `MOVES` says which state may follow which."""
+
+    STOPPED = "STOPPED"
+    STARTING = "STARTING"
+    IDLE = "IDLE"
+    BUSY = "BUSY"
+    CANCELLING = "CANCELLING"
+    ADOPTED = "ADOPTED"  # a worker of an earlier run of the node is finishing its job
+    BACKOFF = "BACKOFF"
+    QUARANTINED = "QUARANTINED"
+
+
+_DEATH = frozenset({SlotState.BACKOFF, SlotState.QUARANTINED, SlotState.STOPPED})
+
+MOVES: dict[SlotState, frozenset[SlotState]] = {
+    SlotState.STOPPED: frozenset({SlotState.STARTING, SlotState.ADOPTED}),
+    SlotState.STARTING: _DEATH | {SlotState.IDLE},
+    SlotState.IDLE: _DEATH | {SlotState.BUSY},
+    SlotState.BUSY: _DEATH | {SlotState.CANCELLING, SlotState.IDLE},
+    SlotState.CANCELLING: _DEATH | {SlotState.IDLE},
+    SlotState.ADOPTED: frozenset({SlotState.STARTING, SlotState.STOPPED}),
+    SlotState.BACKOFF: frozenset({SlotState.STARTING, SlotState.STOPPED}),
+    SlotState.QUARANTINED: frozenset({SlotState.STARTING, SlotState.STOPPED}),
+}
+
+
+class Timing(Struct, frozen=True):
+    """The delays of a slot, in seconds."""
+
+    start_timeout: float = 30.0
+    cancel_timeout: float = 60.0
+    restart_min: float = 0.5
+    restart_max: float = 30.0
+    deaths_allowed: int = 5
+    deaths_within: float = 600.0
+    quarantine_min: float = 60.0
+    quarantine_max: float = 3600.0
+
+
+class Slot(Struct, frozen=True):
+    """A slot's state. `deaths` are the times of its worker's recent deaths, `retry_at` when to try again."""
+
+    name: str
+    state: SlotState = SlotState.STOPPED
+    since: float = 0.0
+    job_id: str | None = None
+    job_state: State | None = None
+    job_pid: int | None = None
+    reason: str | None = None
+    deaths: tuple[float, ...] = ()
+    quarantines: int = 0
+    retry_at: float = 0.0
+    timing: Timing = Timing()
+
+
+# --- events ------------------------------------------------------------------------------------------------
+
+
+class Begin(Struct, frozen=True):
+    """The node is up: the slot may have its worker."""
+
+
+class Ready(Struct, frozen=True):
+    """The worker has set the slot up."""
+
+
+class Unusable(Struct, frozen=True):
+    """The worker cannot use the slot and says why."""
+
+    reason: str
+
+
+class Assign(Struct, frozen=True):
+    """A job was chosen for the slot."""
+
+    job_id: str
+
+
+class Step(Struct, frozen=True):
+    """The job has come to a further step."""
+
+    job_id: str
+    state: State
+    pid: int | None = None
+
+
+class Cancel(Struct, frozen=True):
+    """The job is to end; `why` is `cancel` or `shutdown`."""
+
+    why: str
+    detail: str = ""
+
+
+class Ended(Struct, frozen=True):
+    """The job's outcome is on disk; `clean` is False when something of the job survives."""
+
+    job_id: str
+    clean: bool = True
+
+
+class Died(Struct, frozen=True):
+    """The worker's process is gone."""
+
+    how: str
+
+
+class Adopt(Struct, frozen=True):
+    """A worker of an earlier run still has this job."""
+
+    job_id: str
+    state: State
+
+
+class Retire(Struct, frozen=True):
+    """The node is stopping, or the slot was taken out of the configuration."""
+
+
+class Tick(Struct, frozen=True):
+    """Time has passed."""
+
+
+Event = Begin | Ready | Unusable | Assign | Step | Cancel | Ended | Died | Adopt | Retire | Tick
+
+
+# --- actions -----------------------------------------------------------------------------------------------
+
+
+class SpawnWorker(Struct, frozen=True):
+    """Start the slot's worker."""
+
+
+class KillWorker(Struct, frozen=True):
+    """End the worker now; its death will be an event."""
+
+
+class KillJob(Struct, frozen=True):
+    """End all that is left of the job in the slot's group."""
+
+
+class Send(Struct, frozen=True):
+    """Say this to the worker."""
+
+    message: ToWorker
+
+
+class TerminateAdopted(Struct, frozen=True):
+    """Ask a worker with which there is no channel to cancel its job."""
+
+
+class Settle(Struct, frozen=True):
+    """Tell the agent that nobody works on the job any more."""
+
+    job_id: str
+    why: str = ""
+
+
+Action = SpawnWorker | KillWorker | KillJob | Send | TerminateAdopted | Settle
+Result = tuple[Slot, list[Action]]
+
+
+class IllegalMove(Exception):  # noqa: N818  # it is a defect of ours, not a condition to handle
+    """An event led from one state to another that may not follow it."""
+
+
+def transition(slot: Slot, to: SlotState, now: float, reason: str | None = None) -> Slot:
+    """Move the slot, if the table allows it; a state without a job forgets the job."""
+    if to not in MOVES[slot.state]:
+        raise IllegalMove(f"slot {slot.name}: {slot.state} -> {to}")
+    moved = replace(slot, state=to, since=now, reason=reason)
+    if to in {SlotState.BUSY, SlotState.CANCELLING, SlotState.ADOPTED}:
+        return moved
+    return replace(moved, job_id=None, job_state=None, job_pid=None)
+
+
+def step(slot: Slot, event: Event, now: float) -> Result:
+    """Give the slot's next value and what to do; an event that means nothing here changes nothing."""
+    handler: Callable[[Slot, Event, float], Result] = _HANDLERS[type(event)]
+    return handler(slot, event, now)
+
+
+def _begin(slot: Slot, _event: Begin, now: float) -> Result:
+    if slot.state is not SlotState.STOPPED:
+        return slot, []
+    return transition(slot, SlotState.STARTING, now), [SpawnWorker()]
+
+
+def _ready(slot: Slot, _event: Ready, now: float) -> Result:
+    if slot.state is not SlotState.STARTING:
+        return slot, []
+    return transition(slot, SlotState.IDLE, now), []
+
+
+def _unusable(slot: Slot, event: Unusable, now: float) -> Result:
+    if slot.state is not SlotState.STARTING:
+        return slot, []
+    return _quarantine(slot, event.reason, now), [KillWorker()]
+
+
+def _assign(slot: Slot, event: Assign, now: float) -> Result:
+    if slot.state is not SlotState.IDLE:
+        return slot, []
+    busy = replace(transition(slot, SlotState.BUSY, now), job_id=event.job_id, job_state=State.PREP)
+    return busy, [Send(StartJob(event.job_id))]
+
+
+def _step(slot: Slot, event: Step, _now: float) -> Result:
+    if slot.job_id != event.job_id:
+        return slot, []
+    return replace(slot, job_state=event.state, job_pid=event.pid or slot.job_pid), []
+
+
+def _cancel(slot: Slot, event: Cancel, now: float) -> Result:
+    if slot.state is SlotState.ADOPTED:
+        return slot, [TerminateAdopted()]
+    if slot.state is not SlotState.BUSY or slot.job_id is None:
+        return slot, []
+    message = CancelJob(slot.job_id, event.why, event.detail)
+    return transition(slot, SlotState.CANCELLING, now, event.detail or event.why), [Send(message)]
+
+
+def _ended(slot: Slot, event: Ended, now: float) -> Result:
+    if slot.state not in {SlotState.BUSY, SlotState.CANCELLING} or slot.job_id != event.job_id:
+        return slot, []
+    if event.clean:
+        # A job that came through is the proof that the slot works: earlier deaths no longer count.
+        return replace(transition(slot, SlotState.IDLE, now), deaths=(), quarantines=0), [
+            Settle(event.job_id)
+        ]
+    reason = f"something of job {event.job_id} could not be killed; it is tried again, or reboot"
+    return _quarantine(slot, reason, now), [Settle(event.job_id), KillWorker()]
+
+
+def _died(slot: Slot, event: Died, now: float) -> Result:
+    if slot.state in {SlotState.STOPPED, SlotState.BACKOFF, SlotState.QUARANTINED}:
+        return slot, []
+    actions: list[Action] = [KillJob()]
+    if slot.job_id is not None:
+        actions.append(Settle(slot.job_id, f"the worker of slot {slot.name} {event.how}"))
+    if slot.state is SlotState.ADOPTED:
+        return transition(slot, SlotState.STARTING, now), [*actions, SpawnWorker()]
+    timing = slot.timing
+    deaths = (*(death for death in slot.deaths if death > now - timing.deaths_within), now)
+    slot = replace(slot, deaths=deaths)
+    if len(deaths) >= timing.deaths_allowed:
+        reason = f"its worker died {len(deaths)} times within {timing.deaths_within:.0f} s; last: {event.how}"
+        return replace(_quarantine(slot, reason, now), deaths=()), actions
+    pause = min(timing.restart_max, timing.restart_min * 2 ** (len(deaths) - 1))
+    return replace(transition(slot, SlotState.BACKOFF, now, event.how), retry_at=now + pause), actions
+
+
+def _adopt(slot: Slot, event: Adopt, now: float) -> Result:
+    if slot.state is not SlotState.STOPPED:
+        return slot, []
+    return replace(transition(slot, SlotState.ADOPTED, now), job_id=event.job_id, job_state=event.state), []
+
+
+def _retire(slot: Slot, _event: Retire, now: float) -> Result:
+    if slot.state is SlotState.STOPPED:
+        return slot, []
+    return transition(slot, SlotState.STOPPED, now), []
+
+
+def _tick(slot: Slot, _event: Tick, now: float) -> Result:
+    waited = now - slot.since
+    if slot.state in {SlotState.BACKOFF, SlotState.QUARANTINED} and now >= slot.retry_at:
+        return transition(slot, SlotState.STARTING, now), [SpawnWorker()]
+    if slot.state is SlotState.STARTING and waited > slot.timing.start_timeout:
+        return slot, [KillWorker()]
+    if slot.state is SlotState.CANCELLING and waited > slot.timing.cancel_timeout:
+        return slot, [KillWorker()]
+    return slot, []
+
+
+def _quarantine(slot: Slot, reason: str, now: float) -> Slot:
+    pause = min(slot.timing.quarantine_max, slot.timing.quarantine_min * 2**slot.quarantines)
+    moved = transition(slot, SlotState.QUARANTINED, now, reason)
+    return replace(moved, quarantines=min(slot.quarantines + 1, 16), retry_at=now + pause)
+
+
+_HANDLERS: dict[type, Callable[..., Result]] = {
+    Begin: _begin,
+    Ready: _ready,
+    Unusable: _unusable,
+    Assign: _assign,
+    Step: _step,
+    Cancel: _cancel,
+    Ended: _ended,
+    Died: _died,
+    Adopt: _adopt,
+    Retire: _retire,
+    Tick: _tick,
+}

@@ -1,0 +1,364 @@
+"""Starts a job's program within its limits, and knows its processes until the last of them is gone.
+
+Used by the slot's worker, which has one thread and no children but the job's. `os.fork` and not `subprocess`:
+there, a failure before the exec loses its reason, the order of the steps is fixed, and the status is reaped
+without its resource usage. Having one thread also means that Python may run between fork and exec.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NoReturn, Self
+
+import psutil
+from msgspec import Struct
+
+from aitbc_miner.cgroup import RETRY_S, Group
+from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.jobs import ExitStatus, Usage
+from aitbc_miner.util.clock import now
+from aitbc_miner.util.limits import ProcessLimits, apply
+
+REPORT_FD = 3
+"""Where the child finds its report pipe: right after the standard three, so any language can reach it."""
+
+# linux/prctl.h
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_NO_NEW_PRIVS = 38
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+Steps = list[tuple[str, Callable[[], object]]]
+
+
+def _prctl(option: int, value: int) -> None:
+    zero = ctypes.c_ulong(0)
+    if _LIBC.prctl(option, ctypes.c_ulong(value), zero, zero, zero) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def become_subreaper() -> None:
+    """Have every orphan below this process become its child, however often it forked. Lasts until exit."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+class Sample(Struct, frozen=True):
+    """CPU time so far and memory now, of a whole job or slot."""
+
+    cpu_s: float
+    memory_bytes: int
+
+
+def sample(target: Group | int) -> Sample:
+    """Measure a group, or a process with all below it; zeros when it is gone.
+
+    Without a memory controller the memory is the sum of resident sets, which counts shared pages repeatedly.
+    Without a cgroup the CPU time loses that of processes whose parent never waited for them.
+    """
+    cpu = memory = None
+    if isinstance(target, Group):
+        cpu, memory = target.cpu_usage(), target.memory_current()
+        pids = target.pids() if cpu is None or memory is None else []
+    else:
+        pids = [target, *(process.pid for process in _descendants(target))]
+    cpu_s, resident = 0.0, 0
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            cpu_s += sum(process.cpu_times()[:4])
+            resident += process.memory_info().rss
+    return Sample(cpu_s if cpu is None else cpu.total_s, resident if memory is None else memory)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+class Job:
+    """A started program and all that comes of it.
+
+    `pidfd` becomes readable when the program itself ends; use the job as a context manager, or `close()` it.
+    """
+
+    def __init__(self, pid: int, group: Group | None) -> None:
+        self.pid = pid
+        self.group = group
+        self.pidfd = os.pidfd_open(pid)
+        self._started = now()
+        self._ended: float | None = None
+        self._exit: ExitStatus | None = None
+        self._user_s = self._system_s = 0.0
+        self._maxrss = 0
+        self._io: tuple[int, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the pidfd; ends no process."""
+        if self.pidfd >= 0:
+            os.close(self.pidfd)
+            self.pidfd = -1
+
+    def poll(self) -> ExitStatus | None:
+        """Return how the program ended, or None while it runs. Others of the job may still be alive."""
+        if self._exit is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            self._collect(self.pid)
+        return self._exit
+
+    def _collect(self, pid: int) -> None:
+        """Take the status and the usage of a child that has ended."""
+        if pid == self.pid:
+            # A zombie still has its counters, with those of the children it waited for.
+            self._io = _io_of(pid)
+        _, status, used = os.wait4(pid, 0)
+        self._user_s += used.ru_utime
+        self._system_s += used.ru_stime
+        self._maxrss = max(self._maxrss, used.ru_maxrss * 1024)
+        if pid == self.pid:
+            code = os.waitstatus_to_exitcode(status)
+            self._exit = ExitStatus(status=code) if code >= 0 else ExitStatus(signal=-code)
+            self._ended = now()
+
+    def _reap(self) -> bool:
+        """Collect all children that have ended; True when this process has no child left."""
+        while True:
+            try:
+                # Peeks, so that the program's own status can never be taken by mistake.
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return True
+            if ended is None:
+                return False
+            self._collect(ended.si_pid)
+
+    def usage(self) -> Usage:
+        """Return what the job has used: by its cgroup where that counts, else by what was reaped so far.
+
+        The group's counters run since the group was made. A peak that comes from getrusage(2) is that of the
+        largest single process, and never below the worker's own size, from which the program was forked.
+        """
+        group = self.group
+        cpu = group.cpu_usage() if group else None
+        peak = group.memory_peak() if group else None
+        read, written = (group.io_bytes() if group else None) or self._io or (None, None)
+        return Usage(
+            wall_s=(self._ended or now()) - self._started,
+            user_s=cpu.user_s if cpu else self._user_s,
+            system_s=cpu.system_s if cpu else self._system_s,
+            peak_memory_bytes=self._maxrss or None if peak is None else peak,
+            read_bytes=read,
+            written_bytes=written,
+        )
+
+    def terminate(self) -> None:
+        """Ask the job's processes to end (SIGTERM): those of its cgroup, else of its process group."""
+        if self.group:
+            self.group.signal(signal.SIGTERM)
+        elif self._exit is None:
+            # Until the program is reaped its number is its own; afterwards it may be anybody's.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGTERM)
+
+    def kill_all(self, timeout_s: float) -> bool:
+        """Kill until nothing of the job is alive, and reap it.
+
+        Without a cgroup that means every descendant of the calling process, which must be a subreaper.
+
+        Returns:
+            False when something is still there after `timeout_s`: it hangs in the kernel, and the slot must
+            not be used again until it is gone.
+        """
+        deadline = now() + timeout_s
+        if self.group is None:
+            return self._kill_descendants(deadline)
+        members = self.group.pids()
+        self.group.kill()
+        if not self.group.wait_empty(timeout_s):
+            return False
+        # The group is empty a moment before the last of it can be reaped.
+        while self.poll() is None or any(Path(f"/proc/{pid}").exists() for pid in members):
+            if now() >= deadline:
+                break
+            self._reap()
+            time.sleep(RETRY_S)
+        return self._exit is not None
+
+    def _kill_descendants(self, deadline: float) -> bool:
+        # Having no child is proof: an orphan, whatever it did, comes to its subreaper the moment it is one.
+        while not self._reap():
+            stopped: set[psutil.Process] = set()
+            # Stopped first, so that nothing can fork between being seen and being killed.
+            while (fresh := set(_descendants(os.getpid())) - stopped) and now() < deadline:
+                _signal_each(fresh, signal.SIGSTOP)
+                stopped |= fresh
+            _signal_each(stopped, signal.SIGKILL)
+            if now() >= deadline:
+                return False
+            time.sleep(RETRY_S)
+        return True
+
+
+def _signal_each(processes: set[psutil.Process], number: int) -> None:
+    for process in processes:
+        # One that we may not signal is still our descendant: the caller goes on until its deadline.
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            process.send_signal(number)
+
+
+def _io_of(pid: int) -> tuple[int, int] | None:
+    try:
+        text = Path(f"/proc/{pid}/io").read_text("ascii")
+    except OSError:
+        return None  # some kernels do not count, and some do not tell everybody
+    counts = dict(line.split(": ") for line in text.splitlines())
+    return int(counts["read_bytes"]), int(counts["write_bytes"])
+
+
+def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
+    argv: Sequence[str],
+    *,
+    cwd: Path,
+    env: Mapping[str, str],
+    stdin: int,
+    log_fd: int,
+    report_fd: int | None,
+    limits: ProcessLimits,
+    group: Group | None,
+    uid: int | None,
+    gid: int | None,
+    umask: int = 0o077,
+) -> Job:
+    """Start the program `argv[0]` (PATH is not searched); when this returns, it has begun.
+
+    In it, `stdin`, `log_fd` (standard output and error) and `report_fd` (as `REPORT_FD`) are open, nothing
+    else; `env` is all of its environment; it is in `group` from its first instruction on. `uid` and its only
+    group `gid` go together; None leaves it those of the worker. `cwd` must be reachable for that user.
+
+    Raises:
+        JobError: E_SANDBOX; it was not started, and the message names the step that failed.
+    """
+    steps: Steps = [
+        ("session", os.setsid),
+        ("file descriptors", partial(_arrange_fds, stdin, log_fd, report_fd)),
+        ("limits", partial(apply, limits)),
+        ("no new privileges", partial(_prctl, _PR_SET_NO_NEW_PRIVS, 1)),
+        *_become_user(uid, gid),
+        # After setuid, which clears it.
+        ("death signal", partial(_die_with, os.getpid())),
+        ("umask", partial(os.umask, umask)),
+        # As the job's user: a directory it cannot reach should fail here, and not in the program.
+        (f"directory {cwd}", partial(os.chdir, cwd)),
+        ("signals", _reset_signals),
+        ("exec", partial(os.execve, argv[0], list(argv), dict(env))),
+    ]
+    try:
+        return _fork(steps, group)
+    except (OSError, _StepError) as error:
+        raise JobError(ErrorCode.E_SANDBOX, f"cannot start {argv[0]}: {error}") from error
+
+
+def _become_user(uid: int | None, gid: int | None) -> Steps:
+    if uid is None and gid is None:
+        return []
+    if uid is None or gid is None:
+        raise ValueError(f"cannot change to uid {uid} and gid {gid}: give both or neither")
+    return [
+        ("groups", partial(os.setgroups, [])),
+        (f"gid {gid}", partial(os.setresgid, gid, gid, gid)),
+        (f"uid {uid}", partial(os.setresuid, uid, uid, uid)),
+    ]
+
+
+class _StepError(Exception):
+    """What the child said before it gave up."""
+
+
+def _fork(steps: Steps, group: Group | None) -> Job:
+    """Run the steps in a child, the last of which is the exec; return when that has happened."""
+    with contextlib.ExitStack() as stack:
+        # The exec closes the child's end of this pipe, so an end without a word means success.
+        read_end, write_end = os.pipe()
+        stack.callback(os.close, read_end)
+        with contextlib.ExitStack() as child_side:
+            child_side.callback(os.close, write_end)
+            if group:
+                # Opened here: the child may be anybody by the time it could look for the path.
+                procs = os.open(group.path / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
+                child_side.callback(os.close, procs)
+                steps = [("cgroup", partial(os.write, procs, b"0")), *steps]
+            # A signal meant for the worker must not run the worker's handler in the child.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+            child_side.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
+            pid = os.fork()
+            if pid == 0:
+                _run_child(steps, write_end)
+        try:
+            job = Job(pid, group)
+        except OSError:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+        failure = b"".join(iter(partial(os.read, read_end, 4096), b""))
+        if failure:
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+            job.poll()
+            job.close()
+            raise _StepError(failure.decode("utf-8", "replace"))
+        return job
+
+
+def _run_child(steps: Steps, failure_fd: int) -> NoReturn:
+    name = "fork"
+    try:
+        # Out of the way of the numbers that the program's own descriptors get.
+        failure_fd = fcntl.fcntl(failure_fd, fcntl.F_DUPFD_CLOEXEC, 10)
+        for name, step in steps:  # noqa: B007  # the name is for the report below
+            step()
+    except Exception as error:  # noqa: BLE001  # reported to the parent, which raises it
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        os.write(failure_fd, f"{name}: {cause or type(error).__name__}".encode("utf-8", "replace"))
+    finally:
+        # Whatever happened, this copy of the worker must not go on as a second worker.
+        os._exit(127)
+
+
+def _arrange_fds(stdin: int, log_fd: int, report_fd: int | None) -> None:
+    wanted = [stdin, log_fd, log_fd, *([] if report_fd is None else [report_fd])]
+    # By way of high numbers, for one of the sources may have the number of another's target.
+    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in wanted]
+    for target, fd in enumerate(high):
+        os.dup2(fd, target)
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        fd = int(entry.name)
+        if fd >= len(wanted):
+            # Closed by the exec and not here, for the failure pipe is among them. The listing's own is gone.
+            with contextlib.suppress(OSError):
+                os.set_inheritable(fd, False)  # noqa: FBT003  # takes no keyword
+
+
+def _die_with(parent: int) -> None:
+    # The worker's death ends the program even where no cgroup does.
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        raise OSError("the worker has died meanwhile")
+
+
+def _reset_signals() -> None:
+    # Ignored signals and the mask survive an exec, and Python ignores SIGPIPE.
+    for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])

@@ -1,0 +1,45 @@
+"""Calls that may take long, beside a loop that must not wait for them."""
+
+import os
+import queue
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Background:
+    """Calls that may take long, in threads; what comes of each is handed to a callback in the main thread."""
+
+    def __init__(self) -> None:
+        self._done: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+
+    def start(
+        self, pool: ThreadPoolExecutor, call: Callable[[], T], done: Callable[[Future[T]], None]
+    ) -> None:
+        """Run `call` in the pool, then `done` with its future where `finish` is called."""
+
+        def hand_over(future: Future[T]) -> None:
+            self._done.put(partial(done, future))
+            self.wake()
+
+        pool.submit(call).add_done_callback(hand_over)
+
+    def wake(self) -> None:
+        """End the main thread's wait."""
+        try:
+            os.write(self._wake, b".")
+        except BlockingIOError:
+            return  # it is full, so the main thread will wake up anyway
+
+    def finish(self) -> None:
+        """Run the callbacks of all calls that have ended."""
+        while not self._done.empty():
+            self._done.get()()
+
+    def clear(self) -> None:
+        """Forget that somebody called `wake`."""
+        os.read(self.woken, 4096)

@@ -1,0 +1,71 @@
+"""When to try again and when the next beat is due, so that many nodes never knock at the same moment."""
+
+import math
+import random
+
+
+class Backoff:
+    """Growing delays with full jitter: each drawn between `min_s` and a ceiling that doubles up to `max_s`.
+
+    The jitter is what keeps a thousand nodes apart after the coordinator was down for all of them at once.
+    """
+
+    def __init__(self, min_s: float, max_s: float, rng: random.Random | None = None) -> None:
+        self._min_s = min_s
+        self._max_s = max(min_s, max_s)
+        self._rng = rng or random.Random()  # noqa: S311  # spreads load, protects nothing
+        self._ceiling_s = min_s
+
+    def next(self) -> float:
+        """Give the next delay in seconds."""
+        self._ceiling_s = min(self._max_s, 2 * self._ceiling_s)
+        return self._rng.uniform(self._min_s, self._ceiling_s)
+
+    def reset(self) -> None:
+        """Begin again with short delays: it worked."""
+        self._ceiling_s = self._min_s
+
+
+def jittered(interval: float, pct: float, rng: random.Random) -> float:
+    """Give `interval`, more or less by up to `pct` percent."""
+    return interval * (1 + rng.uniform(-pct, pct) / 100)
+
+
+class Schedule:
+    """When the next beat is due (`due`): on a fixed grid with jitter, or after a backoff when one failed.
+
+    Being late moves nothing, so lateness does not add up; what was missed, as in a suspend, is left out.
+    """
+
+    def __init__(
+        self, interval_s: float, jitter_pct: float, backoff: Backoff, rng: random.Random, now: float
+    ) -> None:
+        self._interval_s = interval_s
+        self._jitter_pct = jitter_pct
+        self._backoff = backoff
+        self._rng = rng
+        self._grid = now
+        self._failing = False
+        self.due = now
+
+    def succeeded(self, now: float) -> None:
+        """Plan the next one, for the next point of the grid, give or take the jitter."""
+        if self._failing:
+            self._grid = now
+        self._failing = False
+        self._backoff.reset()
+        # One sent early by its jitter leaves its own point of the grid ahead; that one is done all the same.
+        missed = max(0, math.floor((now - self._grid) / self._interval_s))
+        self._grid += (missed + 1) * self._interval_s
+        self.due = self._grid - self._interval_s + jittered(self._interval_s, self._jitter_pct, self._rng)
+
+    def failed(self, now: float, at_least_s: float = 0.0) -> None:
+        """Plan to try again, not before as long as asked, nor at the same moment as all the others."""
+        self._failing = True
+        spread = 1 + self._rng.uniform(0, self._jitter_pct) / 100
+        self.due = now + max(at_least_s * spread, self._backoff.next())
+
+    def hurry(self, at: float) -> None:
+        """Make the next one due at this time if it was due later, unless we wait after a failure."""
+        if not self._failing and at < self.due:
+            self.due = self._grid = at

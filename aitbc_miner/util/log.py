@@ -1,0 +1,106 @@
+"""Log lines as JSON for journald and tools, or as text on a terminal; the one place that masks secrets."""
+
+import logging
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, ClassVar, TextIO
+
+import msgspec
+
+from aitbc_miner.util import clock
+
+MASK = "****"
+# A shorter value would blank out ordinary words.
+MIN_SECRET = 4
+
+
+class Event(logging.LoggerAdapter[logging.Logger]):
+    """A logger whose message is the name of an event and whose keywords are the event's attributes."""
+
+    def __init__(self, logger: logging.Logger, **context: str | None) -> None:
+        super().__init__(logger, {key: value for key, value in context.items() if value is not None})
+
+    def process(self, msg: object, kwargs: Any) -> tuple[object, Any]:
+        """Keep the event's name apart from its attributes."""
+        passed = {key: kwargs.pop(key) for key in ("exc_info", "stack_info") if key in kwargs}
+        context = dict(self.extra or {})
+        attrs = {**context, **kwargs}
+        return msg, {**passed, "extra": {"attrs": attrs}}
+
+
+def events(part: str, **context: str | None) -> Event:
+    """Give the logger of one part of the node (`supervisor`, `agent`, …)."""
+    return Event(logging.getLogger(f"aitbc_miner.{part}"), **context)
+
+
+class Formatter(logging.Formatter):
+    """One line an event: `ts level node_id job_id slot event attrs`, as JSON or for eyes."""
+
+    FIRST: ClassVar[tuple[str, ...]] = ("job_id", "slot")
+
+    def __init__(self, node_id: str, *, as_json: bool, secrets: Iterable[str] = ()) -> None:
+        super().__init__()
+        self._node_id = node_id
+        self._as_json = as_json
+        self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET]
+
+    def add_secret(self, secret: str) -> None:
+        """Mask this value from now on."""
+        if len(secret) >= MIN_SECRET and secret not in self._secrets:
+            self._secrets.append(secret)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Make the line; a traceback becomes an attribute, so that a line stays a line."""
+        attrs = dict(getattr(record, "attrs", {}))
+        if record.exc_info:
+            attrs["traceback"] = self.formatException(record.exc_info)
+        part = record.name.removeprefix("aitbc_miner.")
+        first = {key: attrs.pop(key) for key in self.FIRST if key in attrs}
+        if self._as_json:
+            line = msgspec.json.encode(
+                {
+                    "ts": clock.wall(),
+                    "level": record.levelname.lower(),
+                    "node_id": self._node_id,
+                    **first,
+                    "part": part,
+                    "event": record.getMessage(),
+                    "attrs": attrs,
+                },
+                enc_hook=str,
+            ).decode()
+        else:
+            where = " ".join(str(value) for value in first.values())
+            rest = " ".join(f"{key}={value}" for key, value in attrs.items())
+            head = f"{clock.wall()[11:]} {record.levelname:<7} {part:<10} {where:<12}"
+            line = f"{head} {record.getMessage()} {rest}"
+        return self._masked(line.rstrip())
+
+    def _masked(self, line: str) -> str:
+        for secret in self._secrets:
+            line = line.replace(secret, MASK)
+            # The same value inside a JSON string may be escaped.
+            line = line.replace(msgspec.json.encode(secret).decode()[1:-1], MASK)
+        return line
+
+
+def configure(
+    node_id: str, *, level: str, as_json: bool, path: str | None = None, stream: TextIO | None = None
+) -> Formatter:
+    """Send all log lines to one place; gives the formatter, which learns the secrets to mask.
+
+    Raises:
+        OSError: the log file cannot be opened.
+    """
+    handler: logging.Handler
+    handler = logging.FileHandler(Path(path)) if path else logging.StreamHandler(stream or sys.stderr)
+    formatter = Formatter(node_id, as_json=as_json)
+    handler.setFormatter(formatter)
+    # A full disk or a closed pipe under the log must never end the process that logs.
+    logging.raiseExceptions = False
+    root = logging.getLogger("aitbc_miner")
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    root.propagate = False
+    return formatter

@@ -1,0 +1,63 @@
+"""What decides which code runs: the files on the way to a program, and a few environment variables."""
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+# What loaders, shells and interpreters obey, and what the node itself sets.
+_RESERVED = re.compile(
+    r"(LD_|PYTHON|AITBC_|GLIBC_|GCONV_|BASH|NVIDIA_).*"
+    r"|PATH|HOME|TMPDIR|LANG|IFS|ENV|SHELLOPTS|CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER"
+)
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
+
+
+def may_be_set(name: str) -> bool:
+    """Whether an operator may let jobs set this environment variable at all."""
+    return bool(_ENV_NAME.fullmatch(name)) and not _RESERVED.fullmatch(name)
+
+
+def distrust(path: Path) -> str | None:
+    """Say who else could change what `path` leads to; None when nobody but root and this user can.
+
+    Every step the kernel takes is looked at, links and their targets included: whoever can write one of the
+    directories on the way decides what is found at its end. Sticky directories, such as /tmp, are fine, since
+    only its owner can replace an entry there, and the entry's owner is looked at next.
+
+    Raises:
+        OSError: a step is missing or not readable.
+    """
+    trusted = {0, os.geteuid()}
+    for step, info in _steps(path.absolute()):
+        if info.st_uid not in trusted:
+            return f"{step} belongs to user id {info.st_uid}"
+        sticky = stat.S_ISDIR(info.st_mode) and info.st_mode & stat.S_ISVTX
+        if info.st_mode & 0o022 and not sticky and not stat.S_ISLNK(info.st_mode):
+            return f"{step} can be written by others (mode {stat.S_IMODE(info.st_mode):04o})"
+    return None
+
+
+def _steps(path: Path, max_links: int = 40) -> Iterator[tuple[Path, os.stat_result]]:
+    """Walk as the kernel does: each directory, each link, and the way that the link points."""
+    here, ahead = Path("/"), list(reversed(path.parts[1:]))
+    yield here, here.lstat()
+    while ahead:
+        part = ahead.pop()
+        if part == "..":
+            here = here.parent
+            continue
+        step = here / part
+        info = step.lstat()
+        yield step, info
+        if not stat.S_ISLNK(info.st_mode):
+            here = step
+            continue
+        max_links -= 1
+        if not max_links:
+            raise OSError(f"too many links on the way to {path}")
+        target = step.readlink()
+        if target.is_absolute():
+            here = Path("/")
+        ahead += reversed(target.parts[1:] if target.is_absolute() else target.parts)

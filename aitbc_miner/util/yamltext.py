@@ -1,0 +1,141 @@
+"""YAML text to a tree of nodes that keep their lines, with the parts of YAML we do not want refused."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+MAX_BYTES = 1024 * 1024
+NO_TAGS = "has a tag (!name) that is not accepted here; remove it"
+_MAX_DEPTH = 40
+_TAG = "tag:yaml.org,2002:"
+_TEXT_TAGS = {_TAG + name for name in ("str", "timestamp", "merge", "value")}
+_PLAIN_TAGS = {_TAG + name for name in ("null", "bool", "int", "float")}
+
+
+class YamlTextError(ValueError):
+    """The text is no YAML that we accept; `line` counts from 1."""
+
+    def __init__(self, message: str, line: int | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.line = line
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses aliases, with which a few lines can grow into gigabytes, and endless nesting."""
+
+    depth = 0
+
+    def compose_node(self, parent: Node | None, index: int) -> Node | None:
+        event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
+        line = event.start_mark.line + 1 if event.start_mark else None
+        if isinstance(event, yaml.AliasEvent):
+            raise YamlTextError("an alias (*name) is not accepted; write the value out", line)
+        self.depth += 1
+        if self.depth > _MAX_DEPTH:
+            raise YamlTextError(f"is nested more than {_MAX_DEPTH} levels deep", line)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a regular file, and not much more of it than `compose` accepts.
+
+    Raises:
+        YamlTextError: there is no such file, it cannot be read, is something else, or is not UTF-8.
+    """
+    try:
+        # Opening a FIFO would wait for its writer.
+        if path.exists() and not path.is_file():
+            raise YamlTextError("cannot read this: it is not a regular file")
+        with path.open("rb") as stream:
+            content = stream.read(MAX_BYTES + 1)
+        # A file cut in the middle of a character must not be called bad UTF-8: it is too large.
+        return content.decode(errors="strict" if len(content) <= MAX_BYTES else "replace")
+    except OSError as error:
+        raise YamlTextError(f"cannot read this file: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise YamlTextError(f"cannot read this file: byte {error.start} is not UTF-8") from None
+
+
+def compose(text: str, name: str) -> Node:
+    """Parse one YAML document; an empty one is an empty mapping. `name` is kept in every node's mark.
+
+    Raises:
+        YamlTextError: too large, no YAML, more than one document, aliases, or nested too deeply.
+    """
+    if len(text.encode()) > MAX_BYTES:
+        raise YamlTextError(f"is larger than {MAX_BYTES} bytes")
+    try:
+        loader = _Loader(text)
+        loader.name = name
+        node = loader.get_single_node()
+        mark = loader.get_mark()
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise YamlTextError("contains a control character; remove it", line) from None
+    except yaml.MarkedYAMLError as error:
+        place = error.problem_mark or error.context_mark
+        raise YamlTextError(_problem(error), place.line + 1 if place else None) from None
+    if node is None or node.tag == _TAG + "null":
+        mark.line = 0
+        return empty_mapping(mark)
+    return node
+
+
+def empty_mapping(mark: yaml.Mark) -> MappingNode:
+    """Return a mapping without keys that stands where `mark` says."""
+    return MappingNode(_TAG + "map", [], mark, mark)
+
+
+def line_of(path: Path, steps: Sequence[str | int]) -> int | None:
+    """Return the line of the value that `steps` (keys and indices) lead to, or of the last that is there."""
+    try:
+        node = compose(read_text(path), str(path))
+    except YamlTextError:
+        return None
+    for step in steps:
+        children: dict[str | int, Node] = {}
+        if isinstance(node, MappingNode):
+            children = {key.value: child for key, child in node.value if isinstance(key, ScalarNode)}
+        elif isinstance(node, SequenceNode):
+            children = dict(enumerate(node.value))
+        if step not in children:
+            break
+        node = children[step]
+    return node.start_mark.line + 1
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    if "but found another document" in (error.problem or ""):
+        return "holds more than one YAML document; keep one"
+    if r"'\t'" in (error.problem or ""):
+        return "is indented with a tab; use spaces"
+    # The parser may quote a piece of the file, which may be a piece of a secret.
+    problem = re.sub(r"'(?!<)[^']{4,}'|'<.*?>'", _unquoted, error.problem or "cannot be read")
+    return f"is not valid YAML: {problem}"
+
+
+def _unquoted(match: re.Match[str]) -> str:
+    return match[0] if match[0].startswith("'<") else "this"
+
+
+def construct_scalar(node: Node) -> str | int | float | bool | None:
+    """Return the value of a scalar node; dates are text.
+
+    Raises:
+        YamlTextError: the value has a tag of its own, or does not fit its tag.
+    """
+    if node.tag in _TEXT_TAGS:
+        return str(node.value)
+    if node.tag not in _PLAIN_TAGS:
+        raise YamlTextError(NO_TAGS)
+    try:
+        value: str | int | float | bool | None = yaml.constructor.SafeConstructor().construct_object(node)
+    except (ValueError, KeyError):
+        raise YamlTextError("does not fit its tag, or has too many digits") from None
+    return value

@@ -1,0 +1,104 @@
+"""The process that looks after one slot: prepares, starts, watches and collects one job at a time.
+
+It is root where the node is, so that it can give the job a user of its own, and it reads nothing from the
+network. The job it has is written in the job's directory; it outlives its supervisor and finishes the job.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec import Struct
+
+from aitbc_miner.cgroup import SlotGroup
+from aitbc_miner.channel import Channel
+from aitbc_miner.config import Config
+from aitbc_miner.errors import MinerError
+from aitbc_miner.execution import Delays, Supervision
+from aitbc_miner.jobrun import JobRun, Surroundings
+from aitbc_miner.messages import JobEnded, StartJob, ToWorker, WorkerReady, WorkerRefused
+from aitbc_miner.privileges import Identity
+from aitbc_miner.records import Records
+from aitbc_miner.runners import Runner
+from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.spawn import become_subreaper
+from aitbc_miner.util.limits import plan_limits
+from aitbc_miner.util.log import events
+
+
+class Settings(Struct, frozen=True):
+    """What a worker needs to know. `group_parent` is None where there is no cgroup2 to use."""
+
+    config: Config
+    spec: SlotSpec
+    group_parent: Path | None
+    controllers: tuple[str, ...]
+    runs_as: Identity | None
+    service: Identity | None
+    gpu_env: dict[str, str]
+    delays: Delays = Delays()
+
+
+class Worker:
+    """One slot's worker, from its start until it is told to stop or its supervisor is gone.
+
+    `runners` gives the runners that the configuration enables, as their files are now.
+    """
+
+    def __init__(
+        self, settings: Settings, channel: Channel[ToWorker], runners: Callable[[], dict[str, Runner]]
+    ) -> None:
+        self._settings = settings
+        self._supervision = Supervision(channel)
+        self._runners = runners
+        self._records = Records(settings.config.workspace.root)
+        self._log = events("worker", slot=settings.spec.name)
+
+    def run(self) -> None:
+        """Set the slot up, then take one job after another until told otherwise."""
+        become_subreaper()
+        supervision = self._supervision
+        supervision.listen_for_sigterm()
+        try:
+            around = self._set_up()
+        except MinerError as error:
+            self._log.error("slot unusable", reason=str(error))
+            supervision.send(WorkerRefused(str(error)))
+            return
+        supervision.send(WorkerReady(around.enforced))
+        while supervision.connected and not supervision.stopping and not supervision.terminated:
+            for message in supervision.wait():
+                if isinstance(message, StartJob):
+                    supervision.send(self._run_job(message.job_id, around))
+
+    def _set_up(self) -> Surroundings:
+        settings = self._settings
+        group = None
+        by_cgroup: dict[str, str] = {}
+        if settings.group_parent is not None:
+            group = SlotGroup(settings.group_parent, settings.spec.name)
+            group.setup()
+            group.worker.write("cgroup.procs", str(os.getpid()))
+            # Whatever an earlier worker left running here ends now; if it cannot, the slot is no good.
+            group.renew_job()
+            by_cgroup = group.enforce(settings.spec, settings.controllers)
+        own_user = settings.runs_as is not None
+        limits, enforced = plan_limits(settings.spec, by_cgroup, own_user=own_user)
+        return Surroundings(
+            config=settings.config,
+            spec=settings.spec,
+            group=group,
+            limits=limits,
+            enforced=enforced,
+            runs_as=settings.runs_as,
+            service=settings.service,
+            gpu_env=settings.gpu_env,
+            delays=settings.delays,
+        )
+
+    def _run_job(self, job_id: str, around: Surroundings) -> JobEnded:
+        with self._records.open(job_id) as job:
+            outcome, clean = JobRun(job, around, self._runners(), self._supervision).run()
+        self._supervision.cancelled.clear()
+        self._log.info("job ended", job_id=job_id, code=outcome.code or "OK", message=outcome.message)
+        return JobEnded(job_id, outcome.code, outcome.message, outcome.timings, clean)

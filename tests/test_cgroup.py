@@ -1,0 +1,327 @@
+"""Groups: against plain directories where only files count, and against the kernel where it must act."""
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from aitbc_miner.cgroup import CgroupError, CpuUsage, Group, Mount, SlotGroup, find_mount, own_group
+from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.util import limits
+
+HYBRID = """\
+31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755
+35 31 0:32 / /sys/fs/cgroup/memory rw,relatime - cgroup cgroup rw,memory
+41 31 0:38 / {mount} rw,relatime - cgroup2 cgroup2 rw
+"""
+UNIFIED = "30 23 0:27 / {mount} rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+
+
+def written(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_pure_version_2_mount(tmp_path: Path) -> None:
+    written(tmp_path / "cgroup.controllers", "cpuset cpu io memory pids\n")
+    found = find_mount(written(tmp_path / "mountinfo", UNIFIED.format(mount=tmp_path)))
+    assert found
+    assert (found.path, found.hybrid) == (str(tmp_path), False)
+    assert found.controllers == ("cpuset", "cpu", "io", "memory", "pids")
+
+
+def test_a_hybrid_mount_without_controllers(tmp_path: Path) -> None:
+    mount = tmp_path / "a place"
+    mount.mkdir()
+    escaped = str(mount).replace(" ", r"\040")
+    found = find_mount(written(tmp_path / "mountinfo", HYBRID.format(mount=escaped)))
+    assert found
+    assert (found.path, found.hybrid, found.controllers) == (str(mount), True, ())
+
+
+def test_no_version_2_at_all(tmp_path: Path) -> None:
+    assert find_mount(written(tmp_path / "mountinfo", HYBRID.splitlines()[1])) is None
+
+
+def test_a_read_only_mount_is_not_writable(tmp_path: Path) -> None:
+    text = UNIFIED.format(mount=tmp_path).replace(" rw,nosuid", " ro,nosuid")
+    found = find_mount(written(tmp_path / "mountinfo", text))
+    assert found
+    assert not found.writable
+
+
+def test_own_group_is_below_the_mount(tmp_path: Path) -> None:
+    mount = Mount("/m", (), hybrid=True, writable=True)
+    of = written(tmp_path / "cgroup", "4:memory:/x\n0::/system.slice/a.service\n")
+    assert own_group(mount, of) == Path("/m/system.slice/a.service")
+    inside = Mount("/m", (), hybrid=False, writable=True, root="/system.slice")
+    assert own_group(inside, of) == Path("/m/a.service")
+
+
+@pytest.mark.parametrize("line", ["4:memory:/x\n", "0::/../outside\n", "0::/elsewhere\n"])
+def test_a_group_that_the_mount_does_not_show(tmp_path: Path, line: str) -> None:
+    mount = Mount("/m", (), hybrid=False, writable=True, root="/machine")
+    with pytest.raises(CgroupError, match="cannot find our own cgroup"):
+        own_group(mount, written(tmp_path / "cgroup", line))
+
+
+def test_counters_of_a_group(tmp_path: Path) -> None:
+    group = Group(tmp_path)
+    written(tmp_path / "cpu.stat", "usage_usec 3500000\nuser_usec 2500000\nsystem_usec 1000000\n")
+    written(tmp_path / "memory.current", "4096\n")
+    written(tmp_path / "memory.peak", "8192\n")
+    written(tmp_path / "memory.events", "low 0\noom 2\noom_kill 1\n")
+    written(tmp_path / "io.stat", "8:0 rbytes=10 wbytes=20 rios=1\n254:0 rbytes=5 wbytes=7 rios=1\n")
+    assert group.cpu_usage() == CpuUsage(2.5, 1.0, 3.5)
+    assert (group.memory_current(), group.memory_peak()) == (4096, 8192)
+    assert group.events("memory.events")["oom_kill"] == 1
+    assert group.io_bytes() == (15, 27)
+
+
+def test_a_group_without_controllers_counts_nothing(tmp_path: Path) -> None:
+    group = Group(tmp_path)
+    assert group.cpu_usage() is None
+    assert (group.memory_current(), group.memory_peak(), group.io_bytes()) == (None, None, None)
+    assert group.events("memory.events") == {}
+    assert group.controllers() == ()
+    assert group.pids() == []
+    assert not group.populated()
+
+
+def test_a_refused_write_names_file_and_value(tmp_path: Path) -> None:
+    with pytest.raises(CgroupError) as caught:
+        Group(tmp_path).write("memory.max", "lots")
+    expected = f"cannot write 'lots' to {tmp_path / 'memory.max'}: No such file or directory"
+    assert str(caught.value) == expected
+    with pytest.raises(CgroupError, match=r"cannot make cgroup .*/missing/below"):
+        Group(tmp_path / "missing/below").create()
+
+
+LIMIT_FILES = (
+    "cpu.max",
+    "cpu.weight",
+    "cpuset.cpus",
+    "memory.high",
+    "memory.max",
+    "memory.swap.max",
+    "pids.max",
+    "io.weight",
+    "io.max",
+)
+FILES = ("cgroup.subtree_control", "memory.oom.group", *LIMIT_FILES)
+ALL = ("cpuset", "cpu", "io", "memory", "pids")
+
+
+def fake_slot(tmp_path: Path, controllers: tuple[str, ...] = ALL) -> SlotGroup:
+    """Lay out plain files as the kernel would; each keeps the last value written, in full or overwritten."""
+    slot = SlotGroup(tmp_path, "cpu0")
+    slot.setup()
+    for group in (slot.parent, slot.slot, slot.job):
+        written(group.path / "cgroup.controllers", " ".join(controllers))
+        for name in FILES:
+            written(group.path / name, "")
+    return slot
+
+
+def test_enforce_writes_each_limit_on_the_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aitbc_miner.cgroup.disk_of", lambda path: "8:0")
+    slot = fake_slot(tmp_path)
+    spec = SlotSpec(
+        name="cpu0",
+        kind="cpu",
+        cpus=(0, 1, 2, 5),
+        cpu_max=250,
+        cpu_weight=50,
+        memory_max=1 << 30,
+        memory_high=1 << 29,
+        swap_max=0,
+        pids_max=99,
+        io_weight=10,
+        io_max={"/data": {"wbps": 1000, "riops": 5}},
+    )
+    assert slot.enforce(spec, ALL) == dict.fromkeys(ALL, "cgroup")
+    values = {name: (slot.slot.path / name).read_text() for name in LIMIT_FILES}
+    assert values == {
+        "cpu.max": "250000 100000",
+        "cpu.weight": "50",
+        "cpuset.cpus": "0-2,5",
+        "memory.high": str(1 << 29),
+        "memory.max": str(1 << 30),
+        "memory.swap.max": "0",
+        "pids.max": "99",
+        "io.weight": "default 10",
+        "io.max": "8:0 wbps=1000 riops=5",
+    }
+    for group in (slot.parent, slot.slot):
+        enabled = (group.path / "cgroup.subtree_control").read_text()
+        assert enabled == "+cpu +cpuset +memory +pids +io"
+    assert (slot.job.path / "memory.oom.group").read_text() == "1"
+
+
+def test_enforce_lifts_what_an_older_layout_had_set(tmp_path: Path) -> None:
+    slot = fake_slot(tmp_path)
+    assert slot.enforce(SlotSpec(name="cpu0", kind="cpu"), ALL) == {}
+    values = {name: (slot.slot.path / name).read_text().strip() for name in LIMIT_FILES}
+    assert values == {
+        "cpu.max": "max 100000",
+        "cpu.weight": "100",
+        "cpuset.cpus": "",
+        "memory.high": "max",
+        "memory.max": "max",
+        "memory.swap.max": "max",
+        "pids.max": "max",
+        "io.weight": "default 100",
+        "io.max": "",
+    }
+
+
+def test_enforce_takes_only_controllers_that_are_there(tmp_path: Path) -> None:
+    spec = SlotSpec(name="cpu0", kind="cpu", cpu_max=100, memory_max=1 << 30, pids_max=9)
+    assert fake_slot(tmp_path, ("pids", "hugetlb")).enforce(spec, ALL) == {"pids": "cgroup"}
+    assert fake_slot(tmp_path, ALL).enforce(spec, ("memory",)) == {"memory": "cgroup"}
+    assert fake_slot(tmp_path, ()).enforce(spec, ALL) == {}
+
+
+def test_an_io_weight_without_a_scheduler_that_knows_it_is_not_claimed(tmp_path: Path) -> None:
+    slot = fake_slot(tmp_path)
+    (slot.slot.path / "io.weight").unlink()
+    spec = SlotSpec(name="cpu0", kind="cpu", io_weight=10)
+    assert slot.enforce(spec, ALL) == {}
+    written(slot.slot.path / "io.bfq.weight", "")
+    assert slot.enforce(spec, ALL) == {"io": "cgroup"}
+
+
+def test_an_io_limit_on_no_disk_is_an_error_of_the_slot(tmp_path: Path) -> None:
+    spec = SlotSpec(name="cpu0", kind="cpu", io_max={"/proc": {"wbps": 1}})
+    with pytest.raises(CgroupError, match=r"cannot limit io of /proc: .*not on one disk"):
+        fake_slot(tmp_path).enforce(spec, ALL)
+
+
+def test_the_limits_of_the_two_modules_have_the_same_names() -> None:
+    spec = SlotSpec(
+        name="cpu0", kind="cpu", cpus=(0,), cpu_max=1, memory_max=1 << 20, pids_max=1, io_weight=1
+    )
+    assert limits.asked(spec) == set(ALL)
+
+
+# From here on the kernel is asked. A user who may make no groups is told so, and that is then the test.
+
+_numbers = itertools.count()
+
+
+@pytest.fixture
+def parent() -> Iterator[Path | None]:
+    """Yield a group of our own to make others in; None where this user may make none."""
+    mount = find_mount()
+    if mount is None or not mount.writable:
+        with pytest.raises(CgroupError, match="cannot make cgroup"):
+            Group(Path(mount.path if mount else "/sys/fs/cgroup") / f"aitbc-test-{os.getpid()}").create()
+        yield None
+        return
+    group = Group(own_group(mount) / f"aitbc-test-{os.getpid()}-{next(_numbers)}")
+    group.create()
+    try:
+        yield group.path
+    finally:
+        group.kill()
+        group.remove()
+    assert not group.path.exists()
+
+
+@contextlib.contextmanager
+def member(group: Group) -> Iterator[subprocess.Popen[str]]:
+    """Run a process in the group that answers SIGTERM with status 42."""
+    code = (
+        "import signal, sys\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(42))\n"
+        "print('ready', flush=True)\nsignal.pause()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        try:
+            assert process.stdout.readline() == "ready\n"
+            group.write("cgroup.procs", process.pid)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_slot_has_two_leaves_and_is_adopted_when_it_is_there(parent: Path | None) -> None:
+    if parent is None:
+        return
+    with SlotGroup(parent, "cpu0") as slot:
+        slot.setup()
+        assert sorted(path.name for path in slot.slot.path.iterdir() if path.is_dir()) == ["job", "worker"]
+    assert not slot.slot.path.exists()
+
+
+def test_killing_a_group_empties_it(parent: Path | None) -> None:
+    if parent is None:
+        return
+    group = Group(parent / "kill")
+    group.create()
+    with member(group) as process:
+        assert group.pids() == [process.pid]
+        assert group.populated()
+        assert not group.wait_empty(0)
+        with pytest.raises(CgroupError, match=r"cannot remove cgroup .*busy"):
+            group.remove(0)
+        group.kill()
+        assert group.wait_empty(10)
+        assert process.wait(10) == -signal.SIGKILL
+    group.remove()
+    # All of it answers for a group that is gone, too.
+    assert group.wait_empty(0)
+    assert group.pids() == []
+    group.kill()
+    group.remove()
+
+
+def test_killing_without_the_kernels_help(parent: Path | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if parent is None:
+        return
+    monkeypatch.setattr(Group, "has", lambda self, name: name != "cgroup.kill")
+    group = Group(parent / "old")
+    group.create()
+    with member(group) as one, member(group) as two:
+        group.kill()
+        assert group.wait_empty(10)
+        assert {one.wait(10), two.wait(10)} == {-signal.SIGKILL}
+    assert (group.path / "cgroup.freeze").read_text() == "0\n"
+
+
+def test_a_signal_reaches_groups_below_and_waiting_ends_with_the_last_exit(parent: Path | None) -> None:
+    if parent is None:
+        return
+    group, below = Group(parent / "top"), Group(parent / "top/below")
+    group.create()
+    below.create()
+    with member(below) as process:
+        group.signal(signal.SIGTERM)
+        assert group.wait_empty(10)
+        assert process.wait(10) == 42
+    group.remove()
+    assert not below.path.exists()
+
+
+def test_a_new_job_starts_with_counters_at_zero(parent: Path | None) -> None:
+    if parent is None:
+        return
+    with SlotGroup(parent, "cpu0") as slot:
+        with member(slot.job):
+            slot.renew_job()
+        usage = slot.job.cpu_usage()
+        assert usage
+        assert usage.total_s == 0
+
+
+def test_without_controllers_nothing_is_claimed(parent: Path | None) -> None:
+    if parent is None:
+        return
+    with SlotGroup(parent, "cpu0") as slot:
+        assert slot.enforce(SlotSpec(name="cpu0", kind="cpu", memory_max=1 << 30), ()) == {}

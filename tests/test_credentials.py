@@ -1,0 +1,133 @@
+"""Tokens named by source: what is read, what is refused, and that no token ever shows."""
+
+import os
+import pickle
+import traceback
+from pathlib import Path
+
+import pytest
+
+from aitbc_miner.credentials import Credential, CredentialError, parse_source, read_credential
+
+TOKEN = "s3cr3t-t0ken"
+SOURCES = "must be env:NAME, file:/PATH or credential:NAME, never the token itself"
+
+
+def _file(tmp_path: Path, content: bytes = TOKEN.encode(), mode: int = 0o600) -> str:
+    path = tmp_path / "token"
+    path.write_bytes(content)
+    path.chmod(mode)
+    return f"file:{path}"
+
+
+def _refusal(source: str, environ: dict[str, str] | None = None) -> str:
+    with pytest.raises(CredentialError) as caught:
+        read_credential(source, environ or {})
+    assert TOKEN not in "".join(traceback.format_exception(caught.value))
+    return str(caught.value)
+
+
+def test_from_the_environment() -> None:
+    credential = read_credential("env:MINER_AUTH", {"MINER_AUTH": TOKEN + "\n"})
+    assert credential.reveal() == TOKEN
+    assert credential.source == "env:MINER_AUTH"
+
+
+@pytest.mark.parametrize("content", [TOKEN, TOKEN + "\n", TOKEN + "\r\n"])
+@pytest.mark.parametrize("mode", [0o400, 0o600, 0o640, 0o660])
+def test_from_a_file(tmp_path: Path, content: str, mode: int) -> None:
+    assert read_credential(_file(tmp_path, content.encode(), mode), {}).reveal() == TOKEN
+
+
+def test_from_systemd(tmp_path: Path) -> None:
+    _file(tmp_path, mode=0o444)
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert read_credential("credential:token", environ).reveal() == TOKEN
+
+
+def test_it_never_shows_itself() -> None:
+    credential = Credential("env:X", TOKEN)
+    assert repr(credential) == str(credential) == f"{credential}" == "<credential env:X>"
+    with pytest.raises(TypeError, match="cannot pickle a credential") as caught:
+        pickle.dumps(credential)
+    assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o604, 0o602, 0o644, 0o666])
+def test_a_file_open_to_others(tmp_path: Path, mode: int) -> None:
+    source = _file(tmp_path, mode=mode)
+    path = source.removeprefix("file:")
+    cause = f"its mode {mode:04o} lets others read or write it; chmod o= {path}"
+    assert _refusal(source) == f"cannot read the credential {source}: {cause}"
+
+
+def test_an_unset_variable() -> None:
+    assert _refusal("env:NOPE") == (
+        "cannot read the credential env:NOPE: the variable is not set; set NOPE or name another source"
+    )
+
+
+def test_systemd_without_the_credential(tmp_path: Path) -> None:
+    assert "add LoadCredential=token:PATH to the unit" in _refusal("credential:token")
+    assert "No such file" in _refusal("credential:token", {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+
+
+def test_not_a_regular_file(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    assert "not a regular file" in _refusal(f"file:{fifo}")
+    assert "not a regular file" in _refusal(f"file:{tmp_path}")
+    assert "No such file" in _refusal(f"file:{tmp_path}/nope")
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [
+        (b"", "it is empty"),
+        (b"\n\n", "it is empty"),
+        (b"a" * (64 * 1024 + 1), "it is larger than 65536 bytes"),
+        (TOKEN.encode() + b" x", "it has spaces"),
+        (TOKEN.encode() + b"\nHost: evil", "it has spaces, line breaks"),
+        (TOKEN.encode() + b"\x00", "it has spaces, line breaks or other"),
+        (TOKEN.encode() + "é".encode(), "it is not plain ASCII"),
+    ],
+)
+def test_content_that_is_no_token(tmp_path: Path, content: bytes, cause: str) -> None:
+    assert cause in _refusal(_file(tmp_path, content))
+
+
+def test_a_variable_that_is_no_token() -> None:
+    assert "it is empty" in _refusal("env:X", {"X": ""})
+    assert "other than ASCII" in _refusal("env:X", {"X": TOKEN + "\udcff"})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        TOKEN,
+        "",
+        "env:",
+        "env:1X",
+        "env:A B",
+        "file:",
+        "file:relative",
+        "credential:",
+        "credential:..",
+        "credential:a/b",
+        None,
+        7,
+    ],
+)
+def test_what_is_no_source(source: object) -> None:
+    with pytest.raises(ValueError, match=f"^{SOURCES}$"):
+        parse_source(source)
+
+
+def test_pkcs11_is_for_later() -> None:
+    with pytest.raises(ValueError, match="pkcs11: is not in this version; use env:NAME") as caught:
+        parse_source("pkcs11:object=x;pin-value=1234")
+    assert "1234" not in str(caught.value)
+
+
+def test_a_literal_token_is_refused_unseen() -> None:
+    assert _refusal(TOKEN) == f"cannot read the credential: its source {SOURCES}"

@@ -1,0 +1,290 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from nvml_stub import NvmlStub, no_library
+
+from aitbc_miner import gpu
+from aitbc_miner.gpu import GpuReader, MigInstance
+from aitbc_miner.util import clock
+
+# How much longer than its deadline a call may take on a busy machine before that counts as "not in time".
+GRACE_S = 1.5
+LONG_S = 20.0
+
+
+def child_pid(reader: GpuReader) -> int:
+    assert reader._child is not None
+    return reader._child.pid
+
+
+def ended(reader: GpuReader) -> "subprocess.Popen[bytes]":
+    assert reader._ended is not None
+    return reader._ended
+
+
+def wait_until_gone(pid: int) -> None:
+    """Wait for the end of a killed process; nobody may have reaped it yet."""
+    deadline = clock.now() + LONG_S
+    while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+        assert clock.now() < deadline, f"process {pid} is still alive"
+        os.sched_yield()
+
+
+def test_describes_a_gpu(tmp_path: Path) -> None:
+    stub = NvmlStub(tmp_path, gpus=2, names="NVIDIA L4|NVIDIA T4")
+    node = tmp_path / "bus/pci/devices/0000:41:00.0/numa_node"
+    node.parent.mkdir(parents=True)
+    node.write_text("1\n")
+    with GpuReader(environ=stub.environ, sysfs=tmp_path) as reader:
+        found = reader.list(LONG_S)
+    assert (found.error, found.missing) == (None, False)
+    assert found.gpus[0] == gpu.GpuInfo(
+        index=0,
+        vendor="nvidia",
+        name="NVIDIA L4",
+        uuid="GPU-00000000-0000-0000-0000-000000000000",
+        vram_mb=16384,
+        driver="545.23.06",
+        cuda="12.3",
+        compute_capability="8.9",
+        pci_bus_id="0000:40:00.0",
+    )
+    assert (found.gpus[1].name, found.gpus[1].numa_node) == ("NVIDIA T4", 1)
+
+
+def test_a_numa_node_that_the_firmware_does_not_know_is_none(tmp_path: Path) -> None:
+    node = tmp_path / "bus/pci/devices/0000:40:00.0/numa_node"
+    node.parent.mkdir(parents=True)
+    node.write_text("-1\n")
+    with GpuReader(environ=NvmlStub(tmp_path).environ, sysfs=tmp_path) as reader:
+        assert reader.list(LONG_S).gpus[0].numa_node is None
+
+
+def test_tells_the_usage(tmp_path: Path) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path, gpus=2).environ) as reader:
+        first, second = reader.usage(LONG_S)
+    assert first == gpu.GpuUsage("GPU-00000000-0000-0000-0000-000000000000", 512, 16384, 50, 60, 250.5)
+    assert (second.vram_used_mb, second.utilisation_pct, second.temperature_c) == (513, 51, 61)
+
+
+def test_eight_gpus_from_one_child(tmp_path: Path) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path, gpus=8).environ) as reader:
+        found = reader.list(LONG_S)
+        pid = child_pid(reader)
+        usage = reader.usage(LONG_S)
+        assert child_pid(reader) == pid
+    assert [info.index for info in found.gpus] == list(range(8))
+    assert [info.uuid for info in found.gpus] == [entry.uuid for entry in usage]
+    assert len({info.uuid for info in found.gpus}) == 8
+    wait_until_gone(pid)
+
+
+def test_mig_instances_are_listed_and_measured(tmp_path: Path) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path, gpus=2, mig=2).environ) as reader:
+        cut, plain = reader.list(LONG_S).gpus
+        usage = reader.usage(LONG_S)
+    uuids = [f"MIG-00000000-0000-0000-0000-00000000000{number}" for number in (1, 2)]
+    assert cut.mig_enabled
+    assert cut.mig == [MigInstance(uuid, "NVIDIA Stub MIG 1g.10gb", 2048) for uuid in uuids]
+    assert (plain.mig_enabled, plain.mig) == (False, [])
+    assert [entry.uuid for entry in usage] == [cut.uuid, *uuids, plain.uuid]
+    assert (usage[0].utilisation_pct, usage[0].error) == (None, None)
+    assert (usage[1].vram_total_mb, usage[1].power_w) == (2048, None)
+
+
+def test_a_lost_gpu_does_not_hide_the_others(tmp_path: Path) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path, gpus=3, lost=1).environ) as reader:
+        found = reader.list(LONG_S)
+        usage = reader.usage(LONG_S)
+    assert found.error is None
+    assert [info.error is None for info in found.gpus] == [True, False, True]
+    assert found.gpus[1].index == 1
+    assert "cannot read GPU 1: GPU is lost" in str(found.gpus[1].error)
+    assert [entry.error is None for entry in usage] == [True, False, True]
+
+
+def test_what_a_gpu_cannot_tell_is_none_but_a_real_error_is_told(tmp_path: Path) -> None:
+    stub = NvmlStub(tmp_path, fail="nvmlDeviceGetPowerUsage:3")
+    with GpuReader(environ=stub.environ) as reader:
+        (entry,) = reader.usage(LONG_S)
+    assert (entry.power_w, entry.temperature_c, entry.error) == (None, 60, None)
+    stub.set(fail="nvmlDeviceGetPowerUsage:16")
+    with GpuReader(environ=stub.environ) as reader:
+        (entry,) = reader.usage(LONG_S)
+    assert entry.uuid.startswith("GPU-")
+    assert "GPU requires restart" in str(entry.error)
+
+
+def test_a_name_that_is_no_text_is_an_error_of_that_gpu_only(tmp_path: Path) -> None:
+    stub = NvmlStub(tmp_path)
+    with (tmp_path / "nvml_stub.conf").open("wb") as settings:
+        settings.write(b"NVML_STUB_GPUS=2\nNVML_STUB_NAMES=\xff\xfe|good\n")
+    with GpuReader(environ=stub.environ) as reader:
+        bad, good = reader.list(LONG_S).gpus
+    assert "cannot read GPU 0" in str(bad.error)
+    assert (good.name, good.error) == ("good", None)
+
+
+def test_output_of_the_library_does_not_disturb(tmp_path: Path) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path, noise=1).environ) as reader:
+        assert reader.list(LONG_S).error is None
+
+
+def test_hang_at_start_ends_the_child_in_time(tmp_path: Path) -> None:
+    stub = NvmlStub(tmp_path, hang="nvmlInitWithFlags")
+    with GpuReader(environ=stub.environ, pause_s=0) as reader:
+        began = clock.now()
+        found = reader.list(1.0)
+        took = clock.now() - began
+        pid = ended(reader).pid
+        assert "no answer in time" in str(found.error)
+        assert not found.missing
+        assert 1.0 <= took < 1.0 + GRACE_S
+        wait_until_gone(pid)
+        stub.set()
+        assert reader.list(LONG_S).error is None, "it did not recover"
+        assert not psutil.pid_exists(pid), "the killed child was not reaped"
+
+
+def test_hang_in_a_call_marks_the_known_gpus(tmp_path: Path) -> None:
+    stub = NvmlStub(tmp_path, gpus=2, mig=1, hang="nvmlDeviceGetUtilizationRates")
+    with GpuReader(environ=stub.environ) as reader:
+        found = reader.list(LONG_S)
+        pid = child_pid(reader)
+        began = clock.now()
+        usage = reader.usage(0.3)
+        assert clock.now() - began < 0.3 + GRACE_S
+        wait_until_gone(pid)
+    assert [entry.uuid for entry in usage] == [
+        found.gpus[0].uuid,
+        found.gpus[0].mig[0].uuid,
+        found.gpus[1].uuid,
+    ]
+    assert all("no answer in time" in str(entry.error) for entry in usage)
+
+
+def test_a_child_that_cannot_be_killed_is_abandoned_and_stays_the_only_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = NvmlStub(tmp_path, hang="nvmlDeviceGetName")
+    with GpuReader(environ=stub.environ, pause_s=0) as reader:
+        with monkeypatch.context() as patch:
+            patch.setattr("subprocess.Popen.kill", lambda child: None)
+            reader.list(0.5)
+            stuck = psutil.Process(ended(reader).pid)
+            began = clock.now()
+            assert f"process {stuck.pid} still hangs in the driver" in str(reader.list(LONG_S).error)
+            assert clock.now() - began < GRACE_S
+            assert stuck.is_running()
+        stuck.kill()
+        wait_until_gone(stuck.pid)
+        stub.set()
+        assert reader.list(LONG_S).error is None
+
+
+@pytest.mark.parametrize("printed", ["no json", '{"gpus": 3}', '{"gpus": [{"index": "x"}]}', "[]", "\\xff"])
+def test_garbage_is_an_error_and_ends_the_child(printed: str) -> None:
+    script = f"import sys, signal; print('{printed}', flush=True); signal.pause()"
+    with GpuReader(command=[sys.executable, "-I", "-c", script]) as reader:
+        found = reader.list(LONG_S)
+        wait_until_gone(ended(reader).pid)
+    assert "cannot ask NVML: its process answered" in str(found.error)
+    assert found.gpus == []
+
+
+def test_endless_output_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "MAX_REPLY_BYTES", 1000)
+    script = "import sys\nwhile True: sys.stdout.write('x' * 1000)"
+    with GpuReader(command=[sys.executable, "-I", "-c", script]) as reader:
+        assert "more than 1000 bytes" in str(reader.list(LONG_S).error)
+
+
+@pytest.mark.parametrize(
+    "command", [["/bin/false"], ["/nonexistent/python"], [sys.executable, "-c", "print(end='{')"]]
+)
+def test_a_child_that_ends_or_never_starts_is_an_error(command: list[str]) -> None:
+    with GpuReader(command=command) as reader:
+        found = reader.list(LONG_S)
+    assert str(found.error).startswith("cannot ask NVML: ")
+    assert not found.missing
+
+
+def test_a_crash_of_the_library_is_an_error(tmp_path: Path) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path, crash="nvmlDeviceGetUUID").environ) as reader:
+        assert "its process ended" in str(reader.list(LONG_S).error)
+
+
+@pytest.mark.parametrize(
+    ("fail", "told"),
+    [
+        ("nvmlInitWithFlags:9", "cannot start NVML: Driver Not Loaded"),
+        ("nvmlInitWithFlags:77", "cannot start NVML: an error of the stub"),
+        ("nvmlDeviceGetCount_v2:18", "cannot find the GPUs: RM has detected an NVML/RM version mismatch"),
+    ],
+)
+def test_a_broken_driver_is_told(tmp_path: Path, fail: str, told: str) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path, fail=fail).environ) as reader:
+        found = reader.list(LONG_S)
+    assert told in str(found.error)
+    assert not found.missing
+
+
+def test_a_missing_library_is_no_fault_and_not_asked_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time = [1000.0]
+    with GpuReader(environ=no_library(tmp_path)) as reader, monkeypatch.context() as patch:
+        patch.setattr(clock, "now", lambda: time[0])
+        found = reader.list(LONG_S)
+        assert found == gpu.GpuList(error=gpu.NO_LIBRARY, missing=True)
+        assert reader.usage(LONG_S) == []
+        NvmlStub(tmp_path)
+        time[0] += 299
+        assert reader.list(LONG_S) == found
+        assert reader._child is None
+        time[0] += 2
+        ended(reader).wait(LONG_S)
+        assert len(reader.list(LONG_S).gpus) == 1
+
+
+def test_the_pause_grows_to_its_limit_and_ends_with_a_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time = [1000.0]
+    monkeypatch.setattr(clock, "now", lambda: time[0])
+    stub = NvmlStub(tmp_path, fail="nvmlInitWithFlags:9")
+    pauses = []
+    with GpuReader(environ=stub.environ, pause_s=5, max_pause_s=30) as reader:
+        for _ in range(5):
+            reader.list(LONG_S)
+            pauses.append(reader._not_before - time[0])
+            assert reader._child is None
+            ended(reader).wait(LONG_S)
+            time[0] = reader._not_before
+        assert pauses == [5, 10, 20, 30, 30]
+        stub.set()
+        assert reader.list(LONG_S).error is None
+        stub.set(fail="nvmlDeviceGetCount_v2:9")
+        reader.close()
+        reader.list(LONG_S)
+        assert reader._not_before - time[0] == 5
+
+
+def test_the_child_gets_no_secrets(tmp_path: Path) -> None:
+    environ = {**NvmlStub(tmp_path).environ, "MINER_AUTH": "a secret", "PYTHONPATH": "/nonexistent"}
+    with GpuReader(environ=environ) as reader:
+        assert reader.list(LONG_S).error is None
+        seen = psutil.Process(child_pid(reader)).environ()
+    # The C locale is coerced by the interpreter itself.
+    assert set(seen) - {"LC_CTYPE"} == {"PATH", "LD_LIBRARY_PATH"}
+
+
+def test_asking_never_loads_nvml_into_this_process(tmp_path: Path) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path).environ) as reader:
+        assert len(reader.list(LONG_S).gpus) == 1
+    assert "pynvml" not in sys.modules
+    assert "libnvidia-ml" not in Path("/proc/self/maps").read_text()

@@ -1,0 +1,261 @@
+"""slots.d: reading, comparing with the machine, and the derived layout."""
+
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aitbc_miner.slotspec import (
+    IoNice,
+    MachineFacts,
+    SlotFile,
+    SlotSpec,
+    check_slots,
+    derive_slots,
+    read_slots,
+    to_yaml,
+)
+from aitbc_miner.util.yamldoc import Fault, decode_text
+
+G = 1 << 30
+SAMPLE = Path(__file__).parent.parent / "etc" / "slots.d" / "slots.yaml.sample"
+
+
+def read(text: str) -> tuple[list[SlotSpec] | None, list[str]]:
+    faults: list[Fault] = []
+    file = decode_text(text, SlotFile, faults, file="s.yaml")
+    return file.slots if file else None, [str(fault).removeprefix("s.yaml") for fault in faults]
+
+
+def one(**keys: Any) -> tuple[list[SlotSpec] | None, list[str]]:
+    return read(msgspec.yaml.encode({"slots": [{"name": "a", "kind": "cpu"} | keys]}).decode())
+
+
+def test_the_sample_shows_every_key() -> None:
+    specs, faults = read(SAMPLE.read_text())
+    assert faults == []
+    assert specs == [
+        SlotSpec(
+            name="cpu0",
+            kind="cpu",
+            cpus=(0, 1, 2, 3),
+            cpu_max=400,
+            cpu_weight=100,
+            memory_max=16 * G,
+            memory_high=14 * G,
+            swap_max=0,
+            pids_max=1024,
+            io_weight=50,
+            io_max={"/var/lib/aitbc": {"rbps": 400 << 20, "wbps": 200 << 20, "riops": 8000, "wiops": 4000}},
+            nice=10,
+            ionice=IoNice("best-effort", 6),
+            rlimits={"nofile": 4096, "fsize": 20 * G, "core": 0},
+            max_runtime_s=7200.0,
+        )
+    ]
+    for field in msgspec.structs.fields(SlotSpec):
+        assert f" {field.name}:" in SAMPLE.read_text()
+
+
+def test_defaults() -> None:
+    specs, faults = one()
+    assert faults == []
+    assert specs == [SlotSpec(name="a", kind="cpu")]
+    assert (specs[0].nice, specs[0].max_runtime_s, specs[0].egress) == (10, 86_400, "none")
+    assert (specs[0].runners, specs[0].env) == (["cli", "python"], [])
+
+
+@pytest.mark.parametrize(
+    ("keys", "fault"),
+    [
+        ({"name": "Upper"}, "name: is 'Upper'; must be 1 to 32 of a-z 0-9 _ -, not beginning with _ or -"),
+        ({"name": ".."}, "name: is '..'; must be 1 to 32 of a-z 0-9 _ -, not beginning with _ or -"),
+        ({"name": "a\n"}, "name: is 'a\\n'; must be 1 to 32 of a-z 0-9 _ -, not beginning with _ or -"),
+        ({"kind": "tpu"}, "kind: is 'tpu'; must be one of cpu, gpu"),
+        ({"kind": "gpu"}, "gpu: this key is missing; a slot of kind gpu needs a UUID or an index"),
+        ({"gpu": 0}, "gpu: a slot of kind cpu has no GPU; remove this key or use kind: gpu"),
+        (
+            {"cpus": "3-1"},
+            "cpus: is '3-1'; must be a list of CPU numbers up to 9999 and ranges of them, such as \"0-3,5\"",
+        ),
+        (
+            {"cpu_max": 4},
+            "cpu_max: is 4; must be a percentage of one CPU from 1%, such as 400% for four CPUs",
+        ),
+        (
+            {"cpu_weight": 0},
+            "cpu_weight: is 0; must be a whole number of at least 1 and at most 10000 or null",
+        ),
+        ({"memory_max": 16}, "memory_max: is 16; must be at least 1M; add a unit, such as 16G"),
+        (
+            {"memory_max": "1G", "memory_high": "2G"},
+            "memory_high: 2G is above memory_max (1G); it must not be, or the job dies before it is slowed",
+        ),
+        ({"pids_max": 0}, "pids_max: is 0; must be a whole number of at least 1 and at most 4194304 or null"),
+        (
+            {"io_max": {"/x": {"bps": 1}}},
+            "io_max['/x'].bps: is 'bps'; must be one of rbps, wbps, riops, wiops",
+        ),
+        ({"io_max": {"x": {}}}, "io_max: 'x' is no absolute path; name a directory on the disk"),
+        ({"nice": 20}, "nice: is 20; must be a whole number of at least -20 and at most 19"),
+        ({"ionice": {"class": "realtime"}}, "ionice.class: is 'realtime'; must be one of idle, best-effort"),
+        (
+            {"ionice": {"class": "idle", "level": 8}},
+            "ionice.level: is 8; must be a whole number of at least 0 and at most 7",
+        ),
+        (
+            {"rlimits": {"no_file": 1}},
+            "rlimits.no_file: is 'no_file'; "
+            "must be one of as, core, cpu, data, fsize, memlock, msgqueue, nofile, nproc, stack",
+        ),
+        ({"max_runtime_s": 0}, "max_runtime_s: is 0; must be a number above 0 and at most 31536000 or null"),
+        ({"runners": []}, "runners: has 0 entries; must be of length at least 1"),
+        ({"runners": ["docker"]}, "runners[0]: is 'docker'; must be one of cli, python"),
+        ({"env": ["A=B"]}, "env[0]: is 'A=B'; must be the name of a variable, such as OMP_NUM_THREADS"),
+        ({"memory": "1G"}, "memory: unknown key; did you mean memory_max?"),
+    ],
+)
+def test_bad_slots(keys: dict[str, Any], fault: str) -> None:
+    specs, faults = one(**keys)
+    assert specs is None
+    assert [shown.split(": slots[0].")[1] for shown in faults] == [fault]
+
+
+def test_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text("slots: [{name: two, kind: cpu}]")
+    (tmp_path / "a.yaml").write_text("slots: [{name: one, kind: cpu}]")
+    (tmp_path / "c.yaml.sample").write_text("not: read")
+    faults: list[Fault] = []
+    assert [spec.name for spec in read_slots(tmp_path, faults)] == ["one", "two"]
+    assert faults == []
+
+
+def test_every_fault_of_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("slots:\n- {name: one, kind: cpu}\n- {name: one, kind: cpu}\n")
+    (tmp_path / "b.yaml").write_text("slots:\n- {name: x, kind: y}\n")
+    (tmp_path / "c.yaml").write_text("slots:\n- kind: cpu\n  name: one\n")
+    faults: list[Fault] = []
+    assert [spec.name for spec in read_slots(tmp_path, faults)] == ["one"]
+    also = f"'one' is also the name of a slot in {tmp_path}/a.yaml; rename one of them"
+    assert list(map(str, faults)) == [
+        f"{tmp_path}/a.yaml:3: slots[1].name: {also}",
+        f"{tmp_path}/b.yaml:2: slots[0].kind: is 'y'; must be one of cpu, gpu",
+        f"{tmp_path}/c.yaml:3: slots[0].name: {also}",
+    ]
+
+
+def test_no_directory_has_no_slots(tmp_path: Path) -> None:
+    faults: list[Fault] = []
+    assert read_slots(tmp_path / "nope", faults) == []
+    assert faults == []
+    (tmp_path / "file").touch()
+    assert read_slots(tmp_path / "file", faults) == []
+    assert list(map(str, faults)) == [f"{tmp_path}/file: cannot read this directory: Not a directory"]
+
+
+MACHINE = MachineFacts(cpus=(0, 1, 2, 3), memory_bytes=16 * G, gpu_ids=[("0", "GPU-a"), ("1", "GPU-b")])
+
+
+def test_slots_that_fit_the_machine() -> None:
+    specs = [
+        SlotSpec(name="g", kind="gpu", gpu="GPU-a", cpus=(0, 1), memory_max=8 * G),
+        SlotSpec(name="h", kind="gpu", gpu=1, cpus=(2,), memory_max=8 * G),
+        SlotSpec(name="c", kind="cpu", cpus=(3,)),
+    ]
+    assert check_slots(specs, MACHINE) == ([], [])
+
+
+def test_slots_that_do_not() -> None:
+    specs = [
+        SlotSpec(name="a", kind="gpu", gpu="GPU-a", cpus=(0, 1), memory_max=8 * G),
+        SlotSpec(name="b", kind="gpu", gpu=0, cpus=(1, 2, 7, 8), memory_max=9 * G),
+        SlotSpec(name="c", kind="gpu", gpu="GPU-c", cpus=(0, 1)),
+    ]
+    faults, warnings = check_slots(specs, MACHINE)
+    assert list(map(str, faults)) == [
+        "slot b: cpus: there is no CPU 7-8; this machine has 0-3",
+        "slot b: gpu: GPU 0 is already that of slot a; each GPU can have one slot",
+        "slot c: gpu: there is no GPU GPU-c; this machine has 0 or GPU-a, 1 or GPU-b",
+        "slot b: memory_max: the slots together may use 17408M, but this machine has 16384M; lower memory_max",
+    ]
+    assert warnings == [
+        "slots a, c share the CPUs 0; their jobs slow each other down",
+        "slots a, b, c share the CPUs 1; their jobs slow each other down",
+    ]
+
+
+def test_no_gpu_at_all() -> None:
+    faults, _ = check_slots([SlotSpec(name="a", kind="gpu", gpu=0)], MachineFacts((0,), G))
+    assert [fault.message for fault in faults] == ["there is no GPU 0; this machine has none"]
+
+
+def test_faults_name_file_and_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("slots:\n- {name: a, kind: cpu}\n- name: b\n  kind: cpu\n  cpus: 9\n")
+    faults: list[Fault] = []
+    specs = read_slots(tmp_path, faults)
+    faults, _ = check_slots(specs, MACHINE, tmp_path)
+    assert list(map(str, faults)) == [f"{path}:5: slots[1].cpus: there is no CPU 9; this machine has 0-3"]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "layout"),
+    [
+        (1, 0, {"cpu0": 1}),
+        (2, 0, {"cpu0": 1, "cpu1": 1}),
+        (4, 0, {"cpu0": 2, "cpu1": 2}),
+        (16, 0, {"cpu0": 4, "cpu1": 4, "cpu2": 4, "cpu3": 4}),
+        (1, 2, {"gpu0": 1, "gpu1": 1}),
+        (2, 1, {"gpu0": 1, "cpu0": 1}),
+        (16, 1, {"gpu0": 8, "cpu0": 4, "cpu1": 4}),
+        (16, 2, {"gpu0": 5, "gpu1": 5, "cpu0": 3, "cpu1": 3}),
+    ],
+)
+def test_derived_layouts(cpus: int, gpus: int, layout: dict[str, int]) -> None:
+    facts = MachineFacts(tuple(range(cpus)), 16 * G, [(str(i), f"GPU-{i}") for i in range(gpus)])
+    assert {spec.name: len(spec.cpus or ()) for spec in derive_slots(facts)} == layout
+
+
+@given(st.sets(st.integers(0, 300), min_size=1), st.integers(0, 10), st.integers(64 << 20, 1 << 43))
+def test_a_derived_layout_fits_and_reads_back(cpus: set[int], gpus: int, memory: int) -> None:
+    ids = [(str(i), f"GPU-{i}") for i in range(gpus)]
+    facts = MachineFacts(tuple(sorted(cpus)), memory, ids)
+    specs = derive_slots(facts)
+    faults, warnings = check_slots(specs, facts)
+    assert faults == []
+    assert not warnings or gpus >= len(cpus)
+    assert {cpu for spec in specs for cpu in spec.cpus or ()} == cpus
+    assert [spec.gpu for spec in specs if spec.kind == "gpu"] == [name for _, name in ids]
+    assert read(to_yaml(specs)) == (specs, [])
+
+
+sizes = st.integers(1 << 20, 1 << 50)
+SPECS = st.builds(
+    SlotSpec,
+    name=st.from_regex(r"[a-z0-9][a-z0-9_-]{0,31}", fullmatch=True),
+    kind=st.just("gpu"),
+    gpu=st.integers(0, 255) | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,20}", fullmatch=True),
+    cpus=st.none() | st.sets(st.integers(0, 99), min_size=1).map(lambda cpus: tuple(sorted(cpus))),
+    cpu_max=st.none() | st.integers(1, 9999),
+    cpu_weight=st.none() | st.integers(1, 10_000),
+    memory_max=st.none() | sizes,
+    swap_max=st.none() | st.just(0) | sizes,
+    pids_max=st.none() | st.integers(1, 4_194_304),
+    io_weight=st.none() | st.integers(1, 10_000),
+    io_max=st.dictionaries(st.sampled_from(["/", "/a b", "/off"]), st.just({"wbps": 5})),
+    nice=st.integers(-20, 19),
+    ionice=st.none() | st.builds(IoNice, st.sampled_from(["idle", "best-effort"]), st.integers(0, 7)),
+    rlimits=st.dictionaries(st.sampled_from(["core", "nofile"]), st.integers(0, 1 << 40)),
+    max_runtime_s=st.none() | st.integers(1, 9999).map(float),
+    egress=st.sampled_from(["none", "open", "no"]),
+    runners=st.sampled_from([["cli"], ["python"], ["cli", "python"]]),
+    env=st.lists(st.sampled_from(["A", "null", "yes"])),
+)
+
+
+@given(st.lists(SPECS, max_size=3))
+def test_what_is_written_reads_back(specs: list[SlotSpec]) -> None:
+    assert read(to_yaml(specs)) == (specs, [])

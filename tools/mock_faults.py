@@ -1,0 +1,163 @@
+"""What can be made to go wrong with each call, once, some times or for ever.
+
+A fault is written `NAME`, `NAME:ARGUMENT`, or `after:NAME…`. Faults that stand in the place of an answer
+leave the call undone, as if it had never arrived; with `after:` the call is carried out first and only its
+answer is spoilt. `delay`, `drop_after`, `truncate` and `slow` always carry it out.
+
+    refuse          hang up before the body is read
+    delay:SECONDS   answer late
+    status:CODE     an error status; `status:429:5` sets Retry-After, which 429 and 503 always have
+    drop_after      carry the call out and hang up without an answer
+    truncate        half of the answer under the full Content-Length
+    slow            an answer, padded, of one byte a second; `slow:0.1` for another pace
+    garbage         200, random bytes said to be JSON
+    huge            200, an endless body (1 GiB)
+    redirect        302 to another name of this server (counted there); `redirect:URL` to somewhere else
+    wrong_json      200, JSON of the wrong shape
+    deep_json       200, 100,000 arrays in each other
+    empty           200, no body
+"""
+
+import json
+import re
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from tools.mock_wire import FileSpan, Reply, Sending, error_reply
+
+ENDPOINTS = frozenset({"register", "heartbeat", "pull", "ack", "progress", "result", "fail", "files"})
+KINDS = frozenset(
+    "refuse delay status drop_after truncate slow garbage huge redirect wrong_json deep_json empty".split()  # noqa: SIM905
+)
+AFTER = frozenset({"delay", "drop_after", "truncate", "slow"})
+ARGUMENTS = {"delay": r"\d+(\.\d+)?", "slow": r"(\d+(\.\d+)?)?", "status": r"[2-5]\d\d(:\d+)?"}
+SLOW_BYTES = 600
+DEPTH = 100_000
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault; `argument` as written, `after` when the call is carried out all the same."""
+
+    name: str
+    argument: str = ""
+    after: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Fault":
+        """Read a fault as the module's description writes it.
+
+        Raises:
+            ValueError: it is none, with what is allowed.
+        """
+        plain = text.removeprefix("after:")
+        name, _, argument = plain.partition(":")
+        if name not in KINDS:
+            raise ValueError(f"cannot set fault {text!r}: not one of {', '.join(sorted(KINDS))}")
+        pattern = ARGUMENTS.get(name)
+        if pattern and not re.fullmatch(pattern, argument):
+            raise ValueError(f"cannot set fault {text!r}: its argument does not match {pattern}")
+        return cls(name, argument, plain != text or name in AFTER)
+
+    def __str__(self) -> str:
+        prefix = "after:" if self.after and self.name not in AFTER else ""
+        return f"{prefix}{self.name}{':' if self.argument else ''}{self.argument}"
+
+    @property
+    def delay_s(self) -> float:
+        """How long to wait before the call is carried out, in seconds."""
+        return float(self.argument) if self.name == "delay" else 0.0
+
+    def spoil(self, reply: Reply, elsewhere: str) -> Reply:
+        """Return what is sent in the place of `reply`; `elsewhere` is where a bare redirect leads."""
+        match self.name:
+            case "delay":
+                return reply
+            case "refuse" | "drop_after":
+                return Reply(0, sending=Sending.NOTHING)
+            case "truncate":
+                return replace(reply, sending=Sending.HALF)
+            case "slow":
+                return _slow(reply, float(self.argument or 1))
+            case "huge":
+                return Reply(sending=Sending.ENDLESS)
+            case "status":
+                return _status(self.argument)
+            case "redirect":
+                return Reply(302, headers={"Location": self.argument or elsewhere})
+        return Reply(200, _BODIES[self.name]() if self.name in _BODIES else b"")
+
+
+def _slow(reply: Reply, byte_s: float) -> Reply:
+    # JSON may be padded, and must be: `{}` would be over in two seconds. A file is sent as it is.
+    body = reply.body if isinstance(reply.body, FileSpan) else reply.body.rjust(SLOW_BYTES)
+    return replace(reply, body=body, sending=Sending.SLOW, byte_s=byte_s)
+
+
+def _status(argument: str) -> Reply:
+    status, _, retry_after = argument.partition(":")
+    code = int(status)
+    if not retry_after and code in {429, 503}:
+        retry_after = "1"
+    reply = error_reply(code, "fault", f"this {code} was asked for as a fault")
+    return replace(reply, headers={"Retry-After": retry_after}) if retry_after else reply
+
+
+_BODIES: dict[str, Callable[[], bytes]] = {
+    "garbage": lambda: secrets.token_bytes(4096),
+    "wrong_json": lambda: json.dumps(
+        {"job": 42, "node_token": ["x"], "cancel": "perhaps", "error": 7}
+    ).encode(),
+    "deep_json": lambda: b'{"job": ' + b"[" * DEPTH + b"]" * DEPTH + b"}",
+}
+
+
+class Faults:
+    """The faults that are set, per endpoint and in the order in which they will happen."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._set: dict[str, list[tuple[Fault, int | None]]] = {}
+
+    def add(self, endpoint: str, kind: str, times: int | None = None) -> None:
+        """Make the next `times` calls of an endpoint go wrong, after those set before; None is for ever.
+
+        Raises:
+            ValueError: no such endpoint, or no such fault.
+        """
+        if endpoint not in ENDPOINTS:
+            raise ValueError(f"cannot set a fault on {endpoint!r}: not one of {', '.join(sorted(ENDPOINTS))}")
+        if times is not None and times < 1:
+            raise ValueError(f"cannot set a fault {times} times: at least 1, or null for ever")
+        fault = Fault.parse(kind)
+        with self._lock:
+            self._set.setdefault(endpoint, []).append((fault, times))
+
+    def clear(self) -> None:
+        """Let everything work again."""
+        with self._lock:
+            self._set.clear()
+
+    def take(self, endpoint: str) -> Fault | None:
+        """Return the fault that is due for this call, and count it down."""
+        with self._lock:
+            due = self._set.get(endpoint)
+            if not due:
+                return None
+            fault, times = due[0]
+            if times == 1:
+                due.pop(0)
+            elif times is not None:
+                due[0] = (fault, times - 1)
+            return fault
+
+    def as_list(self) -> list[dict[str, object]]:
+        """Return what is set, for people."""
+        with self._lock:
+            return [
+                {"endpoint": endpoint, "kind": str(fault), "times": times}
+                for endpoint, due in self._set.items()
+                for fault, times in due
+            ]

@@ -1,0 +1,322 @@
+"""The mock coordinator's HTTP side: one method for each call of the `bootstrap` dialect."""
+
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import Any
+from urllib.parse import SplitResult, parse_qs, urlsplit
+
+from aitbc_miner.util.clock import now
+from tools.mock_faults import Faults
+from tools.mock_ledger import Ledger
+from tools.mock_pages import file_reply, page, state_reply
+from tools.mock_records import Call, Progress, Report, Verdict
+from tools.mock_wire import (
+    Body,
+    Form,
+    Refusal,
+    Reply,
+    Sending,
+    error_reply,
+    json_object,
+    json_reply,
+    receive_form,
+)
+
+ROOT = "/api/v1"
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What every request needs: the ledger, the faults, the token of registrations, and the folders."""
+
+    ledger: Ledger
+    faults: Faults
+    bootstrap_token: str
+    files_dir: Path | None
+    out_dir: Path
+    verbose: bool = False
+    stopping: threading.Event = field(default_factory=threading.Event)
+    cut: set[str] = field(default_factory=set)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection; `desk` is set in a subclass, because socketserver makes the instances."""
+
+    desk: Desk
+    protocol_version = "HTTP/1.1"
+    server_version = "mock-coordinator"
+    sys_version = ""
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        """Answer a GET."""
+        self._serve("GET")
+
+    def do_POST(self) -> None:
+        """Answer a POST."""
+        self._serve("POST")
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the name is the base class's
+        """Print a request, if asked to."""
+        if self.desk.verbose:
+            super().log_message(format, *args)
+
+    # Every request.
+
+    def _serve(self, method: str) -> None:
+        self.arrived = now()
+        self.target = urlsplit(self.path)
+        self.body = Body(self.rfile, self.headers)
+        endpoint, call = self._route(method, self.target)
+        fault = self.desk.faults.take(endpoint)
+        reply = Reply()
+        if fault:
+            self.desk.stopping.wait(fault.delay_s)
+        if fault is None or fault.after:
+            reply = self._answer(call)
+        if fault:
+            host, port = self.connection.getsockname()[:2]
+            other = "localhost" if host == "127.0.0.1" else host
+            reply = fault.spoil(reply, f"http://{other}:{port}/elsewhere")
+        if fault is None or fault.name != "refuse" or fault.after:
+            self.body.drain()
+        self.desk.ledger.note_call(
+            Call(
+                self.arrived,
+                endpoint,
+                reply.status,
+                str(fault) if fault else None,
+                "Authorization" in self.headers,
+            )
+        )
+        self._send(reply)
+
+    def _route(self, method: str, target: SplitResult) -> tuple[str, Callable[[], Reply]]:
+        posts = {
+            f"{ROOT}/nodes/register": self._register,
+            f"{ROOT}/nodes/heartbeat": self._heartbeat,
+            f"{ROOT}/jobs/pull": self._pull,
+            f"{ROOT}/jobs/ack": self._ack,
+            f"{ROOT}/jobs/progress": self._progress,
+            f"{ROOT}/jobs/result": self._result,
+            f"{ROOT}/jobs/fail": self._fail,
+            "/_faults": self._faults,
+            "/elsewhere": self._elsewhere,
+        }
+        gets = {
+            "/": lambda: page(self.desk.ledger),
+            "/state.json": lambda: state_reply(self.desk.ledger, self.desk.faults),
+            "/redirect": self._redirect,
+            "/elsewhere": self._elsewhere,
+        }
+        path = target.path
+        call = (posts if method == "POST" else gets).get(path)
+        if call:
+            return path.rsplit("/", 1)[-1] or "page", call
+        if method == "GET" and path.startswith(("/files/", "/flaky/")):
+            return "files", self._file
+        return "unknown", self._unknown
+
+    def _answer(self, call: Callable[[], Reply]) -> Reply:
+        try:
+            return call()
+        except Refusal as refusal:
+            return error_reply(refusal.status, refusal.code, refusal.message)
+
+    def _send(self, reply: Reply) -> None:
+        if reply.sending is not Sending.WHOLE:
+            self.close_connection = True
+        if reply.sending is Sending.NOTHING:
+            return
+        self.send_response(reply.status)
+        for name, value in reply.headers.items():
+            self.send_header(name, value)
+        if reply.status != 204:
+            self.send_header("Content-Type", reply.content_type)
+            if reply.sending is not Sending.ENDLESS:
+                self.send_header("Content-Length", str(reply.length))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if reply.status != 204:
+            for block in reply.blocks(self.desk.stopping.wait):
+                self.wfile.write(block)
+
+    # What requests have in common.
+
+    def _bearer(self) -> str:
+        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
+        return token.strip() if scheme.lower() == "bearer" else ""
+
+    def _node(self, named: object = None) -> str:
+        """Return which node is calling, by its token; a body that names a node must name the same."""
+        node_id = self.desk.ledger.node_of(self._bearer())
+        if node_id is None:
+            raise Refusal(401, "bad_token", "this call needs the node token of a registration")
+        if named not in {None, node_id}:
+            raise Refusal(403, "other_node", "the token is another node's")
+        return node_id
+
+    def _json(self) -> dict[str, Any]:
+        return json_object(self.body.text(), "the request")
+
+    # The calls.
+
+    def _register(self) -> Reply:
+        if not secrets.compare_digest(self._bearer().encode(), self.desk.bootstrap_token.encode()):
+            raise Refusal(401, "bad_token", "registration needs the bootstrap token")
+        payload = self._json()
+        node_id = _text(payload, "node_id")
+        return json_reply({"node_token": self.desk.ledger.register(node_id, payload)})
+
+    def _heartbeat(self) -> Reply:
+        node_id = self._node()
+        payload = self._json()
+        named = _text(payload, "node_id")
+        if named not in self.desk.ledger.nodes():
+            raise Refusal(404, "unknown_node", f"node {named[:128]!r} is not registered")
+        self._node(named)
+        self.desk.ledger.heartbeat(node_id, payload, self.arrived)
+        return json_reply({})
+
+    def _pull(self) -> Reply:
+        self._node()
+        asked = self._json()
+        filters = asked.get("filters") or {}
+        _check_filters(filters)
+        job = self.desk.ledger.pull(self._node(_text(asked, "node_id")), filters)
+        return Reply(200, job.reply) if job else json_reply({"job": None})
+
+    def _ack(self) -> Reply:
+        self._node()
+        asked = self._json()
+        query = {name: values[-1] for name, values in parse_qs(self.target.query).items()}
+        for name in ("job_id", "node_id"):
+            if query.get(name) != _text(asked, name):
+                raise Refusal(400, "bad_request", f"{name} must be the same in the body and the query string")
+        self.desk.ledger.ack(asked["job_id"], self._node(asked["node_id"]))
+        return json_reply({})
+
+    def _progress(self) -> Reply:
+        node_id = self._node()
+        asked = self._json()
+        pct, note = asked.get("pct"), asked.get("note")
+        if isinstance(pct, bool) or not isinstance(pct, int | float) or not isinstance(note, str | None):
+            raise Refusal(400, "bad_request", "pct must be a number, note a string or null")
+        progress = Progress(self.arrived, pct, note or "", self.headers.get("Idempotency-Key"))
+        cancelled = self.desk.ledger.note_progress(_text(asked, "job_id"), node_id, progress)
+        return json_reply({"cancel": True} if cancelled else {})
+
+    def _result(self) -> Reply:
+        node_id = self._node()
+        form = receive_form(self.body, self.headers.get("Content-Type", ""), self.desk.out_dir)
+        keep = False
+        try:
+            self._node(_text(form.fields, "node_id"))
+            job_id = _text(form.fields, "job_id")
+            metadata = json_object(form.fields.get("metadata", ""), "field 'metadata'")
+            verdict = self._report("result", job_id, node_id, metadata, form)
+            keep = verdict is Verdict.ACCEPTED
+        finally:
+            if not keep:
+                form.discard()
+        return json_reply({verdict.value: True})
+
+    def _fail(self) -> Reply:
+        node_id = self._node()
+        body = self._json()
+        _text(body, "error_code")
+        _text(body, "error_msg")
+        job_id = body.get("job_id")
+        verdict = self._report("fail", job_id if isinstance(job_id, str) else "", node_id, body, None)
+        return json_reply({verdict.value: True})
+
+    def _report(
+        self, kind: Any, job_id: str, node_id: str, body: dict[str, Any], form: Form | None
+    ) -> Verdict:
+        report = Report(
+            kind,
+            job_id,
+            node_id,
+            self.headers.get("Idempotency-Key"),
+            body,
+            self.arrived,
+            tuple(form.artifacts) if form else (),
+            complaint=_complaint(form, body) if form else "",
+        )
+        return self.desk.ledger.report(report)
+
+    # Beside the dialect.
+
+    def _file(self) -> Reply:
+        _, kind, name = self.target.path.split("/", 2)
+        reply = file_reply(self.desk.files_dir, name, self.headers.get("Range"), self.headers.get("If-Range"))
+        if kind == "flaky" and name not in self.desk.cut:
+            self.desk.cut.add(name)
+            return Reply(reply.status, reply.body, reply.content_type, reply.headers, Sending.HALF)
+        return reply
+
+    def _redirect(self) -> Reply:
+        to = parse_qs(self.target.query).get("to", [""])[-1]
+        if not to.isascii() or not to.isprintable():
+            raise Refusal(400, "bad_request", "`to` must be printable ASCII")
+        return Reply(302, headers={"Location": to})
+
+    def _elsewhere(self) -> Reply:
+        return json_reply({})
+
+    def _faults(self) -> Reply:
+        # No page of another site can make a browser send this type here without asking first.
+        if self.headers.get_content_type() != "application/json":
+            raise Refusal(415, "bad_request", "send Content-Type: application/json")
+        asked = self._json()
+        try:
+            if asked.get("clear"):
+                self.desk.faults.clear()
+            else:
+                self.desk.faults.add(_text(asked, "endpoint"), _text(asked, "kind"), asked.get("times"))
+        except (ValueError, TypeError) as error:
+            raise Refusal(400, "bad_fault", str(error)) from error
+        return json_reply({"faults": self.desk.faults.as_list()})
+
+    def _unknown(self) -> Reply:
+        raise Refusal(404, "not_found", f"nothing at {self.target.path[:128]!r}")
+
+
+def _text(source: dict[str, Any], name: str) -> str:
+    value = source.get(name)
+    if not isinstance(value, str) or not value:
+        raise Refusal(400, "bad_request", f"{name} must be a string that is not empty")
+    return value
+
+
+def _check_filters(filters: object) -> None:
+    shape = isinstance(filters, dict) and isinstance(filters.get("known", []), list)
+    slots = filters.get("slots", []) if isinstance(filters, dict) else None
+    if not shape or not isinstance(slots, list) or not all(isinstance(slot, dict) for slot in slots):
+        raise Refusal(
+            400, "bad_request", "filters must be an object with lists `slots` (of objects) and `known`"
+        )
+
+
+def _complaint(form: Form, metadata: dict[str, Any]) -> str:
+    """Compare what was uploaded with what the metadata says of it; empty when they agree."""
+    if not form.artifacts:
+        return "a result needs at least one part named 'artifact'"
+    sent = {each.path: (each.bytes, each.sha256) for each in form.artifacts}
+    if len(sent) != len(form.artifacts):
+        return "two artifacts have the same path"
+    told = metadata.get("artifacts")
+    if told is None:
+        return ""
+    if not isinstance(told, list) or not all(isinstance(each, dict) for each in told):
+        return "metadata.artifacts must be a list of objects"
+    promised = {each.get("path"): (each.get("bytes"), each.get("sha256")) for each in told}
+    wrong = sorted(
+        str(path) for path in promised.keys() | sent.keys() if promised.get(path) != sent.get(path)
+    )
+    return f"artifacts differ from metadata.artifacts: {', '.join(wrong)}" if wrong else ""
