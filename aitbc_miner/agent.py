@@ -332,7 +332,7 @@ class Agent:
             self._log.warning("refusal not delivered", error=str(error))
 
     def _repeat(self, job_id: str) -> None:
-        """A job that is here already is never run again; if it has a report, that is sent again."""
+        """Run a job that is here already never again; if it has a report, send that again."""
         self._log.info("job known already", job_id=job_id)
         if job_id in self._unplaced or job_id in self._progress or job_id in self._schedule:
             return

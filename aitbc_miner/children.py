@@ -1,4 +1,4 @@
-"""The supervisor's children: forked with nothing but their own pipe, watched by pidfd, restarted with a pause."""
+"""The supervisor's children: forked with nothing but their pipe, watched by pidfd, restarted with a pause."""
 
 import os
 import signal

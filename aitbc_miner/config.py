@@ -26,8 +26,16 @@ _LISTEN = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", re.ASC
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 MegaBytes = Annotated[int, Meta(ge=0, le=2**31)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
-UserName = Annotated[str, Meta(pattern="^[a-z_][a-z0-9_-]{0,30}$")]
-ModuleName = Annotated[str, Meta(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*$")]
+UserName = Annotated[
+    str, Meta(pattern=r"^[a-z_][a-z0-9_-]{0,30}\Z", description="the name of a user, such as aitbc")
+]
+ModuleName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*\Z",
+        description="the name of a module, such as numpy or scipy.fft",
+    ),
+]
 Mode = Literal["required", "auto"]
 ModeOrOff = Literal["required", "auto", "off"]
 
@@ -116,6 +124,7 @@ class Coordinator(Struct, frozen=True):
     region: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
     max_manifest_kb: Annotated[int, Meta(ge=1, le=65_536)] = 256
     max_input_mb: MegaBytes = 10_240
+    allow_private_inputs: bool = False
 
     def __post_init__(self) -> None:
         if self.base_url.startswith("http:") and not self.allow_http and not _is_loopback(self.base_url):

@@ -128,7 +128,7 @@ class Client:
 
 
 class ControlServer:
-    """Serves the socket without ever waiting for a client; `answer` gives the reply to a permitted request."""
+    """Serves the socket without ever waiting for a client; `answer` replies to what is permitted."""
 
     def __init__(self, path: Path, answer: Callable[[Request], Reply]) -> None:
         self._answer = answer
@@ -216,11 +216,12 @@ def _listen(path: Path) -> socket.socket:
         listener.bind(os.fspath(path))
     finally:
         os.umask(old)
-    if ids := group_ids(READERS):
-        os.chown(path, -1, next(iter(ids)))
+    if os.geteuid() == 0 and (ids := group_ids(READERS)):
+        for place in (path.parent, path):
+            os.chown(place, -1, next(iter(ids)))
         path.chmod(0o660)
     listener.listen(MAX_CLIENTS)
-    listener.setblocking(False)
+    os.set_blocking(listener.fileno(), False)  # takes no keyword
     return listener
 
 

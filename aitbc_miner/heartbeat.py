@@ -347,7 +347,7 @@ def run_heartbeat(
             started=clock.now(),
         )
     )
-    registration = Registration(connector(config, node_id, environ, mask), mask, metrics)
+    registration = Registration(connector(config, environ, mask), mask, metrics)
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
     process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, timing)
     try:

@@ -25,8 +25,7 @@ from aitbc_miner.privileges import Identity
 from aitbc_miner.records import JobDir
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, shortest
 from aitbc_miner.slotspec import SlotSpec
-from aitbc_miner.spawn import REPORT_FD, Job, spawn
-from aitbc_miner.task import REPORT_FD as REPORT_FD_NAME
+from aitbc_miner.spawn import Job, spawn
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.limits import ProcessLimits
 from aitbc_miner.util.system import process_start
@@ -172,7 +171,7 @@ class JobRun:
             job = spawn(
                 launch.argv,
                 cwd=self._job.path / "work",
-                env=launch.env | ({REPORT_FD_NAME: str(REPORT_FD)} if launch.reports else {}),
+                env=launch.env,
                 stdin=stdin,
                 log_fd=log_write,
                 report_fd=report_write,

@@ -7,8 +7,7 @@ from typing import Any
 
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import Coordinator, Heartbeat, Refused, Unauthorized, UnknownNode
-from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
-from aitbc_miner.coordinator.http import HttpClient
+from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.credentials import CredentialError, read_credential
 from aitbc_miner.errors import MinerError
 from aitbc_miner.probe import SlotCapability
@@ -84,24 +83,13 @@ class Registration:
 
 
 def connector(
-    config: Config, node_id: str, environ: Mapping[str, str], mask: Callable[[str], None]
+    config: Config, environ: Mapping[str, str], mask: Callable[[str], None]
 ) -> Callable[[], Coordinator]:
     """Give the `connect` of a Registration: reads the configured credential, and makes a client with it."""
-    settings = config.coordinator
 
-    def connect() -> Coordinator:
-        credential = read_credential(settings.auth_token, environ)
+    def make() -> Coordinator:
+        credential = read_credential(config.coordinator.auth_token, environ)
         mask(credential.reveal())
-        verify = str(settings.ca_file) if settings.ca_file else settings.tls_verify
-        http = HttpClient(
-            settings.base_url, settings.timeout_s, verify=verify, auth_scheme=settings.auth_scheme
-        )
-        return BootstrapCoordinator(
-            http,
-            node_id=node_id,
-            credential=credential.reveal(),
-            source=credential.source,
-            max_manifest_kb=settings.max_manifest_kb,
-        )
+        return connect(config, credential)
 
-    return connect
+    return make

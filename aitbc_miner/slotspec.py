@@ -37,8 +37,24 @@ def _one_of(names: Sequence[str]) -> Parse:
 
 Memory = Annotated[int, Parse(_parse_memory)]
 Weight = Annotated[int, Meta(ge=1, le=10_000)]
-EnvName = Annotated[str, Meta(pattern="^[A-Za-z_][A-Za-z0-9_]{0,254}$")]
-GpuName = Annotated[str, Meta(pattern="^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}$")]
+# Not `$`, which would also accept a line break at the end.
+SlotName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,31}\Z",
+        description="1 to 32 of a-z 0-9 _ -, not beginning with _ or -",
+    ),
+]
+EnvName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,254}\Z",
+        description="the name of a variable, such as OMP_NUM_THREADS",
+    ),
+]
+GpuName = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}\Z", description="the UUID of a GPU")
+]
 
 
 class IoNice(Struct, frozen=True):
@@ -51,7 +67,7 @@ class IoNice(Struct, frozen=True):
 class SlotSpec(Struct, frozen=True):
     """One slot as slots.d describes it: bytes, seconds, percent of one CPU; None is "not limited"."""
 
-    name: Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,31}$")]
+    name: SlotName
     kind: Literal["cpu", "gpu"]
     gpu: GpuName | Annotated[int, Meta(ge=0, le=255)] | None = None
     cpus: CpuList | None = None
@@ -67,7 +83,7 @@ class SlotSpec(Struct, frozen=True):
     ionice: IoNice | None = None
     rlimits: dict[Annotated[str, _one_of(_RLIMITS)], Size] = {}
     max_runtime_s: Annotated[float, Meta(gt=0, le=31_536_000)] | None = 86_400.0
-    egress: Annotated[str, Meta(pattern="^[a-z0-9][a-z0-9_-]{0,63}$")] = "none"
+    egress: SlotName = "none"
     runners: Annotated[list[Literal["cli", "python"]], Meta(min_length=1)] = msgspec.field(
         default_factory=lambda: ["cli", "python"]
     )

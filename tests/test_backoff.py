@@ -64,7 +64,8 @@ def test_what_a_suspend_made_us_miss_is_left_out(seed: int, asleep_s: float) -> 
     plan.succeeded(0.0)
     woken = plan.due + asleep_s
     plan.succeeded(woken)
-    assert woken - 1.5 - 1e-6 <= plan.due <= woken + 15 + 1.5 + 1e-6
+    # The heartbeat before may have been early and this one late, each by its jitter.
+    assert woken - 1.5 - 1e-6 <= plan.due <= woken + 15 + 2 * 1.5 + 1e-6
 
 
 @given(SEEDS, st.floats(0, 3600))

@@ -53,8 +53,10 @@ def test_the_sample_has_every_key_at_its_default() -> None:
     auto = msgspec.structs.replace(defaults.sandbox, mode="auto")
     assert config == msgspec.structs.replace(defaults, sandbox=auto)
     assert warnings == [
-        "sandbox.mode has no effect in this version, which has no sandbox: "
-        "jobs are confined by user, cgroup and limits only"
+        (
+            "sandbox.mode has no effect in this version, which has no sandbox: "
+            "jobs are confined by user, cgroup and limits only"
+        )
     ]
 
 
@@ -108,24 +110,35 @@ secret: {}
     shown_socket = "/" + "s" * 76 + "..."
     assert faults_of(tmp_path, text) == [
         ":1: node_id: is 'no/slash'; must be text of 1 to 64 of A-Z a-z 0-9 . _ -, or null",
-        ":3: coordinator.base_url: is 'ftp://c.example'; "
-        "must be an http or https address, such as https://coordinator.example/api/v1",
-        ":4: coordinator.auth_token: is (hidden); "
-        "must be env:NAME, file:/PATH or credential:NAME, never the token itself",
+        (
+            ":3: coordinator.base_url: is 'ftp://c.example'; "
+            "must be an http or https address, such as https://coordinator.example/api/v1"
+        ),
+        (
+            ":4: coordinator.auth_token: is (hidden); "
+            "must be env:NAME, file:/PATH or credential:NAME, never the token itself"
+        ),
         ":5: coordinator.dialect: is 'aitbc-v1'; must be bootstrap; aitbc-v1 is not in this version",
         ":6: coordinator.timout_s: unknown key; did you mean timeout_s?",
         f":7: coordinator.timeout_s: is -1; {whole}",
-        ":8: coordinator.ca_file: is '/nonexistent/ca.pem'; "
-        "must be an existing file with CA certificates in PEM form; there is none",
+        (
+            ":8: coordinator.ca_file: is '/nonexistent/ca.pem'; "
+            "must be an existing file with CA certificates in PEM form; there is none"
+        ),
         f":10: heartbeat.interval_s: is '15s'; {whole}",
         ":11: heartbeat.jitter_pct: is 51; must be a number of at least 0 and at most 50",
         ":12: heartbeat.backoff.min_s: is 9, above max_s (3); must be at most that",
         ":13: runners.cli.enable: is 'maybe'; must be true or false",
         f":13: runners.cli.allowlist_dirs[0]: is 'relative'; {absolute}",
-        ":13: runners.python.preload[0]: is 'os;evil'; must be the name of a module, such as numpy or scipy.fft",
+        (
+            ":13: runners.python.preload[0]: is 'os;evil'; "
+            "must be the name of a module, such as numpy or scipy.fft"
+        ),
         f":14: workspace.root: is 'jobs'; {absolute}",
-        ":14: workspace.keep_success: is '1y'; "
-        "must be a duration: seconds, or a number with s, m, h, d or w, such as 24h",
+        (
+            ":14: workspace.keep_success: is '1y'; "
+            "must be a duration: seconds, or a number with s, m, h, d or w, such as 24h"
+        ),
         ":14: workspace.max_log_mb: is 0; must be a whole number of at least 1 and at most 2147483648",
         ":15: queue.backend: is 'redis'; must be sqlite",
         ":16: privileges.mode: is off; must be one of required, auto",
@@ -133,7 +146,10 @@ secret: {}
         ":17: sandbox.mode: is on; must be one of required, auto, off",
         ":18: shutdown.mode: is 'wait'; must be one of handover, drain, kill",
         ":19: telemetry.listen: is 9464; must be host:port, such as 127.0.0.1:9464 or [::1]:9464",
-        f":20: control.socket: is '{shown_socket}'; must be a path of at most 107 bytes, because it names a socket",
+        (
+            f":20: control.socket: is '{shown_socket}'; "
+            "must be a path of at most 107 bytes, because it names a socket"
+        ),
         ":21: logging.level: is 'INFO'; must be one of debug, info, warning, error",
         ":21: logging.json: is 1; must be true or false",
         f":22: slots_dir: is 'slots.d'; {absolute}",
@@ -148,38 +164,50 @@ secret: {}
         (
             "coordinator:\n",
             [
-                ":1: coordinator.base_url: this key is missing; "
-                "must be an http or https address, such as https://coordinator.example/api/v1",
-                ":1: coordinator.auth_token: this key is missing; "
-                "must be env:NAME, file:/PATH or credential:NAME, never the token itself",
+                (
+                    ":1: coordinator.base_url: this key is missing; "
+                    "must be an http or https address, such as https://coordinator.example/api/v1"
+                ),
+                (
+                    ":1: coordinator.auth_token: this key is missing; "
+                    "must be env:NAME, file:/PATH or credential:NAME, never the token itself"
+                ),
             ],
         ),
         (
             coordinator(auth_token="null"),
             [
-                ":3: coordinator.auth_token: is null; "
-                "must be env:NAME, file:/PATH or credential:NAME, never the token itself"
+                (
+                    ":3: coordinator.auth_token: is null; "
+                    "must be env:NAME, file:/PATH or credential:NAME, never the token itself"
+                )
             ],
         ),
         (
             coordinator(auth_token="pkcs11:token=x;pin-value=1234"),
             [
-                ":3: coordinator.auth_token: is (hidden); "
-                "pkcs11: is not in this version; use env:NAME, file:/PATH or credential:NAME"
+                (
+                    ":3: coordinator.auth_token: is (hidden); "
+                    "pkcs11: is not in this version; use env:NAME, file:/PATH or credential:NAME"
+                )
             ],
         ),
         (
             coordinator(base_url="http://c.example/"),
             [
-                ":2: coordinator.base_url: is 'http://c.example', which sends the token unencrypted; "
-                "use https, or set coordinator.allow_http: true on a network that you trust"
+                (
+                    ":2: coordinator.base_url: is 'http://c.example', which sends the token unencrypted; "
+                    "use https, or set coordinator.allow_http: true on a network that you trust"
+                )
             ],
         ),
         (
             coordinator(base_url="https://user:hunter2@c.example"),
             [
-                ":2: coordinator.base_url: is 'https://(hidden)@c.example'; must be without user, password, "
-                "? and #; the token belongs in coordinator.auth_token"
+                (
+                    ":2: coordinator.base_url: is 'https://(hidden)@c.example'; must be without user, "
+                    "password, ? and #; the token belongs in coordinator.auth_token"
+                )
             ],
         ),
         (
@@ -285,11 +313,18 @@ def test_faulty_overrides(tmp_path: Path) -> None:
         "AITBC_MINER_HEARTBEAT__BACKOFF__MIN_S": "500",
     }
     assert faults_of(tmp_path, GOOD, environ) == [
-        "AITBC_MINER_COORDINATOR__TIMOUT_S: unknown variable; did you mean AITBC_MINER_COORDINATOR__TIMEOUT_S?",
-        "AITBC_MINER_COORDINATOR__AUTH_TOKEN: coordinator.auth_token: is (hidden); "
-        "must be env:NAME, file:/PATH or credential:NAME, never the token itself",
-        "AITBC_MINER_HEARTBEAT__BACKOFF__MIN_S: heartbeat.backoff.min_s: is 500, above max_s (120); "
-        "must be at most that",
+        (
+            "AITBC_MINER_COORDINATOR__TIMOUT_S: unknown variable; "
+            "did you mean AITBC_MINER_COORDINATOR__TIMEOUT_S?"
+        ),
+        (
+            "AITBC_MINER_COORDINATOR__AUTH_TOKEN: coordinator.auth_token: is (hidden); "
+            "must be env:NAME, file:/PATH or credential:NAME, never the token itself"
+        ),
+        (
+            "AITBC_MINER_HEARTBEAT__BACKOFF__MIN_S: heartbeat.backoff.min_s: is 500, above max_s (120); "
+            "must be at most that"
+        ),
         "AITBC_MINER_LOGGING__LEVEL: logging.level: is 'loud'; must be one of debug, info, warning, error",
     ]
 
@@ -335,7 +370,7 @@ def test_the_node_id_is_stable_and_not_the_machine_id(tmp_path: Path) -> None:
     path = tmp_path / "machine-id"
     path.write_text("0123456789abcdef0123456789abcdef\n")
     name = derive_node_id(path)
-    assert name == derive_node_id(path) == "node-a8c2b2b7ea4c"
+    assert name == derive_node_id(path) == "node-4c54970a6e7f"
     path.write_text("f123456789abcdef0123456789abcdef\n")
     assert derive_node_id(path) != name
 

@@ -389,7 +389,10 @@ def test_wait_gives_up_and_says_where_things_are(mock: MockCoordinator) -> None:
 
 
 def test_wait_wakes_with_the_change(mock: MockCoordinator, node: Client) -> None:
+    mock.fault("heartbeat", "delay:0.2")
     thread = threading.Thread(target=node.heartbeat)
+    begin = now()
     thread.start()
-    assert mock.wait(lambda ledger: ledger.calls("heartbeat"), 5)[0].credentials
+    assert mock.wait(lambda ledger: ledger.calls("heartbeat"), 10)[0].credentials
+    assert now() - begin < 5
     thread.join()

@@ -167,7 +167,8 @@ def test_a_driver_that_comes_late_is_found(tmp_path: Path) -> None:
     try:
         assert watch.found.error
         talk.write_text(
-            'import sys\nfor line in sys.stdin: print(\'{"gpus": [{"index": 0, "uuid": "GPU-a"}]}\', flush=True)\n'
+            "import sys\n"
+            """for line in sys.stdin: print('{"gpus": [{"index": 0, "uuid": "GPU-a"}]}', flush=True)\n"""
         )
         until(lambda: bool(watch.found.gpus))
         assert inventory(watch.found).gpus == [GpuFact(("GPU-a", "0"), 0)]

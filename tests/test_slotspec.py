@@ -108,8 +108,10 @@ def test_defaults() -> None:
         ),
         (
             {"rlimits": {"no_file": 1}},
-            "rlimits.no_file: is 'no_file'; "
-            "must be one of as, core, cpu, data, fsize, memlock, msgqueue, nofile, nproc, stack",
+            (
+                "rlimits.no_file: is 'no_file'; "
+                "must be one of as, core, cpu, data, fsize, memlock, msgqueue, nofile, nproc, stack"
+            ),
         ),
         ({"max_runtime_s": 0}, "max_runtime_s: is 0; must be a number above 0 and at most 31536000 or null"),
         ({"runners": []}, "runners: has 0 entries; must be of length at least 1"),
@@ -179,7 +181,10 @@ def test_slots_that_do_not() -> None:
         "slot b: cpus: there is no CPU 7-8; this machine has 0-3",
         "slot b: gpu: GPU 0 is already that of slot a; each GPU can have one slot",
         "slot c: gpu: there is no GPU GPU-c; this machine has 0 or GPU-a, 1 or GPU-b",
-        "slot b: memory_max: the slots together may use 17408M, but this machine has 16384M; lower memory_max",
+        (
+            "slot b: memory_max: the slots together may use 17408M, but this machine has 16384M; "
+            "lower memory_max"
+        ),
     ]
     assert warnings == [
         "slots a, c share the CPUs 0; their jobs slow each other down",
@@ -221,14 +226,14 @@ def test_derived_layouts(cpus: int, gpus: int, layout: dict[str, int]) -> None:
 
 @given(st.sets(st.integers(0, 300), min_size=1), st.integers(0, 10), st.integers(64 << 20, 1 << 43))
 def test_a_derived_layout_fits_and_reads_back(cpus: set[int], gpus: int, memory: int) -> None:
-    ids = [(str(i), f"GPU-{i}") for i in range(gpus)]
+    ids: list[tuple[str, ...]] = [(str(i), f"GPU-{i}") for i in range(gpus)]
     facts = MachineFacts(tuple(sorted(cpus)), memory, ids)
     specs = derive_slots(facts)
     faults, warnings = check_slots(specs, facts)
     assert faults == []
     assert not warnings or gpus >= len(cpus)
     assert {cpu for spec in specs for cpu in spec.cpus or ()} == cpus
-    assert [spec.gpu for spec in specs if spec.kind == "gpu"] == [name for _, name in ids]
+    assert [spec.gpu for spec in specs if spec.kind == "gpu"] == [names[1] for names in ids]
     assert read(to_yaml(specs)) == (specs, [])
 
 

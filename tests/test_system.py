@@ -49,7 +49,8 @@ except MinerError as error:
 status = Path("/proc/self/status").read_text()
 no_new_privs = next(line.split()[1] for line in status.splitlines() if line.startswith("NoNewPrivs"))
 capabilities = next(line.split()[1] for line in status.splitlines() if line.startswith("CapPrm"))
-print(os.getresuid(), os.getresgid(), os.getgroups(), no_new_privs, int(capabilities, 16), Path("/proc/self/mem").stat().st_uid)
+owner = Path("/proc/self/mem").stat().st_uid
+print(os.getresuid(), os.getresgid(), os.getgroups(), no_new_privs, int(capabilities, 16), owner)
 """
 
 

@@ -197,6 +197,8 @@ class HttpClient:
                 stream=True,
             ) as response:
                 content = response.raw.read(max_bytes + 1, decode_content=False)
+                if len(content) <= max_bytes and response.raw.length_remaining:
+                    raise http.client.IncompleteRead(content, response.raw.length_remaining)
         except (OSError, urllib3.exceptions.HTTPError, http.client.HTTPException) as error:
             raise Unreachable(f"cannot {doing}: {self._cause(error)}") from error
         return Reply(
@@ -229,8 +231,9 @@ class HttpClient:
     def _cause(self, error: BaseException) -> str:
         """Say in words what went wrong, from the innermost error that says something."""
         # requests' own errors show the insides of urllib3, so only what they wrap is shown.
-        chain = [one for one in _chain(error) if not isinstance(one, requests.RequestException)] or [error]
-        text, found = next((text, one) for kinds, text in _CAUSES for one in chain if isinstance(one, kinds))
+        chain = [one for one in _chain(error) if not isinstance(one, requests.RequestException)]
+        fitting = ((text, one) for kinds, text in _CAUSES for one in chain if isinstance(one, kinds))
+        text, found = next(fitting, (_UNKNOWN, error))
         return clean(text.format(error=found, peer=self._peer, timeout=self._timeout_s), 300)
 
 
@@ -267,8 +270,8 @@ _CAUSES: list[tuple[tuple[type[BaseException], ...], str]] = [
         "garbage reply from {peer}: it is not HTTP",
     ),
     ((OSError,), "{error}"),
-    ((BaseException,), "{error.__class__.__name__} from {peer}"),
 ]
+_UNKNOWN = "{error.__class__.__name__} from {peer}"
 
 
 def clean(text: str, limit: int) -> str:

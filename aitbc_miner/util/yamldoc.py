@@ -128,9 +128,8 @@ def _node_kind(type_: Any) -> type[Node]:
 
 
 def _parser(type_: Any) -> Callable[[object], object] | None:
-    if _bare(type_) is Path:
-        return absolute_path
-    return next((extra.function for extra in typing.get_args(type_) if isinstance(extra, Parse)), None)
+    own = next((extra.function for extra in typing.get_args(type_) if isinstance(extra, Parse)), None)
+    return absolute_path if own is None and _bare(type_) is Path else own
 
 
 def absolute_path(value: object) -> Path:
@@ -155,7 +154,10 @@ def describe(type_: Any) -> str:
     if _node_kind(type_) is not ScalarNode:
         return "a mapping of keys to values" if _node_kind(type_) is MappingNode else "a list"
     words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-    limits = [limit for extra in typing.get_args(type_) for limit in _limits(extra)]
+    metas = [extra for extra in typing.get_args(type_) if isinstance(extra, msgspec.Meta)]
+    if described := [meta.description for meta in metas if meta.description]:
+        return described[0]
+    limits = [limit for meta in metas for limit in _limits(meta)]
     return " ".join([words.get(bare, getattr(bare, "__name__", str(bare))), " and ".join(limits)]).strip()
 
 
@@ -164,9 +166,7 @@ def _one_of(values: typing.Iterable[object]) -> str:
     return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
 
 
-def _limits(meta: object) -> Iterator[str]:
-    if not isinstance(meta, msgspec.Meta):
-        return
+def _limits(meta: msgspec.Meta) -> Iterator[str]:
     words = {
         "ge": "of at least",
         "gt": "above",
@@ -207,9 +207,7 @@ class _Walk:
             node = empty_mapping(node.start_mark)
         fitting = [member for member in members if _node_kind(member) is type(node)]
         if not fitting:
-            parse = _parser(members[0])
-            allowed = _refusal(parse) if parse else f"must be {describe(type_)}"
-            return self.fault(node, key, f"is {_kind(node)}; {allowed}")
+            return self.fault(node, key, f"is {_kind(node)}; {_allowed(type_)}")
         if not isinstance(node, MappingNode | SequenceNode):
             return self._scalar(node, Union[tuple(fitting)], type_, key)  # noqa: UP007  # built at run time
         chosen = fitting[0]
@@ -280,7 +278,7 @@ class _Walk:
                 self.fault(key_node, _join(key, name), f"unknown key; {_nearest(name, fields)}")
         for name, field in fields.items():
             if field.required and field.name not in values:
-                message = f"this key is missing; must be {describe(field.type)}"
+                message = f"this key is missing; {_allowed(field.type)}"
                 values[field.name] = self.fault(node, _join(key, name), message)
         if any(value is _BAD for value in values.values()):
             return _BAD
@@ -370,13 +368,13 @@ def _kind(node: Node) -> str:
     return "a mapping" if isinstance(node, MappingNode) else "a list"
 
 
-def _refusal(parse: Callable[[object], object]) -> str:
-    """Ask a parser what it allows, by giving it what none accepts."""
-    try:
-        parse(object())
-    except ValueError as error:
-        return str(error)
-    return "must be a single value"
+def _allowed(type_: Any) -> str:
+    if parse := _parser(_arguments(type_)[0]):
+        try:
+            parse(object())  # what none accepts, so that it says what it does accept
+        except ValueError as error:
+            return str(error)
+    return f"must be {describe(type_)}"
 
 
 def _shown(node: Node, key: str) -> str:

@@ -1,0 +1,162 @@
+"""Answers what `aitbc-minerctl` asks, from what the supervisor knows at this moment."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import aitbc_miner
+from aitbc_miner.config import Config
+from aitbc_miner.control import (
+    Answer,
+    Done,
+    Files,
+    JobRow,
+    Jobs,
+    Problem,
+    Refusal,
+    Reply,
+    Request,
+    SlotStatus,
+    Status,
+)
+from aitbc_miner.jobindex import JobIndex
+from aitbc_miner.jobs import valid_job_id
+from aitbc_miner.messages import CoordinatorView, Deliveries, Ticket
+from aitbc_miner.slot import SlotState
+from aitbc_miner.slots import RunningSlot
+from aitbc_miner.util import clock, fs
+
+RECORDS = ("manifest.json", "state.json", "outcome.json")
+LOG = "logs/exec.log"
+BAD = frozenset({SlotState.BACKOFF, SlotState.QUARANTINED})
+
+
+class Desk:
+    """The operator's counter. Holds what only it shows, and whether the node takes new jobs."""
+
+    def __init__(
+        self,
+        config: Config,
+        index: JobIndex,
+        slots: Mapping[str, RunningSlot],
+        queue: Mapping[str, Ticket],
+        notices: list[str],
+        cancel: Callable[[str, str, str], bool],
+    ) -> None:
+        self._config = config
+        self._index = index
+        self._slots = slots
+        self._queue = queue
+        self._notices = notices
+        self._cancel = cancel
+        self._began = clock.now()
+        self._changed = False
+        self.accepting = True
+        self.stopping = False
+        self.coordinator = CoordinatorView(reachable=False, since_wall=clock.wall(), error="not asked yet")
+        self.deliveries = Deliveries(0)
+        self.gpu_error: str | None = None
+        self.child_deaths: dict[str, str] = {}
+
+    def take_changed(self) -> bool:
+        """Whether `drain` or `resume` was said since this was last asked."""
+        changed, self._changed = self._changed, False
+        return changed
+
+    def answer(self, request: Request) -> Reply:
+        """Answer a request that is permitted."""
+        match request.verb:
+            case "status" | "slots":
+                return self._status(), []
+            case "jobs":
+                return Jobs(self._index.rows(request.state)), []
+            case "drain" | "resume":
+                return self._set_accepting(request.verb == "resume"), []
+        job_id = request.job_id
+        row = self._index.get(job_id) if job_id else None
+        if job_id is None or row is None or not valid_job_id(job_id):
+            return Refusal(
+                f"cannot {request.verb}: no job {job_id!r} is known here; see `aitbc-minerctl jobs`"
+            ), []
+        match request.verb:
+            case "job":
+                return self._files(row, RECORDS)
+            case "logs":
+                return self._files(row, (LOG,))
+            case _:
+                return self._cancel_job(row), []
+
+    def _set_accepting(self, accepting: bool) -> Done:  # noqa: FBT001  # the one thing that it sets
+        self._changed = self.accepting is not accepting
+        self.accepting = accepting
+        if accepting:
+            return Done("resumed: jobs are pulled again")
+        running = sum(slot.rules.job_id is not None for slot in self._slots.values())
+        return Done(f"draining: no new jobs are pulled; {running} running, {len(self._queue)} waiting go on")
+
+    def _cancel_job(self, row: JobRow) -> Answer:
+        if self._cancel(row.job_id, "cancel", "by the operator"):
+            return Done(f"cancelling job {row.job_id}; it is given a few seconds to end by itself")
+        return Refusal(f"cannot cancel job {row.job_id}: it is in no slot, but {row.state}")
+
+    def _files(self, row: JobRow, names: tuple[str, ...]) -> Reply:
+        """Open a job's files for the client, which reads them itself: reading may take long."""
+        fds: list[int] = []
+        found: list[str] = []
+        try:
+            with fs.directory(self._config.workspace.root / row.job_id) as job:
+                for name in names:
+                    if (fd := _open(job, Path(name))) is not None:
+                        fds.append(fd)
+                        found.append(Path(name).name)
+        except OSError as error:
+            return Refusal(f"cannot open the record of job {row.job_id}: {error.strerror}"), []
+        return Files(row, found), fds
+
+    def _status(self) -> Status:
+        now = clock.now()
+        slots = [SlotStatus(slot.view(), now - slot.rules.since) for slot in self._slots.values()]
+        return Status(
+            node_id=self._config.node_id,
+            version=aitbc_miner.__version__,
+            pid=os.getpid(),
+            up_s=now - self._began,
+            accepting=self.accepting,
+            stopping=self.stopping,
+            coordinator=self.coordinator,
+            base_url=self._config.coordinator.base_url,
+            slots=slots,
+            queued=list(self._queue),
+            pending_reports=self.deliveries.pending,
+            finished=dict(self._index.finished),
+            problems=self._problems(),
+        )
+
+    def _problems(self) -> list[Problem]:
+        view = self.coordinator
+        problems: list[Problem] = []
+        if view.error:
+            problems.append(Problem(view.error, view.remedy or ""))
+        if self.deliveries.error and self.deliveries.error != view.error:
+            problems.append(
+                Problem(self.deliveries.error, "nothing is lost: it is tried again until it works")
+            )
+        if self.gpu_error:
+            problems.append(Problem(self.gpu_error, "check the driver with `nvidia-smi`"))
+        for slot in self._slots.values():
+            if slot.rules.state in BAD:
+                reason = slot.rules.reason or "unknown"
+                problems.append(Problem(f"slot {slot.spec.name}: {reason}", "it is tried again by itself"))
+        problems += [Problem(f"{name} {how}") for name, how in self.child_deaths.items()]
+        return problems + [Problem(notice) for notice in self._notices]
+
+
+def _open(job: int, path: Path) -> int | None:
+    """Open a file in a job's directory, no step through a link; None when it is not there."""
+    try:
+        if len(path.parts) == 1:
+            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=job)
+        with fs.directory(path.parts[0], at=job) as below:
+            return _open(below, Path(*path.parts[1:]))
+    except FileNotFoundError:
+        return None

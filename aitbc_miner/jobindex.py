@@ -1,0 +1,62 @@
+"""What the supervisor remembers of jobs, for `jobs` and `job`: bounded, and the disk is the truth."""
+
+from collections import Counter, OrderedDict
+
+from msgspec.structs import replace
+
+from aitbc_miner.control import JobRow
+from aitbc_miner.jobs import FINAL, State
+from aitbc_miner.messages import JobEnded, JobUpdate
+
+KEPT = 2000
+
+
+class JobIndex:
+    """The jobs of this node by id, oldest first. Of the finished ones only the last `KEPT` are remembered."""
+
+    def __init__(self) -> None:
+        self._rows: OrderedDict[str, JobRow] = OrderedDict()
+        self.finished: Counter[str] = Counter()
+
+    def get(self, job_id: str) -> JobRow | None:
+        """Give a job's row, if it is remembered."""
+        return self._rows.get(job_id)
+
+    def rows(self, state: State | None) -> list[JobRow]:
+        """Give all rows, or those in one state."""
+        return [row for row in self._rows.values() if state in {None, row.state}]
+
+    def update(self, said: JobUpdate) -> None:
+        """Take in what the agent says."""
+        old = self._rows.get(said.job_id, JobRow(said.job_id, said.state))
+        row = JobRow(
+            said.job_id,
+            said.state,
+            said.runner or old.runner,
+            said.slot or old.slot,
+            said.code or old.code,
+            said.message or old.message,
+            said.since_wall,
+            said.wall_s if said.wall_s is not None else old.wall_s,
+            said.artifacts or old.artifacts,
+        )
+        self._put(row)
+
+    def step(self, job_id: str, state: State, slot: str) -> None:
+        """Note that a job has come to a step in a slot."""
+        old = self._rows.get(job_id, JobRow(job_id, state))
+        self._put(replace(old, state=state, slot=slot))
+
+    def ended(self, said: JobEnded) -> None:
+        """Note how a job ended; its report is next."""
+        self.finished[said.code or "OK"] += 1
+        old = self._rows.get(said.job_id, JobRow(said.job_id, State.UPLOADING))
+        self._put(replace(old, state=State.UPLOADING, code=said.code, message=said.message))
+
+    def _put(self, row: JobRow) -> None:
+        self._rows[row.job_id] = row
+        if len(self._rows) > KEPT:
+            for job_id, old in self._rows.items():
+                if old.state in FINAL:
+                    del self._rows[job_id]
+                    break

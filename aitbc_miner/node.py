@@ -1,0 +1,252 @@
+"""Puts a node together: directories, users, cgroups, how each child begins. Then the supervisor runs."""
+
+import os
+import socket
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import psutil
+from msgspec import Struct
+
+from aitbc_miner.agent import Agent
+from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
+from aitbc_miner.channel import Channel
+from aitbc_miner.children import Child, Keeper
+from aitbc_miner.config import Config
+from aitbc_miner.coordinator.connect import connect
+from aitbc_miner.errors import EXIT_CONFIG, EXIT_OK, MinerError
+from aitbc_miner.heartbeat import run_heartbeat
+from aitbc_miner.messages import (
+    FromAgent,
+    FromHeartbeat,
+    FromWorker,
+    GpuFact,
+    PrivateLine,
+    ToAgent,
+    ToHeartbeat,
+    ToWorker,
+)
+from aitbc_miner.privileges import Identities, Identity, resolve
+from aitbc_miner.records import PASSABLE
+from aitbc_miner.runnerset import RunnerSet
+from aitbc_miner.slots import Outcomes, RunningSlot, make_offer
+from aitbc_miner.slotspec import MachineFacts, SlotSpec, check_slots, derive_slots, read_slots
+from aitbc_miner.spawn import become_subreaper
+from aitbc_miner.supervisor import Parts, Supervisor
+from aitbc_miner.util import log
+from aitbc_miner.util.system import drop_privileges
+from aitbc_miner.util.yamldoc import Fault
+from aitbc_miner.worker import Settings, Worker
+
+
+class ConfinementError(MinerError):
+    """What the configuration requires for confining jobs is not to be had."""
+
+
+class Cgroups(Struct, frozen=True):
+    """Where the slots' groups go; None where there are none. `missing` says what that means."""
+
+    parent: Path | None
+    controllers: tuple[str, ...]
+    missing: list[str]
+
+
+def run_node(config: Config, warnings: list[str]) -> int:
+    """Run the node in the foreground until it is told to stop; gives the exit status."""
+    formatter = log.configure(
+        config.node_id,
+        level=config.logging.level,
+        as_json=config.logging.json,
+        path=str(config.logging.path) if config.logging.path else None,
+    )
+    events = log.events("supervisor")
+    try:
+        become_subreaper()
+        node = Node(config, formatter.add_secret)
+        for line in [*warnings, *node.notices]:
+            events.warning("notice", text=line)
+        supervisor = Supervisor(node.parts())
+        events.info("started", pid=os.getpid(), root=str(config.workspace.root))
+        try:
+            supervisor.run()
+        finally:
+            node.close()
+    except (MinerError, OSError) as error:
+        events.error("cannot run", error=str(error))
+        return EXIT_CONFIG
+    return EXIT_OK
+
+
+class Node:
+    """What does not change while the node runs, and how each kind of child begins."""
+
+    def __init__(self, config: Config, mask: Callable[[str], None]) -> None:
+        self._config = config
+        self._mask = mask
+        faults: list[Fault] = []
+        self._specs = read_slots(config.slots_dir, faults)
+        self._facts = MachineFacts(
+            cpus=tuple(sorted(os.sched_getaffinity(0))), memory_bytes=psutil.virtual_memory().total
+        )
+        cpu_specs = [spec for spec in self._specs if spec.gpu is None]
+        found, _ = check_slots(cpu_specs, self._facts, config.slots_dir)
+        if faults or found:
+            raise ConfinementError("cannot lay out the slots: " + "; ".join(map(str, [*faults, *found])))
+        self._identities = self._resolve([spec.name for spec in self._specs])
+        self._cgroups = find_cgroups(config)
+        _refuse_unmet_sandbox(config)
+        self.notices = [*self._identities.missing, *self._cgroups.missing]
+        _make_workspace(config.workspace.root, self._identities.service)
+        # The node token goes this way and never through the supervisor, which keeps both ends open but
+        # reads neither, so that a child that is started again finds its end as it was.
+        self._heartbeat_end, self._agent_end = socket.socketpair()
+
+    def close(self) -> None:
+        """Remove our own groups, unless a job is still in one (hand-over)."""
+        if self._cgroups.parent is None:
+            return
+        try:
+            Group(self._cgroups.parent).remove(timeout_s=0.5)
+        except CgroupError as error:
+            log.events("supervisor").debug("cgroups stay", reason=str(error))
+
+    def parts(self) -> Parts:
+        """Give the supervisor what it is made of."""
+        pause = {"pause_min": 0.5, "pause_max": 30.0}
+        return Parts(
+            config=self._config,
+            agent=Keeper("agent", self._be_agent, FromAgent, [self._agent_end.fileno()], **pause),
+            heartbeat=Keeper(
+                "heartbeat", self._be_heartbeat, FromHeartbeat, [self._heartbeat_end.fileno()], **pause
+            ),
+            make_slots=self._make_slots,
+            notices=self.notices,
+        )
+
+    def _resolve(self, slots: list[str]) -> Identities:
+        privileges = self._config.privileges
+        return resolve(privileges.mode, privileges.service_user, slots)
+
+    # --- slots ---------------------------------------------------------------------------------------------
+
+    def _make_slots(self, gpus: list[GpuFact], outcomes: Outcomes) -> list[RunningSlot]:
+        specs = self._specs
+        if not specs:
+            ids = [gpu.ids for gpu in gpus]
+            specs = derive_slots(MachineFacts(self._facts.cpus, self._facts.memory_bytes, ids))
+            self._identities = self._resolve([spec.name for spec in specs])
+        return [self._make_slot(spec, gpus, outcomes) for spec in specs]
+
+    def _make_slot(self, spec: SlotSpec, gpus: list[GpuFact], outcomes: Outcomes) -> RunningSlot:
+        gpu = next((gpu for gpu in gpus if spec.gpu is not None and str(spec.gpu) in gpu.ids), None)
+        offer = make_offer(
+            spec,
+            threads=len(self._facts.cpus),
+            memory_bytes=self._facts.memory_bytes,
+            vram_mb=gpu.vram_mb if gpu else 0,
+        )
+        parent = self._cgroups.parent
+        settings = Settings(
+            config=self._config,
+            spec=spec,
+            group_parent=parent,
+            controllers=self._cgroups.controllers,
+            runs_as=self._identities.jobs.get(spec.name),
+            service=self._identities.service,
+            gpu_env=gpu_env(gpu),
+        )
+        spawn = partial(Child, f"worker {spec.name}", partial(be_worker, settings), FromWorker)
+        slot = RunningSlot(spec, offer, parent / spec.name if parent else None, spawn, outcomes)
+        if spec.gpu is not None and gpu is None:
+            slot.unusable(f"GPU {spec.gpu} is not there or does not answer; see `aitbc-miner probe`")
+        return slot
+
+    # --- children, after the fork --------------------------------------------------------------------------
+
+    def _be_agent(self, pipe: "Connection[Any, Any]") -> None:
+        channel: Channel[ToAgent] = Channel(pipe, ToAgent)
+        line: Channel[PrivateLine] = Channel(self._agent_end, PrivateLine)
+        self._become_service()
+        Agent(channel, line, self._config, connect(self._config, None), self._mask).run()
+
+    def _be_heartbeat(self, pipe: "Connection[Any, Any]") -> None:
+        channel: Channel[ToHeartbeat] = Channel(pipe, ToHeartbeat)
+        line: Channel[PrivateLine] = Channel(self._heartbeat_end, PrivateLine)
+        self._become_service()
+        run_heartbeat(channel, line, self._config, self._config.node_id, os.environ, self._mask)
+
+    def _become_service(self) -> None:
+        if self._identities.service is not None:
+            drop_privileges(self._identities.service.uid, self._identities.service.gid)
+
+
+def be_worker(settings: Settings, pipe: "Connection[Any, Any]") -> None:
+    """Be a slot's worker, after the fork."""
+    # The operator's token is none of its business, nor of what it starts.
+    source, _, name = settings.config.coordinator.auth_token.partition(":")
+    if source == "env":
+        os.environ.pop(name, None)
+    channel: Channel[ToWorker] = Channel(pipe, ToWorker)
+    Worker(settings, channel, RunnerSet(settings.config.runners)).run()
+
+
+def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
+    """Give the variables that show a job its own GPU, or none at all."""
+    uuid = next((name for name in gpu.ids if not name.isdecimal()), gpu.ids[0]) if gpu else ""
+    return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": uuid,
+        "NVIDIA_VISIBLE_DEVICES": uuid or "void",
+    }
+
+
+def find_cgroups(config: Config) -> Cgroups:
+    """Find where the slots' groups can be made.
+
+    Raises:
+        ConfinementError: `cgroup.mode` is `required` and cpu, memory and pids cannot be limited.
+    """
+    mode = config.cgroup.mode
+    if mode == "off":
+        return Cgroups(None, (), ["cgroup.mode is off: jobs are held by process limits only"])
+    mount = find_mount()
+    own = own_group(mount) if mount else None
+    controllers = Group(own).controllers() if own else ()
+    lacking = [name for name in ("cpu", "memory", "pids") if name not in controllers]
+    if mode == "required" and (mount is None or not mount.writable or lacking):
+        cause = (
+            "there is no cgroup2 mount"
+            if mount is None
+            else f"no {', '.join(lacking) or 'write access'} in {own}"
+        )
+        raise ConfinementError(
+            f"cannot limit jobs: {cause}; start the miner with systemd (Delegate=yes), or set cgroup.mode: auto"
+        )
+    if mount is None or own is None or not mount.writable:
+        return Cgroups(None, (), ["no cgroup2 that we can write: jobs are held by process limits only"])
+    missing = (
+        [f"no cgroup controller for {', '.join(lacking)}: process limits serve where they can"]
+        if lacking
+        else []
+    )
+    parent = own / f"aitbc-miner-{config.node_id}"
+    Group(parent).create()
+    return Cgroups(parent, controllers, missing)
+
+
+def _refuse_unmet_sandbox(config: Config) -> None:
+    if config.sandbox.mode == "required":
+        raise ConfinementError(
+            "cannot sandbox jobs: this version has no sandbox yet; to run jobs confined by users, cgroups and "
+            "limits only, set sandbox.mode: auto"
+        )
+
+
+def _make_workspace(root: Path, service: Identity | None) -> None:
+    root.mkdir(mode=PASSABLE, parents=True, exist_ok=True)
+    if service is not None:
+        os.chown(root, service.uid, service.gid)
+        root.chmod(PASSABLE)

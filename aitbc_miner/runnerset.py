@@ -1,0 +1,63 @@
+"""The runners that the configuration enables, with the allowlist as its files are at the moment."""
+
+from pathlib import Path
+
+from aitbc_miner.allowlist import Allowlist, load_allowlist
+from aitbc_miner.config import Runners
+from aitbc_miner.runners import Runner
+from aitbc_miner.runners.cli import CliRunner
+from aitbc_miner.runners.python import PythonRunner
+from aitbc_miner.util.log import events
+from aitbc_miner.util.yamldoc import Fault
+
+Stamp = tuple[tuple[str, int, int], ...]
+
+
+class RunnerSet:
+    """Gives the runners anew for each job. A changed allowlist is read again; a broken one is not used."""
+
+    def __init__(self, config: Runners) -> None:
+        self._config = config
+        self._allowlist = Allowlist()
+        self._stamp: Stamp | None = None
+
+    def __call__(self) -> dict[str, Runner]:
+        """Give the enabled runners by name."""
+        runners: dict[str, Runner] = {}
+        if self._config.cli.enable:
+            self._refresh()
+            runners["cli"] = CliRunner(self._allowlist)
+        if self._config.python.enable:
+            runners["python"] = PythonRunner(self._config.python.task_paths)
+        return runners
+
+    def _refresh(self) -> None:
+        stamp = _stamp(list(self._config.cli.allowlist_dirs))
+        if stamp == self._stamp:
+            return
+        self._stamp = stamp
+        faults: list[Fault] = []
+        allowlist = load_allowlist(list(self._config.cli.allowlist_dirs), faults, [])
+        for fault in faults:
+            events("worker").error(
+                "allowlist fault", fault=str(fault), note="the list as it was stays in force"
+            )
+        if not faults:
+            self._allowlist = allowlist
+
+
+def _stamp(directories: list[Path]) -> Stamp:
+    """Tell one state of the files from another: names, times and sizes."""
+    found: list[tuple[str, int, int]] = []
+    for directory in directories:
+        try:
+            entries = sorted(directory.iterdir())
+        except OSError:
+            continue
+        for path in entries:
+            try:
+                info = path.stat()
+            except OSError:
+                continue
+            found.append((str(path), info.st_mtime_ns, info.st_size))
+    return tuple(found)

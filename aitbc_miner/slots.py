@@ -1,0 +1,235 @@
+"""The slots of a running node: each one's rules (`slot.py`), its worker's process, and what it offers."""
+
+import contextlib
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from msgspec import Struct
+
+from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.channel import ChannelError
+from aitbc_miner.children import Child
+from aitbc_miner.messages import (
+    FromWorker,
+    JobEnded,
+    JobProgress,
+    JobStep,
+    Offer,
+    SlotView,
+    Stop,
+    WorkerReady,
+    WorkerRefused,
+)
+from aitbc_miner.slot import (
+    Action,
+    Died,
+    Ended,
+    Event,
+    KillJob,
+    KillWorker,
+    Ready,
+    Send,
+    Settle,
+    Slot,
+    SlotState,
+    SpawnWorker,
+    Step,
+    TerminateAdopted,
+    Unusable,
+    step,
+)
+from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.util import clock
+from aitbc_miner.util.log import events
+from aitbc_miner.util.system import process_start
+from aitbc_miner.util.units import format_cpus
+
+MIB = 1 << 20
+
+
+class Outcomes(Struct, frozen=True):
+    """What the supervisor does when a slot has news for the others."""
+
+    settle: Callable[[str, str], None]
+    ended: Callable[[JobEnded], None]
+    progress: Callable[[JobProgress], None]
+    stepped: Callable[[JobStep, str], None]
+
+
+class RunningSlot:
+    """One slot: feeds what happens to the rules and carries out what they say."""
+
+    def __init__(
+        self,
+        spec: SlotSpec,
+        offer: Offer,
+        group: Path | None,
+        spawn: Callable[[], Child[FromWorker]],
+        outcomes: Outcomes,
+    ) -> None:
+        self.spec = spec
+        self.offer = offer
+        self.rules = Slot(spec.name, since=clock.now())
+        self.child: Child[FromWorker] | None = None
+        self.adopted: int | None = None
+        self.enforced: dict[str, str] = {}
+        self._refusal: str | None = None
+        self._group = group
+        self._spawn = spawn
+        self._outcomes = outcomes
+        self._log = events("supervisor", slot=spec.name)
+
+    @property
+    def free(self) -> bool:
+        """Whether a job can be put here now."""
+        return self.rules.state is SlotState.IDLE
+
+    def view(self) -> SlotView:
+        """Describe the slot to the other processes and to the operator."""
+        rules = self.rules
+        return SlotView(
+            offer=self.offer,
+            state=rules.state,
+            free=self.free,
+            job_id=rules.job_id,
+            job_state=rules.job_state,
+            since=rules.since,
+            reason=rules.reason,
+            enforced=self.enforced,
+            cgroup=str(self._group) if self._group else None,
+            job_pid=rules.job_pid,
+            worker_pid=self.child.pid if self.child else None,
+            gpu=None if self.spec.gpu is None else str(self.spec.gpu),
+            cpus=None if self.spec.cpus is None else format_cpus(self.spec.cpus),
+        )
+
+    def feed(self, event: Event) -> bool:
+        """Let the rules decide and do what they say; True when the slot has changed."""
+        before = self.rules
+        self.rules, actions = step(self.rules, event, clock.now())
+        if self.rules.state is not before.state:
+            self._log.info("slot", state=self.rules.state, reason=self.rules.reason, job_id=self.rules.job_id)
+        for action in actions:
+            self._do(action)
+        return self.rules is not before
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case SpawnWorker():
+                self._start_worker()
+            case KillWorker():
+                if self.child:
+                    self.child.kill()
+            case KillJob():
+                self._kill_job()
+            case Send():
+                if self.child:
+                    self.child.send(action.message)
+            case TerminateAdopted():
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(self.adopted or -1, signal.SIGTERM)
+            case Settle():
+                self._outcomes.settle(action.job_id, action.why)
+
+    def _start_worker(self) -> None:
+        if self._refusal is not None:
+            self.feed(Unusable(self._refusal))
+            return
+        if self.child is not None:
+            # It was told to end and has not yet; its death will be an event, and then there is a next try.
+            self.child.kill()
+            return
+        try:
+            self.child = self._spawn()
+        except OSError as error:
+            self._log.error("cannot start worker", error=str(error))
+            self.feed(Died(f"could not be started: {error.strerror}"))
+
+    def _kill_job(self) -> None:
+        if self._group is None:
+            return  # the kernel ends the job's program with its worker; the supervisor inherits the rest
+        try:
+            Group(self._group / "job").kill()
+        except CgroupError as error:
+            self._log.error("cannot kill job", error=str(error))
+
+    def hear(self) -> None:
+        """Take what the worker says."""
+        if self.child is None:
+            return
+        try:
+            self.child.channel.flush()
+            messages = self.child.channel.receive()
+        except ChannelError:
+            # Gone, or talking nonsense: its pidfd tells in either case.
+            self.child.kill()
+            return
+        for message in messages:
+            self._take(message)
+
+    def _take(self, message: FromWorker) -> None:
+        match message:
+            case WorkerReady():
+                self.enforced = message.enforced
+                self.feed(Ready())
+            case WorkerRefused():
+                self.feed(Unusable(message.reason))
+            case JobStep():
+                self.feed(Step(message.job_id, message.state, message.pid))
+                self._outcomes.stepped(message, self.spec.name)
+            case JobProgress():
+                self._outcomes.progress(message)
+            case JobEnded() if message.job_id == self.rules.job_id:
+                self._outcomes.ended(message)
+                self.feed(Ended(message.job_id, message.clean))
+
+    def worker_gone(self) -> None:
+        """Deal with the end of the worker's process."""
+        if self.child is None:
+            return
+        # What it said before its end is still in the pipe, and may be that its job has ended.
+        self.hear()
+        how = self.child.reap()
+        self.child = None
+        self._log.debug("worker gone", how=how)
+        self.feed(Died(how))
+
+    def adopt(self, pid: int, start: int | None) -> bool:
+        """Watch a worker of an earlier run of the node; False when it is not there any more."""
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            return False
+        # Looked at when the pidfd is held: the number may belong to somebody else by now.
+        if start is None or process_start(pid) != start:
+            os.close(fd)
+            return False
+        self.adopted = fd
+        return True
+
+    def adopted_gone(self) -> None:
+        """Deal with the end of an adopted worker: its job has an outcome now, or is lost."""
+        if self.adopted is not None:
+            os.close(self.adopted)
+            self.adopted = None
+            self.feed(Died("ended"))
+
+    def unusable(self, reason: str) -> None:
+        """Take no job, and say why; looked at again by the next start."""
+        self._refusal = reason
+
+    def stop(self) -> None:
+        """Let the worker end; it finishes its job first, if it has one."""
+        if self.child:
+            self.child.send(Stop())
+
+
+def make_offer(spec: SlotSpec, *, threads: int, memory_bytes: int, vram_mb: int) -> Offer:
+    """Say what a slot has to give, from its limits and the machine."""
+    by_quota = math.ceil(spec.cpu_max / 100) if spec.cpu_max else threads
+    cpus = min(len(spec.cpus) if spec.cpus else threads, by_quota)
+    memory = min(spec.memory_max or memory_bytes, memory_bytes)
+    return Offer(spec.name, spec.kind, max(1, cpus), memory // MIB, vram_mb, tuple(spec.runners))

@@ -1,0 +1,506 @@
+import json
+import logging
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import pytest
+import requests
+import responses
+from nvml_stub import NvmlStub, no_library
+
+from aitbc_miner import config as settings
+from aitbc_miner.channel import Channel
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.heartbeat import Timing, run_heartbeat
+from aitbc_miner.messages import (
+    CoordinatorView,
+    FromHeartbeat,
+    Inventory,
+    JobDone,
+    NodeToken,
+    NodeView,
+    Offer,
+    PrivateLine,
+    Slots,
+    SlotView,
+    Stop,
+    ToHeartbeat,
+    TokenWanted,
+)
+from aitbc_miner.registration import digest
+from aitbc_miner.slot import SlotState
+from aitbc_miner.util import clock
+
+LONG_S = 20.0
+BASE = "http://coordinator.test/api/v1"
+OPERATOR = "operator-secret"
+M = TypeVar("M")
+
+Answer = tuple[int, dict[str, str], str] | Exception
+
+
+class FakeCoordinator:
+    """Answers each call with the next of its answers, or with success when there is none left."""
+
+    def __init__(self) -> None:
+        self.registering: list[Answer] = []
+        self.beating: list[Answer] = []
+        self.calls: list[tuple[str, float, str, dict[str, Any]]] = []
+        self.changed = threading.Condition()
+        self.stub = responses.RequestsMock(assert_all_requests_are_fired=False)
+        self.stub.add_callback("POST", f"{BASE}/nodes/register", self._register)
+        self.stub.add_callback("POST", f"{BASE}/nodes/heartbeat", self._heartbeat)
+
+    def _register(self, request: requests.PreparedRequest) -> Any:
+        number = self._note("register", request)
+        return self._next(self.registering, json.dumps({"node_token": f"node-token-{number}"}))
+
+    def _heartbeat(self, request: requests.PreparedRequest) -> Any:
+        self._note("heartbeat", request)
+        return self._next(self.beating, "{}")
+
+    def _note(self, what: str, request: requests.PreparedRequest) -> int:
+        with self.changed:
+            body = json.loads(request.body or "null")
+            self.calls.append((what, clock.now(), str(request.headers["Authorization"]), body))
+            self.changed.notify_all()
+            return sum(call[0] == what for call in self.calls)
+
+    def _next(self, answers: list[Answer], otherwise: str) -> Any:
+        return answers.pop(0) if answers else (200, {}, otherwise)
+
+    def of(self, what: str) -> list[tuple[str, float, str, dict[str, Any]]]:
+        return [call for call in self.calls if call[0] == what]
+
+    def wait(self, what: str, count: int) -> list[tuple[str, float, str, dict[str, Any]]]:
+        with self.changed:
+            came = self.changed.wait_for(lambda: len(self.of(what)) >= count, LONG_S)
+        assert came, f"only {len(self.of(what))} of {count} calls to {what} came"
+        return self.of(what)
+
+
+class Node:
+    """The heartbeat process in a thread, with the other ends of its channels."""
+
+    def __init__(self, config: settings.Config, environ: dict[str, str], timing: Timing) -> None:
+        ours, theirs = socket.socketpair()
+        our_line, their_line = socket.socketpair()
+        self.supervisor: Channel[FromHeartbeat] = Channel(ours, FromHeartbeat)
+        self.agent: Channel[PrivateLine] = Channel(our_line, PrivateLine)
+        self.secrets: list[str] = []
+        self.received: list[Any] = []
+        self._theirs = (theirs, their_line)
+        channel: Channel[ToHeartbeat] = Channel(theirs, ToHeartbeat)
+        line: Channel[PrivateLine] = Channel(their_line, PrivateLine)
+        arguments = (channel, line, config, "node-1", environ, self.secrets.append)
+        self.thread = threading.Thread(target=run_heartbeat, args=arguments, kwargs={"timing": timing})
+
+    def __enter__(self) -> Self:
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.thread.is_alive():
+            self.stop()
+        for end in (self.supervisor, self.agent, *self._theirs):
+            end.close()
+
+    def stop(self) -> None:
+        self.supervisor.send(Stop())
+        self.thread.join(LONG_S)
+        assert not self.thread.is_alive()
+
+    def until(self, channel: Channel[Any], kind: type[M], fits: Callable[[M], bool] = lambda _: True) -> M:
+        """Receive until a message of this kind comes that fits."""
+        deadline = clock.now() + LONG_S
+        while True:
+            for number, message in enumerate(self.received):
+                if isinstance(message, kind) and fits(message):
+                    del self.received[: number + 1]
+                    return message
+            assert clock.now() < deadline, f"no {kind.__name__} that fits; received: {self.received}"
+            self.received += channel.wait(deadline - clock.now())
+
+    def view(self, **wanted: Any) -> CoordinatorView:
+        return self.until(
+            self.supervisor,
+            CoordinatorView,
+            lambda view: all(getattr(view, name) == value for name, value in wanted.items()),
+        )
+
+
+@pytest.fixture
+def coordinator() -> Iterator[FakeCoordinator]:
+    fake = FakeCoordinator()
+    with fake.stub:
+        yield fake
+
+
+@pytest.fixture
+def log() -> Iterator[list[logging.LogRecord]]:
+    """Give what the heartbeat process logs."""
+    records: list[logging.LogRecord] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    logger, handler = logging.getLogger("aitbc_miner.heartbeat"), Keep()
+    level = logger.level
+    logger.setLevel("DEBUG")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
+
+
+def attrs(log: list[logging.LogRecord], event: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(getattr(record, "attrs", {}) for record in log if record.msg == event)
+    return found
+
+
+def slot(name: str = "cpu0", **more: Any) -> SlotView:
+    offer = Offer(name, more.pop("kind", "cpu"), 2, 1024, 0, ("cli",))
+    standard = {"state": SlotState.IDLE, "free": True, "enforced": {"memory": "cgroup"}, "cpus": "0-1"}
+    return SlotView(offer, **{**standard, **more})
+
+
+def slots(*views: SlotView, queued: tuple[str, ...] = ()) -> Slots:
+    return Slots(list(views or (slot(),)), list(queued), accepting=True)
+
+
+def make_node(tmp_path: Path, environ: dict[str, str] | None = None, **timing: float) -> Node:
+    beat = settings.Heartbeat(interval_s=0.05, jitter_pct=10, backoff=settings.Backoff(0.02, 0.1))
+    config = settings.Config(
+        coordinator=settings.Coordinator(BASE, "env:MINER_AUTH", allow_http=True, timeout_s=2),
+        heartbeat=beat,
+        workspace=settings.Workspace(root=tmp_path),
+        telemetry=settings.Telemetry("127.0.0.1:0"),
+    )
+    delays = Timing(**{"slots_wait": LONG_S, "settle": 0.01, "sample": 0.02, **timing})
+    if environ is None:
+        environ = {**no_library(tmp_path), "MINER_AUTH": OPERATOR}
+    return Node(config, environ, delays)
+
+
+# --- the good way ------------------------------------------------------------------------------------------
+
+
+def test_it_registers_and_beats(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    with make_node(tmp_path) as node:
+        inventory = node.until(node.supervisor, Inventory)
+        assert inventory.gpus == []
+        assert inventory.error
+        node.supervisor.send(
+            slots(slot("cpu0"), slot("gpu0", kind="gpu"), slot("gpu1", kind="gpu", free=False))
+        )
+        assert node.until(node.agent, NodeToken).token == "node-token-1"
+        view = node.view(registered=True)
+        assert (view.reachable, view.error) == (True, None)
+        beats = coordinator.wait("heartbeat", 5)
+    registered = coordinator.of("register")
+    assert len(registered) == 1
+    assert registered[0][2] == f"Bearer {OPERATOR}"
+    payload = registered[0][3]
+    assert payload["node_id"] == "node-1"
+    assert payload["runners"] == ["cli"]
+    assert [told["name"] for told in payload["slots"]] == ["cpu0", "gpu0", "gpu1"]
+    assert payload["slots"][0]["enforced"] == {"memory": "cgroup"}
+    assert {beat[2] for beat in beats} == {"Bearer node-token-1"}
+    report = beats[-1][3]
+    assert report["node_id"] == "node-1"
+    assert report["load"] >= 0
+    assert report["free_mb"] > 0
+    assert report["gpu_free"] == 1
+    assert report["slots"][0] == {
+        "name": "cpu0", "state": "IDLE", "job_id": None, "cpu_pct": 0.0, "memory_mb": 0
+    }  # fmt: skip
+    assert {OPERATOR, "node-token-1"} <= set(node.secrets)
+
+
+def test_a_gpu_slots_use_is_reported(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    stub = NvmlStub(tmp_path, gpus=1)
+    with make_node(tmp_path, {**stub.environ, "MINER_AUTH": OPERATOR}) as node:
+        inventory = node.until(node.supervisor, Inventory)
+        assert len(inventory.gpus) == 1
+        node.supervisor.send(slots(slot("gpu0", kind="gpu", gpu=inventory.gpus[0].ids[0])))
+        count = 1
+        while "vram_mb" not in coordinator.wait("heartbeat", count)[-1][3]["slots"][0]:
+            count += 1
+            assert count < 200
+        assert "gpu_util" in coordinator.of("heartbeat")[-1][3]["slots"][0]
+
+
+def test_registering_waits_for_the_slots_to_be_set_up(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots(slot(state=SlotState.STARTING, enforced={})))
+        node.until(node.supervisor, Inventory)
+        node.agent.send(TokenWanted())
+        assert coordinator.calls == []
+        node.supervisor.send(slots())
+        coordinator.wait("heartbeat", 3)
+    assert [call[3]["slots"][0]["enforced"] for call in coordinator.of("register")] == [{"memory": "cgroup"}]
+
+
+def test_without_slots_it_registers_after_a_while(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    with make_node(tmp_path, slots_wait=0.3) as node:
+        started = clock.now()
+        registered = coordinator.wait("register", 1)[0]
+        assert registered[1] - started >= 0.25
+        assert registered[3]["slots"] == []
+        node.supervisor.send(slots())
+        assert coordinator.wait("register", 2)[1][3]["slots"] != []
+
+
+def test_a_change_of_the_slots_is_told_by_registering_again(
+    coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        coordinator.wait("heartbeat", 1)
+        node.supervisor.send(slots(slot(state=SlotState.BUSY, free=False, job_id="j1")))
+        coordinator.wait("heartbeat", len(coordinator.of("heartbeat")) + 3)
+        assert len(coordinator.of("register")) == 1
+        node.supervisor.send(slots(slot(enforced={"memory": "rlimit"})))
+        again = coordinator.wait("register", 2)[1]
+        assert again[3]["slots"][0]["enforced"] == {"memory": "rlimit"}
+        assert node.until(node.agent, NodeToken, lambda word: word.token == "node-token-2")
+
+
+# --- the token for the agent -------------------------------------------------------------------------------
+
+
+def test_the_agent_gets_the_token_when_it_asks(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        node.until(node.agent, NodeToken)
+        node.agent.send(TokenWanted())
+        assert node.until(node.agent, NodeToken).token == "node-token-1"
+        node.agent.send(TokenWanted(refused=digest("an older one")))
+        assert node.until(node.agent, NodeToken).token == "node-token-1"
+    assert len(coordinator.of("register")) == 1
+
+
+def test_a_token_that_the_agent_was_refused_is_renewed(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        token = node.until(node.agent, NodeToken).token
+        node.agent.send(TokenWanted(refused=digest(token)))
+        assert node.until(node.agent, NodeToken).token == "node-token-2"
+    first, second = coordinator.of("register")[:2]
+    assert second[1] - first[1] >= 0.02
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [401, 404])
+def test_a_void_token_means_registering_again_at_once(
+    coordinator: FakeCoordinator, tmp_path: Path, status: int
+) -> None:
+    coordinator.beating = [(200, {}, "{}"), (status, {}, "{}")]
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        coordinator.wait("heartbeat", 4)
+        assert node.until(node.agent, NodeToken, lambda word: word.token == "node-token-2")
+    assert [call[0] for call in coordinator.calls][:5] == [
+        "register", "heartbeat", "heartbeat", "register", "heartbeat"
+    ]  # fmt: skip
+    assert coordinator.of("heartbeat")[2][2] == "Bearer node-token-2"
+
+
+def test_a_coordinator_that_takes_no_token_is_asked_ever_more_slowly(
+    coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
+    coordinator.beating = [(401, {}, "{}")] * 1000
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        view = node.view(registered=False)
+        assert view.reachable
+        assert view.error
+        assert "401" in view.error
+        calls = coordinator.wait("register", 6)
+    pauses = [later[1] - before[1] for before, later in pairwise(calls)]
+    assert all(pause >= 0.019 for pause in pauses)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refused_registration_is_the_operators_to_mend(
+    coordinator: FakeCoordinator, tmp_path: Path, status: int, log: list[logging.LogRecord]
+) -> None:
+    coordinator.registering = [(status, {}, '{"error": {"message": "who are you"}}')] * 2
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        view = node.view(registered=False)
+        assert view.reachable
+        assert view.error
+        assert "env:MINER_AUTH" in view.error
+        assert view.remedy
+        assert "coordinator.auth_token" in view.remedy
+        assert node.view(registered=True).error is None
+    first, second, third = coordinator.of("register")[:3]
+    assert second[1] - first[1] >= 0.1
+    assert third[1] - second[1] >= 0.1
+    assert OPERATOR not in str([vars(record) for record in log])
+
+
+def test_a_missing_credential_is_named(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    with make_node(tmp_path, no_library(tmp_path)) as node:
+        node.supervisor.send(slots())
+        view = node.view(reachable=False)
+        assert view.error
+        assert "cannot read the credential env:MINER_AUTH" in view.error
+        assert view.remedy
+    assert coordinator.calls == []
+
+
+def test_slots_that_cannot_be_told_do_not_stop_the_heartbeat(
+    coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        coordinator.wait("heartbeat", 1)
+        coordinator.registering = [(401, {}, "{}")] * 1000
+        node.supervisor.send(slots(slot("other")))
+        coordinator.wait("register", 2)
+        coordinator.wait("heartbeat", len(coordinator.of("heartbeat")) + 3)
+        assert len(coordinator.of("register")) == 2
+        node.agent.send(TokenWanted())
+        assert node.until(node.agent, NodeToken).token == "node-token-1"
+
+
+def test_a_wish_to_wait_is_obeyed(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    coordinator.beating = [(200, {}, "{}"), (429, {"Retry-After": "1"}, "{}")]
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        view = node.view(reachable=True, registered=True, error=None)
+        view = node.until(node.supervisor, CoordinatorView, lambda view: view.error is not None)
+        assert view.registered
+        beats = coordinator.wait("heartbeat", 3)
+        assert beats[2][1] - beats[1][1] >= 1.0
+        node.view(reachable=True, registered=True, error=None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reachable"),
+    [
+        ((500, {}, "oops"), True),
+        ((400, {}, "{}"), True),
+        ((200, {}, "<html>log in first</html>"), False),
+        ((302, {"Location": "http://elsewhere.test/"}, ""), False),
+        (requests.ConnectionError(ConnectionRefusedError("refused")), False),
+    ],
+    ids=["500", "400", "garbage", "redirect", "refused"],
+)
+def test_a_failed_heartbeat_is_told_and_tried_again(
+    coordinator: FakeCoordinator, tmp_path: Path, answer: Answer, reachable: bool
+) -> None:
+    coordinator.beating = [(200, {}, "{}"), answer]
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        well = node.view(error=None)
+        ill = node.until(node.supervisor, CoordinatorView, lambda view: view.error is not None)
+        assert (ill.reachable, ill.registered) == (reachable, True)
+        assert ill.remedy
+        assert node.view(error=None).reachable
+        assert (ill.since_wall == well.since_wall) == reachable
+    assert len(coordinator.of("register")) == 1
+
+
+@pytest.mark.parametrize(
+    "answer", [(500, {}, "oops"), (200, {}, "garbage"), (200, {}, "{}"), (200, {}, '{"node_token": "a b"}')]
+)
+def test_a_failed_registration_is_tried_again(
+    coordinator: FakeCoordinator, tmp_path: Path, answer: Answer
+) -> None:
+    coordinator.registering = [answer] * 3
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        assert node.view(registered=False).error
+        assert node.view(registered=True).error is None
+    assert len(coordinator.of("register")) == 4
+
+
+def test_a_view_is_sent_on_change_only(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        node.view(registered=True)
+        coordinator.wait("heartbeat", 6)
+        node.stop()
+        # What was sent is all there, so one read gets it.
+        node.received += node.supervisor.receive()
+    assert node.received == []
+
+
+# --- its end -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["supervisor", "agent"])
+def test_it_ends_when_another_process_is_gone(coordinator: FakeCoordinator, tmp_path: Path, end: str) -> None:
+    with make_node(tmp_path) as node:
+        node.until(node.supervisor, Inventory)
+        getattr(node, end).close()
+        node.thread.join(LONG_S)
+        assert not node.thread.is_alive()
+
+
+def test_it_ends_when_it_is_sent_nonsense(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    with make_node(tmp_path) as node:
+        node.until(node.supervisor, Inventory)
+        node.supervisor.send({"type": "Nonsense"})
+        node.thread.join(LONG_S)
+        assert not node.thread.is_alive()
+
+
+# --- telemetry ---------------------------------------------------------------------------------------------
+
+
+def test_what_comes_in_is_seen_over_http(
+    coordinator: FakeCoordinator, tmp_path: Path, log: list[logging.LogRecord]
+) -> None:
+    coordinator.stub.add_passthru("http://127.0.0.1")
+    with make_node(tmp_path) as node, requests.Session() as session:
+        session.trust_env = False
+        node.supervisor.send(slots(queued=("j1", "j2")))
+        node.supervisor.send(JobDone(None, {"run": 1.0}))
+        node.supervisor.send(JobDone(ErrorCode.E_EXIT))
+        node.supervisor.send(NodeView(7, "cannot deliver"))
+        node.view(registered=True)
+        coordinator.wait("heartbeat", 2)
+        root = f"http://{attrs(log, 'telemetry')['address']}"
+        health = session.get(f"{root}/healthz", timeout=LONG_S)
+        metrics = session.get(f"{root}/metrics", timeout=LONG_S).text
+        page = session.get(f"{root}/", timeout=LONG_S).text
+    assert health.status_code == 503
+    assert [problem["problem"] for problem in health.json()["problems"]] == ["cannot deliver"]
+    assert 'aitbc_miner_jobs_total{code="OK"} 1.0' in metrics
+    assert 'aitbc_miner_jobs_total{code="E_EXIT"} 1.0' in metrics
+    assert "aitbc_miner_queue_jobs 2.0" in metrics
+    assert "aitbc_miner_pending_deliveries 7.0" in metrics
+    assert "aitbc_miner_coordinator_up 1.0" in metrics
+    for text in (health.text, metrics, page):
+        assert OPERATOR not in text
+        assert "node-token" not in text
+
+
+@pytest.mark.parametrize("listen", ["taken", ""])
+def test_without_telemetry_the_heartbeat_goes_on(
+    coordinator: FakeCoordinator, tmp_path: Path, log: list[logging.LogRecord], listen: str
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}" if listen else ""
+        config = settings.Config(
+            coordinator=settings.Coordinator(BASE, "env:MINER_AUTH", allow_http=True),
+            telemetry=settings.Telemetry(address),
+            workspace=settings.Workspace(root=tmp_path),
+        )
+        with Node(config, {**no_library(tmp_path), "MINER_AUTH": OPERATOR}, Timing()) as node:
+            node.supervisor.send(slots())
+            assert node.view(registered=True)
+    if listen:
+        assert address in attrs(log, "no-telemetry")["error"]
+    assert not any(record.msg == "telemetry" for record in log)
