@@ -116,6 +116,21 @@ class Collector:
             raise JobError(ErrorCode.E_OUTPUT, f"cannot collect {path!r}: over {cap} bytes of output in all")
 
 
+def log_artifact(job_fd: int, path: str) -> Artifact:
+    """Describe the job's log, which goes along with every result.
+
+    Raises:
+        OSError: it is not there.
+    """
+    folder, name = path.split("/")
+    with fs.directory(folder, at=job_fd) as logs:
+        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=logs)
+        try:
+            return Artifact(path, path, os.fstat(fd).st_size, sha256(fd), "text/plain")
+        finally:
+            os.close(fd)
+
+
 def check_path(path: str) -> None:
     """Refuse a path that could lead out of the job's directory, or that no file can have.
 

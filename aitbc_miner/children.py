@@ -13,6 +13,7 @@ from typing import Any, Generic, TypeVar
 from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util import clock
+from aitbc_miner.util.log import events
 
 T = TypeVar("T")
 Main = Callable[["Connection[Any, Any]"], None]
@@ -32,6 +33,18 @@ class Child(Generic[T]):
         self.pidfd = os.pidfd_open(self.pid)
         self.channel: Channel[T] = Channel(ours, incoming)
         self.started = clock.now()
+        self.heard = True
+
+    def receive(self) -> list[T]:
+        """Take what it says. One that is gone or talks nonsense is ended, and not listened to any more."""
+        try:
+            self.channel.flush()
+            return self.channel.receive()
+        except ChannelError as error:
+            events("supervisor").debug("child not heard", child=self.name, error=str(error))
+            self.heard = False
+            self.kill()
+            return []
 
     def send(self, message: Any) -> None:
         """Tell it something; a child that does not read its messages is ended."""

@@ -26,7 +26,6 @@ from typing import Any, BinaryIO
 from urllib.parse import unquote_to_bytes, urljoin
 
 from msgspec import Struct
-from urllib3.exceptions import LocationParseError
 from urllib3.util import Url, parse_url
 
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
@@ -123,8 +122,7 @@ def _name(item: InputUrl) -> str:
 
 def _check_names(names: list[str]) -> None:
     for place, name in enumerate(names):
-        fault = _name_fault(name) or ("it is there twice" if name in names[:place] else None)
-        if fault:
+        if fault := _name_fault(name) or ("it is there twice" if name in names[:place] else None):
             raise _refuse(f"cannot take input {name[:80]!a}: {fault}")
 
 
@@ -140,16 +138,18 @@ def _name_fault(name: str) -> str | None:
     return "a name must not be longer than 255 bytes" if len(name.encode()) > 255 else None
 
 
-def _parse(url: str) -> Url:
+def _parse(url: str, base: str = "") -> Url:
     """Parse an address and bring it into the form that is sent. Raises JobError for what is never fetched."""
     try:
-        parsed = parse_url(url)
-    except (LocationParseError, UnicodeError) as error:
+        parsed = parse_url(urljoin(base, url))
+    except ValueError as error:
         raise _refuse(f"cannot fetch {_shown(url)}: it is not a URL") from error
     if parsed.scheme not in {"http", "https"}:
         raise _refuse(f"cannot fetch {_shown(url)}: only http and https addresses are fetched")
     if not parsed.host or parsed.auth:
-        raise _refuse(f"cannot fetch {_shown(url)}: an address needs a host, and no user name or password")
+        raise _refuse(
+            f"cannot fetch {_shown(parsed.url)}: an address needs a host, and no user name or password"
+        )
     return parsed
 
 
@@ -196,8 +196,9 @@ class _Run:
         if got + size > cap:
             raise _refuse(f"cannot take input {what}: it is larger than {int(cap)} bytes")
         if self.fetched + got + size > self.limits.max_bytes_total:
-            total = self.limits.max_bytes_total
-            raise _refuse(f"cannot take input {what}: all inputs together are larger than {total} bytes")
+            raise _refuse(
+                f"cannot take input {what}: all together exceed {self.limits.max_bytes_total} bytes"
+            )
 
 
 class _Transfer:
@@ -266,6 +267,7 @@ def _persist(item: InputUrl, transfer: _Transfer, run: _Run) -> None:
     while True:
         try:
             _attempt(item.url, transfer, run)
+            break
         except _Broken as error:
             failures += 1
             if transfer.got > furthest:
@@ -274,8 +276,6 @@ def _persist(item: InputUrl, transfer: _Transfer, run: _Run) -> None:
             if failures >= run.limits.attempts:
                 raise _refuse(f"cannot fetch {_shown(item.url)}: {error} ({failures} attempts)") from error
             run.pause(backoff.next())
-        else:
-            return
 
 
 def _attempt(url: str, transfer: _Transfer, run: _Run) -> None:
@@ -283,11 +283,11 @@ def _attempt(url: str, transfer: _Transfer, run: _Run) -> None:
     for _ in range(run.limits.max_redirects + 1):
         with _network(), contextlib.closing(_connection(url, run)) as connection:
             connection.request("GET", _parse(url).request_uri, headers=_HEADERS | asked)
-            reply = connection.getresponse()
-            if reply.status not in REDIRECTS:
-                _check_status(reply, url, transfer, resumed=bool(asked))
-                _receive(reply, transfer, run)
-                return
+            with connection.getresponse() as reply:
+                if reply.status not in REDIRECTS:
+                    _check_status(reply, url, transfer, resumed=bool(asked))
+                    _receive(reply, transfer, run)
+                    return
         url = _redirected(url, reply.headers.get("Location", ""))
     raise _refuse(f"cannot fetch {_shown(url)}: more than {run.limits.max_redirects} redirects")
 
@@ -306,10 +306,10 @@ def _network() -> Iterator[None]:
 
 
 def _redirected(url: str, location: str) -> str:
-    target = urljoin(url, location)
-    if _parse(url).scheme == "https" and _parse(target).scheme != "https":
-        raise _refuse(f"cannot fetch {_shown(url)}: it redirects from https to {_shown(target)}")
-    return target
+    target = _parse(location, url)
+    if _parse(url).scheme == "https" != target.scheme:
+        raise _refuse(f"cannot fetch {_shown(url)}: it redirects from https to {_shown(target.url)}")
+    return target.url
 
 
 def _check_status(reply: http.client.HTTPResponse, url: str, transfer: _Transfer, *, resumed: bool) -> None:
@@ -339,8 +339,9 @@ def _receive(reply: http.client.HTTPResponse, transfer: _Transfer, run: _Run) ->
 class _Reader(io.RawIOBase):
     """Reads a socket, asking in between whether to go on."""
 
-    def __init__(self, sock: socket.socket, run: _Run) -> None:
+    def __init__(self, sock: socket.socket, held: io.BufferedReader, run: _Run) -> None:
         self._sock = sock
+        self._held = held  # keeps the socket open when the connection lets go of it
         self._run = run
 
     def readable(self) -> bool:
@@ -356,12 +357,15 @@ class _Reader(io.RawIOBase):
                 if now() >= stalled:
                     raise
 
+    def close(self) -> None:
+        self._held.close()
+        super().close()
+
 
 class _Response(http.client.HTTPResponse):
     def __init__(self, sock: socket.socket, *args: Any, run: _Run, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
-        self._held = self.fp  # keeps the socket open until the body is read
-        self.fp = io.BufferedReader(_Reader(sock, run))
+        self.fp = io.BufferedReader(_Reader(sock, self.fp, run))
 
 
 def _connection(url: str, run: _Run) -> http.client.HTTPConnection:

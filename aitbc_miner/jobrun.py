@@ -13,12 +13,12 @@ from msgspec.structs import replace
 
 import aitbc_miner
 from aitbc_miner import workspace
-from aitbc_miner.artifacts import Caps, Collector
+from aitbc_miner.artifacts import Caps, Collector, log_artifact
 from aitbc_miner.cgroup import SlotGroup
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.execution import Delays, Ending, Execution, Supervision
-from aitbc_miner.joblog import JobLog
+from aitbc_miner.joblog import LOG_NAME, JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Manifest, Outcome, State, Usage
 from aitbc_miner.messages import JobStep
 from aitbc_miner.privileges import Identity
@@ -231,7 +231,10 @@ class JobRun:
             caps = Caps(own.max_artifacts, own.max_artifacts_mb * MIB, launch.max_output_bytes)
             service = self._around.service
             owner = (service.uid, service.gid) if service else None
-            self._artifacts = Collector(self._job.fd, caps, owner).collect(manifest.artifacts)
+            self._artifacts = [
+                log_artifact(self._job.fd, f"logs/{LOG_NAME}"),
+                *Collector(self._job.fd, caps, owner).collect(manifest.artifacts),
+            ]
 
     def _finish(self) -> tuple[Outcome, bool]:
         self._timings["total"] = round(clock.now() - self._began, 6)

@@ -223,7 +223,7 @@ def find_cgroups(config: Config) -> Cgroups:
             else f"no {', '.join(lacking) or 'write access'} in {own}"
         )
         raise ConfinementError(
-            f"cannot limit jobs: {cause}; start the miner with systemd (Delegate=yes), or set cgroup.mode: auto"
+            f"cannot limit jobs: {cause}; start it with systemd (Delegate=yes), or set cgroup.mode: auto"
         )
     if mount is None or own is None or not mount.writable:
         return Cgroups(None, (), ["no cgroup2 that we can write: jobs are held by process limits only"])
@@ -240,8 +240,8 @@ def find_cgroups(config: Config) -> Cgroups:
 def _refuse_unmet_sandbox(config: Config) -> None:
     if config.sandbox.mode == "required":
         raise ConfinementError(
-            "cannot sandbox jobs: this version has no sandbox yet; to run jobs confined by users, cgroups and "
-            "limits only, set sandbox.mode: auto"
+            "cannot sandbox jobs: this version has no sandbox yet; to run jobs confined by users, cgroups "
+            "and limits only, set sandbox.mode: auto"
         )
 
 

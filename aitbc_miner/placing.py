@@ -52,7 +52,7 @@ def refuse_hopeless(ticket: Ticket, offers: Sequence[Offer]) -> None:
         if needs.vram_mb > most:
             raise JobError(
                 ErrorCode.E_NOGPU,
-                f"cannot place the job: it needs {needs.vram_mb} MB of video memory; the most here: {most} MB",
+                f"cannot place the job: it needs {needs.vram_mb} MB of video memory; the most is {most} MB",
             )
     if not any(ticket.runner in offer.runners for offer in offers):
         raise JobError(

@@ -157,7 +157,10 @@ class GpuWatch:
 
 
 def inventory(found: GpuList) -> Inventory:
-    """Say which GPUs and MIG instances a slot can be given, by UUID and, for whole GPUs, index."""
+    """Say which GPUs and MIG instances a slot can be given, by UUID and, for whole GPUs, index.
+
+    A machine without NVIDIA's library has none, and that is no error.
+    """
     facts = []
     for gpu in found.gpus:
         if gpu.mig_enabled:
@@ -165,5 +168,5 @@ def inventory(found: GpuList) -> Inventory:
             facts += [GpuFact((part.uuid,), part.vram_mb) for part in gpu.mig]
         elif not gpu.error:
             facts.append(GpuFact((gpu.uuid, str(gpu.index)), gpu.vram_mb))
-    errors = [found.error, *(gpu.error for gpu in found.gpus)]
+    errors = [None if found.missing else found.error, *(gpu.error for gpu in found.gpus)]
     return Inventory(facts, "; ".join(filter(None, errors)) or None)

@@ -10,7 +10,6 @@ from pathlib import Path
 from msgspec import Struct
 
 from aitbc_miner.cgroup import CgroupError, Group
-from aitbc_miner.channel import ChannelError
 from aitbc_miner.children import Child
 from aitbc_miner.messages import (
     FromWorker,
@@ -31,6 +30,7 @@ from aitbc_miner.slot import (
     KillJob,
     KillWorker,
     Ready,
+    Retire,
     Send,
     Settle,
     Slot,
@@ -158,16 +158,7 @@ class RunningSlot:
 
     def hear(self) -> None:
         """Take what the worker says."""
-        if self.child is None:
-            return
-        try:
-            self.child.channel.flush()
-            messages = self.child.channel.receive()
-        except ChannelError:
-            # Gone, or talking nonsense: its pidfd tells in either case.
-            self.child.kill()
-            return
-        for message in messages:
+        for message in self.child.receive() if self.child else ():
             self._take(message)
 
     def _take(self, message: FromWorker) -> None:
@@ -223,6 +214,8 @@ class RunningSlot:
 
     def stop(self) -> None:
         """Let the worker end; it finishes its job first, if it has one."""
+        if self.rules.job_id is None:
+            self.feed(Retire())
         if self.child:
             self.child.send(Stop())
 

@@ -12,7 +12,6 @@ from typing import TypeVar
 
 from msgspec import Struct
 
-from aitbc_miner.channel import ChannelError
 from aitbc_miner.children import Keeper
 from aitbc_miner.config import Config
 from aitbc_miner.control import ControlServer
@@ -41,7 +40,7 @@ from aitbc_miner.messages import (
 )
 from aitbc_miner.orphans import kill_strangers
 from aitbc_miner.placing import place
-from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, SlotState, Tick
+from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Slot, SlotState, Tick
 from aitbc_miner.slots import Outcomes, RunningSlot
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
@@ -79,6 +78,7 @@ class Supervisor:
         self._recovered: list[FoundJob] | None = None
         self._index = JobIndex()
         self._dirty = False
+        self._told: list[Slot] = []
         self._stop_mode: str | None = None
         self._stop_at = 0.0
         self._told_to_stop = False
@@ -93,9 +93,9 @@ class Supervisor:
         """Run until told to stop, and then until it is done."""
         self._listen()
         while not self._finished():
-            self._turn()
             self._tick()
             self._tell()
+            self._turn()
         self._control.close()
         self._log.info("stopped", mode=self._stop_mode)
 
@@ -113,11 +113,13 @@ class Supervisor:
         sources[self._signals] = (self._take_signals, False)
         for keeper, hear in ((self._agent, self._hear_agent), (self._heartbeat, self._hear_heartbeat)):
             if keeper.child:
-                sources[keeper.child.channel.fileno()] = (hear, keeper.child.channel.has_unsent)
+                if keeper.child.heard:
+                    sources[keeper.child.channel.fileno()] = (hear, keeper.child.channel.has_unsent)
                 sources[keeper.child.pidfd] = (lambda keeper=keeper: self._child_gone(keeper), False)  # type: ignore[misc]
         for slot in self._slots.values():
             if slot.child:
-                sources[slot.child.channel.fileno()] = (slot.hear, slot.child.channel.has_unsent)
+                if slot.child.heard:
+                    sources[slot.child.channel.fileno()] = (slot.hear, slot.child.channel.has_unsent)
                 sources[slot.child.pidfd] = (slot.worker_gone, False)
             if slot.adopted is not None:
                 sources[slot.adopted] = (slot.adopted_gone, False)
@@ -129,12 +131,10 @@ class Supervisor:
             for keeper in (self._agent, self._heartbeat):
                 if keeper.start_if_due():
                     self._dirty = True
-        before = [slot.rules for slot in self._slots.values()]
         for slot in self._slots.values():
             slot.feed(Tick())
         self._place()
         self._stop_in_order()
-        self._dirty |= self._desk.take_changed() or before != [slot.rules for slot in self._slots.values()]
         if clock.now() - self._ticked >= TICK_S:
             self._ticked = clock.now()
             self._control.drop_slow()
@@ -142,9 +142,11 @@ class Supervisor:
 
     def _tell(self) -> None:
         """Tell agent and heartbeat of the slots, when they have changed."""
-        if not self._dirty:
+        rules = [slot.rules for slot in self._slots.values()]
+        if not (self._dirty or self._desk.take_changed() or rules != self._told):
             return
         self._dirty = False
+        self._told = rules
         accepting = self._desk.accepting and self._stop_mode is None
         view = Slots([slot.view() for slot in self._slots.values()], list(self._queue), accepting)
         self._agent.send(view)
@@ -185,16 +187,7 @@ class Supervisor:
                     self._heartbeat.send(NodeView(message.pending, message.error))
 
     def _receive(self, keeper: Keeper[M]) -> list[M]:
-        if keeper.child is None:
-            return []
-        try:
-            keeper.child.channel.flush()
-            return keeper.child.channel.receive()
-        except ChannelError as error:
-            # Gone or talking nonsense; its pidfd tells when it is gone, and then it is started again.
-            self._log.debug("child not heard", child=keeper.name, error=str(error))
-            keeper.child.kill()
-            return []
+        return keeper.child.receive() if keeper.child else []
 
     def _child_gone(self, keeper: Keeper[FromAgent] | Keeper[FromHeartbeat]) -> None:
         how = keeper.died()
@@ -210,7 +203,7 @@ class Supervisor:
     # --- slots ---------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        """When the GPUs and the unfinished jobs are known, lay out the slots; later, settle what was found."""
+        """Lay out the slots when the GPUs and the unfinished jobs are known; later, settle what was found."""
         if self._inventory is None or self._recovered is None:
             return
         if not self._slots:
@@ -247,11 +240,9 @@ class Supervisor:
         for ticket, offer in place(list(self._queue.values()), free):
             del self._queue[ticket.job_id]
             self._slots[offer.name].feed(Assign(ticket.job_id))
-            self._dirty = True
 
     def _stepped(self, step: JobStep, slot: str) -> None:
         self._index.step(step.job_id, step.state, slot)
-        self._dirty = True
 
     def _ended(self, ended: JobEnded) -> None:
         self._index.ended(ended)
@@ -266,7 +257,6 @@ class Supervisor:
         if slot is None:
             return False
         slot.feed(Cancel(why, detail))
-        self._dirty = True
         return True
 
     # --- signals and stopping ------------------------------------------------------------------------------

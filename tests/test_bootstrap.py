@@ -31,6 +31,7 @@ from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Outcome
+from aitbc_miner.util.clock import now
 
 BASE = "http://coordinator.test/api/v1"
 JOB = {"job_id": "j-1", "runner": "cli", "command": "true"}
@@ -53,11 +54,15 @@ def client() -> Iterator[Coordinator]:
 
 
 def sent(number: int = 0) -> Any:
-    return json.loads(responses.calls[number].request.body)
+    return json.loads(responses.calls[number].request.body or b"")
 
 
 def headers(number: int = 0) -> Any:
     return responses.calls[number].request.headers
+
+
+def descriptors() -> int:
+    return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
 def heartbeat() -> Heartbeat:
@@ -100,15 +105,13 @@ def test_a_credential_that_no_header_can_hold(credential: str) -> None:
     with coordinator(credential=credential) as client, pytest.raises(Unauthorized) as caught:
         client.register({})
     assert str(caught.value) == (
-        "cannot register this node: the credential from env:MINER_AUTH: cannot use the token: it is empty, too"
-        " long, or holds a space, a line break or a character beyond ASCII; see coordinator.auth_token"
+        "cannot register this node: the credential from env:MINER_AUTH: cannot use the token: it is empty,"
+        " too long, or holds a space, a line break or a character beyond ASCII; see coordinator.auth_token"
     )
     assert caught.value.__suppress_context__
 
 
-@pytest.mark.parametrize(
-    "body", ["", "null", "[]", "{}", '{"node_token": 5}', '{"node_token": ""}', '{"node_token": "a\\r\\nb"}']
-)
+@pytest.mark.parametrize("body", ["", "null", "[]", "{}", '{"node_token": 5}', '{"node_token": "a\\nb"}'])
 def test_a_registration_without_a_usable_token(client: Coordinator, body: str) -> None:
     responses.post(f"{BASE}/nodes/register", body=body)
     with pytest.raises(
@@ -196,8 +199,8 @@ HEAD = b'{"job": {"params": {"job_id": "wrong"}, "note": "{\\"job_id\\": [", "jo
         (b"[" * 10_000, "it is nested too deeply"),
         (b"[" * 7_000 + b"]" * 7_000 + b"}}", "it is nested too deeply"),
         (b'{"a":' * 2_000, "it is nested too deeply"),
-        (b"NaN}}", "JSON is malformed: invalid character (byte 87)"),
-        (b"Infinity}}", "JSON is malformed: invalid character (byte 87)"),
+        (b"NaN}}", "JSON is malformed: invalid character (byte 88)"),
+        (b"Infinity}}", "JSON is malformed: invalid character (byte 88)"),
         (b'"cut off', "Input data was truncated"),
         (b'"\xff"}}', "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"),
         (b"1e999}}", "Number out of range - at `$[...]`"),
@@ -259,10 +262,12 @@ def test_a_manifest_of_the_wrong_shape_is_kept_for_the_record() -> None:
     assert str(pulled.error) == "cannot read the manifest: Expected `str`, got `int` - at `$.runner`"
 
 
-def test_the_search_for_a_name_is_quick_whatever_the_reply() -> None:
+def test_the_search_for_a_name_ends_whatever_the_reply() -> None:
+    begun = now()
     for filler in (b"[" * 600_000, b'"' * 600_001, b"\\" * 600_000, b'{"a":' * 120_000, b'"\\"' * 200_000):
         with pytest.raises(Unreachable, match="garbage reply"):
             pull(b'{"job": {"a": ' + filler, kb=1024)
+    assert now() - begun < 20  # a search that goes back and forth would take hours
 
 
 # Ack and progress
@@ -496,7 +501,7 @@ def test_a_large_upload_takes_little_memory_and_few_descriptors(sink: Sink, tmp_
         file.truncate(200 << 20)
     small = write(tmp_path, "s", b"x")
     artifacts = [Artifact("big", "big", 200 << 20, "0" * 64), *[small] * 2000]
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     with coordinator(sink.base) as client:
         tracemalloc.start()
         client.result("j-1", Outcome("j-1", artifacts=artifacts), tmp_path, "k")
@@ -504,7 +509,7 @@ def test_a_large_upload_takes_little_memory_and_few_descriptors(sink: Sink, tmp_
         tracemalloc.stop()
     assert sink.received > 200 << 20
     assert peak < 32 << 20
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert descriptors() <= before + 2
 
 
 @pytest.mark.parametrize(
@@ -527,7 +532,7 @@ def test_a_file_that_is_not_the_collected_one_is_not_sent(
     secret = tmp_path / "elsewhere"
     secret.mkdir()
     (secret / "f").write_bytes(b"0123456789")
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     if kind in {"longer", "shorter"}:
         path.write_bytes(b"x" * {"longer": 11, "shorter": 9}[kind])
     else:
@@ -546,7 +551,7 @@ def test_a_file_that_is_not_the_collected_one_is_not_sent(
     assert str(caught.value).startswith("cannot send artifacts/d/f: ")
     assert why is None or str(caught.value) == f"cannot send artifacts/d/f: {why}"
     assert not isinstance(caught.value, CoordinatorError)
-    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert descriptors() <= before + 2
 
 
 @pytest.mark.parametrize("file", ["/etc/passwd", "../x", "a/../../x", ""])
@@ -554,7 +559,7 @@ def test_a_file_outside_the_job_is_not_opened(sink: Sink, tmp_path: Path, file: 
     outcome = Outcome("j-1", artifacts=[Artifact("x", file, 5, "0" * 64)])
     with (
         coordinator(sink.base) as client,
-        pytest.raises(ArtifactChanged, match="is not below the job's directory"),
+        pytest.raises(ArtifactChanged, match=r"is not below the job's directory$"),
     ):
         client.result("j-1", outcome, tmp_path, "k")
 
@@ -589,5 +594,5 @@ def test_the_failure_of_a_hostile_id(client: Coordinator) -> None:
 
 
 def test_a_token_from_elsewhere_is_checked(client: Coordinator) -> None:
-    with pytest.raises(MinerError, match="^cannot use the token: "):
+    with pytest.raises(MinerError, match=r"^cannot use the token: "):
         client.use_token("a\nb")

@@ -1,136 +1,39 @@
-import json
 import logging
 import socket
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self, TypeVar
 
 import pytest
 import requests
-import responses
+from heartbeat_node import (
+    BASE,
+    LONG_S,
+    OPERATOR,
+    Answer,
+    FakeCoordinator,
+    Node,
+    attrs,
+    make_node,
+    slot,
+    slots,
+)
 from nvml_stub import NvmlStub, no_library
 
 from aitbc_miner import config as settings
-from aitbc_miner.channel import Channel
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.heartbeat import Timing, run_heartbeat
+from aitbc_miner.heartbeat import Timing
 from aitbc_miner.messages import (
     CoordinatorView,
-    FromHeartbeat,
     Inventory,
     JobDone,
     NodeToken,
     NodeView,
-    Offer,
-    PrivateLine,
-    Slots,
-    SlotView,
-    Stop,
-    ToHeartbeat,
     TokenWanted,
 )
 from aitbc_miner.registration import digest
 from aitbc_miner.slot import SlotState
 from aitbc_miner.util import clock
-
-LONG_S = 20.0
-BASE = "http://coordinator.test/api/v1"
-OPERATOR = "operator-secret"
-M = TypeVar("M")
-
-Answer = tuple[int, dict[str, str], str] | Exception
-
-
-class FakeCoordinator:
-    """Answers each call with the next of its answers, or with success when there is none left."""
-
-    def __init__(self) -> None:
-        self.registering: list[Answer] = []
-        self.beating: list[Answer] = []
-        self.calls: list[tuple[str, float, str, dict[str, Any]]] = []
-        self.changed = threading.Condition()
-        self.stub = responses.RequestsMock(assert_all_requests_are_fired=False)
-        self.stub.add_callback("POST", f"{BASE}/nodes/register", self._register)
-        self.stub.add_callback("POST", f"{BASE}/nodes/heartbeat", self._heartbeat)
-
-    def _register(self, request: requests.PreparedRequest) -> Any:
-        number = self._note("register", request)
-        return self._next(self.registering, json.dumps({"node_token": f"node-token-{number}"}))
-
-    def _heartbeat(self, request: requests.PreparedRequest) -> Any:
-        self._note("heartbeat", request)
-        return self._next(self.beating, "{}")
-
-    def _note(self, what: str, request: requests.PreparedRequest) -> int:
-        with self.changed:
-            body = json.loads(request.body or "null")
-            self.calls.append((what, clock.now(), str(request.headers["Authorization"]), body))
-            self.changed.notify_all()
-            return sum(call[0] == what for call in self.calls)
-
-    def _next(self, answers: list[Answer], otherwise: str) -> Any:
-        return answers.pop(0) if answers else (200, {}, otherwise)
-
-    def of(self, what: str) -> list[tuple[str, float, str, dict[str, Any]]]:
-        return [call for call in self.calls if call[0] == what]
-
-    def wait(self, what: str, count: int) -> list[tuple[str, float, str, dict[str, Any]]]:
-        with self.changed:
-            came = self.changed.wait_for(lambda: len(self.of(what)) >= count, LONG_S)
-        assert came, f"only {len(self.of(what))} of {count} calls to {what} came"
-        return self.of(what)
-
-
-class Node:
-    """The heartbeat process in a thread, with the other ends of its channels."""
-
-    def __init__(self, config: settings.Config, environ: dict[str, str], timing: Timing) -> None:
-        ours, theirs = socket.socketpair()
-        our_line, their_line = socket.socketpair()
-        self.supervisor: Channel[FromHeartbeat] = Channel(ours, FromHeartbeat)
-        self.agent: Channel[PrivateLine] = Channel(our_line, PrivateLine)
-        self.secrets: list[str] = []
-        self.received: list[Any] = []
-        self._theirs = (theirs, their_line)
-        channel: Channel[ToHeartbeat] = Channel(theirs, ToHeartbeat)
-        line: Channel[PrivateLine] = Channel(their_line, PrivateLine)
-        arguments = (channel, line, config, "node-1", environ, self.secrets.append)
-        self.thread = threading.Thread(target=run_heartbeat, args=arguments, kwargs={"timing": timing})
-
-    def __enter__(self) -> Self:
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.thread.is_alive():
-            self.stop()
-        for end in (self.supervisor, self.agent, *self._theirs):
-            end.close()
-
-    def stop(self) -> None:
-        self.supervisor.send(Stop())
-        self.thread.join(LONG_S)
-        assert not self.thread.is_alive()
-
-    def until(self, channel: Channel[Any], kind: type[M], fits: Callable[[M], bool] = lambda _: True) -> M:
-        """Receive until a message of this kind comes that fits."""
-        deadline = clock.now() + LONG_S
-        while True:
-            for number, message in enumerate(self.received):
-                if isinstance(message, kind) and fits(message):
-                    del self.received[: number + 1]
-                    return message
-            assert clock.now() < deadline, f"no {kind.__name__} that fits; received: {self.received}"
-            self.received += channel.wait(deadline - clock.now())
-
-    def view(self, **wanted: Any) -> CoordinatorView:
-        return self.until(
-            self.supervisor,
-            CoordinatorView,
-            lambda view: all(getattr(view, name) == value for name, value in wanted.items()),
-        )
 
 
 @pytest.fixture
@@ -158,43 +61,12 @@ def log() -> Iterator[list[logging.LogRecord]]:
     logger.setLevel(level)
 
 
-def attrs(log: list[logging.LogRecord], event: str) -> dict[str, Any]:
-    found: dict[str, Any] = next(getattr(record, "attrs", {}) for record in log if record.msg == event)
-    return found
-
-
-def slot(name: str = "cpu0", **more: Any) -> SlotView:
-    offer = Offer(name, more.pop("kind", "cpu"), 2, 1024, 0, ("cli",))
-    standard = {"state": SlotState.IDLE, "free": True, "enforced": {"memory": "cgroup"}, "cpus": "0-1"}
-    return SlotView(offer, **{**standard, **more})
-
-
-def slots(*views: SlotView, queued: tuple[str, ...] = ()) -> Slots:
-    return Slots(list(views or (slot(),)), list(queued), accepting=True)
-
-
-def make_node(tmp_path: Path, environ: dict[str, str] | None = None, **timing: float) -> Node:
-    beat = settings.Heartbeat(interval_s=0.05, jitter_pct=10, backoff=settings.Backoff(0.02, 0.1))
-    config = settings.Config(
-        coordinator=settings.Coordinator(BASE, "env:MINER_AUTH", allow_http=True, timeout_s=2),
-        heartbeat=beat,
-        workspace=settings.Workspace(root=tmp_path),
-        telemetry=settings.Telemetry("127.0.0.1:0"),
-    )
-    delays = Timing(**{"slots_wait": LONG_S, "settle": 0.01, "sample": 0.02, **timing})
-    if environ is None:
-        environ = {**no_library(tmp_path), "MINER_AUTH": OPERATOR}
-    return Node(config, environ, delays)
-
-
 # --- the good way ------------------------------------------------------------------------------------------
 
 
 def test_it_registers_and_beats(coordinator: FakeCoordinator, tmp_path: Path) -> None:
     with make_node(tmp_path) as node:
-        inventory = node.until(node.supervisor, Inventory)
-        assert inventory.gpus == []
-        assert inventory.error
+        assert node.until(node.supervisor, Inventory) == Inventory([], None)
         node.supervisor.send(
             slots(slot("cpu0"), slot("gpu0", kind="gpu"), slot("gpu1", kind="gpu", free=False))
         )

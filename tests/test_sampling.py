@@ -139,7 +139,8 @@ def test_the_inventory_has_whole_gpus_and_instances_but_nothing_broken() -> None
     told = inventory(GpuList([whole, split, broken]))
     assert told.gpus == [GpuFact(("GPU-a", "0"), 16000), GpuFact(("MIG-1",), 4864)]
     assert told.error == "cannot read GPU 2: lost"
-    assert inventory(GpuList(error="no library", missing=True)).error == "no library"
+    assert inventory(GpuList(error="cannot start NVML")).error == "cannot start NVML"
+    assert inventory(GpuList(error="no library", missing=True)).error is None
     assert inventory(GpuList()).error is None
 
 

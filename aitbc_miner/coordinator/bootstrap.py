@@ -109,8 +109,10 @@ class BootstrapCoordinator:
     def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
         """POST /jobs/result: ids and metadata, then the artifacts, streamed; the log is always one."""
         doing = f"deliver the result of job {clean(job_id, 128)}"
-        log = _CollectedFile(root, LOG, _log_size(root))
-        files = [("artifact", (LOG, log, "text/plain"))]
+        files = []
+        if all(artifact.file != LOG for artifact in outcome.artifacts):
+            log = _CollectedFile(root, LOG, _log_size(root))
+            files.append(("artifact", (LOG, log, "text/plain")))
         for artifact in outcome.artifacts:
             file = _CollectedFile(root, artifact.file, artifact.bytes)
             media = artifact.type if _MEDIA_TYPE.fullmatch(artifact.type) else "application/octet-stream"

@@ -25,7 +25,7 @@ class Event(logging.LoggerAdapter[logging.Logger]):
         """Keep the event's name apart from its attributes."""
         passed = {key: kwargs.pop(key) for key in ("exc_info", "stack_info") if key in kwargs}
         context = dict(self.extra or {})
-        attrs = {**context, **kwargs}
+        attrs = {key: value for key, value in {**context, **kwargs}.items() if value is not None}
         return msg, {**passed, "extra": {"attrs": attrs}}
 
 

@@ -1,0 +1,302 @@
+"""`aitbc-minerctl`: asks the running miner how it goes, and tells it what to do.
+
+It starts in a moment, because it imports little: nothing of the network, nothing that reads YAML.
+"""
+
+import argparse
+import codecs
+import contextlib
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import msgspec
+
+from aitbc_miner import __version__
+from aitbc_miner.control import Done, Files, JobRow, Jobs, Refusal, Request, Status, ask
+from aitbc_miner.ctlview import Paint, job_page, jobs_page, plain, slots_page, status_page, visible
+from aitbc_miner.errors import EXIT_FAILURE, EXIT_NOT_PERMITTED, EXIT_OK, EXIT_UNREACHABLE, MinerError
+from aitbc_miner.jobs import FINAL, State, valid_job_id
+from aitbc_miner.util import clock
+
+SOCKET = "/run/aitbc-miner/control.sock"
+SOCKET_VARIABLE = "AITBC_MINER_CONTROL__SOCKET"
+TIMEOUT_S = 5.0
+POLL_S = 0.25
+ASK_S = 1.0
+CHUNK = 1 << 16
+MAX_RECORD = 64 << 20
+LOG_ENDED = FINAL | {State.UPLOADING}
+"""From here on the log stays as it is, while the report may wait for days for a coordinator that is down."""
+EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
+COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
+
+
+class Failure(MinerError):
+    """Ends the command with this message and exit status."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def main() -> int:
+    """Run one command and give the exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # not every terminal knows every letter
+    arguments = _parser().parse_args()
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except Failure as failure:
+        print(f"aitbc-minerctl: {visible(str(failure))}", file=sys.stderr)
+        return failure.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes once more at its end, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    except OSError as error:
+        print(f"aitbc-minerctl: cannot write: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILURE
+    return EXIT_OK
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="aitbc-minerctl", description="Ask and steer the running miner.")
+    parser.add_argument("--version", action="version", version=f"aitbc-minerctl {__version__}")
+    parser.add_argument(
+        "--socket",
+        type=Path,
+        metavar="PATH",
+        default=os.environ.get(SOCKET_VARIABLE) or SOCKET,
+        help=f"where the miner listens (default: ${SOCKET_VARIABLE}, else {SOCKET})",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a page")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    verbs.add_parser("status", help="the node on one screen")
+    verbs.add_parser("slots", help="every slot, and what enforces its limits")
+    jobs = verbs.add_parser("jobs", help="the jobs that this node holds")
+    states = ", ".join(State)
+    jobs.add_argument("--state", type=_state, metavar="STATE", help=f"only those in one state: {states}")
+    job = verbs.add_parser("job", help="all about one job")
+    logs = verbs.add_parser("logs", help="what a job has printed")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the job has ended")
+    verbs.add_parser("drain", help="take no new jobs; those that are here go on")
+    verbs.add_parser("resume", help="take jobs again")
+    cancel = verbs.add_parser("cancel", help="end a job that is in a slot")
+    for verb in (job, logs, cancel):
+        verb.add_argument("job_id", type=_job_id, metavar="ID", help="the job's id, as `jobs` shows it")
+    return parser
+
+
+def _state(text: str) -> State:
+    try:
+        return State(text.upper())
+    except ValueError:
+        states = ", ".join(State)
+        raise argparse.ArgumentTypeError(f"{text!r} is no state of a job; there are {states}") from None
+
+
+def _job_id(text: str) -> str:
+    if not valid_job_id(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no job id: 1 to 128 of A-Z a-z 0-9 . _ -")
+    return text
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    socket: Path = arguments.socket
+    if arguments.verb == "logs":
+        _logs(socket, arguments.job_id, _log_writer(as_json=arguments.json), follow=arguments.follow)
+        return
+    if arguments.verb == "job":
+        with _files(socket, "job", arguments.job_id) as (row, files):
+            print(_json(_job(row, files)) if arguments.json else job_page(row, files, _paint()))
+        return
+    request = Request(
+        arguments.verb, getattr(arguments, "job_id", None), getattr(arguments, "state", None)
+    )
+    answer, fds = _ask(socket, request)
+    _close(fds)
+    print(_json(_value(arguments.verb, answer)) if arguments.json else _page(arguments.verb, answer))
+
+
+def _page(verb: str, answer: object) -> str:
+    match answer:
+        case Status() if verb == "slots":
+            return slots_page(answer, _paint())
+        case Status():
+            return status_page(answer, _paint())
+        case Jobs():
+            return jobs_page(answer, _paint())
+        case Done():
+            return visible(answer.message)
+    raise _not_ours(verb)
+
+
+def _value(verb: str, answer: object) -> object:
+    """Give what `--json` prints: the answer as it came, of `slots` only the slots."""
+    if isinstance(answer, Files):
+        raise _not_ours(verb)
+    return {"slots": answer.slots} if verb == "slots" and isinstance(answer, Status) else answer
+
+
+def _paint() -> Paint:
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return plain
+    return lambda text, colour: f"\x1b[{COLOURS[colour]}m{text}\x1b[0m"
+
+
+def _json(value: object) -> str:
+    # ASCII only, so that nothing in it can speak to a terminal; msgspec leaves some control characters as they are.
+    return json.dumps(msgspec.to_builtins(value), indent=2)
+
+
+# --- asking ------------------------------------------------------------------------------------------------
+
+
+def _ask(path: Path, request: Request) -> tuple[Any, list[int]]:
+    """Ask the miner.
+
+    Raises:
+        Failure: it does not answer (69), we may not ask (77), or it refuses (as it says).
+    """
+    try:
+        answer, fds = ask(path, request, TIMEOUT_S)
+    except PermissionError:
+        remedy = "use sudo, or join the group aitbc"
+        message = f"cannot reach the miner at {path}: not permitted; {remedy}"
+        raise Failure(message, EXIT_NOT_PERMITTED) from None
+    except TimeoutError:
+        raise _unreachable(path, f"no answer within {TIMEOUT_S:g} s") from None
+    except OSError as error:
+        raise _unreachable(path, error.strerror or str(error)) from error
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        raise _unreachable(path, f"what answers there is no miner of this version ({error})") from error
+    if isinstance(answer, Refusal):
+        _close(fds)
+        raise Failure(answer.message, answer.exit_code)
+    return answer, fds
+
+
+def _unreachable(path: Path, cause: str) -> Failure:
+    remedy = "is it running? `systemctl status aitbc-miner`, or name its socket with --socket"
+    return Failure(f"cannot reach the miner at {path}: {cause}; {remedy}", EXIT_UNREACHABLE)
+
+
+def _not_ours(verb: str) -> Failure:
+    return Failure(f"cannot {verb}: the miner gave another answer; is it another version?", EXIT_UNREACHABLE)
+
+
+def _close(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _files(socket: Path, verb: str, job_id: str) -> Iterator[tuple[JobRow, dict[str, BinaryIO]]]:
+    """Ask for a job and its files, by name; those that it has not yet are left out."""
+    answer, fds = _ask(socket, Request(verb, job_id))
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(os.fdopen(fd, "rb", buffering=0)) for fd in fds]
+        if not isinstance(answer, Files) or len(files) != len(answer.names):
+            raise _not_ours(verb)
+        yield answer.job, dict(zip(answer.names, files, strict=True))
+
+
+def _job(row: JobRow, files: dict[str, BinaryIO]) -> dict[str, object]:
+    return {"job": row} | {
+        name: _record(files.get(f"{name}.json"), name) for name in ("manifest", "state", "outcome")
+    }
+
+
+def _record(file: BinaryIO | None, name: str) -> object:
+    try:
+        return msgspec.json.decode(file.read(MAX_RECORD)) if file else None
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        print(f"aitbc-minerctl: cannot read {name}.json of this job: {error}", file=sys.stderr)
+        return None
+
+
+# --- logs --------------------------------------------------------------------------------------------------
+
+
+class LogWriter(Protocol):
+    """Brings a log to stdout, piece by piece."""
+
+    def __call__(self, data: bytes, *, last: bool = False) -> None:
+        """Take the next piece."""
+        ...
+
+
+def _logs(socket: Path, job_id: str, write: LogWriter, *, follow: bool) -> None:
+    offset, found = 0, False
+    while True:
+        with _files(socket, "logs", job_id) as (row, files):
+            # The state was asked for before the file is read, so after the end nothing can be missed.
+            ended = not follow or row.state in LOG_ENDED
+            log = next(iter(files.values()), None)
+            found = found or log is not None
+            until = clock.now() + ASK_S
+            while True:
+                offset = _copy(log, offset, write) if log else 0
+                if ended or clock.now() >= until:
+                    break
+                time.sleep(POLL_S)
+        if ended:
+            break
+    write(b"", last=True)
+    if not found:
+        raise Failure(f"cannot show the log of job {job_id}: it has none; it is {row.state}", EXIT_FAILURE)
+
+
+def _copy(log: BinaryIO, offset: int, write: LogWriter) -> int:
+    if os.fstat(log.fileno()).st_size < offset:
+        offset = 0  # a new try of the job has a log of its own
+    while data := os.pread(log.fileno(), CHUNK, offset):
+        write(data)
+        offset += len(data)
+    return offset
+
+
+def _log_writer(*, as_json: bool) -> LogWriter:
+    if as_json:
+        return TextWriter(lambda line: json.dumps({"line": line.removesuffix("\n")}) + "\n", whole_lines=True)
+    if sys.stdout.isatty():
+        return TextWriter(lambda text: "\n".join(visible(line, "\t") for line in text.split("\n")))
+    return _write_bytes
+
+
+def _write_bytes(data: bytes, *, last: bool = False) -> None:  # noqa: ARG001  # a LogWriter
+    sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+class TextWriter:
+    """Shows a log as text; whatever way it ends its lines."""
+
+    def __init__(self, show: Callable[[str], str], *, whole_lines: bool = False) -> None:
+        self._show = show
+        self._whole_lines = whole_lines
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+        self._rest = ""
+
+    def __call__(self, data: bytes, *, last: bool = False) -> None:
+        """Show the next piece; of lines that must be whole, those that are."""
+        text = self._rest + self._decoder.decode(data, final=last)
+        pieces = text.splitlines(keepends=True) if self._whole_lines else [text]
+        self._rest = pieces.pop() if self._whole_lines and not last and not text.endswith("\n") else ""
+        print("".join(map(self._show, filter(None, pieces))), end="", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
