@@ -38,7 +38,7 @@ EXIT_PIPE = 141
 COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
 
 
-class Failure(MinerError):
+class CtlError(MinerError):
     """Ends the command with this message and exit status."""
 
     def __init__(self, message: str, exit_code: int) -> None:
@@ -53,10 +53,9 @@ def main() -> int:
     arguments = _parser().parse_args()
     try:
         _run(arguments)
-        sys.stdout.flush()
-    except Failure as failure:
-        print(f"aitbc-minerctl: {visible(str(failure))}", file=sys.stderr)
-        return failure.exit_code
+    except CtlError as error:
+        print(f"aitbc-minerctl: {visible(str(error))}", file=sys.stderr)
+        return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -64,7 +63,7 @@ def main() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except OSError as error:
-        print(f"aitbc-minerctl: cannot write: {error.strerror}", file=sys.stderr)
+        print(f"aitbc-minerctl: cannot go on: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     return EXIT_OK
@@ -119,14 +118,17 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     if arguments.verb == "job":
         with _files(socket, "job", arguments.job_id) as (row, files):
-            print(_json(_job(row, files)) if arguments.json else job_page(row, files, _paint()))
+            records = _records(files)
+            _show(_json({"job": row, **records}) if arguments.json else job_page(row, records, _paint()))
         return
-    request = Request(
-        arguments.verb, getattr(arguments, "job_id", None), getattr(arguments, "state", None)
-    )
+    request = Request(arguments.verb, getattr(arguments, "job_id", None), getattr(arguments, "state", None))
     answer, fds = _ask(socket, request)
     _close(fds)
-    print(_json(_value(arguments.verb, answer)) if arguments.json else _page(arguments.verb, answer))
+    _show(_json(_value(arguments.verb, answer)) if arguments.json else _page(arguments.verb, answer))
+
+
+def _show(text: str) -> None:
+    print(text, flush=True)  # now, while a closed pipe or a full disk can still be told
 
 
 def _page(verb: str, answer: object) -> str:
@@ -156,7 +158,7 @@ def _paint() -> Paint:
 
 
 def _json(value: object) -> str:
-    # ASCII only, so that nothing in it can speak to a terminal; msgspec leaves some control characters as they are.
+    # ASCII only, so that nothing in it can speak to a terminal; msgspec leaves some control characters.
     return json.dumps(msgspec.to_builtins(value), indent=2)
 
 
@@ -167,14 +169,14 @@ def _ask(path: Path, request: Request) -> tuple[Any, list[int]]:
     """Ask the miner.
 
     Raises:
-        Failure: it does not answer (69), we may not ask (77), or it refuses (as it says).
+        CtlError: it does not answer (69), we may not ask (77), or it refuses (as it says).
     """
     try:
         answer, fds = ask(path, request, TIMEOUT_S)
     except PermissionError:
         remedy = "use sudo, or join the group aitbc"
         message = f"cannot reach the miner at {path}: not permitted; {remedy}"
-        raise Failure(message, EXIT_NOT_PERMITTED) from None
+        raise CtlError(message, EXIT_NOT_PERMITTED) from None
     except TimeoutError:
         raise _unreachable(path, f"no answer within {TIMEOUT_S:g} s") from None
     except OSError as error:
@@ -183,17 +185,17 @@ def _ask(path: Path, request: Request) -> tuple[Any, list[int]]:
         raise _unreachable(path, f"what answers there is no miner of this version ({error})") from error
     if isinstance(answer, Refusal):
         _close(fds)
-        raise Failure(answer.message, answer.exit_code)
+        raise CtlError(answer.message, answer.exit_code)
     return answer, fds
 
 
-def _unreachable(path: Path, cause: str) -> Failure:
+def _unreachable(path: Path, cause: str) -> CtlError:
     remedy = "is it running? `systemctl status aitbc-miner`, or name its socket with --socket"
-    return Failure(f"cannot reach the miner at {path}: {cause}; {remedy}", EXIT_UNREACHABLE)
+    return CtlError(f"cannot reach the miner at {path}: {cause}; {remedy}", EXIT_UNREACHABLE)
 
 
-def _not_ours(verb: str) -> Failure:
-    return Failure(f"cannot {verb}: the miner gave another answer; is it another version?", EXIT_UNREACHABLE)
+def _not_ours(verb: str) -> CtlError:
+    return CtlError(f"cannot {verb}: the miner gave another answer; is it another version?", EXIT_UNREACHABLE)
 
 
 def _close(fds: list[int]) -> None:
@@ -212,13 +214,12 @@ def _files(socket: Path, verb: str, job_id: str) -> Iterator[tuple[JobRow, dict[
         yield answer.job, dict(zip(answer.names, files, strict=True))
 
 
-def _job(row: JobRow, files: dict[str, BinaryIO]) -> dict[str, object]:
-    return {"job": row} | {
-        name: _record(files.get(f"{name}.json"), name) for name in ("manifest", "state", "outcome")
-    }
+def _records(files: dict[str, BinaryIO]) -> dict[str, Any]:
+    """Read what is on record of a job: manifest, state and outcome, None for what is not there."""
+    return {name: _record(files.get(f"{name}.json"), name) for name in ("manifest", "state", "outcome")}
 
 
-def _record(file: BinaryIO | None, name: str) -> object:
+def _record(file: BinaryIO | None, name: str) -> Any:
     try:
         return msgspec.json.decode(file.read(MAX_RECORD)) if file else None
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
@@ -255,7 +256,7 @@ def _logs(socket: Path, job_id: str, write: LogWriter, *, follow: bool) -> None:
             break
     write(b"", last=True)
     if not found:
-        raise Failure(f"cannot show the log of job {job_id}: it has none; it is {row.state}", EXIT_FAILURE)
+        raise CtlError(f"cannot show the log of job {job_id}: it has none; it is {row.state}", EXIT_FAILURE)
 
 
 def _copy(log: BinaryIO, offset: int, write: LogWriter) -> int:
@@ -269,10 +270,8 @@ def _copy(log: BinaryIO, offset: int, write: LogWriter) -> int:
 
 def _log_writer(*, as_json: bool) -> LogWriter:
     if as_json:
-        return TextWriter(lambda line: json.dumps({"line": line.removesuffix("\n")}) + "\n", whole_lines=True)
-    if sys.stdout.isatty():
-        return TextWriter(lambda text: "\n".join(visible(line, "\t") for line in text.split("\n")))
-    return _write_bytes
+        return TextWriter(_json_lines, whole_lines=True)
+    return TextWriter(_tamed) if sys.stdout.isatty() else _write_bytes
 
 
 def _write_bytes(data: bytes, *, last: bool = False) -> None:  # noqa: ARG001  # a LogWriter
@@ -280,22 +279,35 @@ def _write_bytes(data: bytes, *, last: bool = False) -> None:  # noqa: ARG001  #
     sys.stdout.buffer.flush()
 
 
+def _tamed(text: str) -> str:
+    return "\n".join(visible(line, keep="\t") for line in text.split("\n"))
+
+
+def _json_lines(text: str) -> str:
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return "".join(json.dumps({"line": line}) + "\n" for line in lines)
+
+
 class TextWriter:
-    """Shows a log as text; whatever way it ends its lines."""
+    """Shows a log as text, whichever way it ends its lines; with `whole_lines` each one in one go."""
 
     def __init__(self, show: Callable[[str], str], *, whole_lines: bool = False) -> None:
         self._show = show
         self._whole_lines = whole_lines
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
-        self._rest = ""
+        self._held: list[str] = []
 
     def __call__(self, data: bytes, *, last: bool = False) -> None:
-        """Show the next piece; of lines that must be whole, those that are."""
-        text = self._rest + self._decoder.decode(data, final=last)
-        pieces = text.splitlines(keepends=True) if self._whole_lines else [text]
-        self._rest = pieces.pop() if self._whole_lines and not last and not text.endswith("\n") else ""
-        print("".join(map(self._show, filter(None, pieces))), end="", flush=True)
+        """Show the next piece, or keep it until its line is whole."""
+        self._held.append(self._decoder.decode(data, final=last))
+        partly = self._whole_lines and not last
+        if partly and "\n" not in self._held[-1]:
+            return
+        text = "".join(self._held)
+        end = text.rindex("\n") + 1 if partly else len(text)
+        self._held = [text[end:]]
+        print(self._show(text[:end]), end="", flush=True)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 
 class InputLimits(Struct, frozen=True):
-    """Bounds for one job's inputs: bytes for each and for all together, seconds for all (`timeout_s`).
-
-    And for each: seconds without a byte (`stall_s`), redirects, failures in a row without any progress.
-    """
+    """Bounds for a job's inputs: seconds in all and without a byte, failures in a row, and so on."""
 
     max_bytes_each: int
     max_bytes_total: int
@@ -147,9 +144,7 @@ def _parse(url: str, base: str = "") -> Url:
     if parsed.scheme not in {"http", "https"}:
         raise _refuse(f"cannot fetch {_shown(url)}: only http and https addresses are fetched")
     if not parsed.host or parsed.auth:
-        raise _refuse(
-            f"cannot fetch {_shown(parsed.url)}: an address needs a host, and no user name or password"
-        )
+        raise _refuse(f"cannot fetch {_shown(parsed.url)}: an address needs a host and no user name")
     return parsed
 
 
@@ -196,9 +191,8 @@ class _Run:
         if got + size > cap:
             raise _refuse(f"cannot take input {what}: it is larger than {int(cap)} bytes")
         if self.fetched + got + size > self.limits.max_bytes_total:
-            raise _refuse(
-                f"cannot take input {what}: all together exceed {self.limits.max_bytes_total} bytes"
-            )
+            total = self.limits.max_bytes_total
+            raise _refuse(f"cannot take input {what}: all inputs together are larger than {total} bytes")
 
 
 class _Transfer:
@@ -297,6 +291,8 @@ def _network() -> Iterator[None]:
     """Turn the errors of a connection into _Broken; those of the disk come as JobError and pass."""
     try:
         yield
+    except ssl.SSLCertVerificationError as error:
+        raise _Broken(f"its TLS certificate is not trusted: {error.verify_message}") from error
     except TimeoutError as error:
         raise _Broken("the server does not answer, or has stopped sending") from error
     except OSError as error:

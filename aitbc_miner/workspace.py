@@ -1,7 +1,7 @@
 """The directories a job finds, and who owns them.
 
 ```
-input/      the agent's; read-only for the job
+input/      the agent's; empty once the job has started
 work/       the job's; where it starts, with the inputs in it
 output/     the job's; all that is left here is delivered
 tmp/        the job's TMPDIR
@@ -10,6 +10,7 @@ artifacts/  the worker's; second names of what is delivered, readable by the age
 ```
 """
 
+import errno
 import os
 import shutil
 import stat
@@ -39,7 +40,7 @@ def prepare(job: JobDir, runs_as: Identity | None, service: Identity | None) -> 
             _make(job.fd, name, 0o750, service)
     with fs.directory("input", at=job.fd) as source, fs.directory("work", at=job.fd) as target:
         for name in sorted(os.listdir(source)):  # noqa: PTH208  # a descriptor
-            _put(source, name, target)
+            _hand_over(source, name, target, runs_as, service)
 
 
 def _make(at: int, name: str, mode: int, owner: Identity | None) -> None:
@@ -50,7 +51,21 @@ def _make(at: int, name: str, mode: int, owner: Identity | None) -> None:
             os.fchown(fd, owner.uid, owner.gid)
 
 
-def _put(source: int, name: str, target: int) -> None:
-    # A second name costs nothing, however large the input is. What is not a plain file was not fetched by us.
-    if stat.S_ISREG(os.stat(name, dir_fd=source, follow_symlinks=False).st_mode):
-        os.link(name, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
+def _hand_over(
+    source: int, name: str, target: int, runs_as: Identity | None, service: Identity | None
+) -> None:
+    """Move an input to the job, which may do with it as it likes.
+
+    Neither a copy, which costs time and disk, nor a second name, which programs such as gzip refuse.
+    """
+    fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source)
+    try:
+        info = os.fstat(fd)
+        fetched = stat.S_ISREG(info.st_mode) and info.st_nlink == 1
+        if not fetched or (service is not None and info.st_uid != service.uid):
+            raise OSError(errno.EPERM, "not a file that was fetched for this job", name)
+        if runs_as is not None:
+            os.fchown(fd, runs_as.uid, runs_as.gid)
+    finally:
+        os.close(fd)
+    os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)

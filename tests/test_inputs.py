@@ -4,6 +4,7 @@ import ipaddress
 import os
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
+from test_coordinator_http import CERTIFICATE
 
 from aitbc_miner import inputs
 from aitbc_miner.errors import ErrorCode, JobError
@@ -191,8 +193,8 @@ def test_names_of_the_greatest_length_and_like_our_own(server: Server, tmp_path:
         ("data:text/plain,x", "data:text/plain,x: only http and https addresses are fetched"),
         ("/etc/passwd", "/etc/passwd: only http and https addresses are fetched"),
         ("", ": only http and https addresses are fetched"),
-        ("http:///x", "http:///x: an address needs a host, and no user name or password"),
-        ("http://u:p4ss@h/x?k=v", "http://h/x: an address needs a host, and no user name or password"),
+        ("http:///x", "http:///x: an address needs a host and no user name"),
+        ("http://u:p4ss@h/x?k=v", "http://h/x: an address needs a host and no user name"),
         ("http://h:99999/x", "http://h:99999/x: it is not a URL"),
         ("http://[::1/x", "http://[::1/x: it is not a URL"),
     ],
@@ -247,7 +249,7 @@ def test_a_size_over_the_bound(server: Server, tmp_path: Path) -> None:
 def test_all_inputs_together_over_the_bound(server: Server, tmp_path: Path) -> None:
     server.pages["/x"] = lambda h: h.reply(body=b"x" * 900_000)
     said = failure(tmp_path, f"{server.base}/x", inline={"i": "y" * 600_001})
-    assert said == "cannot take input x: all together exceed 1500000 bytes"
+    assert said == "cannot take input x: all inputs together are larger than 1500000 bytes"
 
 
 def test_a_wrong_sha256(server: Server, tmp_path: Path) -> None:
@@ -523,7 +525,7 @@ def test_redirects_up_to_the_bound(server: Server, tmp_path: Path) -> None:
     [
         ("file:///etc/passwd", "file:///etc/passwd: only http and https addresses are fetched"),
         ("gopher://h/", "gopher://h/: only http and https addresses are fetched"),
-        ("http://u:p@h/", "http://h/: an address needs a host, and no user name or password"),
+        ("http://u:p@h/", "http://h/: an address needs a host and no user name"),
         ("//[", "//[: it is not a URL"),
     ],
 )
@@ -538,6 +540,37 @@ def test_no_redirect_from_https_to_http() -> None:
     assert caught.value.message == "cannot fetch https://h/a: it redirects from https to http://i/b"
     assert inputs._redirected("https://h/a", "/b") == "https://h/b"
     assert inputs._redirected("http://h/a", "https://h/b") == "https://h/b"
+
+
+# TLS
+
+
+def tls_server(server: Server, pem: Path) -> str:
+    pem.write_text(CERTIFICATE)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    server.pages["/x"] = lambda h: h.reply(body=DATA)
+    return server.base.replace("http:", "https:")
+
+
+def test_a_trusted_certificate(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tls_server(server, tmp_path / "pem")
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "pem"))
+    fetch(tmp_path, f"{base}/x")
+    assert (tmp_path / "x").read_bytes() == DATA
+    # The certificate is for 127.0.0.1 only.
+    said = failure(tmp_path, f"{base.replace('127.0.0.1', 'localhost')}/x")
+    assert "/x: its TLS certificate is not trusted: Hostname mismatch, certificate is not valid for" in said
+
+
+def test_an_untrusted_certificate(server: Server, tmp_path: Path) -> None:
+    base = tls_server(server, tmp_path / "pem")
+    said = failure(tmp_path, f"{base}/x")
+    assert said == (
+        f"cannot fetch {base}/x: its TLS certificate is not trusted: self-signed certificate (4 attempts)"
+    )
+    assert server.requests == []
 
 
 # Addresses inside the operator's network

@@ -6,7 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 say() { printf '%s\n' "$*" >&2; }
 
 # As root, jobs run as users who own nothing, and must still reach the interpreter and this code.
-stranger() { setpriv --reuid=65534 --regid=65534 --clear-groups "$@" 2>/dev/null; }
+stranger() { runuser -u nobody -- "$@" 2>/dev/null; }
 
 leave_private_checkout() {
   [ "$(id -u)" = 0 ] || return 0
@@ -26,8 +26,7 @@ leave_private_checkout() {
 
 suits() {
   "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || return 1
-  [ "$(id -u)" != 0 ] || stranger "$(command -v "$(readlink -f "$(command -v "$1")")")" -c pass ||
-    stranger "$("$1" -c 'import sys; print(sys._base_executable)')" -c pass
+  [ "$(id -u)" != 0 ] || stranger "$("$1" -c 'import sys; print(sys._base_executable)')" -c pass
 }
 
 find_python() {
@@ -45,17 +44,21 @@ find_python() {
 
 # ensure_venv EXTRA: an environment in .venv with the package and, if named, its extra.
 ensure_venv() {
-  local python stamp wanted
+  local python stamp wanted base
   venv=$root/.venv
   python=$(find_python)
-  wanted="$("$python" -c 'import sys; print(sys.version, sys._base_executable)') $(cat "$root/setup.cfg")"
+  base=$("$python" -c 'import sys; print(sys.version, sys._base_executable)')
+  wanted="$base $(cat "$root/setup.cfg")"
   stamp=$venv/.made-for-$1
   if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
     return 0
   fi
   say "first run: making a virtual environment in $venv with $python (a minute or two)"
   umask 022
-  [ -x "$venv/bin/python" ] && [ -n "$(find "$venv" -maxdepth 1 -name '.made-for-*')" ] || "$python" -m venv --clear "$venv"
+  if [ "$(cat "$venv/.made-by" 2>/dev/null)" != "$base" ]; then
+    "$python" -m venv --clear "$venv"
+    printf '%s' "$base" >"$venv/.made-by"
+  fi
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${1:+[$1]}"
   printf '%s' "$wanted" >"$stamp"
 }

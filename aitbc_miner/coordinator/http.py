@@ -178,27 +178,20 @@ class HttpClient:
         `headers` go before the token's own. Raises Unreachable ("cannot DOING: …") when no reply arrives.
         """
         upload = isinstance(payload, MultipartEncoder)
-        sent = {
-            "Content-Type": payload.content_type if upload else "application/json",
-            **(self.authorization(self._token) if self._token else {}),
-            **(headers or {}),
-        }
         body = payload if upload or payload is None else msgspec.json.encode(payload)
+        kind = {"Content-Type": payload.content_type if upload else "application/json"}
+        ours = self.authorization(self._token) if self._token else {}
         try:
             with self._session().request(
                 method,
                 self._base_url + path,
                 params=params,
                 data=body,
-                headers=sent,
+                headers={**kind, **ours, **(headers or {})},
                 timeout=self._timeout(upload=upload),
-                verify=self._verify,
                 allow_redirects=False,
-                stream=True,
             ) as response:
-                content = response.raw.read(max_bytes + 1, decode_content=False)
-                if len(content) <= max_bytes and response.raw.length_remaining:
-                    raise http.client.IncompleteRead(content, response.raw.length_remaining)
+                content = _read(response.raw, max_bytes + 1)
         except (OSError, urllib3.exceptions.HTTPError, http.client.HTTPException) as error:
             raise Unreachable(f"cannot {doing}: {self._cause(error)}") from error
         return Reply(
@@ -219,7 +212,9 @@ class HttpClient:
         session: requests.Session | None = getattr(self._local, "session", None)
         if session is None:
             session = requests.Session()
-            session.trust_env = False
+            session.trust_env = False  # no proxies, netrc or CA files from the environment
+            session.stream = True
+            session.verify = self._verify
             session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
             session.headers.update({"User-Agent": self._user_agent, "Accept-Encoding": "identity"})
             session.mount("http://", _Adapter())
@@ -235,6 +230,14 @@ class HttpClient:
         fitting = ((text, one) for kinds, text in _CAUSES for one in chain if isinstance(one, kinds))
         text, found = next(fitting, (_UNKNOWN, error))
         return clean(text.format(error=found, peer=self._peer, timeout=self._timeout_s), 300)
+
+
+def _read(raw: Any, most: int) -> bytes:
+    content: bytes = raw.read(most, decode_content=False)
+    # urllib3 tells of a body that ended too early only when asked once more.
+    if len(content) < most and raw.length_remaining:
+        raise http.client.IncompleteRead(content, raw.length_remaining)
+    return content
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -1,0 +1,216 @@
+"""Whether a node could run here with its configuration, without making or changing anything."""
+
+import os
+import stat
+import subprocess
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import psutil
+from msgspec import Struct
+
+from aitbc_miner.allowlist import load_allowlist
+from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
+from aitbc_miner.config import Config
+from aitbc_miner.credentials import CredentialError, read_credential
+from aitbc_miner.errors import MinerError
+from aitbc_miner.gpu import GpuList
+from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
+from aitbc_miner.probe import nearest_existing
+from aitbc_miner.sampling import inventory
+from aitbc_miner.slotspec import MachineFacts, SlotSpec, check_slots, derive_slots, read_slots
+from aitbc_miner.util.trust import distrust
+from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
+from aitbc_miner.util.yamltext import line_of
+
+NEEDED_CONTROLLERS = ("cpu", "memory", "pids")
+
+
+class ConfinementError(MinerError):
+    """What the configuration requires for confining jobs is not to be had."""
+
+
+class Cgroups(Struct, frozen=True):
+    """Where the slots' groups go, to be made yet; None where there are none. `missing` says what that means."""
+
+    parent: Path | None
+    controllers: tuple[str, ...]
+    missing: list[str]
+
+
+def find_cgroups(config: Config) -> Cgroups:
+    """Find where the slots' groups can be made.
+
+    Raises:
+        ConfinementError: `cgroup.mode` is `required` and cpu, memory and pids cannot be limited.
+    """
+    if config.cgroup.mode == "off":
+        return Cgroups(None, (), ["cgroup.mode is off: jobs are held by process limits only"])
+    own, controllers, cause = _own_group()
+    lacking = [name for name in NEEDED_CONTROLLERS if name not in controllers]
+    if lacking and not cause:
+        cause = f"no controller for {', '.join(lacking)} in {own}"
+    if cause and config.cgroup.mode == "required":
+        remedy = "start the miner with systemd (Delegate=yes), or set cgroup.mode: auto"
+        raise ConfinementError(f"cannot limit jobs: {cause}; {remedy}")
+    if own is None:
+        return Cgroups(None, (), [f"{cause}: jobs are held by process limits only"])
+    missing = [f"{cause}: process limits serve where they can"] if cause else []
+    return Cgroups(own / f"aitbc-miner-{config.node_id}", controllers, missing)
+
+
+def _own_group() -> tuple[Path | None, tuple[str, ...], str]:
+    """Give our group if we can make others in it, its controllers, and why not."""
+    mount = find_mount()
+    if mount is None:
+        return None, (), "there is no cgroup2 mount"
+    try:
+        own = own_group(mount)
+    except CgroupError as error:
+        return None, (), str(error)
+    if not mount.writable:
+        return None, (), f"no right to write in {own}"
+    return own, Group(own).controllers(), ""
+
+
+def refuse_unmet_sandbox(config: Config) -> None:
+    """Refuse what this version cannot give.
+
+    Raises:
+        ConfinementError: a sandbox is required.
+    """
+    if config.sandbox.mode == "required":
+        raise ConfinementError(
+            "cannot sandbox jobs: this version has no sandbox yet; to run jobs confined by users, cgroups and "
+            "limits only, set sandbox.mode: auto"
+        )
+
+
+def machine_facts(gpus: GpuList) -> MachineFacts:
+    """Say what slots can be made of here."""
+    ids = [gpu.ids for gpu in inventory(gpus).gpus]
+    return MachineFacts(tuple(sorted(os.sched_getaffinity(0))), psutil.virtual_memory().total, ids)
+
+
+class Checker:
+    """Goes through all that a node needs. What is wrong is in `faults`, what may be meant so in `warnings`."""
+
+    def __init__(self, path: Path, config: Config, environ: Mapping[str, str], gpus: GpuList) -> None:
+        self._path = path
+        self._config = config
+        self._environ = environ
+        self._gpus = gpus
+        self.faults: list[Fault] = []
+        self.warnings: list[str] = []
+        self.slots: list[SlotSpec] = []
+        self.commands: list[str] = []
+
+    def check(self) -> None:
+        """Check everything, however much of it is wrong."""
+        self._check_slots()
+        identities = self._check_privileges()
+        self._check_confinement()
+        self._check_runners()
+        self._check_credential(identities.service if identities else None)
+        self._check_workspace(passers=bool(identities and identities.jobs))
+
+    def _fault(self, key: str, message: str) -> None:
+        """Note what is wrong with a key, where it was set: in the file or by a variable."""
+        variable = ENV_PREFIX + key.replace(".", "__").upper()
+        if variable in self._environ:
+            self.faults.append(Fault(variable, None, key, message))
+        else:
+            line = line_of(self._path, key.split("."))
+            self.faults.append(Fault(str(self._path), line, key, message))
+
+    def _check_slots(self) -> None:
+        directory = self._config.slots_dir
+        facts = machine_facts(self._gpus)
+        before = len(self.faults)
+        self.slots = read_slots(directory, self.faults)
+        found, warnings = check_slots(self.slots, facts, directory)
+        self.faults += found
+        self.warnings += warnings
+        if error := inventory(self._gpus).error:
+            self.warnings.append(error)
+        if not self.slots and len(self.faults) == before:
+            self.slots = derive_slots(facts)
+
+    def _check_privileges(self) -> Identities | None:
+        privileges = self._config.privileges
+        try:
+            found = resolve(privileges.mode, privileges.service_user, [spec.name for spec in self.slots])
+        except PrivilegeError as error:
+            self._fault("privileges.mode", str(error))
+            return None
+        self.warnings += found.missing
+        return found
+
+    def _check_confinement(self) -> None:
+        try:
+            self.warnings += find_cgroups(self._config).missing
+        except ConfinementError as error:
+            self._fault("cgroup.mode", str(error))
+        try:
+            refuse_unmet_sandbox(self._config)
+        except ConfinementError as error:
+            self._fault("sandbox.mode", str(error))
+
+    def _check_runners(self) -> None:
+        runners = self._config.runners
+        if runners.cli.enable:
+            warnings: list[Fault] = []
+            allowlist = load_allowlist(runners.cli.allowlist_dirs, self.faults, warnings)
+            self.warnings += map(str, warnings)
+            self.commands = sorted(allowlist.entries)
+        if runners.python.enable:
+            for directory in runners.python.task_paths:
+                self._check_task_path(directory)
+        if not (runners.cli.enable or runners.python.enable):
+            self.warnings.append("no runner is enabled: this node can take no job")
+
+    def _check_task_path(self, directory: Path) -> None:
+        key = "runners.python.task_paths"
+        try:
+            for path in [directory, *sorted(directory.glob("*.py"))]:
+                if problem := distrust(path):
+                    self._fault(key, f"cannot trust {path}: {problem}; mend that with chown or chmod")
+            if not directory.is_dir():
+                self._fault(key, f"{directory} is no directory; name one that holds tasks")
+        except FileNotFoundError:
+            self.warnings.append(f"{key}: {directory} is not there; it offers no tasks")
+        except OSError as error:
+            self._fault(key, f"cannot look at {directory}: {error.strerror}")
+
+    def _check_credential(self, service: Identity | None) -> None:
+        source = self._config.coordinator.auth_token
+        try:
+            read_credential(source, self._environ)
+        except CredentialError as error:
+            self._fault("coordinator.auth_token", str(error))
+            return
+        kind, _, path = source.partition(":")
+        # Root may read anything, but it is the service's user who will.
+        if kind == "file" and service and not may_read(path, service):
+            remedy = f"chown {service.name} {path}"
+            self._fault("coordinator.auth_token", f"the user {service.name} cannot read {path}; {remedy}")
+
+    def _check_workspace(self, *, passers: bool) -> None:
+        root = self._config.workspace.root
+        there = nearest_existing(root)
+        if not there.is_dir():
+            self._fault("workspace.root", f"{there} is no directory; name another place")
+        elif not os.access(there, os.W_OK | os.X_OK):
+            self._fault("workspace.root", f"cannot write in {there}; start as another user, or name another place")
+        for step in [there, *there.parents] if passers else ():
+            # The miner itself opens the last step to all.
+            if step != root and not step.stat().st_mode & stat.S_IXOTH:
+                remedy = f"chmod o+x {step}, or name another place"
+                self._fault("workspace.root", f"the slots' users cannot pass through {step}; {remedy}")
+
+
+def may_read(path: str, user: Identity) -> bool:
+    """Whether a user may read a file, as the kernel sees it. For root only."""
+    command = ["/usr/bin/test", "-r", path]
+    done = subprocess.run(command, user=user.uid, group=user.gid, extra_groups=[], check=False)
+    return done.returncode == 0

@@ -1,0 +1,309 @@
+"""The pages of `aitbc-minerctl`: what the miner answers, for people, in at most 80 columns where it can.
+
+Much of it comes from strangers (messages of jobs, of the coordinator), so every text goes through `visible`.
+"""
+
+import textwrap
+import unicodedata
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from signal import Signals
+from typing import Any
+
+import msgspec
+
+from aitbc_miner.control import JobRow, Jobs, Problem, SlotStatus, Status
+from aitbc_miner.errors import CODES
+from aitbc_miner.jobs import Outcome, State
+
+WIDTH = 80
+LINES = 23
+"""Of a screen of 24, one is for the prompt."""
+SLOTS_SHOWN = 8
+MAX_ID = 48
+MAX_ARTIFACTS = 100
+LABEL = 12
+STATE_COLOURS = {
+    **dict.fromkeys(("IDLE", "DONE"), "green"),
+    **dict.fromkeys(("BACKOFF", "QUARANTINED", "FAILED"), "red"),
+    **dict.fromkeys(("STARTING", "CANCELLING", "RETRY_WAIT"), "yellow"),
+}
+
+Paint = Callable[[str, str], str]
+"""Gives a text in a colour."""
+
+
+def plain(text: str, _colour: str) -> str:
+    """Paint nothing."""
+    return text
+
+
+# --- text --------------------------------------------------------------------------------------------------
+
+
+def visible(text: str, keep: str = "") -> str:
+    r"""Write what would act on a terminal (escape sequences, line breaks, …) as \x1b and the like."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
+
+
+def cut(text: str, columns: int) -> str:
+    """Make a text fit, with … in the place of what is left out."""
+    text = visible(text)
+    if text.isascii() and len(text) <= columns:
+        return text
+    widths = [_columns(char) for char in text]
+    if sum(widths) <= columns:
+        return text
+    end, left = 0, columns - 1
+    while widths[end] <= left:
+        left -= widths[end]
+        end += 1
+    return text[:end] + "…"
+
+
+def pad(text: str, columns: int) -> str:
+    """Cut or fill a text to a width."""
+    text = cut(text, columns)
+    return text + " " * (columns - sum(map(_columns, text)))
+
+
+def _columns(char: str) -> int:
+    if unicodedata.combining(char):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
+
+
+def wrap(label: str, text: str, *, lines: int = 99, width: int = WIDTH) -> list[str]:
+    """Break a text into lines that begin under one another; `label` stands before the first."""
+    inside = width - len(label)
+    pieces = textwrap.wrap(" ".join(text.split()), inside, break_on_hyphens=False) or [""]
+    if len(pieces) > lines:
+        pieces[lines - 1 :] = [pieces[lines - 1][: inside - 1] + "…"]
+    margins = [label, *[" " * len(label)] * (len(pieces) - 1)]
+    return [margin + cut(piece, inside) for margin, piece in zip(margins, pieces, strict=True)]
+
+
+def duration(seconds: float) -> str:
+    """Write a time in the two units that matter: 3d04h, 5h09m, 2m30s, 7s."""
+    whole = int(max(0.0, seconds))
+    for big, one, small, other in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= big:
+            return f"{whole // big}{one}{whole % big // small:02}{other}"
+    return f"{whole}s"
+
+
+def _wall(stamp: str) -> str:
+    return visible(stamp[:19].replace("T", " ")) + " UTC" if stamp else "?"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+# --- status and slots --------------------------------------------------------------------------------------
+
+
+def status_page(status: Status, paint: Paint) -> str:
+    """Show the node on one screen of 80 by 24."""
+    lines = [*_head(status, paint), "", *_slot_lines(status.slots, paint, SLOTS_SHOWN)]
+    lines += _enforcement(status.slots, 2)
+    room = LINES - len(lines) - 1
+    if status.problems and room >= 2:
+        lines += ["", *_problems(status.problems, paint, room)]
+    return "\n".join(lines)
+
+
+def slots_page(status: Status, paint: Paint) -> str:
+    """Show every slot, why one is not in use, and what enforces its limits."""
+    lines = _slot_lines(status.slots, paint, len(status.slots))
+    for entry in status.slots:
+        if entry.slot.reason:
+            lines += wrap("  ", f"{entry.slot.offer.name}: {entry.slot.reason}")
+    return "\n".join([*lines, *_enforcement(status.slots, len(status.slots))])
+
+
+def _head(status: Status, paint: Paint) -> Iterator[str]:
+    name = paint(cut(status.node_id, 30), "bold")
+    yield f"{name}  aitbc-miner {status.version}, up {duration(status.up_s)}, pid {status.pid}"
+    view = status.coordinator
+    answers = paint("reachable", "green") if view.reachable else paint("not reachable", "red")
+    registered = "registered" if view.registered else paint("not registered", "yellow")
+    yield f"{'coordinator':{LABEL}}{cut(status.base_url, WIDTH - LABEL)}"
+    yield f"{'':{LABEL}}{answers} since {_wall(view.since_wall)}, {registered}"
+    if status.stopping:
+        mood = paint("stopping", "yellow")
+    elif status.accepting:
+        mood = paint("accepting", "green")
+    else:
+        mood = paint("draining", "yellow") + ": no new jobs; `aitbc-minerctl resume` ends that"
+    yield f"{'node':{LABEL}}{mood}"
+    running = sum(entry.slot.job_id is not None for entry in status.slots)
+    waiting = f"{_count(status.pending_reports, 'report')} waiting to be delivered"
+    yield f"{'jobs':{LABEL}}{running} in slots, {len(status.queued)} queued, {waiting}"
+    counts = sorted(status.finished.items(), key=lambda item: (item[0] != "OK", -item[1]))
+    yield f"{'finished':{LABEL}}" + cut(
+        ", ".join(f"{code} {number}" for code, number in counts) or "none yet", WIDTH - LABEL
+    )
+
+
+def _slot_lines(slots: Sequence[SlotStatus], paint: Paint, most: int) -> list[str]:
+    if not slots:
+        return ["no slots yet"]
+    hidden = len(slots) - most + 1 if len(slots) > most else 0
+    # Where not all can be shown, those that are idle can be left out.
+    ordered = sorted(slots, key=lambda entry: entry.slot.state == "IDLE") if hidden else slots
+    lines = [paint(f"{'SLOT':13}{'STATE':12}{'JOB':33}{'STEP':11}{'FOR':>9}", "dim")]
+    for entry in ordered[: len(slots) - hidden]:
+        slot = entry.slot
+        state = paint(pad(slot.state, 11), STATE_COLOURS.get(slot.state, "bold"))
+        job = pad(slot.job_id or "-", 32)
+        step = pad(slot.job_state or "-", 10)
+        lines.append(f"{pad(slot.offer.name, 12)} {state} {job} {step} {duration(entry.for_s):>9}")
+    if hidden:
+        lines.append(f"… and {_count(hidden, 'slot')} more; see `aitbc-minerctl slots`")
+    return lines
+
+
+def _enforcement(slots: Sequence[SlotStatus], most: int) -> list[str]:
+    """Say what enforces the limits, once for all slots that are alike."""
+    alike: dict[str, list[str]] = defaultdict(list)
+    for entry in slots:
+        held = " ".join(f"{limit}={how}" for limit, how in sorted(entry.slot.enforced.items()))
+        alike[held or "nothing yet"].append(entry.slot.offer.name)
+    hidden = len(alike) > most
+    lines = []
+    for held, names in list(alike.items())[: most - hidden]:
+        whose = "" if len(alike) == 1 else f" ({', '.join(names)})"
+        lines.append(f"{'limits':{LABEL}}" + cut(held + whose, WIDTH - LABEL))
+    return [*lines, f"{'':{LABEL}}others differ; see `aitbc-minerctl slots`"] if hidden else lines
+
+
+def _problems(problems: Sequence[Problem], paint: Paint, room: int) -> Iterator[str]:
+    """Show as many problems as there is room for, each with its remedy."""
+    for number, problem in enumerate(problems):
+        lines = [paint(line, "yellow") for line in wrap("! ", problem.what, lines=2)]
+        if problem.remedy:
+            lines += wrap("  → ", problem.remedy, lines=2)
+        later = len(problems) - number - 1
+        if len(lines) > room - bool(later):
+            left = _count(len(problems) - number, "problem")
+            yield f"… and {left} more; see `aitbc-minerctl --json status`"
+            return
+        room -= len(lines)
+        yield from lines
+
+
+# --- jobs --------------------------------------------------------------------------------------------------
+
+
+def jobs_page(jobs: Jobs, paint: Paint) -> str:
+    """Show a line for each job, the newest last."""
+    if not jobs.jobs:
+        return "no jobs"
+    ids = min(MAX_ID, max(len(row.job_id) for row in jobs.jobs))
+    head = f"{'JOB':{ids}}  {'STATE':10}  {'SLOT':8}  {'TIME':>6}  RESULT"
+    lines = [paint(head, "dim")]
+    for row in jobs.jobs:
+        state = paint(pad(row.state, 10), STATE_COLOURS.get(row.state, "bold"))
+        time = "-" if row.wall_s is None else duration(row.wall_s)
+        start = f"{pad(row.job_id, ids)}  {state}  {pad(row.slot or '-', 8)}  {time:>6}  "
+        lines.append((start + cut(_result(row), max(20, 100 - len(head) + len("RESULT")))).rstrip())
+    return "\n".join(lines)
+
+
+def _result(row: JobRow) -> str:
+    if row.code:
+        return f"{row.code} {row.message}"
+    return row.message or (_count(row.artifacts, "artifact") if row.state == State.DONE else "")
+
+
+def job_page(row: JobRow, records: Mapping[str, Any], paint: Paint) -> str:
+    """Show all about one job. `records` has its manifest, state and outcome as JSON has them, or None."""
+    manifest = records["manifest"] if isinstance(records["manifest"], dict) else {}
+    what = manifest.get("command") or manifest.get("task") or ""
+    facts = [
+        ("runner", f"{row.runner or 'unknown'} {what}".rstrip()),
+        ("since", _wall(row.since_wall)),
+        ("slot", row.slot or "none"),
+    ]
+    args = manifest.get("args")
+    if isinstance(args, list) and args:
+        facts.insert(1, ("arguments", " ".join(map(str, args))[:400]))
+    outcome = _outcome(records["outcome"])
+    code, message = (outcome.code, outcome.message) if outcome else (row.code, row.message)
+    if code:
+        facts += [("code", f"{code}: {CODES[code].meaning}"), ("advice", CODES[code].advice)]
+    if message:
+        facts.append(("message", message))
+    facts += _outcome_facts(outcome) if outcome else []
+    lines = [f"{paint(row.job_id, 'bold')}  {paint(row.state, STATE_COLOURS.get(row.state, 'bold'))}"]
+    lines += [line for label, text in facts for line in wrap(f"{label:{LABEL}}", text, width=100)]
+    if outcome:
+        lines += [*_artifacts(outcome), *_tail(outcome, paint)]
+    return "\n".join(lines)
+
+
+def _outcome(value: object) -> Outcome | None:
+    try:
+        return msgspec.convert(value, Outcome) if value is not None else None
+    except msgspec.ValidationError:
+        return None
+
+
+def _outcome_facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
+    yield "exit", _exit(outcome)
+    if outcome.timings:
+        yield "times", ", ".join(f"{step} {seconds:.3f} s" for step, seconds in outcome.timings.items())
+    usage = outcome.usage
+    used = [
+        ("wall", usage.wall_s, "s"),
+        ("user", usage.user_s, "s"),
+        ("system", usage.system_s, "s"),
+        ("peak memory", _mebi(usage.peak_memory_bytes), "MiB"),
+        ("read", _mebi(usage.read_bytes), "MiB"),
+        ("written", _mebi(usage.written_bytes), "MiB"),
+    ]
+    yield (
+        "usage",
+        ", ".join(f"{name} {number:.2f} {unit}" for name, number, unit in used if number is not None),
+    )
+    if outcome.enforced:
+        yield "limits", " ".join(f"{limit}={how}" for limit, how in sorted(outcome.enforced.items()))
+    if outcome.result is not None:
+        yield "result", msgspec.json.encode(outcome.result).decode()[:400]
+
+
+def _mebi(size: int | None) -> float | None:
+    return None if size is None else size / (1 << 20)
+
+
+def _exit(outcome: Outcome) -> str:
+    ended = outcome.exit
+    if ended.signal is not None:
+        names = {member.value: member.name for member in Signals}
+        how = f"signal {ended.signal} ({names.get(ended.signal, 'real-time')})"
+    else:
+        how = "not run to its end" if ended.status is None else f"status {ended.status}"
+    return f"{how}, ended by the miner for {ended.killed_for}" if ended.killed_for else how
+
+
+def _artifacts(outcome: Outcome) -> Iterator[str]:
+    if outcome.artifacts:
+        yield f"artifacts ({len(outcome.artifacts)})"
+    for artifact in outcome.artifacts[:MAX_ARTIFACTS]:
+        yield f"  {cut(artifact.path, 60)}  {artifact.bytes} bytes  {cut(artifact.type, 20)}"
+        yield f"    sha256 {visible(artifact.sha256)}"
+    if len(outcome.artifacts) > MAX_ARTIFACTS:
+        yield f"  … and {len(outcome.artifacts) - MAX_ARTIFACTS} more; see `aitbc-minerctl --json job`"
+
+
+def _tail(outcome: Outcome, paint: Paint) -> Iterator[str]:
+    log = outcome.log
+    dropped = f", {log.dropped} dropped" if log.dropped else ""
+    yield f"log ({log.bytes} bytes{dropped})"
+    for line in log.tail.splitlines()[-10:]:
+        yield paint("  | ", "dim") + cut(line, 95)
+    if log.bytes:
+        yield f"  all of it: aitbc-minerctl logs {visible(outcome.job_id)}"

@@ -1,0 +1,340 @@
+"""Collecting what a job left behind: real files, and every trap a job can lay."""
+
+import hashlib
+import os
+import socket
+import stat
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aitbc_miner.artifacts import MAX_DEPTH, Caps, Collector, check_path
+from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.jobs import Artifact, ArtifactSpec
+from aitbc_miner.util import fs
+
+CAPS = Caps(files=100, bytes=1_000_000)
+ROOT = os.geteuid() == 0
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Path:
+    for name in ("work", "output", "artifacts"):
+        (tmp_path / "job" / name).mkdir(parents=True)
+    return tmp_path / "job"
+
+
+def collect(
+    job: Path, *specs: str | ArtifactSpec, caps: Caps = CAPS, owner: tuple[int, int] | None = None
+) -> dict[str, Artifact]:
+    wanted = [ArtifactSpec(path=spec) if isinstance(spec, str) else spec for spec in specs]
+    with fs.directory(job) as fd:
+        before = len(os.listdir("/proc/self/fd"))
+        try:
+            taken = Collector(fd, caps, owner).collect(wanted)
+        finally:
+            assert len(os.listdir("/proc/self/fd")) == before, "descriptors were left open"
+    names = [artifact.path for artifact in taken]
+    assert len(set(names)) == len(names), "two artifacts of one name"
+    return {artifact.path: artifact for artifact in taken}
+
+
+def refused(job: Path, *specs: str | ArtifactSpec, caps: Caps = CAPS) -> JobError:
+    with pytest.raises(JobError) as caught:
+        collect(job, *specs, caps=caps)
+    assert caught.value.message.startswith("cannot ")
+    return caught.value
+
+
+# --- what is taken -----------------------------------------------------------------------------------------
+
+
+def test_declared_files_and_everything_in_output_are_taken(job: Path) -> None:
+    (job / "work/sub").mkdir()
+    (job / "work/sub/clip.mp4").write_bytes(b"video")
+    (job / "work/scratch").write_bytes(b"stays")
+    (job / "output/deep/er").mkdir(parents=True)
+    (job / "output/deep/er/log.txt").write_bytes(b"")
+    (job / "output/z.bin").write_bytes(b"z" * 3_000_000)
+    taken = collect(
+        job, ArtifactSpec(path="sub/clip.mp4", type="video/mp4"), caps=Caps(files=3, bytes=3_000_005)
+    )
+    assert list(taken) == ["sub/clip.mp4", "deep/er/log.txt", "z.bin"]
+    clip, log, big = taken.values()
+    assert (clip.type, log.type) == ("video/mp4", "application/octet-stream")
+    assert (clip.bytes, log.bytes, big.bytes) == (5, 0, 3_000_000)
+    for artifact in taken.values():
+        kept = job / artifact.file
+        assert kept.parent == job / "artifacts"
+        assert kept.stat().st_size == artifact.bytes
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o640
+        assert hashlib.sha256(kept.read_bytes()).hexdigest() == artifact.sha256
+
+
+def test_nothing_declared_and_nothing_left_is_nothing(job: Path) -> None:
+    assert collect(job) == {}
+
+
+def test_a_declared_file_is_looked_for_in_work_then_in_output(job: Path) -> None:
+    (job / "work/both").write_bytes(b"work")
+    (job / "output/both").write_bytes(b"output")
+    (job / "output/only").write_bytes(b"only")
+    (job / "output/named").write_bytes(b"named")
+    taken = collect(job, "both", "only", "output/named")
+    # Each once: what is declared and found again in output/ is the same file; what only has its name is not.
+    assert {path: (job / a.file).read_bytes() for path, a in taken.items()} == {
+        "both": b"work",
+        "only": b"only",
+        "output/named": b"named",
+        "output/both": b"output",
+    }
+
+
+def test_a_file_declared_twice_is_taken_once(job: Path) -> None:
+    (job / "output/a").write_bytes(b"a")
+    assert len(collect(job, "a", "a", "output/a")) == 1
+
+
+def test_names_stay_apart_however_they_were_declared(job: Path) -> None:
+    for path in ("work/a", "work/output/a", "output/a", "output/output/a"):
+        (job / path).parent.mkdir(exist_ok=True)
+        (job / path).write_text(path)
+    assert len(collect(job, "a", "output/a")) == 4
+
+
+def test_names_may_be_of_any_language_and_have_spaces(job: Path) -> None:
+    for name in ("größe 1.txt", "日本.bin", "-rf", "a'b\"c;$(d)", " "):
+        (job / "output" / name).write_bytes(b"x")
+    assert len(collect(job, "-rf")) == 5
+
+
+def test_a_file_that_nobody_may_read_is_no_crash(job: Path) -> None:
+    (job / "output/closed").write_bytes(b"x")
+    (job / "output/closed").chmod(0)
+    if ROOT:
+        assert list(collect(job)) == ["closed"]
+    else:
+        assert refused(job).code is ErrorCode.E_ARTIFACT
+
+
+def test_the_uploading_user_gets_what_is_taken_and_the_file_is_the_same(job: Path) -> None:
+    (job / "output/a").write_bytes(b"a")
+    owner = (60600, 60601) if ROOT else (os.getuid(), os.getgid())
+    taken = collect(job, owner=owner)["a"]
+    info = (job / taken.file).stat()
+    assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (*owner, 0o640)
+    assert info.st_ino == (job / "output/a").stat().st_ino
+
+
+# --- what is not -------------------------------------------------------------------------------------------
+
+
+def device(path: Path) -> None:
+    if ROOT:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 3))
+    else:
+        unix_socket(path)
+
+
+def unix_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        # The path of a socket is at most 107 bytes long, and pytest's directories are deep.
+        here = os.open(path.parent, os.O_RDONLY)
+        sock.bind(f"/proc/self/fd/{here}/{path.name}")
+        os.close(here)
+
+
+def hard_link(path: Path) -> None:
+    foreign = path.parent.parent.parent / "foreign"
+    foreign.write_bytes(b"secret")
+    path.hardlink_to(foreign)
+
+
+TRAPS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "link to a file": (lambda path: path.symlink_to("/etc/passwd"), "a symbolic link"),
+    "link to nowhere": (lambda path: path.symlink_to("nowhere"), "a symbolic link"),
+    "link to itself": (lambda path: path.symlink_to(path), "a symbolic link"),
+    "link to a directory": (lambda path: path.symlink_to("/etc"), "a symbolic link"),
+    "hard link": (hard_link, "2 hard links"),
+    "fifo": (os.mkfifo, "a FIFO"),
+    "socket": (unix_socket, "a device or socket"),
+    "device": (device, "a device or socket"),
+}
+
+
+@pytest.mark.parametrize(("lay", "said"), TRAPS.values(), ids=TRAPS)
+@pytest.mark.parametrize("place", ["output/trap", "output/sub/trap"])
+def test_a_trap_in_output_is_refused(
+    job: Path, place: str, lay: Callable[[Path], object], said: str
+) -> None:
+    (job / "output/sub").mkdir()
+    lay(job / place)
+    error = refused(job)
+    assert error.code is ErrorCode.E_ARTIFACT
+    assert said in error.message
+    assert "trap" in error.message
+    assert os.listdir(job / "artifacts") == []
+
+
+@pytest.mark.parametrize(("lay", "said"), TRAPS.values(), ids=TRAPS)
+def test_a_trap_in_the_place_of_a_declared_file_is_refused(
+    job: Path, lay: Callable[[Path], object], said: str
+) -> None:
+    lay(job / "work/trap")
+    error = refused(job, "trap")
+    assert error.code is ErrorCode.E_ARTIFACT
+    assert said in error.message
+
+
+def test_a_directory_in_the_place_of_a_declared_file_is_refused(job: Path) -> None:
+    (job / "work/out.mp4").mkdir()
+    assert "it is a directory" in refused(job, "out.mp4").message
+
+
+@pytest.mark.parametrize("way", ["/etc", "..", "."])
+def test_no_link_on_the_way_is_followed(job: Path, way: str) -> None:
+    (job / "work/way").symlink_to(way)
+    (job / "work/passwd").write_text("")
+    error = refused(job, "way/passwd")
+    assert error.code is ErrorCode.E_ARTIFACT
+    assert "link" in error.message
+
+
+def test_a_file_on_the_way_is_refused(job: Path) -> None:
+    (job / "work/way").write_text("")
+    assert refused(job, "way/passwd").code is ErrorCode.E_ARTIFACT
+
+
+@pytest.mark.parametrize("place", ["work", "output"])
+@pytest.mark.parametrize("instead", ["link", "file", "nothing"])
+def test_a_job_that_replaced_its_own_directories_is_refused(job: Path, place: str, instead: str) -> None:
+    (job / place).rmdir()
+    if instead == "link":
+        (job / place).symlink_to("/etc")
+    elif instead == "file":
+        (job / place).write_text("")
+    assert refused(job, "passwd").code is ErrorCode.E_ARTIFACT
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["", "/etc/passwd", "../escape", "a/../../escape", "a//b", "./a", "a/", ".", "..", "a\0b", "x" * 1025]
+    + ["a\nb", "a\r\nContent-Type: x", "\ud800", "\udcff", "a\x1b[2J"],
+)
+def test_a_declared_path_that_leads_out_or_cannot_be_sent_is_refused(job: Path, path: str) -> None:
+    (job.parent / "escape").write_text("outside")
+    if "\0" not in path and "\ud800" not in path and path.startswith(("a\n", "a\r", "\udcff", "a\x1b")):
+        (job / "work" / path).parent.mkdir(parents=True, exist_ok=True)
+        (job / "work" / path).write_text("x")
+    assert refused(job, path).code is ErrorCode.E_ARTIFACT
+
+
+@pytest.mark.parametrize("path", ["missing", "sub/missing", "output/missing", "x" * 300])
+def test_a_declared_file_that_is_missing_is_named(job: Path, path: str) -> None:
+    error = refused(job, path)
+    assert error.code is ErrorCode.E_ARTIFACT
+    assert path in error.message
+
+
+@pytest.mark.parametrize("name", [b"a\nb", b"\xff\xfe", b"a\x1b[2J", b"a\rb", "a\u202eb".encode()])
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_name_that_cannot_be_sent_is_refused_in_words_that_can(job: Path, name: bytes, kind: str) -> None:
+    path = os.fsencode(job / "output") + b"/" + name
+    if kind == "directory":
+        os.mkdir(path)
+    else:
+        with open(path, "wb") as file:
+            file.write(b"x")
+    error = refused(job)
+    assert error.code is ErrorCode.E_ARTIFACT
+    assert error.message.isprintable()
+    error.message.encode()
+
+
+def test_a_long_path_is_refused(job: Path) -> None:
+    (job / "output" / "/".join(["d" * 200] * 6)).mkdir(parents=True)
+    assert refused(job).code is ErrorCode.E_ARTIFACT
+
+
+def test_a_deep_tree_is_taken_up_to_the_limit_and_refused_beyond_it(job: Path) -> None:
+    deepest = job / "output" / "/".join(["d"] * MAX_DEPTH)
+    deepest.mkdir(parents=True)
+    (deepest / "leaf").write_text("x")
+    assert list(collect(job)) == ["d/" * MAX_DEPTH + "leaf"]
+    (deepest / "d").mkdir()
+    (deepest / "d/leaf").write_text("x")
+    for artifact in (job / "artifacts").iterdir():
+        artifact.unlink()
+    error = refused(job)
+    assert (error.code, str(MAX_DEPTH) in error.message) == (ErrorCode.E_ARTIFACT, True)
+
+
+def test_a_tree_that_never_ends_is_refused_soon(job: Path) -> None:
+    here = os.open(job / "output", os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    os.close(here)
+    assert refused(job).code is ErrorCode.E_ARTIFACT
+
+
+# --- caps --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [2_000_000, 2_000_001])
+def test_a_file_over_its_own_size_is_refused(job: Path, size: int) -> None:
+    (job / "work/a").write_bytes(b"x" * size)
+    spec = ArtifactSpec(path="a", max_mb=2)
+    caps = Caps(files=1, bytes=size)
+    if size <= 2_000_000:
+        assert collect(job, spec, caps=caps)["a"].bytes == size
+        return
+    error = refused(job, spec, caps=caps)
+    assert (error.code, "over its 2 MB" in error.message) == (ErrorCode.E_ARTIFACT, True)
+
+
+def test_more_files_than_allowed_are_refused(job: Path) -> None:
+    for number in range(4):
+        (job / f"output/{number}").write_text("x")
+    caps = Caps(files=3, bytes=100)
+    assert refused(job, caps=caps).code is ErrorCode.E_OUTPUT
+    (job / "output/3").unlink()
+    for artifact in (job / "artifacts").iterdir():
+        artifact.unlink()
+    assert len(collect(job, caps=caps)) == 3
+
+
+@pytest.mark.parametrize("caps", [Caps(9, 9), Caps(9, 100, 9), Caps(9, 9, 100), Caps(9, 100, 0)])
+def test_more_bytes_in_all_than_allowed_are_refused(job: Path, caps: Caps) -> None:
+    (job / "output/a").write_bytes(b"x" * 5)
+    (job / "output/b").write_bytes(b"x" * 5)
+    assert refused(job, caps=caps).code is ErrorCode.E_OUTPUT
+
+
+def test_a_sparse_file_counts_by_its_length_and_is_not_read(job: Path) -> None:
+    with (job / "output/huge").open("wb") as file:
+        file.truncate(1 << 40)
+    assert refused(job).code is ErrorCode.E_OUTPUT
+
+
+# --- any declared path -------------------------------------------------------------------------------------
+
+PARTS = st.sampled_from(["..", ".", "", "a", "b", "\0", "é", " ", "\n", "*"])
+
+
+@given(st.lists(PARTS, max_size=5).map("/".join) | st.text(max_size=40))
+def test_a_path_that_passes_is_relative_and_goes_only_down(path: str) -> None:
+    try:
+        check_path(path)
+    except JobError as error:
+        assert error.code is ErrorCode.E_ARTIFACT
+        return
+    assert not path.startswith("/")
+    assert "\0" not in path
+    assert path == os.path.normpath(path)
+    assert ".." not in path.split("/")

@@ -1,0 +1,165 @@
+"""A whole node in a temporary directory, for the demo, the benchmark and the tests.
+
+It is the installed `aitbc-miner run` with a configuration of its own, all delays short, on loopback; as root
+with users and groups as far as this machine has them, else as the user who runs it.
+"""
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+import yaml
+
+from aitbc_miner.cgroup import find_mount, own_group
+from aitbc_miner.control import Request, Status, ask
+
+TOKEN = "demo-token"
+START_S = 30.0
+
+
+class LocalNode:
+    """Starts and stops a node; `directory` is what it lives in and is removed at the end unless `keep`."""
+
+    def __init__(
+        self, base_url: str, slots: list[dict[str, Any]], *, keep: bool = False, **changes: Any
+    ) -> None:
+        self.directory = Path(tempfile.mkdtemp(prefix="aitbc-miner-"))
+        # The jobs' users must be able to pass; what they may see inside is the node's business.
+        self.directory.chmod(0o755)
+        self.node_id = self.directory.name
+        self.socket = self.directory / "run" / "control.sock"
+        self.jobs = self.directory / "jobs"
+        self.log = self.directory / "node.log"
+        self.config = self.directory / "config.yaml"
+        self.process: subprocess.Popen[bytes] | None = None
+        self._keep = keep
+        self._stack = contextlib.ExitStack()
+        for name in ("allowlist.d", "slots.d", "tasks"):
+            self.put(name)
+        self.write_slots(slots)
+        self.write_config(base_url, **changes)
+
+    def put(self, name: str, source: Path | None = None) -> Path:
+        """Make a directory that only its owner can write, with copies of the files in `source`."""
+        target = self.directory / name
+        target.mkdir(mode=0o755, exist_ok=True)
+        for file in sorted(source.glob("*.*")) if source else ():
+            copy = target / file.name
+            shutil.copyfile(file, copy)
+            copy.chmod(0o644)
+        return target
+
+    def write_slots(self, slots: list[dict[str, Any]]) -> None:
+        """Write slots.d."""
+        (self.directory / "slots.d" / "slots.yaml").write_text(yaml.safe_dump({"slots": slots}))
+
+    def write_config(self, base_url: str, **changes: Any) -> None:
+        """Write config.yaml; `changes` replace keys within its sections."""
+        config: dict[str, Any] = {
+            "node_id": self.node_id,
+            "coordinator": {
+                "base_url": base_url,
+                "auth_token": "env:MINER_AUTH",
+                "poll_interval_s": 0.2,
+                "timeout_s": 5,
+                "allow_private_inputs": True,
+            },
+            "heartbeat": {"interval_s": 1, "backoff": {"min_s": 0.2, "max_s": 2}},
+            "runners": {
+                "cli": {"allowlist_dirs": [str(self.directory / "allowlist.d")]},
+                "python": {"task_paths": [str(self.directory / "tasks")]},
+            },
+            "slots_dir": str(self.directory / "slots.d"),
+            "workspace": {"root": str(self.jobs)},
+            "privileges": {"mode": "auto"},
+            "sandbox": {"mode": "off"},
+            "cgroup": {"mode": "auto"},
+            "shutdown": {"mode": "kill"},
+            "telemetry": {"listen": "127.0.0.1:0"},
+            "control": {"socket": str(self.socket)},
+        }
+        for section, values in changes.items():
+            config[section] = {**config[section], **values} if isinstance(values, dict) else values
+        self.config.write_text(yaml.safe_dump(config))
+
+    def start(self) -> Self:
+        """Start the node and wait until it answers on its control socket."""
+        command = [sys.executable, "-m", "aitbc_miner.main", "run", "--config", str(self.config)]
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                command, env={**os.environ, "MINER_AUTH": TOKEN}, stdin=subprocess.DEVNULL, stderr=log
+            )
+        wait_until(lambda: self.status() is not None or self.process_ended(), START_S)
+        if self.process_ended():
+            raise RuntimeError(f"cannot start the node:\n{self.log.read_text()[-4000:]}")
+        return self
+
+    def process_ended(self) -> bool:
+        """Whether the supervisor is gone."""
+        return self.process is None or self.process.poll() is not None
+
+    def status(self) -> Status | None:
+        """Ask for the node's status; None when it does not answer."""
+        try:
+            answer, _ = ask(self.socket, Request("status"), 5.0)
+        except OSError:
+            return None
+        return answer if isinstance(answer, Status) else None
+
+    def pids(self) -> list[int]:
+        """Name all processes of the node that are alive now."""
+        if self.process_ended() or self.process is None:
+            return []
+        root = psutil.Process(self.process.pid)
+        return [root.pid, *(child.pid for child in root.children(recursive=True))]
+
+    def cgroup(self) -> Path | None:
+        """Give where this node's groups are, if it has any."""
+        mount = find_mount()
+        path = own_group(mount) / f"aitbc-miner-{self.node_id}" if mount else None
+        return path if path and path.exists() else None
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 30.0) -> int:
+        """Tell the node to stop and give its exit status."""
+        if self.process is None:
+            return 0
+        if self.process.poll() is None:
+            self.process.send_signal(number)
+        return self.process.wait(timeout)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        pids = self.pids()
+        try:
+            self.stop()
+        except subprocess.TimeoutExpired:
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        if not self._keep:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def wait_until(condition: Any, timeout: float, pause: float = 0.02) -> Any:
+    """Wait for a condition to give something true, and give that.
+
+    Raises:
+        TimeoutError: it did not within `timeout` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"cannot wait longer than {timeout:g} s")
+        select.select([], [], [], pause)
+    return value
