@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 import msgspec
-from msgspec import Struct
 
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
@@ -25,18 +24,16 @@ from aitbc_miner.coordinator import (
     PullFilters,
     Unauthorized,
 )
-from aitbc_miner.delivery import Delivered, Schedule, declare_lost, deliver
+from aitbc_miner.delivery import Delivered, Schedule, declare_lost, deliver, describe
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.intake import Intake, Stopping, Taken
 from aitbc_miner.jobs import FINAL, Outcome, State, valid_job_id
 from aitbc_miner.messages import (
     CancelJob,
     Deliveries,
-    FoundJob,
     JobProgress,
     JobReady,
     JobSettled,
-    JobUpdate,
     NodeToken,
     Offer,
     PrivateLine,
@@ -49,7 +46,9 @@ from aitbc_miner.messages import (
     TokenWanted,
 )
 from aitbc_miner.placing import place
+from aitbc_miner.progress import ProgressBook
 from aitbc_miner.records import RecordError, Records
+from aitbc_miner.recovery import has_outcome, recover
 from aitbc_miner.util import clock
 from aitbc_miner.util.background import Background
 from aitbc_miner.util.backoff import Backoff
@@ -60,16 +59,6 @@ MAX_KNOWN = 1000
 POOLS = {"pull": 1, "intake": 16, "delivery": 4, "progress": 2}
 # A task may report as often as it likes; the coordinator hears of it once in this time.
 PROGRESS_PAUSE_S = 1.0
-STARTED = frozenset({State.PREP, State.RUNNING, State.COLLECTING})
-
-
-class Progress(Struct):
-    """A running job's word on itself, and when to pass it on. Mutable: this is the agent's own notebook."""
-
-    pct: float = 0.0
-    note: str = ""
-    due: float = 0.0
-    sending: bool = False
 
 
 class Agent:
@@ -98,7 +87,7 @@ class Agent:
         self._pools = {name: ThreadPoolExecutor(n, name) for name, n in POOLS.items()}
         self._view: Slots | None = None
         self._unplaced: dict[str, Ticket | None] = {}
-        self._progress: dict[str, Progress] = {}
+        self._progress = ProgressBook(config.heartbeat.interval_s, PROGRESS_PAUSE_S)
         self._pulling = False
         self._pull_at = 0.0
         self._pull_backoff = Backoff(config.coordinator.poll_interval_s, config.heartbeat.backoff.max_s)
@@ -149,7 +138,8 @@ class Agent:
             times.append(self._pull_at)
         if (due := self._schedule.next_due()) is not None and self._schedule.running < POOLS["delivery"]:
             times.append(due)
-        times += [progress.due for progress in self._progress.values() if not progress.sending]
+        if (due := self._progress.next_due()) is not None and self._token is not None:
+            times.append(due)
         return max(0.0, min(times) - clock.now())
 
     def _obey(self, message: ToAgent) -> None:
@@ -159,9 +149,7 @@ class Agent:
             case JobSettled():
                 self._settle(message.job_id, message.why)
             case JobProgress():
-                progress = self._progress.setdefault(message.job_id, Progress())
-                progress.pct, progress.note = message.pct or 0.0, message.note
-                progress.due = min(progress.due, clock.now() + PROGRESS_PAUSE_S)
+                self._progress.note(message.job_id, message.pct or 0.0, message.note, clock.now())
             case Redeliver():
                 self._schedule.hurry(clock.now())
             case Stop():
@@ -198,37 +186,15 @@ class Agent:
     def _report(self) -> None:
         self._channel.send(Deliveries(len(self._schedule), self._error))
 
-    # --- recovery ------------------------------------------------------------------------------------------
-
     def _recover(self) -> None:
-        """Read all records: what is to be delivered, resumed, or still being worked on."""
-        started: list[FoundJob] = []
-        for job_id, record in self._records.scan():
-            if isinstance(record, RecordError):
-                self._log.error("broken record", job_id=job_id, error=str(record))
-            elif record.state in FINAL:
-                self._update(job_id, record.state, outcome=self._outcome(job_id))
-            elif record.state in STARTED and not self._has_outcome(job_id):
-                found = FoundJob(job_id, record.state, record.slot, record.worker_pid, record.worker_start)
-                started.append(found)
-            elif record.state in {State.PULLED, State.ACKED} and not self._has_outcome(job_id):
-                self._to_resume.append(job_id)
-            else:
-                self._schedule.add(job_id, clock.now())
-        self._channel.send(Recovered(started))
+        found = recover(self._records)
+        for job_id, state, outcome in found.finished:
+            self._update(job_id, state, outcome=outcome)
+        for job_id in found.to_deliver:
+            self._schedule.add(job_id, clock.now())
+        self._to_resume = found.to_resume
+        self._channel.send(Recovered(found.started))
         self._report()
-
-    def _has_outcome(self, job_id: str) -> bool:
-        with self._records.open(job_id) as job:
-            return job.has_outcome()
-
-    def _outcome(self, job_id: str) -> Outcome | None:
-        try:
-            with self._records.open(job_id) as job:
-                return job.outcome()
-        except RecordError as error:
-            self._log.error("broken record", job_id=job_id, error=str(error))
-            return None
 
     # --- slots ---------------------------------------------------------------------------------------------
 
@@ -237,9 +203,7 @@ class Agent:
         for slot in view.slots:
             if slot.job_id is not None:
                 self._unplaced.pop(slot.job_id, None)
-                self._progress.setdefault(
-                    slot.job_id, Progress(due=clock.now() + self._config.heartbeat.interval_s)
-                )
+                self._progress.began(slot.job_id, clock.now())
         in_slots = {slot.job_id for slot in view.slots}
         while self._to_resume and view.slots:
             # One that is in a slot already was ready before an earlier agent died.
@@ -251,7 +215,7 @@ class Agent:
 
     def _settle(self, job_id: str, why: str) -> None:
         """Nobody works on the job any more: what it left is its outcome, or it is lost."""
-        self._progress.pop(job_id, None)
+        self._progress.ended(job_id)
         self._unplaced.pop(job_id, None)
         try:
             with self._records.open(job_id) as job:
@@ -286,7 +250,7 @@ class Agent:
         if not self._may_pull() or clock.now() < self._pull_at:
             return
         self._pulling = True
-        known = [*self._unplaced, *self._progress][:MAX_KNOWN]
+        known = [*self._unplaced, *self._progress.ids()][:MAX_KNOWN]
         filters = PullFilters([slot_filter(offer) for offer in self._room()], known)
         self._background.start(self._pools["pull"], partial(self._coordinator.pull, filters), self._pulled)
 
@@ -336,7 +300,7 @@ class Agent:
         self._log.info("job known already", job_id=job_id)
         if job_id in self._unplaced or job_id in self._progress or job_id in self._schedule:
             return
-        if self._has_outcome(job_id):
+        if has_outcome(self._records, job_id):
             self._schedule.add(job_id, clock.now())
 
     def _start_intake(self, job_id: str, job: PulledJob | None) -> None:
@@ -406,17 +370,14 @@ class Agent:
     # --- progress ------------------------------------------------------------------------------------------
 
     def _start_progress(self) -> None:
-        now = clock.now()
-        for job_id, progress in self._progress.items():
-            if self._token is not None and progress.due <= now and not progress.sending:
-                progress.sending = True
-                call = partial(self._coordinator.progress, job_id, progress.pct, progress.note)
-                self._background.start(self._pools["progress"], call, partial(self._progressed, job_id))
+        if self._token is None:
+            return
+        for job_id, pct, note in self._progress.start_due(clock.now()):
+            call = partial(self._coordinator.progress, job_id, pct, note)
+            self._background.start(self._pools["progress"], call, partial(self._progressed, job_id))
 
     def _progressed(self, job_id: str, future: Future[bool]) -> None:
-        if progress := self._progress.get(job_id):
-            progress.sending = False
-            progress.due = clock.now() + self._config.heartbeat.interval_s
+        self._progress.sent(job_id, clock.now())
         try:
             if future.result():
                 self._channel.send(CancelJob(job_id, "cancel", "by the coordinator"))
@@ -427,21 +388,7 @@ class Agent:
             self._log.debug("progress not accepted", job_id=job_id, error=str(error))
 
     def _update(self, job_id: str, state: State, *, runner: str = "", outcome: Outcome | None = None) -> None:
-        """Tell the supervisor what `jobs` shows of this one."""
-        shown = outcome or Outcome(job_id=job_id)
-        self._channel.send(
-            JobUpdate(
-                job_id,
-                state,
-                runner,
-                code=shown.code,
-                message=shown.message,
-                slot=shown.slot,
-                since_wall=clock.wall(),
-                wall_s=shown.usage.wall_s if outcome else None,
-                artifacts=len(shown.artifacts),
-            )
-        )
+        self._channel.send(describe(job_id, state, runner=runner, outcome=outcome))
 
 
 def slot_filter(offer: Offer) -> dict[str, Any]:

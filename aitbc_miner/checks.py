@@ -1,9 +1,11 @@
 """Whether a node could run here with its configuration, without making or changing anything."""
 
+import grp
 import os
+import pwd
 import stat
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -12,18 +14,18 @@ from msgspec import Struct
 from aitbc_miner.allowlist import load_allowlist
 from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
 from aitbc_miner.config import Config
+from aitbc_miner.control import READERS, WRITERS
 from aitbc_miner.credentials import CredentialError, read_credential
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu import GpuList
-from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
-from aitbc_miner.probe import nearest_existing
+from aitbc_miner.privileges import Identities, Identity, PrivilegeError, job_user, resolve
+from aitbc_miner.probe import NEEDED_CONTROLLERS, Machine, SlotCapability
 from aitbc_miner.sampling import inventory
-from aitbc_miner.slotspec import MachineFacts, SlotSpec, check_slots, derive_slots, read_slots
+from aitbc_miner.slotspec import MIB, MachineFacts, SlotSpec, check_slots, derive_slots, read_slots
 from aitbc_miner.util.trust import distrust
+from aitbc_miner.util.units import format_cpus
 from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
 from aitbc_miner.util.yamltext import line_of
-
-NEEDED_CONTROLLERS = ("cpu", "memory", "pids")
 
 
 class ConfinementError(MinerError):
@@ -31,7 +33,7 @@ class ConfinementError(MinerError):
 
 
 class Cgroups(Struct, frozen=True):
-    """Where the slots' groups go, to be made yet; None where there are none. `missing` says what that means."""
+    """Where the slots' groups are to be made; None where they cannot be. `missing` says what that means."""
 
     parent: Path | None
     controllers: tuple[str, ...]
@@ -73,6 +75,12 @@ def _own_group() -> tuple[Path | None, tuple[str, ...], str]:
     return own, Group(own).controllers(), ""
 
 
+def offered_controllers() -> set[str]:
+    """Give the cgroup2 controllers of the machine, wherever on it we are."""
+    mount = find_mount()
+    return set(mount.controllers) if mount else set()
+
+
 def refuse_unmet_sandbox(config: Config) -> None:
     """Refuse what this version cannot give.
 
@@ -81,8 +89,8 @@ def refuse_unmet_sandbox(config: Config) -> None:
     """
     if config.sandbox.mode == "required":
         raise ConfinementError(
-            "cannot sandbox jobs: this version has no sandbox yet; to run jobs confined by users, cgroups and "
-            "limits only, set sandbox.mode: auto"
+            "cannot sandbox jobs: this version has no sandbox yet; to run jobs confined by users, cgroups "
+            "and limits only, set sandbox.mode: auto"
         )
 
 
@@ -92,8 +100,24 @@ def machine_facts(gpus: GpuList) -> MachineFacts:
     return MachineFacts(tuple(sorted(os.sched_getaffinity(0))), psutil.virtual_memory().total, ids)
 
 
+def told_of(specs: Sequence[SlotSpec], facts: MachineFacts) -> list[SlotCapability]:
+    """Describe slots as the coordinator is told of them, except for what enforces the limits."""
+    return [
+        SlotCapability(
+            name=spec.name,
+            kind=spec.kind,
+            cpus=format_cpus(spec.cpus or facts.cpus),
+            memory_mb=min(spec.memory_max or facts.memory_bytes, facts.memory_bytes) // MIB,
+            enforced={},
+            gpu=None if spec.gpu is None else str(spec.gpu),
+            runners=list(spec.runners),
+        )
+        for spec in specs
+    ]
+
+
 class Checker:
-    """Goes through all that a node needs. What is wrong is in `faults`, what may be meant so in `warnings`."""
+    """Goes through all that a node needs. `faults` are what is wrong, `warnings` what may be meant so."""
 
     def __init__(self, path: Path, config: Config, environ: Mapping[str, str], gpus: GpuList) -> None:
         self._path = path
@@ -150,7 +174,11 @@ class Checker:
         try:
             self.warnings += find_cgroups(self._config).missing
         except ConfinementError as error:
-            self._fault("cgroup.mode", str(error))
+            if os.geteuid() == 0 and offered_controllers() >= set(NEEDED_CONTROLLERS):
+                # A shell is in another group than the service, which is given what the machine has.
+                self.warnings.append(f"{error} (this concerns this shell; the packaged service has them)")
+            else:
+                self._fault("cgroup.mode", str(error))
         try:
             refuse_unmet_sandbox(self._config)
         except ConfinementError as error:
@@ -184,6 +212,9 @@ class Checker:
 
     def _check_credential(self, service: Identity | None) -> None:
         source = self._config.coordinator.auth_token
+        if source.startswith("credential:") and "CREDENTIALS_DIRECTORY" not in self._environ:
+            self.warnings.append(f"{source} cannot be checked here: systemd shows it to the service alone")
+            return
         try:
             read_credential(source, self._environ)
         except CredentialError as error:
@@ -197,11 +228,13 @@ class Checker:
 
     def _check_workspace(self, *, passers: bool) -> None:
         root = self._config.workspace.root
-        there = nearest_existing(root)
+        there = next(step for step in [root, *root.parents] if os.access(step, os.F_OK))
         if not there.is_dir():
             self._fault("workspace.root", f"{there} is no directory; name another place")
         elif not os.access(there, os.W_OK | os.X_OK):
-            self._fault("workspace.root", f"cannot write in {there}; start as another user, or name another place")
+            self._fault(
+                "workspace.root", f"cannot write in {there}; start as another user, or name another place"
+            )
         for step in [there, *there.parents] if passers else ():
             # The miner itself opens the last step to all.
             if step != root and not step.stat().st_mode & stat.S_IXOTH:
@@ -214,3 +247,103 @@ def may_read(path: str, user: Identity) -> bool:
     command = ["/usr/bin/test", "-r", path]
     done = subprocess.run(command, user=user.uid, group=user.gid, extra_groups=[], check=False)
     return done.returncode == 0
+
+
+# --- doctor ------------------------------------------------------------------------------------------------
+
+
+class Finding(Struct, frozen=True):
+    """One thing that a node needs, whether it is there, and the command or step that mends it."""
+
+    name: str
+    there: bool
+    detail: str
+    remedy: str = ""
+    required: bool = True
+
+
+def diagnose(
+    path: Path, config: Config | None, faults: Sequence[Fault], machine: Machine, gpus: GpuList
+) -> Iterator[Finding]:
+    """Look for everything that a node needs; without a configuration, that the packaged one needs."""
+    if config:
+        yield Finding("config", there=True, detail=str(path))
+    elif not path.exists():
+        remedy = f"install -D -m 0640 etc/config.yaml {path}, then set base_url and auth_token in it"
+        yield Finding("config", there=False, detail=f"there is no {path}", remedy=remedy)
+    else:
+        shown = f"{len(faults)} faulty: {faults[0]}" if faults else str(path)
+        yield Finding("config", there=False, detail=shown, remedy=f"aitbc-miner check --config {path}")
+    yield _root(config)
+    yield _users(config)
+    yield _groups()
+    yield _cgroup2(config, machine)
+    for tool, package, purpose in (
+        ("bwrap", "bubblewrap", "jobs cannot be kept in a sandbox"),
+        ("nft", "nftables", "the network of a slot cannot be restricted"),
+    ):
+        found = machine.tools.get(tool)
+        remedy = f"apt-get install {package}"
+        yield Finding(tool, bool(found), found or f"not here; {purpose}", remedy, required=False)
+    yield _nvidia(config, gpus)
+    least = config.workspace.min_free_mb if config else 2048
+    detail = f"{machine.disk_free_mb} MiB free for the workspace, {least} MiB wanted"
+    yield Finding("disk", machine.disk_free_mb >= least, detail, "free space there, or move workspace.root")
+
+
+def _root(config: Config | None) -> Finding:
+    is_root = os.geteuid() == 0
+    detail = "root" if is_root else "not root; jobs would run as the same user as the miner"
+    return Finding("root", is_root, detail, "sudo aitbc-miner doctor", required=_wants_users(config))
+
+
+def _wants_users(config: Config | None) -> bool:
+    return config is None or config.privileges.mode == "required"
+
+
+def _users(config: Config | None) -> Finding:
+    service = config.privileges.service_user if config else "aitbc"
+    specs = read_slots(config.slots_dir, []) if config else []
+    names = [service, *(job_user(spec.name) for spec in specs or derive_slots(machine_facts(GpuList())))]
+    absent = [name for name in names if not _known(pwd.getpwnam, name)]
+    remedy = "; ".join(f"useradd --system --user-group --shell /usr/sbin/nologin {name}" for name in absent)
+    detail = f"no such user: {', '.join(absent)}" if absent else ", ".join(names)
+    return Finding("users", not absent, detail, remedy, required=_wants_users(config))
+
+
+def _groups() -> Finding:
+    absent = [name for name in (READERS, WRITERS) if not _known(grp.getgrnam, name)]
+    remedy = "; ".join(f"groupadd --system {name}" for name in absent)
+    detail = f"no such group: {', '.join(absent)}; only root can use aitbc-minerctl" if absent else "there"
+    return Finding("groups", not absent, detail, remedy, required=False)
+
+
+def _known(look_up: Callable[[str], object], name: str) -> bool:
+    try:
+        look_up(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _cgroup2(config: Config | None, machine: Machine) -> Finding:
+    absent = [name for name in NEEDED_CONTROLLERS if name not in offered_controllers()]
+    place = machine.cgroup.mount
+    detail = f"at {place}" if place else "no cgroup2 mount"
+    if absent:
+        detail += f", without the controllers {', '.join(absent)}: limits are those of single processes"
+    option = "systemd.unified_cgroup_hierarchy=1"
+    remedy = f"add {option} to GRUB_CMDLINE_LINUX in /etc/default/grub; update-grub; reboot"
+    required = config is None or config.cgroup.mode == "required"
+    return Finding("cgroup2", not absent, detail, remedy, required=required)
+
+
+def _nvidia(config: Config | None, gpus: GpuList) -> Finding:
+    wanted = any(spec.gpu is not None for spec in read_slots(config.slots_dir, [])) if config else False
+    error = inventory(gpus).error or (gpus.error if gpus.missing else None)
+    if error:
+        remedy = "apt-get install nvidia-driver" if gpus.missing else "nvidia-smi"
+        detail = f"{error.partition(';')[0]}; needed for GPU slots only"
+        return Finding("nvidia", there=False, detail=detail, remedy=remedy, required=wanted)
+    names = ", ".join(gpu.name for gpu in gpus.gpus) or "the driver works; no GPU"
+    return Finding("nvidia", there=True, detail=names, required=wanted)

@@ -10,7 +10,9 @@ from msgspec.structs import replace
 from aitbc_miner.coordinator import ArtifactChanged, Coordinator, Gone, Refused
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import FINAL, Outcome, State
+from aitbc_miner.messages import JobUpdate
 from aitbc_miner.records import JobDir, Records
+from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 
 
@@ -81,6 +83,22 @@ def declare_lost(job: JobDir, why: str) -> Outcome:
     )
     job.write_outcome(outcome)
     return outcome
+
+
+def describe(job_id: str, state: State, *, runner: str = "", outcome: Outcome | None = None) -> JobUpdate:
+    """Say in one line what `jobs` shows of this one."""
+    shown = outcome or Outcome(job_id=job_id)
+    return JobUpdate(
+        job_id,
+        state,
+        runner,
+        code=shown.code,
+        message=shown.message,
+        slot=shown.slot,
+        since_wall=clock.wall(),
+        wall_s=shown.usage.wall_s if outcome else None,
+        artifacts=len(shown.artifacts),
+    )
 
 
 class Schedule:

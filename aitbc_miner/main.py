@@ -1,42 +1,170 @@
-"""`aitbc-miner`: run the node, or look at what it would run with."""
+"""`aitbc-miner`: runs the node, or looks at what it would run with."""
 
 import argparse
 import os
 import sys
+import textwrap
 from pathlib import Path
 
-import aitbc_miner
-from aitbc_miner.config import load_config
-from aitbc_miner.errors import EXIT_CONFIG
+import msgspec
+
+from aitbc_miner import __version__
+from aitbc_miner.checks import Checker, diagnose, machine_facts, told_of
+from aitbc_miner.config import Config, Workspace, derive_node_id, load_config
+from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
+from aitbc_miner.gpu import GpuList, GpuReader
+from aitbc_miner.probe import capabilities, probe_machine, render_page
+from aitbc_miner.slotspec import SlotSpec, derive_slots, read_slots, to_yaml
+from aitbc_miner.util.yamldoc import Fault
 
 CONFIG = Path("/etc/aitbc/miner/config.yaml")
+WIDTH = 100
 
 
 def main() -> int:
     """Run one command and give the exit status."""
     arguments = _parser().parse_args()
-    return run(arguments.config)
+    match arguments.verb:
+        case "run":
+            return run(arguments.config)
+        case "probe":
+            return probe(arguments.config, as_json=arguments.json)
+        case "check":
+            return check(arguments.config)
+        case "slots":
+            return slots(suggest=arguments.suggest, path=arguments.config)
+    return doctor(arguments.config)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="aitbc-miner", description="Rent out this machine: run the jobs that a coordinator hands out."
+    )
+    parser.add_argument("--version", action="version", version=f"aitbc-miner {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    verbs.add_parser("run", help="run the node in the foreground, until it is told to stop")
+    probe_ = verbs.add_parser("probe", help="show what this machine has")
+    probe_.add_argument("--json", action="store_true", help="as the coordinator is told it")
+    verbs.add_parser("check", help="check the configuration and all that it names; changes nothing")
+    slots_ = verbs.add_parser("slots", help="print the slots as YAML")
+    slots_.add_argument("--suggest", action="store_true", help="a layout derived from the machine")
+    verbs.add_parser("doctor", help="show what is missing on this machine, and how to mend it")
+    for name, verb in verbs.choices.items():
+        default = None if name == "probe" else CONFIG
+        text = f"(default: {default or 'none, and the slots are derived from the machine'})"
+        verb.add_argument(
+            "--config", type=Path, metavar="FILE", default=default, help=f"the configuration {text}"
+        )
+    return parser
 
 
 def run(path: Path) -> int:
     """Run the node in the foreground."""
     config, faults, warnings = load_config(path, os.environ)
-    for fault in faults:
-        print(fault, file=sys.stderr)
     if config is None:
-        return EXIT_CONFIG
+        return _refuse(faults)
     from aitbc_miner.node import run_node  # noqa: PLC0415  # the whole daemon, which nothing else here needs
 
     return run_node(config, warnings)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="aitbc-miner", description=__doc__)
-    parser.add_argument("--version", action="version", version=f"aitbc-miner {aitbc_miner.__version__}")
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    verb = verbs.add_parser("run", help="run the node in the foreground")
-    verb.add_argument("--config", type=Path, default=CONFIG)
-    return parser
+def probe(path: Path | None, *, as_json: bool) -> int:
+    """Show what this machine has, for the coordinator or for people."""
+    config: Config | None = None
+    faults: list[Fault] = []
+    if path:
+        config, faults, _ = load_config(path, os.environ)
+    specs = read_slots(config.slots_dir, faults) if config else []
+    if faults:
+        return _refuse(faults)
+    gpus = find_gpus()
+    facts = machine_facts(gpus)
+    runners = _runners(config)
+    machine = probe_machine((config.workspace if config else Workspace()).root)
+    if as_json:
+        node_id = config.node_id if config else derive_node_id()
+        payload = capabilities(node_id, machine, gpus, told_of(specs or derive_slots(facts), facts), runners)
+        print(msgspec.json.format(msgspec.json.encode(payload), indent=2).decode())
+    else:
+        print(render_page(machine, gpus, runners), end="")
+        _say("Slots", ", ".join(spec.name for spec in specs or derive_slots(facts)), width=80)
+    return EXIT_OK
+
+
+def check(path: Path) -> int:
+    """Check the configuration, and all that it names against this machine."""
+    config, faults, warnings = load_config(path, os.environ)
+    if config is None:
+        return _refuse(faults)
+    checker = Checker(path, config, os.environ, find_gpus())
+    checker.check()
+    for warning in [*warnings, *checker.warnings]:
+        print(f"warning: {warning}", file=sys.stderr)
+    if checker.faults:
+        return _refuse(checker.faults)
+    print(f"ok: node {config.node_id}, coordinator {config.coordinator.base_url}")
+    _say("ok:", f"{len(checker.slots)} slots: {_names(checker.slots)}")
+    _say("ok:", f"{len(checker.commands)} commands allowed: {', '.join(checker.commands) or 'none'}")
+    return EXIT_OK
+
+
+def slots(path: Path, *, suggest: bool) -> int:
+    """Print the slots of the configuration, or those that suit this machine, as a file for slots.d."""
+    specs: list[SlotSpec] = []
+    if not suggest:
+        config, faults, _ = load_config(path, os.environ)
+        specs = read_slots(config.slots_dir, faults) if config else []
+        if faults:
+            return _refuse(faults)
+    print(to_yaml(specs or derive_slots(machine_facts(find_gpus()))), end="")
+    return EXIT_OK
+
+
+def doctor(path: Path) -> int:
+    """Show what is missing on this machine, and the command that mends it."""
+    config, faults, _ = load_config(path, os.environ)
+    machine = probe_machine((config.workspace if config else Workspace()).root)
+    missing = False
+    for finding in diagnose(path, config, faults, machine, find_gpus()):
+        word = "ok" if finding.there else "MISSING" if finding.required else "lacking"
+        _say(f"{word:8} {finding.name:8}", finding.detail)
+        missing |= finding.required and not finding.there
+        for remedy in finding.remedy.split("; ") if not finding.there else []:
+            print(f"{'':18}→ {remedy}")
+    print("something required is missing" if missing else "nothing that is required is missing")
+    return EXIT_FAILURE if missing else EXIT_OK
+
+
+def find_gpus() -> GpuList:
+    """Ask the driver, which may hang, for the GPUs."""
+    with GpuReader() as reader:
+        return reader.list()
+
+
+def _runners(config: Config | None) -> list[str]:
+    if config is None:
+        return ["cli", "python"]
+    runners = {"cli": config.runners.cli.enable, "python": config.runners.python.enable}
+    return [name for name, enabled in runners.items() if enabled]
+
+
+def _names(specs: list[SlotSpec]) -> str:
+    return ", ".join(spec.name for spec in specs)
+
+
+def _refuse(faults: list[Fault]) -> int:
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    return EXIT_CONFIG
+
+
+def _say(label: str, text: str, width: int = WIDTH) -> None:
+    label = f"{label:10} " if width < WIDTH else f"{label} "
+    print(
+        textwrap.fill(
+            text, width, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
+        )
+    )
 
 
 if __name__ == "__main__":

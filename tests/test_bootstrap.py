@@ -1,6 +1,7 @@
 import contextlib
 import email.parser
 import email.policy
+import hashlib
 import json
 import os
 import threading
@@ -452,13 +453,36 @@ def test_a_result(sink: Sink, tmp_path: Path) -> None:
     assert set(said) == {
         *("exit", "usage", "slot", "timings", "versions", "artifacts", "result", "log", "enforced"),
     }
-    assert said["artifacts"][0] == {"path": "a.txt", "type": "text/plain", "bytes": 10, "sha256": "0" * 64}
+    log, first, _ = said["artifacts"]
+    digest = hashlib.sha256(b"said\n").hexdigest()
+    assert log == {"path": "logs/exec.log", "type": "text/plain", "bytes": 5, "sha256": digest}
+    assert first == {"path": "a.txt", "type": "text/plain", "bytes": 10, "sha256": "0" * 64}
     assert said["log"] == {"bytes": 5, "dropped": 2}
     assert said["result"] == {"answer": [1, "é"]}
     assert said["exit"]["status"] == 0
 
 
 def test_a_job_without_a_log_sends_an_empty_one(sink: Sink, tmp_path: Path) -> None:
+    with coordinator(sink.base) as client:
+        client.result("j-1", Outcome("j-1"), tmp_path, "k")
+    assert sink.parts()[3:] == [("artifact", "logs/exec.log", "text/plain", b"")]
+    assert json.loads(sink.parts()[2][3])["artifacts"][0]["sha256"] == hashlib.sha256().hexdigest()
+
+
+def test_a_log_that_was_collected_goes_once(sink: Sink, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/exec.log").write_bytes(b"said\n")
+    collected = Artifact("logs/exec.log", "logs/exec.log", 5, "1" * 64, "text/plain")
+    with coordinator(sink.base) as client:
+        client.result("j-1", Outcome("j-1", artifacts=[collected]), tmp_path, "k")
+    assert sink.parts()[3:] == [("artifact", "logs/exec.log", "text/plain", b"said\n")]
+    assert [one["sha256"] for one in json.loads(sink.parts()[2][3])["artifacts"]] == ["1" * 64]
+
+
+def test_a_log_that_is_a_link_is_not_sent(sink: Sink, tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "logs/exec.log").symlink_to(tmp_path / "secret")
     with coordinator(sink.base) as client:
         client.result("j-1", Outcome("j-1"), tmp_path, "k")
     assert sink.parts()[3:] == [("artifact", "logs/exec.log", "text/plain", b"")]

@@ -5,7 +5,6 @@ import os
 import shlex
 import sys
 import tempfile
-import textwrap
 import threading
 import time
 from collections.abc import Iterator
@@ -152,7 +151,7 @@ def report(coordinator: MockCoordinator, node: LocalNode, jobs: dict[str, Exampl
             f"reports accepted: {sum(r.verdict == 'accepted' for r in job.reports)}"
         )
         for line in details(node, job_id):
-            print(textwrap.shorten(line, WIDTH, placeholder="…") if len(line) > WIDTH + 20 else line)
+            print(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…")
         if job.accepted:
             for artifact in job.accepted.artifacts:
                 print(f"  artifact {artifact.path} {artifact.bytes} bytes sha256 {artifact.sha256}")

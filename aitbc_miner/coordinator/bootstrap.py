@@ -1,14 +1,17 @@
 """The `bootstrap` dialect: bearer tokens, JSON calls below /nodes and /jobs, results as multipart uploads."""
 
+import hashlib
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 import msgspec
 from msgspec import Raw, Struct
+from msgspec.structs import replace
 from requests_toolbelt import MultipartEncoder
 
 from aitbc_miner.coordinator import (
@@ -22,7 +25,7 @@ from aitbc_miner.coordinator import (
 )
 from aitbc_miner.coordinator.http import HttpClient, Reply, check, clean, decode
 from aitbc_miner.errors import MinerError
-from aitbc_miner.jobs import Manifest, ManifestError, Outcome, decode_manifest
+from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
 
 ENVELOPE = 4096  # room around the manifest in the reply to a pull
 LOG = "logs/exec.log"
@@ -109,10 +112,9 @@ class BootstrapCoordinator:
     def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
         """POST /jobs/result: ids and metadata, then the artifacts, streamed; the log is always one."""
         doing = f"deliver the result of job {clean(job_id, 128)}"
-        files = []
         if all(artifact.file != LOG for artifact in outcome.artifacts):
-            log = _CollectedFile(root, LOG, _log_size(root))
-            files.append(("artifact", (LOG, log, "text/plain")))
+            outcome = replace(outcome, artifacts=[_log(root), *outcome.artifacts])
+        files = []
         for artifact in outcome.artifacts:
             file = _CollectedFile(root, artifact.file, artifact.bytes)
             media = artifact.type if _MEDIA_TYPE.fullmatch(artifact.type) else "application/octet-stream"
@@ -308,11 +310,12 @@ class _CollectedFile:
         return ArtifactChanged(f"cannot send {clean(_text(self._file), 200)}: {why}")
 
 
-def _log_size(root: Path) -> int:
-    try:
-        return (root / LOG).lstat().st_size
-    except FileNotFoundError:
-        return 0
+def _log(root: Path) -> Artifact:
+    """Describe the log of a job that was not collected; an empty one where there is none to be had."""
+    size, digest = 0, hashlib.sha256()
+    with suppress(OSError), os.fdopen(_open_beneath(root, LOG), "rb") as file:
+        size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256")
+    return Artifact(LOG, LOG, size, digest.hexdigest(), "text/plain")
 
 
 def _open_beneath(root: Path, relative: str) -> int:
