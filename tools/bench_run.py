@@ -37,7 +37,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
     parser.add_argument("what", choices=["latency", "throughput", "all"], nargs="?", default="all")
     parser.add_argument(
-        "--jobs", type=int, default=None, help="how many (100 for latency, 500 for throughput)"
+        "--jobs", type=int, help="how many (100 for latency, 500 for throughput)"
     )
     parser.add_argument("--slots", type=int, default=4, help="slots for throughput (4)")
     arguments = parser.parse_args()
@@ -128,7 +128,7 @@ def throughput(program: Path, jobs: int, slots: int) -> None:
 def run_bare(program: Path, jobs: int, slots: int) -> None:
     """Run the program as often, as many at a time, with nothing around it."""
     numbers = "\n".join(map(str, range(jobs))).encode()
-    command = ["xargs", f"-P{slots}", "-n1", program]
+    command = ["xargs", f"-P{slots}", "-n1", str(program)]
     subprocess.run(command, input=numbers, stdout=subprocess.DEVNULL, check=True)
 
 
