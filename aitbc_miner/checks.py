@@ -269,14 +269,14 @@ def diagnose(
     if config:
         yield Finding("config", there=True, detail=str(path))
     elif not path.exists():
-        remedy = f"install -D -m 0640 etc/config.yaml {path}, then set base_url and auth_token in it"
+        remedy = f"install -D -m 0640 etc/config.yaml {path}; set base_url and auth_token there"
         yield Finding("config", there=False, detail=f"there is no {path}", remedy=remedy)
     else:
         shown = f"{len(faults)} faulty: {faults[0]}" if faults else str(path)
         yield Finding("config", there=False, detail=shown, remedy=f"aitbc-miner check --config {path}")
     yield _root(config)
     yield _users(config)
-    yield _groups()
+    yield _groups(config)
     yield _cgroup2(config, machine)
     for tool, package, purpose in (
         ("bwrap", "bubblewrap", "jobs cannot be kept in a sandbox"),
@@ -302,7 +302,7 @@ def _wants_users(config: Config | None) -> bool:
 
 
 def _users(config: Config | None) -> Finding:
-    service = config.privileges.service_user if config else "aitbc"
+    service = config.privileges.service_user if config else READERS
     specs = read_slots(config.slots_dir, []) if config else []
     names = [service, *(job_user(spec.name) for spec in specs or derive_slots(machine_facts(GpuList())))]
     absent = [name for name in names if not _known(pwd.getpwnam, name)]
@@ -311,10 +311,12 @@ def _users(config: Config | None) -> Finding:
     return Finding("users", not absent, detail, remedy, required=_wants_users(config))
 
 
-def _groups() -> Finding:
-    absent = [name for name in (READERS, WRITERS) if not _known(grp.getgrnam, name)]
+def _groups(config: Config | None) -> Finding:
+    # The service's own group comes with its user.
+    service = config.privileges.service_user if config else READERS
+    absent = [name for name in (READERS, WRITERS) if name != service and not _known(grp.getgrnam, name)]
     remedy = "; ".join(f"groupadd --system {name}" for name in absent)
-    detail = f"no such group: {', '.join(absent)}; only root can use aitbc-minerctl" if absent else "there"
+    detail = f"no such group: {', '.join(absent)}; only root can steer the miner" if absent else "there"
     return Finding("groups", not absent, detail, remedy, required=False)
 
 

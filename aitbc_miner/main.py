@@ -86,7 +86,7 @@ def probe(path: Path | None, *, as_json: bool) -> int:
         payload = capabilities(node_id, machine, gpus, told_of(specs or derive_slots(facts), facts), runners)
         print(msgspec.json.format(msgspec.json.encode(payload), indent=2).decode())
     else:
-        print(render_page(machine, gpus, runners), end="")
+        print(render_page(machine, gpus, runners))
         _say("Slots", ", ".join(spec.name for spec in specs or derive_slots(facts)), width=80)
     return EXIT_OK
 

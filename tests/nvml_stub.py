@@ -4,6 +4,8 @@ import os
 import subprocess
 from pathlib import Path
 
+from tools.compiler import c_compiler
+
 LIBRARY = "libnvidia-ml.so.1"
 
 
@@ -16,7 +18,7 @@ class NvmlStub:
     def __init__(self, directory: Path, **settings: object) -> None:
         self.directory = directory
         source = Path(__file__).with_name("stub_nvml.c")
-        command = ["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", LIBRARY, str(source)]
+        command = [*c_compiler(), "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", LIBRARY, str(source)]
         subprocess.run([*command, "-ldl"], cwd=directory, check=True, timeout=60)
         self.set(**settings)
 

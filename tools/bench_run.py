@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aitbc_miner.util import clock
+from tools.compiler import c_compiler
 from tools.local_node import LocalNode
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Job
@@ -54,7 +55,7 @@ def build(folder: Path) -> Path:
     """Compile the program that tells when it ran."""
     folder.chmod(0o755)
     program = folder / NOOP
-    subprocess.run(["gcc", "-O2", "-x", "c", "-", "-o", program], input=STAMP_C.encode(), check=True)
+    subprocess.run([*c_compiler(), "-O2", "-x", "c", "-", "-o", str(program)], input=STAMP_C.encode(), check=True)
     program.chmod(0o755)
     return program
 

@@ -60,5 +60,9 @@ ensure_venv() {
     printf '%s' "$base" >"$venv/.made-by"
   fi
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${1:+[$1]}"
+  if [ "$1" = test ] && [ -z "$(command -v cc gcc clang)" ]; then
+    say "no C compiler here: installing one (ziglang) into the environment, for the stub of the GPU library"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ziglang
+  fi
   printf '%s' "$wanted" >"$stamp"
 }

@@ -1,0 +1,19 @@
+"""Finds a C compiler, for what only C can stand in for: a stub of NVML, a program without a start-up time."""
+
+import importlib.util
+import shutil
+import sys
+
+
+def c_compiler() -> list[str]:
+    """Give the command: the system's compiler, else the one that tools/test installs from PyPI.
+
+    Raises:
+        RuntimeError: there is neither.
+    """
+    for name in ("cc", "gcc", "clang"):
+        if found := shutil.which(name):
+            return [found]
+    if importlib.util.find_spec("ziglang"):
+        return [sys.executable, "-m", "ziglang", "cc"]
+    raise RuntimeError("cannot compile: there is no C compiler; apt-get install gcc, or pip install ziglang")
