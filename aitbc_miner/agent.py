@@ -264,6 +264,9 @@ class Agent:
             self._pull_at = clock.now() + max(self._pull_backoff.next(), wanted or 0.0)
             return
         self._pull_backoff.reset()
+        if self._error is not None:
+            self._error = None
+            self._report()
         if job is None or not self._accept(job):
             self._pull_at = clock.now() + self._config.coordinator.poll_interval_s
         else:

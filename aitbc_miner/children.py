@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util import clock
-from aitbc_miner.util.log import events
+from aitbc_miner.util.log import descriptors, events
 
 T = TypeVar("T")
 Main = Callable[["Connection[Any, Any]"], None]
@@ -77,7 +77,7 @@ def _fork(main: Main, end: "Connection[Any, Any]", keep: Iterable[int]) -> int:
             return pid
         status = 1
         try:
-            _forget({end.fileno(), *keep})
+            _forget({end.fileno(), *keep, *descriptors()})
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             main(end)
             status = 0

@@ -78,7 +78,7 @@ def _columns(char: str) -> int:
 def wrap(label: str, text: str, *, lines: int = 99, width: int = WIDTH) -> list[str]:
     """Break a text into lines that begin under one another; `label` stands before the first."""
     inside = width - len(label)
-    pieces = textwrap.wrap(" ".join(text.split()), inside, break_on_hyphens=False) or [""]
+    pieces = textwrap.wrap(visible(" ".join(text.split())), inside, break_on_hyphens=False) or [""]
     if len(pieces) > lines:
         pieces[lines - 1 :] = [pieces[lines - 1][: inside - 1] + "…"]
     margins = [label, *[" " * len(label)] * (len(pieces) - 1)]
@@ -182,14 +182,14 @@ def _enforcement(slots: Sequence[SlotStatus], most: int) -> list[str]:
 
 def _problems(problems: Sequence[Problem], paint: Paint, room: int) -> Iterator[str]:
     """Show as many problems as there is room for, each with its remedy."""
+    each = 2 if room >= 5 else 1
     for number, problem in enumerate(problems):
-        lines = [paint(line, "yellow") for line in wrap("! ", problem.what, lines=2)]
+        lines = [paint(line, "yellow") for line in wrap("! ", problem.what, lines=each)]
         if problem.remedy:
-            lines += wrap("  → ", problem.remedy, lines=2)
+            lines += wrap("  → ", problem.remedy, lines=each)
         later = len(problems) - number - 1
         if len(lines) > room - bool(later):
-            left = _count(len(problems) - number, "problem")
-            yield f"… and {left} more; see `aitbc-minerctl --json status`"
+            yield f"… and {_count(later + 1, 'problem')} more; see `aitbc-minerctl --json status`"
             return
         room -= len(lines)
         yield from lines

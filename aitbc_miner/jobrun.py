@@ -93,21 +93,21 @@ class JobRun:
             self._verdict = Verdict(ErrorCode.E_INTERNAL, str(error))
 
     @contextmanager
-    def _step(self, name: str, state: State | None = None) -> Iterator[None]:
+    def _step(self, name: str, state: State, deadline: float | None = None) -> Iterator[None]:
         """Record that the job has come to this step, tell the supervisor, and take its time."""
         began = clock.now()
-        if state is not None:
-            self._record(state)
+        self._record(state, deadline)
         try:
             yield
         finally:
             self._timings[name] = round(clock.now() - began, 6)
 
-    def _record(self, state: State, pid: int | None = None) -> None:
+    def _record(self, state: State, deadline: float | None) -> None:
         own = os.getpid()
         slot = self._around.spec.name
-        self._job.move(state, slot=slot, worker_pid=own, worker_start=process_start(own))
-        self._supervision.send(JobStep(self._job.job_id, state, pid))
+        start = process_start(own)
+        self._job.move(state, slot=slot, worker_pid=own, worker_start=start, deadline=deadline)
+        self._supervision.send(JobStep(self._job.job_id, state))
 
     # --- the steps, in their order -------------------------------------------------------------------------
 
@@ -128,16 +128,15 @@ class JobRun:
 
     def _execute(self, manifest: Manifest, launch: Launch) -> None:
         limit = shortest(manifest.timeout_s, self._around.spec.max_runtime_s, launch.max_runtime_s)
-        with self._step("run", State.RUNNING), ExitStack() as stack:
+        deadline = None if limit is None else clock.now() + limit
+        with self._step("run", State.RUNNING, deadline), ExitStack() as stack:
             logs = stack.enter_context(fs.directory("logs", at=self._job.fd))
             log = JobLog(logs, self._around.config.workspace.max_log_mb * MIB)
             if self._around.service is not None:
                 os.fchown(log.fd, self._around.service.uid, self._around.service.gid)
-            began = clock.now()
             try:
                 log_pipe, report_pipe, job = self._start(launch, stack)
                 self._supervision.send(JobStep(self._job.job_id, State.RUNNING, job.pid))
-                deadline = None if limit is None else began + limit
                 execution = Execution(
                     job,
                     self._job.job_id,

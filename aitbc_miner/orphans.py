@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 from aitbc_miner.util.log import events
+from aitbc_miner.util.system import process_start
 
 
 def children() -> set[int]:
@@ -17,6 +18,22 @@ def children() -> set[int]:
     for task in Path("/proc/self/task").iterdir():
         found.update(int(pid) for pid in (task / "children").read_text().split())
     return found
+
+
+def end_worker(pid: int, start: int | None) -> None:
+    """Kill a worker of an earlier run that cannot be adopted, and with it the program of its job."""
+    try:
+        fd = os.pidfd_open(pid)
+    except OSError:
+        return  # it is gone, as it should be
+    try:
+        # Looked at when the pidfd is held: the number may belong to somebody else by now.
+        if start is not None and process_start(pid) == start:
+            signal.pidfd_send_signal(fd, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(fd)
 
 
 def kill_strangers(own: set[int]) -> None:

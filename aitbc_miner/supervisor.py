@@ -38,7 +38,7 @@ from aitbc_miner.messages import (
     Stop,
     Ticket,
 )
-from aitbc_miner.orphans import kill_strangers
+from aitbc_miner.orphans import end_worker, kill_strangers
 from aitbc_miner.placing import place
 from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Slot, SlotState, Tick
 from aitbc_miner.slots import Outcomes, RunningSlot
@@ -228,6 +228,8 @@ class Supervisor:
             slot.feed(Adopt(job.job_id, job.state))
             self._log.info("job adopted", job_id=job.job_id, slot=slot.spec.name)
             return
+        if job.worker_pid:
+            end_worker(job.worker_pid, job.worker_start)
         self._settle(job.job_id, "the miner was restarted and found no worker with the job")
 
     def _slot_of(self, job_id: str) -> RunningSlot | None:

@@ -4,6 +4,8 @@ import hashlib
 import os
 import socket
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.artifacts import MAX_DEPTH, Caps, Collector, check_path
+from aitbc_miner.artifacts import MAX_DEPTH, Caps, Collector, check_path, log_artifact
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import Artifact, ArtifactSpec
 from aitbc_miner.util import fs
@@ -127,6 +129,19 @@ def test_the_uploading_user_gets_what_is_taken_and_the_file_is_the_same(job: Pat
     info = (job / taken.file).stat()
     assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (*owner, 0o640)
     assert info.st_ino == (job / "output/a").stat().st_ino
+
+
+def test_the_log_goes_along_but_not_through_a_link(job: Path) -> None:
+    (job / "logs").mkdir()
+    (job / "logs/exec.log").write_bytes(b"said")
+    with fs.directory(job) as fd:
+        artifact = log_artifact(fd, "logs/exec.log")
+        assert (artifact.path, artifact.file, artifact.bytes) == ("logs/exec.log", "logs/exec.log", 4)
+        assert artifact.sha256 == hashlib.sha256(b"said").hexdigest()
+        (job / "logs/exec.log").unlink()
+        (job / "logs/exec.log").symlink_to("/etc/passwd")
+        with pytest.raises(OSError, match="Too many levels"):
+            log_artifact(fd, "logs/exec.log")
 
 
 # --- what is not -------------------------------------------------------------------------------------------
@@ -272,15 +287,18 @@ def test_a_deep_tree_is_taken_up_to_the_limit_and_refused_beyond_it(job: Path) -
     assert (error.code, str(MAX_DEPTH) in error.message) == (ErrorCode.E_ARTIFACT, True)
 
 
-def test_a_tree_that_never_ends_is_refused_soon(job: Path) -> None:
-    here = os.open(job / "output", os.O_RDONLY)
-    for _ in range(1500):
-        os.mkdir("d", dir_fd=here)
-        below = os.open("d", os.O_RDONLY, dir_fd=here)
-        os.close(here)
-        here = below
-    os.close(here)
-    assert refused(job).code is ErrorCode.E_ARTIFACT
+def test_a_tree_deeper_than_any_recursion_is_refused_soon(job: Path) -> None:
+    here = [os.open(job / "output", os.O_RDONLY)]
+    try:
+        for _ in range(sys.getrecursionlimit() + 100):
+            os.mkdir("d", dir_fd=here[0])
+            here.append(os.open("d", os.O_RDONLY, dir_fd=here[0]))
+            os.close(here.pop(0))
+        assert refused(job).code is ErrorCode.E_ARTIFACT
+    finally:
+        os.close(here[0])
+        # shutil.rmtree, and so pytest, cannot remove what is so deep.
+        subprocess.run(["rm", "-rf", job / "output"], check=True)
 
 
 # --- caps --------------------------------------------------------------------------------------------------

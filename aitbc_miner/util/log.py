@@ -85,6 +85,12 @@ class Formatter(logging.Formatter):
         return line
 
 
+def descriptors() -> set[int]:
+    """Name the descriptors that log lines go to, which a forked child must keep."""
+    handlers = logging.getLogger("aitbc_miner").handlers
+    return {handler.stream.fileno() for handler in handlers if isinstance(handler, logging.StreamHandler)}
+
+
 def configure(
     node_id: str, *, level: str, as_json: bool, path: str | None = None, stream: TextIO | None = None
 ) -> Formatter:

@@ -1,0 +1,178 @@
+"""A whole node under test: its programs, the traces that its jobs leave, and what must be gone afterwards."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.control import Done, Request, Status, ask
+from aitbc_miner.messages import SlotView
+from tools.local_node import LocalNode, wait_until
+from tools.mock_coordinator import MockCoordinator
+from tools.mock_records import FINAL, Job, Verdict
+
+WAIT_S = 30.0
+PROGRAMS = {"true": "/usr/bin/true", "sleep": "/usr/bin/sleep", "bash": "/usr/bin/bash"}
+
+
+class Node(LocalNode):
+    """A node whose jobs may say in `marks` that they have begun: one file for each run."""
+
+    def __init__(
+        self, base_url: str, slots: int | list[dict[str, Any]] = 1, *, keep: bool = True, **changes: Any
+    ) -> None:
+        rows = [{"name": f"cpu{i}", "kind": "cpu"} for i in range(slots)] if isinstance(slots, int) else slots
+        super().__init__(base_url, rows, keep=keep, **changes)
+        self.marks = self.directory / "marks"
+        self.marks.mkdir()
+        # Each slot's jobs have a user of their own.
+        self.marks.chmod(0o777)
+        for name, path in PROGRAMS.items():
+            entry = {"command": {"path": path}, "args": [["-c", ".+"], [".+"]]}
+            (self.directory / "allowlist.d" / f"{name}.yaml").write_text(yaml.safe_dump(entry))
+
+    def script(self, job_id: str, then: str, **more: Any) -> dict[str, Any]:
+        """Make the manifest of a job that marks its run and does `then` in the same process, if that execs."""
+        line = f': > {self.marks}/{job_id}"+$$"; {then}'
+        return {"job_id": job_id, "runner": "cli", "command": "bash", "args": ["-c", line], **more}
+
+    def runs(self, job_id: str) -> list[int]:
+        """Give the pids of a job's program, one for each time that it was run."""
+        return [int(path.name.rpartition("+")[2]) for path in self.marks.glob(f"{job_id}+*")]
+
+    def running(self, job_id: str) -> int:
+        """Wait until a job has begun and give the pid of its program."""
+        pid: int = wait_until(lambda: self.runs(job_id), WAIT_S)[0]
+        return pid
+
+    def now(self) -> Status:
+        """Give the status, which must be there."""
+        status = self.status()
+        assert status is not None, self.log.read_text()[-4000:]
+        return status
+
+    def slot(self, name: str = "cpu0") -> SlotView:
+        """Give a slot as `status` shows it."""
+        return next(row.slot for row in self.now().slots if row.slot.offer.name == name)
+
+    def children(self) -> dict[str, int]:
+        """Give the pids of the supervisor's children: agent, heartbeat, and each worker by its slot's name."""
+        assert self.process is not None
+        workers = {
+            row.slot.offer.name: row.slot.worker_pid for row in self.now().slots if row.slot.worker_pid
+        }
+        # The agent is started before the heartbeat, and says so of itself in the log only; which of the two
+        # a pid is, its sockets tell: the heartbeat alone listens (telemetry).
+        own = set(workers.values())
+        found = dict(workers)
+        for child in psutil.Process(self.process.pid).children():
+            if child.pid not in own and child.status() != psutil.STATUS_ZOMBIE:
+                found["heartbeat" if _listens(child) else "agent"] = child.pid
+        return found
+
+    def kill_child(self, name: str) -> int:
+        """Kill a child of the supervisor, wait until it is gone and give the pid that it had."""
+        pid: int = wait_until(lambda: self.children().get(name), WAIT_S)
+        os.kill(pid, signal.SIGKILL)
+        wait_gone([pid])
+        return pid
+
+    def ask(self, verb: str, job_id: str | None = None) -> Any:
+        """Ask on the control socket."""
+        answer, fds = ask(self.socket, Request(verb, job_id), 5.0)
+        for fd in fds:
+            os.close(fd)
+        return answer
+
+    def tell(self, verb: str, job_id: str | None = None) -> None:
+        """Say something on the control socket that must be done."""
+        answer = self.ask(verb, job_id)
+        assert isinstance(answer, Done), answer
+
+    def remains(self) -> list[str]:
+        """Name what is left of the node and its jobs on the machine: processes and cgroups."""
+        group = self.cgroup()
+        return [*map(str, self.processes()), *([str(group)] if group else [])]
+
+    def processes(self) -> list[int]:
+        """Give the pids of all processes of the node and its jobs, whoever their parent is now."""
+        return [each.pid for each in psutil.process_iter() if _belongs(each, self.directory)]
+
+    def clean_up(self) -> None:
+        """Leave nothing behind, whatever state the test has left the node in."""
+        for pid in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if self.process is not None:
+            self.process.wait(WAIT_S)
+        wait_gone(self.processes())
+        group = self.cgroup()
+        if group:
+            with contextlib.suppress(CgroupError):
+                Group(group).kill()
+            Group(group).remove(5.0)
+
+
+def _listens(process: psutil.Process) -> bool:
+    return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("inet"))
+
+
+def _belongs(process: psutil.Process, directory: Path) -> bool:
+    try:
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return False
+        where = [*process.cmdline(), process.cwd()]
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+    # A `bash -c` of a job carries the directory within a longer argument.
+    return process.pid != os.getpid() and any(str(directory) in text for text in where)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has collected yet does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_gone(pids: Iterable[int]) -> None:
+    """Wait until none of the processes runs any more."""
+    wait_until(lambda: not any(alive(pid) for pid in pids), WAIT_S)
+
+
+def wait_final(mock: MockCoordinator, job_ids: Iterable[str], timeout: float = WAIT_S) -> list[Job]:
+    """Wait until all jobs are final at the coordinator and give them."""
+    wanted = list(job_ids)
+    mock.wait(lambda ledger: all(ledger.job(job_id).state in FINAL for job_id in wanted), timeout)
+    return [mock.job(job_id) for job_id in wanted]
+
+
+def wait_settled(node: Node) -> None:
+    """Wait until the node has written down that all its reports were accepted."""
+    wait_until(lambda: node.now().pending_reports == 0, WAIT_S)
+
+
+def verdicts(job: Job) -> list[Verdict]:
+    """Give what became of each report on a job."""
+    return [report.verdict for report in job.reports]
+
+
+def assert_once(mock: MockCoordinator, job_ids: Iterable[str], *, repeats: bool = False) -> None:
+    """Assert that each job was accepted exactly once, and nothing was said of it that had to be refused.
+
+    With `repeats`, the same report may have come again, as when its answer was lost.
+    """
+    allowed = {Verdict.ACCEPTED, Verdict.DUPLICATE} if repeats else {Verdict.ACCEPTED}
+    for job_id in job_ids:
+        job = mock.job(job_id)
+        assert verdicts(job).count(Verdict.ACCEPTED) == 1, (job_id, job.reports)
+        assert set(verdicts(job)) <= allowed, (job_id, job.reports)
+        assert len({report.key for report in job.reports}) == 1, (job_id, job.reports)
+    assert mock.ledger.strays() == []

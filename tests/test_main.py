@@ -1,0 +1,465 @@
+"""The command line of the node: real processes for exit statuses, the checks by themselves where root matters."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import yaml
+from msgspec.structs import replace
+
+from aitbc_miner import checks, main
+from aitbc_miner.checks import (
+    Checker,
+    ConfinementError,
+    Finding,
+    diagnose,
+    find_cgroups,
+    may_read,
+    refuse_unmet_sandbox,
+)
+from aitbc_miner.cgroup import Mount
+from aitbc_miner.config import Config, load_config
+from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
+from aitbc_miner.privileges import Identity
+from aitbc_miner.probe import probe_machine
+from aitbc_miner.slotspec import SlotFile
+from aitbc_miner.util.yamldoc import decode_text
+
+DEADLINE_S = 30.0
+TOKEN = "very-secret-token"
+ROOT = Path(__file__).resolve().parents[1]
+needs_root = pytest.mark.xfail(os.geteuid() != 0, reason="only root can become another user", strict=True)
+
+
+class Site:
+    """The files of a node in a directory, good as they are; `keys` is its config.yaml."""
+
+    def __init__(self, root: Path) -> None:
+        self.path = root / "config.yaml"
+        self.allowlist, self.slots, self.tasks = root / "allowlist.d", root / "slots.d", root / "tasks"
+        for directory in (self.allowlist, self.slots, self.tasks):
+            directory.mkdir(mode=0o755)
+        (self.allowlist / "true.yaml").write_text("command: {path: /usr/bin/true}\n")
+        (self.tasks / "one.py").write_text("def run(): return 1\n")
+        self.jobs = root / "state" / "jobs"
+        self.keys: dict[str, Any] = {
+            "node_id": "node-x",
+            "coordinator": {"base_url": "http://127.0.0.1:9/api", "auth_token": "env:MINER_AUTH"},
+            "runners": {
+                "cli": {"allowlist_dirs": [str(self.allowlist)]},
+                "python": {"task_paths": [str(self.tasks)]},
+            },
+            "slots_dir": str(self.slots),
+            "workspace": {"root": str(self.jobs)},
+            "privileges": {"mode": "auto"},
+            "sandbox": {"mode": "off"},
+            "cgroup": {"mode": "off"},
+        }
+
+    def write(self) -> Path:
+        self.path.write_text(yaml.safe_dump(self.keys, sort_keys=False))
+        return self.path
+
+    def config(self) -> Config:
+        config, faults, _ = load_config(self.write(), {})
+        assert config, faults
+        return config
+
+    def checker(self, gpus: GpuList | None = None, **environ: str) -> Checker:
+        found = gpus or GpuList(error=NO_LIBRARY, missing=True)
+        checker = Checker(self.path, self.config(), environ or {"MINER_AUTH": TOKEN}, found)
+        checker.check()
+        return checker
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    tmp_path.chmod(0o755)
+    return Site(tmp_path)
+
+
+def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("AITBC_")}
+    return subprocess.run(
+        [sys.executable, "-m", "aitbc_miner.main", *words],
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+        env=kept | {"PYTHONPATH": str(ROOT), "LC_ALL": "C.UTF-8", "MINER_AUTH": TOKEN} | more,
+        check=False,
+    )
+
+
+def fault_texts(checker: Checker) -> str:
+    return "\n".join(map(str, checker.faults))
+
+
+# --- run, usage --------------------------------------------------------------------------------------------
+
+
+def test_version() -> None:
+    done = run("--version")
+    assert (done.returncode, done.stdout) == (0, "aitbc-miner 0.1.0\n")
+
+
+@pytest.mark.parametrize("words", [[], ["fly"], ["run", "now"], ["check", "--json"]])
+def test_usage(words: list[str]) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert "usage: aitbc-miner" in done.stderr
+
+
+@pytest.mark.parametrize("verb", ["run", "check", "slots"])
+def test_every_fault_of_the_configuration_is_told(tmp_path: Path, verb: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("coordinator: {base_url: ftp://x, auth_tokn: hunter2}\nlogging: {level: loud}\n")
+    done = run(verb, "--config", str(path))
+    assert (done.returncode, done.stdout) == (78, "")
+    for part in ("config.yaml:1: coordinator.base_url:", "did you mean auth_token?", ":2: logging.level:"):
+        assert part in done.stderr
+    assert "hunter2" not in done.stderr
+
+
+def test_no_configuration(tmp_path: Path) -> None:
+    done = run("run", "--config", str(tmp_path / "none.yaml"))
+    assert done.returncode == 78
+    assert done.stderr == f"{tmp_path}/none.yaml: cannot read this file: No such file or directory\n"
+
+
+def test_run_gives_the_node_its_configuration_and_its_exit_status(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Config, list[str]]] = []
+
+    def run_node(config: Config, warnings: list[str]) -> int:
+        given.append((config, warnings))
+        return 7
+
+    monkeypatch.setattr("aitbc_miner.node.run_node", run_node)
+    site.keys["queue"] = {"max_attempts": 9}
+    monkeypatch.setattr(sys, "argv", ["aitbc-miner", "run", "--config", str(site.write())])
+    assert main.main() == 7
+    assert given[0][0].node_id == "node-x"
+    assert "queue.max_attempts has no effect" in given[0][1][0]
+
+
+# --- check -------------------------------------------------------------------------------------------------
+
+
+def test_check_says_ok_and_changes_nothing(site: Site, tmp_path: Path) -> None:
+    site.keys["cgroup"] = {"mode": "auto"}
+    site.write()
+    before = sorted(tmp_path.rglob("*"))
+    done = run("check", "--config", str(site.path))
+    assert done.returncode == 0, done.stderr
+    assert "ok: node node-x, coordinator http://127.0.0.1:9/api" in done.stdout
+    assert "1 commands allowed: true" in done.stdout
+    assert TOKEN not in done.stdout + done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    cgroups = find_cgroups(site.config())
+    assert cgroups.parent is None or not cgroups.parent.exists()
+
+
+def test_check_tells_all_faults_at_once_with_file_line_and_key(site: Site) -> None:
+    (site.allowlist / "bad.yaml").write_text("command: {path: relative}\n")
+    (site.slots / "s.yaml").write_text(
+        "slots:\n- {name: a, kind: cpu, cpus: '9000'}\n- {name: a, kind: gpu}\n"
+    )
+    (site.tasks / "one.py").chmod(0o666)
+    site.keys["sandbox"] = {"mode": "required"}
+    done = run("check", "--config", str(site.write()), MINER_AUTH="")
+    assert (done.returncode, done.stdout) == (78, "")
+    lines = site.path.read_text().splitlines()
+    sandbox = lines.index("sandbox:") + 2
+    token = next(n for n, line in enumerate(lines, 1) if "auth_token" in line)
+    for part in (
+        f"{site.allowlist}/bad.yaml:1: command.path:",
+        f"{site.slots}/s.yaml:3: slots[1].gpu: this key is missing",
+        f"{site.path}:{sandbox}: sandbox.mode: cannot sandbox jobs",
+        f"{site.path}:{token}: coordinator.auth_token: cannot read the credential env:MINER_AUTH: it is empty",
+        f"runners.python.task_paths: cannot trust {site.tasks}/one.py",
+    ):
+        assert part in done.stderr
+
+
+def test_slots_are_compared_with_the_gpus_that_are_there(site: Site) -> None:
+    (site.slots / "s.yaml").write_text(
+        "slots:\n- {name: g, kind: gpu, gpu: GPU-1}\n- {name: c, kind: cpu, cpus: '9000'}\n"
+    )
+    none = site.checker()
+    assert "s.yaml:2: slots[0].gpu: there is no GPU GPU-1; this machine has none" in fault_texts(none)
+    assert "s.yaml:3: slots[1].cpus: there is no CPU 9000" in fault_texts(none)
+    one = site.checker(GpuList([GpuInfo(0, uuid="GPU-1", name="A"), GpuInfo(1, error="GPU 1 fell off")]))
+    assert "gpu" not in fault_texts(one)
+    assert "GPU 1 fell off" in one.warnings
+
+
+def test_without_slots_they_are_derived(site: Site) -> None:
+    checker = site.checker(GpuList([GpuInfo(0, uuid="GPU-1", name="A")]))
+    assert not checker.faults
+    assert "gpu0" in [spec.name for spec in checker.slots]
+
+
+def test_a_fault_of_an_overridden_key_names_the_variable(site: Site) -> None:
+    checker = site.checker(AITBC_MINER_COORDINATOR__AUTH_TOKEN="env:MINER_AUTH")
+    assert fault_texts(checker).startswith("AITBC_MINER_COORDINATOR__AUTH_TOKEN: coordinator.auth_token: ")
+
+
+def test_what_may_be_meant_so_is_a_warning(site: Site) -> None:
+    (site.allowlist / "none.yaml").write_text("command: {path: /opt/none/such}\n")
+    site.keys["runners"]["python"]["task_paths"].append("/opt/none")
+    site.keys["coordinator"]["auth_token"] = "credential:token"
+    checker = site.checker()
+    assert not checker.faults
+    for part in (
+        "/opt/none/such is not installed",
+        "/opt/none is not there",
+        "credential:token cannot be checked",
+    ):
+        assert any(part in warning for warning in checker.warnings), part
+
+
+def test_no_runner_is_a_warning(site: Site) -> None:
+    site.keys["runners"] = {"cli": {"enable": False}, "python": {"enable": False}}
+    assert "no runner is enabled: this node can take no job" in site.checker().warnings
+
+
+def test_a_task_path_that_is_no_directory(site: Site) -> None:
+    site.keys["runners"]["python"]["task_paths"] = [str(site.tasks / "one.py")]
+    assert "is no directory; name one that holds tasks" in fault_texts(site.checker())
+
+
+def test_a_workspace_that_cannot_be(site: Site) -> None:
+    site.keys["workspace"]["root"] = str(site.path / "below" / "a" / "file")
+    assert "config.yaml is no directory; name another place" in fault_texts(site.checker())
+    site.keys["workspace"]["root"] = "/proc/jobs"
+    checker = site.checker()
+    assert os.geteuid() == 0 or "cannot write in /proc" in fault_texts(checker)
+
+
+@needs_root
+def test_a_workspace_that_the_slots_users_cannot_reach(site: Site, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o700)
+    site.keys["workspace"]["root"] = str(tmp_path / "closed" / "jobs")
+    assert f"the slots' users cannot pass through {tmp_path}/closed; chmod o+x" in fault_texts(site.checker())
+
+
+@needs_root
+def test_a_credential_that_only_root_can_read(site: Site, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    token.chmod(0o600)
+    site.keys["coordinator"]["auth_token"] = f"file:{token}"
+    checker = site.checker()
+    assert "coordinator.auth_token: the user aitbc cannot read" in fault_texts(checker)
+    assert TOKEN not in fault_texts(checker)
+
+
+@needs_root
+def test_who_may_read(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    file = tmp_path / "file"
+    file.touch(0o640)
+    user = Identity(60_999, 60_999, "nobody-here")
+    parents = [step for step in file.parents if not step.stat().st_mode & 1]
+    assert not may_read(str(file), user)
+    os.chown(file, user.uid, -1)
+    assert may_read(str(file), user) is not bool(parents)
+
+
+@needs_root
+def test_missing_users_are_a_fault_where_they_are_required(site: Site) -> None:
+    site.keys["privileges"] = {"mode": "required", "service_user": "no-such-user"}
+    assert "privileges.mode: cannot separate privileges: no such user: no-such-user" in fault_texts(
+        site.checker()
+    )
+
+
+def mounted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, here: str, offered: str, writable: bool
+) -> Path:
+    """Make it seem that this process is in a cgroup with some controllers."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "cgroup.controllers").write_text(here + "\n")
+    mount = Mount(str(tmp_path), tuple(offered.split()), hybrid=False, writable=writable)
+    monkeypatch.setattr(checks, "find_mount", lambda: mount)
+    monkeypatch.setattr(checks, "own_group", lambda _: own)
+    return own
+
+
+ALL = "cpu memory pids"
+
+
+def test_cgroups_that_are_whole(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = mounted(monkeypatch, tmp_path, here=ALL, offered=ALL, writable=True)
+    site.keys["cgroup"] = {"mode": "required"}
+    found = find_cgroups(site.config())
+    assert found.parent == own / "aitbc-miner-node-x"
+    assert found.controllers == ("cpu", "memory", "pids")
+    assert not found.missing
+    assert not found.parent.exists()
+
+
+@pytest.mark.parametrize(
+    ("here", "writable", "cause"),
+    [("memory", True, "no controller for cpu, pids in"), (ALL, False, "no right to write in")],
+)
+def test_cgroups_that_lack_something(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, *, writable: bool, cause: str
+) -> None:
+    mounted(monkeypatch, tmp_path, here=here, offered=here, writable=writable)
+    site.keys["cgroup"] = {"mode": "auto"}
+    found = find_cgroups(site.config())
+    assert (found.parent is not None) is writable
+    assert found.missing[0].startswith(cause)
+    site.keys["cgroup"] = {"mode": "required"}
+    with pytest.raises(ConfinementError, match=f"cannot limit jobs: {cause}"):
+        find_cgroups(site.config())
+
+
+def test_no_cgroups_at_all(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_cgroups(site.config()).missing == ["cgroup.mode is off: jobs are held by process limits only"]
+    monkeypatch.setattr(checks, "find_mount", lambda: None)
+    site.keys["cgroup"] = {"mode": "auto"}
+    missing = find_cgroups(site.config()).missing
+    assert missing == ["there is no cgroup2 mount: jobs are held by process limits only"]
+
+
+def test_a_shell_of_root_has_less_than_the_service_will(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mounted(monkeypatch, tmp_path, here="memory", offered=ALL, writable=True)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    site.keys["cgroup"] = {"mode": "required"}
+    checker = site.checker()
+    assert not [fault for fault in checker.faults if fault.key == "cgroup.mode"]
+    assert any("this concerns this shell" in warning for warning in checker.warnings)
+    monkeypatch.setattr(checks, "offered_controllers", set)
+    assert "cgroup.mode: cannot limit jobs" in fault_texts(site.checker())
+
+
+def test_the_sandbox_that_is_not_there_yet(site: Site) -> None:
+    refuse_unmet_sandbox(site.config())
+    site.keys["sandbox"] = {"mode": "required"}
+    with pytest.raises(ConfinementError, match="set sandbox.mode: auto"):
+        refuse_unmet_sandbox(site.config())
+
+
+# --- probe, slots ------------------------------------------------------------------------------------------
+
+
+def test_probe_as_json_is_the_capability_payload(site: Site) -> None:
+    (site.slots / "s.yaml").write_text(
+        "slots: [{name: big, kind: cpu, cpus: '0', memory_max: 64M, runners: [cli]}]\n"
+    )
+    site.keys["runners"]["python"]["enable"] = False
+    done = run("probe", "--json", "--config", str(site.write()))
+    assert (done.returncode, done.stderr) == (0, "")
+    payload = json.loads(done.stdout)
+    assert payload["node_id"] == "node-x"
+    assert payload["runners"] == ["cli"]
+    assert payload["slots"] == [
+        {"name": "big", "kind": "cpu", "cpus": "0", "memory_mb": 64, "enforced": {}, "runners": ["cli"]}
+    ]
+
+
+def test_probe_needs_no_configuration() -> None:
+    page = run("probe")
+    assert page.returncode == 0
+    assert "Processor" in page.stdout
+    assert "Slots      " in page.stdout
+    assert max(map(len, page.stdout.splitlines())) <= 100
+    assert json.loads(run("probe", "--json").stdout)["slots"]
+
+
+def test_probe_of_broken_slots(site: Site) -> None:
+    (site.slots / "s.yaml").write_text("slots: 5\n")
+    done = run("probe", "--config", str(site.write()))
+    assert done.returncode == 78
+    assert "s.yaml:1: slots:" in done.stderr
+
+
+def test_suggested_slots_can_be_read_back(site: Site) -> None:
+    done = run("slots", "--suggest")
+    assert done.returncode == 0
+    faults: list[Any] = []
+    read = decode_text(done.stdout, SlotFile, faults, file="suggested")
+    assert read
+    assert read.slots
+    (site.slots / "s.yaml").write_text(done.stdout)
+    assert not site.checker().faults
+
+
+def test_configured_slots(site: Site) -> None:
+    (site.slots / "s.yaml").write_text("slots: [{name: mine, kind: cpu}]\n")
+    done = run("slots", "--config", str(site.write()))
+    assert yaml.safe_load(done.stdout) == {"slots": [{"name": "mine", "kind": "cpu"}]}
+
+
+# --- doctor ------------------------------------------------------------------------------------------------
+
+
+def findings(site: Site, config: Config | None, gpus: GpuList | None = None) -> dict[str, Finding]:
+    found = gpus or GpuList(error=NO_LIBRARY, missing=True)
+    machine = replace(probe_machine(site.jobs), tools={"nft": "/usr/sbin/nft"}, disk_free_mb=5000)
+    return {finding.name: finding for finding in diagnose(site.path, config, [], machine, found)}
+
+
+def test_doctor_requires_what_the_configuration_requires(site: Site) -> None:
+    site.keys["privileges"] = {"mode": "required", "service_user": "no-such-user"}
+    strict = findings(site, site.config())
+    assert strict["users"].required
+    assert "useradd --system --user-group --shell /usr/sbin/nologin no-such-user" in strict["users"].remedy
+    assert not strict["cgroup2"].required
+    site.keys["privileges"] = {"mode": "auto"}
+    site.keys["workspace"]["min_free_mb"] = 5001
+    easy = findings(site, site.config())
+    assert not easy["users"].required
+    assert not easy["root"].required
+    assert not easy["disk"].there
+    assert easy["nft"].there
+    assert not easy["bwrap"].there
+    assert easy["bwrap"].remedy == "apt-get install bubblewrap"
+
+
+def test_doctor_on_gpus(site: Site) -> None:
+    assert not findings(site, site.config())["nvidia"].required
+    (site.slots / "s.yaml").write_text("slots: [{name: g, kind: gpu, gpu: 0}]\n")
+    lacking = findings(site, site.config())["nvidia"]
+    assert (lacking.there, lacking.required, lacking.remedy) == (False, True, "apt-get install nvidia-driver")
+    assert findings(site, site.config(), GpuList(error="it hangs"))["nvidia"].remedy == "nvidia-smi"
+    there = findings(site, site.config(), GpuList([GpuInfo(0, uuid="GPU-1", name="A100")]))["nvidia"]
+    assert (there.there, there.detail) == (True, "A100")
+
+
+def test_doctor_without_a_configuration(site: Site) -> None:
+    found = findings(site, None)
+    assert not found["config"].there
+    assert found["config"].remedy.startswith("install -D ")
+    assert found["cgroup2"].required
+    done = run("doctor", "--config", str(site.path))
+    assert done.returncode == 1
+    assert "MISSING  config" in done.stdout
+    assert done.stdout.endswith("something required is missing\n")
+
+
+def test_doctor_is_content_where_nothing_required_is_missing(site: Site) -> None:
+    site.keys["workspace"]["min_free_mb"] = 0
+    done = run("doctor", "--config", str(site.write()))
+    assert done.returncode == 0
+    assert "MISSING" not in done.stdout
+    assert done.stdout.endswith("nothing that is required is missing\n")
+
+
+def test_doctor_on_a_broken_configuration(site: Site) -> None:
+    site.path.write_text("coordinator: 5\n")
+    done = run("doctor", "--config", str(site.path))
+    assert done.returncode == 1
+    assert f"→ aitbc-miner check --config {site.path}" in done.stdout
