@@ -128,7 +128,7 @@ class Channel(Generic[T]):
                 break
             try:
                 messages.append(self._decoder.decode(self._received[start + HEADER : end]))
-            except (msgspec.DecodeError, RecursionError) as error:
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
                 raise ChannelError(f"cannot receive: not a message: {error}") from error
             start = end
         del self._received[:start]

@@ -171,7 +171,7 @@ def _enforcement(slots: Sequence[SlotStatus], most: int) -> list[str]:
     alike: dict[str, list[str]] = defaultdict(list)
     for entry in slots:
         held = " ".join(f"{limit}={how}" for limit, how in sorted(entry.slot.enforced.items()))
-        alike[held or "nothing yet"].append(entry.slot.offer.name)
+        alike[held or "nothing"].append(entry.slot.offer.name)
     hidden = len(alike) > most
     lines = []
     for held, names in list(alike.items())[: most - hidden]:

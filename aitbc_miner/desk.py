@@ -75,9 +75,7 @@ class Desk:
         job_id = request.job_id
         row = self._index.get(job_id) if job_id else None
         if job_id is None or row is None or not valid_job_id(job_id):
-            return Refusal(
-                f"cannot {request.verb}: no job {job_id!r} is known here; see `aitbc-minerctl jobs`"
-            ), []
+            return Refusal(f"no job {job_id!r} is known here; see `aitbc-minerctl jobs`"), []
         match request.verb:
             case "job":
                 return self._files(row, RECORDS)

@@ -350,7 +350,7 @@ def _exchange(child: subprocess.Popen[bytes], request: str, deadline: float) -> 
     line = _read_line(child.stdout.fileno(), deadline)
     try:
         return msgspec.json.decode(line, type=_Reply)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MinerError(f"its process answered {line[:60]!r}: {error}") from error
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from msgspec import Struct
 
 from aitbc_miner.agent import Agent
-from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
+from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.channel import Channel
+from aitbc_miner.checks import ConfinementError, find_cgroups, refuse_unmet_sandbox
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator.connect import connect
@@ -40,18 +40,6 @@ from aitbc_miner.util import log
 from aitbc_miner.util.system import drop_privileges
 from aitbc_miner.util.yamldoc import Fault
 from aitbc_miner.worker import Settings, Worker
-
-
-class ConfinementError(MinerError):
-    """What the configuration requires for confining jobs is not to be had."""
-
-
-class Cgroups(Struct, frozen=True):
-    """Where the slots' groups go; None where there are none. `missing` says what that means."""
-
-    parent: Path | None
-    controllers: tuple[str, ...]
-    missing: list[str]
 
 
 def run_node(config: Config, warnings: list[str]) -> int:
@@ -97,7 +85,9 @@ class Node:
             raise ConfinementError("cannot lay out the slots: " + "; ".join(map(str, [*faults, *found])))
         self._identities = self._resolve([spec.name for spec in self._specs])
         self._cgroups = find_cgroups(config)
-        _refuse_unmet_sandbox(config)
+        refuse_unmet_sandbox(config)
+        if self._cgroups.parent is not None:
+            Group(self._cgroups.parent).create()
         self.notices = [*self._identities.missing, *self._cgroups.missing]
         _make_workspace(config.workspace.root, self._identities.service)
         # The node token goes this way and never through the supervisor, which keeps both ends open but
@@ -201,48 +191,6 @@ def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": uuid,
         "NVIDIA_VISIBLE_DEVICES": uuid or "void",
     }
-
-
-def find_cgroups(config: Config) -> Cgroups:
-    """Find where the slots' groups can be made.
-
-    Raises:
-        ConfinementError: `cgroup.mode` is `required` and cpu, memory and pids cannot be limited.
-    """
-    mode = config.cgroup.mode
-    if mode == "off":
-        return Cgroups(None, (), ["cgroup.mode is off: jobs are held by process limits only"])
-    mount = find_mount()
-    own = own_group(mount) if mount else None
-    controllers = Group(own).controllers() if own else ()
-    lacking = [name for name in ("cpu", "memory", "pids") if name not in controllers]
-    if mode == "required" and (mount is None or not mount.writable or lacking):
-        cause = (
-            "there is no cgroup2 mount"
-            if mount is None
-            else f"no {', '.join(lacking) or 'write access'} in {own}"
-        )
-        raise ConfinementError(
-            f"cannot limit jobs: {cause}; start it with systemd (Delegate=yes), or set cgroup.mode: auto"
-        )
-    if mount is None or own is None or not mount.writable:
-        return Cgroups(None, (), ["no cgroup2 that we can write: jobs are held by process limits only"])
-    missing = (
-        [f"no cgroup controller for {', '.join(lacking)}: process limits serve where they can"]
-        if lacking
-        else []
-    )
-    parent = own / f"aitbc-miner-{config.node_id}"
-    Group(parent).create()
-    return Cgroups(parent, controllers, missing)
-
-
-def _refuse_unmet_sandbox(config: Config) -> None:
-    if config.sandbox.mode == "required":
-        raise ConfinementError(
-            "cannot sandbox jobs: this version has no sandbox yet; to run jobs confined by users, cgroups "
-            "and limits only, set sandbox.mode: auto"
-        )
 
 
 def _make_workspace(root: Path, service: Identity | None) -> None:

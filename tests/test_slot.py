@@ -239,7 +239,9 @@ def check(before: Slot, event: Event, after: Slot, actions: Sequence[Action], no
     assert after.state is before.state or after.state in MOVES[before.state]
     assert (after.job_id is not None) == (after.state in HOLDS_JOB)
     sent = [action.message for action in actions if isinstance(action, Send)]
-    assert all(isinstance(message, StartJob | CancelJob) and message.job_id == after.job_id for message in sent)
+    assert all(
+        isinstance(message, StartJob | CancelJob) and message.job_id == after.job_id for message in sent
+    )
     if SpawnWorker() in actions:
         assert after.state is S.STARTING
     if after.state in {S.BACKOFF, S.QUARANTINED}:

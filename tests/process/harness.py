@@ -62,18 +62,19 @@ class Node(LocalNode):
         return next(row.slot for row in self.now().slots if row.slot.offer.name == name)
 
     def children(self) -> dict[str, int]:
-        """Give the pids of the supervisor's children: agent, heartbeat, and each worker by its slot's name."""
+        """Give the pids of the supervisor's children: each worker by its slot's name, agent and heartbeat.
+
+        These two are left out for as long as they cannot be told apart: the heartbeat alone serves /metrics.
+        """
         assert self.process is not None
-        workers = {
-            row.slot.offer.name: row.slot.worker_pid for row in self.now().slots if row.slot.worker_pid
+        found = {row.slot.offer.name: row.slot.worker_pid for row in self.now().slots if row.slot.worker_pid}
+        others = {
+            child.pid: _listens(child)
+            for child in psutil.Process(self.process.pid).children()
+            if child.pid not in found.values()
         }
-        # The agent is started before the heartbeat, and says so of itself in the log only; which of the two
-        # a pid is, its sockets tell: the heartbeat alone listens (telemetry).
-        own = set(workers.values())
-        found = dict(workers)
-        for child in psutil.Process(self.process.pid).children():
-            if child.pid not in own and child.status() != psutil.STATUS_ZOMBIE:
-                found["heartbeat" if _listens(child) else "agent"] = child.pid
+        if sorted(others.values()) == [False, True]:
+            found |= {"heartbeat" if listens else "agent": pid for pid, listens in others.items()}
         return found
 
     def kill_child(self, name: str) -> int:
@@ -120,7 +121,10 @@ class Node(LocalNode):
 
 
 def _listens(process: psutil.Process) -> bool:
-    return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("inet"))
+    try:
+        return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("inet"))
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _belongs(process: psutil.Process, directory: Path) -> bool:

@@ -28,7 +28,7 @@ from aitbc_miner.spawn import Job, Sample, become_subreaper, sample, spawn
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.limits import ProcessLimits
 
-DEADLINE_S = 60.0
+DEADLINE_S = 30.0
 ROOT = os.geteuid() == 0
 # Belongs to nobody, by systemd's table of ids.
 UID, GID = 60600, 60601
@@ -47,7 +47,7 @@ def in_worker(task: Callable[..., Any], *args: object) -> Any:
     process.start()
     theirs.close()
     try:
-        assert ours.poll(DEADLINE_S), "the helper did not answer in time"
+        assert ours.poll(2 * DEADLINE_S), "the helper did not answer in time"
         result, error = ours.recv()
     finally:
         ours.close()
@@ -55,8 +55,6 @@ def in_worker(task: Callable[..., Any], *args: object) -> Any:
         process.kill()
         process.join()
         process.close()
-    if isinstance(error, JobError):
-        raise error
     assert error is None, error
     return result
 
@@ -65,10 +63,7 @@ def _worker(end: "Connection[Any, Any]", task: Callable[..., Any], args: Sequenc
     become_subreaper()
     try:
         end.send((task(*args), None))
-    except JobError as error:
-        # Its arguments are not those of an exception made by unpickling.
-        end.send((None, f"{error.code} {error.message}"))
-    except BaseException:
+    except BaseException:  # noqa: BLE001  # told to the test, which fails with it
         end.send((None, traceback.format_exc()))
 
 
@@ -135,7 +130,7 @@ def started(
     env: Mapping[str, str] | None = None,
     cwd: Path = Path("/"),
     stdin: int | None = None,
-    limits: ProcessLimits = ProcessLimits(),
+    limits: ProcessLimits | None = None,
     reports: bool = False,
     user: tuple[int, int] | None = None,
 ) -> Iterator[tuple[Job, int, int | None]]:
@@ -157,7 +152,7 @@ def started(
                 stdin=null if stdin is None else stdin,
                 log_fd=log_write,
                 report_fd=report_write,
-                limits=limits,
+                limits=limits or ProcessLimits(),
                 group=Group(group) if group else None,
                 uid=user[0] if user else None,
                 gid=user[1] if user else None,
@@ -191,7 +186,7 @@ def lines(fd: int, count: int) -> list[str]:
     """Read this many lines, which are the processes' words that they are ready."""
     data, deadline = b"", now() + DEADLINE_S
     while data.count(b"\n") < count:
-        assert select.select([fd], [], [], deadline - now())[0], f"only {data!r} of {count} lines"
+        assert select.select([fd], [], [], max(0.0, deadline - now()))[0], f"only {data!r}"
         data += os.read(fd, 65536)
     return data.decode().splitlines()
 
@@ -369,7 +364,7 @@ def test_the_program_leads_its_session_in_its_directory_under_its_umask(tmp_path
 def test_another_user_with_that_group_alone() -> None:
     argv, options = ["/bin/cat", "/proc/self/status"], {"user": (UID, GID)}
     if not ROOT:
-        with pytest.raises(AssertionError, match=r"E_SANDBOX cannot start /bin/cat: groups: "):
+        with pytest.raises(AssertionError, match=r"cannot start /bin/cat: groups: "):
             in_worker(run, argv, None, options)
         return
     status = status_of(in_worker(run, argv, None, options).out)
@@ -424,7 +419,10 @@ def test_a_program_that_cannot_be_executed_is_named(
         ({"env": {"A": "x\0y"}}, "exec: embedded null byte"),
         ({"env": {"A=B": "x"}}, "exec: illegal environment variable name"),
         ({"limits": ProcessLimits(cpus=(4000,))}, "limits: cannot limit cpuset to (4000,): "),
-        ({"limits": ProcessLimits(rlimits={resource.RLIMIT_NOFILE: -5})}, "limits: cannot limit nofile to -5"),
+        (
+            {"limits": ProcessLimits(rlimits={resource.RLIMIT_NOFILE: -5})},
+            "limits: cannot limit nofile to -5",
+        ),
     ],
 )
 def test_a_step_that_fails_is_named(options: Mapping[str, Any], said: str) -> None:
@@ -450,11 +448,15 @@ def test_a_missing_group_is_named(tmp_path: Path) -> None:
     assert str(tmp_path / "gone") in message
 
 
+def open_fds() -> list[str]:
+    return sorted(entry.name for entry in Path("/proc/self/fd").iterdir())
+
+
 def refused(
     argv: Sequence[str], group: Path | None, options: Mapping[str, Any] | None = None
 ) -> tuple[ErrorCode, str]:
     """Start what cannot be started; afterwards no process and no descriptor may be left of it."""
-    before = os.listdir("/proc/self/fd")
+    before = open_fds()
     error = None
     try:
         with started(argv, group, **(options or {})):
@@ -462,7 +464,7 @@ def refused(
     except JobError as caught:
         error = caught
     assert error, "it was started"
-    assert os.listdir("/proc/self/fd") == before
+    assert open_fds() == before
     assert psutil.Process().children() == []
     assert group is None or not group.exists() or Group(group).pids() == []
     return error.code, error.message
@@ -470,8 +472,8 @@ def refused(
 
 # --- ending it ---------------------------------------------------------------------------------------------
 
-# Each of them ignores SIGTERM, for an ignored signal stays ignored over the exec, has a session of its own, and its
-# parent is gone at once: a daemon by double fork and setsid.
+# Each of them ignores SIGTERM, for an ignored signal stays ignored over the exec, has a session of its own,
+# and its parent is gone at once: a daemon by double fork and setsid.
 HERD = f"""
 trap '' TERM
 i=1
@@ -485,10 +487,7 @@ exec sleep 600
 
 
 @pytest.mark.parametrize("after", ["while it runs", "after its end"])
-def test_of_fifty_daemons_that_ignore_sigterm_none_is_left(
-    group: Path | None, mark: str, after: str
-) -> None:
-    script = HERD if after == "while it runs" else HERD.replace("exec sleep 600\n", "exit 5\n", 1)
+def test_of_fifty_daemons_that_ignore_sigterm_none_is_left(group: Path | None, mark: str, after: str) -> None:
     script = HERD if after == "while it runs" else HERD.removesuffix("exec sleep 600\n") + "exit 5\n"
     pids, status, left = in_worker(end_herd, script, group, mark, after == "while it runs")
     assert len(set(pids)) == MANY
@@ -568,26 +567,29 @@ def end_stopped(group: Path | None, mark: str) -> None:
 
 
 def test_sigterm_is_heard_by_all_that_have_not_left(group: Path | None, mark: str) -> None:
-    assert in_worker(terminate, group, mark) == (ExitStatus(status=42), "ready\nready\nchild\n")
+    status, said = in_worker(terminate, group, mark)
+    assert status == ExitStatus(status=42)
+    assert sorted(said) == ["child", "parent"]
 
 
-def terminate(group: Path | None, mark: str) -> tuple[ExitStatus, str]:
+def terminate(group: Path | None, mark: str) -> tuple[ExitStatus, list[str]]:
     script = """
-    sh -c 'trap "echo child; exit 1" TERM; echo ready; read x' <&0 &
-    trap 'wait; exit 42' TERM
+    exec 4<&0
+    sh -c 'trap "echo child; exit 1" TERM; echo ready; read x <&4' &
+    trap 'echo parent; exit 42' TERM
     echo ready
     read x
     """
     # Nobody ever writes to it, so that reading waits until the signal comes.
     silent = os.pipe()
-    with started(
-        [SH, "-c", script], group, env={MARK: mark, "PATH": "/usr/bin:/bin"}, stdin=silent[0]
-    ) as (job, log, _):
-        said = lines(log, 2)
+    env = {MARK: mark, "PATH": "/usr/bin:/bin"}
+    with started([SH, "-c", script], group, env=env, stdin=silent[0]) as (job, log, _):
+        lines(log, 2)
         job.terminate()
+        said = lines(log, 2)
         status = ended(job)
         assert job.kill_all(DEADLINE_S)
-        return status, "\n".join(said) + "\n" + everything(log)
+        return status, said
 
 
 def test_orphans_that_end_do_not_pile_up_while_the_job_runs(group: Path | None, mark: str) -> None:
@@ -652,10 +654,17 @@ def test_a_running_job_can_be_measured(group: Path | None, mark: str) -> None:
 
 
 def measure(group: Path | None, mark: str) -> tuple[Sample, Sample]:
-    code = (
-        "import os\nif os.fork(): os.wait()\nelse:\n"
-        " x = b'x' * (32 << 20)\n print('ready', flush=True)\n os.read(0, 1)"
-    )
+    # The kernel counts in hundredths of a second.
+    code = """
+import os, time
+if os.fork():
+    os.wait()
+else:
+    x = b"x" * (32 << 20)
+    while time.process_time() < 0.1: pass
+    print("ready", flush=True)
+    os.read(0, 1)
+"""
     silent = os.pipe()
     argv = [sys.executable, "-I", "-S", "-c", code]
     with started(argv, group, env={MARK: mark}, stdin=silent[0]) as (job, log, _):
