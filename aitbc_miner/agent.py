@@ -25,7 +25,7 @@ from aitbc_miner.coordinator import (
     Unauthorized,
 )
 from aitbc_miner.delivery import Delivered, Schedule, declare_lost, deliver, describe
-from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.errors import MinerError
 from aitbc_miner.intake import Intake, Stopping, Taken
 from aitbc_miner.jobs import FINAL, Outcome, State, valid_job_id
 from aitbc_miner.messages import (
@@ -45,10 +45,10 @@ from aitbc_miner.messages import (
     ToAgent,
     TokenWanted,
 )
-from aitbc_miner.placing import place
+from aitbc_miner.placing import room
 from aitbc_miner.progress import ProgressBook
 from aitbc_miner.records import RecordError, Records
-from aitbc_miner.recovery import has_outcome, recover
+from aitbc_miner.recovery import has_outcome, read_outcome, recover
 from aitbc_miner.util import clock
 from aitbc_miner.util.background import Background
 from aitbc_miner.util.backoff import Backoff
@@ -93,6 +93,7 @@ class Agent:
         self._pull_backoff = Backoff(config.coordinator.poll_interval_s, config.heartbeat.backoff.max_s)
         self._schedule = Schedule(0.5, config.heartbeat.backoff.max_s)
         self._to_resume: list[str] = []
+        self._resume_at = 0.0
         self._error: str | None = None
 
     # --- the loop ------------------------------------------------------------------------------------------
@@ -104,6 +105,7 @@ class Agent:
         while not self._stopping.is_set():
             self._wait()
             self._background.finish()
+            self._resume()
             self._start_pull()
             self._start_deliveries()
             self._start_progress()
@@ -136,6 +138,8 @@ class Agent:
         times = [clock.now() + 60.0]
         if self._may_pull():
             times.append(self._pull_at)
+        if self._to_resume and self._view and self._view.slots:
+            times.append(self._resume_at)
         if (due := self._schedule.next_due()) is not None and self._schedule.running < POOLS["delivery"]:
             times.append(due)
         if (due := self._progress.next_due()) is not None and self._token is not None:
@@ -191,7 +195,7 @@ class Agent:
         for job_id, state, outcome in found.finished:
             self._update(job_id, state, outcome=outcome)
         for job_id in found.to_deliver:
-            self._schedule.add(job_id, clock.now())
+            self._report_on(job_id)
         self._to_resume = found.to_resume
         self._channel.send(Recovered(found.started))
         self._report()
@@ -204,8 +208,13 @@ class Agent:
             if slot.job_id is not None:
                 self._unplaced.pop(slot.job_id, None)
                 self._progress.began(slot.job_id, clock.now())
-        in_slots = {slot.job_id for slot in view.slots}
-        while self._to_resume and view.slots:
+
+    def _resume(self) -> None:
+        """Go on with the jobs that a restart, or an error of the disk, left half taken in."""
+        if not (self._view and self._view.slots) or clock.now() < self._resume_at:
+            return
+        in_slots = {slot.job_id for slot in self._view.slots}
+        while self._to_resume:
             # One that is in a slot already was ready before an earlier agent died.
             if (job_id := self._to_resume.pop()) not in in_slots:
                 self._start_intake(job_id, None)
@@ -225,23 +234,15 @@ class Agent:
                     declare_lost(job, why or "its worker ended without a word")
         except (RecordError, OSError) as error:
             self._log.error("cannot settle job", job_id=job_id, error=str(error))
-        self._schedule.add(job_id, clock.now())
-        self._report()
+        self._report_on(job_id)
 
     # --- pulling -------------------------------------------------------------------------------------------
 
     def _room(self) -> list[Offer]:
-        """Which free slots no job on its way will take."""
+        """Say which free slots no job on its way will take."""
         if self._view is None or not self._view.accepting:
             return []
-        free = [slot.offer for slot in self._view.slots if slot.free]
-        if None in self._unplaced.values():
-            # One whose needs are not known yet may want any of them.
-            unknown = sum(ticket is None for ticket in self._unplaced.values())
-            free = free[: max(0, len(free) - unknown)]
-        coming = [ticket for ticket in self._unplaced.values() if ticket is not None]
-        taken = {offer.name for _, offer in place(coming, free)}
-        return [offer for offer in free if offer.name not in taken]
+        return room([slot.offer for slot in self._view.slots if slot.free], list(self._unplaced.values()))
 
     def _may_pull(self) -> bool:
         return not self._pulling and self._token is not None and bool(self._room())
@@ -276,7 +277,8 @@ class Agent:
         """Begin to take a pulled job in; False when it brought no new work."""
         job_id = job.manifest.job_id if job.manifest else str(job.error and job.error.job_id)
         if not valid_job_id(job_id):
-            self._answer_nameless(job_id, str(job.error))
+            call = partial(self._intake.refuse_nameless, job_id, str(job.error))
+            self._background.start(self._pools["intake"], call, Future.result)
             return False
         if self._records.known(job_id) or job_id in self._unplaced:
             self._repeat(job_id)
@@ -285,18 +287,6 @@ class Agent:
             self._log.warning("manifest refused", job_id=job_id, error=str(job.error))
         self._start_intake(job_id, job)
         return True
-
-    def _answer_nameless(self, job_id: str, why: str) -> None:
-        """Refuse a job whose id may not touch the file system: told once, recorded in the log alone."""
-        self._log.warning("manifest refused", claimed_id=ascii(job_id)[:200], error=why)
-        outcome = Outcome(job_id=job_id, code=ErrorCode.E_MANIFEST, message=why)
-        key = hashlib.sha256(job_id.encode("utf-8", "replace")).hexdigest()
-        call = partial(self._coordinator.fail, job_id, outcome, f"fail:{self._config.node_id}:{key}")
-        self._background.start(self._pools["intake"], call, self._nameless_answered)
-
-    def _nameless_answered(self, future: Future[None]) -> None:
-        if error := future.exception():
-            self._log.warning("refusal not delivered", error=str(error))
 
     def _repeat(self, job_id: str) -> None:
         """Run a job that is here already never again; if it has a report, send that again."""
@@ -327,9 +317,11 @@ class Agent:
         except Stopping:
             return
         except (MinerError, OSError) as error:
-            # Nothing is acknowledged that is not recorded, so the coordinator will hand it out again.
+            # What is not recorded is not acknowledged either, and will be handed out again.
             self._unplaced.pop(job_id, None)
-            self._pull_at = clock.now() + self._pull_backoff.next()
+            self._pull_at = self._resume_at = clock.now() + self._pull_backoff.next()
+            if self._records.known(job_id):
+                self._to_resume.append(job_id)
             self._note_error(error)
             self._log.error("cannot take job in", job_id=job_id, error=str(error))
             return
@@ -340,10 +332,16 @@ class Agent:
             return
         del self._unplaced[job_id]
         if taken.report:
-            self._schedule.add(job_id, clock.now())
+            self._report_on(job_id)
         else:
             self._log.info("job is not ours any more", job_id=job_id)
             self._update(job_id, State.FAILED)
+
+    def _report_on(self, job_id: str) -> None:
+        """Have the job's outcome, which is on disk, delivered."""
+        self._update(job_id, State.UPLOADING, outcome=read_outcome(self._records, job_id))
+        self._schedule.add(job_id, clock.now())
+        self._report()
 
     # --- delivering ----------------------------------------------------------------------------------------
 

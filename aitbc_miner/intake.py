@@ -3,6 +3,7 @@
 Each step is recorded before the next begins, so a restart goes on where this one stopped.
 """
 
+import hashlib
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from aitbc_miner.placing import refuse_hopeless
 from aitbc_miner.records import JobDir, Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
+from aitbc_miner.util.log import events
 
 MB = 1_000_000
 # A transfer that has brought nothing for this long is broken off and resumed.
@@ -79,6 +81,17 @@ class Intake:
                 job.move(State.FAILED, delivery="superseded", note=str(error))
                 return Taken(job_id)
         return Taken(job_id, ticket)
+
+    def refuse_nameless(self, job_id: str, why: str) -> None:
+        """Refuse a job whose id may not touch the file system: told once, recorded in the log alone."""
+        log = events("agent")
+        log.warning("manifest refused", claimed_id=ascii(job_id)[:200], error=why)
+        outcome = Outcome(job_id=job_id, code=ErrorCode.E_MANIFEST, message=why)
+        key = hashlib.sha256(job_id.encode("utf-8", "replace")).hexdigest()
+        try:
+            self._coordinator.fail(job_id, outcome, f"fail:{self._config.node_id}:{key}")
+        except CoordinatorError as error:
+            log.warning("refusal not delivered", error=str(error))
 
     def _acknowledge(self, job: JobDir) -> None:
         backoff = Backoff(0.5, self._config.heartbeat.backoff.max_s)

@@ -26,8 +26,8 @@ class JobIndex:
         """Give all rows, or those in one state."""
         return [row for row in self._rows.values() if state in {None, row.state}]
 
-    def update(self, said: JobUpdate) -> None:
-        """Take in what the agent says."""
+    def update(self, said: JobUpdate) -> bool:
+        """Take in what the agent says; True when it is the end of a job that was in no slot to the end."""
         old = self._rows.get(said.job_id, JobRow(said.job_id, said.state))
         row = JobRow(
             said.job_id,
@@ -41,6 +41,9 @@ class JobIndex:
             said.artifacts or old.artifacts,
         )
         self._put(row)
+        ended = said.state is State.UPLOADING and old.state not in FINAL | {State.UPLOADING}
+        self.finished[said.code or "OK"] += ended
+        return ended
 
     def step(self, job_id: str, state: State, slot: str) -> None:
         """Note that a job has come to a step in a slot."""

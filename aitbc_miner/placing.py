@@ -31,6 +31,14 @@ def place(tickets: Sequence[Ticket], free: Sequence[Offer]) -> list[tuple[Ticket
     return pairs
 
 
+def room(free: Sequence[Offer], coming: Sequence[Ticket | None]) -> list[Offer]:
+    """Say which free slots no job on its way will take; None is a job whose needs are not known yet."""
+    # One of those may want any of them, so as many are kept.
+    free = free[: max(0, len(free) - sum(ticket is None for ticket in coming))]
+    taken = {offer.name for _, offer in place([ticket for ticket in coming if ticket], free)}
+    return [offer for offer in free if offer.name not in taken]
+
+
 def _size(offer: Offer) -> tuple[bool, int, int, int, str]:
     # A GPU slot is taken by a job without a GPU only when no CPU slot is free.
     return (offer.kind == "gpu", offer.vram_mb, offer.memory_mb, offer.cpu_threads, offer.name)

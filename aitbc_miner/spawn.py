@@ -253,11 +253,9 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
         ("limits", partial(apply, limits)),
         ("no new privileges", partial(_prctl, _PR_SET_NO_NEW_PRIVS, 1)),
         *_become_user(uid, gid),
-        # After setuid, which clears it.
-        ("death signal", partial(_die_with, os.getpid())),
+        ("death signal", partial(_die_with, os.getpid())),  # a change of user clears it
         ("umask", partial(os.umask, umask)),
-        # As the job's user: a directory it cannot reach should fail here, and not in the program.
-        (f"directory {cwd}", partial(os.chdir, cwd)),
+        (f"directory {cwd}", partial(os.chdir, cwd)),  # as the job's user, who may not reach it
         ("signals", _reset_signals),
         ("exec", partial(os.execve, argv[0], list(argv), dict(env))),
     ]

@@ -179,7 +179,8 @@ class Supervisor:
                     self._queue[message.ticket.job_id] = message.ticket
                     self._dirty = True
                 case JobUpdate():
-                    self._index.update(message)
+                    if self._index.update(message):
+                        self._heartbeat.send(JobDone(message.code))
                 case CancelJob():
                     self._cancel(message.job_id, message.why, message.detail)
                 case Deliveries():

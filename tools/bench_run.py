@@ -37,9 +37,7 @@ def main() -> int:
     """Run one benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
     parser.add_argument("what", choices=["latency", "throughput", "all"], nargs="?", default="all")
-    parser.add_argument(
-        "--jobs", type=int, help="how many (100 for latency, 500 for throughput)"
-    )
+    parser.add_argument("--jobs", type=int, help="how many (100 for latency, 500 for throughput)")
     parser.add_argument("--slots", type=int, default=4, help="slots for throughput (4)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="aitbc-bench-") as folder:
@@ -55,7 +53,9 @@ def build(folder: Path) -> Path:
     """Compile the program that tells when it ran."""
     folder.chmod(0o755)
     program = folder / NOOP
-    subprocess.run([*c_compiler(), "-O2", "-x", "c", "-", "-o", str(program)], input=STAMP_C.encode(), check=True)
+    subprocess.run(
+        [*c_compiler(), "-O2", "-x", "c", "-", "-o", str(program)], input=STAMP_C.encode(), check=True
+    )
     program.chmod(0o755)
     return program
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import shlex
+import signal
 import sys
 import tempfile
 import threading
@@ -192,6 +193,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="tools/demo", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave coordinator and node running until Ctrl-C")
     keep = parser.parse_args().keep
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # Also in the background of a script, where the shell has Ctrl-C ignored.
+        signal.signal(number, signal.default_int_handler)
     with ExitStack() as stack:
         files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="aitbc-demo-")))
         for name in ("README.md", "LICENSE"):
