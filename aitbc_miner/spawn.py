@@ -1,12 +1,13 @@
 """Starts a job's program within its limits, and knows its processes until the last of them is gone.
 
-Used by the slot's worker, which has one thread and no children but the job's. `os.fork` and not `subprocess`:
-there, a failure before the exec loses its reason, the order of the steps is fixed, and the status is reaped
-without its resource usage. Having one thread also means that Python may run between fork and exec.
+Used by the slot's worker, which has one thread and no children but the job's. Not `subprocess`: there, a
+failure before the exec loses its reason, the order of the steps is fixed, and the status is reaped without
+its resource usage. Having one thread also means that Python may run between fork and exec.
 """
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import signal
@@ -33,6 +34,10 @@ _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_NO_NEW_PRIVS = 38
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_PYTHON = ctypes.PyDLL(None, use_errno=True)
+# linux/sched.h; the number of the call is the same on all machines that Debian has.
+_CLONE_INTO_CGROUP = 0x200000000
+_SYS_CLONE3 = 435
 
 Steps = list[tuple[str, Callable[[], object]]]
 
@@ -281,6 +286,40 @@ class _StepError(Exception):
     """What the child said before it gave up."""
 
 
+class _CloneArgs(ctypes.Structure):
+    """struct clone_args of <linux/sched.h>."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_uint64)
+        for name in (
+            *("flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls"),
+            *("set_tid", "set_tid_size", "cgroup"),
+        )
+    )
+
+
+def _fork_into(group: Group) -> int:
+    """Fork a child that is born in the group. Like os.fork, for a process of one thread.
+
+    A child that moved itself there would wait some 10 ms for the kernel's lock on all moves between groups.
+
+    Raises:
+        OSError: the group is gone, or the kernel has no clone3 with CLONE_INTO_CGROUP (before 5.7).
+    """
+    fd = os.open(group.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        args = _CloneArgs(flags=_CLONE_INTO_CGROUP, exit_signal=signal.SIGCHLD, cgroup=fd)
+        # PyDLL keeps the interpreter's lock, so the child has it, as after os.fork.
+        pid: int = _PYTHON.syscall(_SYS_CLONE3, ctypes.byref(args), ctypes.sizeof(args))
+        if pid < 0:
+            number = ctypes.get_errno()
+            remedy = "; if a container forbids clone3, set cgroup.mode: off" if number == errno.ENOSYS else ""
+            raise OSError(number, f"in cgroup {group.path}: {os.strerror(number)}{remedy}")
+        return pid
+    finally:
+        os.close(fd)
+
+
 def _fork(steps: Steps, group: Group | None) -> Job:
     """Run the steps in a child, the last of which is the exec; return when that has happened."""
     with contextlib.ExitStack() as stack:
@@ -289,15 +328,10 @@ def _fork(steps: Steps, group: Group | None) -> Job:
         stack.callback(os.close, read_end)
         with contextlib.ExitStack() as child_side:
             child_side.callback(os.close, write_end)
-            if group:
-                # Opened here: the child may be anybody by the time it could look for the path.
-                procs = os.open(group.path / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
-                child_side.callback(os.close, procs)
-                steps = [("cgroup", partial(os.write, procs, b"0")), *steps]
             # A signal meant for the worker must not run the worker's handler in the child.
             mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
             child_side.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
-            pid = os.fork()
+            pid = os.fork() if group is None else _fork_into(group)
             if pid == 0:
                 _run_child(steps, write_end)
         try:
