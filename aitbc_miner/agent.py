@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import msgspec
 
@@ -24,7 +23,7 @@ from aitbc_miner.coordinator import (
     PullFilters,
     Unauthorized,
 )
-from aitbc_miner.delivery import Delivered, Schedule, declare_lost, deliver, describe
+from aitbc_miner.delivery import Delivered, Schedule, declare, deliver, describe
 from aitbc_miner.errors import MinerError
 from aitbc_miner.intake import Intake, Stopping, Taken
 from aitbc_miner.jobs import FINAL, Outcome, State, valid_job_id
@@ -150,8 +149,8 @@ class Agent:
         match message:
             case Slots():
                 self._see(message)
-            case JobSettled():
-                self._settle(message.job_id, message.why)
+            case JobSettled() | CancelJob():
+                self._settle(message)
             case JobProgress():
                 self._progress.note(message.job_id, message.pct or 0.0, message.note, clock.now())
             case Redeliver():
@@ -222,8 +221,9 @@ class Agent:
     def _offers(self) -> list[Offer]:
         return [slot.offer for slot in self._view.slots] if self._view else []
 
-    def _settle(self, job_id: str, why: str) -> None:
-        """Nobody works on the job any more: what it left is its outcome, or it is lost."""
+    def _settle(self, said: JobSettled | CancelJob) -> None:
+        """Nobody works on the job any more: what it left is its outcome, or it is lost or cancelled."""
+        job_id = said.job_id
         self._progress.ended(job_id)
         self._unplaced.pop(job_id, None)
         try:
@@ -231,7 +231,7 @@ class Agent:
                 if job.state().state in FINAL:
                     return
                 if not job.has_outcome():
-                    declare_lost(job, why or "its worker ended without a word")
+                    declare(job, said)
         except (RecordError, OSError) as error:
             self._log.error("cannot settle job", job_id=job_id, error=str(error))
         self._report_on(job_id)
@@ -252,7 +252,7 @@ class Agent:
             return
         self._pulling = True
         known = [*self._unplaced, *self._progress.ids()][:MAX_KNOWN]
-        filters = PullFilters([slot_filter(offer) for offer in self._room()], known)
+        filters = PullFilters([msgspec.to_builtins(offer) for offer in self._room()], known)
         self._background.start(self._pools["pull"], partial(self._coordinator.pull, filters), self._pulled)
 
     def _pulled(self, future: Future[PulledJob | None]) -> None:
@@ -328,6 +328,8 @@ class Agent:
         self._unplaced[job_id] = taken.ticket
         if taken.ticket is not None:
             self._channel.send(JobReady(taken.ticket))
+            # The coordinator may cancel it while it waits, too.
+            self._progress.began(job_id, clock.now())
             self._update(job_id, State.ACKED, runner=taken.ticket.runner)
             return
         del self._unplaced[job_id]
@@ -390,9 +392,3 @@ class Agent:
 
     def _update(self, job_id: str, state: State, *, runner: str = "", outcome: Outcome | None = None) -> None:
         self._channel.send(describe(job_id, state, runner=runner, outcome=outcome))
-
-
-def slot_filter(offer: Offer) -> dict[str, Any]:
-    """Describe a free slot to the coordinator."""
-    plain: dict[str, Any] = msgspec.to_builtins(offer)
-    return plain

@@ -23,6 +23,9 @@ CHUNK = 1 << 20
 MAX_DEPTH = 32
 MAX_NAME = 1024
 STAGE = "artifacts"
+# How many files and directories are looked at for each file that may be taken.
+ENTRIES_A_FILE = 10
+SHUT = frozenset({errno.EACCES, errno.ELOOP, errno.ENOENT, errno.ENOTDIR})
 
 
 class Caps(Struct, frozen=True):
@@ -50,15 +53,26 @@ class Collector:
         Raises:
             JobError: E_ARTIFACT for a missing or forbidden one, E_OUTPUT over a cap.
         """
-        with fs.directory(STAGE, at=self._job_fd) as stage:
-            for spec in specs:
-                self._take_declared(spec, stage)
-            with fs.directory("output", at=self._job_fd) as output:
-                for path in walk(output):
-                    with ExitStack() as stack:
-                        fd = open_beneath(output, path, stack)
-                        self._take(fd, path, ArtifactSpec(path=path), stage)
+        try:
+            with fs.directory(STAGE, at=self._job_fd) as stage:
+                for spec in specs:
+                    self._take_declared(spec, stage)
+                self._take_output(stage)
+        except OSError as error:
+            if error.errno not in SHUT:
+                raise
+            # A job that runs as our own user can close its directories to us, or replace them.
+            raise JobError(
+                ErrorCode.E_ARTIFACT, f"cannot collect the output: {error.filename!r}: {error.strerror}"
+            ) from error
         return self._taken
+
+    def _take_output(self, stage: int) -> None:
+        with fs.directory("output", at=self._job_fd) as output:
+            for path in walk(output, iter(range(ENTRIES_A_FILE * self._caps.files))):
+                with ExitStack() as stack:
+                    fd = open_beneath(output, path, stack)
+                    self._take(fd, path, ArtifactSpec(path=path), stage)
 
     def _take_declared(self, spec: ArtifactSpec, stage: int) -> None:
         check_path(spec.path)
@@ -86,7 +100,9 @@ class Collector:
             return  # declared, and found again in output/
         self._check(info, path, spec)
         name = f"{len(self._taken):04d}"
-        shown = path if path not in self._inodes.values() else f"output/{path}"
+        shown = path
+        while shown in self._inodes.values():
+            shown = f"output/{shown}"
         try:
             # Through the descriptor: it is this very file that gets the name, whatever the path says now.
             os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=stage, follow_symlinks=True)
@@ -111,7 +127,8 @@ class Collector:
             )
         if len(self._taken) >= self._caps.files:
             raise JobError(ErrorCode.E_OUTPUT, f"cannot collect {path!r}: over {self._caps.files} files")
-        cap = min(self._caps.bytes, self._caps.job_bytes or self._caps.bytes)
+        own = self._caps.job_bytes
+        cap = self._caps.bytes if own is None else min(self._caps.bytes, own)
         if self._bytes + info.st_size > cap:
             raise JobError(ErrorCode.E_OUTPUT, f"cannot collect {path!r}: over {cap} bytes of output in all")
 
@@ -138,7 +155,7 @@ def check_path(path: str) -> None:
         JobError: E_ARTIFACT, with the path.
     """
     parts = path.split("/")
-    if "\0" in path or len(path) > MAX_NAME or any(part in {"", ".", ".."} for part in parts):
+    if not path.isprintable() or len(path) > MAX_NAME or any(part in {"", ".", ".."} for part in parts):
         raise JobError(
             ErrorCode.E_ARTIFACT,
             f"cannot collect {path[:200]!r}: not a plain relative path beneath the job's directory",
@@ -179,16 +196,18 @@ def _refuse_special(mode: int, path: str) -> None:
         raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect {path!r}: it is {kind}, not a regular file")
 
 
-def walk(base: int, prefix: str = "") -> Iterator[str]:
+def walk(base: int, room: Iterator[object], prefix: str = "") -> Iterator[str]:
     """Name everything below a directory that is no directory, in order.
 
+    Each entry, directories too, takes one from `room`: neither memory nor time is the job's to decide on.
+
     Raises:
-        JobError: E_ARTIFACT, deeper than MAX_DEPTH or a name that cannot be sent.
+        JobError: E_ARTIFACT, deeper than MAX_DEPTH or a name that cannot be sent; E_OUTPUT, no room is left.
     """
     if prefix.count("/") > MAX_DEPTH:
         raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect output/: deeper than {MAX_DEPTH} directories")
     with os.scandir(base) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
+        entries = sorted(_within(scan, room), key=lambda entry: entry.name)
     for entry in entries:
         path = prefix + entry.name
         if not entry.name.isprintable() or len(path) > MAX_NAME:
@@ -198,9 +217,16 @@ def walk(base: int, prefix: str = "") -> Iterator[str]:
             )
         if entry.is_dir(follow_symlinks=False):
             with fs.directory(entry.name, at=base) as below:
-                yield from walk(below, path + "/")
+                yield from walk(below, room, path + "/")
         else:
             yield path
+
+
+def _within(scan: "Iterator[os.DirEntry[str]]", room: Iterator[object]) -> "Iterator[os.DirEntry[str]]":
+    for entry in scan:
+        if next(room, None) is None:
+            raise JobError(ErrorCode.E_OUTPUT, "cannot collect output/: too many files and directories in it")
+        yield entry
 
 
 def sha256(fd: int) -> str:

@@ -147,9 +147,7 @@ class ControlServer:
 
     def sources(self) -> dict[int, tuple[Callable[[], None], bool]]:
         """Give what to wait for: descriptor to what to call, and whether it wants to write."""
-        own: dict[int, tuple[Callable[[], None], bool]] = {}
-        if len(self._clients) < MAX_CLIENTS:
-            own[self._listener.fileno()] = (self._accept, False)
+        own: dict[int, tuple[Callable[[], None], bool]] = {self._listener.fileno(): (self._accept, False)}
         for fd, client in self._clients.items():
             own[fd] = (lambda fd=fd: self._serve(fd), client.channel.has_unsent)  # type: ignore[misc]
         return own
@@ -165,13 +163,18 @@ class ControlServer:
             sock, _ = self._listener.accept()
         except OSError:
             return  # it left again, or we are out of descriptors
+        if len(self._clients) >= MAX_CLIENTS:
+            # The one that has been silent for the longest: whoever comes now may have something to ask.
+            self._drop(next(iter(self._clients)))
         self._clients[sock.fileno()] = Client(sock)
 
     def _drop(self, fd: int) -> None:
         self._clients.pop(fd).channel.close()
 
     def _serve(self, fd: int) -> None:
-        client = self._clients[fd]
+        client = self._clients.get(fd)
+        if client is None:
+            return  # dropped for another one, after it had been heard
         try:
             client.channel.flush()
             if not client.closing:
@@ -221,7 +224,8 @@ def _listen(path: Path) -> socket.socket:
         for place in (path.parent, path):
             os.chown(place, -1, next(iter(ids)))
         path.chmod(0o660)
-    listener.listen(MAX_CLIENTS)
+    # A client with a time-out does not wait for room in the queue: it is turned away.
+    listener.listen(socket.SOMAXCONN)
     os.set_blocking(listener.fileno(), False)  # takes no keyword
     return listener
 

@@ -10,7 +10,7 @@ from msgspec.structs import replace
 from aitbc_miner.coordinator import ArtifactChanged, Coordinator, Gone, Refused
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import FINAL, Outcome, State
-from aitbc_miner.messages import JobUpdate
+from aitbc_miner.messages import CancelJob, JobSettled, JobUpdate
 from aitbc_miner.records import JobDir, Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
@@ -36,7 +36,7 @@ def deliver(records: Records, coordinator: Coordinator, node_id: str, job_id: st
     with records.open(job_id) as job:
         outcome = job.outcome()
         if outcome is None:
-            outcome = declare_lost(job, "its record has no outcome")
+            outcome = declare(job, JobSettled(job_id, "its record has no outcome"))
         if job.state().state not in FINAL | {State.UPLOADING}:
             job.move(State.UPLOADING)
         how = "accepted"
@@ -76,10 +76,14 @@ def _send_refusal(
     return failed, "accepted"
 
 
-def declare_lost(job: JobDir, why: str) -> Outcome:
-    """Write the outcome of a job that nobody works on any more and that has none."""
+def declare(job: JobDir, said: JobSettled | CancelJob) -> Outcome:
+    """Write the outcome of a job that nobody works on any more and that has none: lost, or cancelled."""
+    if isinstance(said, CancelJob):
+        code, message = ErrorCode.E_CANCELLED, f"the job was cancelled before it started: {said.detail}"
+    else:
+        code, message = ErrorCode.E_LOST, f"the job was lost: {said.why or 'its worker ended without a word'}"
     outcome = Outcome(
-        job_id=job.job_id, code=ErrorCode.E_LOST, message=f"the job was lost: {why}", slot=job.state().slot
+        job_id=job.job_id, code=code, message=message, slot=job.state().slot, finished_wall=clock.wall()
     )
     job.write_outcome(outcome)
     return outcome
@@ -108,6 +112,7 @@ class Schedule:
         self._bounds = (min_s, max_s)
         self._due: dict[str, float] = {}
         self._backoffs: dict[str, Backoff] = {}
+        self._asked: dict[str, float] = {}
         self._running: set[str] = set()
 
     def __len__(self) -> int:
@@ -134,6 +139,7 @@ class Schedule:
         """Forget this one; and since the coordinator answers, let the others not wait any longer."""
         self._running.discard(job_id)
         self._backoffs.pop(job_id, None)
+        self._asked.pop(job_id, None)
         self.hurry(now)
 
     def failed(self, job_id: str, now: float, retry_after: float | None = None) -> float:
@@ -141,11 +147,14 @@ class Schedule:
         self._running.discard(job_id)
         pause = max(self._backoffs[job_id].next(), retry_after or 0.0)
         self._due[job_id] = now + pause
+        self._asked[job_id] = now + (retry_after or 0.0)
         return pause
 
     def hurry(self, now: float) -> None:
-        """Make all that waits due now."""
-        self._due = {job_id: min(at, now) for job_id, at in self._due.items()}
+        """Make all that waits due now, or when the coordinator asked for it."""
+        self._due = {
+            job_id: min(at, max(now, self._asked.get(job_id, now))) for job_id, at in self._due.items()
+        }
 
     @property
     def running(self) -> int:

@@ -14,7 +14,7 @@ from msgspec import Struct
 from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import ExitStatus
-from aitbc_miner.messages import CancelJob, JobProgress, Stop, ToWorker
+from aitbc_miner.messages import END_SIGNALS, CancelJob, JobProgress, Stop, ToWorker
 from aitbc_miner.spawn import Job
 from aitbc_miner.task import Progress, Report, ReportReader
 from aitbc_miner.util import clock
@@ -46,8 +46,8 @@ class Supervision:
         self.connected = True
         self.stopping = False
         self.cancelled: dict[str, CancelJob] = {}
-        # Set by SIGTERM: how a supervisor that has no channel to us says cancel.
-        self.terminated = False
+        # Set by a signal to why the job is to end: how a supervisor that has no channel to us says so.
+        self.terminated: str | None = None
         self.woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def fileno(self) -> int:
@@ -78,18 +78,19 @@ class Supervision:
         return messages
 
     def wait(self) -> list[ToWorker]:
-        """Wait for messages, or for SIGTERM, while there is no job."""
+        """Wait for messages, or for a signal, while there is no job."""
         ready, _, _ = select.select([self.fileno(), self.woken], [], [])
         return self.take() if self.fileno() in ready else []
 
-    def listen_for_sigterm(self) -> None:
-        """Let SIGTERM be noted and end the wait; a handler does no more than that."""
+    def listen_for_signals(self) -> None:
+        """Let the signals of `END_SIGNALS` be noted and end the wait; a handler does no more than that."""
 
-        def note(_signal: int, _frame: object) -> None:
-            self.terminated = True
+        def note(number: int, _frame: object) -> None:
+            self.terminated = next(why for why, own in END_SIGNALS.items() if own == number)
 
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        signal.signal(signal.SIGTERM, note)
+        for number in END_SIGNALS.values():
+            signal.signal(number, note)
 
 
 class Execution:
@@ -167,7 +168,7 @@ class Execution:
             elif self._job_id in self._supervision.cancelled:
                 self._end(self._supervision.cancelled[self._job_id].why)
             elif self._supervision.terminated:
-                self._end("cancel")
+                self._end(self._supervision.terminated)
             elif self._log.disk_full:
                 self._end("disk")
         elif self._kill_at is not None and now >= self._kill_at:

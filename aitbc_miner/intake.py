@@ -11,13 +11,21 @@ from collections.abc import Callable, Sequence
 from msgspec import Struct
 
 from aitbc_miner.config import Config
-from aitbc_miner.coordinator import Coordinator, CoordinatorError, Gone, PulledJob, Refused, Unauthorized
+from aitbc_miner.coordinator import (
+    Busy,
+    Coordinator,
+    CoordinatorError,
+    Gone,
+    PulledJob,
+    Refused,
+    Unauthorized,
+)
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.inputs import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Manifest, Outcome, State
 from aitbc_miner.messages import Offer, Ticket
 from aitbc_miner.placing import refuse_hopeless
-from aitbc_miner.records import JobDir, Records
+from aitbc_miner.records import BUILDING, JobDir, Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
@@ -76,8 +84,11 @@ class Intake:
                 self._fetch(job, manifest)
             except JobError as error:
                 return self._refuse(job_id, error)
-            except (Gone, Refused) as error:
-                # Somebody else's by now, or never acknowledged: it must not run, and there is nobody to tell.
+            except Gone:
+                self._forget(job)
+                return Taken(job_id)
+            except Refused as error:
+                # Never acknowledged: it must not run, and there is nobody to tell.
                 job.move(State.FAILED, delivery="superseded", note=str(error))
                 return Taken(job_id)
         return Taken(job_id, ticket)
@@ -103,11 +114,20 @@ class Intake:
                     raise
                 if isinstance(error, Unauthorized):
                     self._unauthorized()
-                if self._stopping.wait(backoff.next()):
+                asked = error.retry_after if isinstance(error, Busy) else None
+                if self._stopping.wait(max(backoff.next(), asked or 0.0)):
                     raise Stopping from error
             else:
                 job.move(State.ACKED)
                 return
+
+    def _forget(self, job: JobDir) -> None:
+        """Drop a job that is not ours and was never started: it may be handed to this node once more."""
+        # Renamed first: what a crash leaves half removed must not be taken for a job.
+        gone = self._records.root / f"{BUILDING}{job.job_id}"
+        shutil.rmtree(gone, ignore_errors=True)
+        job.path.rename(gone)
+        shutil.rmtree(gone)
 
     def _fetch(self, job: JobDir, manifest: Manifest) -> None:
         into = job.path / "input"

@@ -17,6 +17,7 @@ class JobIndex:
     def __init__(self) -> None:
         self._rows: OrderedDict[str, JobRow] = OrderedDict()
         self.finished: Counter[str] = Counter()
+        self.unreported: set[str] = set()
 
     def get(self, job_id: str) -> JobRow | None:
         """Give a job's row, if it is remembered."""
@@ -41,6 +42,8 @@ class JobIndex:
             said.artifacts or old.artifacts,
         )
         self._put(row)
+        if said.state in FINAL:
+            self.unreported.discard(said.job_id)
         ended = said.state is State.UPLOADING and old.state not in FINAL | {State.UPLOADING}
         self.finished[said.code or "OK"] += ended
         return ended
@@ -55,6 +58,12 @@ class JobIndex:
         self.finished[said.code or "OK"] += 1
         old = self._rows.get(said.job_id, JobRow(said.job_id, State.UPLOADING))
         self._put(replace(old, state=State.UPLOADING, code=said.code, message=said.message))
+
+    def settled(self, job_id: str) -> None:
+        """Note that nobody works on a job any more: its report is next, whether the agent knows it or not."""
+        old = self._rows.get(job_id)
+        if old is None or old.state not in FINAL:
+            self.unreported.add(job_id)
 
     def _put(self, row: JobRow) -> None:
         self._rows[row.job_id] = row

@@ -120,6 +120,7 @@ class JobRun:
                     ErrorCode.E_DENY,
                     f"cannot run the job: slot {self._around.spec.name} offers no runner {manifest.runner!r}",
                 )
+            _refuse_unmet(manifest, self._around.spec)
             launch = runner.plan(manifest, JobPaths(self._job.path), self._around.spec, self._around.gpu_env)
             workspace.prepare(self._job, self._around.runs_as, self._around.service)
             if self._around.group is not None:
@@ -255,6 +256,17 @@ class JobRun:
         )
         self._job.write_outcome(outcome)
         return outcome, self._ending.clean
+
+
+def _refuse_unmet(manifest: Manifest, spec: SlotSpec) -> None:
+    """Refuse what this version cannot give: to run the job without it would be to run another job."""
+    if manifest.secrets:
+        raise JobError(ErrorCode.E_SECRET, "cannot open the job's secrets: this node has no key for any")
+    if manifest.egress not in {None, "none", spec.egress}:
+        raise JobError(
+            ErrorCode.E_EGRESS,
+            f"cannot grant egress {manifest.egress!r:.80}: slot {spec.name} has {spec.egress!r}",
+        )
 
 
 def _killed(why: str, after_s: float, supervision: Supervision) -> Verdict:

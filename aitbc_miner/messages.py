@@ -4,10 +4,16 @@ Every message is a struct with a tag; each direction has a union type at the end
 that sends anything else is ended. Times are seconds of the boot-time clock unless the name says otherwise.
 """
 
+import signal
+
 from msgspec import Struct
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Requirements, State
+
+# How a worker is told what `CancelJob.why` says when there is no channel to it. SIGTERM is also what systemd
+# sends to stop the slots: then the job is lost, and nobody has said that it is not wanted any more.
+END_SIGNALS = {"shutdown": signal.SIGTERM, "cancel": signal.SIGUSR1}
 
 
 class Message(Struct, frozen=True, tag=True):
@@ -117,7 +123,10 @@ class JobUpdate(Message, frozen=True):
 
 
 class CancelJob(Message, frozen=True):
-    """agent to supervisor to worker: end the job; `why` is `cancel` or `shutdown`."""
+    """agent to supervisor to worker: end the job; `why` is `cancel` or `shutdown`.
+
+    supervisor to agent: a job that waited for a slot will get none.
+    """
 
     job_id: str
     why: str
@@ -219,7 +228,7 @@ class Stop(Message, frozen=True):
 FromAgent = Recovered | JobReady | JobUpdate | CancelJob | Deliveries | CoordinatorView
 FromHeartbeat = Inventory | CoordinatorView
 FromWorker = WorkerReady | WorkerRefused | JobStep | JobProgress | JobEnded
-ToAgent = Slots | JobSettled | JobProgress | Redeliver | Stop
+ToAgent = Slots | JobSettled | JobProgress | CancelJob | Redeliver | Stop
 ToHeartbeat = Slots | JobDone | NodeView | Stop
 ToWorker = StartJob | CancelJob | Stop
 

@@ -1,5 +1,6 @@
 """Puts a node together: directories, users, cgroups, how each child begins. Then the supervisor runs."""
 
+import fcntl
 import os
 import socket
 from collections.abc import Callable
@@ -36,10 +37,14 @@ from aitbc_miner.slots import Outcomes, RunningSlot, make_offer
 from aitbc_miner.slotspec import MachineFacts, SlotSpec, check_slots, derive_slots, read_slots
 from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.supervisor import Parts, Supervisor
-from aitbc_miner.util import log
+from aitbc_miner.util import fs, log
 from aitbc_miner.util.system import drop_privileges
 from aitbc_miner.util.yamldoc import Fault
 from aitbc_miner.worker import Settings, Worker
+
+
+class WorkspaceError(MinerError):
+    """The directory of the jobs is in use."""
 
 
 def run_node(config: Config, warnings: list[str]) -> int:
@@ -90,6 +95,7 @@ class Node:
             Group(self._cgroups.parent).create()
         self.notices = [*self._identities.missing, *self._cgroups.missing]
         _make_workspace(config.workspace.root, self._identities.service)
+        self._lock = _lock(config.workspace.root)
         # The node token goes this way and never through the supervisor, which keeps both ends open but
         # reads neither, so that a child that is started again finds its end as it was.
         self._heartbeat_end, self._agent_end = socket.socketpair()
@@ -198,3 +204,21 @@ def _make_workspace(root: Path, service: Identity | None) -> None:
     if service is not None:
         os.chown(root, service.uid, service.gid)
         root.chmod(PASSABLE)
+
+
+def _lock(root: Path) -> int:
+    """Keep any other miner off these jobs for as long as this process lives; gives the descriptor to keep.
+
+    Raises:
+        WorkspaceError: there is one already.
+    """
+    lock = os.open(root, fs.DIRECTORY)
+    try:
+        # It ends with its last descriptor; children close theirs, so a worker that lives on does not hold it.
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise WorkspaceError(
+            f"cannot use {root}: another miner runs with it; stop that one, or set another workspace.root"
+        ) from None
+    return lock

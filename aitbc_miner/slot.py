@@ -160,7 +160,9 @@ class Send(Struct, frozen=True):
 
 
 class TerminateAdopted(Struct, frozen=True):
-    """Ask a worker with which there is no channel to cancel its job."""
+    """Ask a worker with which there is no channel to end its job; `why` as in `Cancel`."""
+
+    why: str = "cancel"
 
 
 class Settle(Struct, frozen=True):
@@ -227,7 +229,7 @@ def _step(slot: Slot, event: Step, _now: float) -> Result:
 
 def _cancel(slot: Slot, event: Cancel, now: float) -> Result:
     if slot.state is SlotState.ADOPTED:
-        return slot, [TerminateAdopted()]
+        return slot, [TerminateAdopted(event.why)]
     if slot.state is not SlotState.BUSY or slot.job_id is None:
         return slot, []
     message = CancelJob(slot.job_id, event.why, event.detail)
@@ -271,7 +273,8 @@ def _adopt(slot: Slot, event: Adopt, now: float) -> Result:
 
 
 def _retire(slot: Slot, _event: Retire, now: float) -> Result:
-    if slot.state is SlotState.STOPPED:
+    # A job goes on: its worker finishes it, and its directory tells the next start of the node.
+    if slot.state is SlotState.STOPPED or slot.job_id is not None:
         return slot, []
     return transition(slot, SlotState.STOPPED, now), []
 

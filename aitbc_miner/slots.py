@@ -12,6 +12,7 @@ from msgspec import Struct
 from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.children import Child
 from aitbc_miner.messages import (
+    END_SIGNALS,
     FromWorker,
     JobEnded,
     JobProgress,
@@ -130,7 +131,7 @@ class RunningSlot:
                     self.child.send(action.message)
             case TerminateAdopted():
                 with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self.adopted or -1, signal.SIGTERM)
+                    signal.pidfd_send_signal(self.adopted or -1, END_SIGNALS[action.why])
             case Settle():
                 self._outcomes.settle(action.job_id, action.why)
 
@@ -214,8 +215,7 @@ class RunningSlot:
 
     def stop(self) -> None:
         """Let the worker end; it finishes its job first, if it has one."""
-        if self.rules.job_id is None:
-            self.feed(Retire())
+        self.feed(Retire())
         if self.child:
             self.child.send(Stop())
 

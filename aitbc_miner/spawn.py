@@ -18,22 +18,17 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 import psutil
-from msgspec import Struct
 
 from aitbc_miner.cgroup import RETRY_S, Group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Usage
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.limits import ProcessLimits, apply
+from aitbc_miner.util.system import PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
 
 REPORT_FD = 3
 """Where the child finds its report pipe: right after the standard three, so any language can reach it."""
 
-# linux/prctl.h
-_PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
-_PR_SET_NO_NEW_PRIVS = 38
-_LIBC = ctypes.CDLL(None, use_errno=True)
 _PYTHON = ctypes.PyDLL(None, use_errno=True)
 # linux/sched.h; the number of the call is the same on all machines that Debian has.
 _CLONE_INTO_CGROUP = 0x200000000
@@ -42,44 +37,9 @@ _SYS_CLONE3 = 435
 Steps = list[tuple[str, Callable[[], object]]]
 
 
-def _prctl(option: int, value: int) -> None:
-    zero = ctypes.c_ulong(0)
-    if _LIBC.prctl(option, ctypes.c_ulong(value), zero, zero, zero) != 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
-
-
 def become_subreaper() -> None:
     """Have every orphan below this process become its child, however often it forked. Lasts until exit."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-
-
-class Sample(Struct, frozen=True):
-    """CPU time so far and memory now, of a whole job or slot."""
-
-    cpu_s: float
-    memory_bytes: int
-
-
-def sample(target: Group | int) -> Sample:
-    """Measure a group, or a process with all below it; zeros when it is gone.
-
-    Without a memory controller the memory is the sum of resident sets, which counts shared pages repeatedly.
-    Without a cgroup the CPU time loses that of processes whose parent never waited for them.
-    """
-    cpu = memory = None
-    if isinstance(target, Group):
-        cpu, memory = target.cpu_usage(), target.memory_current()
-        pids = target.pids() if cpu is None or memory is None else []
-    else:
-        pids = [target, *(process.pid for process in _descendants(target))]
-    cpu_s, resident = 0.0, 0
-    for pid in pids:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process = psutil.Process(pid)
-            cpu_s += sum(process.cpu_times()[:4])
-            resident += process.memory_info().rss
-    return Sample(cpu_s if cpu is None else cpu.total_s, resident if memory is None else memory)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
@@ -256,7 +216,7 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
         ("session", os.setsid),
         ("file descriptors", partial(_arrange_fds, stdin, log_fd, report_fd)),
         ("limits", partial(apply, limits)),
-        ("no new privileges", partial(_prctl, _PR_SET_NO_NEW_PRIVS, 1)),
+        ("no new privileges", partial(prctl, PR_SET_NO_NEW_PRIVS, 1)),
         *_become_user(uid, gid),
         ("death signal", partial(_die_with, os.getpid())),  # a change of user clears it
         ("umask", partial(os.umask, umask)),
@@ -380,7 +340,7 @@ def _arrange_fds(stdin: int, log_fd: int, report_fd: int | None) -> None:
 
 def _die_with(parent: int) -> None:
     # The worker's death ends the program even where no cgroup does.
-    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise OSError("the worker has died meanwhile")
 

@@ -221,12 +221,15 @@ class Supervisor:
 
     def _take_up(self, job: FoundJob) -> None:
         """Decide what becomes of a job that was started and has no outcome."""
-        if self._slot_of(job.job_id) is not None:
+        workers = {slot.child.pid for slot in self._slots.values() if slot.child}
+        if self._slot_of(job.job_id) is not None or job.worker_pid in workers:
+            # It is running, or was when the agent looked and has ended since, of which the agent was told.
             return
         slot = self._slots.get(job.slot or "")
         idle = slot is not None and slot.rules.state is SlotState.STOPPED
         if slot and idle and job.worker_pid and slot.adopt(job.worker_pid, job.worker_start):
             slot.feed(Adopt(job.job_id, job.state))
+            self._index.step(job.job_id, job.state, slot.spec.name)
             self._log.info("job adopted", job_id=job.job_id, slot=slot.spec.name)
             return
         if job.worker_pid:
@@ -252,14 +255,19 @@ class Supervisor:
         self._heartbeat.send(JobDone(ended.code, ended.timings))
 
     def _settle(self, job_id: str, why: str) -> None:
+        self._index.settled(job_id)
         self._agent.send(JobSettled(job_id, why))
 
     def _cancel(self, job_id: str, why: str, detail: str) -> bool:
-        """End a job in a slot; False when it is in none."""
+        """End a job in a slot or waiting for one; False when it is neither."""
         slot = self._slot_of(job_id)
-        if slot is None:
+        if slot is not None:
+            slot.feed(Cancel(why, detail))
+            return True
+        if self._queue.pop(job_id, None) is None:
             return False
-        slot.feed(Cancel(why, detail))
+        self._agent.send(CancelJob(job_id, why, detail))
+        self._dirty = True
         return True
 
     # --- signals and stopping ------------------------------------------------------------------------------
@@ -304,7 +312,9 @@ class Supervisor:
         if holding and self._stop_mode != "handover":
             self._stop_at = max(self._stop_at, now)
             return
-        reporting = self._desk.deliveries.pending and self._stop_mode != "handover"
+        # The agent's own number is as old as its last word, and may not count a job that has just ended.
+        pending = self._desk.deliveries.pending or self._index.unreported
+        reporting = pending and self._stop_mode != "handover"
         if reporting and now < self._stop_at + LAST_REPORTS_S and self._agent.child:
             return
         self._told_to_stop = True

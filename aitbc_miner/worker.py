@@ -58,7 +58,7 @@ class Worker:
         """Set the slot up, then take one job after another until told otherwise."""
         become_subreaper()
         supervision = self._supervision
-        supervision.listen_for_sigterm()
+        supervision.listen_for_signals()
         try:
             around = self._set_up()
         except MinerError as error:

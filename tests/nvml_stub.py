@@ -18,7 +18,8 @@ class NvmlStub:
     def __init__(self, directory: Path, **settings: object) -> None:
         self.directory = directory
         source = Path(__file__).with_name("stub_nvml.c")
-        command = [*c_compiler(), "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-o", LIBRARY, str(source)]
+        flags = ["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
+        command = [*c_compiler(), *flags, "-o", LIBRARY, str(source)]
         subprocess.run([*command, "-ldl"], cwd=directory, check=True, timeout=60)
         self.set(**settings)
 

@@ -1,4 +1,4 @@
-"""The shape of the code: imports point down, nothing shipped needs the tests, files and functions stay small."""
+"""The shape of the code: imports point down, nothing needs the tests, files and functions stay small."""
 
 import ast
 import sys
@@ -16,15 +16,16 @@ SOURCES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# From top to bottom. A module may import what is in a lower layer and what is in its own group, but not what is in a
-# group beside its own: the agent knows nothing of the worker. A name stands for all that is below it, too.
+# From top to bottom. A module may import from lower layers and from its own group, not from one beside it:
+# the agent knows nothing of the worker. A name stands for all that is below it, too.
 LAYERS: list[dict[str, set[str]]] = [
-    {"command lines": {"main", "checks"}, "operator's client": {"ctl", "ctlview"}},
+    {"command line": {"main"}, "operator's client": {"ctl", "ctlview"}},
     {"the node": {"node"}},
+    {"what it requires": {"checks"}},
     {
         "supervisor": {"supervisor", "slots", "children", "desk", "jobindex", "orphans"},
         "worker": {"worker", "jobrun", "execution", "workspace"},
-        "agent": {"agent", "intake", "delivery"},
+        "agent": {"agent", "intake", "progress", "delivery", "recovery"},
         "heartbeat": {"heartbeat", "registration"},
     },
     {
@@ -140,10 +141,10 @@ def test_the_supervisor_loads_no_network_code() -> None:
         seen.add(module)
         for _, target in imports(parse(module)):
             ours = our_module(target)
-            if ours:
-                waiting.append(ours)
-            elif ours is None:
+            if ours is None:
                 foreign.add(target.partition(".")[0])
+            elif ours:
+                waiting.append(ours)
     assert "slot" in seen
     assert (
         foreign & {"requests", "requests_toolbelt", "urllib3", "http", "ssl", "threading", "asyncio"} == set()
@@ -160,7 +161,8 @@ def test_only_known_libraries_are_used(module: str) -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_a_file_stays_under_400_lines(module: str) -> None:
-    assert len(SOURCES[module].read_text().splitlines()) < 400
+    lines = len(SOURCES[module].read_text().splitlines())
+    assert lines < 400
 
 
 @pytest.mark.parametrize("module", SOURCES)

@@ -26,6 +26,7 @@ from aitbc_miner.coordinator import (
 from aitbc_miner.coordinator.http import HttpClient, Reply, check, clean, decode
 from aitbc_miner.errors import MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
+from aitbc_miner.util.nesting import too_deep
 
 ENVELOPE = 4096  # room around the manifest in the reply to a pull
 LOG = "logs/exec.log"
@@ -213,7 +214,10 @@ def _read_job(reply: Reply, bound: int, doing: str) -> PulledJob | None:
             return _unreadable(reply, f"it is larger than {bound // 1024} KiB", doing)
         if not raw:
             raise Unreachable(f"cannot {doing}: garbage reply: no job in it")
-        manifest: Manifest = decode_manifest(msgspec.json.decode(raw))
+        value = msgspec.json.decode(raw)
+        if too_deep(value):
+            return _unreadable(reply, "it is nested too deeply", doing)
+        manifest: Manifest = decode_manifest(value)
     except RecursionError:
         return _unreadable(reply, "it is nested too deeply", doing)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

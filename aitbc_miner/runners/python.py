@@ -15,6 +15,7 @@ from aitbc_miner.runners.task_child import MESSAGE_MAX, Order
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import REPORT_FD
 from aitbc_miner.task import REPORT_VARIABLE, Progress, Report, TaskFailure
+from aitbc_miner.util.nesting import MAX_NESTING, too_deep
 from aitbc_miner.util.trust import distrust
 
 TASK_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
@@ -67,6 +68,8 @@ class PythonRunner:
             return bad
         if said is None:
             return Verdict(ErrorCode.E_TASK, "the task ended without a result: it left before run() returned")
+        if too_deep(said.value):
+            return Verdict(ErrorCode.E_TASK, f"the task's result is nested deeper than {MAX_NESTING} levels")
         return Verdict(None, "", said.value)
 
 

@@ -7,8 +7,12 @@ from pathlib import Path
 from aitbc_miner.errors import MinerError
 
 # <linux/prctl.h>
+PR_SET_PDEATHSIG = 1
 PR_SET_DUMPABLE = 4
+PR_SET_CHILD_SUBREAPER = 36
 PR_SET_NO_NEW_PRIVS = 38
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def boot_id() -> str:
@@ -54,14 +58,19 @@ def drop_privileges(uid: int, gid: int) -> None:
         raise MinerError(f"cannot drop privileges to uid {uid}: the kernel let us become root again")
     if (os.getresuid(), os.getresgid(), os.getgroups()) != ((uid,) * 3, (gid,) * 3, []):
         raise MinerError(f"cannot drop privileges: uids {os.getresuid()}, gids {os.getresgid()} are left")
-    _prctl(PR_SET_NO_NEW_PRIVS, 1)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
     # After the change of user, because that change sets it anew.
-    _prctl(PR_SET_DUMPABLE, 0)
+    prctl(PR_SET_DUMPABLE, 0)
 
 
-def _prctl(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
+def prctl(option: int, value: int) -> None:
+    """Set an option of this process. The manual page prctl.2 lists them.
+
+    Raises:
+        OSError: the kernel refuses it.
+    """
+    zero = ctypes.c_ulong(0)
     # prctl is variadic and reads unsigned longs; a plain int would leave the upper half to chance.
-    arguments = [ctypes.c_ulong(number) for number in (value, 0, 0, 0)]
-    if libc.prctl(option, *arguments) != 0:
-        raise MinerError(f"cannot set prctl {option}: {os.strerror(ctypes.get_errno())}")
+    if _LIBC.prctl(option, ctypes.c_ulong(value), zero, zero, zero) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

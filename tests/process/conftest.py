@@ -27,9 +27,7 @@ def node_factory(coordinator: MockCoordinator) -> Iterator[NodeFactory]:
     """
     made: list[Node] = []
 
-    def make(
-        slots: int | list[dict[str, Any]] = 1, *, base_url: str | None = None, **changes: Any
-    ) -> Node:
+    def make(slots: int | list[dict[str, Any]] = 1, *, base_url: str | None = None, **changes: Any) -> Node:
         made.append(Node(base_url or coordinator.url, slots, **changes))
         return made[-1]
 

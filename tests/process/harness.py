@@ -15,9 +15,11 @@ from aitbc_miner.control import Done, Request, Status, ask
 from aitbc_miner.messages import SlotView
 from tools.local_node import LocalNode, wait_until
 from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL, Job, Verdict
+from tools.mock_records import FINAL, Job, State, Verdict
 
 WAIT_S = 30.0
+# So that a node that is refused again and again is soon through.
+IMPATIENT = {"interval_s": 0.5, "backoff": {"min_s": 0.1, "max_s": 0.5}}
 PROGRAMS = {"true": "/usr/bin/true", "sleep": "/usr/bin/sleep", "bash": "/usr/bin/bash"}
 
 
@@ -25,7 +27,7 @@ class Node(LocalNode):
     """A node whose jobs may say in `marks` that they have begun: one file for each run."""
 
     def __init__(
-        self, base_url: str, slots: int | list[dict[str, Any]] = 1, *, keep: bool = True, **changes: Any
+        self, base_url: str, slots: int | list[dict[str, Any]] = 1, *, keep: bool = False, **changes: Any
     ) -> None:
         rows = [{"name": f"cpu{i}", "kind": "cpu"} for i in range(slots)] if isinstance(slots, int) else slots
         super().__init__(base_url, rows, keep=keep, **changes)
@@ -38,7 +40,7 @@ class Node(LocalNode):
             (self.directory / "allowlist.d" / f"{name}.yaml").write_text(yaml.safe_dump(entry))
 
     def script(self, job_id: str, then: str, **more: Any) -> dict[str, Any]:
-        """Make the manifest of a job that marks its run and does `then` in the same process, if that execs."""
+        """Make the manifest of a job that marks its run and then does `then`, a line for bash."""
         line = f': > {self.marks}/{job_id}"+$$"; {then}'
         return {"job_id": job_id, "runner": "cli", "command": "bash", "args": ["-c", line], **more}
 
@@ -180,3 +182,23 @@ def assert_once(mock: MockCoordinator, job_ids: Iterable[str], *, repeats: bool 
         assert set(verdicts(job)) <= allowed, (job_id, job.reports)
         assert len({report.key for report in job.reports}) == 1, (job_id, job.reports)
     assert mock.ledger.strays() == []
+
+
+def noop(**more: Any) -> dict[str, Any]:
+    """Make the manifest of a job that does nothing."""
+    return {"runner": "cli", "command": "true", **more}
+
+
+def submit(mock: MockCoordinator, count: int) -> list[str]:
+    """Queue jobs that do nothing and give their ids."""
+    return [mock.submit(noop()) for _ in range(count)]
+
+
+def until(path: Path) -> str:
+    """Give a shell line that waits for a file."""
+    return f"until [ -e {path} ]; do sleep 0.05; done"
+
+
+def states(mock: MockCoordinator, jobs: Iterable[str]) -> set[State]:
+    """Give the states in which the coordinator has these jobs."""
+    return {mock.job(job_id).state for job_id in jobs}

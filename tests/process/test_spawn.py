@@ -24,7 +24,7 @@ import pytest
 from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Usage
-from aitbc_miner.spawn import Job, Sample, become_subreaper, sample, spawn
+from aitbc_miner.spawn import Job, become_subreaper, spawn
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.limits import ProcessLimits
 
@@ -644,31 +644,3 @@ def test_the_time_and_memory_that_it_used_are_told(group: Path | None) -> None:
     assert usage.wall_s >= 0.3
     assert usage.peak_memory_bytes >= 64 << 20
     assert (usage.read_bytes is None) == (usage.written_bytes is None)
-
-
-def test_a_running_job_can_be_measured(group: Path | None, mark: str) -> None:
-    measured, after = in_worker(measure, group, mark)
-    assert measured.memory_bytes >= 32 << 20
-    assert measured.cpu_s > 0
-    assert after == Sample(0.0, 0)
-
-
-def measure(group: Path | None, mark: str) -> tuple[Sample, Sample]:
-    # The kernel counts in hundredths of a second.
-    code = """
-import os, time
-if os.fork():
-    os.wait()
-else:
-    x = b"x" * (32 << 20)
-    while time.process_time() < 0.1: pass
-    print("ready", flush=True)
-    os.read(0, 1)
-"""
-    silent = os.pipe()
-    argv = [sys.executable, "-I", "-S", "-c", code]
-    with started(argv, group, env={MARK: mark}, stdin=silent[0]) as (job, log, _):
-        lines(log, 1)
-        measured = sample(Group(group) if group else job.pid)
-        assert job.kill_all(DEADLINE_S)
-        return measured, sample(job.pid)

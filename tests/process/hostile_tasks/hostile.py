@@ -1,19 +1,20 @@
 """A task that does its worst: `trick` names what. Run by the tests of a whole node, as a job."""
 
+import ctypes
 import errno
+import functools
 import os
 import signal
 import socket
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from aitbc_miner.task import TaskError, output_dir, progress, work_dir
+from aitbc_miner.task import output_dir, progress, work_dir
 
 REPORTS = int(os.environ.get("AITBC_REPORT_FD", "-1"))
 TRICKS: dict[str, Callable[..., Any]] = {}
@@ -249,14 +250,12 @@ def kill_parent() -> str:
 # --- jobs that do not end ----------------------------------------------------------------------------------
 
 
-def _note_pid() -> None:
-    (work_dir() / f"pid-{os.getpid()}").touch()
-
-
 def _never_end() -> None:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    _note_pid()
+    (work_dir() / f"pid-{os.getpid()}").touch()
+    os.chdir("/")
+    os.closerange(0, 64)
     while True:
         time.sleep(60)
 
@@ -265,15 +264,39 @@ def _never_end() -> None:
 def brood(children: int) -> None:
     """Leave children, ignoring SIGTERM, in sessions of their own, and half of them as daemons."""
     for number in range(children):
-        if os.fork() == 0:
+        child = os.fork()
+        if child == 0:
             if number % 2:
                 os.setsid()
                 if os.fork():
                     os._exit(0)
-                os.chdir("/")
-                os.closerange(0, 64)
             _never_end()
+        if number % 2:
+            os.waitpid(child, 0)
     _never_end()
+
+
+# --- jobs that take all there is ---------------------------------------------------------------------------
+
+
+@trick
+def burn(seconds: float, mebibytes: int, processes: int) -> int:
+    """Fill memory and keep as many cores busy as there are processes."""
+    until = time.monotonic() + seconds
+    # Written to, or it would be no more than a promise.
+    hoard = [b"x" * (1 << 20) for _ in range(mebibytes)]
+    (work_dir() / "burning").touch()
+    children: list[int] = []
+    while len(children) < processes - 1 and (child := os.fork()):
+        children.append(child)
+    leader = len(children) == processes - 1
+    while time.monotonic() < until:
+        sum(range(10_000))
+    if not leader:
+        os._exit(0)
+    for child in children:
+        os.waitpid(child, 0)
+    return len(hoard)
 
 
 # --- what a job can reach ----------------------------------------------------------------------------------
@@ -303,57 +326,55 @@ def trespass(other: str, node: str, supervisor: int) -> dict[str, Any]:
     """Try to reach what is not ours; gives what came of each try."""
     worker = os.getppid()
     theirs = Path(other)
-    sock = socket.socket(socket.AF_UNIX)
-    with sock:
-        return {
-            "uids": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
-            "environment": dict(os.environ),
-            "fds": {
-                int(name): os.readlink(f"/proc/self/fd/{name}")
-                for name in os.listdir("/proc/self/fd")  # noqa: PTH208  # of descriptors
-                if _try(lambda name=name: os.fstat(int(name))) == "done"  # type: ignore[misc]
-            },
-            "tries": {
-                "list the jobs": _try(lambda: os.listdir(theirs.parent)),  # noqa: PTH208
-                "list their job": _try(lambda: os.listdir(theirs)),  # noqa: PTH208
-                "read their secret": _try((theirs / "work" / "secret").read_bytes),
-                "read their output": _try((theirs / "output" / "secret").read_bytes),
-                "read their log": _try((theirs / "logs" / "exec.log").read_bytes),
-                "read their manifest": _try((theirs / "manifest.json").read_bytes),
-                "write into their job": _try((theirs / "mine").touch),
-                "write into our record": _try((work_dir().parent / "outcome.json").touch),
-                "replace our log": _try((work_dir().parent / "logs" / "exec.log").unlink),
-                "read our own state": _try((work_dir().parent / "state.json").read_bytes),
-                "read the config": _try((Path(node) / "config.yaml").read_bytes),
-                "connect to the control socket": _try(
-                    lambda: sock.connect(str(Path(node) / "run" / "control.sock"))
-                ),
-                "supervisor's environment": _try(Path(f"/proc/{supervisor}/environ").read_bytes),
-                "worker's environment": _try(Path(f"/proc/{worker}/environ").read_bytes),
-                "worker's memory": _try(lambda: os.open(f"/proc/{worker}/mem", os.O_RDWR)),
-                "worker's descriptors": _try(lambda: os.listdir(f"/proc/{worker}/fd")),  # noqa: PTH208
-                "worker's root": _try(lambda: os.listdir(f"/proc/{worker}/root/")),  # noqa: PTH208
-                "ptrace": _ptrace(worker),
-                "signal the worker": _try(lambda: os.kill(worker, 0)),
-                "become root": _try(lambda: os.setresuid(0, 0, 0)),
-                "leave the cgroup": _leave_the_cgroup(),
-            },
-        }
+    return {
+        "uids": [*os.getresuid(), *os.getresgid(), *os.getgroups()],
+        "environment": dict(os.environ),
+        "fds": {
+            int(name): str(Path(f"/proc/self/fd/{name}").readlink())
+            for name in os.listdir("/proc/self/fd")  # noqa: PTH208  # of descriptors
+            if _try(lambda name=name: os.fstat(int(name))) == "done"  # type: ignore[misc]
+        },
+        "tries": {
+            "list the jobs": _try(lambda: os.listdir(theirs.parent)),  # noqa: PTH208
+            "list their job": _try(lambda: os.listdir(theirs)),  # noqa: PTH208
+            "read their secret": _try((theirs / "work" / "secret").read_bytes),
+            "read their output": _try((theirs / "output" / "secret").read_bytes),
+            "read their log": _try((theirs / "logs" / "exec.log").read_bytes),
+            "read their manifest": _try((theirs / "manifest.json").read_bytes),
+            "write into their job": _try((theirs / "mine").touch),
+            "write into our record": _try((work_dir().parent / "outcome.json").touch),
+            "replace our log": _try((work_dir().parent / "logs" / "exec.log").unlink),
+            "read our own state": _try((work_dir().parent / "state.json").read_bytes),
+            "read the config": _try((Path(node) / "config.yaml").read_bytes),
+            "connect to the control socket": _try(lambda: _connect(Path(node) / "run" / "control.sock")),
+            "supervisor's environment": _try(Path(f"/proc/{supervisor}/environ").read_bytes),
+            "worker's environment": _try(Path(f"/proc/{worker}/environ").read_bytes),
+            "worker's memory": _try(lambda: os.open(f"/proc/{worker}/mem", os.O_RDWR)),
+            "worker's descriptors": _try(lambda: os.listdir(f"/proc/{worker}/fd")),  # noqa: PTH208
+            "worker's root": _try(lambda: os.listdir(f"/proc/{worker}/root/")),  # noqa: PTH208
+            "ptrace": _ptrace(worker),
+            "signal the worker": _try(lambda: os.kill(worker, 0)),
+            "become root": _try(lambda: os.setresuid(0, 0, 0)),
+            "leave the cgroup": _leave_the_cgroup(),
+        },
+    }
+
+
+def _connect(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.connect(str(path))
 
 
 def _ptrace(pid: int) -> str:
-    import ctypes
-
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.ptrace(16, pid, None, None) == -1:  # PTRACE_ATTACH
+    # PTRACE_SEIZE, which stops nobody; it ends with this process.
+    if libc.ptrace(0x4206, pid, None, None) == -1:
         return errno.errorcode[ctypes.get_errno()]
-    libc.ptrace(17, pid, None, None)
     return "done"
 
 
 def _leave_the_cgroup() -> str:
-    tried = {"ENOENT"}
-    for path in ("/sys/fs/cgroup/cgroup.procs", "/sys/fs/cgroup/unified/cgroup.procs"):
-        with suppress(TaskError):
-            tried.add(_try(lambda path=path: Path(path).write_text("0")))  # type: ignore[misc]
-    return "done" if "done" in tried else max(tried)
+    for mount in ("/sys/fs/cgroup/cgroup.procs", "/sys/fs/cgroup/unified/cgroup.procs"):
+        if (came_of_it := _try(functools.partial(Path(mount).write_text, "0"))) != "ENOENT":
+            return came_of_it
+    return "ENOENT"

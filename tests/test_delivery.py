@@ -1,0 +1,373 @@
+"""Reports: sent until accepted, by the same name each time, and what is recorded of it."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from aitbc_miner.coordinator import (
+    ArtifactChanged,
+    Busy,
+    CoordinatorError,
+    Gone,
+    Heartbeat,
+    PulledJob,
+    PullFilters,
+    Refused,
+    Unauthorized,
+    Unreachable,
+)
+from aitbc_miner.delivery import Delivered, Schedule, declare, deliver
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.jobs import Artifact, Outcome, State
+from aitbc_miner.messages import CancelJob, JobSettled
+from aitbc_miner.records import JobDir, RecordError, Records
+
+NODE = "node-1"
+GOOD = Outcome(job_id="j1", artifacts=[Artifact("a", "artifacts/0000", 1, "0" * 64)])
+BAD = Outcome(job_id="j1", code=ErrorCode.E_EXIT, message="exit status 3")
+
+
+class FakeCoordinator:
+    """Notes down each report; raises what is in `answers`, one for each call, then accepts."""
+
+    def __init__(self, *answers: Exception | None) -> None:
+        self.answers = list(answers)
+        self.calls: list[tuple[str, str]] = []
+        self.outcomes: list[Outcome] = []
+        self.seen: Callable[[], object] = lambda: None
+
+    def _answer(self, call: str, key: str, outcome: Outcome) -> None:
+        self.calls.append((call, key))
+        self.outcomes.append(outcome)
+        self.seen()
+        answer = self.answers.pop(0) if self.answers else None
+        if answer is not None:
+            raise answer
+
+    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
+        assert (root / "state.json").exists()
+        self._answer(f"result {job_id}", idempotency_key, outcome)
+
+    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
+        self._answer(f"fail {job_id}", idempotency_key, outcome)
+
+    # Delivering a report is all that may be asked of it here.
+
+    def use_token(self, token: str) -> None:
+        raise NotImplementedError
+
+    def register(self, capabilities: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+    def heartbeat(self, report: Heartbeat) -> None:
+        raise NotImplementedError
+
+    def pull(self, filters: PullFilters) -> PulledJob | None:
+        raise NotImplementedError
+
+    def ack(self, job_id: str) -> None:
+        raise NotImplementedError
+
+    def progress(self, job_id: str, pct: float, note: str) -> bool:
+        raise NotImplementedError
+
+
+RESULT = ("result j1", f"result:{NODE}:j1")
+FAIL = ("fail j1", f"fail:{NODE}:j1")
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> Records:
+    found = Records(tmp_path)
+    found.create("j1", b"{}")
+    return found
+
+
+def finished(records: Records, outcome: Outcome) -> None:
+    with records.open("j1") as job:
+        job.write_outcome(outcome)
+
+
+def kept(records: Records) -> tuple[State, str | None, Outcome | None]:
+    with records.open("j1") as job:
+        state = job.state()
+        return state.state, state.delivery, job.outcome()
+
+
+@pytest.mark.parametrize(("outcome", "call", "end"), [(GOOD, RESULT, State.DONE), (BAD, FAIL, State.FAILED)])
+def test_an_accepted_report_ends_the_job(
+    records: Records, outcome: Outcome, call: tuple[str, str], end: State
+) -> None:
+    finished(records, outcome)
+    coordinator = FakeCoordinator()
+    assert deliver(records, coordinator, NODE, "j1") == Delivered("j1", outcome, "accepted")
+    assert coordinator.calls == [call]
+    assert coordinator.outcomes == [outcome]
+    assert kept(records) == (end, "accepted", outcome)
+
+
+def test_nothing_is_recorded_as_delivered_before_it_is_accepted(records: Records) -> None:
+    finished(records, GOOD)
+    coordinator, during = FakeCoordinator(), list[object]()
+    coordinator.seen = lambda: during.append(kept(records))
+    deliver(records, coordinator, NODE, "j1")
+    assert during == [(State.UPLOADING, None, GOOD)]
+
+
+NOT_NOW: list[CoordinatorError] = [
+    Unreachable("cannot report: connection refused"),
+    Busy("cannot report: 503", 5.0),
+    Unauthorized("cannot report: 401"),
+]
+
+
+@pytest.mark.parametrize("outcome", [GOOD, BAD])
+def test_each_try_of_a_report_has_the_same_key_and_loses_nothing(records: Records, outcome: Outcome) -> None:
+    finished(records, outcome)
+    coordinator = FakeCoordinator(*NOT_NOW)
+    for error in NOT_NOW:
+        with pytest.raises(type(error)):
+            deliver(records, coordinator, NODE, "j1")
+        assert kept(records) == (State.UPLOADING, None, outcome)
+    assert deliver(records, coordinator, NODE, "j1").how == "accepted"
+    assert len(coordinator.calls) == 4
+    assert len(set(coordinator.calls)) == 1
+
+
+@pytest.mark.parametrize(("outcome", "end"), [(GOOD, State.DONE), (BAD, State.FAILED)])
+def test_what_is_final_there_already_counts_as_delivered(
+    records: Records, outcome: Outcome, end: State
+) -> None:
+    finished(records, outcome)
+    coordinator = FakeCoordinator(Gone("cannot report: 409", 409))
+    assert deliver(records, coordinator, NODE, "j1").how == "superseded"
+    assert len(coordinator.calls) == 1
+    assert kept(records) == (end, "superseded", outcome)
+
+
+@pytest.mark.parametrize(
+    "error", [Refused("cannot report: 413 too large", 413), ArtifactChanged("a has changed")]
+)
+def test_a_result_that_will_never_be_taken_is_reported_as_a_failure(
+    records: Records, error: Exception
+) -> None:
+    finished(records, GOOD)
+    coordinator = FakeCoordinator(error)
+    delivered = deliver(records, coordinator, NODE, "j1")
+    assert coordinator.calls == [RESULT, FAIL]
+    assert delivered.how == "accepted"
+    assert (delivered.outcome.code, delivered.outcome.message) == (ErrorCode.E_UPLOAD, str(error))
+    assert kept(records) == (State.FAILED, "accepted", delivered.outcome)
+    # What the job made is still known.
+    assert delivered.outcome.artifacts == GOOD.artifacts
+
+
+def test_a_refused_result_is_on_disk_as_a_failure_before_the_failure_is_told(records: Records) -> None:
+    finished(records, GOOD)
+    coordinator = FakeCoordinator(Refused("no", 400), Unreachable("gone"))
+    with pytest.raises(Unreachable):
+        deliver(records, coordinator, NODE, "j1")
+    state, _, outcome = kept(records)
+    assert outcome
+    assert (state, outcome.code) == (State.UPLOADING, ErrorCode.E_UPLOAD)
+    # From then on it is a failure, even for a coordinator that would take the result by now.
+    assert deliver(records, coordinator, NODE, "j1").how == "accepted"
+    assert coordinator.calls == [RESULT, FAIL, FAIL]
+    assert kept(records)[0] is State.FAILED
+
+
+@pytest.mark.parametrize(
+    ("second", "how"), [(Gone("409", 409), "superseded"), (Refused("400", 400), "refused")]
+)
+def test_a_coordinator_that_takes_neither_has_been_told(
+    records: Records, second: Exception, how: str
+) -> None:
+    finished(records, GOOD)
+    coordinator = FakeCoordinator(Refused("no", 400), second)
+    assert deliver(records, coordinator, NODE, "j1").how == how
+    assert kept(records)[:2] == (State.FAILED, how)
+
+
+def test_a_refused_failure_is_not_told_twice(records: Records) -> None:
+    finished(records, BAD)
+    coordinator = FakeCoordinator(Refused("no", 400))
+    assert deliver(records, coordinator, NODE, "j1").how == "refused"
+    assert coordinator.calls == [FAIL]
+    assert kept(records) == (State.FAILED, "refused", BAD)
+
+
+@pytest.mark.parametrize("answer", [None, Gone("409", 409), Refused("400", 400)])
+def test_a_stored_report_can_be_sent_again_and_stays_what_it_was(
+    records: Records, answer: Exception | None
+) -> None:
+    finished(records, GOOD)
+    deliver(records, FakeCoordinator(), NODE, "j1")
+    before = kept(records)
+    again = FakeCoordinator(answer)
+    deliver(records, again, NODE, "j1")
+    assert again.calls[0] == RESULT
+    # It was accepted once; what is said to a repetition takes nothing of that back.
+    assert kept(records) == before
+
+
+def test_a_job_without_an_outcome_is_reported_lost(records: Records) -> None:
+    coordinator = FakeCoordinator()
+    delivered = deliver(records, coordinator, NODE, "j1")
+    assert coordinator.calls == [FAIL]
+    assert delivered.outcome.code is ErrorCode.E_LOST
+    assert kept(records) == (State.FAILED, "accepted", delivered.outcome)
+
+
+def test_why_there_is_no_outcome_is_kept_with_the_slot(records: Records) -> None:
+    with records.open("j1") as job:
+        job.move(State.ACKED)
+        job.move(State.PREP, slot="cpu0")
+        said = declared(job, JobSettled("j1", "its worker was killed"))
+        assert (said.code, said.slot) == (ErrorCode.E_LOST, "cpu0")
+        assert "its worker was killed" in said.message
+        said = declared(job, CancelJob("j1", "cancel", "an operator"))
+        assert said.code is ErrorCode.E_CANCELLED
+        assert "an operator" in said.message
+
+
+def declared(job: JobDir, why: JobSettled | CancelJob) -> Outcome:
+    outcome = declare(job, why)
+    assert job.outcome() == outcome
+    return outcome
+
+
+def test_what_cannot_be_read_is_not_sent(records: Records) -> None:
+    (records.root / "j1/outcome.json").write_bytes(b"{")
+    coordinator = FakeCoordinator()
+    with pytest.raises(RecordError, match="cannot read"):
+        deliver(records, coordinator, NODE, "j1")
+    with pytest.raises(RecordError, match="cannot open job j2"):
+        deliver(records, coordinator, NODE, "j2")
+    assert coordinator.calls == []
+
+
+def test_reports_of_several_jobs_can_be_sent_at_once(records: Records) -> None:
+    ids = [f"k{number}" for number in range(8)]
+    for job_id in ids:
+        records.create(job_id, b"{}")
+        with records.open(job_id) as job:
+            job.write_outcome(replace(GOOD, job_id=job_id))
+    coordinator = FakeCoordinator()
+    threads = [threading.Thread(target=deliver, args=(records, coordinator, NODE, job_id)) for job_id in ids]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert {
+        record.state
+        for job_id, record in records.scan()
+        if job_id in ids and not isinstance(record, RecordError)
+    } == {State.DONE}
+    assert len(set(coordinator.calls)) == len(ids)
+
+
+# --- when to send ------------------------------------------------------------------------------------------
+
+
+def test_what_is_added_is_due_once() -> None:
+    schedule = Schedule(1, 10)
+    for _ in range(3):
+        schedule.add("a", 5.0)
+    assert (len(schedule), "a" in schedule, schedule.next_due()) == (1, True, 5.0)
+    assert schedule.start_due(4.9, 9) == []
+    assert schedule.start_due(5.0, 9) == ["a"]
+    # Being sent, it is neither due nor forgotten.
+    schedule.add("a", 6.0)
+    schedule.hurry(6.0)
+    assert (schedule.start_due(99, 9), schedule.running, len(schedule), schedule.next_due()) == (
+        [],
+        1,
+        1,
+        None,
+    )
+    schedule.succeeded("a", 7.0)
+    assert (schedule.running, len(schedule), "a" in schedule) == (0, 0, False)
+    schedule.add("a", 8.0)
+    assert schedule.start_due(8.0, 1) == ["a"]
+
+
+def test_the_oldest_come_first_and_no_more_than_there_is_room_for() -> None:
+    schedule = Schedule(1, 10)
+    for at, job_id in enumerate("cab"):
+        schedule.add(job_id, at)
+    assert schedule.start_due(9, 2) == ["c", "a"]
+    assert schedule.start_due(9, 0) == []
+    assert schedule.start_due(9, -1) == []
+    assert schedule.start_due(9, 2) == ["b"]
+
+
+def test_a_failed_one_waits_ever_longer_but_within_bounds_and_as_long_as_asked() -> None:
+    schedule = Schedule(1, 8)
+    schedule.add("a", 0)
+    now, pauses = 0.0, []
+    for _ in range(50):
+        assert schedule.start_due(now, 1) == ["a"]
+        pauses.append(schedule.failed("a", now))
+        assert schedule.next_due() == now + pauses[-1]
+        now += pauses[-1]
+    assert all(1 <= pause <= 8 for pause in pauses)
+    assert pauses[0] <= 2
+    assert max(pauses) > 4
+    schedule.start_due(now, 1)
+    assert schedule.failed("a", now, retry_after=600) == 600
+    # The coordinator asked for it, and that others are accepted does not change its mind.
+    schedule.hurry(now + 1)
+    assert schedule.next_due() == now + 600
+
+
+def test_one_success_makes_the_others_due() -> None:
+    schedule = Schedule(50, 100)
+    for job_id in "ab":
+        schedule.add(job_id, 0)
+    schedule.start_due(0, 2)
+    schedule.failed("a", 0)
+    schedule.succeeded("b", 1)
+    assert schedule.start_due(1, 2) == ["a"]
+
+
+JOBS = st.sampled_from("abcd")
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["add", "start", "ok", "fail", "hurry"]), JOBS, st.floats(0, 50)), max_size=60
+)
+
+
+@given(STEPS)
+def test_no_report_is_ever_lost_or_sent_twice_at_once(steps: list[tuple[str, str, float]]) -> None:
+    schedule, now = Schedule(1, 10), 0.0
+    waiting, sending = set[str](), set[str]()
+    for step, job_id, passed in steps:
+        now += passed
+        match step:
+            case "add":
+                schedule.add(job_id, now)
+                waiting |= {job_id} - sending
+            case "start":
+                taken = schedule.start_due(now, 2)
+                assert len(taken) <= 2
+                assert set(taken) <= waiting
+                waiting, sending = waiting - set(taken), sending | set(taken)
+            case "ok" if job_id in sending:
+                schedule.succeeded(job_id, now)
+                sending.remove(job_id)
+            case "fail" if job_id in sending:
+                assert 1 <= schedule.failed(job_id, now) <= 10
+                sending.remove(job_id)
+                waiting.add(job_id)
+            case "hurry":
+                schedule.hurry(now)
+        assert (len(schedule), schedule.running) == (len(waiting | sending), len(sending))
+        assert all(known in schedule for known in waiting | sending)
+        assert (schedule.next_due() is None) == (not waiting)
+    # All that waits comes to its turn.
+    assert set(schedule.start_due(now + 10, 9)) == waiting

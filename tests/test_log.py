@@ -1,0 +1,261 @@
+"""Log lines: one event a line, and no secret in any of them."""
+
+import io
+import json
+import logging
+import string
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aitbc_miner.util.log import MASK, Formatter, configure, events
+
+TOKEN = "tok-5f3a9c"
+
+
+class Log(NamedTuple):
+    """What was configured, and what it wrote."""
+
+    formatter: Formatter
+    stream: io.StringIO
+
+    def lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.stream.getvalue().splitlines()]
+
+    def last(self) -> dict[str, Any]:
+        return self.lines()[-1]
+
+
+@pytest.fixture(autouse=True)
+def restored() -> Iterator[None]:
+    """Leave logging as it was."""
+    root = logging.getLogger("aitbc_miner")
+    before = root.handlers[:], root.level, root.propagate, logging.raiseExceptions
+    yield
+    for handler in root.handlers:
+        handler.close()
+    root.handlers[:], root.level, root.propagate, logging.raiseExceptions = before
+
+
+@pytest.fixture(params=[True, False], ids=["json", "text"])
+def either(request: pytest.FixtureRequest) -> Log:
+    return made(as_json=request.param)
+
+
+def made(*, as_json: bool = True, level: str = "debug") -> Log:
+    stream = io.StringIO()
+    return Log(configure("node-1", level=level, as_json=as_json, stream=stream), stream)
+
+
+# --- lines -------------------------------------------------------------------------------------------------
+
+
+def test_a_line_says_when_where_and_what() -> None:
+    log = made()
+    events("worker", slot="cpu0").warning("job ended", job_id="j1", code="E_EXIT", seconds=1.5)
+    (line,) = log.lines()
+    assert line.pop("ts").endswith("Z")
+    assert line == {
+        "level": "warning",
+        "node_id": "node-1",
+        "job_id": "j1",
+        "slot": "cpu0",
+        "part": "worker",
+        "event": "job ended",
+        "attrs": {"code": "E_EXIT", "seconds": 1.5},
+    }
+    assert list(json.loads(log.stream.getvalue()))[:4] == ["ts", "level", "node_id", "job_id"]
+
+
+def test_a_line_for_eyes_has_the_same_in_it() -> None:
+    log = made(as_json=False)
+    events("worker", slot="cpu0", job_id=None).info("job ended", job_id="j1", code="E_EXIT")
+    line = log.stream.getvalue()
+    for part in ("INFO", "worker", "j1 cpu0", "job ended", "code=E_EXIT"):
+        assert part in line
+    assert line.count("\n") == 1
+
+
+def test_only_what_is_severe_enough_is_written() -> None:
+    log = made(level="warning")
+    events("agent").info("no")
+    events("agent").error("yes")
+    assert [line["event"] for line in log.lines()] == ["yes"]
+
+
+def test_a_traceback_stays_in_its_line() -> None:
+    log = made()
+    try:
+        fail(ValueError("two\nlines"))
+    except ValueError:
+        events("agent").exception("broken", job_id="j1")
+    (line,) = log.lines()
+    assert log.stream.getvalue().count("\n") == 1
+    assert line["attrs"]["traceback"].startswith("Traceback (most recent call last):\n")
+    assert line["attrs"]["traceback"].endswith("ValueError: two\nlines")
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+class Odd:
+    def __str__(self) -> str:
+        return "odd one"
+
+
+ODD: dict[str, tuple[object, object]] = {
+    "path": (Path("/a"), "/a"),
+    "exception": (OSError(2, "gone"), "[Errno 2] gone"),
+    "object": (Odd(), "odd one"),
+    "nested": ({"a": [Odd()]}, {"a": ["odd one"]}),
+    "line break": ("a\nb\x1b[2J", "a\nb\x1b[2J"),
+    "not a number": (float("nan"), None),
+}
+
+
+@pytest.mark.parametrize(("value", "shown"), ODD.values(), ids=ODD)
+def test_anything_can_be_an_attribute(value: object, shown: object) -> None:
+    log = made()
+    events("agent").info("odd", value=value)
+    assert log.stream.getvalue().count("\n") == 1
+    assert log.last()["attrs"] == {"value": shown}
+
+
+@pytest.mark.parametrize(
+    "value", ["\udcff.txt", "a\ud800", {("a", "b"): 1}, 10**400, {"a": {1, "b"}}], ids=ascii
+)
+def test_what_json_cannot_hold_is_logged_all_the_same(either: Log, value: object) -> None:
+    events("agent").info("odd", value=value)
+    text = either.stream.getvalue()
+    assert "odd" in text
+    assert text.count("\n") == 1
+    # As the file or the journal will want it.
+    text.encode()
+
+
+def test_text_of_a_job_cannot_forge_a_line(either: Log) -> None:
+    events("agent").info("ended", message="x\n12:00 INFO    agent  paid out\r\x1b[1A")
+    text = either.stream.getvalue()
+    assert text.count("\n") == 1
+    assert "\x1b" not in text
+    assert "\r" not in text
+
+
+def test_a_file_is_appended_to(tmp_path: Path) -> None:
+    path = tmp_path / "miner.log"
+    path.write_text("before\n")
+    configure("node-1", level="info", as_json=True, path=str(path))
+    events("agent").info("größer")
+    first, second = path.read_text(encoding="utf-8").splitlines()
+    assert first == "before"
+    assert json.loads(second)["event"] == "größer"
+
+
+def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        configure("node-1", level="info", as_json=True, path=str(tmp_path / "no/miner.log"))
+
+
+def test_a_broken_log_ends_nobody() -> None:
+    log = made()
+    log.stream.close()
+    events("agent").error("nobody hears it")
+
+
+# --- secrets -----------------------------------------------------------------------------------------------
+
+
+SECRETS = [
+    TOKEN,
+    'quote"back\\slash',
+    "line\nbreak-----",
+    "tab\there",
+    "größe-ünï",
+    "<&>'",
+    "100%s{x}",
+    "/a/b",
+]
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_is_in_no_part_of_a_line(either: Log, secret: str) -> None:
+    either.formatter.add_secret(secret)
+    log = events("agent", slot=f"slot-{secret}")
+    nested = {"a": [secret, {secret: 1}]}
+    log.info(" ".join(["sent", secret, "off"]), job_id=secret, header=f"Bearer {secret}", nested=nested)
+    text = either.stream.getvalue()
+    assert MASK in text
+    for form in forms(secret):
+        assert form not in text
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_a_secret_is_in_no_traceback(either: Log, secret: str) -> None:
+    either.formatter.add_secret(secret)
+    try:
+        # Two arguments make Python show each as in source code.
+        fail(ValueError(f"with {secret}", {"token": secret}))
+    except ValueError:
+        events("agent").exception("broken")
+    text = either.stream.getvalue()
+    assert "ValueError" in text
+    for form in forms(secret):
+        assert form not in text
+
+
+def forms(secret: str) -> set[str]:
+    """The ways in which a line could show it: itself, in JSON, as Python shows it, and that in JSON again."""
+    shown = repr(secret)[1:-1]
+    return {
+        secret,
+        json.dumps(secret, ensure_ascii=False)[1:-1],
+        shown,
+        json.dumps(shown, ensure_ascii=False)[1:-1],
+    }
+
+
+def test_a_secret_that_begins_like_another_leaves_nothing_behind(either: Log) -> None:
+    either.formatter.add_secret("abcd")
+    either.formatter.add_secret("abcd-efgh")
+    either.formatter.add_secret("xx-abcd-efgh")
+    events("agent").info("sent", token="abcd-efgh", other="xx-abcd-efgh")
+    assert "efgh" not in either.stream.getvalue()
+    assert "xx" not in either.stream.getvalue()
+
+
+def test_secrets_can_be_given_at_once_or_later() -> None:
+    record = logging.makeLogRecord({"name": "aitbc_miner.agent", "msg": f"{TOKEN} and other-one"})
+    formatter = Formatter("node-1", as_json=True, secrets=[TOKEN])
+    assert TOKEN not in formatter.format(record)
+    assert "other-one" in formatter.format(record)
+    formatter.add_secret("other-one")
+    formatter.add_secret("other-one")
+    assert json.loads(formatter.format(record))["event"] == f"{MASK} and {MASK}"
+
+
+def test_what_is_too_short_to_be_a_secret_blanks_out_no_words(either: Log) -> None:
+    for short in ("", "a", "job"):
+        either.formatter.add_secret(short)
+    events("agent").info("a job")
+    assert "a job" in either.stream.getvalue()
+
+
+TOKENS = st.text(string.ascii_letters + string.digits + "-._~+/=", min_size=8, max_size=20)
+
+
+AROUND = st.text('"\\/ ä{}日:,', max_size=10)
+
+
+@given(TOKENS, AROUND, AROUND)
+def test_a_line_stays_json_and_has_no_token_wherever_it_stood(token: str, before: str, after: str) -> None:
+    formatter = Formatter("n", as_json=True, secrets=[token])
+    attrs = {"value": before + token + after, "list": [token]}
+    line = formatter.format(logging.makeLogRecord({"name": "x", "msg": "y", "attrs": attrs}))
+    assert "\n" not in line
+    assert token not in line
+    assert json.loads(line)["attrs"] == {"value": before + MASK + after, "list": [MASK]}

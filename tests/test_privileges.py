@@ -1,0 +1,116 @@
+"""Who runs what, on machines with and without the users for it."""
+
+import grp
+import pwd
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from aitbc_miner.privileges import UNALLOCATED, UNALLOCATED_END, Identity, PrivilegeError, job_user, resolve
+
+KNOWN = {
+    "aitbc": (990, 980),
+    "aitbc-job-cpu0": (991, 981),
+    "aitbc-job-gpu0": (992, 982),
+    "squatter": (UNALLOCATED, 5),
+}
+
+
+@pytest.fixture
+def users(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a machine with these users, and with a group that took the second of the free numbers."""
+
+    def entry(name: str) -> pwd.struct_passwd:
+        uid, gid = KNOWN[name]
+        return pwd.struct_passwd((name, "x", uid, gid, "", "/", "/usr/sbin/nologin"))
+
+    def getpwuid(uid: int) -> pwd.struct_passwd:
+        return entry(next(name for name, ids in KNOWN.items() if ids[0] == uid))
+
+    def by_id(uid: int) -> pwd.struct_passwd:
+        try:
+            return getpwuid(uid)
+        except StopIteration:
+            raise KeyError(uid) from None
+
+    def getgrgid(gid: int) -> grp.struct_group:
+        if gid != UNALLOCATED + 1:
+            raise KeyError(gid)
+        return grp.struct_group(("crowd", "x", gid, []))
+
+    monkeypatch.setattr(pwd, "getpwnam", entry)
+    monkeypatch.setattr(pwd, "getpwuid", by_id)
+    monkeypatch.setattr(grp, "getgrgid", getgrgid)
+
+
+@pytest.mark.usefixtures("users")
+@pytest.mark.parametrize("mode", ["required", "auto"])
+def test_users_that_are_there_are_used(mode: str) -> None:
+    found = resolve(mode, "aitbc", ["cpu0", "gpu0"], euid=0)
+    assert found.service == Identity(990, 980, "aitbc")
+    assert found.jobs == {
+        "cpu0": Identity(991, 981, "aitbc-job-cpu0"),
+        "gpu0": Identity(992, 982, "aitbc-job-gpu0"),
+    }
+    assert found.missing == []
+
+
+@pytest.mark.usefixtures("users")
+def test_missing_users_are_refused_by_name_with_the_remedy() -> None:
+    with pytest.raises(PrivilegeError) as caught:
+        resolve("required", "miner", ["cpu0", "cpu7"], euid=0)
+    assert str(caught.value) == (
+        "cannot separate privileges: no such user: miner, aitbc-job-cpu7; create them with "
+        "`useradd --system --shell /usr/sbin/nologin NAME`, or set privileges.mode: auto"
+    )
+
+
+@pytest.mark.usefixtures("users")
+def test_missing_users_are_replaced_by_numbers_that_belong_to_nobody_each_by_its_own() -> None:
+    found = resolve("auto", "miner", ["cpu0", "cpu7", "cpu8"], euid=0)
+    assert found.service
+    fresh = [found.service, found.jobs["cpu7"], found.jobs["cpu8"]]
+    # The first number belongs to a user and the second to a group.
+    assert [identity.uid for identity in fresh] == [UNALLOCATED + 2, UNALLOCATED + 3, UNALLOCATED + 4]
+    assert all(identity.gid == identity.uid for identity in fresh)
+    assert found.jobs["cpu0"] == Identity(991, 981, "aitbc-job-cpu0")
+    assert found.missing == [
+        f"no user miner: it runs as the unallocated id {UNALLOCATED + 2}",
+        f"no user aitbc-job-cpu7: it runs as the unallocated id {UNALLOCATED + 3}",
+        f"no user aitbc-job-cpu8: it runs as the unallocated id {UNALLOCATED + 4}",
+    ]
+
+
+@given(st.lists(st.sampled_from(["cpu0", "cpu1", "cpu2", "gpu0"]), unique=True))
+def test_nobody_shares_a_number_with_anybody_and_nobody_is_root(slots: list[str]) -> None:
+    found = resolve("auto", "aitbc-nobody-has-this-name", slots, euid=0)
+    assert found.service
+    everyone = [found.service, *found.jobs.values()]
+    assert len({identity.uid for identity in everyone}) == len(everyone)
+    assert all(identity.uid and identity.gid for identity in everyone)
+    assert set(found.jobs) == set(slots)
+
+
+@pytest.mark.usefixtures("users")
+def test_when_all_numbers_are_taken_that_is_said() -> None:
+    slots = [str(number) for number in range(UNALLOCATED_END - UNALLOCATED + 1)]
+    with pytest.raises(PrivilegeError, match="cannot find an unallocated user id"):
+        resolve("auto", "aitbc", slots, euid=0)
+
+
+def test_an_ordinary_user_runs_everything_as_itself_and_is_told_what_that_means() -> None:
+    found = resolve("auto", "aitbc", ["cpu0"], euid=1000)
+    assert (found.service, found.jobs) == (None, {})
+    assert found.missing == ["not root: jobs run as the same user as the miner and can read what it can"]
+
+
+def test_an_ordinary_user_cannot_separate_what_must_be_separate() -> None:
+    with pytest.raises(
+        PrivilegeError, match=r"not started as root; start as root, or set privileges.mode: auto"
+    ):
+        resolve("required", "aitbc", [], euid=1000)
+
+
+def test_the_name_of_a_slots_user() -> None:
+    assert job_user("gpu0") == "aitbc-job-gpu0"
