@@ -7,9 +7,11 @@ files (SCM_RIGHTS), so that the supervisor never reads a log itself. Who asks is
 import contextlib
 import grp
 import os
+import select
 import socket
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +120,9 @@ Reply = tuple[Answer, list[int]]
 """An answer, and the descriptors that go with it; the server closes them."""
 
 
+Source = tuple[Callable[[], None], int]
+
+
 class Client:
     """A connected client."""
 
@@ -145,11 +150,13 @@ class ControlServer:
         with contextlib.suppress(OSError):
             self._path.unlink()
 
-    def sources(self) -> dict[int, tuple[Callable[[], None], bool]]:
-        """Give what to wait for: descriptor to what to call, and whether it wants to write."""
-        own: dict[int, tuple[Callable[[], None], bool]] = {self._listener.fileno(): (self._accept, False)}
+    def sources(self) -> dict[int, Source]:
+        """Give what to wait for: descriptor to what to call, and for which of poll's events."""
+        own: dict[int, Source] = {self._listener.fileno(): (self._accept, select.POLLIN)}
         for fd, client in self._clients.items():
-            own[fd] = (lambda fd=fd: self._serve(fd), client.channel.has_unsent)  # type: ignore[misc]
+            # One that was answered is not listened to any more, however much it has to say.
+            events = select.POLLOUT if client.closing else select.POLLIN
+            own[fd] = (partial(self._serve, fd), events)
         return own
 
     def drop_slow(self) -> None:

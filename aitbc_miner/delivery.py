@@ -37,7 +37,9 @@ def deliver(records: Records, coordinator: Coordinator, node_id: str, job_id: st
         outcome = job.outcome()
         if outcome is None:
             outcome = declare(job, JobSettled(job_id, "its record has no outcome"))
-        if job.state().state not in FINAL | {State.UPLOADING}:
+        # A repetition, asked for by a coordinator that has forgotten: it changes nothing here any more.
+        final = job.state().state in FINAL
+        if not final:
             job.move(State.UPLOADING)
         how = "accepted"
         try:
@@ -46,8 +48,10 @@ def deliver(records: Records, coordinator: Coordinator, node_id: str, job_id: st
             # Already final there, or given to somebody else: nothing is left to say about it.
             how = "superseded"
         except (Refused, ArtifactChanged) as error:
-            outcome, how = _send_refusal(coordinator, node_id, job, outcome, error)
-        if job.state().state not in FINAL:
+            how = "refused"
+            if not final:
+                outcome, how = _send_refusal(coordinator, node_id, job, outcome, error)
+        if not final:
             job.move(State.DONE if outcome.ok else State.FAILED, delivery=how)
     return Delivered(job_id, outcome, how)
 

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 from collections.abc import Callable
+from math import inf
 
 from msgspec import Struct
 
@@ -20,6 +21,7 @@ from aitbc_miner.task import Progress, Report, ReportReader
 from aitbc_miner.util import clock
 
 READ_AT_ONCE = 1 << 16
+REAP_EVERY_S = 1.0
 
 
 class Delays(Struct, frozen=True):
@@ -141,8 +143,8 @@ class Execution:
             ExitStatus(ended.status, ended.signal, self._killed_for or ended.killed_for), clean, self._reports
         )
 
-    def _turn(self, timeout_s: float | None) -> bool:
-        ready = self._poll.poll(None if timeout_s is None else max(0.0, timeout_s) * 1000)
+    def _turn(self, timeout_s: float) -> bool:
+        ready = self._poll.poll(max(0.0, timeout_s) * 1000)
         for fd, _ in ready:
             if not self._sources[fd]():
                 self._unwatch(fd)
@@ -156,9 +158,10 @@ class Execution:
         self._poll.unregister(fd)
         del self._sources[fd]
 
-    def _time_left(self) -> float | None:
-        times = [at for at in (self._deadline, self._kill_at) if at is not None]
-        return min(times) - clock.now() if times else None
+    def _time_left(self) -> float:
+        now = clock.now()
+        # Now and then in any case, to reap what the job left to its subreaper, which is us.
+        return min(now + REAP_EVERY_S, self._deadline or inf, self._kill_at or inf) - now
 
     def _enforce(self) -> None:
         now = clock.now()

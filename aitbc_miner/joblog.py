@@ -14,11 +14,12 @@ class JobLog:
 
     def __init__(self, logs_fd: int, cap: int) -> None:
         # Appending: a log that is there already belongs to an earlier attempt and stays.
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._fd = os.open(LOG_NAME, flags, 0o640, dir_fd=logs_fd)
         self._cap = cap
         self._kept = 0
         self._dropped = 0
+        self._cut = False
         self._tail: deque[bytes] = deque()
         self._tail_bytes = 0
         self.disk_full = False
@@ -32,15 +33,12 @@ class JobLog:
         """Keep what fits under the cap, count the rest, remember the end."""
         self._remember(data)
         room = max(0, self._cap - self._kept)
-        if room < len(data) and not self._dropped:
-            self._put(data[:room])
+        written = self._put(data[:room]) if room else 0
+        self._kept += written
+        self._dropped += len(data) - written
+        if len(data) > room and not self._cut:
+            self._cut = True
             self._put(f"\n[log cut here: the cap of {self._cap} bytes is reached]\n".encode())
-            self._dropped += len(data) - room
-        elif room < len(data):
-            self._dropped += len(data)
-        else:
-            self._put(data)
-        self._kept = min(self._cap, self._kept + len(data))
 
     def close(self) -> LogInfo:
         """Make the log durable and say what became of it."""
@@ -55,13 +53,12 @@ class JobLog:
         tail = b"".join(self._tail)[-TAIL:]
         return LogInfo(bytes=size, dropped=self._dropped, tail=tail.decode("utf-8", "replace"))
 
-    def _put(self, data: bytes) -> None:
+    def _put(self, data: bytes) -> int:
         try:
-            written = os.write(self._fd, data)
+            return os.write(self._fd, data)
         except OSError:
             self.disk_full = True
-            written = 0
-        self._dropped += len(data) - written if written < len(data) else 0
+            return 0
 
     def _remember(self, data: bytes) -> None:
         self._tail.append(data[-TAIL:])

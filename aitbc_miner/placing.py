@@ -62,12 +62,15 @@ def refuse_hopeless(ticket: Ticket, offers: Sequence[Offer]) -> None:
                 ErrorCode.E_NOGPU,
                 f"cannot place the job: it needs {needs.vram_mb} MB of video memory; the most is {most} MB",
             )
-    if not any(ticket.runner in offer.runners for offer in offers):
+    able = [offer for offer in offers if ticket.runner in offer.runners]
+    if needs.gpu or needs.vram_mb > 0:
+        able = [offer for offer in able if offer.kind == "gpu"]
+    if not able:
         raise JobError(
             ErrorCode.E_NOSLOT, f"cannot place the job: no slot here offers the runner {ticket.runner!r}"
         )
-    threads = max(offer.cpu_threads for offer in offers)
-    memory = max(offer.memory_mb for offer in offers)
+    threads = max(offer.cpu_threads for offer in able)
+    memory = max(offer.memory_mb for offer in able)
     raise JobError(
         ErrorCode.E_NOSLOT,
         f"cannot place the job: it needs {needs.cpu_threads} threads and {needs.memory_mb} MiB together; "

@@ -4,9 +4,10 @@ As root, `required` wants those users to exist; `auto` takes numeric ids that be
 ordinary user everything runs as that user (`auto`), or nothing does (`required`).
 """
 
+import grp
 import os
 import pwd
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from msgspec import Struct
 
@@ -80,9 +81,16 @@ def _lookup(name: str) -> Identity | None:
 
 
 def _unallocated(name: str, free: Iterator[int]) -> Identity:
-    for uid in free:
-        try:
-            pwd.getpwuid(uid)
-        except KeyError:
-            return Identity(uid, uid, name)
+    for number in free:
+        # As the number of a group it must be nobody's either.
+        if not _taken(pwd.getpwuid, number) and not _taken(grp.getgrgid, number):
+            return Identity(number, number, name)
     raise PrivilegeError("cannot find an unallocated user id; create the users instead")
+
+
+def _taken(look_up: Callable[[int], object], number: int) -> bool:
+    try:
+        look_up(number)
+    except KeyError:
+        return False
+    return True

@@ -8,13 +8,14 @@ import os
 import select
 import signal
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 from msgspec import Struct
 
-from aitbc_miner.children import Keeper
+from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
-from aitbc_miner.control import ControlServer
+from aitbc_miner.control import ControlServer, Source
 from aitbc_miner.desk import Desk
 from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.messages import (
@@ -103,26 +104,24 @@ class Supervisor:
         """Wait for something to happen, and deal with it."""
         sources = self._sources()
         poller = select.poll()
-        for fd, (_, wants_to_write) in sources.items():
-            poller.register(fd, select.POLLIN | (select.POLLOUT if wants_to_write else 0))
+        for fd, (_, wanted) in sources.items():
+            poller.register(fd, wanted)
         for fd, _ in poller.poll(TICK_S * 1000):
             sources[fd][0]()
 
-    def _sources(self) -> dict[int, tuple[Callable[[], None], bool]]:
+    def _sources(self) -> dict[int, Source]:
         sources = self._control.sources()
-        sources[self._signals] = (self._take_signals, False)
-        for keeper, hear in ((self._agent, self._hear_agent), (self._heartbeat, self._hear_heartbeat)):
-            if keeper.child:
-                if keeper.child.heard:
-                    sources[keeper.child.channel.fileno()] = (hear, keeper.child.channel.has_unsent)
-                sources[keeper.child.pidfd] = (lambda keeper=keeper: self._child_gone(keeper), False)  # type: ignore[misc]
+        sources[self._signals] = (self._take_signals, select.POLLIN)
+        if agent := self._agent.child:
+            sources |= _sources_of(agent, self._hear_agent, partial(self._child_gone, self._agent))
+        if heartbeat := self._heartbeat.child:
+            gone = partial(self._child_gone, self._heartbeat)
+            sources |= _sources_of(heartbeat, self._hear_heartbeat, gone)
         for slot in self._slots.values():
             if slot.child:
-                if slot.child.heard:
-                    sources[slot.child.channel.fileno()] = (slot.hear, slot.child.channel.has_unsent)
-                sources[slot.child.pidfd] = (slot.worker_gone, False)
+                sources |= _sources_of(slot.child, slot.hear, slot.worker_gone)
             if slot.adopted is not None:
-                sources[slot.adopted] = (slot.adopted_gone, False)
+                sources[slot.adopted] = (slot.adopted_gone, select.POLLIN)
         return sources
 
     def _tick(self) -> None:
@@ -339,3 +338,12 @@ class Supervisor:
         for slot in self._slots.values():
             if slot.child and slot.rules.state not in HOLDING:
                 slot.child.kill()
+
+
+def _sources_of(child: Child[M], hear: Callable[[], None], gone: Callable[[], None]) -> dict[int, Source]:
+    """Say what a child is waited for with: its words, as long as it is listened to, and its end."""
+    sources: dict[int, Source] = {child.pidfd: (gone, select.POLLIN)}
+    if child.heard:
+        room = select.POLLOUT if child.channel.has_unsent else 0
+        sources[child.channel.fileno()] = (hear, select.POLLIN | room)
+    return sources

@@ -58,8 +58,8 @@ class Node:
         """Serve what is ready, once; how many there were."""
         sources = self.server.sources()
         poller = select.poll()
-        for fd, (_, wants_to_write) in sources.items():
-            poller.register(fd, select.POLLIN | (select.POLLOUT if wants_to_write else 0))
+        for fd, (_, wanted) in sources.items():
+            poller.register(fd, wanted)
         ready = poller.poll(timeout_s * 1000)
         for fd, _ in ready:
             sources[fd][0]()

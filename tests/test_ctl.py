@@ -68,8 +68,9 @@ class Served:
     def _turn(self) -> None:
         while True:
             sources = self._server.sources()
-            writers = [fd for fd, (_, wants_write) in sources.items() if wants_write]
-            readable, writable, _ = select.select([self._woken, *sources], writers, [])
+            readers = [fd for fd, (_, wanted) in sources.items() if wanted & select.POLLIN]
+            writers = [fd for fd, (_, wanted) in sources.items() if wanted & select.POLLOUT]
+            readable, writable, _ = select.select([self._woken, *readers], writers, [])
             if self._woken in readable:
                 return
             for fd in {*readable, *writable}:

@@ -4,7 +4,10 @@ A worker is root and works in directories that less privileged processes own, so
 descriptors and never follows a link there.
 """
 
+import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +36,10 @@ def write_durably(dir_fd: int, name: str, data: bytes, *, mode: int = 0o640) -> 
         OSError: the disk is full or broken; the old file is untouched then.
     """
     temporary = f".{name}.new"
-    fd = os.open(
-        temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=dir_fd
-    )
+    # Made anew: what is there was left by a crash, or is a trap with another name or a reader somewhere else.
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary, dir_fd=dir_fd)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=dir_fd)
     try:
         with os.fdopen(fd, "wb", closefd=False) as file:
             file.write(data)
@@ -59,8 +63,13 @@ def read_bounded(dir_fd: int, name: str, limit: int) -> bytes:
         OSError: it is a link, or larger than `limit` bytes.
     """
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
-    with os.fdopen(fd, "rb") as file:
-        data = file.read(limit + 1)
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            data = file.read(limit + 1)
+    finally:
+        os.close(fd)
     if len(data) > limit:
         raise OSError(f"cannot read {name}: larger than {limit} bytes")
     return data

@@ -1,12 +1,11 @@
 """Log lines as JSON for journald and tools, or as text on a terminal; the one place that masks secrets."""
 
+import json
 import logging
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
-
-import msgspec
 
 from aitbc_miner.util import clock
 
@@ -43,12 +42,15 @@ class Formatter(logging.Formatter):
         super().__init__()
         self._node_id = node_id
         self._as_json = as_json
-        self._secrets = [secret for secret in secrets if len(secret) >= MIN_SECRET]
+        self._masked_forms: list[str] = []
+        for secret in secrets:
+            self.add_secret(secret)
 
     def add_secret(self, secret: str) -> None:
         """Mask this value from now on."""
-        if len(secret) >= MIN_SECRET and secret not in self._secrets:
-            self._secrets.append(secret)
+        if len(secret) >= MIN_SECRET:
+            # The longest first, for a secret may begin like another one.
+            self._masked_forms = sorted({*self._masked_forms, *_forms(secret)}, key=len, reverse=True)
 
     def format(self, record: logging.LogRecord) -> str:
         """Make the line; a traceback becomes an attribute, so that a line stays a line."""
@@ -57,32 +59,33 @@ class Formatter(logging.Formatter):
             attrs["traceback"] = self.formatException(record.exc_info)
         part = record.name.removeprefix("aitbc_miner.")
         first = {key: attrs.pop(key) for key in self.FIRST if key in attrs}
-        if self._as_json:
-            line = msgspec.json.encode(
-                {
-                    "ts": clock.wall(),
-                    "level": record.levelname.lower(),
-                    "node_id": self._node_id,
-                    **first,
-                    "part": part,
-                    "event": record.getMessage(),
-                    "attrs": attrs,
-                },
-                enc_hook=str,
-            ).decode()
-        else:
-            where = " ".join(str(value) for value in first.values())
-            rest = " ".join(f"{key}={value}" for key, value in attrs.items())
-            head = f"{clock.wall()[11:]} {record.levelname:<7} {part:<10} {where:<12}"
-            line = f"{head} {record.getMessage()} {rest}"
-        return self._masked(line.rstrip())
-
-    def _masked(self, line: str) -> str:
-        for secret in self._secrets:
-            line = line.replace(secret, MASK)
-            # The same value inside a JSON string may be escaped.
-            line = line.replace(msgspec.json.encode(secret).decode()[1:-1], MASK)
+        head = {"ts": clock.wall(), "level": record.levelname.lower(), "node_id": self._node_id}
+        what = {"part": part, "event": record.getMessage(), "attrs": attrs}
+        line = (
+            json.dumps({**head, **first, **what}, default=str) if self._as_json else _text(head, first, what)
+        )
+        for form in self._masked_forms:
+            line = line.replace(form, MASK)
         return line
+
+
+def _forms(secret: str) -> set[str]:
+    """Give the secret as it may stand in a line: itself, in a traceback, and either of them inside JSON."""
+    plain = {secret, repr(secret)[1:-1]}
+    shown = plain | {_printable(form) for form in plain}
+    return shown | {json.dumps(form)[1:-1] for form in shown}
+
+
+def _text(head: dict[str, str], first: dict[str, Any], what: dict[str, Any]) -> str:
+    where = " ".join(str(value) for value in first.values())
+    rest = " ".join(f"{key}={value}" for key, value in what["attrs"].items())
+    begin = f"{head['ts'][11:]} {head['level'].upper():<7} {what['part']:<10} {where:<12}"
+    return _printable(f"{begin} {what['event']} {rest}".rstrip())
+
+
+def _printable(text: str) -> str:
+    """Escape what would end the line, move the cursor, or cannot be encoded."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def descriptors() -> set[int]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -131,6 +132,23 @@ def test_memory_stays_bounded(handed_out: Rig) -> None:
     peaks = {name: peak_mib(pid) for name, pid in handed_out.children.items()}
     print(f"peak memory, MiB: {peaks}")
     assert max(peaks.values()) < 256, peaks
+
+
+def test_a_talkative_job_ends_although_the_supervisor_was_slow_to_listen(rig: Rig) -> None:
+    assert rig.node.process is not None
+    rig.mock.submit({"job_id": "talker", **task("many_reports", count=20_000, wait=True)})
+    folder = rig.node.jobs / "talker"
+    wait_until((folder / "work" / "waiting").exists, PATIENCE_S)
+    rig.node.process.send_signal(signal.SIGSTOP)
+    try:
+        (folder / "work" / "release").touch()
+        wait_until((folder / "outcome.json").exists, PATIENCE_S)
+    finally:
+        rig.node.process.send_signal(signal.SIGCONT)
+    (job,) = wait_final(rig.mock, ["talker"], PATIENCE_S)
+    assert code(job) == OK
+    wait_until(lambda: all_idle(rig.node), PATIENCE_S)
+    rig.assert_unharmed()
 
 
 # --- a coordinator that has gone mad -----------------------------------------------------------------------

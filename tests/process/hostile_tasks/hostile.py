@@ -175,7 +175,10 @@ def endless_report(megabytes: int) -> str:
 
 
 @trick
-def many_reports(count: int) -> str:
+def many_reports(count: int, wait: bool = False) -> str:
+    if wait:
+        (work_dir() / "waiting").touch()
+        _wait_for_release()
     for number in range(count):
         progress(number % 100, "\x1b[31m\n" * 50)
     return "came back"
@@ -307,10 +310,14 @@ def wait_for_release() -> str:
     """Be another job for a while: with a secret on disk, until a file says that it is enough."""
     (work_dir() / "secret").write_text("theirs")
     (output_dir() / "secret").write_text("theirs")
+    _wait_for_release()
+    return "released"
+
+
+def _wait_for_release() -> None:
     deadline = time.monotonic() + 30
     while not (work_dir() / "release").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return "released"
 
 
 def _try(doing: Callable[[], object]) -> str:
