@@ -65,9 +65,15 @@ class Supervision:
         except ChannelError:
             self.connected = False
 
+    @property
+    def events(self) -> int:
+        """Give which of poll's events to wait for: what a slow supervisor has not taken yet wants out."""
+        return select.POLLIN | (select.POLLOUT if self._channel.has_unsent else 0)
+
     def take(self) -> list[ToWorker]:
-        """Receive, and note what concerns a running job."""
+        """Send what waits, receive, and note what concerns a running job."""
         try:
+            self._channel.flush()
             messages = self._channel.receive()
         except ChannelError:
             self.connected = False
@@ -81,8 +87,10 @@ class Supervision:
 
     def wait(self) -> list[ToWorker]:
         """Wait for messages, or for a signal, while there is no job."""
-        ready, _, _ = select.select([self.fileno(), self.woken], [], [])
-        return self.take() if self.fileno() in ready else []
+        poller = select.poll()
+        poller.register(self.fileno(), self.events)
+        poller.register(self.woken, select.POLLIN)
+        return self.take() if self.fileno() in dict(poller.poll()) else []
 
     def listen_for_signals(self) -> None:
         """Let the signals of `END_SIGNALS` be noted and end the wait; a handler does no more than that."""
@@ -144,6 +152,8 @@ class Execution:
         )
 
     def _turn(self, timeout_s: float) -> bool:
+        if self._supervision.fileno() in self._sources:
+            self._poll.modify(self._supervision.fileno(), self._supervision.events)
         ready = self._poll.poll(max(0.0, timeout_s) * 1000)
         for fd, _ in ready:
             if not self._sources[fd]():
@@ -193,11 +203,15 @@ class Execution:
 
     def _read_reports(self, pipe: int) -> bool:
         data = os.read(pipe, READ_AT_ONCE)
+        last: Progress | None = None
         for report in self._reader.feed(data):
             if isinstance(report, Progress):
-                self._supervision.send(JobProgress(self._job_id, report.pct, report.note))
+                last = report
             else:
                 self._reports.append(report)
+        if last is not None:
+            # What came before it in the same breath is out of date, and could fill the supervisor's pipe.
+            self._supervision.send(JobProgress(self._job_id, last.pct, last.note))
         return bool(data)
 
     def _obey(self) -> bool:

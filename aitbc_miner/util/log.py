@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -61,9 +62,8 @@ class Formatter(logging.Formatter):
         first = {key: attrs.pop(key) for key in self.FIRST if key in attrs}
         head = {"ts": clock.wall(), "level": record.levelname.lower(), "node_id": self._node_id}
         what = {"part": part, "event": record.getMessage(), "attrs": attrs}
-        line = (
-            json.dumps({**head, **first, **what}, default=str) if self._as_json else _text(head, first, what)
-        )
+        whole = {**head, **first, **what}
+        line = json.dumps(_plain(whole)) if self._as_json else _text(head, first, what)
         for form in self._masked_forms:
             line = line.replace(form, MASK)
         return line
@@ -81,6 +81,17 @@ def _text(head: dict[str, str], first: dict[str, Any], what: dict[str, Any]) -> 
     rest = " ".join(f"{key}={value}" for key, value in what["attrs"].items())
     begin = f"{head['ts'][11:]} {head['level'].upper():<7} {what['part']:<10} {where:<12}"
     return _printable(f"{begin} {what['event']} {rest}".rstrip())
+
+
+def _plain(value: object) -> object:
+    """Turn anything into what JSON can hold: a line with an odd value in it is better than no line."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _printable(text: str) -> str:
