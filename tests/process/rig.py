@@ -1,6 +1,9 @@
 """A node that others mean harm, and how to tell that it has taken none."""
 
 import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,10 +57,18 @@ def new_node(mock: MockCoordinator, slots: list[dict[str, Any]], **changes: Any)
     return node
 
 
-def ready(mock: MockCoordinator, node: Node) -> Rig:
-    """Wait until a node has set up all its slots, and note what it consists of."""
-    wait_until(lambda: node.now().slots and all_idle(node), PATIENCE_S)
-    return Rig(mock, node, node.children())
+@contextmanager
+def running(mock: MockCoordinator, slots: list[dict[str, Any]], **changes: Any) -> Iterator[Rig]:
+    """Run a node whose slots are set up, and leave nothing of it."""
+    node = new_node(mock, slots, **changes)
+    try:
+        node.start()
+        wait_until(lambda: node.now().slots and all_idle(node), PATIENCE_S)
+        yield Rig(mock, node, node.children())
+    finally:
+        node.clean_up()
+        # An ordinary user cannot look into the directories that some jobs have shut.
+        shutil.rmtree(node.directory, ignore_errors=True)
 
 
 def all_idle(node: Node) -> bool:

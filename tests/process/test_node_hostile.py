@@ -6,13 +6,14 @@ import re
 import signal
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import assert_once, wait_final
 from hostile_jobs import BY_FORCE, IDS, NAMELESS, OK, RAW, ROOT, cases, cli, task, with_id
-from rig import PATIENCE_S, Rig, all_idle, code, new_node, outcome, peak_mib, ready
+from rig import PATIENCE_S, Rig, all_idle, code, outcome, peak_mib, running
 
 from aitbc_miner.util import clock
 from tools.local_node import TOKEN, wait_until
@@ -40,12 +41,15 @@ CHANGES = {
 def rig(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     files = tmp_path_factory.mktemp("files")
     (files / "a").write_text("1")
-    with MockCoordinator(files_dir=files, ignore_filters=True) as mock:
-        node = new_node(mock, SLOTS, **CHANGES)
-        try:
-            yield ready(mock, node.start())
-        finally:
-            node.clean_up()
+    with (
+        MockCoordinator(files_dir=files, ignore_filters=True) as mock,
+        running(mock, SLOTS, **CHANGES) as rig,
+    ):
+        yield rig
+        # Or an ordinary user could not remove what this job has shut.
+        for shut in ("output", "output/below"):
+            with suppress(FileNotFoundError):
+                (rig.node.jobs / "no-permissions" / shut).chmod(0o700)
 
 
 @pytest.fixture(scope="module")
@@ -180,18 +184,13 @@ def troubled() -> Iterator[Rig]:
     """A node that had every possible trouble with registering."""
     with MockCoordinator() as mock:
         set_faults(mock, "register")
-        node = new_node(
-            mock,
-            SLOTS,
-            coordinator={"poll_interval_s": 0.05, "timeout_s": 1},
-            heartbeat={"interval_s": 0.2, "backoff": {"min_s": 0.05, "max_s": 0.1}},
-        )
-        try:
-            rig = ready(mock, node.start())
+        hasty = {
+            "coordinator": {"poll_interval_s": 0.05, "timeout_s": 1},
+            "heartbeat": {"interval_s": 0.2, "backoff": {"min_s": 0.05, "max_s": 0.1}},
+        }
+        with running(mock, SLOTS, **hasty) as rig:
             wait_until(lambda: faults_are_over(mock), PATIENCE_S)
             yield rig
-        finally:
-            node.clean_up()
 
 
 TROUBLE = {
@@ -245,22 +244,17 @@ def test_a_job_whose_lease_ran_out_before_the_ack_came_through_is_taken_again(tr
 
 @pytest.mark.parametrize("mode", ["auto", "off"])
 def test_nothing_of_a_stubborn_job_survives_its_timeout(mode: str) -> None:
-    with MockCoordinator() as mock:
-        node = new_node(mock, SLOTS[:1], cgroup={"mode": mode})
-        try:
-            rig = ready(mock, node.start())
-            mock.submit({"job_id": "brood", **task("brood", timeout_s=3.0, children=50)})
-            (job,) = wait_final(mock, ["brood"], PATIENCE_S)
-            pids = [int(path.name[4:]) for path in (node.jobs / "brood" / "work").glob("pid-*")]
-            assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
-            assert code(job) == "E_TIMEOUT"
-            assert len(pids) == 51
-            assert bool(node.slot().cgroup) == (mode == "auto" and node.cgroup() is not None)
-            rig.assert_works("good")
-            wait_until(lambda: all_idle(node), PATIENCE_S)
-            rig.assert_unharmed()
-        finally:
-            node.clean_up()
+    with MockCoordinator() as mock, running(mock, SLOTS[:1], cgroup={"mode": mode}) as rig:
+        mock.submit({"job_id": "brood", **task("brood", timeout_s=3.0, children=50)})
+        (job,) = wait_final(mock, ["brood"], PATIENCE_S)
+        pids = [int(path.name[4:]) for path in (rig.node.jobs / "brood" / "work").glob("pid-*")]
+        assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == []
+        assert code(job) == "E_TIMEOUT"
+        assert len(pids) == 51
+        assert bool(rig.node.slot().cgroup) == (mode == "auto" and rig.node.cgroup() is not None)
+        rig.assert_works("good")
+        wait_until(lambda: all_idle(rig.node), PATIENCE_S)
+        rig.assert_unharmed()
 
 
 # --- local users -------------------------------------------------------------------------------------------

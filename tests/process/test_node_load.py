@@ -6,7 +6,7 @@ from itertools import pairwise
 
 from harness import assert_once, wait_final
 from hostile_jobs import OK, task
-from rig import PATIENCE_S, all_idle, code, new_node, peak_mib, ready
+from rig import PATIENCE_S, all_idle, code, peak_mib, running
 
 from aitbc_miner.util import clock
 from tools.local_node import wait_until
@@ -28,40 +28,36 @@ def arrivals(ledger: Ledger) -> list[float]:
 
 
 def test_heartbeats_and_status_keep_their_time_under_load() -> None:
-    with MockCoordinator() as mock:
-        node = new_node(mock, SLOTS, heartbeat={"interval_s": BEAT_S, "jitter_pct": 0})
-        try:
-            rig = ready(mock, node.start())
-            cores = min(8, os.cpu_count() or 1)
-            for job_id in JOBS:
-                burn = task("burn", seconds=BEATS * BEAT_S + 2, mebibytes=FILL_MIB, processes=cores)
-                mock.submit({"job_id": job_id, **burn})
-            wait_until(
-                lambda: all((node.jobs / job_id / "work" / "burning").exists() for job_id in JOBS), PATIENCE_S
-            )
-            first = len(arrivals(mock.ledger))
-            answers = []
-            for beat in range(first, first + BEATS):
-                mock.wait(lambda ledger, beat=beat: len(arrivals(ledger)) > beat, PATIENCE_S)  # type: ignore[misc]
-                for _ in range(2):
-                    began = clock.now()
-                    assert all(row.slot.state == "BUSY" for row in node.now().slots)
-                    answers.append(clock.now() - began)
-            beats = arrivals(mock.ledger)[max(0, first - 1) :]
-            late = [max(0.0, after - before - BEAT_S) for before, after in pairwise(beats)]
-            print(
-                f"\nload of {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs;"
-                f" heartbeats late by at most {max(late) * 1000:.1f} ms of {len(late)};"
-                f" status: median {statistics.median(answers) * 1000:.1f} ms,"
-                f" worst {max(answers) * 1000:.1f} ms of {len(answers)}"
-            )
-            assert max(late) < 1.0
-            assert max(answers) < 1.0
-            for job in wait_final(mock, JOBS, PATIENCE_S):
-                assert code(job) == OK, job.reports
-            assert_once(mock, JOBS)
-            wait_until(lambda: all_idle(node), PATIENCE_S)
-            rig.assert_unharmed()
-            assert max(peak_mib(pid) for pid in rig.children.values()) < 256
-        finally:
-            node.clean_up()
+    beat = {"interval_s": BEAT_S, "jitter_pct": 0}
+    with MockCoordinator() as mock, running(mock, SLOTS, heartbeat=beat) as rig:
+        node = rig.node
+        cores = min(8, os.cpu_count() or 1)
+        burn = task("burn", seconds=BEATS * BEAT_S + 2, mebibytes=FILL_MIB, processes=cores)
+        for job_id in JOBS:
+            mock.submit({"job_id": job_id, **burn})
+        signs = [node.jobs / job_id / "work" / "burning" for job_id in JOBS]
+        wait_until(lambda: all(sign.exists() for sign in signs), PATIENCE_S)
+        first = len(arrivals(mock.ledger))
+        answers = []
+        for number in range(first, first + BEATS):
+            mock.wait(lambda ledger, number=number: len(arrivals(ledger)) > number, PATIENCE_S)  # type: ignore[misc]
+            for _ in range(2):
+                began = clock.now()
+                assert all(row.slot.state == "BUSY" for row in node.now().slots)
+                answers.append(clock.now() - began)
+        beats = arrivals(mock.ledger)[max(0, first - 1) :]
+        late = [max(0.0, after - before - BEAT_S) for before, after in pairwise(beats)]
+        print(
+            f"\nload of {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs;"
+            f" heartbeats late by at most {max(late) * 1000:.1f} ms of {len(late)};"
+            f" status: median {statistics.median(answers) * 1000:.1f} ms,"
+            f" worst {max(answers) * 1000:.1f} ms of {len(answers)}"
+        )
+        assert max(late) < 1.0
+        assert max(answers) < 1.0
+        for job in wait_final(mock, JOBS, PATIENCE_S):
+            assert code(job) == OK, job.reports
+        assert_once(mock, JOBS)
+        wait_until(lambda: all_idle(node), PATIENCE_S)
+        rig.assert_unharmed()
+        assert max(peak_mib(pid) for pid in rig.children.values()) < 256

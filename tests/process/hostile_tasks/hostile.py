@@ -350,7 +350,7 @@ def trespass(other: str, node: str, supervisor: int) -> dict[str, Any]:
             "read their manifest": _try((theirs / "manifest.json").read_bytes),
             "write into their job": _try((theirs / "mine").touch),
             "write into our record": _try((work_dir().parent / "outcome.json").touch),
-            "replace our log": _try((work_dir().parent / "logs" / "exec.log").unlink),
+            "write into our log": _try(lambda: os.open(work_dir().parent / "logs" / "exec.log", os.O_WRONLY)),
             "read our own state": _try((work_dir().parent / "state.json").read_bytes),
             "read the config": _try((Path(node) / "config.yaml").read_bytes),
             "connect to the control socket": _try(lambda: _connect(Path(node) / "run" / "control.sock")),
