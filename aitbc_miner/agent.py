@@ -335,7 +335,7 @@ class Agent:
         del self._unplaced[job_id]
         if taken.report:
             self._report_on(job_id)
-        else:
+        elif taken.gone:
             self._log.info("job is not ours any more", job_id=job_id)
             self._update(job_id, State.FAILED)
 

@@ -37,11 +37,15 @@ INPUTS_TIMEOUT_S = 3600.0
 
 
 class Taken(Struct, frozen=True):
-    """What became of a pulled job: `ticket` for a slot, or a report to send, or neither (not ours)."""
+    """What became of a pulled job: a ticket for a slot, a report to send, or it is gone (not ours).
+
+    None of these: it is in a slot already.
+    """
 
     job_id: str
     ticket: Ticket | None = None
     report: bool = False
+    gone: bool = False
 
 
 class Stopping(Exception):  # noqa: N818  # says what happened
@@ -75,6 +79,9 @@ class Intake:
     def resume(self, job_id: str, offers: Sequence[Offer]) -> Taken:
         """Go on with a job from the step that its record names."""
         with self._records.open(job_id) as job:
+            if job.state().state not in {State.PULLED, State.ACKED} or job.has_outcome():
+                # It was in a slot already, and has come further since the agent read the records.
+                return Taken(job_id, report=job.has_outcome())
             manifest = job.manifest()
             ticket = Ticket(job_id, manifest.runner, manifest.requirements, manifest.priority, clock.now())
             try:
@@ -86,11 +93,11 @@ class Intake:
                 return self._refuse(job_id, error)
             except Gone:
                 self._forget(job)
-                return Taken(job_id)
+                return Taken(job_id, gone=True)
             except Refused as error:
                 # Never acknowledged: it must not run, and there is nobody to tell.
                 job.move(State.FAILED, delivery="superseded", note=str(error))
-                return Taken(job_id)
+                return Taken(job_id, gone=True)
         return Taken(job_id, ticket)
 
     def refuse_nameless(self, job_id: str, why: str) -> None:

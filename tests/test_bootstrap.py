@@ -199,7 +199,7 @@ HEAD = b'{"job": {"params": {"job_id": "wrong"}, "note": "{\\"job_id\\": [", "jo
         (b'"' + b"y" * 17_000 + b'"}}', "it is larger than 16 KiB"),
         (b"[" * 10_000, "it is nested too deeply"),
         (b"[" * 7_000 + b"]" * 7_000 + b"}}", "it is nested too deeply"),
-        (b'{"a":' * 2_000, "it is nested too deeply"),
+        (b'{"a":' * 2_000 + b"1" + b"}" * 2_000 + b"}}", "it is nested too deeply"),
         (b"NaN}}", "JSON is malformed: invalid character (byte 88)"),
         (b"Infinity}}", "JSON is malformed: invalid character (byte 88)"),
         (b'"cut off', "Input data was truncated"),
