@@ -4,16 +4,16 @@ One thread decides, here; calls to the coordinator run in a few others and come 
 one. The process is not root and reads everything that comes from outside.
 """
 
-import hashlib
 import select
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import msgspec
 
-from aitbc_miner.channel import Channel
+from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import (
     Busy,
@@ -23,30 +23,28 @@ from aitbc_miner.coordinator import (
     PullFilters,
     Unauthorized,
 )
-from aitbc_miner.delivery import Delivered, Schedule, declare, deliver, describe
+from aitbc_miner.delivery import Delivered, Schedule, deliver, describe, settle
 from aitbc_miner.errors import MinerError
 from aitbc_miner.intake import Intake, Stopping, Taken
-from aitbc_miner.jobs import FINAL, Outcome, State, valid_job_id
+from aitbc_miner.jobs import Outcome, State, valid_job_id
 from aitbc_miner.messages import (
     CancelJob,
     Deliveries,
     JobProgress,
     JobReady,
     JobSettled,
-    NodeToken,
     Offer,
     PrivateLine,
     Recovered,
-    Redeliver,
     Slots,
     Stop,
     Ticket,
     ToAgent,
-    TokenWanted,
 )
+from aitbc_miner.nodetoken import TokenLine
 from aitbc_miner.placing import room
 from aitbc_miner.progress import ProgressBook
-from aitbc_miner.records import RecordError, Records
+from aitbc_miner.records import Records
 from aitbc_miner.recovery import has_outcome, read_outcome, recover
 from aitbc_miner.util import clock
 from aitbc_miner.util.background import Background
@@ -72,20 +70,25 @@ class Agent:
         mask: Callable[[str], None],
     ) -> None:
         self._channel = channel
-        self._line = line
         self._config = config
         self._coordinator = coordinator
-        self._mask = mask
         self._log = events("agent")
         self._records = Records(config.workspace.root)
         self._background = Background()
         self._stopping = threading.Event()
-        self._token: str | None = None
-        self._token_refused = threading.Event()
-        self._intake = Intake(config, self._records, coordinator, self._stopping, self._refuse_token)
+        self._token = TokenLine(line, coordinator, mask)
+        self._intake = Intake(
+            config,
+            self._records,
+            coordinator,
+            self._stopping,
+            unauthorized=lambda: self._background.post(self._token.refused),
+            acked=lambda job_id, runner: self._background.post(partial(self._acked, job_id, runner)),
+        )
         self._pools = {name: ThreadPoolExecutor(n, name) for name, n in POOLS.items()}
         self._view: Slots | None = None
         self._unplaced: dict[str, Ticket | None] = {}
+        self._cancels: dict[str, threading.Event] = {}
         self._progress = ProgressBook(config.heartbeat.interval_s, PROGRESS_PAUSE_S)
         self._pulling = False
         self._pull_at = 0.0
@@ -100,7 +103,7 @@ class Agent:
     def run(self) -> None:
         """Recover, then serve until told to stop or the supervisor is gone (ChannelError)."""
         self._recover()
-        self._line.send(TokenWanted())
+        self._token.ask()
         while not self._stopping.is_set():
             self._wait()
             self._background.finish()
@@ -116,7 +119,7 @@ class Agent:
         poller.register(
             self._channel.fileno(), select.POLLIN | (select.POLLOUT if self._channel.has_unsent else 0)
         )
-        poller.register(self._line.fileno(), select.POLLIN)
+        poller.register(self._token.fileno(), select.POLLIN)
         poller.register(self._background.woken, select.POLLIN)
         ready = dict(poller.poll(self._pause() * 1000))
         if ready.get(self._channel.fileno(), 0) & select.POLLOUT:
@@ -124,14 +127,11 @@ class Agent:
         if ready.get(self._channel.fileno(), 0) & ~select.POLLOUT:
             for message in self._channel.receive():
                 self._obey(message)
-        if self._line.fileno() in ready:
-            for word in self._line.receive():
-                self._use_token(word)
+        if self._token.fileno() in ready and self._token.receive():
+            self._pull_at = clock.now()
+            self._schedule.hurry(clock.now())
         if self._background.woken in ready:
             self._background.clear()
-        if self._token_refused.is_set():
-            self._token_refused.clear()
-            self._ask_for_token()
 
     def _pause(self) -> float:
         times = [clock.now() + 60.0]
@@ -139,9 +139,11 @@ class Agent:
             times.append(self._pull_at)
         if self._to_resume and self._view and self._view.slots:
             times.append(self._resume_at)
-        if (due := self._schedule.next_due()) is not None and self._schedule.running < POOLS["delivery"]:
+        # Without a token nothing can be sent: what is due then would keep this from waiting at all.
+        if self._token and (due := self._progress.next_due()) is not None:
             times.append(due)
-        if (due := self._progress.next_due()) is not None and self._token is not None:
+        may_deliver = self._token and self._schedule.running < POOLS["delivery"]
+        if may_deliver and (due := self._schedule.next_due()) is not None:
             times.append(due)
         return max(0.0, min(times) - clock.now())
 
@@ -149,42 +151,27 @@ class Agent:
         match message:
             case Slots():
                 self._see(message)
+            case CancelJob() if message.job_id in self._cancels:
+                self._cancels[message.job_id].set()
             case JobSettled() | CancelJob():
                 self._settle(message)
             case JobProgress():
                 self._progress.note(message.job_id, message.pct or 0.0, message.note, clock.now())
-            case Redeliver():
-                self._schedule.hurry(clock.now())
             case Stop():
                 self._stopping.set()
-
-    # --- the node token ------------------------------------------------------------------------------------
-
-    def _use_token(self, word: PrivateLine) -> None:
-        if isinstance(word, NodeToken):
-            self._token = word.token
-            self._mask(word.token)
-            self._coordinator.use_token(word.token)
-            self._pull_at = clock.now()
-            self._schedule.hurry(clock.now())
-
-    def _refuse_token(self) -> None:
-        """Note, from any thread, that the coordinator refused the token."""
-        self._token_refused.set()
-        self._background.wake()
-
-    def _ask_for_token(self) -> None:
-        if self._token is not None:
-            digest = hashlib.sha256(self._token.encode()).hexdigest()[:16]
-            self._line.send(TokenWanted(refused=digest))
 
     def _note_error(self, error: Exception) -> float | None:
         """Remember the last error for `status`; gives how long the coordinator asks to be left alone."""
         if isinstance(error, Unauthorized):
-            self._ask_for_token()
+            self._token.refused()
         self._error = str(error)
         self._report()
         return error.retry_after if isinstance(error, Busy) else None
+
+    def _warn(self, event: str, error: Exception, **attrs: Any) -> None:
+        # What nobody has thought of comes with its traceback.
+        foreseen = isinstance(error, MinerError | OSError)
+        self._log.warning(event, error=str(error), exc_info=None if foreseen else error, **attrs)
 
     def _report(self) -> None:
         self._channel.send(Deliveries(len(self._schedule), self._error))
@@ -226,15 +213,8 @@ class Agent:
         job_id = said.job_id
         self._progress.ended(job_id)
         self._unplaced.pop(job_id, None)
-        try:
-            with self._records.open(job_id) as job:
-                if job.state().state in FINAL:
-                    return
-                if not job.has_outcome():
-                    declare(job, said)
-        except (RecordError, OSError) as error:
-            self._log.error("cannot settle job", job_id=job_id, error=str(error))
-        self._report_on(job_id)
+        if settle(self._records, said):
+            self._report_on(job_id)
 
     # --- pulling -------------------------------------------------------------------------------------------
 
@@ -245,33 +225,33 @@ class Agent:
         return room([slot.offer for slot in self._view.slots if slot.free], list(self._unplaced.values()))
 
     def _may_pull(self) -> bool:
-        return not self._pulling and self._token is not None and bool(self._room())
+        return not self._pulling and bool(self._token) and bool(self._room())
 
     def _start_pull(self) -> None:
         if not self._may_pull() or clock.now() < self._pull_at:
             return
         self._pulling = True
-        known = [*self._unplaced, *self._progress.ids()][:MAX_KNOWN]
-        filters = PullFilters([msgspec.to_builtins(offer) for offer in self._room()], known)
+        known = dict.fromkeys([*self._unplaced, *self._progress.ids(), *self._schedule.newest()])
+        filters = PullFilters([msgspec.to_builtins(offer) for offer in self._room()], list(known)[:MAX_KNOWN])
         self._background.start(self._pools["pull"], partial(self._coordinator.pull, filters), self._pulled)
 
     def _pulled(self, future: Future[PulledJob | None]) -> None:
         self._pulling = False
         try:
             job = future.result()
-        except CoordinatorError as error:
+            is_new = job is not None and self._accept(job)
+        except ChannelError:
+            raise
+        except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
             wanted = self._note_error(error)
-            self._log.warning("pull failed", error=str(error))
+            self._warn("pull failed", error)
             self._pull_at = clock.now() + max(self._pull_backoff.next(), wanted or 0.0)
             return
         self._pull_backoff.reset()
         if self._error is not None:
             self._error = None
             self._report()
-        if job is None or not self._accept(job):
-            self._pull_at = clock.now() + self._config.coordinator.poll_interval_s
-        else:
-            self._pull_at = clock.now()
+        self._pull_at = clock.now() + (0.0 if is_new else self._config.coordinator.poll_interval_s)
 
     def _accept(self, job: PulledJob) -> bool:
         """Begin to take a pulled job in; False when it brought no new work."""
@@ -300,10 +280,11 @@ class Agent:
         self._unplaced[job_id] = None
         self._update(job_id, State.PULLED)
         offers = self._offers()
+        cancelled = self._cancels.setdefault(job_id, threading.Event())
         call = (
-            partial(self._intake.take, job, job_id, offers)
+            partial(self._intake.take, job, job_id, offers, cancelled)
             if job
-            else partial(self._intake.resume, job_id, offers)
+            else partial(self._intake.resume, job_id, offers, cancelled)
         )
         if job and job.manifest:
             manifest = job.manifest
@@ -311,29 +292,38 @@ class Agent:
             self._unplaced[job_id] = ticket
         self._background.start(self._pools["intake"], call, partial(self._taken, job_id))
 
+    def _acked(self, job_id: str, runner: str) -> None:
+        """Note that a job is ours: from now on the coordinator may cancel it."""
+        self._progress.began(job_id, clock.now())
+        self._update(job_id, State.ACKED, runner=runner)
+
     def _taken(self, job_id: str, future: Future[Taken]) -> None:
         try:
             taken = future.result()
         except Stopping:
             return
-        except (MinerError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # one odd job must not end the agent, again and again
             # What is not recorded is not acknowledged either, and will be handed out again.
             self._unplaced.pop(job_id, None)
             self._pull_at = self._resume_at = clock.now() + self._pull_backoff.next()
             if self._records.known(job_id):
                 self._to_resume.append(job_id)
+            else:
+                del self._cancels[job_id]
             self._note_error(error)
-            self._log.error("cannot take job in", job_id=job_id, error=str(error))
+            self._warn("cannot take job in", error, job_id=job_id)
             return
+        cancelled = self._cancels.pop(job_id).is_set()
         self._unplaced[job_id] = taken.ticket
         if taken.ticket is not None:
             self._channel.send(JobReady(taken.ticket))
-            # The coordinator may cancel it while it waits, too.
-            self._progress.began(job_id, clock.now())
-            self._update(job_id, State.ACKED, runner=taken.ticket.runner)
+            if cancelled:
+                # It came too late for the inputs, so it is for the supervisor, which knows the job by now.
+                self._channel.send(_by_coordinator(job_id))
             return
         del self._unplaced[job_id]
         if taken.report:
+            self._progress.ended(job_id)
             self._report_on(job_id)
         elif taken.gone:
             self._log.info("job is not ours any more", job_id=job_id)
@@ -348,7 +338,7 @@ class Agent:
     # --- delivering ----------------------------------------------------------------------------------------
 
     def _start_deliveries(self) -> None:
-        if self._token is None:
+        if not self._token:
             return
         for job_id in self._schedule.start_due(clock.now(), POOLS["delivery"] - self._schedule.running):
             call = partial(deliver, self._records, self._coordinator, self._config.node_id, job_id)
@@ -357,11 +347,9 @@ class Agent:
     def _delivered(self, job_id: str, future: Future[Delivered]) -> None:
         try:
             delivered = future.result()
-        except (MinerError, OSError) as error:
+        except Exception as error:  # noqa: BLE001  # one odd job must not end the agent, again and again
             pause = self._schedule.failed(job_id, clock.now(), self._note_error(error))
-            self._log.warning(
-                "report not accepted", job_id=job_id, error=str(error), again_in_s=round(pause, 1)
-            )
+            self._warn("report not accepted", error, job_id=job_id, again_in_s=round(pause, 1))
             return
         self._schedule.succeeded(job_id, clock.now())
         self._error = None
@@ -373,7 +361,7 @@ class Agent:
     # --- progress ------------------------------------------------------------------------------------------
 
     def _start_progress(self) -> None:
-        if self._token is None:
+        if not self._token:
             return
         for job_id, pct, note in self._progress.start_due(clock.now()):
             call = partial(self._coordinator.progress, job_id, pct, note)
@@ -382,13 +370,25 @@ class Agent:
     def _progressed(self, job_id: str, future: Future[bool]) -> None:
         self._progress.sent(job_id, clock.now())
         try:
-            if future.result():
-                self._channel.send(CancelJob(job_id, "cancel", "by the coordinator"))
-        except CoordinatorError as error:
+            wants_end = future.result()
+        except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
             # The next report says the same and more; only a refused token must be dealt with.
             if isinstance(error, Unauthorized):
-                self._ask_for_token()
-            self._log.debug("progress not accepted", job_id=job_id, error=str(error))
+                self._token.refused()
+            if not isinstance(error, CoordinatorError):
+                self._warn("progress not accepted", error, job_id=job_id)
+            return
+        if not wants_end:
+            return
+        if job_id in self._cancels:
+            # The supervisor learns of the job when its inputs are there.
+            self._cancels[job_id].set()
+        else:
+            self._channel.send(_by_coordinator(job_id))
 
     def _update(self, job_id: str, state: State, *, runner: str = "", outcome: Outcome | None = None) -> None:
         self._channel.send(describe(job_id, state, runner=runner, outcome=outcome))
+
+
+def _by_coordinator(job_id: str) -> CancelJob:
+    return CancelJob(job_id, "cancel", "by the coordinator")

@@ -2,9 +2,11 @@
 
 A slot's group has two leaves, because a group that hands controllers on may hold no processes:
 
-    <parent>/<slot>/             the limits
-        worker/                  our process that looks after the job
-        job/                     the job, and nothing else
+    <own>/                       the group that we were started in
+        supervisor/              ourselves, once `delegation` has moved us
+        <parent>/<slot>/         the limits of cpu, cpuset and io
+            worker/              our process that looks after the job
+            job/                 the job, and nothing else, with the limits of memory and pids
 
 On hybrid hosts the cgroup2 mount has no controllers. Grouping, `cgroup.kill`, `cgroup.events` and the times
 in `cpu.stat` work there all the same; the limits are then left to `util.limits`.
@@ -28,9 +30,10 @@ from cgroupspy.interfaces import BaseFileInterface, CommaDashSetFile, DictFile, 
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aitbc_miner.cgrouplimits import write_limit
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util.clock import now
-from aitbc_miner.util.limits import asked, disk_of
+from aitbc_miner.util.limits import asked
 
 if TYPE_CHECKING:
     # Only its attributes matter here; reading slots.d is far above this layer.
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
 
 LIMITS = ("cpu", "cpuset", "memory", "pids", "io")
 """What can be limited; each is the name of its controller too."""
+OF_JOB = frozenset({"memory", "pids"})
+"""Limits of the job alone: in a group with the worker they would hit it as well."""
 RETRY_S = 0.005
 """Between two tries at something that the kernel gives no event for."""
 
@@ -273,6 +278,11 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         return read, written
 
 
+def enable(group: Group, names: list[str]) -> None:
+    """Have a group hand controllers on to those below it."""
+    group.write("cgroup.subtree_control", " ".join(f"+{name}" for name in names))
+
+
 def _rmdir(group: Group, deadline: float) -> None:
     while True:
         try:
@@ -295,6 +305,7 @@ class SlotGroup:
         self.slot = Group(parent / name)
         self.worker = Group(parent / name / "worker")
         self.job = Group(parent / name / "job")
+        self._job_limits: tuple[list[str], SlotSpec] | None = None
 
     def __enter__(self) -> Self:
         self.setup()
@@ -318,7 +329,7 @@ class SlotGroup:
         self.slot.remove(timeout_s)
 
     def renew_job(self, timeout_s: float = 2.0) -> None:
-        """Remove `job/` and make it again, so that its counters begin at zero for the next job.
+        """Remove `job/` and make it again with its limits: its counters begin at zero for the next job.
 
         Raises:
             CgroupError: something of the last job is still alive.
@@ -326,73 +337,54 @@ class SlotGroup:
         self.job.kill()
         self.job.remove(timeout_s)
         self.job.create()
-        self._end_as_one()
+        self._limit_job()
 
-    def enforce(self, spec: "SlotSpec", available: tuple[str, ...]) -> dict[str, str]:
+    def enforce(
+        self, spec: "SlotSpec", available: tuple[str, ...], *, required: frozenset[str] = frozenset()
+    ) -> dict[str, str]:
         """Write the slot's limits where the controllers for them are there; may be called again.
 
         Args:
             spec: the limits of the slot.
             available: the controllers to use, of which those are taken that the parent has.
+            required: the limits that, if asked for, nothing but the cgroup may hold.
 
         Returns:
             "cgroup" for each of cpu, cpuset, memory, pids and io that is asked for and now held.
 
         Raises:
-            CgroupError: a controller is there and cannot be used, or the kernel refuses a value.
+            CgroupError: a controller is there and cannot be used, the kernel refuses a value, or what is
+                required cannot be held.
         """
         usable = set(available) & set(self.parent.controllers())
         names = [name for name in LIMITS if name in usable]
         for group in (self.parent, self.slot) if names else ():
-            # The leaves get them too: for memory.oom.group, and to count the job apart from the worker.
-            group.write("cgroup.subtree_control", " ".join(f"+{name}" for name in names))
-        self._end_as_one()
-        held = {name for name in names if self._write_limit(name, spec)}
+            # The leaves get them too: the job's own limits, and to count it apart from the worker.
+            enable(group, names)
+        held = {name for name in names if name not in OF_JOB and _write_limit(self.slot, name, spec)}
+        self._job_limits = [name for name in names if name in OF_JOB], spec
+        self._limit_job()
+        held |= set(self._job_limits[0])
+        if lacking := sorted((required & asked(spec)) - held):
+            raise CgroupError(
+                f"cannot limit {', '.join(lacking)} in {self.slot.path}: its parent has no such controller; "
+                f"start the miner with systemd (Delegate=yes), or set cgroup.mode: auto"
+            )
         return dict.fromkeys(sorted(held & asked(spec)), "cgroup")
 
-    def _end_as_one(self) -> None:
+    def _limit_job(self) -> None:
+        """Write what holds for `job/` alone: at these limits processes die, and the worker must not."""
+        if self._job_limits is not None:
+            names, spec = self._job_limits
+            for name in names:
+                _write_limit(self.job, name, spec)
         # Half a job that lost one process to the OOM killer would hang, or deliver nonsense.
         if self.job.has("memory.oom.group"):
             self.job.write("memory.oom.group", "1")
 
-    def _write_limit(self, name: str, spec: "SlotSpec") -> bool:
-        """Write one limit; what is not asked for is written as unlimited, for an adopted group may be old."""
-        slot = self.slot
-        match name:
-            case "cpu":
-                quota = "max" if spec.cpu_max is None else str(spec.cpu_max * 1000)
-                slot.write("cpu.max", f"{quota} 100000")
-                slot.write("cpu.weight", str(spec.cpu_weight or 100))
-            case "cpuset":
-                slot.cpuset_cpus = set(spec.cpus or ())
-            case "memory":
-                slot.write("memory.high", _or_max(spec.memory_high))
-                slot.write("memory.max", _or_max(spec.memory_max))
-                if slot.has("memory.swap.max"):
-                    slot.write("memory.swap.max", _or_max(spec.swap_max))
-            case "pids":
-                slot.write("pids.max", _or_max(spec.pids_max))
-            case "io":
-                return self._write_io(spec)
-        return True
 
-    def _write_io(self, spec: "SlotSpec") -> bool:
-        slot = self.slot
-        # With the BFQ scheduler the weight has a name of its own, and without either there is no weight.
-        weight = next((name for name in ("io.weight", "io.bfq.weight") if slot.has(name)), None)
-        if weight:
-            most = 1000 if weight == "io.bfq.weight" else 10_000
-            slot.write(weight, f"default {min(spec.io_weight or 100, most)}")
-        for line in (slot.get_content("io_max") or "").splitlines():
-            slot.write("io.max", f"{line.split()[0]} rbps=max wbps=max riops=max wiops=max")
-        for path, rates in spec.io_max.items():
-            try:
-                disk = disk_of(path)
-            except OSError as error:
-                raise CgroupError(f"cannot limit io of {path}: {error.strerror}") from error
-            slot.write("io.max", " ".join([disk, *(f"{key}={rate}" for key, rate in rates.items())]))
-        return weight is not None or spec.io_weight is None
-
-
-def _or_max(value: int | None) -> str:
-    return "max" if value is None else str(value)
+def _write_limit(group: Group, name: str, spec: "SlotSpec") -> bool:
+    try:
+        return write_limit(group, name, spec)
+    except OSError as error:
+        raise CgroupError(f"cannot limit {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Whether a node could run here with its configuration, without making or changing anything."""
+"""Whether a node could run here with its configuration; but for `take_cgroups`, nothing is changed."""
 
 import grp
 import os
@@ -16,6 +16,7 @@ from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
 from aitbc_miner.config import Config
 from aitbc_miner.control import READERS, WRITERS
 from aitbc_miner.credentials import CredentialError, read_credential
+from aitbc_miner.delegation import SUPERVISOR, prepare
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu import GpuList
 from aitbc_miner.privileges import Identities, Identity, PrivilegeError, job_user, resolve
@@ -70,9 +71,30 @@ def _own_group() -> tuple[Path | None, tuple[str, ...], str]:
         own = own_group(mount)
     except CgroupError as error:
         return None, (), str(error)
+    if own.name == SUPERVISOR and os.access(own.parent, os.W_OK | os.X_OK):
+        # Where `prepare` has put whoever started us, or where systemd (DelegateSubgroup=) starts us.
+        own = own.parent
     if not mount.writable:
         return None, (), f"no right to write in {own}"
     return own, Group(own).controllers(), ""
+
+
+def take_cgroups(config: Config, found: Cgroups) -> Cgroups:
+    """Make the controllers that were found usable for the slots' groups, which moves this process.
+
+    Raises:
+        ConfinementError: `cgroup.mode` is `required` and it cannot be done.
+    """
+    if found.parent is None or not found.controllers:
+        return found
+    try:
+        prepare(found.parent.parent)
+    except CgroupError as error:
+        if config.cgroup.mode == "required":
+            remedy = "start the miner with systemd (Delegate=yes), or set cgroup.mode: auto"
+            raise ConfinementError(f"cannot limit jobs: {error}; {remedy}") from error
+        return Cgroups(found.parent, (), [*found.missing, f"{error}: process limits serve where they can"])
+    return found
 
 
 def offered_controllers() -> set[str]:

@@ -14,6 +14,7 @@ from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import descriptors, events
+from aitbc_miner.util.system import signal_name
 
 T = TypeVar("T")
 Main = Callable[["Connection[Any, Any]"], None]
@@ -66,7 +67,7 @@ class Child(Generic[T]):
         os.close(self.pidfd)
         self.channel.close()
         code = os.waitstatus_to_exitcode(status)
-        return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit status {code}"
+        return f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit status {code}"
 
 
 def _fork(main: Main, end: "Connection[Any, Any]", keep: Iterable[int]) -> int:
@@ -100,10 +101,10 @@ def _forget(keep: set[int]) -> None:
     Were the other children's pipes kept open here, nobody would ever see their end.
     """
     signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-        signal.signal(number, signal.SIG_DFL)
-    # Ctrl-C reaches the whole foreground group; only the supervisor decides what it means.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Ctrl-C and the end of a terminal reach the whole foreground group; the supervisor decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for entry in list(Path("/proc/self/fd").iterdir()):
         fd = int(entry.name)
         if fd > 2 and fd not in keep:
@@ -122,7 +123,6 @@ class Keeper(Generic[T]):
         self.name = name
         self.child: Child[T] | None = None
         self.deaths = 0
-        self.last_death: str | None = None
         self._main = main
         self._incoming = incoming
         self._keep = tuple(keep)
@@ -135,7 +135,13 @@ class Keeper(Generic[T]):
         """Start the child when it is time; True when it was started."""
         if self._start_at is None or clock.now() < self._start_at:
             return False
-        self.child = Child(self.name, self._main, self._incoming, keep=self._keep)
+        try:
+            self.child = Child(self.name, self._main, self._incoming, keep=self._keep)
+        except OSError as error:
+            # Out of processes or descriptors, which a job may have seen to: no reason for the node to end.
+            events("supervisor").error("cannot start child", child=self.name, error=str(error))
+            self._plan_restart()
+            return False
         self._start_at = None
         return True
 
@@ -143,14 +149,17 @@ class Keeper(Generic[T]):
         """Collect the dead child, plan its restart, and say how it ended."""
         assert self.child is not None  # noqa: S101  # for the type checker: only the living can die
         how = self.child.reap()
-        lived = clock.now() - self.child.started
+        if clock.now() - self.child.started > SETTLED_S:
+            self._failures = 0
         self.child = None
         self.deaths += 1
-        self.last_death = how
-        self._failures = 0 if lived > SETTLED_S else self._failures + 1
-        pause = 0.0 if self._failures <= 1 else self._pause_min * 2 ** min(self._failures - 2, 16)
-        self._start_at = clock.now() + min(self._pause_max, pause)
+        self._plan_restart()
         return how
+
+    def _plan_restart(self) -> None:
+        self._failures += 1
+        pause = 0.0 if self._failures == 1 else self._pause_min * 2 ** min(self._failures - 2, 16)
+        self._start_at = clock.now() + min(self._pause_max, pause)
 
     def send(self, message: Any) -> None:
         """Tell the child, if there is one; a new one is told everything anew."""

@@ -297,8 +297,7 @@ def _warnings(config: Config) -> Iterator[str]:
         if _look_up(config, key) != _look_up(defaults, key):
             yield f"{key} has no effect in this version; it is accepted for later ones"
     if config.sandbox.mode != "off":
-        confined = "jobs are confined by user, cgroup and limits only"
-        yield f"sandbox.mode has no effect in this version, which has no sandbox: {confined}"
+        yield "jobs are not sandboxed in this version: they are confined by user, cgroup and limits only"
 
 
 def _look_up(config: Struct, key: str) -> object:

@@ -9,6 +9,7 @@ import grp
 import os
 import select
 import socket
+import stat
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -140,7 +141,9 @@ class ControlServer:
         self._answer = answer
         self._path = path
         self._clients: dict[int, Client] = {}
-        self._listener = _listen(path)
+        # Once, for whatever keeps the groups (a directory server) may let a question wait.
+        self._readers, self._writers = group_ids(READERS), group_ids(WRITERS)
+        self._listener = _listen(path, self._readers)
 
     def close(self) -> None:
         """Drop all clients and remove the socket."""
@@ -199,11 +202,9 @@ class ControlServer:
         if request.verb not in READ_VERBS | WRITE_VERBS:
             verbs = ", ".join(sorted(READ_VERBS | WRITE_VERBS))
             return Refusal(f"cannot do {request.verb[:40]!r}: not one of {verbs}"), []
-        group = READERS if request.verb in READ_VERBS else WRITERS
-        allowed = uid in {0, os.geteuid()} or bool(groups & group_ids(group))
-        if not allowed and request.verb in READ_VERBS:
-            allowed = bool(groups & group_ids(WRITERS))
-        if not allowed:
+        reads = request.verb in READ_VERBS
+        group, ids = (READERS, self._readers | self._writers) if reads else (WRITERS, self._writers)
+        if uid not in {0, os.geteuid()} and not groups & ids:
             message = (
                 f"cannot {request.verb}: only for root and the group {group}; use sudo, or join the group"
             )
@@ -211,15 +212,14 @@ class ControlServer:
         return self._answer(request)
 
 
-def _listen(path: Path) -> socket.socket:
+def _listen(path: Path, readers: set[int]) -> socket.socket:
     """Listen on a socket that root and the readers' group can reach.
 
     Raises:
-        OSError: the path is too long, or its directory cannot be written.
+        OSError: the path is too long or taken, or its directory cannot be written.
     """
-    path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
-    with contextlib.suppress(FileNotFoundError):
-        path.unlink()
+    made = _make_directory(path.parent)
+    _clear(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     # Nobody may connect in the moment before the mode is set.
     old = os.umask(0o177)
@@ -227,14 +227,54 @@ def _listen(path: Path) -> socket.socket:
         listener.bind(os.fspath(path))
     finally:
         os.umask(old)
-    if os.geteuid() == 0 and (ids := group_ids(READERS)):
-        for place in (path.parent, path):
-            os.chown(place, -1, next(iter(ids)))
+    if os.geteuid() == 0 and readers:
+        # A directory that was there already belongs to somebody who knows whom it is for.
+        for place in (path.parent, path) if made else (path,):
+            os.chown(place, -1, next(iter(readers)))
         path.chmod(0o660)
     # A client with a time-out does not wait for room in the queue: it is turned away.
     listener.listen(socket.SOMAXCONN)
     os.set_blocking(listener.fileno(), False)  # takes no keyword
     return listener
+
+
+def _make_directory(path: Path) -> bool:
+    """Make the socket's directory; False when it is there already."""
+    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+    try:
+        path.mkdir(mode=0o750)
+    except FileExistsError:
+        return False
+    return True
+
+
+def _clear(path: Path) -> None:
+    """Remove a socket that a miner left behind when it was killed.
+
+    Raises:
+        OSError: it is no socket, or somebody listens there.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise FileExistsError(
+            f"cannot listen on {path}: it is no socket; remove it, or set another control.socket"
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        # A listener whose queue is full lets nobody wait either, but is one.
+        probe.setblocking(False)  # noqa: FBT003  # takes no keyword
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass
+    raise OSError(
+        f"cannot listen on {path}: another miner answers there; stop that one, or set another control.socket"
+    )
 
 
 def peer(sock: socket.socket) -> tuple[int, set[int]]:

@@ -9,6 +9,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -79,7 +80,8 @@ def _parser() -> argparse.ArgumentParser:
         default=os.environ.get(SOCKET_VARIABLE) or SOCKET,
         help=f"where the miner listens (default: ${SOCKET_VARIABLE}, else {SOCKET})",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a page")
+    as_json: dict[str, Any] = {"action": "store_true", "help": "print JSON instead of a page"}
+    parser.add_argument("--json", default=False, **as_json)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     verbs.add_parser("status", help="the node on one screen")
     verbs.add_parser("slots", help="every slot, and what enforces its limits")
@@ -94,6 +96,9 @@ def _parser() -> argparse.ArgumentParser:
     cancel = verbs.add_parser("cancel", help="end a job that is in a slot")
     for verb in (job, logs, cancel):
         verb.add_argument("job_id", type=_job_id, metavar="ID", help="the job's id, as `jobs` shows it")
+    for verb in verbs.choices.values():
+        # Without a default, or it would undo a --json before the verb.
+        verb.add_argument("--json", default=argparse.SUPPRESS, **as_json)
     return parser
 
 
@@ -240,6 +245,10 @@ class LogWriter(Protocol):
 
 def _logs(socket: Path, job_id: str, write: LogWriter, *, follow: bool) -> None:
     offset, found = 0, False
+    if follow:
+        # Also in the background of a script, where the shell has Ctrl-C ignored: else nothing short of
+        # SIGTERM would end this.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         with _files(socket, "logs", job_id) as (row, files):
             # The state was asked for before the file is read, so after the end nothing can be missed.

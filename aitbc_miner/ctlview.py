@@ -13,13 +13,15 @@ from typing import Any
 import msgspec
 
 from aitbc_miner.control import JobRow, Jobs, Problem, SlotStatus, Status
-from aitbc_miner.errors import CODES
+from aitbc_miner.errors import CODES, ErrorCode
 from aitbc_miner.jobs import Outcome, State
 
 WIDTH = 80
 LINES = 23
 """Of a screen of 24, one is for the prompt."""
+HEAD = 6
 SLOTS_SHOWN = 8
+"""Under a head of that many lines; a longer one leaves room for fewer."""
 MAX_ID = 48
 MAX_ARTIFACTS = 100
 LABEL = 12
@@ -107,7 +109,9 @@ def _count(number: int, what: str) -> str:
 
 def status_page(status: Status, paint: Paint) -> str:
     """Show the node on one screen of 80 by 24."""
-    lines = [*_head(status, paint), "", *_slot_lines(status.slots, paint, SLOTS_SHOWN)]
+    head = list(_head(status, paint))
+    slots = max(1, SLOTS_SHOWN - max(0, len(head) - HEAD))
+    lines = [*head, "", *_slot_lines(status.slots, paint, slots)]
     lines += _enforcement(status.slots, 2)
     room = LINES - len(lines) - 1
     if status.problems and room >= 2:
@@ -128,7 +132,12 @@ def _head(status: Status, paint: Paint) -> Iterator[str]:
     name = paint(cut(status.node_id, 30), "bold")
     yield f"{name}  aitbc-miner {status.version}, up {duration(status.up_s)}, pid {status.pid}"
     view = status.coordinator
-    answers = paint("reachable", "green") if view.reachable else paint("not reachable", "red")
+    if view.reachable:
+        answers = paint("reachable", "green")
+    elif (view.error or "").startswith("not asked yet"):
+        answers = paint("not asked yet", "yellow") + ","
+    else:
+        answers = paint("not reachable", "red")
     registered = "registered" if view.registered else paint("not registered", "yellow")
     yield f"{'coordinator':{LABEL}}{cut(status.base_url, WIDTH - LABEL)}"
     yield f"{'':{LABEL}}{answers} since {_wall(view.since_wall)}, {registered}"
@@ -143,9 +152,9 @@ def _head(status: Status, paint: Paint) -> Iterator[str]:
     waiting = f"{_count(status.pending_reports, 'report')} waiting to be delivered"
     yield f"{'jobs':{LABEL}}{running} in slots, {len(status.queued)} queued, {waiting}"
     counts = sorted(status.finished.items(), key=lambda item: (item[0] != "OK", -item[1]))
-    yield f"{'finished':{LABEL}}" + cut(
-        ", ".join(f"{code} {number}" for code, number in counts) or "none yet", WIDTH - LABEL
-    )
+    # A code and its number stay together on a line.
+    told = ", ".join(f"{code}~{number}" for code, number in counts if number) or "none yet"
+    yield from (line.replace("~", " ") for line in wrap(f"{'finished':{LABEL}}", told))
 
 
 def _slot_lines(slots: Sequence[SlotStatus], paint: Paint, most: int) -> list[str]:
@@ -171,7 +180,8 @@ def _enforcement(slots: Sequence[SlotStatus], most: int) -> list[str]:
     alike: dict[str, list[str]] = defaultdict(list)
     for entry in slots:
         held = " ".join(f"{limit}={how}" for limit, how in sorted(entry.slot.enforced.items()))
-        alike[held or "nothing"].append(entry.slot.offer.name)
+        unknown = "as set by its worker" if entry.slot.state == "ADOPTED" else "nothing"
+        alike[held or unknown].append(entry.slot.offer.name)
     hidden = len(alike) > most
     lines = []
     for held, names in list(alike.items())[: most - hidden]:
@@ -224,7 +234,7 @@ def job_page(row: JobRow, records: Mapping[str, Any], paint: Paint) -> str:
     manifest = records["manifest"] if isinstance(records["manifest"], dict) else {}
     what = manifest.get("command") or manifest.get("task") or ""
     facts = [
-        ("runner", f"{row.runner or 'unknown'} {what}".rstrip()),
+        ("runner", f"{row.runner or '-'} {what}".rstrip()),
         ("since", _wall(row.since_wall)),
         ("slot", row.slot or "none"),
     ]
@@ -285,7 +295,10 @@ def _exit(outcome: Outcome) -> str:
         names = {member.value: member.name for member in Signals}
         how = f"signal {ended.signal} ({names.get(ended.signal, 'real-time')})"
     else:
-        how = "not run to its end" if ended.status is None else f"status {ended.status}"
+        # Of a job that was lost, nobody knows how far it came.
+        ran = "run" in outcome.timings or outcome.code == ErrorCode.E_LOST
+        how = "not run to its end" if ran else "never ran"
+        how = how if ended.status is None else f"status {ended.status}"
     return f"{how}, ended by the miner for {ended.killed_for}" if ended.killed_for else how
 
 

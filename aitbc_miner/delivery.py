@@ -11,9 +11,13 @@ from aitbc_miner.coordinator import ArtifactChanged, Coordinator, Gone, Refused
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import FINAL, Outcome, State
 from aitbc_miner.messages import CancelJob, JobSettled, JobUpdate
-from aitbc_miner.records import JobDir, Records
-from aitbc_miner.util import clock
+from aitbc_miner.records import JobDir, RecordError, Records, pretty
+from aitbc_miner.util import clock, fs
 from aitbc_miner.util.backoff import Backoff
+from aitbc_miner.util.log import events
+
+# The outcome of a job whose result the coordinator would not take; outcome.json says E_UPLOAD then.
+REFUSED = "outcome.refused.json"
 
 
 class Delivered(Struct, frozen=True):
@@ -69,6 +73,8 @@ def _send_refusal(
     """Say that the result could not be handed over, where the coordinator will never take it as it is."""
     if not outcome.ok:
         return outcome, "refused"
+    # What the job really came to is not lost with it: an operator may hand it over by other means.
+    fs.write_durably(job.fd, REFUSED, pretty(outcome))
     failed = replace(outcome, code=ErrorCode.E_UPLOAD, message=str(error))
     job.write_outcome(failed)
     try:
@@ -78,6 +84,19 @@ def _send_refusal(
     except Refused:
         return failed, "refused"
     return failed, "accepted"
+
+
+def settle(records: Records, said: JobSettled | CancelJob) -> bool:
+    """See to it that a job which nobody works on has an outcome; False if it is reported already."""
+    try:
+        with records.open(said.job_id) as job:
+            if job.state().state in FINAL:
+                return False
+            if not job.has_outcome():
+                declare(job, said)
+    except (RecordError, OSError) as error:
+        events("agent").error("cannot settle job", job_id=said.job_id, error=str(error))
+    return True
 
 
 def declare(job: JobDir, said: JobSettled | CancelJob) -> Outcome:
@@ -124,6 +143,10 @@ class Schedule:
 
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._backoffs
+
+    def newest(self) -> list[str]:
+        """Name all jobs with a report to send, the latest first."""
+        return list(reversed(self._backoffs))
 
     def add(self, job_id: str, now: float) -> None:
         """Have this job's report sent now; adding it again changes nothing."""

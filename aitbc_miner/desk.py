@@ -21,13 +21,15 @@ from aitbc_miner.control import (
 )
 from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.jobs import valid_job_id
-from aitbc_miner.messages import CoordinatorView, Deliveries, Ticket
+from aitbc_miner.messages import CoordinatorView, Deliveries, EndReason, Ticket
 from aitbc_miner.slot import SlotState
 from aitbc_miner.slots import RunningSlot
 from aitbc_miner.util import clock, fs
 
 RECORDS = ("manifest.json", "state.json", "outcome.json")
 LOG = "logs/exec.log"
+# A child that died once and has run since then is no problem any more.
+DEATH_SHOWN_S = 600.0
 BAD = frozenset({SlotState.BACKOFF, SlotState.QUARANTINED})
 
 
@@ -41,7 +43,7 @@ class Desk:
         slots: Mapping[str, RunningSlot],
         queue: Mapping[str, Ticket],
         notices: list[str],
-        cancel: Callable[[str, str, str], bool],
+        cancel: Callable[[str, EndReason, str], bool],
     ) -> None:
         self._config = config
         self._index = index
@@ -56,12 +58,16 @@ class Desk:
         self.coordinator = CoordinatorView(reachable=False, since_wall=clock.wall(), error="not asked yet")
         self.deliveries = Deliveries(0)
         self.gpu_error: str | None = None
-        self.child_deaths: dict[str, str] = {}
+        self._deaths: dict[str, tuple[float, str]] = {}
 
     def take_changed(self) -> bool:
         """Whether `drain` or `resume` was said since this was last asked."""
         changed, self._changed = self._changed, False
         return changed
+
+    def note_death(self, name: str, text: str) -> None:
+        """Show for a while how a child died."""
+        self._deaths[name] = clock.now(), text
 
     def answer(self, request: Request) -> Reply:
         """Answer a request that is permitted."""
@@ -75,7 +81,8 @@ class Desk:
         job_id = request.job_id
         row = self._index.get(job_id) if job_id else None
         if job_id is None or row is None or not valid_job_id(job_id):
-            return Refusal(f"no job {job_id!r} is known here; see `aitbc-minerctl jobs`"), []
+            what = f"cannot {request.verb}: no job {job_id!r} is known here; see `aitbc-minerctl jobs`"
+            return Refusal(what), []
         match request.verb:
             case "job":
                 return self._files(row, RECORDS)
@@ -95,7 +102,10 @@ class Desk:
     def _cancel_job(self, row: JobRow) -> Answer:
         if self._cancel(row.job_id, "cancel", "by the operator"):
             return Done(f"cancelling job {row.job_id}; it is given a few seconds to end by itself")
-        return Refusal(f"cannot cancel job {row.job_id}: it is in no slot, but {row.state}")
+        return Refusal(
+            f"cannot cancel job {row.job_id}: it is in no slot, but {row.state}; "
+            f"see `aitbc-minerctl job {row.job_id}`"
+        )
 
     def _files(self, row: JobRow, names: tuple[str, ...]) -> Reply:
         """Open a job's files for the client, which reads them itself: reading may take long."""
@@ -108,7 +118,12 @@ class Desk:
                         fds.append(fd)
                         found.append(Path(name).name)
         except OSError as error:
-            return Refusal(f"cannot open the record of job {row.job_id}: {error.strerror}"), []
+            for fd in fds:
+                os.close(fd)
+            where = self._config.workspace.root / row.job_id
+            return Refusal(
+                f"cannot open the record of job {row.job_id}: {error.strerror}; look into {where}"
+            ), []
         return Files(row, found), fds
 
     def _status(self) -> Status:
@@ -145,7 +160,8 @@ class Desk:
             if slot.rules.state in BAD:
                 reason = slot.rules.reason or "unknown"
                 problems.append(Problem(f"slot {slot.spec.name}: {reason}", "it is tried again by itself"))
-        problems += [Problem(f"{name} {how}") for name, how in self.child_deaths.items()]
+        recent = clock.now() - DEATH_SHOWN_S
+        problems += [Problem(f"{name} {how}") for name, (at, how) in self._deaths.items() if at > recent]
         return problems + [Problem(notice) for notice in self._notices]
 
 

@@ -65,7 +65,7 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ErrorCode.E_DENY: CodeInfo(
         Retry.FINAL,
         "the allowlist does not permit this command or these arguments, or the task is not a trusted one",
-        "if you do want to offer it, add an entry to allowlist.d or a task to task_paths, then reload",
+        "if you do want to offer it, add to allowlist.d or task_paths what it needs; the next job sees it",
     ),
     ErrorCode.E_INPUT: CodeInfo(
         Retry.ELSEWHERE,
@@ -105,7 +105,7 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ErrorCode.E_DISK: CodeInfo(
         Retry.ELSEWHERE,
         "the disk of the workspace was full",
-        "free space below workspace.root, or shorten keep_success and keep_failed",
+        "free space on the disk of workspace.root, or move workspace.root to a larger one",
     ),
     ErrorCode.E_OUTPUT: CodeInfo(
         Retry.FINAL,
@@ -160,7 +160,7 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ErrorCode.E_UPLOAD: CodeInfo(
         Retry.HERE,
         "the result could not be handed to the coordinator",
-        "check `aitbc-minerctl status`: the result is kept and sent again",
+        "see the message for why; it is not sent again, and what the job made stays in its directory",
     ),
     ErrorCode.E_INTERNAL: CodeInfo(
         Retry.HERE,

@@ -85,12 +85,27 @@ class Supervision:
                 self.stopping = True
         return messages
 
-    def wait(self) -> list[ToWorker]:
-        """Wait for messages, or for a signal, while there is no job."""
+    def wait(self, timeout_s: float | None = None) -> list[ToWorker]:
+        """Wait for messages, or for a signal, while no program runs; [] when the time is over."""
         poller = select.poll()
-        poller.register(self.fileno(), self.events)
+        if self.connected:
+            poller.register(self.fileno(), self.events)
         poller.register(self.woken, select.POLLIN)
-        return self.take() if self.fileno() in dict(poller.poll()) else []
+        ready = dict(poller.poll(None if timeout_s is None else timeout_s * 1000))
+        if self.woken in ready:
+            os.read(self.woken, READ_AT_ONCE)
+        return self.take() if self.fileno() in ready else []
+
+    def pause(self, seconds: float, job_id: str) -> None:
+        """Let time pass, but not for the supervisor; over at once when the miner stops at once."""
+        until = clock.now() + seconds
+        while not self.must_end(job_id) and (left := until - clock.now()) > 0:
+            self.wait(left)
+
+    def must_end(self, job_id: str) -> bool:
+        """Whether the miner stops at once, so that nothing of the job may be waited for any more."""
+        cancel = self.cancelled.get(job_id)
+        return self.terminated == "shutdown" or (cancel is not None and cancel.why == "shutdown")
 
     def listen_for_signals(self) -> None:
         """Let the signals of `END_SIGNALS` be noted and end the wait; a handler does no more than that."""
@@ -124,6 +139,7 @@ class Execution:
         self._delays = delays
         self._killed_for: str | None = None
         self._kill_at: float | None = None
+        self._unkillable = False
         self._poll = select.poll()
         self._sources: dict[int, Callable[[], bool]] = {}
         self._pipes: set[int] = set()
@@ -131,7 +147,7 @@ class Execution:
         self._reports: list[Report] = []
 
     def run(self, log_pipe: int, report_pipe: int | None) -> Ending:
-        """Wait for the end. Closes neither pipe."""
+        """Wait for the end, which is also when nothing more can be done. Closes neither pipe."""
         self._pipes = {log_pipe} if report_pipe is None else {log_pipe, report_pipe}
         self._watch(log_pipe, lambda: self._pump(log_pipe))
         if report_pipe is not None:
@@ -140,13 +156,14 @@ class Execution:
         self._watch(self._supervision.woken, self._woken)
         if self._supervision.connected:
             self._watch(self._supervision.fileno(), self._obey)
-        while (ended := self._job.poll()) is None:
+        while (ended := self._job.poll()) is None and not self._unkillable:
             self._turn(self._time_left())
             self._enforce()
         # The program is gone; what it left in the background is not part of the job any more.
-        clean = self._job.kill_all(self._delays.kill)
+        clean = not self._unkillable and self._job.kill_all(self._delays.kill)
         self._drain()
         self._reports += self._reader.finish()
+        ended = ended or ExitStatus()
         return Ending(
             ExitStatus(ended.status, ended.signal, self._killed_for or ended.killed_for), clean, self._reports
         )
@@ -186,7 +203,8 @@ class Execution:
                 self._end("disk")
         elif self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
-            self._job.kill_all(self._delays.kill)
+            # What hangs in the kernel may hang there for ever: the job ends without it.
+            self._unkillable = not self._job.kill_all(self._delays.kill)
 
     def _end(self, why: str) -> None:
         self._killed_for = why
@@ -223,7 +241,7 @@ class Execution:
         return True
 
     def _drain(self) -> None:
-        """Read what is still in the pipes; all writers are dead, so this ends by itself."""
+        """Read what is still in the pipes, for a while: a writer that could not be killed never closes."""
         for fd in set(self._sources) - self._pipes:
             self._unwatch(fd)
         deadline = clock.now() + self._delays.drain

@@ -17,8 +17,16 @@ from msgspec.structs import replace
 
 from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.config import Config
-from aitbc_miner.coordinator import Busy, CoordinatorError, Heartbeat, Unauthorized, UnknownNode, Unreachable
-from aitbc_miner.credentials import CredentialError
+from aitbc_miner.coordinator import (
+    Busy,
+    CoordinatorError,
+    Heartbeat,
+    Refused,
+    Unauthorized,
+    UnknownNode,
+    Unreachable,
+)
+from aitbc_miner.credentials import CredentialError, digest
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu import GpuReader
 from aitbc_miner.messages import (
@@ -35,7 +43,7 @@ from aitbc_miner.messages import (
     TokenWanted,
 )
 from aitbc_miner.probe import SlotCapability, capabilities, probe_machine
-from aitbc_miner.registration import Registration, RegistrationError, connector, digest
+from aitbc_miner.registration import Registration, RegistrationError, connector
 from aitbc_miner.sampling import GpuWatch, Sampler, Use, inventory
 from aitbc_miner.slot import SlotState
 from aitbc_miner.telemetry import Metrics, Snapshot, pages
@@ -243,14 +251,18 @@ class HeartbeatProcess:
     def _report(self, error: MinerError | None) -> None:
         """Tell the supervisor how we stand with the coordinator, if that has changed."""
         before = self._view
-        reachable = not isinstance(error, Unreachable) and not isinstance(
-            error and error.__cause__, CredentialError
-        )
+        told = str(error) if error else None
+        if isinstance(error and error.__cause__, CredentialError):
+            # Without a credential nobody was asked, and what was known of the coordinator still holds.
+            reachable = before is not None and before.reachable
+            told = told if reachable else f"not asked yet: {told}"
+        else:
+            reachable = not isinstance(error, Unreachable)
         view = CoordinatorView(
             reachable=reachable,
             since_wall=before.since_wall if before and before.reachable == reachable else clock.wall(),
             registered=self._registration.token is not None,
-            error=str(error) if error else None,
+            error=told,
             remedy=_remedy(error, self._config.coordinator.auth_token) if error else None,
         )
         if view == before:
@@ -295,6 +307,10 @@ def _slot_report(snapshot: Snapshot, view: SlotView) -> dict[str, Any]:
 
 def _remedy(error: MinerError, source: str) -> str:
     match error:
+        case RegistrationError(__cause__=Refused(status=404)):
+            return "check coordinator.base_url: nothing there takes registrations; mind its path"
+        case RegistrationError(__cause__=Refused()):
+            return "compare coordinator.base_url with what the coordinator's operator gave you, and ask them"
         case RegistrationError():
             return f"put the token that the coordinator gave you into {source} (coordinator.auth_token)"
         case Unreachable():

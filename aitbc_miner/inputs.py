@@ -71,7 +71,7 @@ def fetch_inputs(
     allow_private: bool = False,
     wait: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Write all inputs of a job into an existing, empty directory, with mode 0644.
+    """Write all inputs of a job into an existing, empty directory, for their owner alone.
 
     `cancelled` is asked at least every quarter of a second, but for looking a name up and connecting, which
     last until the resolver or `stall_s` gives up. Content encodings are not undone.
@@ -102,8 +102,8 @@ def _disk_error(error: OSError) -> JobError:
 
 
 def _create(path: Path) -> BinaryIO:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    os.fchmod(fd, 0o644)  # whatever our umask: the job's user must be able to read it
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    os.fchmod(fd, 0o600)  # whatever our umask; the job's user will own it
     return open(fd, "wb")  # noqa: PTH123  # a descriptor, not a path
 
 

@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Sequence
 
+import msgspec
 from msgspec import Struct
 
 from aitbc_miner.config import Config
@@ -19,13 +20,14 @@ from aitbc_miner.coordinator import (
     PulledJob,
     Refused,
     Unauthorized,
+    Unreachable,
 )
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.inputs import InputLimits, fetch_inputs
-from aitbc_miner.jobs import Manifest, Outcome, State
+from aitbc_miner.jobs import Manifest, ManifestError, Outcome, State, decode_manifest
 from aitbc_miner.messages import Offer, Ticket
 from aitbc_miner.placing import refuse_hopeless
-from aitbc_miner.records import BUILDING, JobDir, Records
+from aitbc_miner.records import BUILDING, JobDir, RecordError, Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
@@ -34,6 +36,8 @@ MB = 1_000_000
 # A transfer that has brought nothing for this long is broken off and resumed.
 STALL_S = 30.0
 INPUTS_TIMEOUT_S = 3600.0
+# A coordinator that is there and for so long has not let itself be told of a job will not have it taken.
+ACK_GIVE_UP_S = 600.0
 
 
 class Taken(Struct, frozen=True):
@@ -52,8 +56,16 @@ class Stopping(Exception):  # noqa: N818  # says what happened
     """The node is stopping; the job's record says where to go on."""
 
 
+class _NeverOurs(Exception):  # noqa: N818  # says what happened
+    """The coordinator is there, and has not taken our word for this job in a long time."""
+
+
 class Intake:
-    """Takes pulled jobs in. Its methods run in threads, several at a time, each for another job."""
+    """Takes pulled jobs in. Its methods run in threads, several at a time, each for another job.
+
+    So do the functions that it is given: `unauthorized` when the token is refused, and `acked`, with the id
+    and the runner of a job that is ours from now on.
+    """
 
     def __init__(
         self,
@@ -62,36 +74,45 @@ class Intake:
         coordinator: Coordinator,
         stopping: threading.Event,
         unauthorized: Callable[[], None],
+        acked: Callable[[str, str], None],
     ) -> None:
         self._config = config
         self._records = records
         self._coordinator = coordinator
         self._stopping = stopping
         self._unauthorized = unauthorized
+        self._acked = acked
 
-    def take(self, pulled: PulledJob, job_id: str, offers: Sequence[Offer]) -> Taken:
+    def take(
+        self, pulled: PulledJob, job_id: str, offers: Sequence[Offer], cancelled: threading.Event
+    ) -> Taken:
         """Take a job that was just pulled."""
         self._records.create(job_id, pulled.raw or b"{}\n")
         if pulled.error is not None:
             return self._refuse(job_id, JobError(ErrorCode.E_MANIFEST, str(pulled.error)))
-        return self.resume(job_id, offers)
+        return self.resume(job_id, offers, cancelled)
 
-    def resume(self, job_id: str, offers: Sequence[Offer]) -> Taken:
-        """Go on with a job from the step that its record names."""
+    def resume(self, job_id: str, offers: Sequence[Offer], cancelled: threading.Event) -> Taken:
+        """Go on with a job from the step that its record names; `cancelled` ends it."""
         with self._records.open(job_id) as job:
             if job.state().state not in {State.PULLED, State.ACKED} or job.has_outcome():
                 # It was in a slot already, and has come further since the agent read the records.
                 return Taken(job_id, report=job.has_outcome())
-            manifest = job.manifest()
-            ticket = Ticket(job_id, manifest.runner, manifest.requirements, manifest.priority, clock.now())
             try:
+                manifest = _read_manifest(job)
+                ticket = Ticket(
+                    job_id, manifest.runner, manifest.requirements, manifest.priority, clock.now()
+                )
                 if job.state().state is State.PULLED:
                     refuse_hopeless(ticket, offers)
                     self._acknowledge(job)
-                self._fetch(job, manifest)
+                self._acked(job_id, manifest.runner)
+                self._fetch(job, manifest, cancelled)
             except JobError as error:
+                if error.code is ErrorCode.E_CANCELLED and not cancelled.is_set():
+                    raise Stopping from error
                 return self._refuse(job_id, error)
-            except Gone:
+            except (Gone, _NeverOurs):
                 self._forget(job)
                 return Taken(job_id, gone=True)
             except Refused as error:
@@ -110,15 +131,24 @@ class Intake:
             self._coordinator.fail(job_id, outcome, f"fail:{self._config.node_id}:{key}")
         except CoordinatorError as error:
             log.warning("refusal not delivered", error=str(error))
+        except Exception as error:
+            # Whatever is so odd about it: nothing else depends on this job.
+            log.exception("refusal not delivered", error=str(error))
 
     def _acknowledge(self, job: JobDir) -> None:
         backoff = Backoff(0.5, self._config.heartbeat.backoff.max_s)
+        since: float | None = None
         while True:
             try:
                 self._coordinator.ack(job.job_id)
             except CoordinatorError as error:
                 if not error.retryable:
                     raise
+                # Only a coordinator that can be reached says something about the job with its refusal.
+                since = None if isinstance(error, Unreachable) else since or clock.now()
+                if since is not None and clock.now() - since > ACK_GIVE_UP_S:
+                    events("agent").warning("job given up", job_id=job.job_id, error=str(error))
+                    raise _NeverOurs from error
                 if isinstance(error, Unauthorized):
                     self._unauthorized()
                 asked = error.retry_after if isinstance(error, Busy) else None
@@ -136,27 +166,33 @@ class Intake:
         job.path.rename(gone)
         shutil.rmtree(gone)
 
-    def _fetch(self, job: JobDir, manifest: Manifest) -> None:
+    def _fetch(self, job: JobDir, manifest: Manifest, cancelled: threading.Event) -> None:
         into = job.path / "input"
-        # Of an attempt that was broken off by a restart.
-        shutil.rmtree(into)
-        into.mkdir(mode=0o755)
-        into.chmod(0o755)
+        # Of an attempt that was broken off by a restart, perhaps right after this very line.
+        shutil.rmtree(into, ignore_errors=True)
+        # No other job's user may read them while this job waits.
+        into.mkdir(mode=0o700)
         most = self._config.coordinator.max_input_mb * MB
         fetch_inputs(
             manifest,
             into,
             limits=InputLimits(int(most), int(most), INPUTS_TIMEOUT_S, STALL_S),
-            cancelled=self._stopping.is_set,
+            cancelled=lambda: cancelled.is_set() or self._stopping.is_set(),
             allow_private=self._config.coordinator.allow_private_inputs,
         )
 
     def _refuse(self, job_id: str, error: JobError) -> Taken:
-        if error.code is ErrorCode.E_CANCELLED and self._stopping.is_set():
-            raise Stopping from error
         with self._records.open(job_id) as job:
             job.write_outcome(
                 Outcome(job_id=job_id, code=error.code, message=error.message, finished_wall=clock.wall())
             )
             job.move(State.UPLOADING)
         return Taken(job_id, report=True)
+
+
+def _read_manifest(job: JobDir) -> Manifest:
+    """Read the manifest from disk and check it like one that has just come. Raises JobError, E_MANIFEST."""
+    try:
+        return decode_manifest(msgspec.to_builtins(job.manifest()))
+    except (RecordError, ManifestError) as error:
+        raise JobError(ErrorCode.E_MANIFEST, str(error)) from error

@@ -45,7 +45,8 @@ class JobIndex:
         if said.state in FINAL:
             self.unreported.discard(said.job_id)
         ended = said.state is State.UPLOADING and old.state not in FINAL | {State.UPLOADING}
-        self.finished[said.code or "OK"] += ended
+        if ended:
+            self.finished[said.code or "OK"] += 1
         return ended
 
     def step(self, job_id: str, state: State, slot: str) -> None:

@@ -1,6 +1,8 @@
 """logs/exec.log: what a job prints, on disk as it comes, up to a cap; what is cut is marked and counted."""
 
+import errno
 import os
+import stat
 from collections import deque
 
 from aitbc_miner.jobs import LogInfo
@@ -10,12 +12,23 @@ LOG_NAME = "exec.log"
 
 
 class JobLog:
-    """The writing end. Never raises for a full disk: the job's outcome must not depend on its chatter."""
+    """The writing end. Never raises for a full disk: the job's outcome must not depend on its chatter.
 
-    def __init__(self, logs_fd: int, cap: int) -> None:
+    `reader` is the group that may read the file. Making one raises OSError where the file cannot be made, or
+    is there and is not ours alone.
+    """
+
+    def __init__(self, logs_fd: int, cap: int, reader: int | None = None) -> None:
         # Appending: a log that is there already belongs to an earlier attempt and stays.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._fd = os.open(LOG_NAME, flags, 0o640, dir_fd=logs_fd)
+        try:
+            _refuse_shared(os.fstat(self._fd))
+            if reader is not None:
+                os.fchown(self._fd, -1, reader)
+        except OSError:
+            os.close(self._fd)
+            raise
         self._cap = cap
         self._kept = 0
         self._dropped = 0
@@ -23,11 +36,6 @@ class JobLog:
         self._tail: deque[bytes] = deque()
         self._tail_bytes = 0
         self.disk_full = False
-
-    @property
-    def fd(self) -> int:
-        """The file's descriptor, to set its owner."""
-        return self._fd
 
     def write(self, data: bytes) -> None:
         """Keep what fits under the cap, count the rest, remember the end."""
@@ -65,3 +73,9 @@ class JobLog:
         self._tail_bytes += len(self._tail[-1])
         while self._tail_bytes - len(self._tail[0]) >= TAIL:
             self._tail_bytes -= len(self._tail.popleft())
+
+
+def _refuse_shared(info: os.stat_result) -> None:
+    # With a second name it may be any file of the machine; owned by another, it may be changed behind us.
+    if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1 or info.st_uid != os.geteuid():
+        raise OSError(errno.EPERM, "not a plain file of the worker's own", LOG_NAME)

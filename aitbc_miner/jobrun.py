@@ -5,7 +5,7 @@ import os
 import platform
 import resource
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from msgspec import Struct
@@ -22,15 +22,19 @@ from aitbc_miner.joblog import LOG_NAME, JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Manifest, Outcome, State, Usage
 from aitbc_miner.messages import JobStep
 from aitbc_miner.privileges import Identity
-from aitbc_miner.records import JobDir
+from aitbc_miner.records import JobDir, pretty
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, shortest
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import Job, spawn
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.limits import ProcessLimits
+from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
 
 MIB = 1 << 20
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+# Seconds between attempts to write an outcome that the disk does not take.
+RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
 
 
 class Surroundings(Struct, frozen=True):
@@ -48,10 +52,14 @@ class Surroundings(Struct, frozen=True):
 
 
 class JobRun:
-    """One run of one job; what is known so far is in its attributes, and `outcome` makes a record of it."""
+    """One run of one job; what is known so far is in its attributes, and `_outcome` makes a record of it."""
 
     def __init__(
-        self, job: JobDir, around: Surroundings, runners: dict[str, Runner], supervision: Supervision
+        self,
+        job: JobDir,
+        around: Surroundings,
+        runners: Callable[[], dict[str, Runner]],
+        supervision: Supervision,
     ) -> None:
         self._job = job
         self._around = around
@@ -63,13 +71,16 @@ class JobRun:
         self._ending = Ending(ExitStatus(), clean=True, reports=[])
         self._usage = Usage()
         self._log = LogInfo()
+        self._events = events("worker", slot=around.spec.name, job_id=job.job_id)
         self._artifacts: list[Artifact] = []
 
     def run(self) -> tuple[Outcome, bool]:
         """Take the job from its record to its outcome; False with it when something of it is still alive.
 
+        A disk that does not take the outcome is waited for: what the job has done is not thrown away.
+
         Raises:
-            OSError: not even the outcome can be written.
+            OSError: the outcome cannot be written, and the miner stops at once or the directory is gone.
         """
         with self._recording_failure():
             manifest, runner, launch = self._prepare()
@@ -78,19 +89,27 @@ class JobRun:
             self._collect(manifest, launch)
         return self._finish()
 
+    @property
+    def clean(self) -> bool:
+        """Whether all that was started is gone."""
+        return self._ending.clean
+
     @contextmanager
     def _recording_failure(self) -> Iterator[None]:
         """Turn whatever goes wrong into the job's verdict."""
         try:
             yield
         except JobError as error:
-            self._verdict = Verdict(error.code, error.message)
+            code = ErrorCode.E_DISK if _is_full(error.__cause__) else error.code
+            self._verdict = Verdict(code, error.message)
         except OSError as error:
-            full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-            code = ErrorCode.E_DISK if full else ErrorCode.E_INTERNAL
+            code = ErrorCode.E_DISK if _is_full(error) else ErrorCode.E_INTERNAL
             self._verdict = Verdict(code, f"cannot run the job: {error}")
         except MinerError as error:
             self._verdict = Verdict(ErrorCode.E_INTERNAL, str(error))
+        except Exception as error:  # noqa: BLE001  # a defect that the job has found costs the job, not the slot
+            self._events.exception("job failed unexpectedly")
+            self._verdict = Verdict(ErrorCode.E_INTERNAL, f"cannot run the job: {error!a:.300}")
 
     @contextmanager
     def _step(self, name: str, state: State, deadline: float | None = None) -> Iterator[None]:
@@ -107,14 +126,14 @@ class JobRun:
         slot = self._around.spec.name
         start = process_start(own)
         self._job.move(state, slot=slot, worker_pid=own, worker_start=start, deadline=deadline)
-        self._supervision.send(JobStep(self._job.job_id, state))
+        self._supervision.send(JobStep(self._job.job_id, state, deadline=deadline))
 
     # --- the steps, in their order -------------------------------------------------------------------------
 
     def _prepare(self) -> tuple[Manifest, Runner, Launch]:
         with self._step("prepare", State.PREP):
             manifest = self._job.manifest()
-            runner = self._runners.get(manifest.runner)
+            runner = self._runners().get(manifest.runner)
             if runner is None or manifest.runner not in self._around.spec.runners:
                 raise JobError(
                     ErrorCode.E_DENY,
@@ -132,24 +151,36 @@ class JobRun:
         deadline = None if limit is None else clock.now() + limit
         with self._step("run", State.RUNNING, deadline), ExitStack() as stack:
             logs = stack.enter_context(fs.directory("logs", at=self._job.fd))
-            log = JobLog(logs, self._around.config.workspace.max_log_mb * MIB)
-            if self._around.service is not None:
-                os.fchown(log.fd, self._around.service.uid, self._around.service.gid)
+            service = self._around.service
+            cap = self._around.config.workspace.max_log_mb * MIB
+            log = JobLog(logs, cap, service.gid if service else None)
             try:
                 log_pipe, report_pipe, job = self._start(launch, stack)
-                self._supervision.send(JobStep(self._job.job_id, State.RUNNING, job.pid))
-                execution = Execution(
-                    job,
-                    self._job.job_id,
-                    self._supervision,
-                    log,
-                    deadline=deadline,
-                    delays=self._around.delays,
-                )
-                self._ending = execution.run(log_pipe, report_pipe)
-                self._usage = job.usage()
+                with self._leaving_nothing(job):
+                    self._supervision.send(JobStep(self._job.job_id, State.RUNNING, job.pid, deadline))
+                    execution = Execution(
+                        job,
+                        self._job.job_id,
+                        self._supervision,
+                        log,
+                        deadline=deadline,
+                        delays=self._around.delays,
+                    )
+                    self._ending = execution.run(log_pipe, report_pipe)
+                    self._usage = job.usage()
             finally:
                 self._log = log.close()
+
+    @contextmanager
+    def _leaving_nothing(self, job: Job) -> Iterator[None]:
+        """Kill what runs when we fail; the slot is not clean unless all of it is seen to be gone."""
+        try:
+            yield
+        except BaseException:
+            self._ending = Ending(ExitStatus(), clean=False, reports=[])
+            clean = job.kill_all(self._around.delays.kill)
+            self._ending = Ending(job.poll() or ExitStatus(), clean, reports=[])
+            raise
 
     def _start(self, launch: Launch, stack: ExitStack) -> tuple[int, int | None, Job]:
         """Start the program; gives the pipes to read from, which `stack` closes."""
@@ -238,8 +269,37 @@ class JobRun:
 
     def _finish(self) -> tuple[Outcome, bool]:
         self._timings["total"] = round(clock.now() - self._began, 6)
+        outcome = self._outcome()
+        try:
+            pretty(outcome)
+        except Exception as error:  # noqa: BLE001  # what the job reported may be no JSON
+            self._events.exception("outcome cannot be written as JSON")
+            self._verdict = Verdict(
+                ErrorCode.E_INTERNAL, f"cannot record the outcome: {type(error).__name__}"
+            )
+            outcome = self._outcome()
+        self._write(outcome)
+        return outcome, self._ending.clean
+
+    def _write(self, outcome: Outcome) -> None:
+        """Write the outcome, when the disk takes it."""
+        pause = RETRY_MIN_S
+        while True:
+            try:
+                return self._job.write_outcome(outcome)
+            except OSError as error:
+                if error.errno == errno.ENOENT or self._supervision.must_end(self._job.job_id):
+                    raise
+                if pause == RETRY_MIN_S:
+                    self._events.error("cannot write outcome", error=str(error), note="tried until it can be")
+                    # So that nobody takes us for a worker that hangs: the job itself is over.
+                    self._supervision.send(JobStep(self._job.job_id, State.COLLECTING))
+            self._supervision.pause(pause, self._job.job_id)
+            pause = min(2 * pause, RETRY_MAX_S)
+
+    def _outcome(self) -> Outcome:
         ok = self._verdict.code is None
-        outcome = Outcome(
+        return Outcome(
             job_id=self._job.job_id,
             code=self._verdict.code,
             message=self._verdict.message,
@@ -254,8 +314,10 @@ class JobRun:
             versions={"aitbc_miner": aitbc_miner.__version__, "python": platform.python_version()},
             finished_wall=clock.wall(),
         )
-        self._job.write_outcome(outcome)
-        return outcome, self._ending.clean
+
+
+def _is_full(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno in FULL
 
 
 def _refuse_unmet(manifest: Manifest, spec: SlotSpec) -> None:

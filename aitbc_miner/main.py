@@ -62,7 +62,12 @@ def run(path: Path) -> int:
     """Run the node in the foreground."""
     config, faults, warnings = load_config(path, os.environ)
     if config is None:
-        return _refuse(faults)
+        status = _refuse(faults)
+        if not path.exists():
+            print(
+                "name the configuration with --config; etc/config.yaml is one to start from", file=sys.stderr
+            )
+        return status
     from aitbc_miner.node import run_node  # noqa: PLC0415  # the whole daemon, which nothing else here needs
 
     return run_node(config, warnings)

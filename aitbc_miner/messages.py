@@ -5,15 +5,23 @@ that sends anything else is ended. Times are seconds of the boot-time clock unle
 """
 
 import signal
+from typing import Annotated, Literal
 
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.jobs import Requirements, State
+from aitbc_miner.jobs import JOB_ID, Requirements, State
 
 # How a worker is told what `CancelJob.why` says when there is no channel to it. SIGTERM is also what systemd
 # sends to stop the slots: then the job is lost, and nobody has said that it is not wanted any more.
 END_SIGNALS = {"shutdown": signal.SIGTERM, "cancel": signal.SIGUSR1}
+
+
+# What comes from a process that is not root is checked again by the one that is.
+JobId = Annotated[str, Meta(pattern=f"^{JOB_ID.pattern}\\Z")]
+
+
+EndReason = Literal["cancel", "shutdown", "timeout"]
 
 
 class Message(Struct, frozen=True, tag=True):
@@ -23,7 +31,7 @@ class Message(Struct, frozen=True, tag=True):
 class Ticket(Struct, frozen=True):
     """What the choice of a slot depends on. `received` orders jobs of the same priority."""
 
-    job_id: str
+    job_id: JobId
     runner: str
     requirements: Requirements = Requirements()
     priority: int = 0
@@ -62,14 +70,14 @@ class SlotView(Struct, frozen=True):
 class GpuFact(Struct, frozen=True):
     """A GPU or MIG instance that a slot can be given: every name it goes by, and its memory in MB."""
 
-    ids: tuple[str, ...]
+    ids: Annotated[tuple[str, ...], Meta(min_length=1)]
     vram_mb: int
 
 
 class FoundJob(Struct, frozen=True):
     """A job that the agent found started but not ended on disk."""
 
-    job_id: str
+    job_id: JobId
     state: State
     slot: str | None
     worker_pid: int | None
@@ -87,7 +95,7 @@ class Inventory(Message, frozen=True):
 
 
 class CoordinatorView(Message, frozen=True):
-    """heartbeat, agent: whether the coordinator answers, since when, and what it last said wrong."""
+    """heartbeat: whether the coordinator answers, since when, and what it last said wrong."""
 
     reachable: bool
     since_wall: str
@@ -111,7 +119,7 @@ class JobReady(Message, frozen=True):
 class JobUpdate(Message, frozen=True):
     """agent: what `jobs` shows of a job that is not in a slot."""
 
-    job_id: str
+    job_id: JobId
     state: State
     runner: str = ""
     code: ErrorCode | None = None
@@ -128,8 +136,8 @@ class CancelJob(Message, frozen=True):
     supervisor to agent: a job that waited for a slot will get none.
     """
 
-    job_id: str
-    why: str
+    job_id: JobId
+    why: EndReason
     detail: str = ""
 
 
@@ -144,7 +152,6 @@ class WorkerReady(Message, frozen=True):
     """worker: its slot is set up and empty; what enforces each of its limits."""
 
     enforced: dict[str, str]
-    missing: list[str] = []
 
 
 class WorkerRefused(Message, frozen=True):
@@ -154,11 +161,12 @@ class WorkerRefused(Message, frozen=True):
 
 
 class JobStep(Message, frozen=True):
-    """worker: its job has come to this step."""
+    """worker: its job has come to this step; `deadline` is when the worker will end it, if it ever will."""
 
     job_id: str
     state: State
     pid: int | None = None
+    deadline: float | None = None
 
 
 class JobProgress(Message, frozen=True):
@@ -211,10 +219,6 @@ class NodeView(Message, frozen=True):
     agent_error: str | None = None
 
 
-class Redeliver(Message, frozen=True):
-    """to agent: try all waiting deliveries now."""
-
-
 class StartJob(Message, frozen=True):
     """to worker: run the job whose directory bears this id."""
 
@@ -225,10 +229,10 @@ class Stop(Message, frozen=True):
     """to all: end in good order. A worker finishes the job that it has, if any."""
 
 
-FromAgent = Recovered | JobReady | JobUpdate | CancelJob | Deliveries | CoordinatorView
+FromAgent = Recovered | JobReady | JobUpdate | CancelJob | Deliveries
 FromHeartbeat = Inventory | CoordinatorView
 FromWorker = WorkerReady | WorkerRefused | JobStep | JobProgress | JobEnded
-ToAgent = Slots | JobSettled | JobProgress | CancelJob | Redeliver | Stop
+ToAgent = Slots | JobSettled | JobProgress | CancelJob | Stop
 ToHeartbeat = Slots | JobDone | NodeView | Stop
 ToWorker = StartJob | CancelJob | Stop
 

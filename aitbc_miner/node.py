@@ -12,13 +12,13 @@ from typing import Any
 import psutil
 
 from aitbc_miner.agent import Agent
-from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.cgroup import CgroupError, Group, SlotGroup
 from aitbc_miner.channel import Channel
-from aitbc_miner.checks import ConfinementError, find_cgroups, refuse_unmet_sandbox
+from aitbc_miner.checks import ConfinementError, find_cgroups, refuse_unmet_sandbox, take_cgroups
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator.connect import connect
-from aitbc_miner.errors import EXIT_CONFIG, EXIT_OK, MinerError
+from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.heartbeat import run_heartbeat
 from aitbc_miner.messages import (
     FromAgent,
@@ -30,6 +30,7 @@ from aitbc_miner.messages import (
     ToHeartbeat,
     ToWorker,
 )
+from aitbc_miner.orphans import WorkerBook
 from aitbc_miner.privileges import Identities, Identity, resolve
 from aitbc_miner.records import PASSABLE
 from aitbc_miner.runnerset import RunnerSet
@@ -62,14 +63,18 @@ def run_node(config: Config, warnings: list[str]) -> int:
         for line in [*warnings, *node.notices]:
             events.warning("notice", text=line)
         supervisor = Supervisor(node.parts())
-        events.info("started", pid=os.getpid(), root=str(config.workspace.root))
-        try:
-            supervisor.run()
-        finally:
-            node.close()
     except (MinerError, OSError) as error:
-        events.error("cannot run", error=str(error))
+        events.error("cannot start", error=str(error))
         return EXIT_CONFIG
+    events.info("started", pid=os.getpid(), root=str(config.workspace.root))
+    try:
+        supervisor.run()
+    except OSError as error:
+        # What runs goes on, and the next start takes it up.
+        events.error("cannot go on", error=str(error), exc_info=True)
+        return EXIT_FAILURE
+    finally:
+        node.close()
     return EXIT_OK
 
 
@@ -89,13 +94,14 @@ class Node:
         if faults or found:
             raise ConfinementError("cannot lay out the slots: " + "; ".join(map(str, [*faults, *found])))
         self._identities = self._resolve([spec.name for spec in self._specs])
-        self._cgroups = find_cgroups(config)
+        self._cgroups = take_cgroups(config, find_cgroups(config))
         refuse_unmet_sandbox(config)
         if self._cgroups.parent is not None:
             Group(self._cgroups.parent).create()
         self.notices = [*self._identities.missing, *self._cgroups.missing]
         _make_workspace(config.workspace.root, self._identities.service)
         self._lock = _lock(config.workspace.root)
+        self._book = WorkerBook(config.control.socket.with_name("workers.json"))
         # The node token goes this way and never through the supervisor, which keeps both ends open but
         # reads neither, so that a child that is started again finds its end as it was.
         self._heartbeat_end, self._agent_end = socket.socketpair()
@@ -119,6 +125,7 @@ class Node:
                 "heartbeat", self._be_heartbeat, FromHeartbeat, [self._heartbeat_end.fileno()], **pause
             ),
             make_slots=self._make_slots,
+            book=self._book,
             notices=self.notices,
         )
 
@@ -130,11 +137,22 @@ class Node:
 
     def _make_slots(self, gpus: list[GpuFact], outcomes: Outcomes) -> list[RunningSlot]:
         specs = self._specs
+        self._end_strange_groups({spec.name for spec in specs})
         if not specs:
             ids = [gpu.ids for gpu in gpus]
             specs = derive_slots(MachineFacts(self._facts.cpus, self._facts.memory_bytes, ids))
             self._identities = self._resolve([spec.name for spec in specs])
         return [self._make_slot(spec, gpus, outcomes) for spec in specs]
+
+    def _end_strange_groups(self, names: set[str]) -> None:
+        """End what still runs in slots that the configuration no longer has."""
+        parent = self._cgroups.parent
+        for path in sorted(parent.iterdir()) if parent and names else ():
+            if path.is_dir() and path.name not in names:
+                try:
+                    SlotGroup(path.parent, path.name).teardown()
+                except CgroupError as error:
+                    log.events("supervisor").warning("old slot not removed", error=str(error))
 
     def _make_slot(self, spec: SlotSpec, gpus: list[GpuFact], outcomes: Outcomes) -> RunningSlot:
         gpu = next((gpu for gpu in gpus if spec.gpu is not None and str(spec.gpu) in gpu.ids), None)
@@ -154,11 +172,17 @@ class Node:
             service=self._identities.service,
             gpu_env=gpu_env(gpu),
         )
-        spawn = partial(Child, f"worker {spec.name}", partial(be_worker, settings), FromWorker)
+        spawn = partial(self._spawn_worker, settings)
         slot = RunningSlot(spec, offer, parent / spec.name if parent else None, spawn, outcomes)
         if spec.gpu is not None and gpu is None:
             slot.unusable(f"GPU {spec.gpu} is not there or does not answer; see `aitbc-miner probe`")
         return slot
+
+    def _spawn_worker(self, settings: Settings) -> Child[FromWorker]:
+        name = settings.spec.name
+        child: Child[FromWorker] = Child(f"worker {name}", partial(be_worker, settings), FromWorker)
+        self._book.note(name, child.pid)
+        return child
 
     # --- children, after the fork --------------------------------------------------------------------------
 

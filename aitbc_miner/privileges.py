@@ -5,9 +5,10 @@ ordinary user everything runs as that user (`auto`), or nothing does (`required`
 """
 
 import grp
+import hashlib
 import os
 import pwd
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 from msgspec import Struct
 
@@ -60,8 +61,13 @@ def resolve(mode: str, service_user: str, slots: Sequence[str], euid: int | None
             f"cannot separate privileges: no such user: {', '.join(absent)}; create them with "
             f"`useradd --system --shell /usr/sbin/nologin NAME`, or set privileges.mode: auto"
         )
-    free = iter(range(UNALLOCATED, UNALLOCATED_END))
-    ids = {name: identity or _unallocated(name, free) for name, identity in found.items()}
+    ids = {name: identity for name, identity in found.items() if identity is not None}
+    taken: set[int] = set()
+    # Those that have a user keep their number as well, or to create one could shift another's.
+    for name in wanted if absent else ():
+        spare = _unallocated(name, taken)
+        taken.add(spare.uid)
+        ids.setdefault(name, spare)
     missing = [f"no user {name}: it runs as the unallocated id {ids[name].uid}" for name in absent]
     jobs = {slot: ids[job_user(slot)] for slot in slots}
     return Identities(service=ids[service_user], jobs=jobs, missing=missing)
@@ -80,12 +86,16 @@ def _lookup(name: str) -> Identity | None:
     return Identity(entry.pw_uid, entry.pw_gid, name)
 
 
-def _unallocated(name: str, free: Iterator[int]) -> Identity:
-    for number in free:
+def _unallocated(name: str, taken: set[int]) -> Identity:
+    """Give a name an id by its hash: files that it owns stay its own when users or slots come and go."""
+    count = UNALLOCATED_END - UNALLOCATED
+    start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % count
+    for step in range(count):
+        number = UNALLOCATED + (start + step) % count
         # As the number of a group it must be nobody's either.
-        if not _taken(pwd.getpwuid, number) and not _taken(grp.getgrgid, number):
+        if number not in taken and not _taken(pwd.getpwuid, number) and not _taken(grp.getgrgid, number):
             return Identity(number, number, name)
-    raise PrivilegeError("cannot find an unallocated user id; create the users instead")
+    raise PrivilegeError("cannot find an unallocated user id: all are taken; create the users instead")
 
 
 def _taken(look_up: Callable[[int], object], number: int) -> bool:

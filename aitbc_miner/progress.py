@@ -1,14 +1,14 @@
-"""What running jobs say of themselves, and when to pass it on to the coordinator.
+"""What jobs say of themselves, and when to pass it on to the coordinator.
 
-The report is also how the coordinator says that a job is cancelled, so each running job makes one now and
-then, even if it says nothing.
+The report is also how the coordinator says that a job is cancelled, so each job makes one now and then, from
+the moment it is acknowledged, even if it says nothing.
 """
 
 from msgspec import Struct
 
 
 class Progress(Struct):
-    """A running job's word on itself, and when to pass it on. Mutable: this is the agent's own notebook."""
+    """A job's word on itself, and when to pass it on. Mutable: this is the agent's own notebook."""
 
     pct: float = 0.0
     note: str = ""
@@ -17,7 +17,7 @@ class Progress(Struct):
 
 
 class ProgressBook:
-    """The running jobs of this node. Pure: the times are given, in seconds of the boot-time clock."""
+    """The acknowledged jobs of this node. Pure: the times are given, in seconds of the boot-time clock."""
 
     def __init__(self, every_s: float, pause_s: float) -> None:
         self._every_s = every_s
@@ -28,11 +28,11 @@ class ProgressBook:
         return job_id in self._jobs
 
     def ids(self) -> list[str]:
-        """Name the running jobs."""
+        """Name the jobs."""
         return list(self._jobs)
 
     def began(self, job_id: str, now: float) -> None:
-        """Note that a job is in a slot."""
+        """Note that a job is ours now."""
         self._jobs.setdefault(job_id, Progress(due=now + self._every_s))
 
     def ended(self, job_id: str) -> None:

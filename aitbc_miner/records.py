@@ -151,7 +151,7 @@ class Records:
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(mode=PASSABLE)
         building.chmod(PASSABLE)
-        (building / "input").mkdir(mode=0o755)
+        (building / "input").mkdir(mode=0o700)
         with fs.directory(building) as fd:
             fs.write_durably(fd, MANIFEST, manifest)
             JobDir(self.root, job_id, fd).write_state(StateRecord(job_id=job_id, state=State.PULLED))

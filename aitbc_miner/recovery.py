@@ -49,6 +49,6 @@ def read_outcome(records: Records, job_id: str) -> Outcome | None:
     try:
         with records.open(job_id) as job:
             return job.outcome()
-    except RecordError as error:
+    except (RecordError, OSError) as error:
         events("agent").error("broken record", job_id=job_id, error=str(error))
         return None

@@ -1,6 +1,5 @@
 """How the node becomes known to the coordinator, and the node token that it gets for it."""
 
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,11 +16,6 @@ from aitbc_miner.util import clock
 
 class RegistrationError(MinerError):
     """The operator has something to mend before this node can be known, so there is no hurry to try again."""
-
-
-def digest(token: str) -> str:
-    """Name a token without telling it, for `TokenWanted.refused`."""
-    return hashlib.sha256(token.encode()).hexdigest()[:16]
 
 
 class Registration:

@@ -1,4 +1,4 @@
-"""What a slot may do next, and which slot a job goes to. Pure: no clock, no process, no file.
+"""What a slot may do next. Pure: no clock, no process, no file.
 
 `step(slot, event, now)` gives the slot's next value and the actions that the supervisor must carry out.
 """
@@ -10,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner.jobs import State
-from aitbc_miner.messages import CancelJob, StartJob, ToWorker
+from aitbc_miner.messages import CancelJob, EndReason, StartJob, ToWorker
 
 
 class SlotState(StrEnum):
@@ -54,7 +54,12 @@ class Timing(Struct, frozen=True):
 
 
 class Slot(Struct, frozen=True):
-    """A slot's state. `deaths` are the times of its worker's recent deaths, `retry_at` when to try again."""
+    """A slot's state.
+
+    `deadline` is when the worker was going to end its job, `cancelled_at` when an adopted one was first asked
+    to. `deaths` are the times of its worker's recent deaths, `retry_at` is when to try again. A slot that is
+    `retiring` gets no further worker.
+    """
 
     name: str
     state: SlotState = SlotState.STOPPED
@@ -62,6 +67,9 @@ class Slot(Struct, frozen=True):
     job_id: str | None = None
     job_state: State | None = None
     job_pid: int | None = None
+    deadline: float | None = None
+    cancelled_at: float | None = None
+    retiring: bool = False
     reason: str | None = None
     deaths: tuple[float, ...] = ()
     quarantines: int = 0
@@ -93,17 +101,18 @@ class Assign(Struct, frozen=True):
 
 
 class Step(Struct, frozen=True):
-    """The job has come to a further step."""
+    """The job has come to a further step; `deadline` is when the worker is going to end it."""
 
     job_id: str
     state: State
     pid: int | None = None
+    deadline: float | None = None
 
 
 class Cancel(Struct, frozen=True):
-    """The job is to end; `why` is `cancel` or `shutdown`."""
+    """The job is to end, for this reason."""
 
-    why: str
+    why: EndReason
     detail: str = ""
 
 
@@ -128,7 +137,7 @@ class Adopt(Struct, frozen=True):
 
 
 class Retire(Struct, frozen=True):
-    """The node is stopping, or the slot was taken out of the configuration."""
+    """The node is stopping: the slot ends after its job, if it has one, and starts nothing any more."""
 
 
 class Tick(Struct, frozen=True):
@@ -165,6 +174,10 @@ class TerminateAdopted(Struct, frozen=True):
     why: str = "cancel"
 
 
+class KillAdopted(Struct, frozen=True):
+    """End a worker with which there is no channel; its death will be an event."""
+
+
 class Settle(Struct, frozen=True):
     """Tell the agent that nobody works on the job any more."""
 
@@ -172,7 +185,7 @@ class Settle(Struct, frozen=True):
     why: str = ""
 
 
-Action = SpawnWorker | KillWorker | KillJob | Send | TerminateAdopted | Settle
+Action = SpawnWorker | KillWorker | KillJob | Send | TerminateAdopted | KillAdopted | Settle
 Result = tuple[Slot, list[Action]]
 
 
@@ -187,7 +200,7 @@ def transition(slot: Slot, to: SlotState, now: float, reason: str | None = None)
     moved = replace(slot, state=to, since=now, reason=reason)
     if to in {SlotState.BUSY, SlotState.CANCELLING, SlotState.ADOPTED}:
         return moved
-    return replace(moved, job_id=None, job_state=None, job_pid=None)
+    return replace(moved, job_id=None, job_state=None, job_pid=None, deadline=None, cancelled_at=None)
 
 
 def step(slot: Slot, event: Event, now: float) -> Result:
@@ -197,7 +210,7 @@ def step(slot: Slot, event: Event, now: float) -> Result:
 
 
 def _begin(slot: Slot, _event: Begin, now: float) -> Result:
-    if slot.state is not SlotState.STOPPED:
+    if slot.state is not SlotState.STOPPED or slot.retiring:
         return slot, []
     return transition(slot, SlotState.STARTING, now), [SpawnWorker()]
 
@@ -224,21 +237,35 @@ def _assign(slot: Slot, event: Assign, now: float) -> Result:
 def _step(slot: Slot, event: Step, _now: float) -> Result:
     if slot.job_id != event.job_id:
         return slot, []
-    return replace(slot, job_state=event.state, job_pid=event.pid or slot.job_pid), []
+    return replace(
+        slot,
+        job_state=event.state,
+        job_pid=event.pid or slot.job_pid,
+        deadline=event.deadline if event.state is State.RUNNING else None,
+    ), []
 
 
 def _cancel(slot: Slot, event: Cancel, now: float) -> Result:
     if slot.state is SlotState.ADOPTED:
-        return slot, [TerminateAdopted(event.why)]
-    if slot.state is not SlotState.BUSY or slot.job_id is None:
+        first = now if slot.cancelled_at is None else slot.cancelled_at
+        return replace(slot, cancelled_at=first), [TerminateAdopted(event.why)]
+    if slot.job_id is None:
         return slot, []
     message = CancelJob(slot.job_id, event.why, event.detail)
+    if slot.state is SlotState.CANCELLING and event.why == "shutdown":
+        # Otherwise a worker that waits for a full disk to take the job's outcome would go on waiting.
+        return slot, [Send(message)]
+    if slot.state is not SlotState.BUSY:
+        return slot, []
     return transition(slot, SlotState.CANCELLING, now, event.detail or event.why), [Send(message)]
 
 
 def _ended(slot: Slot, event: Ended, now: float) -> Result:
     if slot.state not in {SlotState.BUSY, SlotState.CANCELLING} or slot.job_id != event.job_id:
         return slot, []
+    if slot.retiring:
+        stopped = transition(slot, SlotState.STOPPED, now)
+        return stopped, [Settle(event.job_id)] if event.clean else [Settle(event.job_id), KillWorker()]
     if event.clean:
         # A job that came through is the proof that the slot works: earlier deaths no longer count.
         return replace(transition(slot, SlotState.IDLE, now), deaths=(), quarantines=0), [
@@ -254,6 +281,8 @@ def _died(slot: Slot, event: Died, now: float) -> Result:
     actions: list[Action] = [KillJob()]
     if slot.job_id is not None:
         actions.append(Settle(slot.job_id, f"the worker of slot {slot.name} {event.how}"))
+    if slot.retiring:
+        return transition(slot, SlotState.STOPPED, now, event.how), actions
     if slot.state is SlotState.ADOPTED:
         return transition(slot, SlotState.STARTING, now), [*actions, SpawnWorker()]
     timing = slot.timing
@@ -267,12 +296,13 @@ def _died(slot: Slot, event: Died, now: float) -> Result:
 
 
 def _adopt(slot: Slot, event: Adopt, now: float) -> Result:
-    if slot.state is not SlotState.STOPPED:
+    if slot.state is not SlotState.STOPPED or slot.retiring:
         return slot, []
     return replace(transition(slot, SlotState.ADOPTED, now), job_id=event.job_id, job_state=event.state), []
 
 
 def _retire(slot: Slot, _event: Retire, now: float) -> Result:
+    slot = replace(slot, retiring=True)
     # A job goes on: its worker finishes it, and its directory tells the next start of the node.
     if slot.state is SlotState.STOPPED or slot.job_id is not None:
         return slot, []
@@ -285,8 +315,22 @@ def _tick(slot: Slot, _event: Tick, now: float) -> Result:
         return transition(slot, SlotState.STARTING, now), [SpawnWorker()]
     if slot.state is SlotState.STARTING and waited > slot.timing.start_timeout:
         return slot, [KillWorker()]
-    if slot.state is SlotState.CANCELLING and waited > slot.timing.cancel_timeout:
+    return _tick_with_job(slot, now)
+
+
+def _tick_with_job(slot: Slot, now: float) -> Result:
+    """Make sure that a job which should end does end, its worker alive or not."""
+    patience = slot.timing.cancel_timeout
+    if slot.job_state is State.COLLECTING:
+        # The program is gone, and reading large output takes its time: finished work is not thrown away.
+        return slot, []
+    if slot.state is SlotState.BUSY and slot.deadline is not None and now > slot.deadline + patience:
+        return _cancel(slot, Cancel("timeout", "the worker did not end it in time"), now)
+    if slot.state is SlotState.CANCELLING and now - slot.since > patience:
         return slot, [KillWorker()]
+    asked = slot.cancelled_at
+    if slot.state is SlotState.ADOPTED and asked is not None and now - asked > patience:
+        return slot, [KillAdopted(), KillJob()]
     return slot, []
 
 

@@ -28,6 +28,7 @@ from aitbc_miner.slot import (
     Died,
     Ended,
     Event,
+    KillAdopted,
     KillJob,
     KillWorker,
     Ready,
@@ -130,10 +131,16 @@ class RunningSlot:
                 if self.child:
                     self.child.send(action.message)
             case TerminateAdopted():
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(self.adopted or -1, END_SIGNALS[action.why])
+                self._signal_adopted(END_SIGNALS[action.why])
+            case KillAdopted():
+                self._signal_adopted(signal.SIGKILL)
             case Settle():
                 self._outcomes.settle(action.job_id, action.why)
+
+    def _signal_adopted(self, number: int) -> None:
+        if self.adopted is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self.adopted, number)
 
     def _start_worker(self) -> None:
         if self._refusal is not None:
@@ -170,7 +177,7 @@ class RunningSlot:
             case WorkerRefused():
                 self.feed(Unusable(message.reason))
             case JobStep():
-                self.feed(Step(message.job_id, message.state, message.pid))
+                self.feed(Step(message.job_id, message.state, message.pid, message.deadline))
                 self._outcomes.stepped(message, self.spec.name)
             case JobProgress():
                 self._outcomes.progress(message)

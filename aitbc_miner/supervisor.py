@@ -9,7 +9,7 @@ import select
 import signal
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from msgspec import Struct
 
@@ -22,6 +22,7 @@ from aitbc_miner.messages import (
     CancelJob,
     CoordinatorView,
     Deliveries,
+    EndReason,
     FoundJob,
     FromAgent,
     FromHeartbeat,
@@ -39,12 +40,13 @@ from aitbc_miner.messages import (
     Stop,
     Ticket,
 )
-from aitbc_miner.orphans import end_worker, kill_strangers
+from aitbc_miner.orphans import WorkerBook, end_worker, kill_strangers
 from aitbc_miner.placing import place
 from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Slot, SlotState, Tick
 from aitbc_miner.slots import Outcomes, RunningSlot
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
+from aitbc_miner.util.log import flush as flush_log
 
 M = TypeVar("M")
 
@@ -61,6 +63,7 @@ class Parts(Struct, frozen=True):
     agent: Keeper[FromAgent]
     heartbeat: Keeper[FromHeartbeat]
     make_slots: Callable[[list[GpuFact], Outcomes], list[RunningSlot]]
+    book: WorkerBook
     notices: list[str] = []
 
 
@@ -72,6 +75,7 @@ class Supervisor:
         self._agent = parts.agent
         self._heartbeat = parts.heartbeat
         self._make_slots = parts.make_slots
+        self._book = parts.book
         self._log = events("supervisor")
         self._slots: dict[str, RunningSlot] = {}
         self._queue: dict[str, Ticket] = {}
@@ -130,13 +134,14 @@ class Supervisor:
             for keeper in (self._agent, self._heartbeat):
                 if keeper.start_if_due():
                     self._dirty = True
-        for slot in self._slots.values():
+        for slot in self._slots.values() if not self._told_to_stop else ():
             slot.feed(Tick())
         self._place()
         self._stop_in_order()
         if clock.now() - self._ticked >= TICK_S:
             self._ticked = clock.now()
             self._control.drop_slow()
+            flush_log()
             kill_strangers(self._own_children())
 
     def _tell(self) -> None:
@@ -159,32 +164,47 @@ class Supervisor:
 
     def _hear_heartbeat(self) -> None:
         for message in self._receive(self._heartbeat):
-            match message:
-                case Inventory():
-                    self._desk.gpu_error = message.error
-                    if self._inventory is None:
-                        self._inventory = message
-                        self._begin()
-                case CoordinatorView():
-                    self._desk.coordinator = message
+            self._guarded(self._heartbeat, self._take_from_heartbeat, message)
+
+    def _take_from_heartbeat(self, message: FromHeartbeat) -> None:
+        match message:
+            case Inventory():
+                self._desk.gpu_error = message.error
+                if self._inventory is None:
+                    self._inventory = message
+                    self._begin()
+            case CoordinatorView():
+                self._desk.coordinator = message
 
     def _hear_agent(self) -> None:
         for message in self._receive(self._agent):
-            match message:
-                case Recovered():
-                    self._recovered = message.started
-                    self._begin()
-                case JobReady() if self._slot_of(message.ticket.job_id) is None:
-                    self._queue[message.ticket.job_id] = message.ticket
-                    self._dirty = True
-                case JobUpdate():
-                    if self._index.update(message):
-                        self._heartbeat.send(JobDone(message.code))
-                case CancelJob():
-                    self._cancel(message.job_id, message.why, message.detail)
-                case Deliveries():
-                    self._desk.deliveries = message
-                    self._heartbeat.send(NodeView(message.pending, message.error))
+            self._guarded(self._agent, self._take_from_agent, message)
+
+    def _take_from_agent(self, message: FromAgent) -> None:
+        match message:
+            case Recovered():
+                self._recovered = message.started
+                self._begin()
+            case JobReady() if self._slot_of(message.ticket.job_id) is None:
+                self._queue[message.ticket.job_id] = message.ticket
+                self._dirty = True
+            case JobUpdate():
+                if self._index.update(message):
+                    self._heartbeat.send(JobDone(message.code))
+            case CancelJob():
+                self._cancel(message.job_id, message.why, message.detail)
+            case Deliveries():
+                self._desk.deliveries = message
+                self._heartbeat.send(NodeView(message.pending, message.error))
+
+    def _guarded(self, keeper: Keeper[Any], take: Callable[[M], None], message: M) -> None:
+        """Take a message. Whatever is wrong with it costs the child that sent it, and never this process."""
+        try:
+            take(message)
+        except Exception:  # noqa: BLE001  # a defect; it is told, and the node goes on
+            self._log.error("message not taken", child=keeper.name, exc_info=True)
+            if keeper.child:
+                keeper.child.kill()
 
     def _receive(self, keeper: Keeper[M]) -> list[M]:
         return keeper.child.receive() if keeper.child else []
@@ -195,7 +215,7 @@ class Supervisor:
             keeper.stop()
             return
         self._log.error("child died", child=keeper.name, how=how, deaths=keeper.deaths)
-        self._desk.child_deaths[keeper.name] = f"{how}; {keeper.deaths} deaths so far"
+        self._desk.note_death(keeper.name, f"{how}; {keeper.deaths} deaths so far")
         if keeper is self._agent:
             # The next agent reads the records and says again what is ready.
             self._queue.clear()
@@ -204,7 +224,7 @@ class Supervisor:
 
     def _begin(self) -> None:
         """Lay out the slots when the GPUs and the unfinished jobs are known; later, settle what was found."""
-        if self._inventory is None or self._recovered is None:
+        if self._inventory is None or self._recovered is None or self._stop_mode is not None:
             return
         if not self._slots:
             outcomes = Outcomes(self._settle, self._ended, self._agent.send, self._stepped)
@@ -224,15 +244,16 @@ class Supervisor:
         if self._slot_of(job.job_id) is not None or job.worker_pid in workers:
             # It is running, or was when the agent looked and has ended since, of which the agent was told.
             return
-        slot = self._slots.get(job.slot or "")
-        idle = slot is not None and slot.rules.state is SlotState.STOPPED
-        if slot and idle and job.worker_pid and slot.adopt(job.worker_pid, job.worker_start):
-            slot.feed(Adopt(job.job_id, job.state))
-            self._index.step(job.job_id, job.state, slot.spec.name)
-            self._log.info("job adopted", job_id=job.job_id, slot=slot.spec.name)
-            return
-        if job.worker_pid:
-            end_worker(job.worker_pid, job.worker_start)
+        pid, start = job.worker_pid, job.worker_start
+        if pid and start and self._book.knows(job.slot, pid, start):
+            slot = self._slots.get(job.slot or "")
+            idle = slot is not None and slot.rules.state is SlotState.STOPPED
+            if slot and idle and slot.adopt(pid, start):
+                slot.feed(Adopt(job.job_id, job.state))
+                self._index.step(job.job_id, job.state, slot.spec.name)
+                self._log.info("job adopted", job_id=job.job_id, slot=slot.spec.name)
+                return
+            end_worker(pid, start)
         self._settle(job.job_id, "the miner was restarted and found no worker with the job")
 
     def _slot_of(self, job_id: str) -> RunningSlot | None:
@@ -257,7 +278,7 @@ class Supervisor:
         self._index.settled(job_id)
         self._agent.send(JobSettled(job_id, why))
 
-    def _cancel(self, job_id: str, why: str, detail: str) -> bool:
+    def _cancel(self, job_id: str, why: EndReason, detail: str) -> bool:
         """End a job in a slot or waiting for one; False when it is neither."""
         slot = self._slot_of(job_id)
         if slot is not None:

@@ -13,17 +13,21 @@ from msgspec import Struct
 from aitbc_miner.cgroup import SlotGroup
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
-from aitbc_miner.errors import MinerError
+from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.execution import Delays, Supervision
 from aitbc_miner.jobrun import JobRun, Surroundings
+from aitbc_miner.jobs import State
 from aitbc_miner.messages import JobEnded, StartJob, ToWorker, WorkerReady, WorkerRefused
 from aitbc_miner.privileges import Identity
-from aitbc_miner.records import Records
+from aitbc_miner.probe import NEEDED_CONTROLLERS
+from aitbc_miner.records import JobDir, Records
 from aitbc_miner.runners import Runner
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.util.limits import plan_limits
 from aitbc_miner.util.log import events
+
+STARTABLE = frozenset({State.ACKED, State.RETRY_WAIT})
 
 
 class Settings(Struct, frozen=True):
@@ -81,7 +85,8 @@ class Worker:
             group.worker.write("cgroup.procs", str(os.getpid()))
             # Whatever an earlier worker left running here ends now; if it cannot, the slot is no good.
             group.renew_job()
-            by_cgroup = group.enforce(settings.spec, settings.controllers)
+            must = frozenset(NEEDED_CONTROLLERS if settings.config.cgroup.mode == "required" else ())
+            by_cgroup = group.enforce(settings.spec, settings.controllers, required=must)
         own_user = settings.runs_as is not None
         limits, enforced = plan_limits(settings.spec, by_cgroup, own_user=own_user)
         return Surroundings(
@@ -97,8 +102,34 @@ class Worker:
         )
 
     def _run_job(self, job_id: str, around: Surroundings) -> JobEnded:
-        with self._records.open(job_id) as job:
-            outcome, clean = JobRun(job, around, self._runners(), self._supervision).run()
+        """Run a job and say what came of it, whatever it does: a worker that dies costs the slot."""
+        try:
+            with self._records.open(job_id) as job:
+                ended = _refuse(job) or self._run(job, around)
+        except Exception as error:  # noqa: BLE001  # without an outcome the agent declares the job lost
+            self._log.exception("job failed without an outcome", job_id=job_id)
+            ended = JobEnded(job_id, ErrorCode.E_INTERNAL, f"cannot run the job: {error!a:.300}")
         self._supervision.cancelled.clear()
-        self._log.info("job ended", job_id=job_id, code=outcome.code or "OK", message=outcome.message)
-        return JobEnded(job_id, outcome.code, outcome.message, outcome.timings, clean)
+        self._log.info("job ended", job_id=job_id, code=ended.code or "OK", message=ended.message)
+        return ended
+
+    def _run(self, job: JobDir, around: Surroundings) -> JobEnded:
+        run = JobRun(job, around, self._runners, self._supervision)
+        try:
+            outcome, clean = run.run()
+        except OSError as error:
+            message = f"cannot write the outcome of job {job.job_id}: {error}"
+            self._log.error("no outcome", job_id=job.job_id, error=str(error))
+            return JobEnded(job.job_id, ErrorCode.E_INTERNAL, message, clean=run.clean)
+        return JobEnded(job.job_id, outcome.code, outcome.message, outcome.timings, clean)
+
+
+def _refuse(job: JobDir) -> JobEnded | None:
+    """Say why a job must not be started; None when it may. Nothing of it is touched: it has run before."""
+    outcome = job.outcome()
+    if outcome is not None:
+        return JobEnded(job.job_id, outcome.code, outcome.message, outcome.timings)
+    state = job.state().state
+    if state in STARTABLE:
+        return None
+    return JobEnded(job.job_id, ErrorCode.E_INTERNAL, f"cannot start job {job.job_id}: it is {state} already")

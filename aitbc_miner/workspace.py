@@ -5,8 +5,8 @@ input/      the agent's; empty once the job has started
 work/       the job's; where it starts, with the inputs in it
 output/     the job's; all that is left here is delivered
 tmp/        the job's TMPDIR
-logs/       the worker's; readable by the agent
-artifacts/  the worker's; second names of what is delivered, readable by the agent
+logs/       the worker's; readable by the agent, which cannot put anything there
+artifacts/  the agent's; second names of what is delivered, readable by the agent
 ```
 """
 
@@ -20,7 +20,6 @@ from aitbc_miner.records import JobDir
 from aitbc_miner.util import fs
 
 OF_JOB = ("work", "output", "tmp")
-OF_WORKER = ("logs", "artifacts")
 
 
 def prepare(job: JobDir, runs_as: Identity | None, service: Identity | None) -> None:
@@ -35,12 +34,17 @@ def prepare(job: JobDir, runs_as: Identity | None, service: Identity | None) -> 
             shutil.rmtree(name, dir_fd=job.fd)
     for name in OF_JOB:
         _make(job.fd, name, 0o700, runs_as)
-    for name in OF_WORKER:
-        if not fs.exists(job.fd, name):
-            _make(job.fd, name, 0o750, service)
+    _make(job.fd, "artifacts", 0o750, service)
+    if not fs.exists(job.fd, "logs"):
+        _make(job.fd, "logs", 0o750, None if service is None else _shown_to(service))
     with fs.directory("input", at=job.fd) as source, fs.directory("work", at=job.fd) as target:
         for name in sorted(os.listdir(source)):  # noqa: PTH208  # a descriptor
             _hand_over(source, name, target, runs_as, service)
+
+
+def _shown_to(service: Identity) -> Identity:
+    """Give the owner of what the agent may read and only the worker may change."""
+    return Identity(os.geteuid(), service.gid, service.name)
 
 
 def _make(at: int, name: str, mode: int, owner: Identity | None) -> None:

@@ -287,12 +287,23 @@ def test_ack_has_its_ids_in_body_and_query_and_a_stable_key(client: Coordinator)
 @pytest.mark.parametrize("status", [404, 409, 410])
 def test_a_job_that_is_gone(client: Coordinator, status: int, tmp_path: Path) -> None:
     for path in ("ack", "progress", "result", "fail"):
-        responses.post(f"{BASE}/jobs/{path}", status=status)
+        responses.post(f"{BASE}/jobs/{path}", status=status, json={"error": {"message": "unknown job"}})
     for name, call in calls(client, tmp_path).items():
         if name in {"ack", "progress", "result", "fail"}:
-            with pytest.raises(Gone, match=rf"the job is not ours any more \({status}\)$") as caught:
+            with pytest.raises(Gone, match=rf"not ours any more \({status}: unknown job\)$") as caught:
                 call()
             assert not caught.value.retryable
+
+
+@pytest.mark.parametrize("name", ["ack", "progress", "result", "fail"])
+@pytest.mark.parametrize("body", [b"<html>404</html>", b"", b"{}", b"[]", b'"error"', b"\xff", b"[" * 60_000])
+def test_a_404_that_is_not_the_coordinators_own_takes_no_job_away(
+    client: Coordinator, name: str, body: bytes, tmp_path: Path
+) -> None:
+    responses.post(f"{BASE}/jobs/{name}", status=404, body=body)
+    with pytest.raises(CoordinatorError, match="something answered 404 that is not") as caught:
+        calls(client, tmp_path)[name]()
+    assert caught.value.retryable
 
 
 @pytest.mark.parametrize(
@@ -335,6 +346,7 @@ def test_every_call_says_what_it_could_not_do(client: Coordinator, name: str, tm
     call = calls(client, tmp_path)[name]
     for status, kind in [
         (500, CoordinatorError),
+        (403, Unauthorized if name == "register" else CoordinatorError),
         (429, Busy),
         (401, Unauthorized),
         (422, Refused),

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner.cgroup import CgroupError, CpuUsage, Group, Mount, SlotGroup, find_mount, own_group
+from aitbc_miner import delegation
+from aitbc_miner.cgroup import (
+    CgroupError,
+    CpuUsage,
+    Group,
+    Mount,
+    SlotGroup,
+    find_mount,
+    own_group,
+)
+from aitbc_miner.delegation import prepare
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.util import limits
 
@@ -129,8 +139,21 @@ def fake_slot(tmp_path: Path, controllers: tuple[str, ...] = ALL) -> SlotGroup:
     return slot
 
 
-def test_enforce_writes_each_limit_on_the_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aitbc_miner.cgroup.disk_of", lambda path: "8:0")
+JOB_FILES = ("memory.high", "memory.max", "memory.swap.max", "pids.max")
+
+
+def limits_of(slot: SlotGroup) -> dict[str, str]:
+    """Read each limit where it belongs, having seen that the other group has none of it."""
+    values = {}
+    for name in LIMIT_FILES:
+        holder, other = (slot.job, slot.slot) if name in JOB_FILES else (slot.slot, slot.job)
+        assert (other.path / name).read_text() == ""
+        values[name] = (holder.path / name).read_text().strip()
+    return values
+
+
+def test_enforce_writes_each_limit_on_slot_or_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aitbc_miner.cgrouplimits.disk_of", lambda path: "8:0")
     slot = fake_slot(tmp_path)
     spec = SlotSpec(
         name="cpu0",
@@ -146,8 +169,7 @@ def test_enforce_writes_each_limit_on_the_slot(tmp_path: Path, monkeypatch: pyte
         io_max={"/data": {"wbps": 1000, "riops": 5}},
     )
     assert slot.enforce(spec, ALL) == dict.fromkeys(ALL, "cgroup")
-    values = {name: (slot.slot.path / name).read_text() for name in LIMIT_FILES}
-    assert values == {
+    assert limits_of(slot) == {
         "cpu.max": "250000 100000",
         "cpu.weight": "50",
         "cpuset.cpus": "0-2,5",
@@ -167,8 +189,7 @@ def test_enforce_writes_each_limit_on_the_slot(tmp_path: Path, monkeypatch: pyte
 def test_enforce_lifts_what_an_older_layout_had_set(tmp_path: Path) -> None:
     slot = fake_slot(tmp_path)
     assert slot.enforce(SlotSpec(name="cpu0", kind="cpu"), ALL) == {}
-    values = {name: (slot.slot.path / name).read_text().strip() for name in LIMIT_FILES}
-    assert values == {
+    assert limits_of(slot) == {
         "cpu.max": "max 100000",
         "cpu.weight": "100",
         "cpuset.cpus": "",
@@ -201,6 +222,103 @@ def test_an_io_limit_on_no_disk_is_an_error_of_the_slot(tmp_path: Path) -> None:
     spec = SlotSpec(name="cpu0", kind="cpu", io_max={"/proc": {"wbps": 1}})
     with pytest.raises(CgroupError, match=r"cannot limit io of /proc: .*not on one disk"):
         fake_slot(tmp_path).enforce(spec, ALL)
+
+
+def test_each_job_has_the_limits_that_go_with_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slot = fake_slot(tmp_path)
+    spec = SlotSpec(name="cpu0", kind="cpu", memory_max=1 << 30, pids_max=99)
+    slot.enforce(spec, ALL)
+
+    def remove(group: Group, timeout_s: float) -> None:
+        for name in FILES:
+            written(group.path / name, "")
+
+    monkeypatch.setattr(Group, "kill", lambda group: None)
+    monkeypatch.setattr(Group, "remove", remove)
+    slot.renew_job()
+    assert limits_of(slot)["memory.max"] == str(1 << 30)
+    assert limits_of(slot)["pids.max"] == "99"
+    assert (slot.job.path / "memory.oom.group").read_text() == "1"
+
+
+def test_what_is_required_is_held_by_the_group_or_refused(tmp_path: Path) -> None:
+    required = frozenset({"cpu", "memory", "pids"})
+    spec = SlotSpec(name="cpu0", kind="cpu", cpus=(0,), memory_max=1 << 30, pids_max=9)
+    whole = fake_slot(tmp_path, ("cpu", "memory", "pids"))
+    assert whole.enforce(spec, ALL, required=required) == {"memory": "cgroup", "pids": "cgroup"}
+    # Without a quota nothing of cpu is asked for.
+    assert fake_slot(tmp_path, ("memory", "pids")).enforce(spec, ALL, required=required)
+    message = r"^cannot limit memory, pids in .*/cpu0: its parent has no such controller; start"
+    with pytest.raises(CgroupError, match=message):
+        fake_slot(tmp_path, ()).enforce(spec, ALL, required=required)
+
+
+class Kernel:
+    """As much of the kernel as `prepare` meets: processes move, and a group that has any hands nothing on."""
+
+    def __init__(self, own: Path, monkeypatch: pytest.MonkeyPatch, pids: list[int]) -> None:
+        self.own = own
+        self.born: list[int] = []
+        self.dead: set[int] = set()
+        own.mkdir()
+        written(own / "cgroup.type", "domain\n")
+        written(own / "cgroup.controllers", "cpu memory pids rdma\n")
+        self.has(own, pids)
+
+        def write(group: Group, name: str, value: object) -> None:
+            self.write(group, name, value)
+
+        monkeypatch.setattr(Group, "write", write)
+
+    def has(self, path: Path, pids: list[int]) -> None:
+        written(path / "cgroup.procs", "".join(f"{pid}\n" for pid in pids))
+
+    def pids(self, path: Path) -> list[int]:
+        procs = path / "cgroup.procs"
+        return [int(pid) for pid in procs.read_text().split()] if procs.exists() else []
+
+    def write(self, group: Group, name: str, value: object) -> None:
+        if name == "cgroup.procs":
+            left = [pid for pid in self.pids(self.own) if pid != value]
+            self.has(self.own, left + self.born)
+            self.born = []
+            if value in self.dead:
+                raise CgroupError("no such process") from ProcessLookupError()
+            self.has(group.path, [*self.pids(group.path), int(str(value))])
+        elif self.pids(group.path):
+            raise CgroupError(f"cannot write to {group.path}: Device or resource busy")
+        else:
+            written(group.path / name, str(value))
+
+
+def test_all_processes_make_room_before_controllers_are_handed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = Kernel(tmp_path / "own", monkeypatch, [10, 11, 12])
+    kernel.born = [13]
+    kernel.dead = {11}
+    for _ in range(2):
+        prepare(kernel.own)
+        assert kernel.pids(kernel.own) == []
+        assert kernel.pids(kernel.own / "supervisor") == [10, 12, 13]
+        assert (kernel.own / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+
+
+def test_the_root_of_all_groups_keeps_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(tmp_path / "own", monkeypatch, [])
+    (kernel.own / "cgroup.type").unlink()
+    prepare(kernel.own)
+    assert not (kernel.own / "supervisor").exists()
+    assert (kernel.own / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+
+
+def test_processes_that_cannot_be_moved_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = Kernel(tmp_path / "own", monkeypatch, [10])
+    monkeypatch.setattr(delegation, "_move", lambda pid, group: None)
+    with pytest.raises(CgroupError, match="Device or resource busy"):
+        prepare(kernel.own)
 
 
 def test_the_limits_of_the_two_modules_have_the_same_names() -> None:

@@ -53,10 +53,7 @@ def test_the_sample_has_every_key_at_its_default() -> None:
     auto = msgspec.structs.replace(defaults.sandbox, mode="auto")
     assert config == msgspec.structs.replace(defaults, sandbox=auto)
     assert warnings == [
-        (
-            "sandbox.mode has no effect in this version, which has no sandbox: "
-            "jobs are confined by user, cgroup and limits only"
-        )
+        "jobs are not sandboxed in this version: they are confined by user, cgroup and limits only"
     ]
 
 

@@ -1,10 +1,12 @@
 """The control socket: who may ask what, and clients that stall, babble or crowd."""
 
+import contextlib
 import grp
 import os
 import select
 import socket
 import stat
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -306,14 +308,88 @@ def test_a_crowd_of_silent_clients_shuts_nobody_out(node: Node) -> None:
 # --- who may -----------------------------------------------------------------------------------------------
 
 
-def test_the_socket_is_closed_to_others_and_replaces_a_stale_one(node: Node) -> None:
+def test_the_socket_is_closed_to_others(node: Node) -> None:
     info = node.path.stat()
     assert stat.S_ISSOCK(info.st_mode)
     assert stat.S_IMODE(info.st_mode) & 0o117 == 0
     assert stat.S_IMODE(node.path.parent.stat().st_mode) & 0o027 == 0
-    again = ControlServer(node.path, lambda request: (Done("new"), []))
-    again.close()
-    assert not node.path.exists()
+
+
+def serve(path: Path) -> ControlServer:
+    return ControlServer(path, lambda request: (Done("new"), []))
+
+
+def test_a_socket_that_nobody_listens_on_is_replaced(node: Node) -> None:
+    stale = node.path.with_name("stale.sock")
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(os.fspath(stale))
+        killed.listen()
+    serve(stale).close()
+    assert not stale.exists()
+
+
+@pytest.mark.parametrize("crowd", [0, 1], ids=["at leisure", "too busy to take another"])
+def test_a_socket_on_which_another_miner_answers_is_left_alone(node: Node, crowd: int) -> None:
+    path = node.path.with_name("live.sock")
+    with contextlib.ExitStack() as stack:
+        live = stack.enter_context(socket.socket(socket.AF_UNIX))
+        live.bind(os.fspath(path))
+        live.listen(0)
+        for _ in range(crowd):
+            stack.enter_context(socket.socket(socket.AF_UNIX)).connect(os.fspath(path))
+        with pytest.raises(OSError, match=f"^cannot listen on {path}: another miner answers there; stop"):
+            serve(path)
+        assert path.is_socket()
+    path.unlink()
+
+
+def test_what_is_no_socket_is_not_removed(node: Node) -> None:
+    path = node.path.with_name("a-file")
+    path.write_text("precious")
+    with pytest.raises(OSError, match=f"^cannot listen on {path}: it is no socket; remove it"):
+        serve(path)
+    assert path.read_text() == "precious"
+    path.unlink()
+
+
+def known_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = {"aitbc": 7001, "aitbc-admin": 7002}
+
+    def getgrnam(name: str) -> grp.struct_group:
+        if name not in ids:
+            raise KeyError(name)
+        return grp.struct_group((name, "x", ids[name], []))
+
+    monkeypatch.setattr(grp, "getgrnam", getgrnam)
+
+
+def test_only_a_directory_of_its_own_is_given_to_the_readers(monkeypatch: pytest.MonkeyPatch) -> None:
+    known_groups(monkeypatch)
+    given: list[Path] = []
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid: given.append(path))
+    with tempfile.TemporaryDirectory(prefix="aitbc-control-") as there:
+        old, new = Path(there) / "c.sock", Path(there) / "new/c.sock"
+        serve(old).close()
+        assert given == [old]
+        serve(new).close()
+        assert given == [old, new.parent, new]
+
+
+def test_groups_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def getgrnam(name: str) -> grp.struct_group:
+        asked.append(name)
+        raise KeyError(name)
+
+    monkeypatch.setattr(grp, "getgrnam", getgrnam)
+    with tempfile.TemporaryDirectory(prefix="aitbc-control-") as there:
+        node = Node(Path(there) / "c.sock")
+        for _ in range(2):
+            answer_to(node, Request("status"))
+        node.server.close()
+    assert asked == ["aitbc", "aitbc-admin"]
 
 
 def test_the_kernel_tells_who_is_on_the_other_end() -> None:
@@ -365,6 +441,15 @@ def test_a_stranger_may_neither_read_nor_write(
     assert node.asked == []
 
 
+@pytest.fixture
+def node_with_groups(monkeypatch: pytest.MonkeyPatch) -> Iterator[Node]:
+    known_groups(monkeypatch)
+    with tempfile.TemporaryDirectory(prefix="aitbc-control-") as there:
+        made = Node(Path(there) / "control.sock")
+        yield made
+        made.server.close()
+
+
 @pytest.mark.parametrize(
     ("groups", "may_read", "may_write"),
     [
@@ -379,19 +464,16 @@ def test_a_stranger_may_neither_read_nor_write(
     ids=["none", "readers", "writers", "others and readers", "very many", "very many and writers"],
 )
 def test_groups_decide_what_a_user_may(
-    node: Node, monkeypatch: pytest.MonkeyPatch, groups: list[int], may_read: bool, may_write: bool
+    node_with_groups: Node,
+    monkeypatch: pytest.MonkeyPatch,
+    groups: list[int],
+    may_read: bool,
+    may_write: bool,
 ) -> None:
-    ids = {"aitbc": 7001, "aitbc-admin": 7002}
-
-    def getgrnam(name: str) -> grp.struct_group:
-        if name not in ids:
-            raise KeyError(name)
-        return grp.struct_group((name, "x", ids[name], []))
-
-    monkeypatch.setattr(grp, "getgrnam", getgrnam)
     if not ROOT:
         known = {STRANGER, *groups} if len(groups) <= 256 else {STRANGER}
         monkeypatch.setattr(control, "peer", lambda sock: (STRANGER, known))
+    node = node_with_groups
     for verb, allowed in (("status", may_read), ("drain", may_write)):
         if ROOT:
             code, _ = as_user(node, STRANGER, groups, Request(verb))

@@ -280,6 +280,43 @@ def test_a_redirect_is_not_followed_and_carries_no_token(peer: Start) -> None:
     assert other.connections == 0
 
 
+@pytest.mark.parametrize("where", [b"http://[", b"\xff\xfe", b"//", b"http://a:b/", b""])
+def test_a_redirect_to_nonsense_is_no_more_than_a_redirect(peer: Start, where: bytes) -> None:
+    head = b"HTTP/1.1 302 Found\r\nLocation: " + where + b"\r\nContent-Length: 0\r\n\r\n"
+    with client(peer(answering(head)).url) as http:
+        reply = http.call("POST", "/x", {}, doing="pull a job")
+    with pytest.raises(Unreachable, match="answered 302, a redirect to "):
+        check(reply, "pull a job", "the node token")
+
+
+def test_the_body_of_a_redirect_is_bounded_too(peer: Start) -> None:
+    sent = 0
+
+    def endless(connection: socket.socket) -> None:
+        nonlocal sent
+        connection.recv(65536)
+        connection.sendall(b"HTTP/1.1 302 Found\r\nLocation: /y\r\nContent-Length: 99999999999\r\n\r\n")
+        while True:
+            sent += connection.send(b"x" * 65536)
+
+    with client(peer(endless).url) as http:
+        reply = http.call("POST", "/x", {}, doing="pull a job", max_bytes=1000)
+    assert (reply.status, reply.body, reply.complete, reply.location) == (302, b"x" * 1000, False, "/y")
+    # What the sockets of both sides hold by themselves.
+    assert sent < 50_000_000
+
+
+def test_a_reply_that_requests_cannot_take_is_unreachable(
+    peer: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def confused(*_: object, **__: object) -> None:
+        raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+
+    monkeypatch.setattr(requests.Session, "send", confused)
+    with client(peer(answering(OK)).url) as http, pytest.raises(Unreachable, match="UnicodeDecodeError"):
+        http.call("POST", "/x", {}, doing="pull a job")
+
+
 def test_one_connection_for_many_calls_and_one_more_for_a_thread(peer: Start) -> None:
     server = peer(answering(*[OK] * 20))
     with client(server.url) as http:
@@ -459,7 +496,7 @@ def test_statuses_worth_another_try(status: int) -> None:
     assert str(error) == f"cannot pull a job: the coordinator answered {status}"
 
 
-@pytest.mark.parametrize("status", [400, 402, 403, 404, 413, 422])
+@pytest.mark.parametrize("status", [400, 402, 404, 413, 422])
 def test_statuses_that_are_final(status: int) -> None:
     error = raised(status, b'{"error": "no"}')
     assert isinstance(error, Refused)

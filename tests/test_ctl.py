@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -30,7 +30,7 @@ from aitbc_miner.control import (
     SlotStatus,
     Status,
 )
-from aitbc_miner.ctlview import cut, duration, plain, slots_page, status_page, visible, wrap
+from aitbc_miner.ctlview import cut, duration, job_page, plain, slots_page, status_page, visible, wrap
 from aitbc_miner.errors import CODES, ErrorCode
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Outcome, State, Usage
 from aitbc_miner.messages import CoordinatorView, Offer, SlotView
@@ -104,6 +104,20 @@ def run(path: Path | str, *words: str, **more: str) -> subprocess.CompletedProce
     )
 
 
+@contextmanager
+def child_in_time(*command: str) -> Iterator[subprocess.Popen[bytes]]:
+    """Run a command that is killed at its deadline, so that nobody waits for its output for ever."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, env=environ()) as child:
+        killer = threading.Timer(DEADLINE_S, child.kill)
+        killer.start()
+        try:
+            yield child
+        finally:
+            killer.cancel()
+            child.kill()
+
+
 def on_terminal(path: Path, *words: str, **more: str) -> str:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(path), *words]
@@ -120,7 +134,9 @@ def on_terminal(path: Path, *words: str, **more: str) -> str:
     return shown.decode()
 
 
-def slot(name: str, state: str = "IDLE", job: str | None = None, for_s: float = 5.0) -> SlotStatus:
+def slot(
+    name: str, state: str = "IDLE", job: str | None = None, for_s: float = 5.0, **more: object
+) -> SlotStatus:
     view = SlotView(
         Offer(name, "cpu", 2, 1024),
         state,
@@ -129,7 +145,7 @@ def slot(name: str, state: str = "IDLE", job: str | None = None, for_s: float = 
         job_state=State.RUNNING if job else None,
         enforced={"memory": "rlimit", "cpu": "nice"},
     )
-    return SlotStatus(view, for_s)
+    return SlotStatus(msgspec.structs.replace(view, **more), for_s)
 
 
 def status(**changes: object) -> Status:
@@ -206,6 +222,12 @@ def test_status_fits_one_screen_however_much_there_is() -> None:
     assert any("slots more; see `aitbc-minerctl slots`" in line for line in lines)
 
 
+def test_all_that_has_finished_is_told() -> None:
+    page = status_page(status(finished=dict.fromkeys(ErrorCode, 7), slots=[slot("cpu0")]), plain)
+    assert all(f"{code} 7" in page for code in ErrorCode)
+    assert max(map(len, page.split("\n"))) <= 80
+
+
 def test_what_is_cut_from_status_is_idle_and_slots_has_it() -> None:
     many = status(slots=[*(slot(f"idle{i}") for i in range(12)), slot("last", "BUSY", "j-9")])
     assert "last" in status_page(many, plain)
@@ -221,6 +243,10 @@ def test_what_is_cut_from_status_is_idle_and_slots_has_it() -> None:
         ({"stopping": True}, "stopping"),
         ({"slots": []}, "no slots yet"),
         ({"finished": {}}, "none yet"),
+        ({"finished": {"OK": 0, "E_EXIT": 0}}, "none yet"),
+        ({"finished": {"OK": 0, "E_EXIT": 2}}, f"{'finished':12}E_EXIT 2\n"),
+        ({"coordinator": CoordinatorView(False, "", error="not asked yet")}, "not asked yet, since ?, not"),
+        ({"slots": [slot("cpu0", "ADOPTED", "j-1", enforced={})]}, "limits      as set by its worker"),
         ({"coordinator": CoordinatorView(False, "")}, "not reachable since ?, not registered"),
     ],
 )
@@ -310,6 +336,22 @@ def test_job_page(served: Served, tmp_path: Path) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 100
 
 
+@pytest.mark.parametrize(
+    ("outcome", "shown"),
+    [
+        (Outcome(job_id="j-1", code=ErrorCode.E_DENY, timings={"prepare": 0.1}), "never ran"),
+        (Outcome(job_id="j-1", code=ErrorCode.E_LOST), "not run to its end"),
+        (Outcome(job_id="j-1", code=ErrorCode.E_SANDBOX, timings={"run": 0.1}), "not run to its end"),
+        (Outcome(job_id="j-1", exit=ExitStatus(status=0)), "status 0"),
+    ],
+)
+def test_exit_of_a_job(outcome: Outcome, shown: str) -> None:
+    known = {"manifest": None, "state": None, "outcome": msgspec.to_builtins(outcome)}
+    page = job_page(row(State.FAILED, runner=""), known, plain)
+    assert f"{'exit':12}{shown}\n" in page
+    assert f"{'runner':12}-\n" in page
+
+
 def test_job_as_json_has_its_files_by_the_names_they_come_with(served: Served, tmp_path: Path) -> None:
     files = records(tmp_path, outcome=OUTCOME, manifest={"job_id": "j-1", "x": "\x9b"})
     served.desk.says(Files(row(), list(files)), *files.values())
@@ -396,15 +438,14 @@ def test_follow_shows_a_line_without_asking_again(served: Served, tmp_path: Path
     log.write_text("first\n")
     served.desk.says(Files(row(State.RUNNING), ["exec.log"]), log)
     command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(served.path), "logs", "-f", "j-1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ()) as child:
+    # As in the background of a script.
+    with child_in_time("sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command) as child:
         assert child.stdout
         assert child.stderr
         assert child.stdout.readline() == b"first\n"
-        began = time.monotonic()
         with log.open("a") as file:
             file.write("second\n")
         assert child.stdout.readline() == b"second\n"
-        assert time.monotonic() - began < DEADLINE_S
         child.send_signal(2)
         assert child.wait(DEADLINE_S) == 130
         assert child.stderr.read() == b""
@@ -428,7 +469,7 @@ def test_a_reader_that_leaves_is_no_error(served: Served, tmp_path: Path) -> Non
     log.write_bytes(b"x" * (4 << 20))
     served.desk.says(Files(row(), ["exec.log"]), log)
     command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(served.path), "logs", "j-1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environ()) as child:
+    with child_in_time(*command) as child:
         assert child.stdout
         assert child.stderr
         child.stdout.read(10)
@@ -464,6 +505,7 @@ def test_slots_as_json_are_the_slots(served: Served) -> None:
     served.desk.says(status())
     value = json.loads(run(served.path, "--json", "slots").stdout)
     assert list(value) == ["slots"]
+    assert json.loads(run(served.path, "slots", "--json").stdout) == value
     assert [entry["slot"]["offer"]["name"] for entry in value["slots"]] == ["cpu0", "cpu1"]
 
 

@@ -1,10 +1,12 @@
 """Reports: sent until accepted, by the same name each time, and what is recorded of it."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ from aitbc_miner.coordinator import (
     Unauthorized,
     Unreachable,
 )
-from aitbc_miner.delivery import Delivered, Schedule, declare, deliver
+from aitbc_miner.delivery import REFUSED, Delivered, Schedule, declare, deliver
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Artifact, Outcome, State
 from aitbc_miner.messages import CancelJob, JobSettled
@@ -166,6 +168,18 @@ def test_a_result_that_will_never_be_taken_is_reported_as_a_failure(
     assert kept(records) == (State.FAILED, "accepted", delivered.outcome)
     # What the job made is still known.
     assert delivered.outcome.artifacts == GOOD.artifacts
+
+
+@pytest.mark.parametrize("end", [None, Unreachable("gone")])
+def test_what_a_refused_result_was_is_kept(records: Records, end: Exception | None) -> None:
+    finished(records, GOOD)
+    coordinator = FakeCoordinator(Refused("cannot report: 413 too large", 413), end)
+    with contextlib.suppress(Unreachable):
+        deliver(records, coordinator, NODE, "j1")
+    kept_file = (records.root / "j1" / REFUSED).read_bytes()
+    assert msgspec.json.decode(kept_file, type=Outcome) == GOOD
+    deliver(records, coordinator, NODE, "j1")
+    assert (records.root / "j1" / REFUSED).read_bytes() == kept_file
 
 
 def test_a_refused_result_is_on_disk_as_a_failure_before_the_failure_is_told(records: Records) -> None:
@@ -324,6 +338,16 @@ def test_a_failed_one_waits_ever_longer_but_within_bounds_and_as_long_as_asked()
     # The coordinator asked for it, and that others are accepted does not change its mind.
     schedule.hurry(now + 1)
     assert schedule.next_due() == now + 600
+
+
+def test_the_newest_report_is_named_first_even_while_it_is_being_sent() -> None:
+    schedule = Schedule(1, 8)
+    for job_id in "abc":
+        schedule.add(job_id, 0)
+    assert schedule.start_due(0, 2) == ["a", "b"]
+    assert schedule.newest() == ["c", "b", "a"]
+    schedule.succeeded("b", 1)
+    assert schedule.newest() == ["c", "a"]
 
 
 def test_one_success_makes_the_others_due() -> None:

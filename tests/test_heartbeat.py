@@ -21,6 +21,7 @@ from heartbeat_node import (
 from nvml_stub import NvmlStub, no_library
 
 from aitbc_miner import config as settings
+from aitbc_miner.credentials import digest
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.heartbeat import Timing
 from aitbc_miner.messages import (
@@ -31,7 +32,6 @@ from aitbc_miner.messages import (
     NodeView,
     TokenWanted,
 )
-from aitbc_miner.registration import digest
 from aitbc_miner.slot import SlotState
 from aitbc_miner.util import clock
 
@@ -200,9 +200,22 @@ def test_a_coordinator_that_takes_no_token_is_asked_ever_more_slowly(
     assert all(pause >= 0.019 for pause in pauses)
 
 
-@pytest.mark.parametrize("status", [401, 403])
+@pytest.mark.parametrize(
+    ("status", "told", "key"),
+    [
+        (401, "env:MINER_AUTH", "coordinator.auth_token"),
+        (403, "env:MINER_AUTH", "coordinator.auth_token"),
+        (404, "404", "check coordinator.base_url"),
+        (422, "422", "ask them"),
+    ],
+)
 def test_a_refused_registration_is_the_operators_to_mend(
-    coordinator: FakeCoordinator, tmp_path: Path, status: int, log: list[logging.LogRecord]
+    coordinator: FakeCoordinator,
+    tmp_path: Path,
+    status: int,
+    told: str,
+    key: str,
+    log: list[logging.LogRecord],
 ) -> None:
     coordinator.registering = [(status, {}, '{"error": {"message": "who are you"}}')] * 2
     with make_node(tmp_path) as node:
@@ -210,9 +223,9 @@ def test_a_refused_registration_is_the_operators_to_mend(
         view = node.view(registered=False)
         assert view.reachable
         assert view.error
-        assert "env:MINER_AUTH" in view.error
+        assert told in view.error
         assert view.remedy
-        assert "coordinator.auth_token" in view.remedy
+        assert key in view.remedy
         assert node.view(registered=True).error is None
     first, second, third = coordinator.of("register")[:3]
     assert second[1] - first[1] >= 0.1
@@ -225,7 +238,7 @@ def test_a_missing_credential_is_named(coordinator: FakeCoordinator, tmp_path: P
         node.supervisor.send(slots())
         view = node.view(reachable=False)
         assert view.error
-        assert "cannot read the credential env:MINER_AUTH" in view.error
+        assert view.error.startswith("not asked yet: cannot read the credential env:MINER_AUTH")
         assert view.remedy
     assert coordinator.calls == []
 

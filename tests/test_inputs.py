@@ -119,7 +119,7 @@ def test_inline_texts_and_addresses(server: Server, tmp_path: Path) -> None:
         "a b.txt": DATA,
         "named": b"",
     }
-    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o644}
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
     assert server.requests[0][0] == "/dir/a%20b.txt?token=1"
 
 

@@ -92,6 +92,30 @@ def test_others_cannot_read_it_and_no_link_is_followed(logs: tuple[int, Path]) -
     assert (logs[1].parent / "elsewhere").read_bytes() == b"x"
 
 
+def test_a_log_with_a_second_name_or_another_owner_is_refused(logs: tuple[int, Path]) -> None:
+    written(logs, 100, b"x")
+    second = logs[1].parent / "second"
+    second.hardlink_to(logs[1])
+    with pytest.raises(PermissionError, match="not a plain file of the worker's own"):
+        JobLog(logs[0], 100)
+    assert second.read_bytes() == b"x"
+    second.unlink()
+    if os.geteuid() == 0:
+        os.chown(logs[1], 60600, 60600)
+        with pytest.raises(PermissionError):
+            JobLog(logs[0], 100)
+        os.chown(logs[1], 0, 0)
+    assert written(logs, 100, b"y")[1] == b"xy"
+
+
+def test_its_readers_are_a_group_that_cannot_write(logs: tuple[int, Path]) -> None:
+    group = 60600 if os.geteuid() == 0 else os.getgid()
+    JobLog(logs[0], 100, group).close()
+    info = logs[1].stat()
+    assert (info.st_uid, info.st_gid) == (os.geteuid(), group)
+    assert stat.S_IMODE(info.st_mode) & 0o027 == 0
+
+
 def test_a_full_disk_is_noticed_and_hurts_nobody(
     logs: tuple[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

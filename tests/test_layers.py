@@ -25,7 +25,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {
         "supervisor": {"supervisor", "slots", "children", "desk", "jobindex", "orphans"},
         "worker": {"worker", "jobrun", "execution", "workspace"},
-        "agent": {"agent", "intake", "progress", "delivery", "recovery"},
+        "agent": {"agent", "intake", "progress", "delivery", "recovery", "nodetoken"},
         "heartbeat": {"heartbeat", "registration"},
     },
     {
@@ -41,7 +41,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "discovery": {"probe", "gpu", "privileges"},
         "channel": {"channel"},
     },
-    {"cgroup": {"cgroup"}},
+    {"cgroup": {"cgroup", "cgrouplimits", "delegation"}},
     {"util": {"util"}},
     {"errors": {"errors", ""}},
 ]

@@ -1,10 +1,13 @@
 """Log lines: one event a line, and no secret in any of them."""
 
+import contextlib
 import io
 import json
 import logging
+import os
+import socket
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +15,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.util.log import MASK, Formatter, configure, events
+from aitbc_miner.util.log import (
+    BACKLOG_BYTES,
+    MASK,
+    MAX_SECRETS,
+    Formatter,
+    configure,
+    descriptors,
+    events,
+    flush,
+)
 
 TOKEN = "tok-5f3a9c"
 
@@ -167,6 +179,143 @@ def test_a_broken_log_ends_nobody() -> None:
     events("agent").error("nobody hears it")
 
 
+# --- readers that stall ------------------------------------------------------------------------------------
+
+
+class Pipe(NamedTuple):
+    """Where a log goes, and a way to take what is there without waiting."""
+
+    ours: int
+    theirs: int
+    kept: set[int]
+
+    def read(self) -> bytes:
+        taken = b""
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self.theirs, 1 << 20):
+                taken += piece
+        return taken
+
+    def read_all(self) -> list[dict[str, Any]]:
+        """Take all that is written and all that waits; a broken line is an error here."""
+        taken = self.read()
+        flush()
+        while more := self.read():
+            taken += more
+            flush()
+        return [json.loads(line) for line in taken.splitlines()]
+
+
+def _pipe(path: Path) -> tuple[int, int, str | None]:
+    theirs, ours = os.pipe()
+    return ours, theirs, None
+
+
+def _socket(path: Path) -> tuple[int, int, str | None]:
+    ours, theirs = socket.socketpair()
+    return ours.detach(), theirs.detach(), None
+
+
+def _fifo(path: Path) -> tuple[int, int, str | None]:
+    os.mkfifo(path)
+    theirs = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    return os.open(path, os.O_WRONLY), theirs, str(path)
+
+
+ENDS: dict[str, Callable[[Path], tuple[int, int, str | None]]] = {
+    "pipe": _pipe,
+    "pipe of somebody else": _pipe,
+    "socket": _socket,
+    "fifo": _fifo,
+}
+
+
+@pytest.fixture(params=ENDS)
+def pipe(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pipe]:
+    """Log into something whose reader decides when to read."""
+    ours, theirs, path = ENDS[request.param](tmp_path / "fifo")
+    os.set_blocking(theirs, False)
+    if request.param == "pipe of somebody else":
+        monkeypatch.setattr(os, "open", refused)
+    with os.fdopen(ours, "w") as stream:
+        configure("node-1", level="info", as_json=True, path=path, stream=stream)
+        yield Pipe(ours, theirs, descriptors())
+    os.close(theirs)
+
+
+def refused(path: str, flags: int) -> int:
+    raise PermissionError(13, "Permission denied", path)
+
+
+def test_lines_arrive_at_once_when_somebody_reads(pipe: Pipe) -> None:
+    events("agent").info("one")
+    events("agent").info("two")
+    assert [json.loads(line)["event"] for line in pipe.read().splitlines()] == ["one", "two"]
+
+
+def test_a_reader_that_stalls_stops_nobody_and_learns_what_it_missed(pipe: Pipe) -> None:
+    count = 4000
+    for number in range(count):
+        events("agent").info("told", number=number, much="x" * 500)
+    found = pipe.read_all()
+    told = [line["attrs"]["number"] for line in found if line["event"] == "told"]
+    (notice,) = [line for line in found if line["event"] != "told"]
+    assert notice["event"] == f"{count - len(told)} log lines were dropped"
+    assert notice["level"] == "warning"
+    # What was in the pipe, the notice where the gap is, and the last lines, for they say how it went on.
+    at = found.index(notice)
+    assert told == [*range(at), *range(count - (len(told) - at), count)]
+    assert 0.9 * BACKLOG_BYTES < sum(len(json.dumps(line)) for line in found[at:]) < 1.1 * BACKLOG_BYTES
+    events("agent").info("and on")
+    assert [line["event"] for line in pipe.read_all()] == ["and on"]
+
+
+def test_lines_longer_than_a_pipe_stay_whole(pipe: Pipe) -> None:
+    for number in range(8):
+        events("agent").info("long", number=number, much="x" * 100_000)
+    found = pipe.read_all()
+    assert {len(line["attrs"]["much"]) for line in found if line["event"] == "long"} == {100_000}
+    assert found[-1]["attrs"]["number"] == 7
+
+
+def test_a_reader_that_is_gone_stops_nobody(pipe: Pipe) -> None:
+    for _ in range(2000):
+        events("agent").info("told", much="x" * 500)
+    with socket.socket() as other:
+        os.dup2(other.fileno(), pipe.theirs)
+    events("agent").info("nobody hears it")
+    flush()
+
+
+def test_a_child_does_not_write_what_waited_in_its_parent(pipe: Pipe) -> None:
+    for number in range(800):
+        events("agent").info("told", number=number, much="x" * 500)
+    first = pipe.read()
+    if (pid := os.fork()) == 0:
+        events("worker").info("born")
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    (line,) = pipe.read().splitlines()[-1:]
+    assert json.loads(line)["event"] == "born"
+    assert first
+
+
+def test_the_flags_of_what_others_have_open_are_left_alone(pipe: Pipe) -> None:
+    assert os.get_blocking(pipe.ours)
+    (fd,) = pipe.kept
+    assert os.fstat(fd).st_ino == os.fstat(pipe.ours).st_ino
+    assert not os.get_inheritable(fd)
+
+
+def test_a_fifo_that_nobody_reads_yet_stops_no_start(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    configure("node-1", level="info", as_json=True, path=str(tmp_path / "fifo"))
+    events("agent").info("early")
+    reader = os.open(tmp_path / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    assert json.loads(os.read(reader, 4096))["event"] == "early"
+    os.close(reader)
+
+
 # --- secrets -----------------------------------------------------------------------------------------------
 
 
@@ -236,6 +385,16 @@ def test_secrets_can_be_given_at_once_or_later() -> None:
     formatter.add_secret("other-one")
     formatter.add_secret("other-one")
     assert json.loads(formatter.format(record))["event"] == f"{MASK} and {MASK}"
+
+
+def test_of_many_tokens_the_first_and_the_last_are_masked(either: Log) -> None:
+    either.formatter.add_secret("operator-secret")
+    for number in range(50):
+        either.formatter.add_secret(f"node-token-{number:03}")
+        either.formatter.add_secret("operator-secret")
+    assert len(either.formatter._secrets) == MAX_SECRETS
+    events("agent").info("operator-secret node-token-049 node-token-043 node-token-042")
+    assert f"{MASK} {MASK} {MASK} node-token-042" in either.stream.getvalue()
 
 
 def test_what_is_too_short_to_be_a_secret_blanks_out_no_words(either: Log) -> None:

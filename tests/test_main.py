@@ -14,7 +14,7 @@ import yaml
 from msgspec.structs import replace
 
 from aitbc_miner import checks, main
-from aitbc_miner.cgroup import Mount
+from aitbc_miner.cgroup import CgroupError, Mount
 from aitbc_miner.checks import (
     Checker,
     ConfinementError,
@@ -23,6 +23,7 @@ from aitbc_miner.checks import (
     find_cgroups,
     may_read,
     refuse_unmet_sandbox,
+    take_cgroups,
 )
 from aitbc_miner.config import Config, load_config
 from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
@@ -132,7 +133,10 @@ def test_every_fault_of_the_configuration_is_told(tmp_path: Path, verb: str) -> 
 def test_no_configuration(tmp_path: Path) -> None:
     done = run("run", "--config", str(tmp_path / "none.yaml"))
     assert done.returncode == 78
-    assert done.stderr == f"{tmp_path}/none.yaml: cannot read this file: No such file or directory\n"
+    assert done.stderr.splitlines() == [
+        f"{tmp_path}/none.yaml: cannot read this file: No such file or directory",
+        "name the configuration with --config; etc/config.yaml is one to start from",
+    ]
 
 
 def test_run_gives_the_node_its_configuration_and_its_exit_status(
@@ -325,6 +329,40 @@ def test_cgroups_that_lack_something(
     site.keys["cgroup"] = {"mode": "required"}
     with pytest.raises(ConfinementError, match=f"cannot limit jobs: {cause}"):
         find_cgroups(site.config())
+
+
+def test_cgroups_are_taken_or_done_without_as_the_mode_says(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = mounted(monkeypatch, tmp_path, here=ALL, offered=ALL, writable=True)
+    prepared: list[Path] = []
+    monkeypatch.setattr(checks, "prepare", prepared.append)
+    site.keys["cgroup"] = {"mode": "auto"}
+    found = find_cgroups(site.config())
+    assert take_cgroups(site.config(), found) is found
+    assert prepared == [own]
+
+    def busy(own: Path) -> None:
+        raise CgroupError("cannot write: busy")
+
+    monkeypatch.setattr(checks, "prepare", busy)
+    without = take_cgroups(site.config(), found)
+    assert (without.parent, without.controllers) == (found.parent, ())
+    assert without.missing == ["cannot write: busy: process limits serve where they can"]
+    # With no controllers there is nothing to take.
+    assert take_cgroups(site.config(), without) is without
+    site.keys["cgroup"] = {"mode": "required"}
+    with pytest.raises(ConfinementError, match="cannot limit jobs: cannot write: busy; start the miner with"):
+        take_cgroups(site.config(), found)
+
+
+def test_whoever_is_in_the_supervisors_leaf_counts_from_the_group_above_it(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = mounted(monkeypatch, tmp_path, here=ALL, offered=ALL, writable=True)
+    monkeypatch.setattr(checks, "own_group", lambda _: own / "supervisor")
+    site.keys["cgroup"] = {"mode": "required"}
+    assert find_cgroups(site.config()).parent == own / "aitbc-miner-node-x"
 
 
 def test_no_cgroups_at_all(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ from requests_toolbelt import MultipartEncoder
 
 from tools.mock_client import Client, manifest
 from tools.mock_coordinator import MockCoordinator
+from tools.mock_faults import ENDPOINTS, KINDS
 
 SCRIPT = Path(__file__).parent.parent / "tools" / "mock_coordinator.py"
 DATA = bytes(range(256)) * 400
@@ -157,6 +158,20 @@ def test_program_names_the_file_that_is_no_manifest(tmp_path: Path, name: str, t
     assert (ended.returncode, ended.stdout) == (1, "")
     assert f"cannot load job {tmp_path / name}: " in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("option", ["--jobs", "--files"])
+def test_program_names_a_directory_that_is_not_there(tmp_path: Path, option: str) -> None:
+    command = [sys.executable, str(SCRIPT), option, str(tmp_path / "nope")]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert f"argument {option}: cannot read {tmp_path / 'nope'}: No such file or directory" in ended.stderr
+
+
+def test_program_names_the_faults() -> None:
+    command = [sys.executable, str(SCRIPT), "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    assert all(kind in told for kind in KINDS | ENDPOINTS | {"POST /_faults", "demo-token", "job-0001"})
 
 
 def test_a_large_upload_takes_little_memory(tmp_path: Path) -> None:

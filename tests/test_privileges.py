@@ -15,6 +15,7 @@ KNOWN = {
     "aitbc-job-gpu0": (992, 982),
     "squatter": (UNALLOCATED, 5),
 }
+NUMBERS = [60733, 61175, 60767]
 
 
 @pytest.fixture
@@ -71,15 +72,44 @@ def test_missing_users_are_replaced_by_numbers_that_belong_to_nobody_each_by_its
     found = resolve("auto", "miner", ["cpu0", "cpu7", "cpu8"], euid=0)
     assert found.service
     fresh = [found.service, found.jobs["cpu7"], found.jobs["cpu8"]]
-    # The first number belongs to a user and the second to a group.
-    assert [identity.uid for identity in fresh] == [UNALLOCATED + 2, UNALLOCATED + 3, UNALLOCATED + 4]
+    # By a fixed hash of the name: a later version must find the same.
+    assert [identity.uid for identity in fresh] == NUMBERS
     assert all(identity.gid == identity.uid for identity in fresh)
     assert found.jobs["cpu0"] == Identity(991, 981, "aitbc-job-cpu0")
     assert found.missing == [
-        f"no user miner: it runs as the unallocated id {UNALLOCATED + 2}",
-        f"no user aitbc-job-cpu7: it runs as the unallocated id {UNALLOCATED + 3}",
-        f"no user aitbc-job-cpu8: it runs as the unallocated id {UNALLOCATED + 4}",
+        f"no user miner: it runs as the unallocated id {NUMBERS[0]}",
+        f"no user aitbc-job-cpu7: it runs as the unallocated id {NUMBERS[1]}",
+        f"no user aitbc-job-cpu8: it runs as the unallocated id {NUMBERS[2]}",
     ]
+
+
+@pytest.mark.usefixtures("users")
+def test_a_number_stays_when_other_users_and_slots_come_and_go() -> None:
+    before = resolve("auto", "miner", ["cpu6", "cpu7", "cpu8"], euid=0)
+    # The service's user was created, one slot is gone and another is new.
+    after = resolve("auto", "aitbc", ["cpu8", "cpu9", "cpu6"], euid=0)
+    assert after.jobs["cpu6"] == before.jobs["cpu6"]
+    assert after.jobs["cpu8"] == before.jobs["cpu8"]
+
+
+@pytest.mark.usefixtures("users")
+def test_creating_a_user_shifts_no_number_even_where_two_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = [f"slot{number}" for number in range(100)]
+    before = resolve("auto", "aitbc", slots, euid=0)
+    for slot in slots[:20]:
+        monkeypatch.setitem(KNOWN, job_user(slot), (500, 500))
+    after = resolve("auto", "aitbc", slots, euid=0)
+    assert {slot: after.jobs[slot] for slot in slots[20:]} == {slot: before.jobs[slot] for slot in slots[20:]}
+    assert after.jobs["slot0"].uid == 500
+
+
+def test_a_number_that_is_taken_is_passed_over(users: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    number = resolve("auto", "aitbc", ["cpu7"], euid=0).jobs["cpu7"].uid
+    monkeypatch.setitem(KNOWN, "squatter", (number, 5))
+    assert resolve("auto", "aitbc", ["cpu7"], euid=0).jobs["cpu7"].uid == number + 1
+    crowd = grp.struct_group(("crowd", "x", number + 1, []))
+    monkeypatch.setattr(grp, "getgrgid", dict.fromkeys([number + 1], crowd).__getitem__)
+    assert resolve("auto", "aitbc", ["cpu7"], euid=0).jobs["cpu7"].uid == number + 2
 
 
 @given(st.lists(st.sampled_from(["cpu0", "cpu1", "cpu2", "gpu0"]), unique=True))

@@ -331,6 +331,7 @@ def test_a_record_is_readable_for_people_and_closed_to_others(records: Records) 
     assert stat.S_IMODE((records.root / "j1" / STATE).stat().st_mode) & 0o007 == 0
     # A slot's user must pass through, and list nothing on the way.
     assert stat.S_IMODE((records.root / "j1").stat().st_mode) == 0o711
+    assert stat.S_IMODE((records.root / "j1/input").stat().st_mode) == 0o700
 
 
 def test_the_modes_do_not_depend_on_the_umask(records: Records) -> None:

@@ -98,6 +98,9 @@ def test_the_task_has_its_directories_progress_and_environment(run: Run) -> None
         ("", {"m": 2}, "this task takes: none"),
         ("n: list[int]", {"n": [1, "x"]}, "parameter 'n': Expected `int`, got `str` - at `$[1]`"),
         ("n: int | None", {"n": 1.5}, "expected int | None"),
+        ("n: Annotated[int, Meta(ge=1, le=9)]", {"n": 0}, "; expected int of at least 1 and of at most 9"),
+        ("n: Annotated[str, Meta(min_length=1)]", {}, "expected str of a length of at least 1"),
+        ("n: Literal['a', 'b']", {"n": "c"}, "expected one of 'a', 'b'"),
         ("n: 'list[int]'", {"n": {}}, "expected list[int]"),
         ("*n", {"n": 1}, "parameter 'n' is unknown"),
         ("**n: int", {"a": 1, "b": "x"}, "parameter 'b': Expected `int`"),
@@ -110,7 +113,8 @@ def test_params_that_do_not_fit_are_named(
     run: Run, signature: str, params: dict[str, Any], words: str
 ) -> None:
     future = "from __future__ import annotations\n" if "missing_name" in signature else ""
-    ran = run(f"{future}def run({signature}): return 'must not run'", **params)
+    imports = "from typing import Annotated, Literal\nfrom msgspec import Meta\n"
+    ran = run(f"{future}{imports}def run({signature}): return 'must not run'", **params)
     assert ran.verdict.code is ErrorCode.E_TASK
     assert words in ran.verdict.message
     assert ran.verdict.message.startswith("task trial: ")
@@ -137,7 +141,7 @@ def test_params_that_fit_arrive(run: Run, signature: str, params: dict[str, Any]
     ("body", "code", "words"),
     [
         ("raise ValueError('boo\\nhoo')", ErrorCode.E_TASK, "ValueError: boo?hoo"),
-        ("raise MemoryError", ErrorCode.E_OOM, "MemoryError"),
+        ("raise MemoryError", ErrorCode.E_OOM, "MemoryError: out of memory"),
         ("raise OutOfMemoryError('CUDA out of memory')", ErrorCode.E_VRAM, "CUDA out of memory"),
         (
             "raise TaskError('BAD_SEED', 'the seed is odd')",

@@ -20,6 +20,7 @@ from aitbc_miner.slot import (
     Ended,
     Event,
     IllegalMove,
+    KillAdopted,
     KillJob,
     KillWorker,
     Ready,
@@ -205,6 +206,64 @@ def test_a_retired_slot_starts_nothing_any_more() -> None:
     assert (slot.state, actions) == (S.STOPPED, [])
 
 
+def test_a_slot_that_is_retired_with_a_job_ends_after_it() -> None:
+    for held in (busy(), play(busy(), Cancel("cancel"))[0]):
+        slot = play(held, Retire())[0]
+        assert slot.job_id == "j1"
+        last, actions = play(slot, Ended("j1"), Died("ended with exit status 0"), Tick(), Begin(), at=1e6)
+        assert (last.state, actions) == (S.STOPPED, [Settle("j1")])
+        last, actions = play(slot, Ended("j1", clean=False), Died("x"), Tick(), at=1e6)
+        assert (last.state, actions) == (S.STOPPED, [Settle("j1"), KillWorker()])
+        last, actions = play(slot, Died("was killed"), Tick(), Begin(), at=1e6)
+        assert (last.state, SpawnWorker() in actions, KillJob() in actions) == (S.STOPPED, False, True)
+    slot = play(Slot("cpu0"), Adopt("j9", State.RUNNING), Retire())[0]
+    last, actions = play(slot, Died("ended"), Tick(), at=1e6)
+    assert (last.state, actions) == (S.STOPPED, [KillJob(), Settle("j9", "the worker of slot cpu0 ended")])
+
+
+def test_an_adopted_worker_that_does_not_obey_is_killed() -> None:
+    slot = play(Slot("cpu0"), Adopt("j9", State.RUNNING))[0]
+    assert play(slot, Tick(), at=1e6)[1] == []
+    slot = play(slot, Cancel("cancel"), at=10.0)[0]
+    limit = slot.timing.cancel_timeout
+    # Asked once more, it does not get more time.
+    slot, actions = play(slot, Cancel("shutdown"), at=9.0 + limit)
+    assert actions == [TerminateAdopted("shutdown")]
+    assert play(slot, Tick(), at=10.0 + limit)[1] == []
+    assert play(slot, Tick(), at=10.1 + limit)[1] == [KillAdopted(), KillJob()]
+    slot = play(slot, Died("ended"), Ready(), Assign("j1"))[0]
+    assert slot.cancelled_at is None
+
+
+def test_a_worker_that_does_not_end_its_job_in_time_is_told_to_and_then_killed() -> None:
+    slot = play(busy(), Step("j1", State.RUNNING, None, 100.0), Step("j1", State.RUNNING, 77, 100.0))[0]
+    limit = slot.timing.cancel_timeout
+    assert play(slot, Tick(), at=100.0 + limit) == (slot, [])
+    slot, actions = play(slot, Tick(), at=100.1 + limit)
+    assert slot.state is S.CANCELLING
+    (sent,) = actions
+    assert isinstance(sent, Send)
+    assert isinstance(sent.message, CancelJob)
+    assert (sent.message.job_id, sent.message.why) == ("j1", "timeout")
+    assert play(slot, Tick(), at=100.2 + 2 * limit)[1] == [KillWorker()]
+    slot = play(slot, Ended("j1"), Assign("j2"))[0]
+    assert slot.deadline is None
+    assert play(slot, Tick(), at=1e6) == (slot, [])
+
+
+def test_a_worker_that_collects_finished_work_is_left_alone() -> None:
+    collecting = play(busy(), Step("j1", State.RUNNING, 7, 100.0), Step("j1", State.COLLECTING))[0]
+    assert play(collecting, Tick(), at=1e6) == (collecting, [])
+    for held in (collecting, play(Slot("cpu0"), Adopt("j1", State.COLLECTING))[0]):
+        slot = play(held, Cancel("cancel"))[0]
+        assert play(slot, Tick(), at=1e6) == (slot, [])
+
+
+def test_a_worker_that_is_ending_its_job_is_told_that_the_miner_stops() -> None:
+    slot = play(busy(), Cancel("cancel"), at=1.0)[0]
+    assert play(slot, Cancel("shutdown"), at=2.0) == (slot, [Send(CancelJob("j1", "shutdown"))])
+
+
 def test_words_about_another_job_change_nothing() -> None:
     slot = busy("j1")
     assert play(slot, Step("j2", State.RUNNING, 5), Ended("j2"), Ended("j2", clean=False)) == (slot, [])
@@ -218,7 +277,9 @@ EVENTS = st.one_of(
     st.builds(Ready),
     st.builds(Unusable, st.just("broken")),
     st.builds(Assign, JOBS),
-    st.builds(Step, JOBS, st.sampled_from(State), st.none() | st.integers(1, 9)),
+    st.builds(
+        Step, JOBS, st.sampled_from(State), st.none() | st.integers(1, 9), st.none() | st.floats(0, 1e4)
+    ),
     st.builds(Cancel, st.sampled_from(["cancel", "shutdown"]), st.sampled_from(["", "why"])),
     st.builds(Ended, JOBS, st.booleans()),
     st.builds(Died, st.just("died")),
@@ -244,6 +305,7 @@ def check(before: Slot, event: Event, after: Slot, actions: Sequence[Action], no
     )
     if SpawnWorker() in actions:
         assert after.state is S.STARTING
+        assert not after.retiring
     if after.state in {S.BACKOFF, S.QUARANTINED}:
         assert after.reason
         if before.state is not after.state:
@@ -274,15 +336,19 @@ def test_no_history_breaks_the_rules_and_each_job_is_settled_exactly_once(
 
 @settings(deadline=None)
 @given(HISTORIES)
-def test_whatever_has_happened_the_slot_comes_back_to_work(history: list[tuple[Event, float]]) -> None:
+def test_whatever_has_happened_a_slot_that_is_not_retired_comes_back_to_work(
+    history: list[tuple[Event, float]],
+) -> None:
     slot, now = Slot("cpu0"), 0.0
     for event, passed in history:
         now += passed
         slot, _ = step(slot, event, now)
     # Its worker's death, long waiting, and a worker that gets ready are all it takes from anywhere.
+    retired = slot.retiring
+    assert retired == any(isinstance(event, Retire) for event, _ in history)
     slot = play(slot, Died("died"), at=now)[0]
     slot = play(slot, Begin(), Tick(), Ready(), Assign("last"), at=now + slot.timing.quarantine_max)[0]
-    assert (slot.state, slot.job_id) == (S.BUSY, "last")
+    assert (slot.state, slot.job_id) == ((S.STOPPED, None) if retired else (S.BUSY, "last"))
 
 
 @given(HISTORIES)

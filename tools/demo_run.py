@@ -228,7 +228,8 @@ def run(coordinator: MockCoordinator, node: LocalNode, *, keep: bool) -> bool:
         good = report(coordinator, node, jobs)
         ctl = shlex.quote(str(Path(sys.executable).parent / "aitbc-minerctl"))
         if keep:
-            print(f"\nstill running; try:\n  {ctl} --socket {node.socket} status\nCtrl-C ends it")
+            # At once, also where a pipe would keep it until the end.
+            print(f"\nstill running; try:\n  {ctl} --socket {node.socket} status\nCtrl-C ends it", flush=True)
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()
         pids = set(node.pids())

@@ -17,8 +17,8 @@ leave_private_checkout() {
   mkdir -p "$mirror"
   chmod 755 "${mirror%/*}" "$mirror"
   # All but the environment, which is expensive to make and tied to its place.
-  find "$mirror" -mindepth 1 -maxdepth 1 ! -name .venv -exec rm -rf {} +
-  tar -C "$root" --exclude=./.venv --exclude=./.git -cf - . | tar -C "$mirror" --no-same-owner -xf -
+  find "$mirror" -mindepth 1 -maxdepth 1 ! -name '.venv*' -exec rm -rf {} +
+  tar -C "$root" --exclude='./.venv*' --exclude=./.git -cf - . | tar -C "$mirror" --no-same-owner -xf -
   chmod -R go+rX "$mirror"
   export AITBC_CHECKOUT="$root"
   exec "$mirror/tools/$(basename "$0")" "$@"
@@ -44,25 +44,44 @@ find_python() {
 
 # ensure_venv EXTRA: an environment in .venv with the package and, if named, its extra.
 ensure_venv() {
-  local python stamp wanted base
   venv=$root/.venv
-  python=$(find_python)
+  made "$1" && return 0
+  # Of two that start together, one waits: it must not find an environment that is half made.
+  (
+    flock 9
+    made "$1" || make_venv "$1"
+  ) 9>"$root/.venv.lock"
+}
+
+pip_install() {
+  # Warnings tell root to use a virtual environment, which this is; errors pass.
+  PIP_ROOT_USER_ACTION=ignore "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" \
+    2> >(grep -v '^WARNING' >&2)
+}
+
+# made EXTRA: whether that is done already; sets what make_venv needs to know.
+made() {
+  python=$(find_python) || exit 1
   base=$("$python" -c 'import sys; print(sys.version, sys._base_executable)')
   wanted="$base $(cat "$root/setup.cfg")"
   stamp=$venv/.made-for-$1
-  if [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]; then
-    return 0
-  fi
-  say "first run: making a virtual environment in $venv with $python (a minute or two)"
+  [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]
+}
+
+make_venv() {
   umask 022
-  if [ "$(cat "$venv/.made-by" 2>/dev/null)" != "$base" ]; then
+  if [ "$(cat "$venv/.made-by" 2>/dev/null)" = "$base" ]; then
+    local what=${1:+the tests need}
+    say "adding what ${what:-the package needs} to the virtual environment in $venv (a minute or two)"
+  else
+    say "first run: making a virtual environment in $venv with $python (a minute or two)"
     "$python" -m venv --clear "$venv"
     printf '%s' "$base" >"$venv/.made-by"
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${1:+[$1]}"
+  pip_install --editable "$root${1:+[$1]}"
   if [ "$1" = test ] && [ -z "$(command -v cc gcc clang)" ]; then
     say "no C compiler here: installing one (ziglang) into the environment, for the stub of the GPU library"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ziglang
+    pip_install ziglang
   fi
   printf '%s' "$wanted" >"$stamp"
 }

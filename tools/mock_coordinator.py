@@ -11,6 +11,7 @@ By hand: `python tools/mock_coordinator.py --listen 127.0.0.1:8000 --jobs DIR`, 
 """
 
 import argparse
+import inspect
 import json
 import signal
 import socket
@@ -26,12 +27,24 @@ from typing import Any, Self, TypeVar
 # So that it also runs as a script, from anywhere.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from tools import mock_faults
 from tools.mock_faults import Faults
 from tools.mock_handler import ROOT, Desk, Handler
 from tools.mock_ledger import Ledger
 from tools.mock_records import Job, Rules
 
 T = TypeVar("T")
+
+EPILOG = """\
+GET / shows nodes and jobs, GET /state.json the same for programs. Faults are switched on with POST /_faults:
+
+    curl -H 'Content-Type: application/json' http://HOST:PORT/_faults \\
+      -d '{"endpoint": "pull", "kind": "status:503:5", "times": 3}'     without times for ever
+    curl -H 'Content-Type: application/json' http://HOST:PORT/_faults -d '{"clear": true}'
+
+Endpoints: register, heartbeat, pull, ack, progress, result, fail, files.
+
+"""
 
 
 class _Server(ThreadingHTTPServer):
@@ -210,9 +223,20 @@ def _address(text: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def _folder(text: str) -> Path:
+    path = Path(text)
+    try:
+        next(path.iterdir(), None)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read {text}: {error.strerror}") from error
+    return path
+
+
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="A coordinator to try the miner against (bootstrap dialect)."
+        description="A coordinator to try the miner against (bootstrap dialect).",
+        epilog=EPILOG + inspect.cleandoc(mock_faults.__doc__ or ""),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add(
@@ -222,10 +246,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="HOST:PORT",
         help="port 0 takes a free one (default)",
     )
-    add("--jobs", type=Path, metavar="DIR", help="queue the manifests in DIR (*.json, *.yaml)")
-    add("--files", type=Path, metavar="DIR", help="serve DIR at /files/ and /flaky/")
+    add(
+        "--jobs",
+        type=_folder,
+        metavar="DIR",
+        help="queue the manifests in DIR (*.json, *.yaml), read once, at the start;"
+        " one without job_id becomes job-0001 and so on",
+    )
+    add("--files", type=_folder, metavar="DIR", help="serve DIR at /files/ and, broken off once, at /flaky/")
     add("--out", type=Path, metavar="DIR", help="keep artifacts here (default: until it ends)")
-    add("--token", default="demo-token", help="the bootstrap token; everyone on this machine can see it")
+    add("--token", default="demo-token", help="the bootstrap token (default: demo-token); all here see it")
     add(
         "--lease-s",
         type=float,

@@ -16,6 +16,7 @@ from requests_toolbelt import MultipartEncoder
 
 from aitbc_miner.coordinator import (
     ArtifactChanged,
+    CoordinatorError,
     Heartbeat,
     PulledJob,
     PullFilters,
@@ -30,7 +31,8 @@ from aitbc_miner.util.nesting import too_deep
 
 ENVELOPE = 4096  # room around the manifest in the reply to a pull
 LOG = "logs/exec.log"
-FINAL_THERE = frozenset({404, 409, 410})
+# A 404 is among them only when the coordinator itself says it: see `_accepted`.
+FINAL_THERE = frozenset({409, 410})
 
 _MEDIA_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(; ?[\w.+-]+=[\w.+-]+)*", re.ASCII)
 # A JSON string, a lone quote (a string cut off), punctuation, or anything else up to the next of these.
@@ -148,10 +150,24 @@ class BootstrapCoordinator:
         self._accepted(reply, doing, FINAL_THERE)
 
     def _accepted(self, reply: Reply, doing: str, gone: frozenset[int] = frozenset()) -> Any:
+        if gone and reply.status == 404:
+            # A proxy that has lost the coordinator answers 404, too; taking its word would lose a result.
+            if not _is_own_error(reply):
+                raise CoordinatorError(f"cannot {doing}: something answered 404 that is not the coordinator")
+            gone |= {404}
         # A body that is neither empty nor JSON comes from something in between, such as a login page that
         # answers everything with 200. Taking it for a yes would lose a result.
         check(reply, doing, "the node token", gone=gone)
         return decode(reply, doing)
+
+
+def _is_own_error(reply: Reply) -> bool:
+    """Whether the body is an error as this dialect writes it: a JSON object with a member `error`."""
+    try:
+        body = msgspec.json.decode(reply.body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return False
+    return isinstance(body, dict) and "error" in body
 
 
 def _key(key: str) -> dict[str, str]:

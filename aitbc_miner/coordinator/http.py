@@ -112,6 +112,12 @@ class _Adapter(HTTPAdapter):
         self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
 
 
+class _Session(requests.Session):
+    def get_redirect_target(self, resp: requests.Response) -> str | None:  # noqa: ARG002  # as its base has it
+        """Know of none: even to follow no redirect, requests reads all of its body and parses its goal."""
+        return None
+
+
 class HttpClient:
     """Calls below one base URL, each with a deadline. May be used from several threads.
 
@@ -192,7 +198,7 @@ class HttpClient:
                 allow_redirects=False,
             ) as response:
                 content = _read(response.raw, max_bytes + 1)
-        except (OSError, urllib3.exceptions.HTTPError, http.client.HTTPException) as error:
+        except (OSError, ValueError, urllib3.exceptions.HTTPError, http.client.HTTPException) as error:
             raise Unreachable(f"cannot {doing}: {self._cause(error)}") from error
         return Reply(
             response.status_code,
@@ -211,7 +217,7 @@ class HttpClient:
     def _session(self) -> requests.Session:
         session: requests.Session | None = getattr(self._local, "session", None)
         if session is None:
-            session = requests.Session()
+            session = _Session()
             session.trust_env = False  # no proxies, netrc or CA files from the environment
             session.stream = True
             session.verify = self._verify
@@ -338,7 +344,8 @@ def check(
     if status in {429, 503}:
         wait = "" if reply.retry_after is None else f"; it asks to wait {reply.retry_after:.0f} s"
         raise Busy(f"cannot {doing}: the coordinator is busy ({said}){wait}", reply.retry_after)
-    if status in {408, 425} or not 400 <= status < 500:
+    # What answers 403 is as often a filter on the way, or a credential that has just expired.
+    if status in {403, 408, 425} or not 400 <= status < 500:
         raise CoordinatorError(f"cannot {doing}: the coordinator answered {said}")
     raise Refused(f"cannot {doing}: the coordinator refuses it ({said})", status)
 

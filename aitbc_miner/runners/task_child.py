@@ -7,11 +7,12 @@ judged again by `runners/python.py`.
 import importlib.util
 import inspect
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Struct
@@ -137,7 +138,36 @@ def _type_name(parameter: inspect.Parameter) -> str:
     annotation = parameter.annotation
     if annotation is parameter.empty:
         return "any value"
-    return annotation.__name__ if type(annotation) is type else str(annotation)
+    return _readable(annotation)
+
+
+def _readable(annotation: Any) -> str:
+    """Write a type as the author of a job would: `int of at least 1`, not `typing.Annotated[int, …]`."""
+    if get_origin(annotation) is Annotated:
+        plain, *metas = get_args(annotation)
+        bounds = [words for meta in metas if isinstance(meta, msgspec.Meta) for words in _bounds(meta)]
+        return f"{_readable(plain)} {' and '.join(bounds)}".rstrip()
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(map(repr, get_args(annotation)))
+    if type(annotation) is type:
+        return annotation.__name__
+    return re.sub(r"\btyping\.", "", str(annotation))
+
+
+def _bounds(meta: msgspec.Meta) -> Iterator[str]:
+    words = {
+        "ge": "of at least",
+        "gt": "above",
+        "le": "of at most",
+        "lt": "below",
+        "multiple_of": "that is a multiple of",
+        "min_length": "of a length of at least",
+        "max_length": "of a length of at most",
+        "pattern": "that matches",
+    }
+    return (
+        f"{said} {getattr(meta, name)}" for name, said in words.items() if getattr(meta, name) is not None
+    )
 
 
 def _failure(task: str, error: Exception) -> TaskFailure:
@@ -149,5 +179,6 @@ def _failure(task: str, error: Exception) -> TaskFailure:
     elif isinstance(error, MemoryError):
         code = ErrorCode.E_OOM
     told = isinstance(error, _Refused | TaskError)
-    said = str(error) if told else f"{type(error).__name__}: {error}"
+    text = str(error) or ("out of memory" if isinstance(error, MemoryError) else "")
+    said = text if told else ": ".join(filter(None, (type(error).__name__, text)))
     return TaskFailure(code, f"task {task}: {said}"[:MESSAGE_MAX])

@@ -23,23 +23,26 @@ class Background:
         """Run `call` in the pool, then `done` with its future where `finish` is called."""
 
         def hand_over(future: Future[T]) -> None:
-            self._done.put(partial(done, future))
-            self.wake()
+            self.post(partial(done, future))
 
         pool.submit(call).add_done_callback(hand_over)
 
-    def wake(self) -> None:
-        """End the main thread's wait."""
+    def post(self, callback: Callable[[], None]) -> None:
+        """Have a function run where `finish` is called. May be called from any thread."""
+        self._done.put(callback)
+        self._end_wait()
+
+    def _end_wait(self) -> None:
         try:
             os.write(self._wake, b".")
         except BlockingIOError:
             return  # it is full, so the main thread will wake up anyway
 
     def finish(self) -> None:
-        """Run the callbacks of all calls that have ended."""
+        """Run the callbacks of all calls that have ended, and what was posted."""
         while not self._done.empty():
             self._done.get()()
 
     def clear(self) -> None:
-        """Forget that somebody called `wake`."""
+        """Forget that the wait was ended."""
         os.read(self.woken, 4096)

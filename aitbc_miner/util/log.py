@@ -3,8 +3,14 @@
 import json
 import logging
 import math
+import os
+import select
+import socket
+import stat
 import sys
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, TextIO
 
@@ -13,6 +19,9 @@ from aitbc_miner.util import clock
 MASK = "****"
 # A shorter value would blank out ordinary words.
 MIN_SECRET = 4
+MAX_SECRETS = 8
+BACKLOG_BYTES = 256 << 10
+"""Of lines that nobody reads; beyond it the oldest are dropped."""
 
 
 class Event(logging.LoggerAdapter[logging.Logger]):
@@ -43,15 +52,21 @@ class Formatter(logging.Formatter):
         super().__init__()
         self._node_id = node_id
         self._as_json = as_json
+        self._secrets: list[str] = []
         self._masked_forms: list[str] = []
         for secret in secrets:
             self.add_secret(secret)
 
     def add_secret(self, secret: str) -> None:
-        """Mask this value from now on."""
-        if len(secret) >= MIN_SECRET:
-            # The longest first, for a secret may begin like another one.
-            self._masked_forms = sorted({*self._masked_forms, *_forms(secret)}, key=len, reverse=True)
+        """Mask this value from now on: the first one for good, of later ones the last few."""
+        if len(secret) < MIN_SECRET or secret in self._secrets:
+            return
+        # The first is the operator's own; node tokens are replaced again and again.
+        first, later = self._secrets[:1], self._secrets[1:]
+        self._secrets = [*first, *[*later, secret][1 - MAX_SECRETS :]] if first else [secret]
+        # The longest first, for a secret may begin like another one.
+        forms = {form for known in self._secrets for form in _forms(known)}
+        self._masked_forms = sorted(forms, key=len, reverse=True)
 
     def format(self, record: logging.LogRecord) -> str:
         """Make the line; a traceback becomes an attribute, so that a line stays a line."""
@@ -99,10 +114,158 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
+class PatientHandler(logging.Handler):
+    """Writes to a pipe or socket and never waits for its reader: what does not fit is kept, then dropped.
+
+    send: writes at most the bytes it is given and tells how many, or raises BlockingIOError.
+    close: lets go of `fd`, which is the handler's own.
+    """
+
+    def __init__(self, fd: int, send: Callable[[bytes], int], close: Callable[[], None]) -> None:
+        super().__init__()
+        self.fd = fd
+        self._send = send
+        self._close = close
+        self._pid = os.getpid()
+        # Each with the number of lines that are lost with it; the first may have been written in part.
+        self._waiting: deque[tuple[bytes, int]] = deque()
+        self._size = 0
+        self._begun = False
+        self._dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, or keep it for later."""
+        try:
+            if self._pid != os.getpid():
+                # What was waiting at the fork is written by the parent.
+                self._pid = os.getpid()
+                self._forget()
+            line = self._encode(record)
+            self._waiting.append((line, 1))
+            self._size += len(line)
+            while self._size > BACKLOG_BYTES and len(self._waiting) > self._begun:
+                self._drop()
+            self._drain()
+        except Exception:  # noqa: BLE001  # as every handler does: a log that fails must end nobody
+            self.handleError(record)
+
+    def flush(self) -> None:
+        """Write what is waiting, as far as there is room for it."""
+        if self._pid == os.getpid():
+            try:
+                self._drain()
+            except OSError:
+                return  # nobody reads any more
+
+    def close(self) -> None:
+        """Let go of the descriptor; what is waiting is lost."""
+        super().close()
+        self._close()
+
+    def _encode(self, record: logging.LogRecord) -> bytes:
+        return f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
+
+    def _drop(self) -> None:
+        # The rest of a line that was begun must follow, or two lines would become one.
+        line, stands_for = self._waiting[self._begun]
+        del self._waiting[self._begun]
+        self._size -= len(line)
+        self._dropped += stands_for
+
+    def _drain(self) -> None:
+        while self._waiting:
+            if self._dropped and not self._begun:
+                self._confess()
+            line, stands_for = self._waiting[0]
+            try:
+                sent = self._send(line[: select.PIPE_BUF])
+            except BlockingIOError:
+                return
+            except OSError:
+                self._forget()
+                raise
+            self._size -= sent
+            self._begun = sent < len(line)
+            if self._begun:
+                self._waiting[0] = (line[sent:], stands_for)
+            else:
+                self._waiting.popleft()
+
+    def _confess(self) -> None:
+        """Say how many lines were lost in one piece with the next one, and be lost with it if that is."""
+        record = logging.makeLogRecord(
+            {
+                "name": "aitbc_miner.log",
+                "levelname": "WARNING",
+                "msg": f"{self._dropped} log lines were dropped",
+                "attrs": {"reason": "the log's reader does not keep up"},
+            }
+        )
+        notice = self._encode(record)
+        line, stands_for = self._waiting[0]
+        self._waiting[0] = (notice + line, stands_for + self._dropped)
+        self._size += len(notice)
+        self._dropped = 0
+
+    def _forget(self) -> None:
+        self._waiting.clear()
+        self._size = self._dropped = 0
+        self._begun = False
+
+
+def _handler(path: Path | None, stream: TextIO) -> logging.Handler:
+    """Choose by what the log goes to. O_NONBLOCK is set on nothing that others have open as well."""
+    if path is not None:
+        if not path.is_fifo():
+            return logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+        # With O_RDWR it can be opened before there is a reader, and outlives it.
+        return _patient(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC), os.write)
+    try:
+        fd = stream.fileno()
+        mode = os.fstat(fd).st_mode
+    except OSError:
+        return logging.StreamHandler(stream)
+    if stat.S_ISSOCK(mode):
+        end = socket.socket(fileno=os.dup(fd))
+        return PatientHandler(end.fileno(), lambda data: end.send(data, socket.MSG_DONTWAIT), end.close)
+    if not stat.S_ISFIFO(mode):
+        return logging.StreamHandler(stream)
+    try:
+        # Opened anew it is the same pipe with flags of our own.
+        own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        # Another user's pipe. Two processes that find its last room at the same moment may still wait.
+        return _patient(os.dup(fd), _write_if_room)
+    return _patient(own, os.write)
+
+
+def _patient(fd: int, write: Callable[[int, bytes], int]) -> PatientHandler:
+    return PatientHandler(fd, partial(write, fd), partial(os.close, fd))
+
+
+def _write_if_room(fd: int, data: bytes) -> int:
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    if not poller.poll(0):
+        raise BlockingIOError
+    return os.write(fd, data)
+
+
 def descriptors() -> set[int]:
     """Name the descriptors that log lines go to, which a forked child must keep."""
-    handlers = logging.getLogger("aitbc_miner").handlers
-    return {handler.stream.fileno() for handler in handlers if isinstance(handler, logging.StreamHandler)}
+    found: set[int] = set()
+    for handler in logging.getLogger("aitbc_miner").handlers:
+        if isinstance(handler, PatientHandler):
+            found.add(handler.fd)
+        elif isinstance(handler, logging.StreamHandler):
+            found.add(handler.stream.fileno())
+    return found
+
+
+def flush() -> None:
+    """Write the lines that had to wait, as far as there is room for them by now."""
+    for handler in logging.getLogger("aitbc_miner").handlers:
+        handler.flush()
 
 
 def configure(
@@ -110,11 +273,12 @@ def configure(
 ) -> Formatter:
     """Send all log lines to one place; gives the formatter, which learns the secrets to mask.
 
+    A reader that stalls stops no process of ours: lines that it leaves are kept for a while, then dropped.
+
     Raises:
         OSError: the log file cannot be opened.
     """
-    handler: logging.Handler
-    handler = logging.FileHandler(Path(path)) if path else logging.StreamHandler(stream or sys.stderr)
+    handler = _handler(Path(path) if path else None, stream or sys.stderr)
     formatter = Formatter(node_id, as_json=as_json)
     handler.setFormatter(formatter)
     # A full disk or a closed pipe under the log must never end the process that logs.

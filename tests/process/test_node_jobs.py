@@ -1,5 +1,6 @@
 """Many jobs, a coordinator that fails, the choice of slots, cancelling: each job ends once, as it should."""
 
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -245,6 +246,38 @@ def test_waiting_jobs_are_cancelled_by_either(node_factory: NodeFactory) -> None
         assert [len(node.runs(job_id)) for job_id in jobs] == [0, 0, 1]
         assert_once(mock, ["blocker", *jobs])
         assert node.stop() == 0
+
+
+def test_jobs_are_cancelled_while_their_inputs_are_fetched(
+    coordinator: MockCoordinator, node_factory: NodeFactory
+) -> None:
+    node = node_factory(1, heartbeat=IMPATIENT).start()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/never"
+        coordinator.submit(node.script("theirs", "true", input={"urls": [url]}))
+        acked(coordinator, "theirs")
+        coordinator.cancel("theirs")
+        (job,) = wait_final(coordinator, ["theirs"])
+    assert job.error_code == "E_CANCELLED"
+    assert node.runs("theirs") == []
+    assert_once(coordinator, ["theirs"])
+    wait_final(coordinator, submit(coordinator, 1))
+
+
+def test_inputs_are_for_their_own_job_alone(coordinator: MockCoordinator, node_factory: NodeFactory) -> None:
+    node = node_factory(1).start()
+    job_id = coordinator.submit(
+        node.script("reads", "set -e; cat words; echo more >> words", input={"inline": {"words": "secret"}})
+    )
+    (job,) = wait_final(coordinator, [job_id])
+    assert job.state == State.DONE
+    found = node.jobs / job_id
+    assert (found / "work/words").read_text() == "secretmore\n"
+    assert [(found / name).stat().st_mode & 0o777 for name in ("input", "work", "work/words")] == [
+        0o700,
+        0o700,
+        0o600,
+    ]
 
 
 def test_drain_stops_pulling_until_resume(coordinator: MockCoordinator, node_factory: NodeFactory) -> None:

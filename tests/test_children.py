@@ -1,0 +1,99 @@
+"""Children of the supervisor: what becomes of them and of attempts to start them."""
+
+import errno
+import os
+import signal
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from aitbc_miner.children import Child, Keeper
+from aitbc_miner.messages import CancelJob, FromAgent, FromWorker, GpuFact, Inventory, JobReady
+from aitbc_miner.util import clock
+from aitbc_miner.util.system import signal_name
+from tools.local_node import wait_until
+
+
+def sleep(_pipe: "Connection[Any, Any]") -> None:
+    signal.pause()
+
+
+def ignored(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/status").read_text().partition("SigIgn:")[2].split()[0], 16)
+
+
+def keeper() -> Keeper[FromAgent]:
+    return Keeper("agent", sleep, FromAgent, [], pause_min=0.5, pause_max=30.0)
+
+
+def test_a_fork_that_fails_is_tried_again_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> int:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    now = clock.now()
+    kept = keeper()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fork", full)
+        assert not kept.start_if_due()
+        assert not kept.start_if_due()
+        assert not kept.start_if_due(), "the pause has begun to grow"
+    assert kept.child is None
+    with monkeypatch.context() as patched:
+        patched.setattr(clock, "now", lambda: now + 60)
+        assert kept.start_if_due()
+    assert kept.child
+    kept.child.kill()
+    wait_until(lambda: os.waitid(os.P_PID, kept.child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), 10)
+    assert kept.died() == "was killed by SIGKILL"
+
+
+def test_a_child_ended_by_a_signal_without_a_name_is_told_by_number() -> None:
+    child: Child[FromWorker] = Child("worker", sleep, FromWorker)
+    signal.pidfd_send_signal(child.pidfd, 40)
+    assert child.reap() == "was killed by signal 40"
+    assert signal_name(signal.SIGTERM) == "SIGTERM"
+
+
+def test_the_end_of_a_terminal_is_nothing_to_a_child() -> None:
+    child: Child[FromWorker] = Child("worker", sleep, FromWorker)
+    try:
+        for number in (signal.SIGHUP, signal.SIGINT):
+            signal.pidfd_send_signal(child.pidfd, number)
+        wanted = (1 << (signal.SIGHUP - 1)) | (1 << (signal.SIGINT - 1))
+        # Sent before the child had got so far, they waited: it is not ended by them in any case.
+        wait_until(lambda: ignored(child.pid) & wanted == wanted, 10)
+    finally:
+        child.kill()
+        assert child.reap() == "was killed by SIGKILL"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"type": "CancelJob", "job_id": "j", "why": "zzz"},
+        {"type": "CancelJob", "job_id": "../j", "why": "cancel"},
+        {"type": "JobReady", "ticket": {"job_id": "a/b", "runner": "cli"}},
+        {"type": "JobUpdate", "job_id": "j\n", "state": "DONE"},
+        {"type": "Recovered", "started": [{"job_id": "", "state": "PREP", "slot": None}]},
+        {"type": "Slots", "slots": [], "queued": [], "accepting": True},
+    ],
+)
+def test_what_an_agent_may_not_say_is_no_message(said: dict[str, Any]) -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(said, FromAgent)
+
+
+def test_what_it_may_say_is_one() -> None:
+    ready = {"type": "JobReady", "ticket": {"job_id": "a-b.c", "runner": "cli"}}
+    assert isinstance(msgspec.convert(ready, FromAgent), JobReady)
+    cancel = {"type": "CancelJob", "job_id": "j", "why": "cancel"}
+    assert isinstance(msgspec.convert(cancel, FromAgent), CancelJob)
+
+
+def test_a_gpu_has_a_name() -> None:
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert({"type": "Inventory", "gpus": [{"ids": [], "vram_mb": 1}]}, Inventory)
+    assert GpuFact(("0",), 1).ids == ("0",)

@@ -1,0 +1,98 @@
+"""The operator's counter and the memory of jobs behind it: what they say, and that nothing stays open."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from aitbc_miner.config import Config, Coordinator, Workspace
+from aitbc_miner.control import Files, Refusal, Request, Status
+from aitbc_miner.desk import DEATH_SHOWN_S, Desk
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.jobindex import JobIndex
+from aitbc_miner.jobs import State
+from aitbc_miner.messages import JobUpdate
+from aitbc_miner.util import clock
+
+
+class Site:
+    """A desk for a workspace of its own, with one job."""
+
+    def __init__(self, root: Path) -> None:
+        self.job = root / "j1"
+        self.job.mkdir()
+        self.index = JobIndex()
+        self.index.update(JobUpdate("j1", State.PREP))
+        config = Config(
+            node_id="node-1", coordinator=Coordinator(base_url="", auth_token=""), workspace=Workspace(root)
+        )
+        self.desk = Desk(config, self.index, {}, {}, [], lambda *_: False)
+
+    def problems(self) -> list[str]:
+        answer, _ = self.desk.answer(Request("status"))
+        assert isinstance(answer, Status)
+        return [problem.what for problem in answer.problems]
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path)
+
+
+def open_descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_the_records_that_are_there_come_along(site: Site) -> None:
+    (site.job / "manifest.json").write_text("{}")
+    answer, fds = site.desk.answer(Request("job", "j1"))
+    assert isinstance(answer, Files)
+    assert answer.names == ["manifest.json"]
+    assert [os.read(fd, 10) for fd in fds] == [b"{}"]
+    for fd in fds:
+        os.close(fd)
+
+
+def test_a_link_in_place_of_a_record_is_refused_and_leaves_nothing_open(site: Site) -> None:
+    (site.job / "manifest.json").write_text("{}")
+    (site.job / "state.json").symlink_to("/etc/shadow")
+    before = open_descriptors()
+    answer, fds = site.desk.answer(Request("job", "j1"))
+    assert isinstance(answer, Refusal)
+    assert answer.message.startswith("cannot open the record of job j1: Too many levels of symbolic links; ")
+    assert str(site.job) in answer.message
+    assert fds == []
+    assert open_descriptors() == before
+
+
+def test_refusals_say_what_could_not_be_done_and_what_to_do(site: Site) -> None:
+    for request, what in (
+        (Request("job", "j2"), "cannot job: no job"),
+        (Request("cancel", "j1"), "cannot c"),
+    ):
+        answer, _ = site.desk.answer(request)
+        assert isinstance(answer, Refusal)
+        assert answer.message.startswith(what)
+        assert "; see `aitbc-minerctl job" in answer.message
+
+
+def test_a_death_is_shown_for_a_while(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [1000.0]
+    monkeypatch.setattr(clock, "now", lambda: times[-1])
+    site.desk.note_death("agent", "was killed by SIGKILL; 1 deaths so far")
+    site.desk.note_death("agent", "was killed by SIGKILL; 2 deaths so far")
+    shown = "agent was killed by SIGKILL; 2 deaths so far"
+    assert shown in site.problems()
+    times.append(1000.0 + DEATH_SHOWN_S - 1)
+    assert shown in site.problems()
+    times.append(1000.0 + DEATH_SHOWN_S)
+    assert shown not in site.problems()
+
+
+def test_only_what_ended_is_counted(site: Site) -> None:
+    for state in (State.PULLED, State.PREP, State.RUNNING):
+        assert not site.index.update(JobUpdate("j2", state))
+    assert dict(site.index.finished) == {}
+    assert site.index.update(JobUpdate("j2", State.UPLOADING, code=ErrorCode.E_INPUT))
+    assert not site.index.update(JobUpdate("j2", State.FAILED, code=ErrorCode.E_INPUT))
+    assert dict(site.index.finished) == {"E_INPUT": 1}

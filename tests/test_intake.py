@@ -1,0 +1,252 @@
+"""Taking jobs in: what is acknowledged, refused or forgotten, and what a crash leaves behind."""
+
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from aitbc_miner import intake as module
+from aitbc_miner.config import Config, Coordinator
+from aitbc_miner.coordinator import (
+    CoordinatorError,
+    Gone,
+    Heartbeat,
+    PulledJob,
+    PullFilters,
+    Refused,
+    Unreachable,
+)
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.intake import Intake, Stopping
+from aitbc_miner.jobs import ManifestError, Outcome, State, decode_manifest
+from aitbc_miner.messages import Offer
+from aitbc_miner.records import Records
+from aitbc_miner.util import clock
+
+OFFERS = [Offer("cpu0", "cpu", 4, 4096, 0, ("cli", "python"))]
+PLAIN: dict[str, Any] = {"job_id": "j1", "runner": "cli", "command": "true"}
+
+
+class FakeCoordinator:
+    """Answers an ack with what is in `answers`, the last of it for ever; notes refusals down."""
+
+    def __init__(self, *answers: Exception | None) -> None:
+        self.answers = list(answers) or [None]
+        self.acks: list[str] = []
+        self.refusal: Exception | None = None
+
+    def ack(self, job_id: str) -> None:
+        self.acks.append(job_id)
+        answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+        if answer is not None:
+            raise answer
+
+    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
+        if self.refusal is not None:
+            raise self.refusal
+
+    # Nothing else may be asked of it here.
+
+    def use_token(self, token: str) -> None:
+        raise NotImplementedError
+
+    def register(self, capabilities: dict[str, Any]) -> str:
+        raise NotImplementedError
+
+    def heartbeat(self, report: Heartbeat) -> None:
+        raise NotImplementedError
+
+    def pull(self, filters: PullFilters) -> PulledJob | None:
+        raise NotImplementedError
+
+    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
+        raise NotImplementedError
+
+    def progress(self, job_id: str, pct: float, note: str) -> bool:
+        raise NotImplementedError
+
+
+class Rig(NamedTuple):
+    records: Records
+    coordinator: FakeCoordinator
+    intake: Intake
+    stopping: threading.Event
+    acked: list[tuple[str, str]]
+
+    def kept(self) -> tuple[State, Outcome | None]:
+        with self.records.open("j1") as job:
+            return job.state().state, job.outcome()
+
+
+CONFIG = Config(coordinator=Coordinator("http://127.0.0.1:1", "env:X", allow_private_inputs=True))
+
+
+class Passing(threading.Event):
+    """The stop of a node in whose world time passes only by waiting."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = 1000.0
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.at += timeout or 0.0
+        return self.is_set()
+
+
+def rig(tmp_path: Path, *answers: Exception | None, stopping: threading.Event | None = None) -> Rig:
+    records, coordinator = Records(tmp_path), FakeCoordinator(*answers)
+    stopping, acked = stopping or Passing(), list[tuple[str, str]]()
+    taking = Intake(
+        CONFIG,
+        records,
+        coordinator,
+        stopping,
+        unauthorized=lambda: None,
+        acked=lambda job_id, runner: acked.append((job_id, runner)),
+    )
+    return Rig(records, coordinator, taking, stopping, acked)
+
+
+def pulled(**more: Any) -> PulledJob:
+    value = {**PLAIN, **more}
+    return PulledJob(msgspec.json.encode(value), decode_manifest(value))
+
+
+def never() -> threading.Event:
+    return threading.Event()
+
+
+def test_a_job_is_acknowledged_and_its_inputs_are_for_nobody_else(tmp_path: Path) -> None:
+    it = rig(tmp_path)
+    old = os.umask(0o000)
+    try:
+        taken = it.intake.take(pulled(input={"inline": {"a": "secret"}}), "j1", OFFERS, never())
+    finally:
+        os.umask(old)
+    assert taken.ticket is not None
+    assert (it.coordinator.acks, it.acked, it.kept()) == (["j1"], [("j1", "cli")], (State.ACKED, None))
+    inputs = tmp_path / "j1/input"
+    assert (inputs / "a").read_text() == "secret"
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (inputs, inputs / "a")] == [0o700, 0o600]
+
+
+def test_a_job_that_was_acknowledged_before_a_restart_is_ours_at_once(tmp_path: Path) -> None:
+    it = rig(tmp_path)
+    it.intake.take(pulled(), "j1", OFFERS, never())
+    assert it.intake.resume("j1", OFFERS, never()).ticket is not None
+    assert (it.coordinator.acks, it.acked) == (["j1"], [("j1", "cli")] * 2)
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        b"{}",
+        b"{",
+        b"",
+        b"[" * 50_000,
+        b"\xff",
+        None,
+        b'{"job_id": "j1", "runner": "cli"}',
+        b'{"job_id": "j1", "runner": "cli", "command": "a\\u0000b"}',
+        b'{"job_id": "j1", "runner": "shell", "command": "a"}',
+        b'{"job_id": "../j1", "runner": "cli", "command": "a"}',
+    ],
+)
+def test_a_job_that_a_crash_left_with_a_bad_manifest_ends_in_a_report(
+    tmp_path: Path, manifest: bytes | None
+) -> None:
+    it = rig(tmp_path)
+    it.records.create("j1", manifest or b"")
+    if manifest is None:
+        (tmp_path / "j1/manifest.json").unlink()
+    assert it.intake.resume("j1", OFFERS, never()).report
+    state, outcome = it.kept()
+    assert outcome is not None
+    assert (state, outcome.code, it.coordinator.acks) == (State.UPLOADING, ErrorCode.E_MANIFEST, [])
+
+
+def test_a_job_that_nobody_lets_us_have_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time = Passing()
+    monkeypatch.setattr(clock, "now", lambda: time.at)
+    it = rig(tmp_path, CoordinatorError("cannot accept: 500"), stopping=time)
+    assert it.intake.take(pulled(), "j1", OFFERS, never()).gone
+    assert module.ACK_GIVE_UP_S < time.at - 1000 < 2 * module.ACK_GIVE_UP_S
+    assert not it.records.known("j1")
+    assert it.acked == []
+    # It was never ours, so it may come again.
+    it.coordinator.answers = [None]
+    assert it.intake.take(pulled(), "j1", OFFERS, never()).ticket is not None
+
+
+def test_an_outage_makes_no_job_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    time = Passing()
+    monkeypatch.setattr(clock, "now", lambda: time.at)
+    away: list[Exception] = [Unreachable("cannot accept: connection refused")] * 1000
+    it = rig(tmp_path, CoordinatorError("500"), *away, CoordinatorError("500"), None, stopping=time)
+    assert it.intake.take(pulled(), "j1", OFFERS, never()).ticket is not None
+    assert time.at - 1000 > 3 * module.ACK_GIVE_UP_S
+
+
+@pytest.mark.parametrize(("answer", "known"), [(Gone("409", 409), False), (Refused("400", 400), True)])
+def test_a_job_that_is_not_ours_is_gone(tmp_path: Path, answer: Exception, known: bool) -> None:
+    it = rig(tmp_path, answer)
+    assert it.intake.take(pulled(), "j1", OFFERS, never()).gone
+    assert (it.records.known("j1"), it.acked) == (known, [])
+
+
+def test_a_cancel_ends_the_fetching_of_inputs(tmp_path: Path) -> None:
+    cancelled = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        it = rig(tmp_path)
+        job = pulled(input={"urls": [f"http://127.0.0.1:{silent.getsockname()[1]}/a"]})
+
+        def cancel() -> None:
+            with silent.accept()[0]:
+                cancelled.set()
+                ended.wait(10)
+
+        ended = threading.Event()
+        thread = threading.Thread(target=cancel)
+        thread.start()
+        taken = it.intake.take(job, "j1", OFFERS, cancelled)
+        ended.set()
+        thread.join()
+        assert taken.report
+    state, outcome = it.kept()
+    assert outcome is not None
+    assert (state, outcome.code) == (State.UPLOADING, ErrorCode.E_CANCELLED)
+
+
+def test_the_end_of_the_node_does_not_cancel_a_job(tmp_path: Path) -> None:
+    it = rig(tmp_path)
+    it.stopping.set()
+    job = pulled(input={"urls": ["http://127.0.0.1:1/a"]})
+    with pytest.raises(Stopping):
+        it.intake.take(job, "j1", OFFERS, never())
+    assert it.kept() == (State.ACKED, None)
+
+
+def test_a_refused_manifest_is_reported(tmp_path: Path) -> None:
+    it = rig(tmp_path)
+    bad = PulledJob(b"", error=ManifestError("cannot read the manifest: it is nested too deeply", "j1"))
+    assert it.intake.take(bad, "j1", OFFERS, never()).report
+    assert it.kept()[0] is State.UPLOADING
+
+
+@pytest.mark.parametrize(
+    "error",
+    [Unreachable("away"), ValueError("odd"), RecursionError(), UnicodeEncodeError("a", "b", 0, 1, "c")],
+)
+def test_a_nameless_job_that_cannot_be_refused_harms_nothing(
+    tmp_path: Path, error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    it = rig(tmp_path)
+    it.coordinator.refusal = error
+    it.intake.refuse_nameless("../\ud800", "no name")
+    assert [record.getMessage() for record in caplog.records] == ["manifest refused", "refusal not delivered"]
+    assert list(tmp_path.iterdir()) == []

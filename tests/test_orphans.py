@@ -1,0 +1,74 @@
+"""Whom the supervisor may signal, and what it ends."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from aitbc_miner.orphans import WorkerBook, end_worker
+from aitbc_miner.util.system import process_start
+from tools.local_node import wait_until
+
+
+@pytest.fixture
+def sleeper() -> "subprocess.Popen[bytes]":
+    return subprocess.Popen(["/usr/bin/sleep", "60"])
+
+
+def gone(process: "subprocess.Popen[bytes]") -> bool:
+    return process.poll() is not None
+
+
+def test_only_workers_that_this_node_started_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "workers.json"
+    own, start = os.getpid(), process_start(os.getpid())
+    book = WorkerBook(path)
+    book.note("cpu0", own)
+    # Of this run: it is our child, and nobody else's word is needed for it.
+    assert not book.knows("cpu0", own, start)
+    after = WorkerBook(path)
+    assert after.knows("cpu0", own, start)
+    assert not after.knows("cpu1", own, start)
+    assert not after.knows("cpu0", 1, start)
+    assert not after.knows("cpu0", own, (start or 0) + 1)
+    assert not after.knows(None, None, None)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_worker_that_goes_on_stays_in_the_book_of_the_next_run(tmp_path: Path) -> None:
+    path = tmp_path / "workers.json"
+    own, start = os.getpid(), process_start(os.getpid())
+    WorkerBook(path).note("cpu0", own)
+    # The next run starts a worker for the other slot only: the first one's is still at its job.
+    WorkerBook(path).note("cpu1", own)
+    assert WorkerBook(path).knows("cpu0", own, start)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"cpu0": {"pid": "x", "start": 1}}', "\xff"])
+def test_a_broken_book_knows_nobody(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "workers.json"
+    path.write_bytes(text.encode("latin-1"))
+    assert not WorkerBook(path).knows("cpu0", 1, 1)
+
+
+def test_a_book_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    WorkerBook(tmp_path / "nowhere" / "workers.json").note("cpu0", os.getpid())
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_book_is_plain_json(tmp_path: Path) -> None:
+    WorkerBook(tmp_path / "workers.json").note("cpu0", os.getpid())
+    assert json.loads((tmp_path / "workers.json").read_text())["cpu0"]["pid"] == os.getpid()
+
+
+def test_a_worker_is_ended_only_under_its_full_name(sleeper: "subprocess.Popen[bytes]") -> None:
+    start = process_start(sleeper.pid)
+    assert start
+    end_worker(sleeper.pid, start + 1)
+    assert sleeper.poll() is None
+    end_worker(sleeper.pid, start)
+    wait_until(lambda: gone(sleeper), 10)
+    # Long gone, and no error.
+    end_worker(sleeper.pid, start)
