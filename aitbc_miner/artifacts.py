@@ -133,19 +133,17 @@ class Collector:
             raise JobError(ErrorCode.E_OUTPUT, f"cannot collect {path!r}: over {cap} bytes of output in all")
 
 
-def log_artifact(job_fd: int, path: str) -> Artifact:
+def log_artifact(job_fd: int, path: str) -> list[Artifact]:
     """Describe the job's log, which goes along with every result.
 
-    Raises:
-        OSError: it is not there.
+    Without a user of its own a job can remove its log or put something else there; then there is none.
     """
-    folder, name = path.split("/")
-    with fs.directory(folder, at=job_fd) as logs:
-        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=logs)
+    with ExitStack() as stack:
         try:
-            return Artifact(path, path, os.fstat(fd).st_size, sha256(fd), "text/plain")
-        finally:
-            os.close(fd)
+            fd = open_beneath(job_fd, path, stack)
+        except (FileNotFoundError, JobError):
+            return []
+        return [Artifact(path, path, os.fstat(fd).st_size, sha256(fd), "text/plain")]
 
 
 def check_path(path: str) -> None:

@@ -263,7 +263,7 @@ class JobRun:
             service = self._around.service
             owner = (service.uid, service.gid) if service else None
             self._artifacts = [
-                log_artifact(self._job.fd, f"logs/{LOG_NAME}"),
+                *log_artifact(self._job.fd, f"logs/{LOG_NAME}"),
                 *Collector(self._job.fd, caps, owner).collect(manifest.artifacts),
             ]
 

@@ -18,6 +18,7 @@ from aitbc_miner.config import Config
 from aitbc_miner.control import ControlServer, Source
 from aitbc_miner.desk import Desk
 from aitbc_miner.jobindex import JobIndex
+from aitbc_miner.jobs import State
 from aitbc_miner.messages import (
     CancelJob,
     CoordinatorView,
@@ -279,12 +280,14 @@ class Supervisor:
         self._agent.send(JobSettled(job_id, why))
 
     def _cancel(self, job_id: str, why: EndReason, detail: str) -> bool:
-        """End a job in a slot or waiting for one; False when it is neither."""
+        """End a job in a slot, waiting for one, or being taken in; False when it is none of these."""
         slot = self._slot_of(job_id)
         if slot is not None:
             slot.feed(Cancel(why, detail))
             return True
-        if self._queue.pop(job_id, None) is None:
+        row = self._index.get(job_id)
+        coming = row is not None and row.state in {State.PULLED, State.ACKED}
+        if self._queue.pop(job_id, None) is None and not coming:
             return False
         self._agent.send(CancelJob(job_id, why, detail))
         self._dirty = True

@@ -138,13 +138,14 @@ def test_the_log_goes_along_but_not_through_a_link(job: Path) -> None:
     (job / "logs").mkdir()
     (job / "logs/exec.log").write_bytes(b"said")
     with fs.directory(job) as fd:
-        artifact = log_artifact(fd, "logs/exec.log")
+        (artifact,) = log_artifact(fd, "logs/exec.log")
         assert (artifact.path, artifact.file, artifact.bytes) == ("logs/exec.log", "logs/exec.log", 4)
         assert artifact.sha256 == hashlib.sha256(b"said").hexdigest()
         (job / "logs/exec.log").unlink()
+        # A job that runs as our own user may have removed it; that is no failure of the job.
+        assert log_artifact(fd, "logs/exec.log") == []
         (job / "logs/exec.log").symlink_to("/etc/passwd")
-        with pytest.raises(OSError, match="Too many levels"):
-            log_artifact(fd, "logs/exec.log")
+        assert log_artifact(fd, "logs/exec.log") == []
 
 
 # --- what is not -------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from aitbc_miner.coordinator import (
     Unreachable,
 )
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.intake import Intake, Stopping
+from aitbc_miner.intake import Intake, Stopping, Taken
 from aitbc_miner.jobs import ManifestError, Outcome, State, decode_manifest
 from aitbc_miner.messages import Offer
 from aitbc_miner.records import Records
@@ -250,3 +250,38 @@ def test_a_nameless_job_that_cannot_be_refused_harms_nothing(
     it.intake.refuse_nameless("../\ud800", "no name")
     assert [record.getMessage() for record in caplog.records] == ["manifest refused", "refusal not delivered"]
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what a restart left -----------------------------------------------------------------------------------
+
+
+def left_at(at: Rig, *steps: State) -> None:
+    at.records.create("j1", msgspec.json.encode({**PLAIN, "input": {"inline": {"a.txt": "x"}}}))
+    with at.records.open("j1") as job:
+        for step in steps:
+            job.move(step)
+
+
+def test_a_job_whose_input_directory_was_just_removed_is_resumed(tmp_path: Path) -> None:
+    at = rig(tmp_path)
+    left_at(at, State.ACKED)
+    # An agent that was killed between clearing the inputs and making their directory anew.
+    (tmp_path / "j1" / "input").rmdir()
+    assert at.intake.resume("j1", OFFERS, never()).ticket
+    assert (tmp_path / "j1" / "input" / "a.txt").read_text() == "x"
+
+
+@pytest.mark.parametrize("steps", [(State.ACKED, State.PREP), (State.ACKED, State.PREP, State.RUNNING)])
+def test_a_job_that_is_in_a_slot_is_not_taken_in_again(tmp_path: Path, steps: tuple[State, ...]) -> None:
+    at = rig(tmp_path)
+    left_at(at, *steps)
+    assert at.intake.resume("j1", OFFERS, never()) == Taken("j1")
+    assert at.acked == []
+
+
+def test_a_job_that_has_an_outcome_is_reported_and_not_taken_in_again(tmp_path: Path) -> None:
+    at = rig(tmp_path)
+    left_at(at, State.ACKED)
+    with at.records.open("j1") as job:
+        job.write_outcome(Outcome("j1"))
+    assert at.intake.resume("j1", OFFERS, never()) == Taken("j1", report=True)
