@@ -4,22 +4,19 @@ import contextlib
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from mute_coordinator import MuteCoordinator
 
 from aitbc_miner.coordinator import (
     ArtifactChanged,
     Busy,
     CoordinatorError,
     Gone,
-    Heartbeat,
-    PulledJob,
-    PullFilters,
     Refused,
     Unauthorized,
     Unreachable,
@@ -35,7 +32,7 @@ GOOD = Outcome(job_id="j1", artifacts=[Artifact("a", "artifacts/0000", 1, "0" * 
 BAD = Outcome(job_id="j1", code=ErrorCode.E_EXIT, message="exit status 3")
 
 
-class FakeCoordinator:
+class FakeCoordinator(MuteCoordinator):
     """Notes down each report; raises what is in `answers`, one for each call, then accepts."""
 
     def __init__(self, *answers: Exception | None) -> None:
@@ -58,26 +55,6 @@ class FakeCoordinator:
 
     def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
         self._answer(f"fail {job_id}", idempotency_key, outcome)
-
-    # Delivering a report is all that may be asked of it here.
-
-    def use_token(self, token: str) -> None:
-        raise NotImplementedError
-
-    def register(self, capabilities: dict[str, Any]) -> str:
-        raise NotImplementedError
-
-    def heartbeat(self, report: Heartbeat) -> None:
-        raise NotImplementedError
-
-    def pull(self, filters: PullFilters) -> PulledJob | None:
-        raise NotImplementedError
-
-    def ack(self, job_id: str) -> None:
-        raise NotImplementedError
-
-    def progress(self, job_id: str, pct: float, note: str) -> bool:
-        raise NotImplementedError
 
 
 RESULT = ("result j1", f"result:{NODE}:j1")

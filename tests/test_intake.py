@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from mute_coordinator import MuteCoordinator
 
 from aitbc_miner import intake as module
 from aitbc_miner.config import Config, Coordinator
 from aitbc_miner.coordinator import (
     CoordinatorError,
     Gone,
-    Heartbeat,
     PulledJob,
-    PullFilters,
     Refused,
     Unreachable,
 )
@@ -32,7 +31,7 @@ OFFERS = [Offer("cpu0", "cpu", 4, 4096, 0, ("cli", "python"))]
 PLAIN: dict[str, Any] = {"job_id": "j1", "runner": "cli", "command": "true"}
 
 
-class FakeCoordinator:
+class FakeCoordinator(MuteCoordinator):
     """Answers an ack with what is in `answers`, the last of it for ever; notes refusals down."""
 
     def __init__(self, *answers: Exception | None) -> None:
@@ -49,26 +48,6 @@ class FakeCoordinator:
     def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
         if self.refusal is not None:
             raise self.refusal
-
-    # Nothing else may be asked of it here.
-
-    def use_token(self, token: str) -> None:
-        raise NotImplementedError
-
-    def register(self, capabilities: dict[str, Any]) -> str:
-        raise NotImplementedError
-
-    def heartbeat(self, report: Heartbeat) -> None:
-        raise NotImplementedError
-
-    def pull(self, filters: PullFilters) -> PulledJob | None:
-        raise NotImplementedError
-
-    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
-        raise NotImplementedError
-
-    def progress(self, job_id: str, pct: float, note: str) -> bool:
-        raise NotImplementedError
 
 
 class Rig(NamedTuple):

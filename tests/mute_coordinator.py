@@ -1,0 +1,35 @@
+"""A coordinator of which nothing may be asked; a test's own overrides what may."""
+
+from pathlib import Path
+from typing import Any
+
+from aitbc_miner.coordinator import Heartbeat, PulledJob, PullFilters
+from aitbc_miner.jobs import Outcome
+
+
+class MuteCoordinator:
+    """Fails the test at every call."""
+
+    def use_token(self, token: str) -> None:
+        raise AssertionError("not to be asked here")
+
+    def register(self, capabilities: dict[str, Any]) -> str:
+        raise AssertionError("not to be asked here")
+
+    def heartbeat(self, report: Heartbeat) -> None:
+        raise AssertionError("not to be asked here")
+
+    def pull(self, filters: PullFilters) -> PulledJob | None:
+        raise AssertionError("not to be asked here")
+
+    def ack(self, job_id: str) -> None:
+        raise AssertionError("not to be asked here")
+
+    def progress(self, job_id: str, pct: float, note: str) -> bool:
+        raise AssertionError("not to be asked here")
+
+    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
+        raise AssertionError("not to be asked here")
+
+    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
+        raise AssertionError("not to be asked here")
