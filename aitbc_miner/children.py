@@ -14,7 +14,7 @@ from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import descriptors, events
-from aitbc_miner.util.system import signal_name
+from aitbc_miner.util.signals import signal_name
 
 T = TypeVar("T")
 Main = Callable[["Connection[Any, Any]"], None]

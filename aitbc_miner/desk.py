@@ -1,5 +1,6 @@
 """Answers what `aitbc-minerctl` asks, from what the supervisor knows at this moment."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -114,8 +115,8 @@ class Desk:
         try:
             with fs.directory(self._config.workspace.root / row.job_id) as job:
                 for name in names:
-                    if (fd := _open(job, Path(name))) is not None:
-                        fds.append(fd)
+                    with contextlib.suppress(FileNotFoundError):
+                        fds.append(fs.open_below(job, name))
                         found.append(Path(name).name)
         except OSError as error:
             for fd in fds:
@@ -163,14 +164,3 @@ class Desk:
         recent = clock.now() - DEATH_SHOWN_S
         problems += [Problem(f"{name} {how}") for name, (at, how) in self._deaths.items() if at > recent]
         return problems + [Problem(notice) for notice in self._notices]
-
-
-def _open(job: int, path: Path) -> int | None:
-    """Open a file in a job's directory, no step through a link; None when it is not there."""
-    try:
-        if len(path.parts) == 1:
-            return os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=job)
-        with fs.directory(path.parts[0], at=job) as below:
-            return _open(below, Path(*path.parts[1:]))
-    except FileNotFoundError:
-        return None

@@ -13,7 +13,7 @@ import pytest
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.messages import CancelJob, FromAgent, FromWorker, GpuFact, Inventory, JobReady
 from aitbc_miner.util import clock
-from aitbc_miner.util.system import signal_name
+from aitbc_miner.util.signals import signal_name
 from tools.local_node import wait_until
 
 

@@ -5,7 +5,7 @@ import os
 import re
 import stat
 from contextlib import suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -27,6 +27,7 @@ from aitbc_miner.coordinator import (
 from aitbc_miner.coordinator.http import HttpClient, Reply, check, clean, decode
 from aitbc_miner.errors import MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
+from aitbc_miner.util import fs
 from aitbc_miner.util.nesting import too_deep
 
 ENVELOPE = 4096  # room around the manifest in the reply to a pull
@@ -319,7 +320,7 @@ class _CollectedFile:
             self._fd = None
 
     def _open(self) -> int:
-        fd = _open_beneath(self._root, self._file)
+        fd = _open_below(self._root, self._file)
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and status.st_size == self.len:
             return fd
@@ -333,23 +334,11 @@ class _CollectedFile:
 def _log(root: Path) -> Artifact:
     """Describe the log of a job that was not collected; an empty one where there is none to be had."""
     size, digest = 0, hashlib.sha256()
-    with suppress(OSError), os.fdopen(_open_beneath(root, LOG), "rb") as file:
+    with suppress(OSError), os.fdopen(_open_below(root, LOG), "rb") as file:
         size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256")
     return Artifact(LOG, LOG, size, digest.hexdigest(), "text/plain")
 
 
-def _open_beneath(root: Path, relative: str) -> int:
-    """Open a file below a directory for reading, following no link in any part of the way. Raises OSError."""
-    parts = PurePosixPath(relative).parts
-    if not parts or parts[0] == "/" or ".." in parts:
-        raise OSError(f"{relative!r} is not below the job's directory")
-    fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    for number, part in enumerate(parts, 1):
-        # O_NONBLOCK: opening a FIFO would wait for a writer for ever.
-        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-        try:
-            inner = os.open(part, flags | (os.O_DIRECTORY if number < len(parts) else 0), dir_fd=fd)
-        finally:
-            os.close(fd)
-        fd = inner
-    return fd
+def _open_below(root: Path, file: str) -> int:
+    with fs.directory(root) as folder:
+        return fs.open_below(folder, file)

@@ -4,7 +4,6 @@ A runner turns a manifest into what the worker starts (`plan`) and what came of 
 (`verdict`). It starts nothing itself: limits, the sandbox and the clock are the same for every kind.
 """
 
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +13,7 @@ from msgspec import Struct
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Manifest
 from aitbc_miner.task import Report
+from aitbc_miner.util.signals import signal_name
 from aitbc_miner.util.trust import may_be_set
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def shortest(*limits: float | None) -> float | None:
 def ended_badly(exit: ExitStatus, log_tail: str) -> Verdict | None:  # noqa: A002
     """Judge by the exit status alone; None when it is 0."""
     if exit.signal is not None:
-        what = f"the program was ended by {_signal_name(exit.signal)}, which this node did not send"
+        what = f"the program was ended by {signal_name(exit.signal)}, which this node did not send"
         return Verdict(ErrorCode.E_SIGNAL, what + _last_line(log_tail))
     if exit.status != 0:
         what = f"the program ended with exit status {exit.status}"
@@ -153,10 +153,3 @@ def _last_line(log_tail: str) -> str:
     if not lines:
         return "; it printed nothing"
     return "; last line: " + printable(lines[-1], 300)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"

@@ -75,6 +75,22 @@ def read_bounded(dir_fd: int, name: str, limit: int) -> bytes:
     return data
 
 
+def open_below(base: int, path: str) -> int:
+    """Open a file below a directory for reading, following no link in any part of the way.
+
+    Raises:
+        OSError: it is not there, a part of the way is a link, or the path leads elsewhere.
+    """
+    *parents, name = path.split("/")
+    if any(part in {"", ".", ".."} for part in (*parents, name)):
+        raise OSError(f"{path!r} is not below the job's directory")
+    with contextlib.ExitStack() as stack:
+        for part in parents:
+            base = stack.enter_context(directory(part, at=base))
+        # O_NONBLOCK: opening a FIFO would wait for a writer for ever.
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=base)
+
+
 def exists(dir_fd: int, name: str) -> bool:
     """Whether anything of that name is in the directory, links included."""
     try:

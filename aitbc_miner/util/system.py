@@ -2,7 +2,6 @@
 
 import ctypes
 import os
-import signal
 from pathlib import Path
 
 from aitbc_miner.errors import MinerError
@@ -33,14 +32,6 @@ def process_start(pid: int) -> int | None:
     # The second field is the name in parentheses, and a process may put spaces and `)` into its name.
     after_name = stat[stat.rindex(b")") + 2 :].split()
     return int(after_name[22 - 3])
-
-
-def signal_name(number: int) -> str:
-    """Name a signal; those for real-time use have numbers only."""
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
 
 
 def drop_privileges(uid: int, gid: int) -> None:
