@@ -9,8 +9,9 @@ from pathlib import Path
 import msgspec
 
 from aitbc_miner import __version__
-from aitbc_miner.checks import Checker, diagnose, machine_facts, told_of
+from aitbc_miner.checks import Checker, machine_facts, told_of
 from aitbc_miner.config import Config, Workspace, derive_node_id, load_config
+from aitbc_miner.doctor import diagnose
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from aitbc_miner.gpu import GpuList, GpuReader
 from aitbc_miner.probe import capabilities, probe_machine, render_page

@@ -178,13 +178,14 @@ class JobProgress(Message, frozen=True):
 
 
 class JobEnded(Message, frozen=True):
-    """worker: the outcome is on disk. `clean` is False when something of the job is still alive."""
+    """worker: the outcome is on disk. `clean` is False when something survives, which `remains` says."""
 
     job_id: str
     code: ErrorCode | None
     message: str = ""
     timings: dict[str, float] = {}
     clean: bool = True
+    remains: str = ""
 
 
 # --- from the supervisor -----------------------------------------------------------------------------------

@@ -14,9 +14,9 @@ import psutil
 from aitbc_miner.agent import Agent
 from aitbc_miner.cgroup import CgroupError, Group, SlotGroup
 from aitbc_miner.channel import Channel
-from aitbc_miner.checks import ConfinementError, find_cgroups, refuse_unmet_sandbox, take_cgroups
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
+from aitbc_miner.confinement import ConfinementError, find_cgroups, refuse_unmet_sandbox, take_cgroups
 from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.heartbeat import run_heartbeat

@@ -21,7 +21,7 @@ SOURCES = {
 LAYERS: list[dict[str, set[str]]] = [
     {"command line": {"main"}, "operator's client": {"ctl", "ctlview"}},
     {"the node": {"node"}},
-    {"what it requires": {"checks"}},
+    {"what it requires": {"checks", "doctor", "confinement"}},
     {
         "supervisor": {"supervisor", "slots", "children", "desk", "jobindex", "orphans"},
         "worker": {"worker", "jobrun", "execution", "workspace"},

@@ -13,19 +13,12 @@ import pytest
 import yaml
 from msgspec.structs import replace
 
-from aitbc_miner import checks, main
+from aitbc_miner import checks, confinement, main
 from aitbc_miner.cgroup import CgroupError, Mount
-from aitbc_miner.checks import (
-    Checker,
-    ConfinementError,
-    Finding,
-    diagnose,
-    find_cgroups,
-    may_read,
-    refuse_unmet_sandbox,
-    take_cgroups,
-)
+from aitbc_miner.checks import Checker, may_read
 from aitbc_miner.config import Config, load_config
+from aitbc_miner.confinement import ConfinementError, find_cgroups, refuse_unmet_sandbox, take_cgroups
+from aitbc_miner.doctor import Finding, diagnose
 from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
 from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import probe_machine
@@ -296,8 +289,8 @@ def mounted(
     own.mkdir()
     (own / "cgroup.controllers").write_text(here + "\n")
     mount = Mount(str(tmp_path), tuple(offered.split()), hybrid=False, writable=writable)
-    monkeypatch.setattr(checks, "find_mount", lambda: mount)
-    monkeypatch.setattr(checks, "own_group", lambda _: own)
+    monkeypatch.setattr(confinement, "find_mount", lambda: mount)
+    monkeypatch.setattr(confinement, "own_group", lambda _: own)
     return own
 
 
@@ -336,7 +329,7 @@ def test_cgroups_are_taken_or_done_without_as_the_mode_says(
 ) -> None:
     own = mounted(monkeypatch, tmp_path, here=ALL, offered=ALL, writable=True)
     prepared: list[Path] = []
-    monkeypatch.setattr(checks, "prepare", prepared.append)
+    monkeypatch.setattr(confinement, "prepare", prepared.append)
     site.keys["cgroup"] = {"mode": "auto"}
     found = find_cgroups(site.config())
     assert take_cgroups(site.config(), found) is found
@@ -345,7 +338,7 @@ def test_cgroups_are_taken_or_done_without_as_the_mode_says(
     def busy(own: Path) -> None:
         raise CgroupError("cannot write: busy")
 
-    monkeypatch.setattr(checks, "prepare", busy)
+    monkeypatch.setattr(confinement, "prepare", busy)
     without = take_cgroups(site.config(), found)
     assert (without.parent, without.controllers) == (found.parent, ())
     assert without.missing == ["cannot write: busy: process limits serve where they can"]
@@ -360,14 +353,14 @@ def test_whoever_is_in_the_supervisors_leaf_counts_from_the_group_above_it(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = mounted(monkeypatch, tmp_path, here=ALL, offered=ALL, writable=True)
-    monkeypatch.setattr(checks, "own_group", lambda _: own / "supervisor")
+    monkeypatch.setattr(confinement, "own_group", lambda _: own / "supervisor")
     site.keys["cgroup"] = {"mode": "required"}
     assert find_cgroups(site.config()).parent == own / "aitbc-miner-node-x"
 
 
 def test_no_cgroups_at_all(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_cgroups(site.config()).missing == ["cgroup.mode is off: jobs are held by process limits only"]
-    monkeypatch.setattr(checks, "find_mount", lambda: None)
+    monkeypatch.setattr(confinement, "find_mount", lambda: None)
     site.keys["cgroup"] = {"mode": "auto"}
     missing = find_cgroups(site.config()).missing
     assert missing == ["there is no cgroup2 mount: jobs are held by process limits only"]

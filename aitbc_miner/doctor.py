@@ -1,0 +1,119 @@
+"""`aitbc-miner doctor`: what a node needs of its machine, what of it is there, and what mends the rest."""
+
+import grp
+import os
+import pwd
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from msgspec import Struct
+
+from aitbc_miner.checks import machine_facts
+from aitbc_miner.config import Config
+from aitbc_miner.confinement import offered_controllers
+from aitbc_miner.control import READERS, WRITERS
+from aitbc_miner.gpu import GpuList
+from aitbc_miner.privileges import job_user
+from aitbc_miner.probe import NEEDED_CONTROLLERS, Machine
+from aitbc_miner.sampling import inventory
+from aitbc_miner.slotspec import derive_slots, read_slots
+from aitbc_miner.util.yamldoc import Fault
+
+
+class Finding(Struct, frozen=True):
+    """One thing that a node needs, whether it is there, and the command or step that mends it."""
+
+    name: str
+    there: bool
+    detail: str
+    remedy: str = ""
+    required: bool = True
+
+
+def diagnose(
+    path: Path, config: Config | None, faults: Sequence[Fault], machine: Machine, gpus: GpuList
+) -> Iterator[Finding]:
+    """Look for everything that a node needs; without a configuration, that the packaged one needs."""
+    if config:
+        yield Finding("config", there=True, detail=str(path))
+    elif not path.exists():
+        remedy = f"install -D -m 0640 etc/config.yaml {path}; set base_url and auth_token there"
+        yield Finding("config", there=False, detail=f"there is no {path}", remedy=remedy)
+    else:
+        shown = f"{len(faults)} faulty: {faults[0]}" if faults else str(path)
+        yield Finding("config", there=False, detail=shown, remedy=f"aitbc-miner check --config {path}")
+    yield _root(config)
+    yield _users(config)
+    yield _groups(config)
+    yield _cgroup2(config, machine)
+    for tool, package, purpose in (
+        ("bwrap", "bubblewrap", "jobs cannot be kept in a sandbox"),
+        ("nft", "nftables", "the network of a slot cannot be restricted"),
+    ):
+        found = machine.tools.get(tool)
+        remedy = f"apt-get install {package}"
+        yield Finding(tool, bool(found), found or f"not here; {purpose}", remedy, required=False)
+    yield _nvidia(config, gpus)
+    least = config.workspace.min_free_mb if config else 2048
+    detail = f"{machine.disk_free_mb} MiB free for the workspace, {least} MiB wanted"
+    yield Finding("disk", machine.disk_free_mb >= least, detail, "free space there, or move workspace.root")
+
+
+def _root(config: Config | None) -> Finding:
+    is_root = os.geteuid() == 0
+    detail = "root" if is_root else "not root; jobs would run as the same user as the miner"
+    return Finding("root", is_root, detail, "sudo aitbc-miner doctor", required=_wants_users(config))
+
+
+def _wants_users(config: Config | None) -> bool:
+    return config is None or config.privileges.mode == "required"
+
+
+def _users(config: Config | None) -> Finding:
+    service = config.privileges.service_user if config else READERS
+    specs = read_slots(config.slots_dir, []) if config else []
+    names = [service, *(job_user(spec.name) for spec in specs or derive_slots(machine_facts(GpuList())))]
+    absent = [name for name in names if not _known(pwd.getpwnam, name)]
+    remedy = "; ".join(f"useradd --system --user-group --shell /usr/sbin/nologin {name}" for name in absent)
+    detail = f"no such user: {', '.join(absent)}" if absent else ", ".join(names)
+    return Finding("users", not absent, detail, remedy, required=_wants_users(config))
+
+
+def _groups(config: Config | None) -> Finding:
+    # The service's own group comes with its user.
+    service = config.privileges.service_user if config else READERS
+    absent = [name for name in (READERS, WRITERS) if name != service and not _known(grp.getgrnam, name)]
+    remedy = "; ".join(f"groupadd --system {name}" for name in absent)
+    detail = f"no such group: {', '.join(absent)}; only root can steer the miner" if absent else "there"
+    return Finding("groups", not absent, detail, remedy, required=False)
+
+
+def _known(look_up: Callable[[str], object], name: str) -> bool:
+    try:
+        look_up(name)
+    except KeyError:
+        return False
+    return True
+
+
+def _cgroup2(config: Config | None, machine: Machine) -> Finding:
+    absent = [name for name in NEEDED_CONTROLLERS if name not in offered_controllers()]
+    place = machine.cgroup.mount
+    detail = f"at {place}" if place else "no cgroup2 mount"
+    if absent:
+        detail += f", without the controllers {', '.join(absent)}: limits are those of single processes"
+    option = "systemd.unified_cgroup_hierarchy=1"
+    remedy = f"add {option} to GRUB_CMDLINE_LINUX in /etc/default/grub; update-grub; reboot"
+    required = config is None or config.cgroup.mode == "required"
+    return Finding("cgroup2", not absent, detail, remedy, required=required)
+
+
+def _nvidia(config: Config | None, gpus: GpuList) -> Finding:
+    wanted = any(spec.gpu is not None for spec in read_slots(config.slots_dir, [])) if config else False
+    error = inventory(gpus).error or (gpus.error if gpus.missing else None)
+    if error:
+        remedy = "apt-get install nvidia-driver" if gpus.missing else "nvidia-smi"
+        detail = f"{error.partition(';')[0]}; needed for GPU slots only"
+        return Finding("nvidia", there=False, detail=detail, remedy=remedy, required=wanted)
+    names = ", ".join(gpu.name for gpu in gpus.gpus) or "the driver works; no GPU"
+    return Finding("nvidia", there=True, detail=names, required=wanted)
