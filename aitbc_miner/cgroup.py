@@ -1,16 +1,8 @@
-"""Control groups, version 2: what holds a job together, limits it, counts it and ends it.
+"""Control groups, version 2: what holds processes together, limits them, counts them and ends them.
 
-A slot's group has two leaves, because a group that hands controllers on may hold no processes:
-
-    <own>/                       the group that we were started in
-        supervisor/              ourselves, once `delegation` has moved us
-        <parent>/<slot>/         the limits of cpu, cpuset and io
-            worker/              our process that looks after the job
-            job/                 the job, and nothing else, with the limits of memory and pids
-
-On hybrid hosts the cgroup2 mount has no controllers. Grouping, `cgroup.kill`, `cgroup.events` and the times
-in `cpu.stat` work there all the same; the limits are then left to `util.limits`.
-Source: Documentation/admin-guide/cgroup-v2.rst of the kernel.
+`slotgroup` has the groups of a slot. On hybrid hosts the cgroup2 mount has no controllers. Grouping,
+`cgroup.kill`, `cgroup.events` and the times in `cpu.stat` work there all the same; the limits are then left
+to `util.limits`. Source: Documentation/admin-guide/cgroup-v2.rst of the kernel.
 """
 
 import errno
@@ -23,26 +15,25 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 from cgroupspy.controllers import Controller
-from cgroupspy.interfaces import BaseFileInterface, CommaDashSetFile, DictFile, IntegerFile, ListFile
+from cgroupspy.interfaces import (
+    BaseFileInterface,
+    CommaDashSetFile,
+    DictFile,
+    FlagFile,
+    IntegerFile,
+    ListFile,
+)
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.cgrouplimits import write_limit
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util.clock import now
-from aitbc_miner.util.limits import asked
-
-if TYPE_CHECKING:
-    # Only its attributes matter here; reading slots.d is far above this layer.
-    from aitbc_miner.slotspec import SlotSpec
 
 LIMITS = ("cpu", "cpuset", "memory", "pids", "io")
 """What can be limited; each is the name of its controller too."""
-OF_JOB = frozenset({"memory", "pids"})
-"""Limits of the job alone: in a group with the worker they would hit it as well."""
 RETRY_S = 0.005
 """Between two tries at something that the kernel gives no event for."""
 
@@ -113,12 +104,19 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
     """One cgroup of version 2. Reading tells None (or nothing) where the kernel does not count."""
 
     controller_names = ListFile("cgroup.controllers")
+    frozen = FlagFile("cgroup.freeze")
     cpu_stat = DictFile("cpu.stat", readonly=True)
+    cpu_max = BaseFileInterface("cpu.max")
+    cpu_weight = IntegerFile("cpu.weight")
+    cpuset_cpus = CommaDashSetFile("cpuset.cpus")
+    cpuset_mems = CommaDashSetFile("cpuset.mems")
     memory_current_bytes = IntegerFile("memory.current", readonly=True)
     memory_peak_bytes = IntegerFile("memory.peak", readonly=True)
+    memory_stat = DictFile("memory.stat", readonly=True)
+    memory_min = IntegerFile("memory.min")
+    memory_oom_group = FlagFile("memory.oom.group")
     io_stat = BaseFileInterface("io.stat", readonly=True)
     io_max = BaseFileInterface("io.max")
-    cpuset_cpus = CommaDashSetFile("cpuset.cpus")
 
     def __init__(self, path: Path) -> None:
         # All that the base class wants of its node is this path.
@@ -245,12 +243,27 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         if not self.path.is_dir():
             return
         # Before Linux 5.14. What is frozen cannot fork, and can be killed.
-        self.write("cgroup.freeze", "1")
+        self.frozen = True
         signalled: set[int] = set()
         while fresh := set(self.pids()) - signalled:
             self.signal(signal.SIGKILL)
             signalled |= fresh
-        self.write("cgroup.freeze", "0")
+        self.frozen = False
+
+    def pressure(self, of: str) -> dict[str, float]:
+        """Read a share of time, in percent, that processes here waited for `of` ("cpu", "memory" or "io").
+
+        Keys as the kernel's: "some avg10" to "full avg300"; empty where the kernel does not tell.
+        """
+        try:
+            text = self.get_property(f"{of}.pressure".encode())
+        except OSError as error:
+            if error.errno in {errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP}:
+                return {}
+            raise
+        rows = (line.split() for line in text.splitlines())
+        pairs = ((kind, *field.partition("=")) for kind, *fields in rows for field in fields)
+        return {f"{kind} {name}": float(value) for kind, name, _, value in pairs if name != "total"}
 
     def cpu_usage(self) -> CpuUsage | None:
         """CPU time since the group was made, including that of processes that have ended."""
@@ -295,96 +308,3 @@ def _rmdir(group: Group, deadline: float) -> None:
         # For a moment after the last exit, an empty group may still be busy, and then no event comes.
         if group.wait_empty(deadline - now()):
             time.sleep(RETRY_S)
-
-
-class SlotGroup:
-    """The group of a slot with its leaves; as a context manager it is set up and torn down."""
-
-    def __init__(self, parent: Path, name: str) -> None:
-        self.parent = Group(parent)
-        self.slot = Group(parent / name)
-        self.worker = Group(parent / name / "worker")
-        self.job = Group(parent / name / "job")
-        self._job_limits: tuple[list[str], SlotSpec] | None = None
-
-    def __enter__(self) -> Self:
-        self.setup()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.teardown()
-
-    def setup(self) -> None:
-        """Make the groups, or adopt those that an earlier run has left."""
-        for group in (self.slot, self.worker, self.job):
-            group.create()
-
-    def teardown(self, timeout_s: float = 2.0) -> None:
-        """Kill whatever is in the slot and remove its groups.
-
-        Raises:
-            CgroupError: something survives being killed (it hangs in the kernel).
-        """
-        self.slot.kill()
-        self.slot.remove(timeout_s)
-
-    def renew_job(self, timeout_s: float = 2.0) -> None:
-        """Remove `job/` and make it again with its limits: its counters begin at zero for the next job.
-
-        Raises:
-            CgroupError: something of the last job is still alive.
-        """
-        self.job.kill()
-        self.job.remove(timeout_s)
-        self.job.create()
-        self._limit_job()
-
-    def enforce(
-        self, spec: "SlotSpec", available: tuple[str, ...], *, required: frozenset[str] = frozenset()
-    ) -> dict[str, str]:
-        """Write the slot's limits where the controllers for them are there; may be called again.
-
-        Args:
-            spec: the limits of the slot.
-            available: the controllers to use, of which those are taken that the parent has.
-            required: the limits that, if asked for, nothing but the cgroup may hold.
-
-        Returns:
-            "cgroup" for each of cpu, cpuset, memory, pids and io that is asked for and now held.
-
-        Raises:
-            CgroupError: a controller is there and cannot be used, the kernel refuses a value, or what is
-                required cannot be held.
-        """
-        usable = set(available) & set(self.parent.controllers())
-        names = [name for name in LIMITS if name in usable]
-        for group in (self.parent, self.slot) if names else ():
-            # The leaves get them too: the job's own limits, and to count it apart from the worker.
-            enable(group, names)
-        held = {name for name in names if name not in OF_JOB and _write_limit(self.slot, name, spec)}
-        self._job_limits = [name for name in names if name in OF_JOB], spec
-        self._limit_job()
-        held |= set(self._job_limits[0])
-        if lacking := sorted((required & asked(spec)) - held):
-            raise CgroupError(
-                f"cannot limit {', '.join(lacking)} in {self.slot.path}: its parent has no such controller; "
-                f"start the miner with systemd (Delegate=yes), or set cgroup.mode: auto"
-            )
-        return dict.fromkeys(sorted(held & asked(spec)), "cgroup")
-
-    def _limit_job(self) -> None:
-        """Write what holds for `job/` alone: at these limits processes die, and the worker must not."""
-        if self._job_limits is not None:
-            names, spec = self._job_limits
-            for name in names:
-                _write_limit(self.job, name, spec)
-        # Half a job that lost one process to the OOM killer would hang, or deliver nonsense.
-        if self.job.has("memory.oom.group"):
-            self.job.write("memory.oom.group", "1")
-
-
-def _write_limit(group: Group, name: str, spec: "SlotSpec") -> bool:
-    try:
-        return write_limit(group, name, spec)
-    except OSError as error:
-        raise CgroupError(f"cannot limit {error.strerror}") from error

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 
 from aitbc_miner.agent import Agent
-from aitbc_miner.cgroup import CgroupError, Group, SlotGroup
+from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.channel import Channel
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
@@ -34,11 +34,13 @@ from aitbc_miner.orphans import WorkerBook
 from aitbc_miner.privileges import Identities, Identity, resolve
 from aitbc_miner.records import PASSABLE
 from aitbc_miner.runnerset import RunnerSet
+from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slots import Outcomes, RunningSlot, make_offer
 from aitbc_miner.slotspec import MachineFacts, SlotSpec, check_slots, derive_slots, read_slots
 from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.supervisor import Parts, Supervisor
 from aitbc_miner.util import fs, log
+from aitbc_miner.util.notify import Notifier
 from aitbc_miner.util.system import drop_privileges
 from aitbc_miner.util.yamldoc import Fault
 from aitbc_miner.worker import Settings, Worker
@@ -62,7 +64,7 @@ def run_node(config: Config, warnings: list[str]) -> int:
         node = Node(config, formatter.add_secret)
         for line in [*warnings, *node.notices]:
             events.warning("notice", text=line)
-        supervisor = Supervisor(node.parts())
+        supervisor = Supervisor(node.parts(), Notifier(os.environ))
     except (MinerError, OSError) as error:
         events.error("cannot start", error=str(error))
         return EXIT_CONFIG
@@ -96,7 +98,7 @@ class Node:
         self._identities = self._resolve([spec.name for spec in self._specs])
         self._cgroups = take_cgroups(config, find_cgroups(config))
         refuse_unmet_sandbox(config)
-        if self._cgroups.parent is not None:
+        if self._cgroups.parent not in {None, self._cgroups.home}:
             Group(self._cgroups.parent).create()
         self.notices = [*self._identities.missing, *self._cgroups.missing]
         _make_workspace(config.workspace.root, self._identities.service)
@@ -107,13 +109,15 @@ class Node:
         self._heartbeat_end, self._agent_end = socket.socketpair()
 
     def close(self) -> None:
-        """Remove our own groups, unless a job is still in one (hand-over)."""
-        if self._cgroups.parent is None:
+        """Remove the slots' groups, except for one that a job is still in (hand-over)."""
+        parent = self._cgroups.parent
+        if parent is None:
             return
-        try:
-            Group(self._cgroups.parent).remove(timeout_s=0.5)
-        except CgroupError as error:
-            log.events("supervisor").debug("cgroups stay", reason=str(error))
+        for path in [*slot_groups(parent), *([parent] if parent != self._cgroups.home else [])]:
+            try:
+                Group(path).remove(timeout_s=0.5)
+            except CgroupError as error:
+                log.events("supervisor").debug("cgroup stays", reason=str(error))
 
     def parts(self) -> Parts:
         """Give the supervisor what it is made of."""
@@ -147,8 +151,8 @@ class Node:
     def _end_strange_groups(self, names: set[str]) -> None:
         """End what still runs in slots that the configuration no longer has."""
         parent = self._cgroups.parent
-        for path in sorted(parent.iterdir()) if parent and names else ():
-            if path.is_dir() and path.name not in names:
+        for path in slot_groups(parent) if parent and names else ():
+            if path.name not in names:
                 try:
                     SlotGroup(path.parent, path.name).teardown()
                 except CgroupError as error:
@@ -211,6 +215,11 @@ def be_worker(settings: Settings, pipe: "Connection[Any, Any]") -> None:
         os.environ.pop(name, None)
     channel: Channel[ToWorker] = Channel(pipe, ToWorker)
     Worker(settings, channel, RunnerSet(settings.config.runners)).run()
+
+
+def slot_groups(parent: Path) -> list[Path]:
+    """Give the groups of slots; those of others (a service manager's) begin with a dot or an underscore."""
+    return [path for path in sorted(parent.iterdir()) if path.is_dir() and path.name[0] not in "._"]
 
 
 def gpu_env(gpu: GpuFact | None) -> dict[str, str]:

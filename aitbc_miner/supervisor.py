@@ -48,6 +48,7 @@ from aitbc_miner.slots import Outcomes, RunningSlot
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.log import flush as flush_log
+from aitbc_miner.util.notify import Notifier
 
 M = TypeVar("M")
 
@@ -71,8 +72,9 @@ class Parts(Struct, frozen=True):
 class Supervisor:
     """The node's main loop and what it knows."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: Parts, notifier: Notifier) -> None:
         self._config = parts.config
+        self._notifier = notifier
         self._agent = parts.agent
         self._heartbeat = parts.heartbeat
         self._make_slots = parts.make_slots
@@ -98,6 +100,7 @@ class Supervisor:
     def run(self) -> None:
         """Run until told to stop, and then until it is done."""
         self._listen()
+        self._notifier.say("READY=1")
         while not self._finished():
             self._tick()
             self._tell()
@@ -141,6 +144,8 @@ class Supervisor:
         self._stop_in_order()
         if clock.now() - self._ticked >= TICK_S:
             self._ticked = clock.now()
+            # From this loop and nowhere else: a supervisor that hangs is to be restarted.
+            self._notifier.say("WATCHDOG=1")
             self._control.drop_slow()
             flush_log()
             kill_strangers(self._own_children())
@@ -312,6 +317,7 @@ class Supervisor:
 
     def _order_stop(self, mode: str) -> None:
         self._log.info("stopping", mode=mode)
+        self._notifier.say("STOPPING=1")
         self._stop_mode = mode
         self._desk.stopping = True
         self._stop_at = clock.now() + (self._config.shutdown.grace_s if mode == "drain" else 0.0)

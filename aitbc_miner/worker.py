@@ -10,7 +10,6 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from aitbc_miner.cgroup import SlotGroup
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, MinerError
@@ -22,6 +21,7 @@ from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import NEEDED_CONTROLLERS
 from aitbc_miner.records import JobDir, Records
 from aitbc_miner.runners import Runner
+from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.util.limits import plan_limits
@@ -82,8 +82,9 @@ class Worker:
         if settings.group_parent is not None:
             group = SlotGroup(settings.group_parent, settings.spec.name)
             group.setup()
-            group.worker.write("cgroup.procs", str(os.getpid()))
             # Whatever an earlier worker left running here ends now; if it cannot, the slot is no good.
+            group.empty()
+            group.worker.write("cgroup.procs", str(os.getpid()))
             group.renew_job()
             must = frozenset(NEEDED_CONTROLLERS if settings.config.cgroup.mode == "required" else ())
             by_cgroup = group.enforce(settings.spec, settings.controllers, required=must)

@@ -17,11 +17,11 @@ from aitbc_miner.cgroup import (
     CpuUsage,
     Group,
     Mount,
-    SlotGroup,
     find_mount,
     own_group,
 )
-from aitbc_miner.delegation import prepare
+from aitbc_miner.delegation import LEAF, prepare
+from aitbc_miner.slotgroup import WORKER_MEMORY, SlotGroup
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.util import limits
 
@@ -117,6 +117,7 @@ LIMIT_FILES = (
     "cpu.max",
     "cpu.weight",
     "cpuset.cpus",
+    "cpuset.mems",
     "memory.high",
     "memory.max",
     "memory.swap.max",
@@ -124,7 +125,7 @@ LIMIT_FILES = (
     "io.weight",
     "io.max",
 )
-FILES = ("cgroup.subtree_control", "memory.oom.group", *LIMIT_FILES)
+FILES = ("cgroup.subtree_control", "memory.oom.group", "memory.min", *LIMIT_FILES)
 ALL = ("cpuset", "cpu", "io", "memory", "pids")
 
 
@@ -132,21 +133,22 @@ def fake_slot(tmp_path: Path, controllers: tuple[str, ...] = ALL) -> SlotGroup:
     """Lay out plain files as the kernel would; each keeps the last value written, in full or overwritten."""
     slot = SlotGroup(tmp_path, "cpu0")
     slot.setup()
-    for group in (slot.parent, slot.slot, slot.job):
+    for group in (slot.parent, slot.slot, slot.job, slot.worker):
         written(group.path / "cgroup.controllers", " ".join(controllers))
         for name in FILES:
             written(group.path / name, "")
     return slot
 
 
-JOB_FILES = ("memory.high", "memory.max", "memory.swap.max", "pids.max")
+SLOT_FILES = ("cpu.weight", "cpuset.cpus", "cpuset.mems", "io.weight")
 
 
 def limits_of(slot: SlotGroup) -> dict[str, str]:
     """Read each limit where it belongs, having seen that the other group has none of it."""
     values = {}
     for name in LIMIT_FILES:
-        holder, other = (slot.job, slot.slot) if name in JOB_FILES else (slot.slot, slot.job)
+        holder, other = (slot.slot, slot.job) if name in SLOT_FILES else (slot.job, slot.slot)
+        assert (slot.worker.path / name).read_text() == ""
         assert (other.path / name).read_text() == ""
         values[name] = (holder.path / name).read_text().strip()
     return values
@@ -159,6 +161,7 @@ def test_enforce_writes_each_limit_on_slot_or_job(tmp_path: Path, monkeypatch: p
         name="cpu0",
         kind="cpu",
         cpus=(0, 1, 2, 5),
+        mems=(0, 1),
         cpu_max=250,
         cpu_weight=50,
         memory_max=1 << 30,
@@ -173,17 +176,54 @@ def test_enforce_writes_each_limit_on_slot_or_job(tmp_path: Path, monkeypatch: p
         "cpu.max": "250000 100000",
         "cpu.weight": "50",
         "cpuset.cpus": "0-2,5",
+        "cpuset.mems": "0-1",
         "memory.high": str(1 << 29),
         "memory.max": str(1 << 30),
         "memory.swap.max": "0",
         "pids.max": "99",
         "io.weight": "default 10",
-        "io.max": "8:0 wbps=1000 riops=5",
+        "io.max": "8:0 rbps=max wbps=1000 riops=5 wiops=max",
     }
     for group in (slot.parent, slot.slot):
         enabled = (group.path / "cgroup.subtree_control").read_text()
         assert enabled == "+cpu +cpuset +memory +pids +io"
     assert (slot.job.path / "memory.oom.group").read_text() == "1"
+    for group in (slot.slot, slot.worker):
+        assert (group.path / "memory.min").read_text() == str(WORKER_MEMORY)
+
+
+def test_a_running_job_gets_other_limits_but_none_that_would_kill_it(tmp_path: Path) -> None:
+    slot = fake_slot(tmp_path)
+    slot.enforce(SlotSpec(name="cpu0", kind="cpu", memory_max=1 << 30, pids_max=99), ALL)
+    written(slot.job.path / "memory.current", str(300 << 20))
+    smaller = SlotSpec(name="cpu0", kind="cpu", memory_max=200 << 20, pids_max=9, cpu_weight=7)
+    assert slot.adjust(smaller) == "its job uses 300M: memory_max 200M holds from the next one"
+    limits = limits_of(slot)
+    assert (limits["memory.max"], limits["pids.max"], limits["cpu.weight"]) == (str(1 << 30), "9", "7")
+    assert slot.adjust(SlotSpec(name="cpu0", kind="cpu", memory_max=400 << 20)) == ""
+    assert limits_of(slot)["memory.max"] == str(400 << 20)
+    assert limits_of(slot)["pids.max"] == "max"
+
+
+def test_an_io_limit_that_is_gone_is_lifted(tmp_path: Path) -> None:
+    slot = fake_slot(tmp_path)
+    written(slot.job.path / "io.max", "8:0 rbps=1 wbps=max riops=max wiops=max")
+    slot.enforce(SlotSpec(name="cpu0", kind="cpu"), ALL)
+    assert limits_of(slot)["io.max"] == "8:0 rbps=max wbps=max riops=max wiops=max"
+
+
+def test_pressure_is_read_where_the_kernel_tells(tmp_path: Path) -> None:
+    written(
+        tmp_path / "cpu.pressure", "some avg10=1.50 avg60=0.20 avg300=0.00 total=9\nfull avg10=0.25 total=1\n"
+    )
+    group = Group(tmp_path)
+    assert group.pressure("cpu") == {
+        "some avg10": 1.5,
+        "some avg60": 0.2,
+        "some avg300": 0.0,
+        "full avg10": 0.25,
+    }
+    assert group.pressure("io") == {}
 
 
 def test_enforce_lifts_what_an_older_layout_had_set(tmp_path: Path) -> None:
@@ -193,6 +233,7 @@ def test_enforce_lifts_what_an_older_layout_had_set(tmp_path: Path) -> None:
         "cpu.max": "max 100000",
         "cpu.weight": "100",
         "cpuset.cpus": "",
+        "cpuset.mems": "",
         "memory.high": "max",
         "memory.max": "max",
         "memory.swap.max": "max",
@@ -260,6 +301,8 @@ class Kernel:
 
     def __init__(self, own: Path, monkeypatch: pytest.MonkeyPatch, pids: list[int]) -> None:
         self.own = own
+        self.refused: set[object] = set()
+        self.enabled: list[object] = []
         self.born: list[int] = []
         self.dead: set[int] = set()
         own.mkdir()
@@ -289,8 +332,10 @@ class Kernel:
             self.has(group.path, [*self.pids(group.path), int(str(value))])
         elif self.pids(group.path):
             raise CgroupError(f"cannot write to {group.path}: Device or resource busy")
+        elif value in self.refused:
+            raise CgroupError(f"cannot write {value!r}: Invalid argument")
         else:
-            written(group.path / name, str(value))
+            self.enabled.append(value)
 
 
 def test_all_processes_make_room_before_controllers_are_handed_on(
@@ -300,25 +345,39 @@ def test_all_processes_make_room_before_controllers_are_handed_on(
     kernel.born = [13]
     kernel.dead = {11}
     for _ in range(2):
-        prepare(kernel.own)
+        kernel.enabled.clear()
+        assert prepare(kernel.own) == {}
         assert kernel.pids(kernel.own) == []
-        assert kernel.pids(kernel.own / "supervisor") == [10, 12, 13]
-        assert (kernel.own / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+        assert kernel.pids(kernel.own / LEAF) == [10, 12, 13]
+        assert kernel.enabled == ["+cpu", "+memory", "+pids"]
 
 
 def test_the_root_of_all_groups_keeps_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(tmp_path / "own", monkeypatch, [])
     (kernel.own / "cgroup.type").unlink()
     prepare(kernel.own)
-    assert not (kernel.own / "supervisor").exists()
-    assert (kernel.own / "cgroup.subtree_control").read_text() == "+cpu +memory +pids"
+    assert not (kernel.own / LEAF).exists()
+    assert kernel.enabled == ["+cpu", "+memory", "+pids"]
 
 
-def test_processes_that_cannot_be_moved_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_group_that_keeps_its_processes_hands_nothing_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kernel = Kernel(tmp_path / "own", monkeypatch, [10])
     monkeypatch.setattr(delegation, "_move", lambda pid, group: None)
-    with pytest.raises(CgroupError, match="Device or resource busy"):
-        prepare(kernel.own)
+    refused = prepare(kernel.own)
+    assert refused.keys() == {"cpu", "memory", "pids"}
+    assert refused["cpu"].endswith("Device or resource busy")
+
+
+def test_a_controller_that_is_refused_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = Kernel(tmp_path / "own", monkeypatch, [])
+    kernel.refused = {"+cpu"}
+    assert prepare(kernel.own) == {"cpu": "cannot write '+cpu': Invalid argument"}
+    assert kernel.enabled == ["+memory", "+pids"]
+    assert not (kernel.own / LEAF).exists()
 
 
 def test_the_limits_of_the_two_modules_have_the_same_names() -> None:

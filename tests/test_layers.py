@@ -24,7 +24,7 @@ LAYERS: list[dict[str, set[str]]] = [
     {"what it requires": {"checks", "doctor", "confinement"}},
     {
         "supervisor": {"supervisor", "slots", "children", "desk", "jobindex", "orphans"},
-        "worker": {"worker", "jobrun", "execution", "workspace"},
+        "worker": {"worker", "jobrun", "execution", "causes", "workspace"},
         "agent": {"agent", "intake", "progress", "delivery", "recovery", "nodetoken"},
         "heartbeat": {"heartbeat", "registration"},
     },
@@ -32,7 +32,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "coordinator": {"coordinator"},
         "control socket": {"control"},
         "telemetry": {"telemetry", "sampling"},
-        "running jobs": {"runners", "runnerset", "spawn", "task"},
+        "running jobs": {"runners", "runnerset", "spawn", "leftovers", "task"},
         "inputs and artifacts": {"inputs", "artifacts", "joblog"},
     },
     {
@@ -41,7 +41,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "discovery": {"probe", "gpu", "privileges"},
         "channel": {"channel"},
     },
-    {"cgroup": {"cgroup", "cgrouplimits", "delegation"}},
+    {"cgroup": {"cgroup", "cgrouplimits", "delegation", "slotgroup"}},
     {"util": {"util"}},
     {"errors": {"errors", ""}},
 ]

@@ -14,10 +14,10 @@ import yaml
 from msgspec.structs import replace
 
 from aitbc_miner import checks, confinement, main
-from aitbc_miner.cgroup import CgroupError, Mount
+from aitbc_miner.cgroup import Mount
 from aitbc_miner.checks import Checker, may_read
 from aitbc_miner.config import Config, load_config
-from aitbc_miner.confinement import ConfinementError, find_cgroups, refuse_unmet_sandbox, take_cgroups
+from aitbc_miner.confinement import ConfinementError, find_cgroups, refuse_unmet_sandbox
 from aitbc_miner.doctor import Finding, diagnose
 from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
 from aitbc_miner.privileges import Identity
@@ -295,75 +295,6 @@ def mounted(
 
 
 ALL = "cpu memory pids"
-
-
-def test_cgroups_that_are_whole(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = mounted(monkeypatch, tmp_path, here=ALL, offered=ALL, writable=True)
-    site.keys["cgroup"] = {"mode": "required"}
-    found = find_cgroups(site.config())
-    assert found.parent == own / "aitbc-miner-node-x"
-    assert found.controllers == ("cpu", "memory", "pids")
-    assert not found.missing
-    assert not found.parent.exists()
-
-
-@pytest.mark.parametrize(
-    ("here", "writable", "cause"),
-    [("memory", True, "no controller for cpu, pids in"), (ALL, False, "no right to write in")],
-)
-def test_cgroups_that_lack_something(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, here: str, *, writable: bool, cause: str
-) -> None:
-    mounted(monkeypatch, tmp_path, here=here, offered=here, writable=writable)
-    site.keys["cgroup"] = {"mode": "auto"}
-    found = find_cgroups(site.config())
-    assert (found.parent is not None) is writable
-    assert found.missing[0].startswith(cause)
-    site.keys["cgroup"] = {"mode": "required"}
-    with pytest.raises(ConfinementError, match=f"cannot limit jobs: {cause}"):
-        find_cgroups(site.config())
-
-
-def test_cgroups_are_taken_or_done_without_as_the_mode_says(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = mounted(monkeypatch, tmp_path, here=ALL, offered=ALL, writable=True)
-    prepared: list[Path] = []
-    monkeypatch.setattr(confinement, "prepare", prepared.append)
-    site.keys["cgroup"] = {"mode": "auto"}
-    found = find_cgroups(site.config())
-    assert take_cgroups(site.config(), found) is found
-    assert prepared == [own]
-
-    def busy(own: Path) -> None:
-        raise CgroupError("cannot write: busy")
-
-    monkeypatch.setattr(confinement, "prepare", busy)
-    without = take_cgroups(site.config(), found)
-    assert (without.parent, without.controllers) == (found.parent, ())
-    assert without.missing == ["cannot write: busy: process limits serve where they can"]
-    # With no controllers there is nothing to take.
-    assert take_cgroups(site.config(), without) is without
-    site.keys["cgroup"] = {"mode": "required"}
-    with pytest.raises(ConfinementError, match="cannot limit jobs: cannot write: busy; start the miner with"):
-        take_cgroups(site.config(), found)
-
-
-def test_whoever_is_in_the_supervisors_leaf_counts_from_the_group_above_it(
-    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = mounted(monkeypatch, tmp_path, here=ALL, offered=ALL, writable=True)
-    monkeypatch.setattr(confinement, "own_group", lambda _: own / "supervisor")
-    site.keys["cgroup"] = {"mode": "required"}
-    assert find_cgroups(site.config()).parent == own / "aitbc-miner-node-x"
-
-
-def test_no_cgroups_at_all(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert find_cgroups(site.config()).missing == ["cgroup.mode is off: jobs are held by process limits only"]
-    monkeypatch.setattr(confinement, "find_mount", lambda: None)
-    site.keys["cgroup"] = {"mode": "auto"}
-    missing = find_cgroups(site.config()).missing
-    assert missing == ["there is no cgroup2 mount: jobs are held by process limits only"]
 
 
 def test_a_shell_of_root_has_less_than_the_service_will(
