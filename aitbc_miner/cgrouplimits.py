@@ -28,7 +28,10 @@ def limit_slot(group: Group, name: str, spec: "SlotSpec") -> bool:
             group.cpu_weight = spec.cpu_weight or 100
         case "cpuset":
             group.cpuset_cpus = set(spec.cpus or ())
-            group.cpuset_mems = set(spec.mems or ())
+            mems = set(spec.mems or ())
+            if (group.get_content("cpuset_mems") or set()) != mems:
+                # Not without need: the memory of a job that runs is moved then.
+                group.cpuset_mems = mems
         case "io":
             # With the BFQ scheduler the weight has a name of its own, and without either there is no weight.
             weight = next((file for file in ("io.weight", "io.bfq.weight") if group.has(file)), None)
@@ -69,8 +72,8 @@ def _limit_io(group: Group, spec: "SlotSpec") -> None:
             raise CgroupError(f"cannot limit io of {path}: {error.strerror}") from error
     lines = (group.get_content("io_max") or "").splitlines()
     for disk in {*wanted, *(line.split()[0] for line in lines)}:
-        rates: dict[str, object] = {**dict.fromkeys(IO_RATES, "max"), **wanted.get(disk, {})}
-        group.io_max = " ".join([disk, *(f"{key}={rate}" for key, rate in rates.items())])
+        of_disk = wanted.get(disk, {})
+        group.io_max = " ".join([disk, *(f"{key}={of_disk.get(key, 'max')}" for key in IO_RATES)])
 
 
 def _or_max(value: int | None) -> str:

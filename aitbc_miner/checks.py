@@ -3,20 +3,22 @@
 import os
 import stat
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import psutil
+from msgspec import Struct
+from msgspec.structs import replace
 
 from aitbc_miner.allowlist import load_allowlist
-from aitbc_miner.config import Config
+from aitbc_miner.config import Config, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, offered_controllers, refuse_unmet_sandbox
 from aitbc_miner.credentials import CredentialError, read_credential
 from aitbc_miner.gpu import GpuList
 from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
 from aitbc_miner.probe import NEEDED_CONTROLLERS, SlotCapability
 from aitbc_miner.sampling import inventory
-from aitbc_miner.slotspec import MIB, MachineFacts, SlotSpec, check_slots, derive_slots, read_slots
+from aitbc_miner.slotspec import MIB, Layout, SlotSpec, check_slots, derive_slots, lay_out, read_slots
+from aitbc_miner.topology import MachineFacts, read_machine
 from aitbc_miner.util.trust import distrust
 from aitbc_miner.util.units import format_cpus
 from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
@@ -25,8 +27,16 @@ from aitbc_miner.util.yamltext import line_of
 
 def machine_facts(gpus: GpuList) -> MachineFacts:
     """Say what slots can be made of here."""
+    nodes: dict[str, int] = {}
+    parts: dict[str, tuple[str, ...]] = {}
+    for gpu in gpus.gpus:
+        own, instances = (gpu.uuid, str(gpu.index)), tuple(part.uuid for part in gpu.mig)
+        if gpu.numa_node is not None:
+            nodes |= dict.fromkeys([*own, *instances], gpu.numa_node)
+        if gpu.mig_enabled:
+            parts |= dict.fromkeys(own, instances)
     ids = [gpu.ids for gpu in inventory(gpus).gpus]
-    return MachineFacts(tuple(sorted(os.sched_getaffinity(0))), psutil.virtual_memory().total, ids)
+    return replace(read_machine(), gpu_ids=ids, gpu_nodes=nodes, gpu_parts=parts)
 
 
 def told_of(specs: Sequence[SlotSpec], facts: MachineFacts) -> list[SlotCapability]:
@@ -80,14 +90,21 @@ class Checker:
         directory = self._config.slots_dir
         facts = machine_facts(self._gpus)
         before = len(self.faults)
-        self.slots = read_slots(directory, self.faults)
+        self.slots = lay_out(read_slots(directory, self.faults), facts, self.faults, directory)
         found, warnings = check_slots(self.slots, facts, directory)
         self.faults += found
-        self.warnings += warnings
+        self.warnings += [*warnings, *self._disabled_runners()]
         if error := inventory(self._gpus).error:
             self.warnings.append(error)
         if not self.slots and len(self.faults) == before:
             self.slots = derive_slots(facts)
+
+    def _disabled_runners(self) -> Iterator[str]:
+        enabled = {"cli": self._config.runners.cli.enable, "python": self._config.runners.python.enable}
+        for spec in self.slots:
+            if any(enabled.values()) and not any(enabled[name] for name in spec.runners):
+                names = " and ".join(spec.runners)
+                yield f"slot {spec.name} can take no job: runners.{names}.enable is false"
 
     def _check_privileges(self) -> Identities | None:
         privileges = self._config.privileges
@@ -176,3 +193,42 @@ def may_read(path: str, user: Identity) -> bool:
     command = ["/usr/bin/test", "-r", path]
     done = subprocess.run(command, user=user.uid, group=user.gid, extra_groups=[], check=False)
     return done.returncode == 0
+
+
+def slots_for(directory: Path, facts: MachineFacts) -> tuple[list[SlotSpec], list[Fault]]:
+    """Read the slots of a node and what is wrong with them on this machine.
+
+    A slot whose GPU is not there is no fault: the node starts without it, and it is shown as unusable.
+    """
+    faults: list[Fault] = []
+    specs = read_slots(directory, faults)
+    lay_out(specs, facts, faults, directory)
+    found, _ = check_slots([spec for spec in specs if spec.gpu is None], facts, directory)
+    return specs, [*faults, *found]
+
+
+def read_layout(path: Path, running: Config, facts: MachineFacts) -> Layout:
+    """Read configuration and slots anew, for a node that runs with `running`."""
+    config, faults, _ = load_config(path, os.environ)
+    if config is None:
+        return Layout([], [str(fault) for fault in faults])
+    specs, found = slots_for(running.slots_dir, facts)
+    told = [str(fault) for fault in [*faults, *found]]
+    privileges = running.privileges
+    try:
+        resolve(privileges.mode, privileges.service_user, [spec.name for spec in specs])
+    except PrivilegeError as error:
+        told.append(str(error))
+    return Layout(specs, told, differences(running, config))
+
+
+def differences(one: Struct, other: Struct, prefix: str = "") -> list[str]:
+    """Name the keys in which two configurations differ, as "coordinator.base_url"."""
+    names: list[str] = []
+    for key in one.__struct_fields__:
+        mine, its = getattr(one, key), getattr(other, key)
+        if isinstance(mine, Struct) and isinstance(its, Struct):
+            names += differences(mine, its, f"{prefix}{key}.")
+        elif mine != its:
+            names.append(prefix + key)
+    return names

@@ -169,3 +169,39 @@ class Keeper(Generic[T]):
     def stop(self) -> None:
         """Start it no more."""
         self._start_at = None
+
+
+class Errands:
+    """Children that do one thing which may take its time, say one thing of it at most, and end."""
+
+    def __init__(self) -> None:
+        self._done: dict[Child[Any], Callable[[Any], None]] = {}
+        self._said: dict[Child[Any], Any] = {}
+
+    def start(self, name: str, main: Main, incoming: Any, done: Callable[[Any], None]) -> Child[Any]:
+        """Send a child on its way; `done` is told what it says or, without a word, how it ended.
+
+        Raises:
+            OSError: it cannot be started.
+        """
+        child: Child[Any] = Child(name, main, incoming)
+        self._done[child] = done
+        return child
+
+    def under_way(self) -> list[Child[Any]]:
+        """Give the children that have not ended."""
+        return list(self._done)
+
+    def hear(self, child: Child[Any]) -> None:
+        """Take what one says, unless it is over by now."""
+        if child not in self._done:
+            return
+        for message in child.receive():
+            self._said[child] = message
+
+    def over(self, child: Child[Any]) -> None:
+        """Deal with the end of one."""
+        while child.heard:  # until the end of what it has said
+            self.hear(child)
+        how = child.reap()
+        self._done.pop(child)(self._said.pop(child, how))

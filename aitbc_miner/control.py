@@ -26,11 +26,13 @@ from aitbc_miner.messages import CoordinatorView, SlotView
 from aitbc_miner.util import clock
 
 READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs"})
-WRITE_VERBS = frozenset({"drain", "resume", "cancel"})
+WRITE_VERBS = frozenset({"drain", "resume", "cancel", "reload"})
 READERS, WRITERS = "aitbc", "aitbc-admin"
 MAX_REQUEST = 4096
 MAX_CLIENTS = 32
 CLIENT_TIMEOUT_S = 5.0
+# For an answer that has to wait for something.
+LATER_S = 60.0
 SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module does not name it
 # As much as Python's getsockopt can take: 256 groups. Who is in more is refused, not let in.
 MAX_GROUPS = 1024
@@ -121,6 +123,9 @@ Reply = tuple[Answer, list[int]]
 """An answer, and the descriptors that go with it; the server closes them."""
 
 
+Later = Callable[[Answer], None]
+"""How to answer when the answer is not known yet; it may be used after the client has gone."""
+
 Source = tuple[Callable[[], None], int]
 
 
@@ -131,13 +136,17 @@ class Client:
         self.sock = sock
         self.channel: Channel[Request] = Channel(sock, Request, max_frame=MAX_REQUEST)
         self.until = clock.now() + CLIENT_TIMEOUT_S
+        self.asked = False
         self.closing = False
 
 
 class ControlServer:
-    """Serves the socket without ever waiting for a client; `answer` replies to what is permitted."""
+    """Serves the socket without ever waiting for a client.
 
-    def __init__(self, path: Path, answer: Callable[[Request], Reply]) -> None:
+    `answer` replies to what is permitted, at once or, having given None, later by what it is given for that.
+    """
+
+    def __init__(self, path: Path, answer: Callable[[Request, Later], Reply | None]) -> None:
         self._answer = answer
         self._path = path
         self._clients: dict[int, Client] = {}
@@ -188,16 +197,36 @@ class ControlServer:
         try:
             client.channel.flush()
             if not client.closing:
-                for request in client.channel.receive()[:1]:
-                    _reply(client, *self._permitted(client, request))
-                    client.closing = True
+                # One that waits for its answer is only listened to for its hanging up.
+                requests = client.channel.receive()
+                if requests and not client.asked:
+                    client.asked = True
+                    self._take(client, requests[0])
         except ChannelError:
             self._drop(fd)
             return
         if client.closing and not client.channel.has_unsent:
             self._drop(fd)
 
-    def _permitted(self, client: Client, request: Request) -> Reply:
+    def _take(self, client: Client, request: Request) -> None:
+        reply = self._permitted(client, request)
+        if reply is None:
+            client.until = clock.now() + LATER_S
+        else:
+            client.closing = True
+            _reply(client, *reply)
+
+    def _later(self, client: Client, answer: Answer) -> None:
+        fd = client.sock.fileno()
+        if self._clients.get(fd) is not client:
+            return  # it has gone meanwhile
+        try:
+            client.closing = True
+            _reply(client, answer, [])
+        except ChannelError:
+            self._drop(fd)
+
+    def _permitted(self, client: Client, request: Request) -> Reply | None:
         uid, groups = peer(client.sock)
         if request.verb not in READ_VERBS | WRITE_VERBS:
             verbs = ", ".join(sorted(READ_VERBS | WRITE_VERBS))
@@ -209,7 +238,7 @@ class ControlServer:
                 f"cannot {request.verb}: only for root and the group {group}; use sudo, or join the group"
             )
             return Refusal(message, EXIT_NOT_PERMITTED), []
-        return self._answer(request)
+        return self._answer(request, partial(self._later, client))
 
 
 def _listen(path: Path, readers: set[int]) -> socket.socket:

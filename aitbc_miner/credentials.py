@@ -86,6 +86,20 @@ def read_credential(source: str, environ: Mapping[str, str]) -> Credential:
     return Credential(source, _checked(source, value))
 
 
+def credential_of_root(source: str, environ: Mapping[str, str]) -> Credential | None:
+    """Read a token that only root can, for a process that is about to become another user.
+
+    systemd opens the credentials of a service of root to root alone. None for what that user reads himself,
+    and for what cannot be read: then the reason is told when it is wanted.
+    """
+    if not source.startswith("credential:"):
+        return None
+    try:
+        return read_credential(source, environ)
+    except CredentialError:
+        return None
+
+
 def _read_file(source: str, path: Path, *, private: bool) -> str:
     try:
         # A FIFO would make the open wait for its writer.

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, Protocol
 import msgspec
 
 from aitbc_miner import __version__
-from aitbc_miner.control import Done, Files, JobRow, Jobs, Refusal, Request, Status, ask
+from aitbc_miner.control import LATER_S, Done, Files, JobRow, Jobs, Refusal, Request, Status, ask
 from aitbc_miner.ctlview import Paint, job_page, jobs_page, plain, slots_page, status_page, visible
 from aitbc_miner.errors import EXIT_FAILURE, EXIT_NOT_PERMITTED, EXIT_OK, EXIT_UNREACHABLE, MinerError
 from aitbc_miner.jobs import FINAL, State, valid_job_id
@@ -93,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job has ended")
     verbs.add_parser("drain", help="take no new jobs; those that are here go on")
     verbs.add_parser("resume", help="take jobs again")
+    verbs.add_parser("reload", help="read slots.d anew; jobs that run go on")
     cancel = verbs.add_parser("cancel", help="end a job that is in a slot")
     for verb in (job, logs, cancel):
         verb.add_argument("job_id", type=_job_id, metavar="ID", help="the job's id, as `jobs` shows it")
@@ -177,7 +178,7 @@ def _ask(path: Path, request: Request) -> tuple[Any, list[int]]:
         CtlError: it does not answer (69), we may not ask (77), or it refuses (as it says).
     """
     try:
-        answer, fds = ask(path, request, TIMEOUT_S)
+        answer, fds = ask(path, request, LATER_S if request.verb == "reload" else TIMEOUT_S)
     except PermissionError:
         remedy = "use sudo, or join the group aitbc"
         message = f"cannot reach the miner at {path}: not permitted; {remedy}"

@@ -13,6 +13,7 @@ from aitbc_miner.control import (
     Files,
     JobRow,
     Jobs,
+    Later,
     Problem,
     Refusal,
     Reply,
@@ -45,6 +46,7 @@ class Desk:
         queue: Mapping[str, Ticket],
         notices: list[str],
         cancel: Callable[[str, EndReason, str], bool],
+        reload: Callable[[Later], None],
     ) -> None:
         self._config = config
         self._index = index
@@ -52,6 +54,7 @@ class Desk:
         self._queue = queue
         self._notices = notices
         self._cancel = cancel
+        self._reload = reload
         self._began = clock.now()
         self._changed = False
         self.accepting = True
@@ -70,8 +73,8 @@ class Desk:
         """Show for a while how a child died."""
         self._deaths[name] = clock.now(), text
 
-    def answer(self, request: Request) -> Reply:
-        """Answer a request that is permitted."""
+    def answer(self, request: Request, later: Later) -> Reply | None:
+        """Answer a request that is permitted; None when the answer comes later."""
         match request.verb:
             case "status" | "slots":
                 return self._status(), []
@@ -79,6 +82,8 @@ class Desk:
                 return Jobs(self._index.rows(request.state)), []
             case "drain" | "resume":
                 return self._set_accepting(request.verb == "resume"), []
+            case "reload":
+                return self._reload(later)
         job_id = request.job_id
         row = self._index.get(job_id) if job_id else None
         if job_id is None or row is None or not valid_job_id(job_id):
@@ -160,7 +165,7 @@ class Desk:
         for slot in self._slots.values():
             if slot.rules.state in BAD:
                 reason = slot.rules.reason or "unknown"
-                problems.append(Problem(f"slot {slot.spec.name}: {reason}", "it is tried again by itself"))
+                problems.append(Problem(f"slot {slot.name}: {reason}", "it is tried again by itself"))
         recent = clock.now() - DEATH_SHOWN_S
         problems += [Problem(f"{name} {how}") for name, (at, how) in self._deaths.items() if at > recent]
         return problems + [Problem(notice) for notice in self._notices]

@@ -10,26 +10,34 @@ import signal
 from collections.abc import Callable
 from math import inf
 
+import msgspec
 from msgspec import Struct
 
 from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import ExitStatus
-from aitbc_miner.messages import END_SIGNALS, CancelJob, JobProgress, Stop, ToWorker
+from aitbc_miner.messages import END_SIGNALS, CancelJob, JobProgress, Retune, Stop, ToWorker
+from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import Job
 from aitbc_miner.task import Progress, Report, ReportReader
 from aitbc_miner.util import clock
 
 READ_AT_ONCE = 1 << 16
 REAP_EVERY_S = 1.0
+# A shell whose program was ended by a signal exits with its number and this.
+BY_SIGNAL = 128
 
 
 class Delays(Struct, frozen=True):
-    """Seconds: from SIGTERM to SIGKILL, and how long killing and reading the rest of the output may take."""
+    """Seconds: from SIGTERM to SIGKILL; how long killing and reading the rest of the output may take.
+
+    notice: how long a program may be seen dead of SIGTERM before we are told that it should end.
+    """
 
     term_grace: float = 5.0
     kill: float = 10.0
     drain: float = 2.0
+    notice: float = 2.0
 
 
 class Ending(Struct, frozen=True):
@@ -48,6 +56,8 @@ class Supervision:
         self.connected = True
         self.stopping = False
         self.cancelled: dict[str, CancelJob] = {}
+        # What to do when the slot is to have other limits, which may be in the middle of a job.
+        self.retune: Callable[[SlotSpec], None] = lambda _: None
         # Set by a signal to why the job is to end: how a supervisor that has no channel to us says so.
         self.terminated: str | None = None
         self.woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -83,6 +93,8 @@ class Supervision:
                 self.cancelled[message.job_id] = message
             elif isinstance(message, Stop):
                 self.stopping = True
+            elif isinstance(message, Retune):
+                self.retune(msgspec.convert(message.spec, SlotSpec))
         return messages
 
     def wait(self, timeout_s: float | None = None) -> list[ToWorker]:
@@ -101,6 +113,18 @@ class Supervision:
         until = clock.now() + seconds
         while not self.must_end(job_id) and (left := until - clock.now()) > 0:
             self.wait(left)
+
+    def why_end(self, job_id: str) -> str | None:
+        """Say why somebody wants the job to end, if anybody does."""
+        cancel = self.cancelled.get(job_id)
+        return cancel.why if cancel else self.terminated
+
+    def why_end_within(self, seconds: float, job_id: str) -> str | None:
+        """Say why the job should have ended, waiting to be told."""
+        until = clock.now() + seconds
+        while (why := self.why_end(job_id)) is None and (left := until - clock.now()) > 0:
+            self.wait(left)
+        return why
 
     def must_end(self, job_id: str) -> bool:
         """Whether the miner stops at once, so that nothing of the job may be waited for any more."""
@@ -161,6 +185,7 @@ class Execution:
             self._enforce()
         # The program is gone; what it left in the background is not part of the job any more.
         clean = not self._unkillable and self._job.kill_all(self._delays.kill)
+        self._notice(ended)
         self._drain()
         self._reports += self._reader.finish()
         ended = ended or ExitStatus()
@@ -193,18 +218,28 @@ class Execution:
     def _enforce(self) -> None:
         now = clock.now()
         if self._killed_for is None:
-            if self._deadline is not None and now >= self._deadline:
+            overdue = self._deadline is not None and now >= self._deadline
+            # What has ended in its last moment has ended in time.
+            if overdue and self._job.poll() is None:
                 self._end("timeout")
-            elif self._job_id in self._supervision.cancelled:
-                self._end(self._supervision.cancelled[self._job_id].why)
-            elif self._supervision.terminated:
-                self._end(self._supervision.terminated)
+            elif why := self._supervision.why_end(self._job_id):
+                self._end(why)
             elif self._log.disk_full:
                 self._end("disk")
         elif self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
             # What hangs in the kernel may hang there for ever: the job ends without it.
             self._unkillable = not self._job.kill_all(self._delays.kill)
+
+    def _notice(self, ended: ExitStatus | None) -> None:
+        """See whether a program that failed was told to end, by somebody who was quicker than we are.
+
+        Stopping the slots, systemd sends SIGTERM to the program at the same moment as to us.
+        """
+        if self._killed_for is None and ended is not None and ended.status != 0:
+            told = signal.SIGTERM in {ended.signal, (ended.status or 0) - BY_SIGNAL}
+            patience = self._delays.notice if told else 0.0
+            self._killed_for = self._supervision.why_end_within(patience, self._job_id)
 
     def _end(self, why: str) -> None:
         self._killed_for = why

@@ -26,7 +26,7 @@ from aitbc_miner.coordinator import (
     UnknownNode,
     Unreachable,
 )
-from aitbc_miner.credentials import CredentialError, digest
+from aitbc_miner.credentials import Credential, CredentialError, digest
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu import GpuReader
 from aitbc_miner.messages import (
@@ -347,12 +347,13 @@ def run_heartbeat(
     environ: Mapping[str, str],
     mask: Callable[[str], None],
     *,
+    early: Credential | None = None,
     timing: Timing | None = None,
 ) -> None:
     """Be the heartbeat process, after the fork, until Stop comes or one of the other processes is gone.
 
-    `channel` goes to the supervisor, `line` to the agent; `environ` is where the credential may be;
-    `mask` is told each secret before it is used, to keep it out of the log.
+    `channel` goes to the supervisor, `line` to the agent; `environ` is where the credential may be, or
+    `early` is it; `mask` is told each secret before it is used, to keep it out of the log.
     """
     timing = timing or Timing()
     metrics = Metrics(
@@ -363,7 +364,7 @@ def run_heartbeat(
             started=clock.now(),
         )
     )
-    registration = Registration(connector(config, environ, mask), mask, metrics)
+    registration = Registration(connector(config, environ, mask, early), mask, metrics)
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
     process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, timing)
     try:

@@ -4,7 +4,6 @@ import errno
 import os
 import platform
 import resource
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -14,16 +13,19 @@ from msgspec.structs import replace
 import aitbc_miner
 from aitbc_miner import workspace
 from aitbc_miner.artifacts import Caps, Collector, log_artifact
-from aitbc_miner.cgroup import SlotGroup
+from aitbc_miner.causes import Evidence, cause_of
+from aitbc_miner.cgroup import Group
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.execution import Delays, Ending, Execution, Supervision
 from aitbc_miner.joblog import LOG_NAME, JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Manifest, Outcome, State, Usage
+from aitbc_miner.leftovers import kill_processes_of, named
 from aitbc_miner.messages import JobStep
 from aitbc_miner.privileges import Identity
 from aitbc_miner.records import JobDir, pretty
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, shortest
+from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import Job, spawn
 from aitbc_miner.util import clock, fs
@@ -69,6 +71,7 @@ class JobRun:
         self._timings: dict[str, float] = {}
         self._verdict = Verdict(ErrorCode.E_INTERNAL, "cannot run the job: it came to no end")
         self._ending = Ending(ExitStatus(), clean=True, reports=[])
+        self._remains = ""
         self._usage = Usage()
         self._log = LogInfo()
         self._events = events("worker", slot=around.spec.name, job_id=job.job_id)
@@ -85,14 +88,19 @@ class JobRun:
         with self._recording_failure():
             manifest, runner, launch = self._prepare()
             self._execute(manifest, launch)
-            self._judge(runner)
+            self._judge(manifest, runner, launch)
             self._collect(manifest, launch)
         return self._finish()
 
     @property
     def clean(self) -> bool:
-        """Whether all that was started is gone."""
-        return self._ending.clean
+        """Whether the slot's next job finds nothing of this one alive."""
+        return self._ending.clean and not self._remains
+
+    @property
+    def remains(self) -> str:
+        """What is still alive, as a sentence; empty when the slot is clean."""
+        return self._remains
 
     @contextmanager
     def _recording_failure(self) -> Iterator[None]:
@@ -147,7 +155,7 @@ class JobRun:
         return manifest, runner, launch
 
     def _execute(self, manifest: Manifest, launch: Launch) -> None:
-        limit = shortest(manifest.timeout_s, self._around.spec.max_runtime_s, launch.max_runtime_s)
+        limit = self._time_limit(manifest, launch)
         deadline = None if limit is None else clock.now() + limit
         with self._step("run", State.RUNNING, deadline), ExitStack() as stack:
             logs = stack.enter_context(fs.directory("logs", at=self._job.fd))
@@ -181,6 +189,20 @@ class JobRun:
             clean = job.kill_all(self._around.delays.kill)
             self._ending = Ending(job.poll() or ExitStatus(), clean, reports=[])
             raise
+        finally:
+            self._remains = f"what job {self._job.job_id} has left behind is not known"
+            self._remains = self._left_behind(job)
+
+    def _left_behind(self, job: Job) -> str:
+        runs_as, most = self._around.runs_as, self._around.delays.kill
+        if not self._ending.clean:
+            # Between the last look and this one it may have ended after all.
+            left = named(job.survivors()) or "something"
+            return f"{left} of job {self._job.job_id} could not be killed within {most:g} s"
+        # Not started by the job, but for it: by cron, at, or a service manager of the user.
+        if runs_as and (owned := kill_processes_of(runs_as.uid, most)):
+            return f"user {runs_as.name} still owns {named(owned)}"
+        return ""
 
     def _start(self, launch: Launch, stack: ExitStack) -> tuple[int, int | None, Job]:
         """Start the program; gives the pipes to read from, which `stack` closes."""
@@ -219,6 +241,9 @@ class JobRun:
         stack.enter_context(job)
         return log_read, report_read, job
 
+    def _time_limit(self, manifest: Manifest, launch: Launch) -> float | None:
+        return shortest(manifest.timeout_s, self._around.spec.max_runtime_s, launch.max_runtime_s)
+
     def _limits_for(self, launch: Launch) -> ProcessLimits:
         limits = self._around.limits
         if launch.max_output_bytes is None:
@@ -229,32 +254,38 @@ class JobRun:
         )
         return replace(limits, rlimits={**limits.rlimits, resource.RLIMIT_FSIZE: most})
 
-    def _judge(self, runner: Runner) -> None:
+    def _judge(self, manifest: Manifest, runner: Runner, launch: Launch) -> None:
         """Say why it ended: by our own record of kills, then the kernel's counters, then its exit."""
-        ended = self._ending.exit
-        if ended.killed_for is not None:
-            self._verdict = _killed(ended.killed_for, self._timings.get("run", 0.0), self._supervision)
-        else:
-            self._verdict = self._blame_kernel(ended) or runner.verdict(
-                ended, self._ending.reports, self._log.tail
-            )
+        self._verdict = cause_of(self._evidence(manifest, launch)) or runner.verdict(
+            self._ending.exit, self._ending.reports, self._log.tail
+        )
         if self._verdict.code is not None:
             raise JobError(self._verdict.code, self._verdict.message)
 
-    def _blame_kernel(self, ended: ExitStatus) -> Verdict | None:
-        group = self._around.group
-        if group is not None and group.job.events("memory.events").get("oom_kill", 0) > 0:
-            peak, limit = self._usage.peak_memory_bytes, self._around.spec.memory_max
-            return Verdict(
-                ErrorCode.E_OOM, f"the job was out of memory: peak {peak} bytes, limit {limit} bytes"
-            )
-        failed = ended.status != 0
-        if failed and group is not None and group.job.events("pids.events").get("max", 0) > 0:
-            limit = self._around.spec.pids_max
-            return Verdict(ErrorCode.E_PIDS, f"the job was refused more than {limit} processes, and failed")
-        if ended.signal == signal.SIGXFSZ:
-            return Verdict(ErrorCode.E_OUTPUT, "the job wrote a file larger than it may")
-        return None
+    def _evidence(self, manifest: Manifest, launch: Launch) -> Evidence:
+        ended = self._ending.exit
+        cancel = self._supervision.cancelled.get(self._job.job_id)
+        group = self._around.group.job if self._around.group else None
+        rlimits = self._limits_for(launch).rlimits
+        file_max = rlimits.get(resource.RLIMIT_FSIZE)
+        # Looked for only where it can matter, for the job may have left very many files.
+        suspect = file_max if ended.status != 0 and ended.killed_for is None else None
+        free_bytes, free_files = workspace.room_left(self._job.fd)
+        return Evidence(
+            exit=ended,
+            usage=self._usage,
+            cancel_detail=cancel.detail if cancel else "",
+            time_max_s=self._time_limit(manifest, launch),
+            cpu_max_s=rlimits.get(resource.RLIMIT_CPU),
+            memory_events=group.events("memory.events") if group else {},
+            memory_max=_limit_in_force(group, "memory.max"),
+            pids_events=group.events("pids.events") if group else {},
+            pids_max=_limit_in_force(group, "pids.max"),
+            file_max=file_max,
+            file_at_limit=workspace.file_of_size(self._job.fd, suspect) if suspect else None,
+            disk_free_bytes=free_bytes,
+            disk_free_files=free_files,
+        )
 
     def _collect(self, manifest: Manifest, launch: Launch) -> None:
         with self._step("collect", State.COLLECTING):
@@ -279,7 +310,7 @@ class JobRun:
             )
             outcome = self._outcome()
         self._write(outcome)
-        return outcome, self._ending.clean
+        return outcome, self.clean
 
     def _write(self, outcome: Outcome) -> None:
         """Write the outcome, when the disk takes it."""
@@ -331,14 +362,10 @@ def _refuse_unmet(manifest: Manifest, spec: SlotSpec) -> None:
         )
 
 
-def _killed(why: str, after_s: float, supervision: Supervision) -> Verdict:
-    match why:
-        case "timeout":
-            return Verdict(ErrorCode.E_TIMEOUT, f"the job was ended after its time of {after_s:.1f} s")
-        case "disk":
-            return Verdict(ErrorCode.E_DISK, "the job was ended: the disk of the workspace is full")
-        case "shutdown":
-            return Verdict(ErrorCode.E_LOST, "the job was ended: the miner was told to stop at once")
-        case _:
-            detail = next((cancel.detail for cancel in supervision.cancelled.values() if cancel.detail), "")
-            return Verdict(ErrorCode.E_CANCELLED, f"the job was cancelled{': ' if detail else ''}{detail}")
+def _limit_in_force(group: Group | None, file: str) -> int | None:
+    """Read a limit where the kernel has it: it may have been changed while the job ran. None: no limit."""
+    try:
+        text = (group.path / file).read_text().strip() if group else "max"
+    except OSError:
+        return None
+    return None if text == "max" else int(text)

@@ -15,7 +15,7 @@ from aitbc_miner.doctor import diagnose
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from aitbc_miner.gpu import GpuList, GpuReader
 from aitbc_miner.probe import capabilities, probe_machine, render_page
-from aitbc_miner.slotspec import SlotSpec, derive_slots, read_slots, to_yaml
+from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out, read_slots, to_yaml
 from aitbc_miner.util.yamldoc import Fault
 
 CONFIG = Path("/etc/aitbc/miner/config.yaml")
@@ -71,7 +71,7 @@ def run(path: Path) -> int:
         return status
     from aitbc_miner.node import run_node  # noqa: PLC0415  # the whole daemon, which nothing else here needs
 
-    return run_node(config, warnings)
+    return run_node(path, config, warnings)
 
 
 def probe(path: Path | None, *, as_json: bool) -> int:
@@ -80,11 +80,11 @@ def probe(path: Path | None, *, as_json: bool) -> int:
     faults: list[Fault] = []
     if path:
         config, faults, _ = load_config(path, os.environ)
-    specs = read_slots(config.slots_dir, faults) if config else []
-    if faults:
-        return _refuse(faults)
     gpus = find_gpus()
     facts = machine_facts(gpus)
+    specs = lay_out(read_slots(config.slots_dir, faults), facts, faults) if config else []
+    if faults:
+        return _refuse(faults)
     runners = _runners(config)
     machine = probe_machine((config.workspace if config else Workspace()).root)
     if as_json:
@@ -117,12 +117,13 @@ def check(path: Path) -> int:
 def slots(path: Path, *, suggest: bool) -> int:
     """Print the slots of the configuration, or those that suit this machine, as a file for slots.d."""
     specs: list[SlotSpec] = []
+    facts = machine_facts(find_gpus())
     if not suggest:
         config, faults, _ = load_config(path, os.environ)
-        specs = read_slots(config.slots_dir, faults) if config else []
+        specs = lay_out(read_slots(config.slots_dir, faults), facts, faults) if config else []
         if faults:
             return _refuse(faults)
-    print(to_yaml(specs or derive_slots(machine_facts(find_gpus()))), end="")
+    print(to_yaml(specs or derive_slots(facts)), end="")
     return EXIT_OK
 
 

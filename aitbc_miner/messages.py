@@ -5,7 +5,7 @@ that sends anything else is ended. Times are seconds of the boot-time clock unle
 """
 
 import signal
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -68,10 +68,11 @@ class SlotView(Struct, frozen=True):
 
 
 class GpuFact(Struct, frozen=True):
-    """A GPU or MIG instance that a slot can be given: every name it goes by, and its memory in MB."""
+    """A GPU or MIG instance that a slot can be given: all its names, its memory in MB, its NUMA node."""
 
     ids: Annotated[tuple[str, ...], Meta(min_length=1)]
     vram_mb: int
+    numa_node: int | None = None
 
 
 class FoundJob(Struct, frozen=True):
@@ -82,6 +83,7 @@ class FoundJob(Struct, frozen=True):
     slot: str | None
     worker_pid: int | None
     worker_start: int | None
+    deadline: float | None = None
 
 
 # --- to the supervisor -------------------------------------------------------------------------------------
@@ -152,6 +154,13 @@ class WorkerReady(Message, frozen=True):
     """worker: its slot is set up and empty; what enforces each of its limits."""
 
     enforced: dict[str, str]
+
+
+class Retuned(Message, frozen=True):
+    """worker: what enforces its slot's limits now; `note` says what of them does not hold yet, and why."""
+
+    enforced: dict[str, str]
+    note: str = ""
 
 
 class WorkerRefused(Message, frozen=True):
@@ -226,16 +235,25 @@ class StartJob(Message, frozen=True):
     job_id: str
 
 
+class Retune(Message, frozen=True):
+    """to worker: the slot is to have other limits, for the job that runs as far as can be.
+
+    `spec` is a SlotSpec as plain data: who only asks the node something need not know what slots are made of.
+    """
+
+    spec: dict[str, Any]
+
+
 class Stop(Message, frozen=True):
     """to all: end in good order. A worker finishes the job that it has, if any."""
 
 
 FromAgent = Recovered | JobReady | JobUpdate | CancelJob | Deliveries
 FromHeartbeat = Inventory | CoordinatorView
-FromWorker = WorkerReady | WorkerRefused | JobStep | JobProgress | JobEnded
+FromWorker = WorkerReady | Retuned | WorkerRefused | JobStep | JobProgress | JobEnded
 ToAgent = Slots | JobSettled | JobProgress | CancelJob | Stop
 ToHeartbeat = Slots | JobDone | NodeView | Stop
-ToWorker = StartJob | CancelJob | Stop
+ToWorker = StartJob | CancelJob | Retune | Stop
 
 
 # --- between heartbeat and agent, past the supervisor ------------------------------------------------------

@@ -9,15 +9,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
+from msgspec.structs import replace
 
 from aitbc_miner.agent import Agent
 from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.channel import Channel
+from aitbc_miner.checks import read_layout, slots_for
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, refuse_unmet_sandbox, take_cgroups
 from aitbc_miner.coordinator.connect import connect
+from aitbc_miner.credentials import credential_of_root
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.heartbeat import run_heartbeat
 from aitbc_miner.messages import (
@@ -26,6 +28,7 @@ from aitbc_miner.messages import (
     FromWorker,
     GpuFact,
     PrivateLine,
+    Stop,
     ToAgent,
     ToHeartbeat,
     ToWorker,
@@ -35,14 +38,14 @@ from aitbc_miner.privileges import Identities, Identity, resolve
 from aitbc_miner.records import PASSABLE
 from aitbc_miner.runnerset import RunnerSet
 from aitbc_miner.slotgroup import SlotGroup
-from aitbc_miner.slots import Outcomes, RunningSlot, make_offer
-from aitbc_miner.slotspec import MachineFacts, SlotSpec, check_slots, derive_slots, read_slots
+from aitbc_miner.slots import SlotPlan, make_offer
+from aitbc_miner.slotspec import Layout, SlotSpec, derive_slots, lay_out
 from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.supervisor import Parts, Supervisor
+from aitbc_miner.topology import read_machine
 from aitbc_miner.util import fs, log
 from aitbc_miner.util.notify import Notifier
 from aitbc_miner.util.system import drop_privileges
-from aitbc_miner.util.yamldoc import Fault
 from aitbc_miner.worker import Settings, Worker
 
 
@@ -50,8 +53,11 @@ class WorkspaceError(MinerError):
     """The directory of the jobs is in use."""
 
 
-def run_node(config: Config, warnings: list[str]) -> int:
-    """Run the node in the foreground until it is told to stop; gives the exit status."""
+def run_node(path: Path, config: Config, warnings: list[str]) -> int:
+    """Run the node in the foreground until it is told to stop; gives the exit status.
+
+    `config` is what the file `path` says; a reload reads that again.
+    """
     formatter = log.configure(
         config.node_id,
         level=config.logging.level,
@@ -61,7 +67,7 @@ def run_node(config: Config, warnings: list[str]) -> int:
     events = log.events("supervisor")
     try:
         become_subreaper()
-        node = Node(config, formatter.add_secret)
+        node = Node(path, config, formatter.add_secret)
         for line in [*warnings, *node.notices]:
             events.warning("notice", text=line)
         supervisor = Supervisor(node.parts(), Notifier(os.environ))
@@ -83,20 +89,17 @@ def run_node(config: Config, warnings: list[str]) -> int:
 class Node:
     """What does not change while the node runs, and how each kind of child begins."""
 
-    def __init__(self, config: Config, mask: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, config: Config, mask: Callable[[str], None]) -> None:
+        self._path = path
         self._config = config
         self._mask = mask
-        faults: list[Fault] = []
-        self._specs = read_slots(config.slots_dir, faults)
-        self._facts = MachineFacts(
-            cpus=tuple(sorted(os.sched_getaffinity(0))), memory_bytes=psutil.virtual_memory().total
-        )
-        cpu_specs = [spec for spec in self._specs if spec.gpu is None]
-        found, _ = check_slots(cpu_specs, self._facts, config.slots_dir)
-        if faults or found:
-            raise ConfinementError("cannot lay out the slots: " + "; ".join(map(str, [*faults, *found])))
+        found = find_cgroups(config)
+        self._facts = read_machine(found.home)
+        self._specs, faults = slots_for(config.slots_dir, self._facts)
+        if faults:
+            raise ConfinementError("cannot lay out the slots: " + "; ".join(map(str, faults)))
         self._identities = self._resolve([spec.name for spec in self._specs])
-        self._cgroups = take_cgroups(config, find_cgroups(config))
+        self._cgroups = take_cgroups(config, found)
         refuse_unmet_sandbox(config)
         if self._cgroups.parent not in {None, self._cgroups.home}:
             Group(self._cgroups.parent).create()
@@ -128,7 +131,11 @@ class Node:
             heartbeat=Keeper(
                 "heartbeat", self._be_heartbeat, FromHeartbeat, [self._heartbeat_end.fileno()], **pause
             ),
-            make_slots=self._make_slots,
+            layout=Layout(self._specs),
+            plan=self._plan,
+            stray=lambda name: self._plan_slot(SlotSpec(name=name, kind="cpu"), []),
+            end_others=self._end_others,
+            read_layout=self._read_layout,
             book=self._book,
             notices=self.notices,
         )
@@ -139,26 +146,31 @@ class Node:
 
     # --- slots ---------------------------------------------------------------------------------------------
 
-    def _make_slots(self, gpus: list[GpuFact], outcomes: Outcomes) -> list[RunningSlot]:
-        specs = self._specs
-        self._end_strange_groups({spec.name for spec in specs})
-        if not specs:
-            ids = [gpu.ids for gpu in gpus]
-            specs = derive_slots(MachineFacts(self._facts.cpus, self._facts.memory_bytes, ids))
-            self._identities = self._resolve([spec.name for spec in specs])
-        return [self._make_slot(spec, gpus, outcomes) for spec in specs]
+    def _plan(self, layout: Layout, gpus: list[GpuFact]) -> list[SlotPlan]:
+        nodes = {name: gpu.numa_node for gpu in gpus if gpu.numa_node is not None for name in gpu.ids}
+        facts = replace(self._facts, gpu_ids=[gpu.ids for gpu in gpus], gpu_nodes=nodes)
+        specs = lay_out(layout.specs, facts, []) or derive_slots(facts)
+        self._identities = self._resolve([spec.name for spec in specs])
+        return [self._plan_slot(spec, gpus) for spec in specs]
 
-    def _end_strange_groups(self, names: set[str]) -> None:
-        """End what still runs in slots that the configuration no longer has."""
+    def _read_layout(self, pipe: "Connection[Any, Any]") -> None:
+        """Read the configuration anew, in a child, and say what the slots are to be."""
+        channel: Channel[Stop] = Channel(pipe, Stop)
+        channel.send(read_layout(self._path, self._config, self._facts))
+        while channel.has_unsent:
+            channel.wait(1.0)
+
+    def _end_others(self, names: set[str]) -> None:
+        """End what still runs in the groups of slots that are none of these."""
         parent = self._cgroups.parent
-        for path in slot_groups(parent) if parent and names else ():
+        for path in slot_groups(parent) if parent else ():
             if path.name not in names:
                 try:
                     SlotGroup(path.parent, path.name).teardown()
                 except CgroupError as error:
                     log.events("supervisor").warning("old slot not removed", error=str(error))
 
-    def _make_slot(self, spec: SlotSpec, gpus: list[GpuFact], outcomes: Outcomes) -> RunningSlot:
+    def _plan_slot(self, spec: SlotSpec, gpus: list[GpuFact]) -> SlotPlan:
         gpu = next((gpu for gpu in gpus if spec.gpu is not None and str(spec.gpu) in gpu.ids), None)
         offer = make_offer(
             spec,
@@ -176,11 +188,15 @@ class Node:
             service=self._identities.service,
             gpu_env=gpu_env(gpu),
         )
-        spawn = partial(self._spawn_worker, settings)
-        slot = RunningSlot(spec, offer, parent / spec.name if parent else None, spawn, outcomes)
-        if spec.gpu is not None and gpu is None:
-            slot.unusable(f"GPU {spec.gpu} is not there or does not answer; see `aitbc-miner probe`")
-        return slot
+        absent = f"GPU {spec.gpu} is not there or does not answer; see `aitbc-miner probe`"
+        return SlotPlan(
+            spec,
+            offer,
+            parent / spec.name if parent else None,
+            partial(self._spawn_worker, settings),
+            partial(adjust_slot, settings),
+            absent if spec.gpu is not None and gpu is None else None,
+        )
 
     def _spawn_worker(self, settings: Settings) -> Child[FromWorker]:
         name = settings.spec.name
@@ -199,8 +215,9 @@ class Node:
     def _be_heartbeat(self, pipe: "Connection[Any, Any]") -> None:
         channel: Channel[ToHeartbeat] = Channel(pipe, ToHeartbeat)
         line: Channel[PrivateLine] = Channel(self._heartbeat_end, PrivateLine)
+        early = credential_of_root(self._config.coordinator.auth_token, os.environ)
         self._become_service()
-        run_heartbeat(channel, line, self._config, self._config.node_id, os.environ, self._mask)
+        run_heartbeat(channel, line, self._config, self._config.node_id, os.environ, self._mask, early=early)
 
     def _become_service(self) -> None:
         if self._identities.service is not None:
@@ -215,6 +232,13 @@ def be_worker(settings: Settings, pipe: "Connection[Any, Any]") -> None:
         os.environ.pop(name, None)
     channel: Channel[ToWorker] = Channel(pipe, ToWorker)
     Worker(settings, channel, RunnerSet(settings.config.runners)).run()
+
+
+def adjust_slot(settings: Settings, pipe: "Connection[Any, Any]") -> None:
+    """Limit a slot's groups, in a child: its worker is of an earlier run, and cannot be told."""
+    pipe.close()
+    if settings.group_parent is not None:
+        SlotGroup(settings.group_parent, settings.spec.name).adjust(settings.spec, settings.controllers)
 
 
 def slot_groups(parent: Path) -> list[Path]:

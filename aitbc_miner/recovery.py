@@ -31,7 +31,14 @@ def recover(records: Records) -> Found:
             found.to_deliver.append(job_id)
         elif record.state in STARTED:
             found.started.append(
-                FoundJob(job_id, record.state, record.slot, record.worker_pid, record.worker_start)
+                FoundJob(
+                    job_id,
+                    record.state,
+                    record.slot,
+                    record.worker_pid,
+                    record.worker_start,
+                    record.deadline,
+                )
             )
         else:
             found.to_resume.append(job_id)

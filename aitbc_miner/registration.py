@@ -7,7 +7,7 @@ from typing import Any
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import Coordinator, Heartbeat, Refused, Unauthorized, UnknownNode
 from aitbc_miner.coordinator.connect import connect
-from aitbc_miner.credentials import CredentialError, read_credential
+from aitbc_miner.credentials import Credential, CredentialError, read_credential
 from aitbc_miner.errors import MinerError
 from aitbc_miner.probe import SlotCapability
 from aitbc_miner.telemetry import Metrics
@@ -77,12 +77,15 @@ class Registration:
 
 
 def connector(
-    config: Config, environ: Mapping[str, str], mask: Callable[[str], None]
+    config: Config, environ: Mapping[str, str], mask: Callable[[str], None], early: Credential | None = None
 ) -> Callable[[], Coordinator]:
-    """Give the `connect` of a Registration: reads the configured credential, and makes a client with it."""
+    """Give the `connect` of a Registration: reads the configured credential, and makes a client with it.
+
+    `early` is one that was read before, while it could be.
+    """
 
     def make() -> Coordinator:
-        credential = read_credential(config.coordinator.auth_token, environ)
+        credential = early or read_credential(config.coordinator.auth_token, environ)
         mask(credential.reveal())
         return connect(config, credential)
 

@@ -117,10 +117,11 @@ class Cancel(Struct, frozen=True):
 
 
 class Ended(Struct, frozen=True):
-    """The job's outcome is on disk; `clean` is False when something of the job survives."""
+    """The job's outcome is on disk; `clean` is False when something survives, which `remains` says."""
 
     job_id: str
     clean: bool = True
+    remains: str = ""
 
 
 class Died(Struct, frozen=True):
@@ -130,21 +131,44 @@ class Died(Struct, frozen=True):
 
 
 class Adopt(Struct, frozen=True):
-    """A worker of an earlier run still has this job."""
+    """A worker of an earlier run still has this job, and is going to end it at `deadline`."""
 
     job_id: str
     state: State
+    deadline: float | None = None
 
 
 class Retire(Struct, frozen=True):
-    """The node is stopping: the slot ends after its job, if it has one, and starts nothing any more."""
+    """The slot or the node is to end: after its job, if it has one; it starts nothing any more."""
+
+
+class Unretire(Struct, frozen=True):
+    """The slot is wanted again."""
+
+
+class Retry(Struct, frozen=True):
+    """What kept the slot from working may have been mended: try again now."""
 
 
 class Tick(Struct, frozen=True):
     """Time has passed."""
 
 
-Event = Begin | Ready | Unusable | Assign | Step | Cancel | Ended | Died | Adopt | Retire | Tick
+Event = (
+    Begin
+    | Ready
+    | Unusable
+    | Assign
+    | Step
+    | Cancel
+    | Ended
+    | Died
+    | Adopt
+    | Retire
+    | Unretire
+    | Retry
+    | Tick
+)
 
 
 # --- actions -----------------------------------------------------------------------------------------------
@@ -271,7 +295,7 @@ def _ended(slot: Slot, event: Ended, now: float) -> Result:
         return replace(transition(slot, SlotState.IDLE, now), deaths=(), quarantines=0), [
             Settle(event.job_id)
         ]
-    reason = f"something of job {event.job_id} could not be killed; it is tried again, or reboot"
+    reason = event.remains or f"something of job {event.job_id} could not be killed"
     return _quarantine(slot, reason, now), [Settle(event.job_id), KillWorker()]
 
 
@@ -298,7 +322,8 @@ def _died(slot: Slot, event: Died, now: float) -> Result:
 def _adopt(slot: Slot, event: Adopt, now: float) -> Result:
     if slot.state is not SlotState.STOPPED or slot.retiring:
         return slot, []
-    return replace(transition(slot, SlotState.ADOPTED, now), job_id=event.job_id, job_state=event.state), []
+    adopted = transition(slot, SlotState.ADOPTED, now)
+    return replace(adopted, job_id=event.job_id, job_state=event.state, deadline=event.deadline), []
 
 
 def _retire(slot: Slot, _event: Retire, now: float) -> Result:
@@ -307,6 +332,14 @@ def _retire(slot: Slot, _event: Retire, now: float) -> Result:
     if slot.state is SlotState.STOPPED or slot.job_id is not None:
         return slot, []
     return transition(slot, SlotState.STOPPED, now), []
+
+
+def _unretire(slot: Slot, _event: Unretire, _now: float) -> Result:
+    return replace(slot, retiring=False), []
+
+
+def _retry(slot: Slot, _event: Retry, now: float) -> Result:
+    return replace(slot, retry_at=now), []
 
 
 def _tick(slot: Slot, _event: Tick, now: float) -> Result:
@@ -324,13 +357,17 @@ def _tick_with_job(slot: Slot, now: float) -> Result:
     if slot.job_state is State.COLLECTING:
         # The program is gone, and reading large output takes its time: finished work is not thrown away.
         return slot, []
-    if slot.state is SlotState.BUSY and slot.deadline is not None and now > slot.deadline + patience:
+    overdue = slot.deadline is not None and now > slot.deadline + patience
+    if slot.state is SlotState.BUSY and overdue:
         return _cancel(slot, Cancel("timeout", "the worker did not end it in time"), now)
     if slot.state is SlotState.CANCELLING and now - slot.since > patience:
         return slot, [KillWorker()]
     asked = slot.cancelled_at
     if slot.state is SlotState.ADOPTED and asked is not None and now - asked > patience:
         return slot, [KillAdopted(), KillJob()]
+    if slot.state is SlotState.ADOPTED and overdue:
+        # Not the worker: it may long have ended the job itself, and be reading what came out.
+        return slot, [KillJob()]
     return slot, []
 
 
@@ -351,5 +388,7 @@ _HANDLERS: dict[type, Callable[..., Result]] = {
     Died: _died,
     Adopt: _adopt,
     Retire: _retire,
+    Unretire: _unretire,
+    Retry: _retry,
     Tick: _tick,
 }

@@ -34,6 +34,7 @@ class SlotGroup:
         self.slot = Group(parent / name)
         self.worker = Group(parent / name / "worker")
         self.job = Group(parent / name / "job")
+        self.held: dict[str, str] = {}
         self._names: list[str] = []
         self._spec: SlotSpec | None = None
 
@@ -50,14 +51,20 @@ class SlotGroup:
             group.create()
 
     def empty(self, timeout_s: float = 2.0) -> None:
-        """End all that is left in the slot from before.
+        """End all that is left in the slot from before, and make its groups anew.
+
+        Not only emptied: the kernel kills what is born (clone3) from a group that was once killed into one
+        that was not, for it takes the one's kill for having come in the middle of the birth.
 
         Raises:
             CgroupError: something survives being killed; the message names it.
         """
         self.slot.kill()
         if not self.slot.wait_empty(timeout_s):
-            raise CgroupError(f"cannot empty {self.slot.path}: {_named(self.slot.pids())} cannot be killed")
+            pids = ", ".join(map(str, self.slot.pids()[:5]))
+            raise CgroupError(f"cannot empty {self.slot.path}: process {pids} cannot be killed")
+        self.slot.remove(timeout_s)
+        self.setup()
 
     def teardown(self, timeout_s: float = 2.0) -> None:
         """Kill whatever is in the slot and remove its groups.
@@ -96,12 +103,12 @@ class SlotGroup:
             CgroupError: a controller is there and cannot be used, the kernel refuses a value, or what is
                 required cannot be held.
         """
-        usable = set(available) & set(self.parent.controllers())
-        self._names = [name for name in LIMITS if name in usable]
+        self._names = self._usable(available)
         for group in (self.parent, self.slot) if self._names else ():
             # The leaves get them too: the job's own limits, and to count it apart from the worker.
             enable(group, self._names)
         held = {name for name in self._names if limit_slot(self.slot, name, spec)}
+        self.held = dict.fromkeys(sorted(held & asked(spec)), "cgroup")
         if "memory" in self._names:
             for group in (self.slot, self.worker):
                 group.memory_min = WORKER_MEMORY
@@ -112,18 +119,20 @@ class SlotGroup:
                 f"cannot limit {', '.join(lacking)} in {self.slot.path}: its parent has no such controller; "
                 f"start the miner with systemd, or set cgroup.mode: auto"
             )
-        return dict.fromkeys(sorted(held & asked(spec)), "cgroup")
+        return self.held
 
-    def adjust(self, spec: "SlotSpec") -> str:
+    def adjust(self, spec: "SlotSpec", available: tuple[str, ...]) -> str:
         """Give a running job other limits; what would kill it waits for the next job, and is returned.
 
         Raises:
             CgroupError: the kernel refuses a value.
         """
+        self._names = self._usable(available)
         used = self.job.memory_current() or 0
         waits = spec.memory_max is not None and spec.memory_max <= used
+        held = {name for name in self._names if limit_slot(self.slot, name, spec)}
+        self.held = dict.fromkeys(sorted(held & asked(spec)), "cgroup")
         for name in self._names:
-            limit_slot(self.slot, name, spec)
             if not (name == "memory" and waits):
                 limit_job(self.job, name, spec)
         self._spec = spec
@@ -133,6 +142,10 @@ class SlotGroup:
             f"its job uses {used >> 20}M: memory_max {format_size(spec.memory_max)} holds from the next one"
         )
 
+    def _usable(self, available: tuple[str, ...]) -> list[str]:
+        usable = set(available) & set(self.parent.controllers())
+        return [name for name in LIMITS if name in usable]
+
     def _limit_job(self) -> None:
         if self._spec is not None:
             for name in self._names:
@@ -140,7 +153,3 @@ class SlotGroup:
         # Half a job that lost one process to the OOM killer would hang, or deliver nonsense.
         if self.job.has("memory.oom.group"):
             self.job.memory_oom_group = True
-
-
-def _named(pids: list[int]) -> str:
-    return f"process{'es' if len(pids) > 1 else ''} {', '.join(map(str, pids[:5]))}"

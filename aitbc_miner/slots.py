@@ -7,10 +7,11 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 
 from aitbc_miner.cgroup import CgroupError, Group
-from aitbc_miner.children import Child
+from aitbc_miner.children import Child, Main
 from aitbc_miner.messages import (
     END_SIGNALS,
     FromWorker,
@@ -18,6 +19,8 @@ from aitbc_miner.messages import (
     JobProgress,
     JobStep,
     Offer,
+    Retune,
+    Retuned,
     SlotView,
     Stop,
     WorkerReady,
@@ -33,6 +36,7 @@ from aitbc_miner.slot import (
     KillWorker,
     Ready,
     Retire,
+    Retry,
     Send,
     Settle,
     Slot,
@@ -53,36 +57,42 @@ MIB = 1 << 20
 
 
 class Outcomes(Struct, frozen=True):
-    """What the supervisor does when a slot has news for the others."""
+    """What the supervisor does when a slot has news for the others, or something that takes its time."""
 
     settle: Callable[[str, str], None]
     ended: Callable[[JobEnded], None]
     progress: Callable[[JobProgress], None]
     stepped: Callable[[JobStep, str], None]
+    aside: Callable[[str, Main], None]
+
+
+class SlotPlan(Struct, frozen=True):
+    """What a slot is to be, and how its worker begins; `problem` says why it cannot be used, if so.
+
+    `adjust` is for a process of its own: it gives the slot's groups their limits behind an adopted worker.
+    """
+
+    spec: SlotSpec
+    offer: Offer
+    group: Path | None
+    spawn: Callable[[], Child[FromWorker]]
+    adjust: Main
+    problem: str | None = None
 
 
 class RunningSlot:
     """One slot: feeds what happens to the rules and carries out what they say."""
 
-    def __init__(
-        self,
-        spec: SlotSpec,
-        offer: Offer,
-        group: Path | None,
-        spawn: Callable[[], Child[FromWorker]],
-        outcomes: Outcomes,
-    ) -> None:
-        self.spec = spec
-        self.offer = offer
-        self.rules = Slot(spec.name, since=clock.now())
+    def __init__(self, plan: SlotPlan, outcomes: Outcomes) -> None:
+        self.plan = plan
+        self.name = plan.spec.name
+        self.rules = Slot(self.name, since=clock.now())
         self.child: Child[FromWorker] | None = None
         self.adopted: int | None = None
         self.enforced: dict[str, str] = {}
-        self._refusal: str | None = None
-        self._group = group
-        self._spawn = spawn
+        self.note = ""
         self._outcomes = outcomes
-        self._log = events("supervisor", slot=spec.name)
+        self._log = events("supervisor", slot=self.name)
 
     @property
     def free(self) -> bool:
@@ -93,19 +103,19 @@ class RunningSlot:
         """Describe the slot to the other processes and to the operator."""
         rules = self.rules
         return SlotView(
-            offer=self.offer,
+            offer=self.plan.offer,
             state=rules.state,
             free=self.free,
             job_id=rules.job_id,
             job_state=rules.job_state,
             since=rules.since,
-            reason=rules.reason,
+            reason=rules.reason or self.note or None,
             enforced=self.enforced,
-            cgroup=str(self._group) if self._group else None,
+            cgroup=str(self.plan.group) if self.plan.group else None,
             job_pid=rules.job_pid,
             worker_pid=self.child.pid if self.child else None,
-            gpu=None if self.spec.gpu is None else str(self.spec.gpu),
-            cpus=None if self.spec.cpus is None else format_cpus(self.spec.cpus),
+            gpu=None if self.plan.spec.gpu is None else str(self.plan.spec.gpu),
+            cpus=None if self.plan.spec.cpus is None else format_cpus(self.plan.spec.cpus),
         )
 
     def feed(self, event: Event) -> bool:
@@ -143,24 +153,24 @@ class RunningSlot:
                 signal.pidfd_send_signal(self.adopted, number)
 
     def _start_worker(self) -> None:
-        if self._refusal is not None:
-            self.feed(Unusable(self._refusal))
+        if self.plan.problem is not None:
+            self.feed(Unusable(self.plan.problem))
             return
         if self.child is not None:
             # It was told to end and has not yet; its death will be an event, and then there is a next try.
             self.child.kill()
             return
         try:
-            self.child = self._spawn()
+            self.child = self.plan.spawn()
         except OSError as error:
             self._log.error("cannot start worker", error=str(error))
             self.feed(Died(f"could not be started: {error.strerror}"))
 
     def _kill_job(self) -> None:
-        if self._group is None:
+        if self.plan.group is None:
             return  # the kernel ends the job's program with its worker; the supervisor inherits the rest
         try:
-            Group(self._group / "job").kill()
+            Group(self.plan.group / "job").kill()
         except CgroupError as error:
             self._log.error("cannot kill job", error=str(error))
 
@@ -174,16 +184,19 @@ class RunningSlot:
             case WorkerReady():
                 self.enforced = message.enforced
                 self.feed(Ready())
+            case Retuned():
+                self._retuned(message)
             case WorkerRefused():
                 self.feed(Unusable(message.reason))
             case JobStep():
                 self.feed(Step(message.job_id, message.state, message.pid, message.deadline))
-                self._outcomes.stepped(message, self.spec.name)
+                self._outcomes.stepped(message, self.name)
             case JobProgress():
                 self._outcomes.progress(message)
             case JobEnded() if message.job_id == self.rules.job_id:
                 self._outcomes.ended(message)
-                self.feed(Ended(message.job_id, message.clean))
+                self.note = ""
+                self.feed(Ended(message.job_id, message.clean, message.remains))
 
     def worker_gone(self) -> None:
         """Deal with the end of the worker's process."""
@@ -216,9 +229,23 @@ class RunningSlot:
             self.adopted = None
             self.feed(Died("ended"))
 
-    def unusable(self, reason: str) -> None:
-        """Take no job, and say why; looked at again by the next start."""
-        self._refusal = reason
+    def change(self, plan: SlotPlan) -> bool:
+        """Be what the operator wants now; False when that is nothing new. A job that runs goes on."""
+        if (plan.spec, plan.offer, plan.problem) == (self.plan.spec, self.plan.offer, self.plan.problem):
+            return False
+        self.plan = plan
+        if self.child:
+            self.child.send(Retune(msgspec.to_builtins(plan.spec)))
+        elif self.adopted is not None:
+            self._outcomes.aside(f"limits of {self.name}", plan.adjust)
+        self.feed(Retry())
+        return True
+
+    def _retuned(self, said: Retuned) -> None:
+        self.enforced = said.enforced
+        self.note = said.note
+        if self.note:
+            self._log.warning("limits", note=self.note)
 
     def stop(self) -> None:
         """Let the worker end; it finishes its job first, if it has one."""

@@ -1,16 +1,19 @@
 """What the operator wants each slot to be: slots.d read and checked, or a layout derived from the machine."""
 
-from collections import defaultdict
+import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 import yaml
 from msgspec import Meta, Struct
+from msgspec.structs import replace
 
-from aitbc_miner.util.units import CpuList, Percent, Size, format_cpus, format_size, parse_size
+from aitbc_miner.fitting import misfits, shared_cpus
+from aitbc_miner.layout import Want, cores_of, divide, memory_nodes
+from aitbc_miner.topology import MachineFacts
+from aitbc_miner.util.units import AUTO, CpuList, Percent, Size, format_cpus, format_size, parse_size
 from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
 from aitbc_miner.util.yamltext import line_of
 
@@ -64,8 +67,11 @@ class IoNice(Struct, frozen=True):
     level: Annotated[int, Meta(ge=0, le=7)] = 4
 
 
-class SlotSpec(Struct, frozen=True):
-    """One slot as slots.d describes it: bytes, seconds, percent of one CPU; None is "not limited"."""
+class SlotKeys(Struct, frozen=True):
+    """One slot as slots.d describes it: bytes, seconds, percent of one CPU; None is "not limited".
+
+    `cpus` is AUTO until `lay_out` has chosen them.
+    """
 
     name: SlotName
     kind: Literal["cpu", "gpu"]
@@ -102,18 +108,27 @@ class SlotSpec(Struct, frozen=True):
                 raise BadField("io_max", f"{path[:80]!r} is no absolute path; name a directory on the disk")
 
 
+class SlotSpec(SlotKeys, frozen=True):
+    """A slot with what follows from its keys and the machine: `mems`, the NUMA nodes to take memory from."""
+
+    mems: tuple[int, ...] | None = None
+
+
 class SlotFile(Struct, frozen=True):
     """The content of one file of slots.d."""
 
-    slots: list[SlotSpec]
+    slots: list[SlotKeys]
 
 
-class MachineFacts(Struct, frozen=True):
-    """What slots can be made of; each GPU by all the names it has (index, UUID) as text."""
+class Layout(Struct, frozen=True):
+    """The slots as a node is to have them, or what is wrong with them.
 
-    cpus: tuple[int, ...]
-    memory_bytes: int
-    gpu_ids: list[tuple[str, ...]] = []
+    Without `specs` they follow from the machine. `restart` are the keys whose change needs a restart.
+    """
+
+    specs: list[SlotSpec]
+    faults: list[str] = []
+    restart: list[str] = []
 
 
 def read_slots(directory: Path, faults: list[Fault]) -> list[SlotSpec]:
@@ -130,7 +145,7 @@ def read_slots(directory: Path, faults: list[Fault]) -> list[SlotSpec]:
                 faults.append(Fault(str(path), line, f"slots[{index}].name", message))
                 continue
             places[spec.name] = path
-            specs.append(spec)
+            specs.append(SlotSpec(**msgspec.structs.asdict(spec)))
     return specs
 
 
@@ -161,61 +176,63 @@ def check_slots(
         What is impossible, and warnings about what is possible but probably not meant.
     """
     faults: list[Fault] = []
-    for spec in specs:
-        if missing := set(spec.cpus or ()) - set(machine.cpus):
-            here = f"this machine has {format_cpus(machine.cpus)}"
-            faults.append(_fault(directory, spec, "cpus", f"there is no CPU {format_cpus(missing)}; {here}"))
-    _check_gpus(specs, machine, directory, faults)
-    total = sum(spec.memory_max or 0 for spec in specs)
-    if total > machine.memory_bytes:
-        most = max(specs, key=lambda spec: spec.memory_max or 0)
-        message = (
-            f"the slots together may use {total // MIB}M, but this machine has {machine.memory_bytes // MIB}M"
-        )
-        faults.append(_fault(directory, most, "memory_max", f"{message}; lower memory_max"))
-    return faults, list(_shared_cpus(specs))
-
-
-def _check_gpus(
-    specs: Sequence[SlotSpec], machine: MachineFacts, directory: Path | None, faults: list[Fault]
-) -> None:
-    users: dict[tuple[str, ...], str] = {}
-    for spec in specs:
-        if spec.gpu is None:
-            continue
-        ids = next((ids for ids in machine.gpu_ids if str(spec.gpu) in ids), None)
-        if ids is None:
-            here = ", ".join(" or ".join(ids) for ids in machine.gpu_ids) or "none"
-            faults.append(
-                _fault(directory, spec, "gpu", f"there is no GPU {spec.gpu}; this machine has {here}")
-            )
-        elif ids in users:
-            message = f"GPU {spec.gpu} is already that of slot {users[ids]}; each GPU can have one slot"
-            faults.append(_fault(directory, spec, "gpu", message))
+    warnings: list[str] = []
+    for misfit in misfits(specs, machine):
+        fault = _fault(directory, misfit.slot, misfit.key, misfit.message)
+        if misfit.possible:
+            warnings.append(str(fault))
         else:
-            users[ids] = spec.name
+            faults.append(fault)
+    return faults, [*warnings, *shared_cpus(specs)]
 
 
-def _shared_cpus(specs: Sequence[SlotSpec]) -> Iterator[str]:
-    sharers: dict[int, list[str]] = defaultdict(list)
-    for spec in specs:
-        for cpu in spec.cpus or ():
-            sharers[cpu].append(spec.name)
-    together: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for cpu, names in sorted(sharers.items()):
-        if len(names) > 1:
-            together[tuple(names)].append(cpu)
-    for slots, cpus in together.items():
-        yield f"slots {', '.join(slots)} share the CPUs {format_cpus(cpus)}; their jobs slow each other down"
-
-
-def _fault(directory: Path | None, spec: SlotSpec, field: str, message: str) -> Fault:
+def _fault(directory: Path | None, slot: str, steps: Sequence[str], message: str) -> Fault:
+    key = steps[0] + "".join(f".{step}" if step.isidentifier() else f"[{step!r}]" for step in steps[1:])
     for path, file in _read_files(directory, []) if directory else ():
         for index, other in enumerate(file.slots):
-            if other.name == spec.name:
-                line = line_of(path, ["slots", index, field])
-                return Fault(str(path), line, f"slots[{index}].{field}", message)
-    return Fault(f"slot {spec.name}", None, field, message)
+            if other.name == slot:
+                line = line_of(path, ["slots", index, *steps])
+                return Fault(str(path), line, f"slots[{index}].{key}", message)
+    return Fault(f"slot {slot}", None, key, message)
+
+
+def lay_out(
+    specs: Sequence[SlotSpec], machine: MachineFacts, faults: list[Fault], directory: Path | None = None
+) -> list[SlotSpec]:
+    """Choose the CPUs of the slots with `cpus: auto`, among those that no slot names, and all slots' `mems`.
+
+    A slot that nothing is left for is appended to `faults`, and stays as it was.
+
+    Args:
+        specs: all slots of the node.
+        machine: what there is.
+        faults: where faults go.
+        directory: slots.d, if that is where the slots are from, so that the faults name file and line.
+    """
+    auto = [spec for spec in specs if spec.cpus == AUTO]
+    named = {cpu for spec in specs for cpu in spec.cpus or ()}
+    wants = [
+        Want(math.ceil(spec.cpu_max / 100) if spec.cpu_max else None, machine.gpu_nodes.get(str(spec.gpu)))
+        for spec in auto
+    ]
+    chosen = dict(
+        zip((spec.name for spec in auto), divide(wants, {*machine.cpus} - named, machine), strict=True)
+    )
+    for spec in auto:
+        if not chosen[spec.name]:
+            used = format_cpus(named.intersection(machine.cpus)) or "none"
+            message = (
+                f"no CPU is left for auto: this node may use {format_cpus(machine.cpus)}, slots name {used}, "
+                f"and {len(auto)} slots are auto; name fewer CPUs, or remove a slot"
+            )
+            faults.append(_fault(directory, spec.name, ["cpus"], message))
+    laid = [replace(spec, cpus=chosen.get(spec.name, spec.cpus)) for spec in specs]
+    return _bind_memory(laid, machine)
+
+
+def _bind_memory(specs: Sequence[SlotSpec], machine: MachineFacts) -> list[SlotSpec]:
+    homes = memory_nodes([(spec.cpus or (), spec.memory_max) for spec in specs], machine)
+    return [replace(spec, mems=mems) for spec, mems in zip(specs, homes, strict=True)]
 
 
 def derive_slots(facts: MachineFacts) -> list[SlotSpec]:
@@ -224,26 +241,25 @@ def derive_slots(facts: MachineFacts) -> list[SlotSpec]:
     A share is an equal part of the CPUs, one part being kept for CPU slots. 80 % of the memory is divided
     equally; the rest is for the system and this program.
     """
-    cpus, gpus = list(facts.cpus), len(facts.gpu_ids)
-    share = max(1, len(cpus) // (gpus + 1))
-    groups = [cpus[i * share : (i + 1) * share] or [cpus[i % len(cpus)]] for i in range(gpus)]
-    rest = cpus[gpus * share :]
+    cpus = facts.cpus
+    share = max(1, len(cpus) // (len(facts.gpu_ids) + 1))
+    wants = [Want(share, facts.gpu_nodes.get(ids[0])) for ids in facts.gpu_ids]
+    # More GPUs than CPUs have to share them.
+    groups = [group or (cpus[i % len(cpus)],) for i, group in enumerate(divide(wants, cpus, facts))]
+    rest = set(cpus).difference(*groups)
     # Two small slots keep a small machine busier than one: a job rarely uses all that it is given.
-    count = max(min(len(rest), 2), len(rest) // 4)
-    bounds = [len(rest) * i // count for i in range(count + 1)] if count else [0]
-    groups += [rest[low:high] for low, high in pairwise(bounds)]
-    memory = facts.memory_bytes * 8 // 10 // len(groups) // MIB * MIB
-    return [
-        SlotSpec(
-            name=f"gpu{i}" if i < gpus else f"cpu{i - gpus}",
-            kind="gpu" if i < gpus else "cpu",
-            gpu=_best_id(facts.gpu_ids[i]) if i < gpus else None,
-            cpus=tuple(group),
-            memory_max=max(MIB, memory),
-            pids_max=1024,
-        )
+    count = min(len(cores_of(rest, facts)), max(2, len(rest) // 4))
+    memory = facts.memory_bytes * 8 // 10 // (len(groups) + count) // MIB * MIB
+    limits: dict[str, Any] = {"memory_max": max(MIB, memory), "pids_max": 1024}
+    specs = [
+        SlotSpec(name=f"gpu{i}", kind="gpu", gpu=_best_id(facts.gpu_ids[i]), cpus=group, **limits)
         for i, group in enumerate(groups)
     ]
+    specs += [
+        SlotSpec(name=f"cpu{i}", kind="cpu", cpus=group, **limits)
+        for i, group in enumerate(divide([Want()] * count, rest, facts))
+    ]
+    return _bind_memory(specs, facts)
 
 
 def _best_id(ids: tuple[str, ...]) -> str:
@@ -261,10 +277,10 @@ def _plain(spec: SlotSpec) -> dict[str, Any]:
     plain = {
         name: value
         for name, value in msgspec.to_builtins(spec).items()
-        if name in {"name", "kind"} or value != getattr(defaults, name)
+        if name in {"name", "kind"} or (name != "mems" and value != getattr(defaults, name))
     }
     if spec.cpus is not None:
-        plain["cpus"] = format_cpus(spec.cpus)
+        plain["cpus"] = format_cpus(spec.cpus) or "auto"
     if spec.cpu_max is not None:
         plain["cpu_max"] = f"{spec.cpu_max}%"
     for name in plain.keys() & {"memory_max", "memory_high", "swap_max"}:

@@ -29,6 +29,10 @@ from aitbc_miner.util.system import PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS,
 REPORT_FD = 3
 """Where the child finds its report pipe: right after the standard three, so any language can reach it."""
 
+JOB_OOM_SCORE = 500
+"""How the kernel chooses when the whole machine is out of memory: jobs first, the node last (proc(5)). The
+node's own score is negative, and a job must not have it."""
+
 _PYTHON = ctypes.PyDLL(None, use_errno=True)
 # linux/sched.h; the number of the call is the same on all machines that Debian has.
 _CLONE_INTO_CGROUP = 0x200000000
@@ -158,6 +162,10 @@ class Job:
         # A job with the rights of the miner's own user may have moved itself out of its group.
         return self._kill_descendants(deadline)
 
+    def survivors(self) -> list[int]:
+        """Name what `kill_all` could not end."""
+        return self.group.pids() if self.group else [each.pid for each in _descendants(os.getpid())]
+
     def _kill_descendants(self, deadline: float) -> bool:
         # Having no child is proof: an orphan, whatever it did, comes to its subreaper the moment it is one.
         while not self._reap():
@@ -201,13 +209,12 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
     group: Group | None,
     uid: int | None,
     gid: int | None,
-    umask: int = 0o077,
 ) -> Job:
     """Start the program `argv[0]` (PATH is not searched); when this returns, it has begun.
 
     In it, `stdin`, `log_fd` (standard output and error) and `report_fd` (as `REPORT_FD`) are open, nothing
     else; `env` is all of its environment; it is in `group` from its first instruction on. `uid` and its only
-    group `gid` go together; None leaves it those of the worker. `cwd` must be reachable for that user.
+    group `gid` go together; None: those of the worker. `cwd` must be reachable for that user.
 
     Raises:
         JobError: E_SANDBOX; it was not started, and the message names the step that failed.
@@ -216,10 +223,11 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
         ("session", os.setsid),
         ("file descriptors", partial(_arrange_fds, stdin, log_fd, report_fd)),
         ("limits", partial(apply, limits)),
+        ("oom score", _go_first),  # while we are root, or the job could lower it again
         ("no new privileges", partial(prctl, PR_SET_NO_NEW_PRIVS, 1)),
         *_become_user(uid, gid),
         ("death signal", partial(_die_with, os.getpid())),  # a change of user clears it
-        ("umask", partial(os.umask, umask)),
+        ("umask", partial(os.umask, 0o077)),
         (f"directory {cwd}", partial(os.chdir, cwd)),  # as the job's user, who may not reach it
         ("signals", _reset_signals),
         ("exec", partial(os.execve, argv[0], list(argv), dict(env))),
@@ -336,6 +344,13 @@ def _arrange_fds(stdin: int, log_fd: int, report_fd: int | None) -> None:
             # Closed by the exec and not here, for the failure pipe is among them. The listing's own is gone.
             with contextlib.suppress(OSError):
                 os.set_inheritable(fd, False)  # noqa: FBT003  # takes no keyword
+
+
+def _go_first() -> None:
+    # Raising it takes no privilege.
+    score = Path("/proc/self/oom_score_adj")
+    if int(score.read_bytes()) < JOB_OOM_SCORE:
+        score.write_bytes(b"%d" % JOB_OOM_SCORE)
 
 
 def _die_with(parent: int) -> None:

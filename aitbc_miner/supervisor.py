@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from msgspec import Struct
 
-from aitbc_miner.children import Child, Keeper
+from aitbc_miner.children import Child, Errands, Keeper, Main
 from aitbc_miner.config import Config
 from aitbc_miner.control import ControlServer, Source
 from aitbc_miner.desk import Desk
@@ -39,12 +39,13 @@ from aitbc_miner.messages import (
     Recovered,
     Slots,
     Stop,
-    Ticket,
 )
-from aitbc_miner.orphans import WorkerBook, end_worker, kill_strangers
-from aitbc_miner.placing import place
-from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Slot, SlotState, Tick
-from aitbc_miner.slots import Outcomes, RunningSlot
+from aitbc_miner.orphans import WorkerBook, kill_strangers
+from aitbc_miner.reloading import Reloader
+from aitbc_miner.slot import Cancel, Slot
+from aitbc_miner.slots import Outcomes, SlotPlan
+from aitbc_miner.slotset import HOLDING, SlotSet
+from aitbc_miner.slotspec import Layout
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.log import flush as flush_log
@@ -55,16 +56,24 @@ M = TypeVar("M")
 TICK_S = 1.0
 # After the last slot is empty, how long the reports of a stop that was ordered may still take.
 LAST_REPORTS_S = 10.0
-HOLDING = frozenset({SlotState.BUSY, SlotState.CANCELLING, SlotState.ADOPTED})
 
 
 class Parts(Struct, frozen=True):
-    """What the supervisor is made of; `make_slots` lays the slots out once the GPUs are known."""
+    """What the supervisor is made of.
+
+    `plan` says what each slot is to be, once the GPUs are known, and `stray` one that is not wanted any more;
+    `end_others` ends what runs in none of the named slots. `layout` is for the start, and `read_layout` the
+    main function of a child that reads it anew.
+    """
 
     config: Config
     agent: Keeper[FromAgent]
     heartbeat: Keeper[FromHeartbeat]
-    make_slots: Callable[[list[GpuFact], Outcomes], list[RunningSlot]]
+    layout: Layout
+    plan: Callable[[Layout, list[GpuFact]], list[SlotPlan]]
+    stray: Callable[[str], SlotPlan]
+    end_others: Callable[[set[str]], None]
+    read_layout: Main
     book: WorkerBook
     notices: list[str] = []
 
@@ -77,11 +86,12 @@ class Supervisor:
         self._notifier = notifier
         self._agent = parts.agent
         self._heartbeat = parts.heartbeat
-        self._make_slots = parts.make_slots
-        self._book = parts.book
+        self._parts = parts
         self._log = events("supervisor")
-        self._slots: dict[str, RunningSlot] = {}
-        self._queue: dict[str, Ticket] = {}
+        self._errands = Errands()
+        self._reloader = Reloader(self._errands, parts.read_layout, self._follow)
+        outcomes = Outcomes(self._settle, self._ended, self._agent.send, self._stepped, self._aside)
+        self._slots = SlotSet(parts.book, parts.stray, outcomes)
         self._inventory: Inventory | None = None
         self._recovered: list[FoundJob] | None = None
         self._index = JobIndex()
@@ -90,7 +100,15 @@ class Supervisor:
         self._stop_mode: str | None = None
         self._stop_at = 0.0
         self._told_to_stop = False
-        self._desk = Desk(parts.config, self._index, self._slots, self._queue, parts.notices, self._cancel)
+        self._desk = Desk(
+            parts.config,
+            self._index,
+            self._slots.slots,
+            self._slots.queue,
+            parts.notices,
+            self._cancel,
+            self._reloader.reload,
+        )
         self._control = ControlServer(parts.config.control.socket, self._desk.answer)
         self._signals, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._ticked = clock.now()
@@ -125,7 +143,10 @@ class Supervisor:
         if heartbeat := self._heartbeat.child:
             gone = partial(self._child_gone, self._heartbeat)
             sources |= _sources_of(heartbeat, self._hear_heartbeat, gone)
-        for slot in self._slots.values():
+        for errand in self._errands.under_way():
+            over = partial(self._errands.over, errand)
+            sources |= _sources_of(errand, partial(self._errands.hear, errand), over)
+        for slot in self._slots:
             if slot.child:
                 sources |= _sources_of(slot.child, slot.hear, slot.worker_gone)
             if slot.adopted is not None:
@@ -138,9 +159,10 @@ class Supervisor:
             for keeper in (self._agent, self._heartbeat):
                 if keeper.start_if_due():
                     self._dirty = True
-        for slot in self._slots.values() if not self._told_to_stop else ():
-            slot.feed(Tick())
-        self._place()
+        if not self._told_to_stop:
+            self._slots.tick()
+        if self._stop_mode is None:
+            self._slots.place()
         self._stop_in_order()
         if clock.now() - self._ticked >= TICK_S:
             self._ticked = clock.now()
@@ -152,19 +174,19 @@ class Supervisor:
 
     def _tell(self) -> None:
         """Tell agent and heartbeat of the slots, when they have changed."""
-        rules = [slot.rules for slot in self._slots.values()]
+        rules = self._slots.rules
         if not (self._dirty or self._desk.take_changed() or rules != self._told):
             return
         self._dirty = False
         self._told = rules
         accepting = self._desk.accepting and self._stop_mode is None
-        view = Slots([slot.view() for slot in self._slots.values()], list(self._queue), accepting)
+        view = Slots([slot.view() for slot in self._slots], list(self._slots.queue), accepting)
         self._agent.send(view)
         self._heartbeat.send(view)
 
     def _own_children(self) -> set[int]:
         own = {keeper.child.pid for keeper in (self._agent, self._heartbeat) if keeper.child}
-        return own | {slot.child.pid for slot in self._slots.values() if slot.child}
+        return own | self._slots.workers | {errand.pid for errand in self._errands.under_way()}
 
     # --- what the children say -----------------------------------------------------------------------------
 
@@ -191,9 +213,8 @@ class Supervisor:
             case Recovered():
                 self._recovered = message.started
                 self._begin()
-            case JobReady() if self._slot_of(message.ticket.job_id) is None:
-                self._queue[message.ticket.job_id] = message.ticket
-                self._dirty = True
+            case JobReady():
+                self._dirty |= self._slots.enqueue(message.ticket)
             case JobUpdate():
                 if self._index.update(message):
                     self._heartbeat.send(JobDone(message.code))
@@ -224,7 +245,7 @@ class Supervisor:
         self._desk.note_death(keeper.name, f"{how}; {keeper.deaths} deaths so far")
         if keeper is self._agent:
             # The next agent reads the records and says again what is ready.
-            self._queue.clear()
+            self._slots.queue.clear()
 
     # --- slots ---------------------------------------------------------------------------------------------
 
@@ -232,46 +253,29 @@ class Supervisor:
         """Lay out the slots when the GPUs and the unfinished jobs are known; later, settle what was found."""
         if self._inventory is None or self._recovered is None or self._stop_mode is not None:
             return
-        if not self._slots:
-            outcomes = Outcomes(self._settle, self._ended, self._agent.send, self._stepped)
-            self._slots.update(
-                {slot.spec.name: slot for slot in self._make_slots(self._inventory.gpus, outcomes)}
-            )
+        first = not self._slots.slots
+        if first:
+            self._slots.lay_out(self._parts.plan(self._parts.layout, self._inventory.gpus))
         for job in self._recovered:
-            self._take_up(job)
+            self._slots.take_up(job, self._adopted)
         self._recovered = []
-        for slot in self._slots.values():
-            slot.feed(Begin())
+        if first:
+            self._parts.end_others(set(self._slots.slots))
+        self._slots.begin()
         self._dirty = True
 
-    def _take_up(self, job: FoundJob) -> None:
-        """Decide what becomes of a job that was started and has no outcome."""
-        workers = {slot.child.pid for slot in self._slots.values() if slot.child}
-        if self._slot_of(job.job_id) is not None or job.worker_pid in workers:
-            # It is running, or was when the agent looked and has ended since, of which the agent was told.
-            return
-        pid, start = job.worker_pid, job.worker_start
-        if pid and start and self._book.knows(job.slot, pid, start):
-            slot = self._slots.get(job.slot or "")
-            idle = slot is not None and slot.rules.state is SlotState.STOPPED
-            if slot and idle and slot.adopt(pid, start):
-                slot.feed(Adopt(job.job_id, job.state))
-                self._index.step(job.job_id, job.state, slot.spec.name)
-                self._log.info("job adopted", job_id=job.job_id, slot=slot.spec.name)
-                return
-            end_worker(pid, start)
-        self._settle(job.job_id, "the miner was restarted and found no worker with the job")
+    def _follow(self, layout: Layout) -> str:
+        """Make the slots what a reload wants them to be, and say what that changes."""
+        if self._inventory is None or not self._slots.slots or self._stop_mode is not None:
+            return "nothing, for the node is starting or stopping; reload again when it is up"
+        changes = str(self._slots.lay_out(self._parts.plan(layout, self._inventory.gpus)))
+        self._slots.begin()
+        self._dirty = True
+        return changes
 
-    def _slot_of(self, job_id: str) -> RunningSlot | None:
-        return next((slot for slot in self._slots.values() if slot.rules.job_id == job_id), None)
-
-    def _place(self) -> None:
-        if not self._queue or self._stop_mode is not None:
-            return
-        free = [slot.offer for slot in self._slots.values() if slot.free]
-        for ticket, offer in place(list(self._queue.values()), free):
-            del self._queue[ticket.job_id]
-            self._slots[offer.name].feed(Assign(ticket.job_id))
+    def _adopted(self, job: FoundJob, slot: str) -> None:
+        self._index.step(job.job_id, job.state, slot)
+        self._log.info("job adopted", job_id=job.job_id, slot=slot)
 
     def _stepped(self, step: JobStep, slot: str) -> None:
         self._index.step(step.job_id, step.state, slot)
@@ -284,15 +288,20 @@ class Supervisor:
         self._index.settled(job_id)
         self._agent.send(JobSettled(job_id, why))
 
+    def _aside(self, name: str, main: Main) -> None:
+        """Have something done by a child of its own."""
+        try:
+            self._errands.start(name, main, Layout, lambda how: self._log.debug("done", what=name, how=how))
+        except OSError as error:
+            self._log.error("cannot start child", child=name, error=str(error))
+
     def _cancel(self, job_id: str, why: EndReason, detail: str) -> bool:
         """End a job in a slot, waiting for one, or being taken in; False when it is none of these."""
-        slot = self._slot_of(job_id)
-        if slot is not None:
-            slot.feed(Cancel(why, detail))
+        if self._slots.cancel(job_id, Cancel(why, detail)):
             return True
         row = self._index.get(job_id)
         coming = row is not None and row.state in {State.PULLED, State.ACKED}
-        if self._queue.pop(job_id, None) is None and not coming:
+        if self._slots.queue.pop(job_id, None) is None and not coming:
             return False
         self._agent.send(CancelJob(job_id, why, detail))
         self._dirty = True
@@ -309,9 +318,7 @@ class Supervisor:
     def _take_signals(self) -> None:
         for number in os.read(self._signals, 64):
             if number == signal.SIGHUP:
-                self._log.info(
-                    "reload", note="allowlists are read anew for each job; all else needs a restart"
-                )
+                self._reloader.reload(lambda answer: self._log.info("reload", answer=str(answer)))
             else:
                 self._order_stop("kill" if self._stop_mode else self._config.shutdown.mode)
 
@@ -326,15 +333,14 @@ class Supervisor:
             self._cancel_all()
 
     def _cancel_all(self) -> None:
-        for slot in self._slots.values():
-            slot.feed(Cancel("shutdown", "the miner stops"))
+        self._slots.feed(Cancel("shutdown", "the miner stops"))
 
     def _stop_in_order(self) -> None:
         """Let go of the slots as the mode says, then of the agent once the last reports are out."""
         if self._stop_mode is None or self._told_to_stop:
             return
         now = clock.now()
-        holding = [slot for slot in self._slots.values() if slot.rules.state in HOLDING]
+        holding = self._slots.holding
         if holding and self._stop_mode == "drain" and now >= self._stop_at:
             self._log.warning("grace is over", jobs=[slot.rules.job_id for slot in holding])
             self._order_stop("kill")
@@ -348,7 +354,7 @@ class Supervisor:
             return
         self._told_to_stop = True
         self._stop_at = now
-        for slot in self._slots.values():
+        for slot in self._slots:
             slot.stop()
         for keeper in (self._agent, self._heartbeat):
             keeper.send(Stop())
@@ -358,14 +364,14 @@ class Supervisor:
             return False
         if clock.now() > self._stop_at + LAST_REPORTS_S:
             self._kill_the_rest()
-        idle = all(slot.child is None or slot.rules.state in HOLDING for slot in self._slots.values())
+        idle = all(slot.child is None or slot.rules.state in HOLDING for slot in self._slots)
         return idle and self._agent.child is None and self._heartbeat.child is None
 
     def _kill_the_rest(self) -> None:
         for keeper in (self._agent, self._heartbeat):
             if keeper.child:
                 keeper.child.kill()
-        for slot in self._slots.values():
+        for slot in self._slots:
             if slot.child and slot.rules.state not in HOLDING:
                 slot.child.kill()
 

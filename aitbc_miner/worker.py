@@ -9,14 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from aitbc_miner.cgroup import CgroupError
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.execution import Delays, Supervision
 from aitbc_miner.jobrun import JobRun, Surroundings
 from aitbc_miner.jobs import State
-from aitbc_miner.messages import JobEnded, StartJob, ToWorker, WorkerReady, WorkerRefused
+from aitbc_miner.leftovers import kill_processes_of, named
+from aitbc_miner.messages import JobEnded, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
 from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import NEEDED_CONTROLLERS
 from aitbc_miner.records import JobDir, Records
@@ -56,6 +59,7 @@ class Worker:
         self._supervision = Supervision(channel)
         self._runners = runners
         self._records = Records(settings.config.workspace.root)
+        self._around: Surroundings | None = None
         self._log = events("worker", slot=settings.spec.name)
 
     def run(self) -> None:
@@ -64,16 +68,17 @@ class Worker:
         supervision = self._supervision
         supervision.listen_for_signals()
         try:
-            around = self._set_up()
+            around = self._around = self._set_up()
         except MinerError as error:
             self._log.error("slot unusable", reason=str(error))
             supervision.send(WorkerRefused(str(error)))
             return
+        supervision.retune = self._retune
         supervision.send(WorkerReady(around.enforced))
         while supervision.connected and not supervision.stopping and not supervision.terminated:
             for message in supervision.wait():
                 if isinstance(message, StartJob):
-                    supervision.send(self._run_job(message.job_id, around))
+                    supervision.send(self._run_job(message.job_id, self._around or around))
 
     def _set_up(self) -> Surroundings:
         settings = self._settings
@@ -81,26 +86,44 @@ class Worker:
         by_cgroup: dict[str, str] = {}
         if settings.group_parent is not None:
             group = SlotGroup(settings.group_parent, settings.spec.name)
-            group.setup()
             # Whatever an earlier worker left running here ends now; if it cannot, the slot is no good.
             group.empty()
             group.worker.write("cgroup.procs", str(os.getpid()))
             group.renew_job()
             must = frozenset(NEEDED_CONTROLLERS if settings.config.cgroup.mode == "required" else ())
             by_cgroup = group.enforce(settings.spec, settings.controllers, required=must)
-        own_user = settings.runs_as is not None
-        limits, enforced = plan_limits(settings.spec, by_cgroup, own_user=own_user)
+        user = settings.runs_as
+        if user is not None and (pids := kill_processes_of(user.uid, settings.delays.kill)):
+            raise MinerError(f"cannot use the slot: its user {user.name} still owns {named(pids)}")
+        limits, enforced = plan_limits(settings.spec, by_cgroup, own_user=user is not None)
         return Surroundings(
             config=settings.config,
             spec=settings.spec,
             group=group,
             limits=limits,
             enforced=enforced,
-            runs_as=settings.runs_as,
+            runs_as=user,
             service=settings.service,
             gpu_env=settings.gpu_env,
             delays=settings.delays,
         )
+
+    def _retune(self, spec: SlotSpec) -> None:
+        """Give the slot other limits: those of its cgroups now, a process's own from the next job on."""
+        around, note = self._around, ""
+        if around is None:
+            return
+        try:
+            if around.group is not None:
+                note = around.group.adjust(spec, self._settings.controllers)
+        except CgroupError as error:
+            failed = f"cannot give the slot its new limits, and goes on with the old: {error}"
+            self._supervision.send(Retuned(around.enforced, failed))
+            return
+        by_cgroup = around.group.held if around.group is not None else {}
+        limits, enforced = plan_limits(spec, by_cgroup, own_user=around.runs_as is not None)
+        self._around = replace(around, spec=spec, limits=limits, enforced=enforced)
+        self._supervision.send(Retuned(enforced, note))
 
     def _run_job(self, job_id: str, around: Surroundings) -> JobEnded:
         """Run a job and say what came of it, whatever it does: a worker that dies costs the slot."""
@@ -121,8 +144,8 @@ class Worker:
         except OSError as error:
             message = f"cannot write the outcome of job {job.job_id}: {error}"
             self._log.error("no outcome", job_id=job.job_id, error=str(error))
-            return JobEnded(job.job_id, ErrorCode.E_INTERNAL, message, clean=run.clean)
-        return JobEnded(job.job_id, outcome.code, outcome.message, outcome.timings, clean)
+            return JobEnded(job.job_id, ErrorCode.E_INTERNAL, message, clean=run.clean, remains=run.remains)
+        return JobEnded(job.job_id, outcome.code, outcome.message, outcome.timings, clean, run.remains)
 
 
 def _refuse(job: JobDir) -> JobEnded | None:

@@ -14,12 +14,17 @@ import errno
 import os
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import suppress
 
 from aitbc_miner.privileges import Identity
 from aitbc_miner.records import JobDir
 from aitbc_miner.util import fs
 
 OF_JOB = ("work", "output", "tmp")
+# How much is looked at in search of a file: how much there is, and how deep, is the job's to decide.
+MAX_LOOKED_AT = 20_000
+MAX_DEPTH = 32
 
 
 def prepare(job: JobDir, runs_as: Identity | None, service: Identity | None) -> None:
@@ -73,3 +78,32 @@ def _hand_over(
     finally:
         os.close(fd)
     os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)
+
+
+def room_left(job_fd: int) -> tuple[int, int | None]:
+    """Give the bytes and the files that the job's disk still takes; None where files are not counted."""
+    disk = os.statvfs(job_fd)
+    # Without a number of files, as on btrfs, none are "free" either.
+    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None
+
+
+def file_of_size(job_fd: int, size: int) -> str | None:
+    """Find a file of the job that has at least this many bytes, among a bounded number of them."""
+    room = iter(range(MAX_LOOKED_AT))
+    for name in OF_JOB:
+        if found := _file_of_size(job_fd, name, name, size, room):
+            return found
+    return None
+
+
+def _file_of_size(at: int, name: str, path: str, size: int, room: Iterator[int]) -> str | None:
+    # A job that runs as our own user can close its directories to us, or replace them.
+    with suppress(OSError), fs.directory(name, at=at) as fd, os.scandir(fd) as entries:
+        for entry, _ in zip(entries, room, strict=False):
+            below = f"{path}/{entry.name}"
+            if entry.is_dir(follow_symlinks=False) and path.count("/") < MAX_DEPTH:
+                if found := _file_of_size(fd, entry.name, below, size, room):
+                    return found
+            elif entry.is_file(follow_symlinks=False) and entry.stat(follow_symlinks=False).st_size >= size:
+                return below
+    return None

@@ -49,7 +49,9 @@ def test_the_sample_has_every_key_at_its_default() -> None:
     config, faults, warnings = load_config(SAMPLE, {})
     assert faults == []
     assert config is not None
-    defaults = Config(coordinator=Coordinator("https://coordinator.example/api/v1", "env:MINER_AUTH"))
+    defaults = Config(
+        coordinator=Coordinator("https://coordinator.example/api/v1", "file:/etc/aitbc/miner/token")
+    )
     auto = msgspec.structs.replace(defaults.sandbox, mode="auto")
     assert config == msgspec.structs.replace(defaults, sandbox=auto)
     assert warnings == [

@@ -155,9 +155,7 @@ def test_no_cgroups_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(confinement, "find_mount", lambda: None)
     missing = find_cgroups(config("auto")).missing
     assert missing == ["there is no cgroup2 mount: jobs are held by process limits only"]
-    with pytest.raises(
-        ConfinementError, match=r"no cgroup2 mount; boot with systemd\.unified_cgroup"
-    ):
+    with pytest.raises(ConfinementError, match=r"no cgroup2 mount; boot with systemd\.unified_cgroup"):
         find_cgroups(config())
 
 

@@ -28,6 +28,7 @@ from aitbc_miner.control import (
     Files,
     JobRow,
     Jobs,
+    Later,
     Refusal,
     Reply,
     Request,
@@ -51,10 +52,13 @@ class Node:
         self.asked: list[Request] = []
         self.reply: Callable[[Request], Reply] = lambda request: (Done(f"did {request.verb}"), [])
         self.server = ControlServer(path, self._answer)
+        self.later: Later | None = None
+        self.waits = False
 
-    def _answer(self, request: Request) -> Reply:
+    def _answer(self, request: Request, later: Later) -> Reply | None:
         self.asked.append(request)
-        return self.reply(request)
+        self.later = later
+        return None if self.waits else self.reply(request)
 
     def turn(self, timeout_s: float = 0.0) -> int:
         """Serve what is ready, once; how many there were."""
@@ -139,9 +143,37 @@ def test_an_unknown_verb_is_refused_with_those_that_there_are(node: Node) -> Non
     answer, _ = answer_to(node, Request("x" * 1000))
     assert isinstance(answer, Refusal)
     assert answer.exit_code == EXIT_FAILURE
-    assert answer.message.endswith("not one of cancel, drain, job, jobs, logs, resume, slots, status")
+    assert answer.message.endswith("not one of cancel, drain, job, jobs, logs, reload, resume, slots, status")
     assert len(answer.message) < 200
     assert node.asked == []
+
+
+def test_an_answer_may_come_later(node: Node) -> None:
+    node.waits = True
+    with connect(node) as client:
+        client.sendall(frame(Request("reload")) + frame(Request("status")))
+        node.serve_until(lambda: node.later is not None)
+        node.turn()
+        assert node.clients == 1
+        assert node.later
+        node.later(Done("at last"))
+        node.serve_until(lambda: node.clients == 0)
+        client.settimeout(DEADLINE_S)
+        assert client.recv(4096)[HEADER:] == msgspec.json.encode(Done("at last"))
+    # Only the first request of a connection counts, however long its answer takes.
+    assert node.asked == [Request("reload")]
+
+
+def test_whoever_does_not_wait_for_a_late_answer_misses_it(node: Node) -> None:
+    node.waits = True
+    with connect(node) as client:
+        client.sendall(frame(Request("reload")))
+        node.serve_until(lambda: node.later is not None)
+    node.serve_until(lambda: node.clients == 0)
+    assert node.later
+    node.later(Done("to nobody"))
+    node.waits = False
+    assert answer_to(node, Request("status")) == (Done("did status"), [])
 
 
 def test_a_long_answer_arrives_whole(node: Node) -> None:
@@ -316,7 +348,7 @@ def test_the_socket_is_closed_to_others(node: Node) -> None:
 
 
 def serve(path: Path) -> ControlServer:
-    return ControlServer(path, lambda request: (Done("new"), []))
+    return ControlServer(path, lambda request, later: (Done("new"), []))
 
 
 def test_a_socket_that_nobody_listens_on_is_replaced(node: Node) -> None:

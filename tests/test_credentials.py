@@ -7,7 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner.credentials import Credential, CredentialError, parse_source, read_credential
+from aitbc_miner.credentials import (
+    Credential,
+    CredentialError,
+    credential_of_root,
+    parse_source,
+    read_credential,
+)
 
 TOKEN = "s3cr3t-t0ken"
 SOURCES = "must be env:NAME, file:/PATH or credential:NAME, never the token itself"
@@ -131,3 +137,13 @@ def test_pkcs11_is_for_later() -> None:
 
 def test_a_literal_token_is_refused_unseen() -> None:
     assert _refusal(TOKEN) == f"cannot read the credential: its source {SOURCES}"
+
+
+def test_only_what_root_alone_can_read_is_read_early(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("secret-token\n")
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path), "TOKEN": "other"}
+    early = credential_of_root("credential:token", environ)
+    assert early is not None
+    assert early.reveal() == "secret-token"
+    assert credential_of_root("credential:absent", environ) is None
+    assert credential_of_root("env:TOKEN", environ) is None

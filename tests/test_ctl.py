@@ -23,6 +23,7 @@ from aitbc_miner.control import (
     Files,
     JobRow,
     Jobs,
+    Later,
     Problem,
     Refusal,
     Reply,
@@ -46,7 +47,7 @@ class Desk:
         self.asked: list[Request] = []
         self.reply: Callable[[Request], Reply] = lambda _: (Done("done"), [])
 
-    def answer(self, request: Request) -> Reply:
+    def answer(self, request: Request, _later: Later) -> Reply:
         self.asked.append(request)
         return self.reply(request)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from aitbc_miner.config import Config, Coordinator, Workspace
-from aitbc_miner.control import Files, Refusal, Request, Status
+from aitbc_miner.control import Files, Later, Refusal, Reply, Request, Status
 from aitbc_miner.desk import DEATH_SHOWN_S, Desk
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobindex import JobIndex
@@ -26,10 +26,16 @@ class Site:
         config = Config(
             node_id="node-1", coordinator=Coordinator(base_url="", auth_token=""), workspace=Workspace(root)
         )
-        self.desk = Desk(config, self.index, {}, {}, [], lambda *_: False)
+        self.reloads: list[Later] = []
+        self.desk = Desk(config, self.index, {}, {}, [], lambda *_: False, self.reloads.append)
+
+    def ask(self, request: Request) -> Reply:
+        reply = self.desk.answer(request, lambda _: None)
+        assert reply is not None
+        return reply
 
     def problems(self) -> list[str]:
-        answer, _ = self.desk.answer(Request("status"))
+        answer, _ = self.ask(Request("status"))
         assert isinstance(answer, Status)
         return [problem.what for problem in answer.problems]
 
@@ -45,7 +51,7 @@ def open_descriptors() -> int:
 
 def test_the_records_that_are_there_come_along(site: Site) -> None:
     (site.job / "manifest.json").write_text("{}")
-    answer, fds = site.desk.answer(Request("job", "j1"))
+    answer, fds = site.ask(Request("job", "j1"))
     assert isinstance(answer, Files)
     assert answer.names == ["manifest.json"]
     assert [os.read(fd, 10) for fd in fds] == [b"{}"]
@@ -57,7 +63,7 @@ def test_a_link_in_place_of_a_record_is_refused_and_leaves_nothing_open(site: Si
     (site.job / "manifest.json").write_text("{}")
     (site.job / "state.json").symlink_to("/etc/shadow")
     before = open_descriptors()
-    answer, fds = site.desk.answer(Request("job", "j1"))
+    answer, fds = site.ask(Request("job", "j1"))
     assert isinstance(answer, Refusal)
     assert answer.message.startswith("cannot open the record of job j1: Too many levels of symbolic links; ")
     assert str(site.job) in answer.message
@@ -70,7 +76,7 @@ def test_refusals_say_what_could_not_be_done_and_what_to_do(site: Site) -> None:
         (Request("job", "j2"), "cannot job: no job"),
         (Request("cancel", "j1"), "cannot c"),
     ):
-        answer, _ = site.desk.answer(request)
+        answer, _ = site.ask(request)
         assert isinstance(answer, Refusal)
         assert answer.message.startswith(what)
         assert "; see `aitbc-minerctl job" in answer.message
@@ -96,3 +102,11 @@ def test_only_what_ended_is_counted(site: Site) -> None:
     assert site.index.update(JobUpdate("j2", State.UPLOADING, code=ErrorCode.E_INPUT))
     assert not site.index.update(JobUpdate("j2", State.FAILED, code=ErrorCode.E_INPUT))
     assert dict(site.index.finished) == {"E_INPUT": 1}
+
+
+def test_a_reload_is_answered_when_it_is_done(site: Site) -> None:
+    def later(answer: object) -> None:
+        raise AssertionError(answer)
+
+    assert site.desk.answer(Request("reload"), later) is None
+    assert site.reloads == [later]

@@ -23,7 +23,9 @@ LAYERS: list[dict[str, set[str]]] = [
     {"the node": {"node"}},
     {"what it requires": {"checks", "doctor", "confinement"}},
     {
-        "supervisor": {"supervisor", "slots", "children", "desk", "jobindex", "orphans"},
+        "supervisor": {
+            *("supervisor", "slotset", "slots", "children", "desk", "jobindex", "orphans", "reloading"),
+        },
         "worker": {"worker", "jobrun", "execution", "causes", "workspace"},
         "agent": {"agent", "intake", "progress", "delivery", "recovery", "nodetoken"},
         "heartbeat": {"heartbeat", "registration"},
@@ -37,11 +39,16 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "jobs": {"jobs", "records", "messages", "slot", "placing"},
+    },
+    {
         "configuration": {"config", "credentials", "slotspec", "allowlist"},
         "discovery": {"probe", "gpu", "privileges"},
         "channel": {"channel"},
     },
-    {"cgroup": {"cgroup", "cgrouplimits", "delegation", "slotgroup"}},
+    {
+        "cgroup": {"cgroup", "cgrouplimits", "delegation", "slotgroup"},
+        "the machine": {"topology", "layout", "fitting"},
+    },
     {"util": {"util"}},
     {"errors": {"errors", ""}},
 ]

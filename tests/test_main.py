@@ -137,7 +137,7 @@ def test_run_gives_the_node_its_configuration_and_its_exit_status(
 ) -> None:
     given: list[tuple[Config, list[str]]] = []
 
-    def run_node(config: Config, warnings: list[str]) -> int:
+    def run_node(path: Path, config: Config, warnings: list[str]) -> int:
         given.append((config, warnings))
         return 7
 

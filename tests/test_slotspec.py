@@ -1,5 +1,6 @@
 """slots.d: reading, comparing with the machine, and the derived layout."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,17 +8,24 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
+from aitbc_miner.checks import Checker
+from aitbc_miner.config import load_config
+from aitbc_miner.gpu import GpuList
 from aitbc_miner.slotspec import (
     IoNice,
-    MachineFacts,
     SlotFile,
+    SlotKeys,
     SlotSpec,
     check_slots,
     derive_slots,
+    lay_out,
     read_slots,
     to_yaml,
 )
+from aitbc_miner.topology import MachineFacts, NumaNode
+from aitbc_miner.util.units import AUTO
 from aitbc_miner.util.yamldoc import Fault, decode_text
 
 G = 1 << 30
@@ -27,7 +35,8 @@ SAMPLE = Path(__file__).parent.parent / "etc" / "slots.d" / "slots.yaml.sample"
 def read(text: str) -> tuple[list[SlotSpec] | None, list[str]]:
     faults: list[Fault] = []
     file = decode_text(text, SlotFile, faults, file="s.yaml")
-    return file.slots if file else None, [str(fault).removeprefix("s.yaml") for fault in faults]
+    specs = [SlotSpec(**msgspec.structs.asdict(keys)) for keys in file.slots] if file else None
+    return specs, [str(fault).removeprefix("s.yaml") for fault in faults]
 
 
 def one(**keys: Any) -> tuple[list[SlotSpec] | None, list[str]]:
@@ -56,7 +65,7 @@ def test_the_sample_shows_every_key() -> None:
             max_runtime_s=7200.0,
         )
     ]
-    for field in msgspec.structs.fields(SlotSpec):
+    for field in msgspec.structs.fields(SlotKeys):
         assert f" {field.name}:" in SAMPLE.read_text()
 
 
@@ -79,7 +88,10 @@ def test_defaults() -> None:
         ({"gpu": 0}, "gpu: a slot of kind cpu has no GPU; remove this key or use kind: gpu"),
         (
             {"cpus": "3-1"},
-            "cpus: is '3-1'; must be a list of CPU numbers up to 9999 and ranges of them, such as \"0-3,5\"",
+            (
+                "cpus: is '3-1'; must be a list of CPU numbers up to 9999 and ranges of them, such as "
+                '"0-3,5"; or auto, and the node chooses'
+            ),
         ),
         (
             {"cpu_max": 4},
@@ -126,6 +138,12 @@ def test_bad_slots(keys: dict[str, Any], fault: str) -> None:
     assert [shown.split(": slots[0].")[1] for shown in faults] == [fault]
 
 
+def test_memory_nodes_are_no_key() -> None:
+    specs, faults = one(mems=0)
+    assert specs is None
+    assert "mems: unknown key" in faults[0]
+
+
 def test_a_directory(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("slots: [{name: two, kind: cpu}]")
     (tmp_path / "a.yaml").write_text("slots: [{name: one, kind: cpu}]")
@@ -164,7 +182,7 @@ MACHINE = MachineFacts(cpus=(0, 1, 2, 3), memory_bytes=16 * G, gpu_ids=[("0", "G
 def test_slots_that_fit_the_machine() -> None:
     specs = [
         SlotSpec(name="g", kind="gpu", gpu="GPU-a", cpus=(0, 1), memory_max=8 * G),
-        SlotSpec(name="h", kind="gpu", gpu=1, cpus=(2,), memory_max=8 * G),
+        SlotSpec(name="h", kind="gpu", gpu=1, cpus=(2,), memory_max=7 * G),
         SlotSpec(name="c", kind="cpu", cpus=(3,)),
     ]
     assert check_slots(specs, MACHINE) == ([], [])
@@ -189,6 +207,247 @@ def test_slots_that_do_not() -> None:
     assert warnings == [
         "slots a, c share the CPUs 0; their jobs slow each other down",
         "slots a, b, c share the CPUs 1; their jobs slow each other down",
+    ]
+
+
+MISFITS: list[tuple[dict[str, Any], str]] = [
+    ({"cpus": (0, 4)}, "cpus: CPU 4 is offline; chcpu -e 4, or use some of 0-3"),
+    (
+        {"cpus": (1, 5)},
+        "cpus: CPU 5 is not allowed to this process; use some of 0-3, or widen AllowedCPUs= of the service "
+        "or the cpuset of the container",
+    ),
+    ({"cpus": (6,)}, "cpus: there is no CPU 6; this machine has 0-5"),
+    (
+        {"rlimits": {"nofile": 2000}},
+        "rlimits.nofile: 2000 is more than the kernel allows (1024); lower it, or "
+        "raise the sysctl fs.nr_open",
+    ),
+    (
+        {"io_max": {"/no/such": {"wbps": 1}}},
+        "io_max['/no/such']: cannot find the disk of /no/such: No such file or directory; name a directory "
+        "or a device that is there and on one disk",
+    ),
+    (
+        {"io_max": {"/proc": {"wbps": 1}}},
+        "io_max['/proc']: cannot find the disk of /proc: its file system is not on one disk; name the device "
+        "instead; name a directory or a device that is there and on one disk",
+    ),
+    (
+        {"kind": "gpu", "gpu": "GPU-m"},
+        "gpu: GPU GPU-m is divided into MIG instances; name one of them: MIG-1, MIG-2",
+    ),
+]
+DOUBTS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"cpus": (0, 1), "cpu_max": 300},
+        "cpu_max: 300% is never reached: this slot has 2 CPUs; lower it to 200%",
+    ),
+    ({"cpu_max": 500}, "cpu_max: 500% is never reached: this slot has 4 CPUs; lower it to 400%"),
+    (
+        {"swap_max": 2 * G},
+        "swap_max: 2G is more than the 1024M of swap of this machine; lower it, or add swap",
+    ),
+    (
+        {"pids_max": 40_000},
+        "pids_max: 40000 is more than this machine can have (32768); lower it, or raise the sysctl "
+        "kernel.pid_max",
+    ),
+    (
+        {"memory_max": 16 * G - 1},
+        "memory_max: the slots together may use 16383M, but this machine has 16384M, which leaves too little "
+        "to the system; lower memory_max",
+    ),
+]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> MachineFacts:
+    return MachineFacts(
+        cpus=(0, 1, 2, 3),
+        memory_bytes=16 * G,
+        offline=(4,),
+        barred=(5,),
+        gpu_parts={"GPU-m": ("MIG-1", "MIG-2")},
+        swap_bytes=G,
+        pid_max=32768,
+        nr_open=1024,
+        sysfs=tmp_path,
+    )
+
+
+@pytest.mark.parametrize(("keys", "message"), MISFITS)
+def test_what_does_not_fit(small: MachineFacts, keys: dict[str, Any], message: str) -> None:
+    faults, warnings = check_slots([SlotSpec(**{"name": "a", "kind": "cpu"} | keys)], small)
+    assert list(map(str, faults)) == [f"slot a: {message}"]
+    assert warnings == []
+
+
+@pytest.mark.parametrize(("keys", "message"), DOUBTS)
+def test_what_is_possible_but_hardly_meant(small: MachineFacts, keys: dict[str, Any], message: str) -> None:
+    assert check_slots([SlotSpec(name="a", kind="cpu", **keys)], small) == ([], [f"slot a: {message}"])
+
+
+def disk_below(path: Path) -> None:
+    number = path.stat().st_dev
+    device = path / "dev/block" / f"{os.major(number)}:{os.minor(number)}"
+    device.mkdir(parents=True)
+    (device / "dev").write_text("8:0\n")
+
+
+def test_one_disk_by_two_paths(small: MachineFacts, tmp_path: Path) -> None:
+    disk_below(tmp_path)
+    paths = [str(tmp_path), str(tmp_path / "dev")]
+    spec = SlotSpec(name="a", kind="cpu", io_max={path: {"wbps": 1} for path in paths})
+    faults, _ = check_slots([spec], small)
+    assert [fault.message for fault in faults] == [
+        f"{paths[1]} is on the same disk as {paths[0]}; limit that disk once"
+    ]
+
+
+def test_a_slot_whose_runners_are_off(tmp_path: Path) -> None:
+    (tmp_path / "slots.d").mkdir()
+    (tmp_path / "slots.d" / "a.yaml").write_text(
+        "slots:\n- {name: a, kind: cpu, runners: [python]}\n- {name: b, kind: cpu}\n"
+    )
+    keys = {
+        "coordinator": {"base_url": "http://127.0.0.1:9/api", "auth_token": "env:MINER_AUTH"},
+        "runners": {"python": {"enable": False}},
+        "slots_dir": str(tmp_path / "slots.d"),
+        "workspace": {"root": str(tmp_path)},
+        **{section: {"mode": "auto"} for section in ("privileges", "sandbox", "cgroup")},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_bytes(msgspec.yaml.encode(keys))
+    config, _, _ = load_config(path, {})
+    assert config
+    checker = Checker(path, config, {}, GpuList(missing=True))
+    checker.check()
+    assert [warning for warning in checker.warnings if warning.startswith("slot ")] == [
+        "slot a can take no job: runners.python.enable is false"
+    ]
+
+
+def test_what_is_just_within_the_limits(small: MachineFacts, tmp_path: Path) -> None:
+    disk_below(tmp_path)
+    spec = SlotSpec(
+        name="a",
+        kind="cpu",
+        cpus=(0, 1, 2, 3),
+        cpu_max=400,
+        memory_max=16 * G - (512 << 20),
+        swap_max=G,
+        pids_max=32768,
+        io_max={str(tmp_path): {"wbps": 1}},
+        rlimits={"nofile": 1024},
+    )
+    assert check_slots([spec], small) == ([], [])
+
+
+def test_what_is_unknown_is_not_checked() -> None:
+    spec = SlotSpec(
+        name="a",
+        kind="cpu",
+        swap_max=1 << 60,
+        pids_max=4_194_304,
+        io_max={"/no/such": {"wbps": 1}},
+        rlimits={"nofile": 1 << 40},
+    )
+    assert check_slots([spec], MACHINE) == ([], [])
+
+
+def test_faults_point_into_nested_keys(small: MachineFacts, tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(
+        "slots:\n- name: a\n  kind: cpu\n  rlimits:\n    core: 0\n    nofile: 1025\n"
+        "  io_max:\n    /no/such:\n      wbps: 1M\n  pids_max: 32769\n"
+    )
+    specs = read_slots(tmp_path, [])
+    faults, warnings = check_slots(specs, small, tmp_path)
+    path = tmp_path / "a.yaml"
+    assert [str(fault).partition(" ")[0] for fault in [*faults, *warnings]] == [
+        f"{path}:6:",
+        f"{path}:9:",
+        f"{path}:10:",
+    ]
+
+
+def auto(name: str, **keys: Any) -> SlotSpec:
+    return SlotSpec(**{"name": name, "kind": "cpu", "cpus": AUTO} | keys)
+
+
+def test_auto_is_read_laid_out_and_written() -> None:
+    specs, faults = one(cpus="auto")
+    assert faults == []
+    assert specs == [auto("a")]
+    assert read(to_yaml(specs)) == (specs, [])
+    assert lay_out(specs, MACHINE, []) == [SlotSpec(name="a", kind="cpu", cpus=(0, 1, 2, 3))]
+
+
+def test_auto_takes_what_no_slot_names() -> None:
+    specs = [
+        auto("a", cpu_max=150),
+        SlotSpec(name="b", kind="cpu", cpus=(1,)),
+        auto("c"),
+        SlotSpec(name="d", kind="cpu"),
+    ]
+    faults: list[Fault] = []
+    laid = lay_out(specs, MACHINE, faults)
+    assert faults == []
+    assert [spec.cpus for spec in laid] == [(0, 2), (1,), (3,), None]
+    assert [replace(spec, cpus=old.cpus) for spec, old in zip(laid, specs, strict=True)] == specs
+
+
+def test_auto_where_nothing_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "slots:\n- {name: a, kind: cpu, cpus: 0-2}\n- {name: b, kind: cpu, cpus: auto}\n"
+        "- name: c\n  kind: cpu\n  cpus: auto\n"
+    )
+    faults: list[Fault] = []
+    laid = lay_out(read_slots(tmp_path, faults), MACHINE, faults, tmp_path)
+    assert [spec.cpus for spec in laid] == [(0, 1, 2), (3,), AUTO]
+    assert list(map(str, faults)) == [
+        f"{path}:6: slots[2].cpus: no CPU is left for auto: this node may use 0-3, slots name 0-2, and "
+        "2 slots are auto; name fewer CPUs, or remove a slot"
+    ]
+
+
+TWO_NODES = MachineFacts(
+    cpus=tuple(range(8)),
+    memory_bytes=32 * G,
+    gpu_ids=[("GPU-a", "0"), ("GPU-b", "1")],
+    nodes=(NumaNode(0, (0, 1, 2, 3), 16 * G), NumaNode(1, (4, 5, 6, 7), 16 * G)),
+    gpu_nodes={"GPU-a": 1, "0": 1, "GPU-b": 0, "1": 0},
+)
+
+
+def test_a_gpu_slot_is_near_its_gpu_and_its_memory() -> None:
+    specs = [
+        auto("c", memory_max=7 * G),
+        auto("g", kind="gpu", gpu=0, cpu_max=200, memory_max=7 * G),
+        auto("h", kind="gpu", gpu="GPU-b", memory_max=8 * G),
+    ]
+    laid = lay_out(specs, TWO_NODES, [])
+    assert [spec.cpus for spec in laid] == [(6, 7), (4, 5), (0, 1, 2, 3)]
+    assert [spec.mems for spec in laid] == [(1,), (1,), (0,)]
+    assert "mems" not in to_yaml(laid)
+
+
+def test_a_derived_layout_goes_along_the_nodes() -> None:
+    specs = derive_slots(TWO_NODES)
+    assert [(spec.name, spec.cpus, spec.mems) for spec in specs] == [
+        ("gpu0", (4, 5), (1,)),
+        ("gpu1", (0, 1), (0,)),
+        ("cpu0", (2, 3), (0,)),
+        ("cpu1", (6, 7), (1,)),
+    ]
+
+
+def test_a_derived_layout_splits_no_core() -> None:
+    cores = tuple((i, i + 4) for i in range(4))
+    assert [spec.cpus for spec in derive_slots(MachineFacts(tuple(range(8)), 16 * G, cores=cores))] == [
+        (0, 1, 4, 5),
+        (2, 3, 6, 7),
     ]
 
 
@@ -243,7 +502,9 @@ SPECS = st.builds(
     name=st.from_regex(r"[a-z0-9][a-z0-9_-]{0,31}", fullmatch=True),
     kind=st.just("gpu"),
     gpu=st.integers(0, 255) | st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,20}", fullmatch=True),
-    cpus=st.none() | st.sets(st.integers(0, 99), min_size=1).map(lambda cpus: tuple(sorted(cpus))),
+    cpus=st.none()
+    | st.just(AUTO)
+    | st.sets(st.integers(0, 99), min_size=1).map(lambda cpus: tuple(sorted(cpus))),
     cpu_max=st.none() | st.integers(1, 9999),
     cpu_weight=st.none() | st.integers(1, 10_000),
     memory_max=st.none() | sizes,

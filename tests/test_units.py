@@ -118,6 +118,14 @@ def test_cpu_lists_refused(text: object) -> None:
         units.parse_cpus(text)
 
 
+def test_a_choice_of_cpus_may_be_left_to_the_node() -> None:
+    assert units.parse_cpu_choice("auto") == units.AUTO
+    assert units.parse_cpu_choice("1-2") == (1, 2)
+    assert units.format_cpus(units.AUTO) == ""
+    with pytest.raises(ValueError, match=r'such as "0-3,5"; or auto, and the node chooses'):
+        units.parse_cpu_choice("automatic")
+
+
 @given(st.sets(st.integers(0, 9999), min_size=1))
 def test_cpu_lists_read_back(cpus: set[int]) -> None:
     assert units.parse_cpus(units.format_cpus(cpus)) == tuple(sorted(cpus))
@@ -141,7 +149,8 @@ def test_the_types_travel_in_messages_as_plain_values() -> None:
 
 @given(st.text() | st.integers() | st.floats() | st.none() | st.booleans())
 @pytest.mark.parametrize(
-    "parse", [units.parse_size, units.parse_duration, units.parse_percent, units.parse_cpus]
+    "parse",
+    [units.parse_size, units.parse_duration, units.parse_percent, units.parse_cpus, units.parse_cpu_choice],
 )
 def test_nothing_but_value_error_ever(parse: Callable[[object], object], value: object) -> None:
     try:

@@ -15,6 +15,8 @@ from aitbc_miner.util.yamldoc import Parse
 
 _SIZE = re.compile(r"(\d{1,19}(?:\.\d{1,6})?)\s*(?:([KMGTP])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}
+AUTO: tuple[int, ...] = ()
+"""The CPUs of who leaves the choice to the node: none yet."""
 _MAX_SIZE = (1 << 63) - 1
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*(s|m|h|d|w)?", re.ASCII)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
@@ -77,6 +79,14 @@ def parse_cpus(value: object) -> tuple[int, ...]:
     return tuple(sorted(cpus))
 
 
+def parse_cpu_choice(value: object) -> tuple[int, ...]:
+    """Return the CPUs of a list, or AUTO for "auto"."""
+    try:
+        return AUTO if value == "auto" else parse_cpus(value)
+    except ValueError as error:
+        raise ValueError(f"{error}; or auto, and the node chooses") from None
+
+
 def format_cpus(cpus: Iterable[int]) -> str:
     """Write CPU numbers as the kernel does: ranges joined by commas, "0-3,5"."""
     ranges: list[list[int]] = []
@@ -97,5 +107,5 @@ Duration = Annotated[float, Parse(parse_duration)]
 Percent = Annotated[int, Parse(parse_percent)]
 """Hundredths of one CPU."""
 
-CpuList = Annotated[tuple[int, ...], Parse(parse_cpus)]
-"""CPU numbers, sorted; `format_cpus` writes them back."""
+CpuList = Annotated[tuple[int, ...], Parse(parse_cpu_choice)]
+"""CPU numbers, sorted; `format_cpus` writes them back. Or AUTO."""

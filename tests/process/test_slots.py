@@ -9,7 +9,7 @@ from msgspec.structs import replace
 from aitbc_miner.jobs import State
 from aitbc_miner.messages import Offer
 from aitbc_miner.slot import Adopt, Cancel, SlotState, Tick, Timing
-from aitbc_miner.slots import Outcomes, RunningSlot
+from aitbc_miner.slots import Outcomes, RunningSlot, SlotPlan
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.util.system import process_start
 
@@ -21,10 +21,9 @@ def test_an_adopted_worker_that_does_not_obey_is_killed() -> None:
         return
 
     offer = Offer("cpu0", "cpu", 1, 1024)
-    outcomes = Outcomes(nothing, nothing, nothing, nothing)
-    slot = RunningSlot(
-        SlotSpec("cpu0", "cpu"), offer, None, lambda: pytest.fail("no worker wanted"), outcomes
-    )
+    outcomes = Outcomes(nothing, nothing, nothing, nothing, nothing)
+    plan = SlotPlan(SlotSpec("cpu0", "cpu"), offer, None, lambda: pytest.fail("no worker wanted"), nothing)
+    slot = RunningSlot(plan, outcomes)
     slot.rules = replace(slot.rules, timing=Timing(cancel_timeout=0.0))
     # The signal that asks a worker to end its job is ignored here, and the ignoring survives the exec.
     command = ["sh", "-c", "trap '' USR1; echo; exec sleep 600"]

@@ -24,7 +24,7 @@ import pytest
 from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Usage
-from aitbc_miner.spawn import Job, become_subreaper, spawn
+from aitbc_miner.spawn import JOB_OOM_SCORE, Job, become_subreaper, spawn
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.limits import ProcessLimits
 
@@ -372,6 +372,18 @@ def test_another_user_with_that_group_alone() -> None:
     assert status["Gid"].split() == [str(GID)] * 4
     assert status["Groups"].split() == []
     assert {int(status[name], 16) for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {0}
+
+
+@pytest.mark.parametrize(("of_worker", "of_job"), [(0, JOB_OOM_SCORE), (777, 777)])
+def test_the_kernel_takes_jobs_first_when_memory_runs_out(of_worker: int, of_job: int) -> None:
+    assert in_worker(scored, of_worker) == f"{of_job}\n"
+
+
+def scored(own: int) -> str:
+    """Start a program from a worker with this score, and give the program's own."""
+    Path("/proc/self/oom_score_adj").write_text(str(own))
+    user = (UID, GID) if ROOT else None
+    return run(["/bin/cat", "/proc/self/oom_score_adj"], None, {"user": user}).out
 
 
 def test_a_user_without_a_group_is_a_mistake_of_the_caller() -> None:

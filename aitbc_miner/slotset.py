@@ -1,0 +1,159 @@
+"""The slots of a running node: which there are, which job goes where, what becomes of jobs that are found."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.messages import FoundJob, Ticket
+from aitbc_miner.orphans import WorkerBook, end_worker
+from aitbc_miner.placing import place
+from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Event, Slot, SlotState, Tick, Unretire
+from aitbc_miner.slots import Outcomes, RunningSlot, SlotPlan
+from aitbc_miner.util.log import events
+
+HOLDING = frozenset({SlotState.BUSY, SlotState.CANCELLING, SlotState.ADOPTED})
+
+
+class Changes:
+    """What a new layout means for the slots, for the operator."""
+
+    def __init__(self) -> None:
+        self.said: dict[str, list[str]] = {}
+
+    def note(self, kind: str, slot: str) -> None:
+        """Add a slot to those of one kind of change."""
+        self.said.setdefault(kind, []).append(slot)
+
+    def __str__(self) -> str:
+        return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in self.said.items()) or "no change"
+
+
+class SlotSet:
+    """All slots by their names, and the jobs that wait for one.
+
+    `stray` plans a slot that is not wanted any more, and in which a worker of an earlier run has a job.
+    """
+
+    def __init__(self, book: WorkerBook, stray: Callable[[str], SlotPlan], outcomes: Outcomes) -> None:
+        self._book = book
+        self._stray = stray
+        self._outcomes = outcomes
+        self._log = events("supervisor")
+        self.slots: dict[str, RunningSlot] = {}
+        self.queue: dict[str, Ticket] = {}
+
+    def __iter__(self) -> Iterator[RunningSlot]:
+        return iter(list(self.slots.values()))
+
+    @property
+    def rules(self) -> list[Slot]:
+        """The state of each slot."""
+        return [slot.rules for slot in self]
+
+    @property
+    def holding(self) -> list[RunningSlot]:
+        """The slots that have a job."""
+        return [slot for slot in self if slot.rules.state in HOLDING]
+
+    @property
+    def workers(self) -> set[int]:
+        """The pids of our own workers."""
+        return {slot.child.pid for slot in self if slot.child}
+
+    def of(self, job_id: str) -> RunningSlot | None:
+        """Give the slot that has a job."""
+        return next((slot for slot in self if slot.rules.job_id == job_id), None)
+
+    def feed(self, event: Event) -> None:
+        """Tell all slots of something."""
+        for slot in self:
+            slot.feed(event)
+
+    # --- the layout ----------------------------------------------------------------------------------------
+
+    def lay_out(self, plans: Sequence[SlotPlan]) -> Changes:
+        """Make the slots what the operator wants, without touching a job."""
+        changes = Changes()
+        for plan in plans:
+            name = plan.spec.name
+            slot = self.slots.get(name)
+            if slot is None:
+                self.slots[name] = RunningSlot(plan, self._outcomes)
+                changes.note("added", name)
+            elif slot.change(plan):
+                changes.note("changed", name)
+            if slot is not None and slot.rules.retiring:
+                slot.feed(Unretire())
+                changes.note("kept after all", name)
+        for name in self.slots.keys() - {plan.spec.name for plan in plans}:
+            slot = self.slots[name]
+            if not slot.rules.retiring:
+                changes.note("removed after its job" if slot.rules.job_id else "removed", name)
+                slot.stop()
+        return changes
+
+    def begin(self) -> None:
+        """Start the slots that have not been."""
+        self.feed(Begin())
+
+    def tick(self) -> None:
+        """Let time pass for each slot; those that are to go and are empty, go."""
+        self.feed(Tick())
+        for name, slot in list(self.slots.items()):
+            if slot.rules.retiring and slot.rules.state is SlotState.STOPPED and slot.child is None:
+                self._remove(name, slot)
+
+    def _remove(self, name: str, slot: RunningSlot) -> None:
+        try:
+            if slot.plan.group:
+                Group(slot.plan.group).remove(timeout_s=0)
+        except CgroupError as error:
+            # Something dies slowly; there is a next tick.
+            self._log.debug("group of a removed slot stays", error=str(error))
+            return
+        del self.slots[name]
+        self._log.info("slot removed", slot=name)
+
+    # --- jobs ----------------------------------------------------------------------------------------------
+
+    def enqueue(self, ticket: Ticket) -> bool:
+        """Take in a job that wants a slot; False when it has one."""
+        if self.of(ticket.job_id) is not None:
+            return False
+        self.queue[ticket.job_id] = ticket
+        return True
+
+    def place(self) -> None:
+        """Give waiting jobs to free slots that fit."""
+        if not self.queue:
+            return
+        free = [slot.plan.offer for slot in self if slot.free]
+        for ticket, offer in place(list(self.queue.values()), free):
+            del self.queue[ticket.job_id]
+            self.slots[offer.name].feed(Assign(ticket.job_id))
+
+    def take_up(self, job: FoundJob, adopted: Callable[[FoundJob, str], None]) -> None:
+        """Decide what becomes of a job that was started and has no outcome; `adopted` if its worker lives."""
+        if self.of(job.job_id) is not None or job.worker_pid in self.workers:
+            # It is running, or was when the agent looked and has ended since, of which the agent was told.
+            return
+        pid, start = job.worker_pid, job.worker_start
+        if pid and start and self._book.knows(job.slot, pid, start):
+            name = job.slot or ""
+            wanted = name in self.slots
+            slot = self.slots[name] if wanted else RunningSlot(self._stray(name), self._outcomes)
+            if slot.rules.state is SlotState.STOPPED and slot.adopt(pid, start):
+                self.slots[name] = slot
+                slot.feed(Adopt(job.job_id, job.state, job.deadline))
+                adopted(job, name)
+                if not wanted:
+                    slot.stop()
+                return
+            end_worker(pid, start)
+        self._outcomes.settle(job.job_id, "the miner was restarted and found no worker with the job")
+
+    def cancel(self, job_id: str, event: Cancel) -> bool:
+        """End a job that is in a slot; False when it is in none."""
+        slot = self.of(job_id)
+        if slot is not None:
+            slot.feed(event)
+        return slot is not None
