@@ -73,7 +73,8 @@ def run_node(path: Path, config: Config, warnings: list[str]) -> int:
         supervisor = Supervisor(node.parts(), Notifier(os.environ))
     except (MinerError, OSError) as error:
         events.error("cannot start", error=str(error))
-        return EXIT_CONFIG
+        # What only the operator can mend is not tried again; a full disk may be better in a moment.
+        return EXIT_CONFIG if isinstance(error, MinerError) else EXIT_FAILURE
     events.info("started", pid=os.getpid(), root=str(config.workspace.root))
     try:
         supervisor.run()

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from aitbc_miner.cgroup import CgroupError, Group
-from aitbc_miner.messages import FoundJob, Ticket
+from aitbc_miner.messages import FoundJob, Stop, Ticket
 from aitbc_miner.orphans import WorkerBook, end_worker
 from aitbc_miner.placing import place
-from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Event, Slot, SlotState, Tick, Unretire
+from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Event, Retire, Slot, SlotState, Tick, Unretire
 from aitbc_miner.slots import Outcomes, RunningSlot, SlotPlan
 from aitbc_miner.util.log import events
 
@@ -88,7 +88,8 @@ class SlotSet:
             slot = self.slots[name]
             if not slot.rules.retiring:
                 changes.note("removed after its job" if slot.rules.job_id else "removed", name)
-                slot.stop()
+                # Its worker is told to end only when it has no job: until then the slot may be wanted again.
+                slot.feed(Retire())
         return changes
 
     def begin(self) -> None:
@@ -99,7 +100,11 @@ class SlotSet:
         """Let time pass for each slot; those that are to go and are empty, go."""
         self.feed(Tick())
         for name, slot in list(self.slots.items()):
-            if slot.rules.retiring and slot.rules.state is SlotState.STOPPED and slot.child is None:
+            if not slot.rules.retiring or slot.rules.state is not SlotState.STOPPED:
+                continue
+            if slot.child:
+                slot.child.send(Stop())
+            else:
                 self._remove(name, slot)
 
     def _remove(self, name: str, slot: RunningSlot) -> None:
@@ -146,7 +151,7 @@ class SlotSet:
                 slot.feed(Adopt(job.job_id, job.state, job.deadline))
                 adopted(job, name)
                 if not wanted:
-                    slot.stop()
+                    slot.feed(Retire())
                 return
             end_worker(pid, start)
         self._outcomes.settle(job.job_id, "the miner was restarted and found no worker with the job")

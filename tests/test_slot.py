@@ -25,6 +25,7 @@ from aitbc_miner.slot import (
     KillWorker,
     Ready,
     Retire,
+    Retry,
     Send,
     Settle,
     Slot,
@@ -34,6 +35,7 @@ from aitbc_miner.slot import (
     TerminateAdopted,
     Tick,
     Timing,
+    Unretire,
     Unusable,
     step,
     transition,
@@ -221,6 +223,37 @@ def test_a_slot_that_is_retired_with_a_job_ends_after_it() -> None:
     assert (last.state, actions) == (S.STOPPED, [KillJob(), Settle("j9", "the worker of slot cpu0 ended")])
 
 
+def test_a_slot_that_is_wanted_again_goes_on_or_begins_anew() -> None:
+    slot = play(busy(), Retire(), Unretire(), Ended("j1"))[0]
+    assert (slot.state, slot.retiring) == (S.IDLE, False)
+    slot, actions = play(started(), Retire(), Unretire(), Begin())
+    assert slot.state is S.STARTING
+    assert actions == [SpawnWorker()]
+
+
+def test_what_may_have_been_mended_is_tried_at_once() -> None:
+    slot = play(Slot("cpu0"), Begin(), Unusable("no GPU"))[0]
+    assert play(slot, Tick(), at=1.0)[1] == []
+    assert play(slot, Retry(), Tick(), at=1.0)[1] == [SpawnWorker()]
+    # One that works is not disturbed by it.
+    assert play(busy(), Retry(), Tick(), at=1.0)[1] == []
+
+
+def test_a_slot_says_what_survives_in_it() -> None:
+    slot = play(busy(), Ended("j1", clean=False, remains="the process 12 (disk-sleep) could not be killed"))[
+        0
+    ]
+    assert (slot.state, slot.reason) == (S.QUARANTINED, "the process 12 (disk-sleep) could not be killed")
+
+
+def test_what_an_adopted_worker_leaves_running_past_its_deadline_is_ended() -> None:
+    slot = play(Slot("cpu0"), Adopt("j1", State.RUNNING, deadline=100.0))[0]
+    late = 100.0 + slot.timing.cancel_timeout
+    assert play(slot, Tick(), at=late)[1] == []
+    # The worker itself is left: it may be reading what a job made that has long ended.
+    assert play(slot, Tick(), at=late + 1)[1] == [KillJob()]
+
+
 def test_an_adopted_worker_that_does_not_obey_is_killed() -> None:
     slot = play(Slot("cpu0"), Adopt("j9", State.RUNNING))[0]
     assert play(slot, Tick(), at=1e6)[1] == []
@@ -283,8 +316,10 @@ EVENTS = st.one_of(
     st.builds(Cancel, st.sampled_from(["cancel", "shutdown"]), st.sampled_from(["", "why"])),
     st.builds(Ended, JOBS, st.booleans()),
     st.builds(Died, st.just("died")),
-    st.builds(Adopt, JOBS, st.sampled_from(State)),
+    st.builds(Adopt, JOBS, st.sampled_from(State), st.none() | st.floats(0, 1e4)),
     st.builds(Retire),
+    st.builds(Unretire),
+    st.builds(Retry),
     st.builds(Tick),
 )
 HISTORIES = st.lists(st.tuples(EVENTS, st.floats(0, 1000)), max_size=60)
@@ -345,7 +380,8 @@ def test_whatever_has_happened_a_slot_that_is_not_retired_comes_back_to_work(
         slot, _ = step(slot, event, now)
     # Its worker's death, long waiting, and a worker that gets ready are all it takes from anywhere.
     retired = slot.retiring
-    assert retired == any(isinstance(event, Retire) for event, _ in history)
+    said = [event for event, _ in history if isinstance(event, Retire | Unretire)]
+    assert retired == (bool(said) and isinstance(said[-1], Retire))
     slot = play(slot, Died("died"), at=now)[0]
     slot = play(slot, Begin(), Tick(), Ready(), Assign("last"), at=now + slot.timing.quarantine_max)[0]
     assert (slot.state, slot.job_id) == ((S.STOPPED, None) if retired else (S.BUSY, "last"))

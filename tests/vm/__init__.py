@@ -1,0 +1,1 @@
+"""Tests of the installed node in a real Debian with systemd; run by `tools/vm test`, as root."""

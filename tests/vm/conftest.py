@@ -1,0 +1,76 @@
+"""The node installed once, and a machine that is as it was after each test."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tools.mock_coordinator import MockCoordinator
+from vm.machine import CURRENT, MAIN, SLOTS, Machine, install, run
+
+Count = Callable[[int, int], int]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add what makes a campaign long."""
+    parser.addoption("--full", action="store_true", help="as often as it takes to be sure, which takes hours")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have the installer's tests go first: they begin with a machine that has never seen the miner."""
+    items.sort(key=lambda item: item.path.name != "test_install.py")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Keep what the units said of a test that failed."""
+    report = yield
+    if report.when == "call" and report.failed:  # type: ignore[attr-defined]
+        text = run("journalctl", "--no-pager", "-o", "short-monotonic", "-u", MAIN, "-u", SLOTS, check=False)
+        (reports_directory() / f"{item.name}.journal.txt").write_text(text)
+    return report
+
+
+def reports_directory() -> Path:
+    """Give where files go that are to outlive the machine."""
+    return Path(os.environ["AITBC_REPORTS"])
+
+
+@pytest.fixture
+def reports() -> Path:
+    """Give the directory for files that are to outlive the machine."""
+    return reports_directory()
+
+
+@pytest.fixture
+def count(request: pytest.FixtureRequest) -> Count:
+    """Give a chooser of how often: `count(small, full)`."""
+    return lambda small, full: full if request.config.getoption("--full") else small
+
+
+@pytest.fixture
+def installed() -> None:
+    """Have the node installed, not started."""
+    if not CURRENT.exists():
+        install("--no-start")
+
+
+@pytest.fixture
+def coordinator(tmp_path: Path) -> Iterator[MockCoordinator]:
+    """Give a coordinator."""
+    with MockCoordinator(lease_s=120.0, out_dir=tmp_path / "taken") as mock:
+        yield mock
+
+
+@pytest.fixture
+def machine(installed: None, coordinator: MockCoordinator) -> Iterator[Machine]:
+    """Give the machine with the node configured for `coordinator`, without slots files and not started.
+
+    Afterwards all is stopped, and nothing may be left.
+    """
+    machine = Machine(coordinator)
+    machine.configure()
+    yield machine
+    machine.clean_up()
+    assert machine.remains() == []

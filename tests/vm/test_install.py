@@ -1,0 +1,158 @@
+"""The installer, from a machine that has never seen the miner to one that has forgotten it. In this order."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tools.local_node import wait_until
+from tools.mock_records import State
+from vm.machine import CURRENT, ETC, MAIN, SLOTS, STATE, WAIT_S, Machine, hold, install, run
+
+# Not the machine's files, or those of the test itself; /etc and /var/lib are looked at by themselves.
+ELSEWHERE = [
+    *("/proc", "/sys", "/dev", "/run", "/var/log"),
+    *("/src", "/wheels", "/lab", "/reports", "/tmp/pytest-of-root", "/opt/test-env"),
+]
+# Who adds a user keeps the files as they were before.
+BACKUPS = {
+    f"/etc/{name}" for name in ("passwd-", "group-", "shadow-", "gshadow-", ".pwd.lock", "subuid-", "subgid-")
+}
+
+
+def files() -> set[str]:
+    """Name all files of the machine that an installation could leave behind."""
+    found: set[str] = set()
+    for place, directories, names in os.walk("/"):
+        directories[:] = [name for name in directories if str(Path(place, name)) not in ELSEWHERE]
+        found |= {str(Path(place, name)) for name in [*directories, *names]}
+    return found
+
+
+def accounts() -> str:
+    """Give all users and groups."""
+    return run("getent", "passwd") + run("getent", "group")
+
+
+@pytest.fixture(scope="module")
+def before() -> tuple[set[str], str]:
+    """Give what was there before the miner was installed for the first time."""
+    if CURRENT.exists():
+        install("--uninstall", "--purge")
+    return files(), accounts()
+
+
+@pytest.fixture(autouse=True)
+def _from_the_beginning(before: tuple[set[str], str]) -> None:
+    """Have the machine looked at before anything is installed."""
+
+
+def version() -> str:
+    return str(CURRENT.readlink())
+
+
+def test_one_command_a_config_and_a_start_and_a_job_is_done(before: object) -> None:
+    said = install()
+    assert f"set coordinator.base_url in {ETC}/config.yaml" in said
+    assert "MISSING" not in said
+    assert run("systemctl", "is-enabled", MAIN).strip() == "enabled"
+    assert run("systemctl", "is-active", MAIN, check=False).strip() == "inactive"
+    assert (ETC / "config.yaml").stat().st_mode & 0o777 == 0o640
+    assert (ETC / "config.yaml").group() == "aitbc"
+
+
+def test_the_installed_node_does_a_job(machine: Machine) -> None:
+    machine.start()
+    job_id = machine.submit(machine.script("first", "id -un; cat /proc/self/cgroup"))
+    (job,) = machine.wait_final([job_id])
+    assert job.state is State.DONE, job
+    slot = machine.now().slots[0].slot.offer.name
+    log = (machine.jobs / job_id / "logs" / "exec.log").read_text()
+    assert f"aitbc-job-{slot}\n" in log
+    assert f"/aitbc.slice/{SLOTS}/{slot}/job\n" in log
+    assert machine.now().problems == []
+    doctor = run("aitbc-miner", "doctor")
+    assert "nothing that is required is missing" in doctor
+    assert "MISSING" not in doctor
+
+
+def test_again_it_changes_nothing(installed: None) -> None:
+    edited = ETC / "config.yaml"
+    edited.write_text(edited.read_text() + "# by the operator\n")
+    removed = ETC / "allowlist.d" / "ffmpeg.yaml"
+    removed.unlink(missing_ok=True)
+    had = files(), accounts(), edited.read_text(), version()
+    said = install()
+    assert "is installed already" in said
+    assert (files(), accounts(), edited.read_text(), version()) == had
+
+
+def test_an_upgrade_leaves_running_jobs_alone(machine: Machine) -> None:
+    machine.start()
+    old, main = CURRENT.resolve(), machine.main_pid()
+    release = machine.marks / "release"
+    machine.submit(machine.script("long", f"{hold(release)}; echo upgraded"))
+    pid = machine.running("long")
+    said = install("--upgrade")
+    assert CURRENT.resolve() != old
+    # The worker has its code from there.
+    assert f"{old} stays" in said
+    assert old.exists()
+    machine.wait_new_main(main)
+    assert machine.runs("long") == [pid]
+    release.touch()
+    (job,) = machine.wait_final(["long"])
+    assert job.state is State.DONE, job
+    assert machine.runs("long") == [pid]
+    assert (machine.jobs / "long" / "logs" / "exec.log").read_text() == "upgraded\n"
+    # The worker ends with its last job, and then the next run takes the old version away.
+    wait_until(lambda: str(old) not in _used(), WAIT_S, 0.5)
+    install("--no-start")
+    assert not old.exists()
+
+
+def _used() -> str:
+    return "".join(_text(path) for path in Path("/proc").glob("[0-9]*/maps"))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""  # a process that has ended meanwhile
+
+
+def test_what_cannot_be_made_leaves_the_old_version(installed: None, tmp_path: Path) -> None:
+    had = files(), version()
+    broken = tmp_path / "aitbc_miner-0.1.0-py3-none-any.whl"
+    broken.write_bytes(b"no wheel")
+    done = subprocess.run(
+        ["/src/tools/install", "--upgrade", "--wheels", tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert "cannot install the packages: see pip's message above" in done.stderr
+    assert "what was there before is as it was" in done.stderr
+    assert (files(), version()) == had
+
+
+def test_uninstalled_only_configuration_and_records_are_left(
+    machine: Machine, before: tuple[set[str], str]
+) -> None:
+    machine.start()
+    machine.submit(machine.script("lost", hold(machine.marks / "never")))
+    pid = machine.running("lost")
+    install("--uninstall")
+    assert not Path("/proc", str(pid)).exists()
+    new = files() - before[0]
+    kept = {path for path in new if path.startswith((str(ETC.parent), str(STATE.parent)))}
+    assert new - kept - BACKUPS == set()
+    assert str(ETC / "config.yaml") in kept
+    assert str(machine.jobs / "lost" / "outcome.json") in kept
+    assert before[0] - files() == set()
+    assert accounts() == before[1]
+    assert [str(path) for path in Path("/run").rglob("*aitbc*")] == []
+    assert machine.remains() == []
+    install("--uninstall", "--purge")
+    assert not ETC.exists()
+    assert not STATE.exists()

@@ -1,0 +1,173 @@
+"""What the laboratory keeps outside the tree: made once, whole or not at all, whoever asks for it at once."""
+
+import contextlib
+import ctypes
+import fcntl
+import getpass
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+EX_UNAVAILABLE = 69
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+# An ordinary user's PATH has no sbin, where Debian keeps mke2fs.
+SEARCH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
+# Room for a whole Debian: /tmp may be in memory.
+BIG = "/var/tmp"
+PR_SET_PDEATHSIG = 1
+
+
+class LabError(Exception):
+    """The laboratory cannot do what it was asked; `status` is the exit status that says so."""
+
+    def __init__(self, message: str, status: int = 1) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def say(message: str) -> None:
+    """Tell the person, beside the output of what runs in the machine."""
+    print(f"vm: {message}", file=sys.stderr, flush=True)
+
+
+def missing_packages(*, root: bool) -> list[str]:
+    """Name the Debian packages that this machine lacks; an ordinary user needs more than root does."""
+    programs = {"qemu-system-x86": "qemu-system-x86_64", "mmdebstrap": "mmdebstrap", "e2fsprogs": "mke2fs"}
+    if not root:
+        programs["uidmap"] = "newuidmap"
+    missing = [package for package, program in programs.items() if not shutil.which(program, path=SEARCH)]
+    if not KEYRING.exists():
+        missing.append("debian-archive-keyring")
+    if importlib.util.find_spec("ensurepip") is None:
+        missing.append("python3-venv")
+    return missing
+
+
+def require_packages() -> None:
+    """See that all is installed that the laboratory needs.
+
+    Raises:
+        LabError: something is not; the message is the command that mends it.
+    """
+    root = os.geteuid() == 0
+    if missing := missing_packages(root=root):
+        remedy = f"apt-get install {' '.join(missing)}"
+        raise LabError(
+            f"cannot make a virtual machine: packages are missing; as root: {remedy}", EX_UNAVAILABLE
+        )
+    user = getpass.getuser()
+    if not root and not has_subordinate_ids(user, os.getuid()):
+        raise LabError(
+            f"cannot make an image as {user}: no subordinate ids in /etc/subuid and /etc/subgid; "
+            f"as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {user}",
+            EX_UNAVAILABLE,
+        )
+
+
+def has_subordinate_ids(user: str, uid: int, etc: Path = Path("/etc")) -> bool:
+    """Say whether both tables have a line of this user, by name or by number."""
+
+    def listed(table: Path) -> bool:
+        lines = table.read_text().splitlines() if table.exists() else []
+        return any(line.partition(":")[0] in {user, str(uid)} for line in lines)
+
+    return listed(etc / "subuid") and listed(etc / "subgid")
+
+
+def cache_root() -> Path:
+    """Give where images and wheels are kept: the system's cache for root, else the user's own."""
+    if os.geteuid() == 0:
+        return Path("/var/cache/aitbc-miner-vm")
+    own = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(own).expanduser() / "aitbc-miner-vm"
+
+
+def digest(*parts: object) -> str:
+    """Give a short name that changes with any of the parts, each something JSON can hold."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def entry(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
+    """Give the directory `name` of the cache, filled by `build` if it is not there yet.
+
+    It appears under its name only when it is complete. Of several that want the same, one builds.
+    """
+    target = cache / name
+    if target.exists():
+        return target
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
+        # Left by a build that was killed: we hold its lock, so nobody works on it.
+        for remains in cache.glob(f".{name}.*"):
+            shutil.rmtree(remains)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=cache))
+        try:
+            build(unfinished)
+            unfinished.rename(target)
+        except BaseException:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            raise
+    return target
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> Callable[[], None]:
+    """Make a preexec function: the kernel ends the child when this process ends, even by SIGKILL."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def prepare() -> None:
+        prctl(PR_SET_PDEATHSIG, number)
+        # The parent may have died before the kernel knew that it matters.
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return prepare
+
+
+def call(command: list[str], *, keep: Sequence[int] = (), **changes: str) -> None:
+    """Run one of the host's programs, quiet unless it fails; `keep` are descriptors that it inherits.
+
+    Raises:
+        LabError: it failed; the message ends with the last it said.
+    """
+    environment = {**os.environ, "PATH": SEARCH, "LC_ALL": "C.UTF-8", **changes}
+    # It led here, and would lead pip to take this checkout for something installed.
+    environment.pop("PYTHONPATH", None)
+    with _child(command, environment, keep) as child:
+        output, _ = child.communicate()
+    if child.returncode != 0:
+        tail = "\n".join(output.decode(errors="replace").splitlines()[-30:])
+        raise LabError(f"cannot go on: {command[0]} ended with status {child.returncode}:\n{tail}")
+
+
+@contextlib.contextmanager
+def _child(
+    command: list[str], environment: Mapping[str, str], keep: Sequence[int]
+) -> Iterator[subprocess.Popen[bytes]]:
+    child = subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        pass_fds=keep,
+        preexec_fn=die_with_parent(signal.SIGTERM),  # noqa: PLW1509 - there are no threads here
+    )
+    try:
+        yield child
+    finally:
+        # mmdebstrap removes its directories when it is asked to end, and only then.
+        if child.poll() is None:
+            child.terminate()
+        child.wait()

@@ -1,0 +1,163 @@
+"""The command line of the laboratory: a real Debian with systemd in QEMU, see docs/testing.md."""
+
+import argparse
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tools import vm_image, vm_qemu
+from tools.vm_cache import LabError, cache_root, require_packages, say
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+TIMEOUT_S = 3600.0
+CONSOLE_LINES = 60
+VERBS = {
+    "run": "run -- COMMAND ARGS as root in /src, where the checkout is",
+    "test": "run tests/vm, with arguments for pytest",
+    "shell": "give a console on this terminal",
+    "build": "only make the images",
+    "clean": "remove the images",
+}
+
+
+def arguments(words: list[str]) -> argparse.Namespace:
+    """Parse the command line; options stand before the verb, what follows `run` and `test` is theirs."""
+    parser = argparse.ArgumentParser(
+        prog="tools/vm", description="A real Debian 12 or 13 with systemd, in QEMU without KVM."
+    )
+    parser.add_argument("--release", choices=sorted(vm_image.RELEASES), help="default: 13; build, test: both")
+    parser.add_argument("--reports", type=Path, metavar="DIR", help="default: build/vm/RELEASE")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=TIMEOUT_S,
+        metavar="SECONDS",
+        help="of run and test; default: %(default)g",
+    )
+    verbs = "; ".join(f"{verb}: {what}" for verb, what in VERBS.items())
+    parser.add_argument("verb", choices=VERBS, metavar="VERB", help=verbs)
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="...")
+    parsed = parser.parse_args(words)
+    if parsed.command[:1] == ["--"]:
+        del parsed.command[0]
+    if parsed.verb == "run" and not parsed.command:
+        parser.error("run: which command? tools/vm run -- COMMAND ARGS")
+    if parsed.command and parsed.verb not in {"run", "test"}:
+        parser.error(f"{parsed.verb} takes no arguments; options stand before it")
+    return parsed
+
+
+def releases(chosen: argparse.Namespace) -> list[vm_image.Release]:
+    """Give the releases to work on, in turn."""
+    if chosen.release:
+        return [vm_image.RELEASES[chosen.release]]
+    return list(vm_image.RELEASES.values()) if chosen.verb in {"build", "test"} else [vm_image.RELEASES["13"]]
+
+
+def command_of(chosen: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
+    """Give what to run in the machine, and what is added to its environment."""
+    if chosen.verb == "shell":
+        size = shutil.get_terminal_size()
+        start = f"stty rows {size.lines} cols {size.columns}; exec bash -l"
+        return ["sh", "-c", start], {"TERM": os.environ.get("TERM", "vt220")}
+    if chosen.verb == "run":
+        return chosen.command, {}
+    colour = {"PY_COLORS": "1"} if sys.stdout.isatty() else {}
+    pytest = [vm_qemu.GUEST["AITBC_TEST_PYTHON"], "-m", "pytest", "tests/vm", *chosen.command]
+    return pytest, {"PYTHONPATH": "/src:/src/tests", **colour}
+
+
+def session(chosen: argparse.Namespace, release: vm_image.Release) -> int:
+    """Boot one machine, run in it what was chosen, and give its exit status."""
+    directory = reports_directory(chosen, release)
+    image = vm_image.image(cache_root(), release, CHECKOUT)
+    with contextlib.ExitStack() as stack:
+        files = vm_qemu.Files.make(stack)
+        fill(files, chosen)
+        started = time.monotonic()
+        say(f"booting Debian {release.number}")
+        if chosen.verb == "shell":
+            say("`poweroff` ends it properly, Ctrl-A x at once")
+            vm_qemu.console(image, files)
+            in_time = True
+        else:
+            in_time = vm_qemu.run(image, files, chosen.timeout)
+        status = vm_qemu.take_out(files.reports, directory)
+        say(f"Debian {release.number} ran {time.monotonic() - started:.0f} s; reports are in {directory}")
+        if chosen.verb == "shell":
+            return 0
+        console = files.saved_console(directory / "console.txt")
+        if not in_time:
+            say(f"ended the machine: it took longer than --timeout {chosen.timeout:g} s")
+            return vm_qemu.TIMED_OUT
+        if status is None:
+            tail = "\n".join(console.splitlines()[-CONSOLE_LINES:])
+            say(f"the machine ended without an exit status; the last of its console:\n{tail}")
+            return vm_qemu.NO_STATUS
+        return status
+
+
+def fill(files: vm_qemu.Files, chosen: argparse.Namespace) -> None:
+    """Write what goes into the machine: the checkout, its wheel, the command."""
+    script = vm_qemu.guest_script(*command_of(chosen), live=chosen.verb != "shell")
+    with tempfile.TemporaryDirectory(prefix="aitbc-vm-") as scratch:
+        sources, built, wheels = (Path(scratch, name) for name in ("src", "built", "wheels"))
+        vm_qemu.copy(CHECKOUT, sources)
+        # setuptools writes into what it builds.
+        shutil.copytree(sources, built, symlinks=True)
+        wheels.mkdir()
+        vm_image.project_wheel(cache_root(), built, wheels)
+        vm_qemu.pack(files.payload, sources, wheels, script)
+
+
+def reports_directory(chosen: argparse.Namespace, release: vm_image.Release) -> Path:
+    """Make the directory for the reports; only our own is emptied first."""
+    ours = chosen.reports is None
+    base = CHECKOUT / "build" / "vm" if ours else chosen.reports
+    directory = base / release.number if ours or len(releases(chosen)) > 1 else base
+    try:
+        if ours and directory.exists():
+            shutil.rmtree(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LabError(f"cannot keep reports in {directory}: {error.strerror}; use --reports DIR") from error
+    return directory
+
+
+def work(chosen: argparse.Namespace) -> int:
+    """Do what was chosen and give the exit status: the first that is not 0."""
+    if chosen.verb == "clean":
+        shutil.rmtree(cache_root(), ignore_errors=True)
+        return 0
+    require_packages()
+    if chosen.verb == "build":
+        for release in releases(chosen):
+            vm_image.image(cache_root(), release, CHECKOUT)
+        return 0
+    statuses = [session(chosen, release) for release in releases(chosen)]
+    return next((status for status in statuses if status), 0)
+
+
+def main() -> int:
+    chosen = arguments(sys.argv[1:])
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    try:
+        return work(chosen)
+    except LabError as error:
+        say(str(error))
+        return error.status
+    except OSError as error:
+        say(f"cannot go on: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""One boot of the laboratory's machine: what goes in, QEMU itself, and what comes out."""
+
+import contextlib
+import io
+import os
+import select
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import termios
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, NamedTuple, Self
+
+from tools.vm_cache import BIG, SEARCH, LabError, die_with_parent
+
+NO_STATUS = 125
+TIMED_OUT = 124
+# An emulated machine takes its time to stop what runs and to pack the reports.
+STOPPING_S = 15.0
+STOPPING_ATTEMPTS = 8
+ENDING_S = 5.0
+REPORTS_SIZE = SCRATCH_SIZE = 512 << 20
+# Neither sources nor small; .git alone would double what has to be unpacked in the machine.
+NOT_CARRIED = (
+    ".git", ".venv*", "build", "dist", "*.egg-info",
+    "__pycache__", ".*_cache", ".hypothesis", ".coverage*", "htmlcov",
+)  # fmt: skip
+
+# The exit status comes from systemd, by the environment of ExecStopPost=. A command that reboots the machine
+# is run again after it; all that is on the disk is still there.
+COLLECT = """\
+exec >/dev/console 2>&1
+systemctl list-jobs | grep -q reboot.target && exit
+journalctl --no-pager -o short-monotonic >/reports/journal.txt
+echo "$EXIT_CODE $EXIT_STATUS" >/lab/status
+tar -cf /dev/disk/by-id/virtio-reports -C /lab status -C / reports
+sync /dev/disk/by-id/virtio-reports
+systemctl poweroff --force --force
+"""
+GUEST = {
+    "AITBC_REPORTS": "/reports",
+    "AITBC_TEST_PYTHON": "/opt/test-env/bin/python",
+    "AITBC_WHEELS": "/wheels",
+    "HOME": "/root",
+    "LANG": "C.UTF-8",
+    "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+}
+
+
+def guest_script(command: list[str], environment: Mapping[str, str], *, live: bool) -> str:
+    """Give the shell script that runs the command in the machine; `live` sends what it prints to the host."""
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in {**GUEST, **environment}.items()]
+    boots = "echo boot >>/lab/boots; export AITBC_VM_BOOT=$(wc -l </lab/boots)"
+    output = ["exec >/dev/virtio-ports/lab 2>&1"] if live else []
+    return "\n".join([*lines, boots, *output, "cd /src", f"exec {shlex.join(command)}", ""])
+
+
+def copy(checkout: Path, target: Path) -> None:
+    """Copy what is carried of a checkout.
+
+    Raises:
+        LabError: a file cannot be read.
+    """
+    try:
+        shutil.copytree(checkout, target, symlinks=True, ignore=shutil.ignore_patterns(*NOT_CARRIED))
+    except shutil.Error as error:
+        # An editor or another test may take a file away while we copy.
+        kept = [f"{source}: {cause}" for source, _, cause in error.args[0] if os.path.lexists(source)]
+        if kept:
+            raise LabError("cannot copy the checkout: " + "; ".join(kept)) from error
+
+
+def pack(target: IO[bytes], sources: Path, wheels: Path, script: str) -> None:
+    """Write the tar that goes in: the sources as /src, the wheels beside those of the image, our scripts."""
+    with tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        tar.add(sources, "src", filter=_as_root)
+        tar.add(wheels, "wheels", filter=_as_root)
+        for name, text in {"command": script, "collect": COLLECT}.items():
+            info = tarfile.TarInfo(f"lab/{name}")
+            info.size = len(text.encode())
+            tar.addfile(info, io.BytesIO(text.encode()))
+    target.flush()
+
+
+def _as_root(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    info.uid = info.gid = 0
+    info.uname = info.gname = "root"
+    return info
+
+
+class Files(NamedTuple):
+    """What QEMU is given by descriptor. None has a name: whatever ends us, nothing is left on the disk."""
+
+    payload: IO[bytes]
+    reports: IO[bytes]
+    scratch: IO[bytes]
+    console: IO[bytes]
+
+    @classmethod
+    def make(cls, stack: contextlib.ExitStack) -> Self:
+        """Open all four, empty; the disks have their sizes."""
+        opened = (tempfile.TemporaryFile(dir=BIG) for _ in cls._fields)  # noqa: SIM115 - the stack closes them
+        made = cls(*map(stack.enter_context, opened))
+        os.truncate(made.reports.fileno(), REPORTS_SIZE)
+        os.truncate(made.scratch.fileno(), SCRATCH_SIZE)
+        return made
+
+    def saved_console(self, path: Path) -> str:
+        """Give what kernel and systemd said on the console, written to the file as well."""
+        self.console.seek(0)
+        data = self.console.read()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+        return data.decode(errors="replace")
+
+
+def qemu_command(image: Path, files: Files, output: int | None) -> list[str]:
+    """Give QEMU's command line; `output` is where what runs prints to, None for a console on the terminal."""
+    append = "root=/dev/vda rw console=ttyS0 quiet loglevel=3"
+    drives = {
+        "root": f"file={image}/root.img,snapshot=on",
+        "payload": f"file={_name(files.payload.fileno())},snapshot=on",
+        "reports": f"file={_name(files.reports.fileno())}",
+        "scratch": f"file={_name(files.scratch.fileno())}",
+    }
+    # fmt: off
+    command = [
+        "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "3072",
+        "-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
+        "-kernel", f"{image}/vmlinuz", "-initrd", f"{image}/initrd",
+        "-append", append if output is not None else f"{append} lab.shell",
+        # A reboot is one; after a panic it ends.
+        "-device", "pvpanic-pci", "-action", "panic=shutdown",
+        "-device", "virtio-rng-pci",
+    ]
+    for name, options in drives.items():
+        command += ["-drive", f"{options},format=raw,if=none,id={name}",
+                    "-device", f"virtio-blk-pci,drive={name},serial={name}"]
+    if output is None:
+        return [*command, "-serial", "mon:stdio"]
+    return [
+        *command,
+        "-monitor", "stdio",
+        "-chardev", f"file,id=console,path={_name(files.console.fileno())}", "-serial", "chardev:console",
+        "-chardev", f"file,id=output,path={_name(output)}",
+        "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=output,name=lab",
+    ]
+    # fmt: on
+
+
+def _name(descriptor: int) -> str:
+    return f"/proc/self/fd/{descriptor}"
+
+
+def run(image: Path, files: Files, timeout: float) -> bool:
+    """Boot, pass on to our stdout what the command prints, and wait for the end; False if time ran out."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as live, os.fdopen(writer, "wb") as theirs:
+        with _qemu(qemu_command(image, files, writer), files, writer, quiet=True) as qemu:
+            theirs.close()
+            if _pass_on(live.fileno(), timeout):
+                return True
+            for _ in range(STOPPING_ATTEMPTS):
+                # As the button on the case does: what runs is told to stop, and the journal still comes out.
+                # While the machine boots nobody listens yet.
+                assert qemu.stdin
+                with contextlib.suppress(BrokenPipeError):
+                    qemu.stdin.write(b"system_powerdown\n")
+                if _pass_on(live.fileno(), STOPPING_S):
+                    break
+        return False
+
+
+def console(image: Path, files: Files) -> None:
+    """Boot with a console on this terminal, and wait for the end."""
+    terminal = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+    try:
+        with _qemu(qemu_command(image, files, None), files) as qemu:
+            qemu.wait()
+    finally:
+        if terminal:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, terminal)
+
+
+@contextlib.contextmanager
+def _qemu(
+    command: list[str], files: Files, *keep: int, quiet: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(
+        command,
+        bufsize=0,
+        env={**os.environ, "PATH": SEARCH},
+        stdin=subprocess.PIPE if quiet else None,
+        stdout=subprocess.DEVNULL if quiet else None,
+        pass_fds=[*(file.fileno() for file in files), *keep],
+        preexec_fn=die_with_parent(),  # noqa: PLW1509 - there are no threads here
+    ) as qemu:
+        try:
+            yield qemu
+            # A reader sees the end of its output a moment before it ends.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                qemu.wait(ENDING_S)
+        finally:
+            qemu.kill()
+
+
+def _pass_on(reader: int, timeout: float) -> bool:
+    """Copy to stdout until QEMU has closed its end; False if that takes longer than `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([reader], [], [], left)[0]:
+            data = os.read(reader, 1 << 16)
+            if not data:
+                return True
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+    return False
+
+
+def take_out(reports: IO[bytes], directory: Path) -> int | None:
+    """Unpack the reports into the directory and give the command's exit status, None if there is none."""
+    status = None
+    reports.seek(0)
+    with contextlib.suppress(tarfile.ReadError), tarfile.open(fileobj=reports, mode="r:") as tar:
+        for member in tar:
+            parts = Path(member.name).parts
+            content = tar.extractfile(member) if member.isreg() else None
+            if content is None:
+                continue
+            if member.name == "status":
+                status = parse_status(content.read().decode())
+            # What ran in there was root, but only in there.
+            elif parts[0] == "reports" and ".." not in parts:
+                target = directory.joinpath(*parts[1:])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with target.open("wb") as file:
+                    shutil.copyfileobj(content, file)
+    return status
+
+
+def parse_status(text: str) -> int:
+    """Give an exit status as a shell does, from systemd's words for it: 'exited 7', 'killed TERM'."""
+    code, _, status = text.strip().partition(" ")
+    if code == "exited":
+        return int(status)
+    return 128 + (int(status) if status.isdigit() else signal.Signals[f"SIG{status}"])
