@@ -40,12 +40,13 @@ def _one_of(names: Sequence[str]) -> Parse:
 
 Memory = Annotated[int, Parse(_parse_memory)]
 Weight = Annotated[int, Meta(ge=1, le=10_000)]
-# Not `$`, which would also accept a line break at the end.
+# Not `$`, which would also accept a line break at the end. 22, for with it the user aitbc-job-<slot> has the 32
+# letters that a user's name may have.
 SlotName = Annotated[
     str,
     Meta(
-        pattern=r"^[a-z0-9][a-z0-9_-]{0,31}\Z",
-        description="1 to 32 of a-z 0-9 _ -, not beginning with _ or -",
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,21}\Z",
+        description="1 to 22 of a-z 0-9 _ -, not beginning with _ or -",
     ),
 ]
 EnvName = Annotated[

@@ -80,9 +80,9 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("keys", "fault"),
     [
-        ({"name": "Upper"}, "name: is 'Upper'; must be 1 to 32 of a-z 0-9 _ -, not beginning with _ or -"),
-        ({"name": ".."}, "name: is '..'; must be 1 to 32 of a-z 0-9 _ -, not beginning with _ or -"),
-        ({"name": "a\n"}, "name: is 'a\\n'; must be 1 to 32 of a-z 0-9 _ -, not beginning with _ or -"),
+        ({"name": "Upper"}, "name: is 'Upper'; must be 1 to 22 of a-z 0-9 _ -, not beginning with _ or -"),
+        ({"name": ".."}, "name: is '..'; must be 1 to 22 of a-z 0-9 _ -, not beginning with _ or -"),
+        ({"name": "a\n"}, "name: is 'a\\n'; must be 1 to 22 of a-z 0-9 _ -, not beginning with _ or -"),
         ({"kind": "tpu"}, "kind: is 'tpu'; must be one of cpu, gpu"),
         ({"kind": "gpu"}, "gpu: this key is missing; a slot of kind gpu needs a UUID or an index"),
         ({"gpu": 0}, "gpu: a slot of kind cpu has no GPU; remove this key or use kind: gpu"),

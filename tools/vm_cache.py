@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import IO
 
 EX_UNAVAILABLE = 69
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -144,22 +145,26 @@ def call(command: list[str], *, keep: Sequence[int] = (), **changes: str) -> Non
     environment = {**os.environ, "PATH": SEARCH, "LC_ALL": "C.UTF-8", **changes}
     # It led here, and would lead pip to take this checkout for something installed.
     environment.pop("PYTHONPATH", None)
-    with _child(command, environment, keep) as child:
-        output, _ = child.communicate()
+    # Not a pipe: mmdebstrap could not even clean up after itself, with nobody to tell.
+    with tempfile.TemporaryFile() as output:
+        with _child(command, environment, output, keep) as child:
+            child.wait()
+        output.seek(0)
+        tail = output.read().decode(errors="replace").splitlines()[-30:]
     if child.returncode != 0:
-        tail = "\n".join(output.decode(errors="replace").splitlines()[-30:])
-        raise LabError(f"cannot go on: {command[0]} ended with status {child.returncode}:\n{tail}")
+        said = "\n".join(tail)
+        raise LabError(f"cannot go on: {command[0]} ended with status {child.returncode}:\n{said}")
 
 
 @contextlib.contextmanager
 def _child(
-    command: list[str], environment: Mapping[str, str], keep: Sequence[int]
+    command: list[str], environment: Mapping[str, str], output: IO[bytes], keep: Sequence[int]
 ) -> Iterator[subprocess.Popen[bytes]]:
     child = subprocess.Popen(
         command,
         env=environment,
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
+        stdout=output,
         stderr=subprocess.STDOUT,
         pass_fds=keep,
         preexec_fn=die_with_parent(signal.SIGTERM),  # noqa: PLW1509 - there are no threads here

@@ -24,8 +24,8 @@ class Release(NamedTuple):
 
 RELEASES = {"12": Release("12", "bookworm", "3.11"), "13": Release("13", "trixie", "3.13")}
 PACKAGES = (
-    "bubblewrap", "dbus", "e2fsprogs", "iproute2", "kmod", "linux-image-cloud-amd64", "nftables", "procps",
-    "python3", "python3-venv", "systemd", "systemd-sysv", "udev", "util-linux",
+    "bubblewrap", "dbus", "e2fsprogs", "iproute2", "kmod", "linux-image-cloud-amd64", "nftables", "passwd",
+    "procps", "python3", "python3-venv", "systemd", "systemd-sysv", "udev", "util-linux",
 )  # fmt: skip
 IMAGE_SIZE = "4G"
 # Checks that are made on the host: the machine only runs tests.
@@ -147,11 +147,12 @@ def image(cache: Path, release: Release, checkout: Path) -> Path:
 
 
 def _bootstrap(directory: Path, release: Release, wheels: Path, prepare: str, finish: str) -> None:
+    # As root it mounts things into the new root: in a namespace of its own they cannot stay behind.
+    mode = ["unshare", "--mount", "mmdebstrap", "--mode=root"]
     with _outputs(directory) as outputs:
         call(
             [
-                "mmdebstrap",
-                "--mode=root" if os.geteuid() == 0 else "--mode=unshare",
+                *(mode if os.geteuid() == 0 else ["mmdebstrap", "--mode=unshare"]),
                 "--variant=apt",
                 "--format=null",
                 f"--include={','.join(PACKAGES)}",

@@ -68,7 +68,9 @@ def command_of(chosen: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     if chosen.verb == "run":
         return chosen.command, {}
     colour = {"PY_COLORS": "1"} if sys.stdout.isatty() else {}
-    pytest = [vm_qemu.GUEST["AITBC_TEST_PYTHON"], "-m", "pytest", "tests/vm", *chosen.command]
+    named = any(word.startswith("tests/") for word in chosen.command)
+    pytest = [vm_qemu.GUEST["AITBC_TEST_PYTHON"], "-m", "pytest", *([] if named else ["tests/vm"])]
+    pytest += chosen.command
     return pytest, {"PYTHONPATH": "/src:/src/tests", **colour}
 
 
