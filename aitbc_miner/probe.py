@@ -18,20 +18,13 @@ from msgspec import Struct
 from aitbc_miner import __version__
 from aitbc_miner.cgroup import CgroupError, find_mount, own_group
 from aitbc_miner.gpu import GpuInfo, GpuList
-from aitbc_miner.util.units import format_cpus, parse_cpus
+from aitbc_miner.topology import NumaNode, read_machine
+from aitbc_miner.util.units import format_cpus
 
 TOOLS = ("bwrap", "nft", "systemd-run", "nvidia-smi", "ffmpeg", "python3")
 NEEDED_CONTROLLERS = ("cpu", "memory", "pids")
 PAGE_WIDTH = 80
 LABEL_WIDTH = 11
-
-
-class NumaNode(Struct, frozen=True):
-    """CPUs (none in a node of memory only) and memory (MiB) that are near to each other."""
-
-    id: int
-    cpus: tuple[int, ...]
-    memory_mb: int
 
 
 class CgroupFacts(Struct, frozen=True):
@@ -91,11 +84,8 @@ class SlotCapability(Struct, frozen=True, omit_defaults=True):
 
 def probe_machine(workspace: Path, *, sysfs: Path = Path("/sys"), proc: Path = Path("/proc")) -> Machine:
     """Look at everything but the GPUs. The disk is that which `workspace` is on, or will be."""
-    cpu_dir = sysfs / "devices/system/cpu"
-    online = _cpus(cpu_dir / "online") or tuple(range(psutil.cpu_count() or 1))
-    siblings = sorted(
-        {_cpus(file) for file in cpu_dir.glob("cpu[0-9]*/topology/thread_siblings_list")} - {()}
-    )
+    facts = read_machine(sysfs=sysfs, proc=proc)
+    online = len(facts.cpus) + len(facts.barred)
     memory = psutil.virtual_memory()
     disk = shutil.disk_usage(_nearest_existing(workspace))
     os_name, os_ids = _distribution()
@@ -105,11 +95,11 @@ def probe_machine(workspace: Path, *, sysfs: Path = Path("/sys"), proc: Path = P
     return Machine(
         model=_cpu_model(proc / "cpuinfo"),
         arch=platform.machine(),
-        cores=len(siblings) or psutil.cpu_count(logical=False) or len(online),
-        threads=len(online),
-        cpus=tuple(sorted(os.sched_getaffinity(0))),
-        siblings=tuple(siblings),
-        numa=_numa_nodes(sysfs / "devices/system/node"),
+        cores=len(facts.cores) or psutil.cpu_count(logical=False) or online,
+        threads=online,
+        cpus=facts.cpus,
+        siblings=facts.cores,
+        numa=facts.nodes,
         memory_mb=memory.total >> 20,
         memory_available_mb=memory.available >> 20,
         disk_total_mb=disk.total >> 20,
@@ -153,11 +143,6 @@ def _read(file: Path) -> str:
         return ""
 
 
-def _cpus(file: Path) -> tuple[int, ...]:
-    text = _read(file).strip()
-    return parse_cpus(text) if text else ()
-
-
 def _cpu_model(cpuinfo: Path) -> str:
     fields = [
         [part.strip() for part in line.split(":", 1)] for line in _read(cpuinfo).splitlines() if ":" in line
@@ -165,16 +150,6 @@ def _cpu_model(cpuinfo: Path) -> str:
     names = {name: value for name, value in reversed(fields) if value}
     # Arm has no "model name"; the boards that say what they are do so in "Model".
     return names.get("model name") or names.get("Model") or "unknown"
-
-
-def _numa_nodes(directory: Path) -> tuple[NumaNode, ...]:
-    nodes = []
-    for node in directory.glob("node[0-9]*"):
-        total = next(
-            (line for line in _read(node / "meminfo").splitlines() if "MemTotal:" in line), "x x x 0 kB"
-        )
-        nodes.append(NumaNode(int(node.name[4:]), _cpus(node / "cpulist"), int(total.split()[3]) >> 10))
-    return tuple(sorted(nodes, key=lambda node: node.id))
 
 
 def _nearest_existing(path: Path) -> Path:
@@ -243,7 +218,7 @@ def render_page(machine: Machine, gpus: GpuList, runners: Sequence[str]) -> str:
             f"{machine.cores} cores, {machine.threads} threads; usable here: {format_cpus(machine.cpus)}",
         ),
         *(
-            (f"NUMA {node.id}", f"CPUs {format_cpus(node.cpus) or 'none'}, {_size(node.memory_mb)}")
+            (f"NUMA {node.id}", f"CPUs {format_cpus(node.cpus) or 'none'}, {_size(node.memory_bytes >> 20)}")
             for node in machine.numa
         ),
         ("Memory", f"{_size(machine.memory_mb)}, {_size(machine.memory_available_mb)} available"),

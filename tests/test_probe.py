@@ -13,13 +13,13 @@ from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList, GpuReader, MigInstance
 from aitbc_miner.probe import (
     CgroupFacts,
     Machine,
-    NumaNode,
     SlotCapability,
     capabilities,
     cgroup_facts,
     probe_machine,
     render_page,
 )
+from aitbc_miner.topology import NumaNode
 
 L4 = GpuInfo(
     index=0,
@@ -43,7 +43,7 @@ def machine(**changes: object) -> Machine:
         threads=4,
         cpus=(0, 1, 2, 3),
         siblings=((0, 2), (1, 3)),
-        numa=(NumaNode(0, (0, 2), 64000), NumaNode(1, (1, 3), 64000)),
+        numa=(NumaNode(0, (0, 2), 64000 << 20), NumaNode(1, (1, 3), 64000 << 20)),
         memory_mb=128000,
         memory_available_mb=900,
         disk_total_mb=4_000_000,
@@ -109,7 +109,11 @@ def test_numa_and_smt(tmp_path: Path) -> None:
     found = probe_machine(tmp_path, sysfs=sysfs)
     assert (found.cores, found.threads) == (3, 5)
     assert found.siblings == ((0, 2), (1, 3), (8,))
-    assert found.numa == (NumaNode(0, (0, 1, 2, 3), 2048), NumaNode(2, (8,), 0), NumaNode(10, (), 1))
+    assert found.numa == (
+        NumaNode(0, (0, 1, 2, 3), 2 << 30),
+        NumaNode(2, (8,), 0),
+        NumaNode(10, (), 1 << 20),
+    )
 
 
 def test_without_sysfs_and_procfs_the_rest_is_still_told(tmp_path: Path) -> None:
