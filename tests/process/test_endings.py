@@ -250,7 +250,10 @@ def test_what_cannot_be_killed_is_named_with_its_state(bench: Bench, in_group: b
         assert f"{pid} (sleeping)" in ended.remains
         assert ended.remains.endswith(" of job j1 could not be killed within 1 s")
         assert outcome_of(bench).code == "E_CANCELLED"
-        for process in psutil.Process(pid).children():
+        shell = psutil.Process(pid)
+        # Before it can start the next one.
+        shell.suspend()
+        for process in [*shell.children(), shell]:
             process.kill()
 
     if in_group:
