@@ -206,7 +206,7 @@ class Agent:
                 self._start_intake(job_id, None)
 
     def _offers(self) -> list[Offer]:
-        return [slot.offer for slot in self._view.slots] if self._view else []
+        return [slot.offer for slot in self._view.slots if slot.offers] if self._view else []
 
     def _settle(self, said: JobSettled | CancelJob) -> None:
         """Nobody works on the job any more: what it left is its outcome, or it is lost or cancelled."""

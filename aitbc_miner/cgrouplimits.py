@@ -3,16 +3,20 @@
 What is not asked for is written as unlimited, for a group that was adopted may carry older limits.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.util.limits import disk_of
+from aitbc_miner.util.units import format_cpus
 
 if TYPE_CHECKING:
     # Only its attributes matter here; reading slots.d is far above this layer.
     from aitbc_miner.slotspec import SlotSpec
 
 IO_RATES = ("rbps", "wbps", "riops", "wiops")
+IO_WEIGHTS = {"io.weight": 10_000, "io.bfq.weight": 1000}
+"""The files of io.cost and of the BFQ scheduler, with the most that each takes."""
 PERIOD_US = 100_000
 """Over which a quota of CPU time is counted; the kernel's own default."""
 
@@ -27,19 +31,33 @@ def limit_slot(group: Group, name: str, spec: "SlotSpec") -> bool:
         case "cpu":
             group.cpu_weight = spec.cpu_weight or 100
         case "cpuset":
-            group.cpuset_cpus = set(spec.cpus or ())
-            mems = set(spec.mems or ())
-            if (group.get_content("cpuset_mems") or set()) != mems:
-                # Not without need: the memory of a job that runs is moved then.
-                group.cpuset_mems = mems
+            _choose(group, "cpus", spec.cpus or ())
+            _choose(group, "mems", spec.mems or ())
         case "io":
-            # With the BFQ scheduler the weight has a name of its own, and without either there is no weight.
-            weight = next((file for file in ("io.weight", "io.bfq.weight") if group.has(file)), None)
-            if weight:
-                most = 1000 if weight == "io.bfq.weight" else 10_000
-                group.write(weight, f"default {min(spec.io_weight or 100, most)}")
-            return weight is not None or spec.io_weight is None
+            # A machine may have both, each for some of its disks.
+            for file, most in IO_WEIGHTS.items():
+                if group.has(file):
+                    group.write(file, f"default {min(spec.io_weight or 100, most)}")
+            return spec.io_weight is None or _weighs_io(group)
     return True
+
+
+def _choose(group: Group, kind: str, wanted: Sequence[int]) -> None:
+    if (group.get_content(f"cpuset_{kind}") or set()) == set(wanted):
+        return  # not without need: the memory of a job that runs is moved
+    # A group in which something runs may not be given back to "whatever there is": then it gets all there is.
+    every = group.path.parent / f"cpuset.{kind}.effective"
+    group.write(f"cpuset.{kind}", format_cpus(wanted) or every.read_text("ascii").strip())
+
+
+def _weighs_io(group: Group) -> bool:
+    """Whether anything on this machine heeds the weight, which every kernel with io.cost lets us write."""
+    if group.has("io.bfq.weight"):
+        return True  # it is there when the scheduler is
+    # Its switch, disk by disk, is in the root of all groups, which alone has no type.
+    root = next(path for path in group.path.parents if not (path / "cgroup.type").exists())
+    switch = root / "io.cost.qos"
+    return switch.exists() and "enable=1" in switch.read_text("ascii")
 
 
 def limit_job(group: Group, name: str, spec: "SlotSpec") -> None:

@@ -17,7 +17,8 @@ from aitbc_miner.gpu import GpuList
 from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
 from aitbc_miner.probe import NEEDED_CONTROLLERS, SlotCapability
 from aitbc_miner.sampling import inventory
-from aitbc_miner.slotspec import MIB, Layout, SlotSpec, check_slots, derive_slots, lay_out, read_slots
+from aitbc_miner.slots import Layout
+from aitbc_miner.slotspec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
 from aitbc_miner.topology import MachineFacts, read_machine
 from aitbc_miner.util.trust import distrust
 from aitbc_miner.util.units import format_cpus
@@ -208,18 +209,19 @@ def slots_for(directory: Path, facts: MachineFacts) -> tuple[list[SlotSpec], lis
 
 
 def read_layout(path: Path, running: Config, facts: MachineFacts) -> Layout:
-    """Read configuration and slots anew, for a node that runs with `running`."""
+    """Read configuration and slots anew, for a node that runs with `running` on a machine with these GPUs."""
     config, faults, _ = load_config(path, os.environ)
     if config is None:
-        return Layout([], [str(fault) for fault in faults])
+        return Layout([], faults=[str(fault) for fault in faults])
     specs, found = slots_for(running.slots_dir, facts)
     told = [str(fault) for fault in [*faults, *found]]
-    privileges = running.privileges
+    names = [spec.name for spec in specs or derive_slots(facts)]
+    users: dict[str, Identity] = {}
     try:
-        resolve(privileges.mode, privileges.service_user, [spec.name for spec in specs])
+        users = resolve(running.privileges.mode, running.privileges.service_user, names).jobs
     except PrivilegeError as error:
         told.append(str(error))
-    return Layout(specs, told, differences(running, config))
+    return Layout(specs, users, told, differences(running, config))
 
 
 def differences(one: Struct, other: Struct, prefix: str = "") -> list[str]:

@@ -100,9 +100,11 @@ def settle(records: Records, said: JobSettled | CancelJob) -> bool:
 
 
 def declare(job: JobDir, said: JobSettled | CancelJob) -> Outcome:
-    """Write the outcome of a job that nobody works on any more and that has none: lost, or cancelled."""
+    """Write the outcome of a job that nobody works on any more and that has none: it says why."""
     if isinstance(said, CancelJob):
         code, message = ErrorCode.E_CANCELLED, f"the job was cancelled before it started: {said.detail}"
+    elif said.code is not None:
+        code, message = said.code, said.why
     else:
         code, message = ErrorCode.E_LOST, f"the job was lost: {said.why or 'its worker ended without a word'}"
     outcome = Outcome(

@@ -57,7 +57,7 @@ class Supervision:
         self.stopping = False
         self.cancelled: dict[str, CancelJob] = {}
         # What to do when the slot is to have other limits, which may be in the middle of a job.
-        self.retune: Callable[[SlotSpec], None] = lambda _: None
+        self.retune: Callable[[SlotSpec, dict[str, str]], None] = lambda *_: None
         # Set by a signal to why the job is to end: how a supervisor that has no channel to us says so.
         self.terminated: str | None = None
         self.woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -94,7 +94,7 @@ class Supervision:
             elif isinstance(message, Stop):
                 self.stopping = True
             elif isinstance(message, Retune):
-                self.retune(msgspec.convert(message.spec, SlotSpec))
+                self.retune(msgspec.convert(message.spec, SlotSpec), message.gpu_env)
         return messages
 
     def wait(self, timeout_s: float | None = None) -> list[ToWorker]:

@@ -103,8 +103,9 @@ class Intake:
                 ticket = Ticket(
                     job_id, manifest.runner, manifest.requirements, manifest.priority, clock.now()
                 )
+                # Also one that was acknowledged before: the slots may be others now.
+                refuse_hopeless(ticket, offers)
                 if job.state().state is State.PULLED:
-                    refuse_hopeless(ticket, offers)
                     self._acknowledge(job)
                 self._acked(job_id, manifest.runner)
                 self._fetch(job, manifest, cancelled)

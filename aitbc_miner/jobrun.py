@@ -20,7 +20,7 @@ from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.execution import Delays, Ending, Execution, Supervision
 from aitbc_miner.joblog import LOG_NAME, JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Manifest, Outcome, State, Usage
-from aitbc_miner.leftovers import kill_processes_of, named
+from aitbc_miner.leftovers import clear_user, named
 from aitbc_miner.messages import JobStep
 from aitbc_miner.privileges import Identity
 from aitbc_miner.records import JobDir, pretty
@@ -200,7 +200,7 @@ class JobRun:
             left = named(job.survivors()) or "something"
             return f"{left} of job {self._job.job_id} could not be killed within {most:g} s"
         # Not started by the job, but for it: by cron, at, or a service manager of the user.
-        if runs_as and (owned := kill_processes_of(runs_as.uid, most)):
+        if runs_as and (owned := clear_user(runs_as.uid, most)):
             return f"user {runs_as.name} still owns {named(owned)}"
         return ""
 

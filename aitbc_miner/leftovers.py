@@ -1,21 +1,54 @@
-"""What is left of a job: processes that nothing ends, and those that something else started for its user.
+"""What is left of a job: processes that nothing ends or that others started for its user, and memory.
 
-A job can have cron, at, or a service manager of its user start something outside of its group.
+A job can have cron, at, or a service manager of its user start something outside of its group. And what it
+has in memory by name (shm_open(3), mq_open(3), the segments, semaphores and queues of sysvipc(7)) stays when
+all its processes are gone, and then counts against no limit.
 """
 
 import contextlib
+import ctypes
 import os
+import secrets
 import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
 from aitbc_miner.cgroup import RETRY_S
 from aitbc_miner.privileges import UNALLOCATED, UNALLOCATED_END
+from aitbc_miner.util import fs
 from aitbc_miner.util.clock import now
+from aitbc_miner.util.log import events
 
 NAMED_AT_MOST = 10
+IN_MEMORY = (Path("/dev/shm"), Path("/dev/mqueue"))  # noqa: S108  # cleared, not written to
+SYSV = Path("/proc/sysvipc")
+IPC_RMID = 0
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_REMOVERS = {
+    "shm": lambda number: _LIBC.shmctl(number, IPC_RMID, None),
+    "sem": lambda number: _LIBC.semctl(number, 0, IPC_RMID),
+    "msg": lambda number: _LIBC.msgctl(number, IPC_RMID, None),
+}
+
+
+def clear_user(uid: int, timeout_s: float) -> list[int]:
+    """Kill what a slot's own user runs and remove what he has in memory; each may take `timeout_s`.
+
+    What cannot be removed is logged, and tried again the next time. Of an unallocated id nothing is touched,
+    see `processes_of`: there, what a job leaves in memory stays.
+
+    Returns:
+        The processes that are still there.
+    """
+    alive = kill_processes_of(uid, timeout_s)
+    if not _is_unallocated(uid):
+        remove_memory_of(uid, timeout_s)
+    return alive
 
 
 def processes_of(uid: int) -> list[int]:
@@ -23,7 +56,7 @@ def processes_of(uid: int) -> list[int]:
 
     Of an unallocated id nothing is found: another node of this machine may have given it to its own jobs.
     """
-    if UNALLOCATED <= uid < UNALLOCATED_END:
+    if _is_unallocated(uid):
         return []
     try:
         # Fails when the user has no process, which takes the kernel microseconds to see.
@@ -46,6 +79,22 @@ def kill_processes_of(uid: int, timeout_s: float) -> list[int]:
     return found
 
 
+def remove_memory_of(uid: int, timeout_s: float) -> None:
+    """Remove what a user has in memory by name: all below directories of his, too, whoever put it there.
+
+    Not found is what he has put into a directory of somebody else who lets him.
+    """
+    deadline = now() + timeout_s
+    failed = [
+        *_remove_sysv(uid),
+        *(each for place in IN_MEMORY for each in _remove_files(place, uid, deadline)),
+    ]
+    if failed:
+        events("worker").error(
+            "cannot remove what is in memory", uid=uid, number=len(failed), errors=failed[:NAMED_AT_MOST]
+        )
+
+
 def named(pids: Sequence[int]) -> str:
     """Write processes and their states into a sentence: "the processes 12 (disk-sleep), 13 (zombie)"."""
     if not pids:
@@ -53,6 +102,121 @@ def named(pids: Sequence[int]) -> str:
     shown = [f"{pid}{_doing(pid)}" for pid in sorted(pids)[:NAMED_AT_MOST]]
     more = f" and {len(pids) - NAMED_AT_MOST} more" if len(pids) > NAMED_AT_MOST else ""
     return f"the process{'es' if len(pids) > 1 else ''} {', '.join(shown)}{more}"
+
+
+def _is_unallocated(uid: int) -> bool:
+    return UNALLOCATED <= uid < UNALLOCATED_END
+
+
+def _sysv_of(uid: int) -> list[tuple[str, int]]:
+    """Find the kinds and numbers of what a user has made or been given, in our IPC namespace."""
+    found: list[tuple[str, int]] = []
+    for kind in _REMOVERS:
+        # A kernel can be built without.
+        with contextlib.suppress(FileNotFoundError), (SYSV / kind).open() as file:
+            columns = file.readline().split()
+            owner, creator = columns.index("uid"), columns.index("cuid")
+            rows = map(str.split, file)
+            found += [(kind, int(row[1])) for row in rows if str(uid) in {row[owner], row[creator]}]
+    return found
+
+
+def _remove_sysv(uid: int) -> list[str]:
+    try:
+        if not (found := _sysv_of(uid)):
+            return []
+        # As its owner, for else it takes CAP_SYS_ADMIN, which the miner need not have.
+        pid = os.fork()
+        if pid == 0:
+            _remove_as(uid, found)
+        os.waitpid(pid, 0)
+        return [f"{kind} {number} is still there" for kind, number in _sysv_of(uid)]
+    except OSError as error:
+        return [f"{SYSV}: {error}"]
+
+
+def _remove_as(uid: int, found: list[tuple[str, int]]) -> NoReturn:
+    try:
+        # The effective user is asked for. The real one stays root, whom a user can neither signal nor stop.
+        os.seteuid(uid)
+        for kind, number in found:
+            _REMOVERS[kind](number)
+    finally:
+        # Whatever happened, this copy of the worker must not go on as a second worker.
+        os._exit(0)
+
+
+def _remove_files(place: Path, uid: int, deadline: float) -> list[str]:
+    failed = []
+    try:
+        with fs.directory(place) as at, os.scandir(at) as entries:
+            for entry in entries:
+                try:
+                    _remove(at, entry, uid, deadline)
+                except FileNotFoundError:
+                    continue  # others come and go there
+                except TimeoutError:
+                    raise
+                except OSError as error:
+                    failed.append(f"{place}: {error}")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        failed.append(f"{place}: {error}")
+    return failed
+
+
+def _remove(at: int, entry: "os.DirEntry[str]", uid: int, deadline: float) -> None:
+    if entry.stat(follow_symlinks=False).st_uid != uid:
+        return
+    _check(deadline)
+    if entry.is_dir(follow_symlinks=False):
+        _remove_tree(at, entry.name, uid, deadline)
+    else:
+        os.unlink(entry.name, dir_fd=at)
+
+
+def _remove_tree(at: int, name: str, uid: int, deadline: float) -> None:
+    """Remove a directory of the user's.
+
+    How deep it goes was the job's to decide: so what is deeper is brought up, which takes neither recursion
+    nor a descriptor for each level.
+    """
+    with fs.directory(name, at=at) as top:
+        if os.fstat(top).st_uid != uid:
+            return
+        brought_up = True
+        while brought_up:
+            brought_up = False
+            with os.scandir(top) as entries:
+                for entry in entries:
+                    _check(deadline)
+                    if entry.is_dir(follow_symlinks=False):
+                        brought_up |= _bring_up(entry.name, top, deadline)
+                        os.rmdir(entry.name, dir_fd=top)
+                    else:
+                        os.unlink(entry.name, dir_fd=top)
+    os.rmdir(name, dir_fd=at)
+
+
+def _bring_up(name: str, top: int, deadline: float) -> bool:
+    """Empty a directory below `top`: files go, directories become its neighbours. Whether there were any."""
+    any_moved = False
+    with fs.directory(name, at=top) as below, os.scandir(below) as entries:
+        for entry in entries:
+            _check(deadline)
+            if entry.is_dir(follow_symlinks=False):
+                os.rename(entry.name, secrets.token_hex(16), src_dir_fd=below, dst_dir_fd=top)
+                any_moved = True
+            else:
+                os.unlink(entry.name, dir_fd=below)
+    return any_moved
+
+
+def _check(deadline: float) -> None:
+    # Somebody with a way into such a directory could fill it for ever.
+    if now() >= deadline:
+        raise TimeoutError("it is too much for the time there is")
 
 
 def _owner(pid: int) -> int | None:

@@ -50,11 +50,12 @@ class Offer(Struct, frozen=True):
 
 
 class SlotView(Struct, frozen=True):
-    """A slot as the others see it."""
+    """A slot as the others see it. `offers`: whether it takes jobs, now or later."""
 
     offer: Offer
     state: str
     free: bool
+    offers: bool = True
     job_id: str | None = None
     job_state: State | None = None
     since: float = 0.0
@@ -157,10 +158,14 @@ class WorkerReady(Message, frozen=True):
 
 
 class Retuned(Message, frozen=True):
-    """worker: what enforces its slot's limits now; `note` says what of them does not hold yet, and why."""
+    """worker: what enforces its slot's limits now; `note` says what of them does not hold yet, and why.
+
+    done: False when the old ones go on.
+    """
 
     enforced: dict[str, str]
     note: str = ""
+    done: bool = True
 
 
 class WorkerRefused(Message, frozen=True):
@@ -209,10 +214,14 @@ class Slots(Message, frozen=True):
 
 
 class JobSettled(Message, frozen=True):
-    """to agent: no process works on the job any more; its outcome is on disk, or it is lost."""
+    """to agent: no process works on the job any more; its outcome is on disk, or it is lost.
+
+    With a code it has never run, and cannot here: `why` is the whole message then.
+    """
 
     job_id: str
     why: str = ""
+    code: ErrorCode | None = None
 
 
 class JobDone(Message, frozen=True):
@@ -242,6 +251,7 @@ class Retune(Message, frozen=True):
     """
 
     spec: dict[str, Any]
+    gpu_env: dict[str, str] = {}
 
 
 class Stop(Message, frozen=True):

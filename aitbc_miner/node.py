@@ -34,12 +34,12 @@ from aitbc_miner.messages import (
     ToWorker,
 )
 from aitbc_miner.orphans import WorkerBook
-from aitbc_miner.privileges import Identities, Identity, resolve
+from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
 from aitbc_miner.records import PASSABLE
 from aitbc_miner.runnerset import RunnerSet
 from aitbc_miner.slotgroup import SlotGroup
-from aitbc_miner.slots import SlotPlan, make_offer
-from aitbc_miner.slotspec import Layout, SlotSpec, derive_slots, lay_out
+from aitbc_miner.slots import Layout, SlotPlan, make_offer
+from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out
 from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.supervisor import Parts, Supervisor
 from aitbc_miner.topology import read_machine
@@ -119,7 +119,8 @@ class Node:
             return
         for path in [*slot_groups(parent), *([parent] if parent != self._cgroups.home else [])]:
             try:
-                Group(path).remove(timeout_s=0.5)
+                # Of one with a job we know that it stays; the last process of another may be going just now.
+                Group(path).remove(timeout_s=0.0 if Group(path).populated() else 0.5)
             except CgroupError as error:
                 log.events("supervisor").debug("cgroup stays", reason=str(error))
 
@@ -132,9 +133,9 @@ class Node:
             heartbeat=Keeper(
                 "heartbeat", self._be_heartbeat, FromHeartbeat, [self._heartbeat_end.fileno()], **pause
             ),
-            layout=Layout(self._specs),
+            layout=Layout(self._specs, self._identities.jobs),
             plan=self._plan,
-            stray=lambda name: self._plan_slot(SlotSpec(name=name, kind="cpu"), []),
+            stray=lambda name: self._plan_slot(SlotSpec(name=name, kind="cpu"), [], None, None),
             end_others=self._end_others,
             read_layout=self._read_layout,
             book=self._book,
@@ -148,11 +149,29 @@ class Node:
     # --- slots ---------------------------------------------------------------------------------------------
 
     def _plan(self, layout: Layout, gpus: list[GpuFact]) -> list[SlotPlan]:
+        # For what reads a layout anew, too.
         nodes = {name: gpu.numa_node for gpu in gpus if gpu.numa_node is not None for name in gpu.ids}
-        facts = replace(self._facts, gpu_ids=[gpu.ids for gpu in gpus], gpu_nodes=nodes)
-        specs = lay_out(layout.specs, facts, []) or derive_slots(facts)
-        self._identities = self._resolve([spec.name for spec in specs])
-        return [self._plan_slot(spec, gpus) for spec in specs]
+        self._facts = replace(self._facts, gpu_ids=[gpu.ids for gpu in gpus], gpu_nodes=nodes)
+        specs = lay_out(layout.specs, self._facts, []) or derive_slots(self._facts)
+        users = layout.users
+        problems: dict[str, str] = {}
+        if not users:
+            users, problems = self._users_of([spec.name for spec in specs])
+        return [self._plan_slot(spec, gpus, users.get(spec.name), problems.get(spec.name)) for spec in specs]
+
+    def _users_of(self, names: list[str]) -> tuple[dict[str, Identity], dict[str, str]]:
+        """Find the users of slots, and say of which slots there is none: these are not used."""
+        try:
+            return self._resolve(names).jobs, {}
+        except PrivilegeError:
+            users: dict[str, Identity] = {}
+            problems: dict[str, str] = {}
+        for name in names:
+            try:
+                users |= self._resolve([name]).jobs
+            except PrivilegeError as error:
+                problems[name] = str(error)
+        return users, problems
 
     def _read_layout(self, pipe: "Connection[Any, Any]") -> None:
         """Read the configuration anew, in a child, and say what the slots are to be."""
@@ -161,8 +180,9 @@ class Node:
         while channel.has_unsent:
             channel.wait(1.0)
 
-    def _end_others(self, names: set[str]) -> None:
-        """End what still runs in the groups of slots that are none of these."""
+    def _end_others(self, names: set[str], pipe: "Connection[Any, Any]") -> None:
+        """End what still runs in the groups of slots that are none of these, in a child."""
+        pipe.close()
         parent = self._cgroups.parent
         for path in slot_groups(parent) if parent else ():
             if path.name not in names:
@@ -171,7 +191,9 @@ class Node:
                 except CgroupError as error:
                     log.events("supervisor").warning("old slot not removed", error=str(error))
 
-    def _plan_slot(self, spec: SlotSpec, gpus: list[GpuFact]) -> SlotPlan:
+    def _plan_slot(
+        self, spec: SlotSpec, gpus: list[GpuFact], user: Identity | None, problem: str | None
+    ) -> SlotPlan:
         gpu = next((gpu for gpu in gpus if spec.gpu is not None and str(spec.gpu) in gpu.ids), None)
         offer = make_offer(
             spec,
@@ -185,18 +207,20 @@ class Node:
             spec=spec,
             group_parent=parent,
             controllers=self._cgroups.controllers,
-            runs_as=self._identities.jobs.get(spec.name),
+            runs_as=user,
             service=self._identities.service,
             gpu_env=gpu_env(gpu),
         )
-        absent = f"GPU {spec.gpu} is not there or does not answer; see `aitbc-miner probe`"
+        if spec.gpu is not None and gpu is None:
+            problem = f"GPU {spec.gpu} is not there or does not answer; see `aitbc-miner probe`"
         return SlotPlan(
             spec,
             offer,
             parent / spec.name if parent else None,
             partial(self._spawn_worker, settings),
             partial(adjust_slot, settings),
-            absent if spec.gpu is not None and gpu is None else None,
+            settings.gpu_env,
+            problem,
         )
 
     def _spawn_worker(self, settings: Settings) -> Child[FromWorker]:

@@ -8,7 +8,7 @@ import grp
 import hashlib
 import os
 import pwd
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from msgspec import Struct
 
@@ -62,6 +62,7 @@ def resolve(mode: str, service_user: str, slots: Sequence[str], euid: int | None
             f"`useradd --system --shell /usr/sbin/nologin NAME`, or set privileges.mode: auto"
         )
     ids = {name: identity for name, identity in found.items() if identity is not None}
+    _refuse_shared(ids)
     taken: set[int] = set()
     # Those that have a user keep their number as well, or to create one could shift another's.
     for name in wanted if absent else ():
@@ -71,6 +72,17 @@ def resolve(mode: str, service_user: str, slots: Sequence[str], euid: int | None
     missing = [f"no user {name}: it runs as the unallocated id {ids[name].uid}" for name in absent]
     jobs = {slot: ids[job_user(slot)] for slot in slots}
     return Identities(service=ids[service_user], jobs=jobs, missing=missing)
+
+
+def _refuse_shared(ids: Mapping[str, Identity]) -> None:
+    """Refuse users that are root or each other: what a slot's user runs is killed between jobs."""
+    for name, identity in ids.items():
+        if identity.uid == 0 or [other.uid for other in ids.values()].count(identity.uid) > 1:
+            whose = "root's" if identity.uid == 0 else "another user's"
+            raise PrivilegeError(
+                f"cannot separate privileges: the id {identity.uid} of {name} is {whose} as well; "
+                f"remove that user, and create it with `useradd --system --user-group {name}`"
+            )
 
 
 def job_user(slot: str) -> str:

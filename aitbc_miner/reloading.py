@@ -6,8 +6,8 @@ from typing import Any
 
 from aitbc_miner.children import Child, Errands, Main
 from aitbc_miner.control import Done, Later, Refusal
-from aitbc_miner.errors import EXIT_CONFIG
-from aitbc_miner.slotspec import Layout
+from aitbc_miner.errors import EXIT_CONFIG, MinerError
+from aitbc_miner.slots import Layout
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 
@@ -47,7 +47,11 @@ class Reloader:
             lines = "\n".join(said.faults)
             tell(Refusal(f"cannot reload, nothing was changed:\n{lines}", EXIT_CONFIG))
             return
-        changes = self._follow(said)
+        try:
+            changes = self._follow(said)
+        except MinerError as error:
+            tell(Refusal(f"cannot reload, nothing was changed: {error}", EXIT_CONFIG))
+            return
         self._log.info("reloaded", changes=changes, restart=said.restart)
         restart = f"; for {', '.join(said.restart)} restart the miner: jobs go on" if said.restart else ""
         tell(Done(f"reloaded: {changes}{restart}"))

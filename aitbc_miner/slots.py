@@ -26,6 +26,7 @@ from aitbc_miner.messages import (
     WorkerReady,
     WorkerRefused,
 )
+from aitbc_miner.privileges import Identity
 from aitbc_miner.slot import (
     Action,
     Died,
@@ -66,6 +67,19 @@ class Outcomes(Struct, frozen=True):
     aside: Callable[[str, Main], None]
 
 
+class Layout(Struct, frozen=True):
+    """The slots as a node is to have them, or what is wrong with them.
+
+    Without `specs` they follow from the machine. `users` run their jobs, by slot; empty: not looked up yet.
+    `restart` are the keys whose change needs a restart.
+    """
+
+    specs: list[SlotSpec]
+    users: dict[str, Identity] = {}
+    faults: list[str] = []
+    restart: list[str] = []
+
+
 class SlotPlan(Struct, frozen=True):
     """What a slot is to be, and how its worker begins; `problem` says why it cannot be used, if so.
 
@@ -77,6 +91,7 @@ class SlotPlan(Struct, frozen=True):
     group: Path | None
     spawn: Callable[[], Child[FromWorker]]
     adjust: Main
+    gpu_env: dict[str, str] = {}
     problem: str | None = None
 
 
@@ -91,6 +106,8 @@ class RunningSlot:
         self.adopted: int | None = None
         self.enforced: dict[str, str] = {}
         self.note = ""
+        # False when the worker could not do what it was told of the plan, so that it can be told again.
+        self._tuned = True
         self._outcomes = outcomes
         self._log = events("supervisor", slot=self.name)
 
@@ -106,6 +123,7 @@ class RunningSlot:
             offer=self.plan.offer,
             state=rules.state,
             free=self.free,
+            offers=not (rules.retiring or self.plan.problem),
             job_id=rules.job_id,
             job_state=rules.job_state,
             since=rules.since,
@@ -183,6 +201,7 @@ class RunningSlot:
         match message:
             case WorkerReady():
                 self.enforced = message.enforced
+                self._tuned = True
                 self.feed(Ready())
             case Retuned():
                 self._retuned(message)
@@ -195,7 +214,7 @@ class RunningSlot:
                 self._outcomes.progress(message)
             case JobEnded() if message.job_id == self.rules.job_id:
                 self._outcomes.ended(message)
-                self.note = ""
+                self.note = self.note if not self._tuned else ""
                 self.feed(Ended(message.job_id, message.clean, message.remains))
 
     def worker_gone(self) -> None:
@@ -231,11 +250,11 @@ class RunningSlot:
 
     def change(self, plan: SlotPlan) -> bool:
         """Be what the operator wants now; False when that is nothing new. A job that runs goes on."""
-        if (plan.spec, plan.offer, plan.problem) == (self.plan.spec, self.plan.offer, self.plan.problem):
+        if self._tuned and _wanted(plan) == _wanted(self.plan):
             return False
         self.plan = plan
         if self.child:
-            self.child.send(Retune(msgspec.to_builtins(plan.spec)))
+            self.child.send(Retune(msgspec.to_builtins(plan.spec), plan.gpu_env))
         elif self.adopted is not None:
             self._outcomes.aside(f"limits of {self.name}", plan.adjust)
         self.feed(Retry())
@@ -244,6 +263,7 @@ class RunningSlot:
     def _retuned(self, said: Retuned) -> None:
         self.enforced = said.enforced
         self.note = said.note
+        self._tuned = said.done
         if self.note:
             self._log.warning("limits", note=self.note)
 
@@ -252,6 +272,11 @@ class RunningSlot:
         self.feed(Retire())
         if self.child:
             self.child.send(Stop())
+
+
+def _wanted(plan: SlotPlan) -> tuple[object, ...]:
+    """Give what of a plan the operator can change."""
+    return plan.spec, plan.offer, plan.gpu_env, plan.problem
 
 
 def make_offer(spec: SlotSpec, *, threads: int, memory_bytes: int, vram_mb: int) -> Offer:

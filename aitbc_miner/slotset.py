@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.errors import JobError
 from aitbc_miner.messages import FoundJob, Stop, Ticket
 from aitbc_miner.orphans import WorkerBook, end_worker
-from aitbc_miner.placing import place
+from aitbc_miner.placing import place, refuse_hopeless
 from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Event, Retire, Slot, SlotState, Tick, Unretire
 from aitbc_miner.slots import Outcomes, RunningSlot, SlotPlan
 from aitbc_miner.util.log import events
@@ -127,11 +128,23 @@ class SlotSet:
         self.queue[ticket.job_id] = ticket
         return True
 
+    def refuse_hopeless(self) -> list[tuple[str, JobError]]:
+        """Take waiting jobs that no slot will ever take out of the queue, and give each with the reason."""
+        offers = [slot.plan.offer for slot in self if not (slot.rules.retiring or slot.plan.problem)]
+        refused: list[tuple[str, JobError]] = []
+        for ticket in list(self.queue.values()):
+            try:
+                refuse_hopeless(ticket, offers)
+            except JobError as error:
+                del self.queue[ticket.job_id]
+                refused.append((ticket.job_id, error))
+        return refused
+
     def place(self) -> None:
         """Give waiting jobs to free slots that fit."""
         if not self.queue:
             return
-        free = [slot.plan.offer for slot in self if slot.free]
+        free = [slot.plan.offer for slot in self if slot.free and not slot.rules.retiring]
         for ticket, offer in place(list(self.queue.values()), free):
             del self.queue[ticket.job_id]
             self.slots[offer.name].feed(Assign(ticket.job_id))

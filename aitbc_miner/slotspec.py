@@ -40,8 +40,8 @@ def _one_of(names: Sequence[str]) -> Parse:
 
 Memory = Annotated[int, Parse(_parse_memory)]
 Weight = Annotated[int, Meta(ge=1, le=10_000)]
-# Not `$`, which would also accept a line break at the end. 22, for with it the user aitbc-job-<slot> has the 32
-# letters that a user's name may have.
+# Not `$`, which would also accept a line break at the end. At most 22, for the name of a user has at most 32
+# letters, and the slot's is aitbc-job-<slot>.
 SlotName = Annotated[
     str,
     Meta(
@@ -119,17 +119,6 @@ class SlotFile(Struct, frozen=True):
     """The content of one file of slots.d."""
 
     slots: list[SlotKeys]
-
-
-class Layout(Struct, frozen=True):
-    """The slots as a node is to have them, or what is wrong with them.
-
-    Without `specs` they follow from the machine. `restart` are the keys whose change needs a restart.
-    """
-
-    specs: list[SlotSpec]
-    faults: list[str] = []
-    restart: list[str] = []
 
 
 def read_slots(directory: Path, faults: list[Fault]) -> list[SlotSpec]:

@@ -9,6 +9,7 @@ import select
 import signal
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 from msgspec import Struct
@@ -43,9 +44,8 @@ from aitbc_miner.messages import (
 from aitbc_miner.orphans import WorkerBook, kill_strangers
 from aitbc_miner.reloading import Reloader
 from aitbc_miner.slot import Cancel, Slot
-from aitbc_miner.slots import Outcomes, SlotPlan
+from aitbc_miner.slots import Layout, Outcomes, SlotPlan
 from aitbc_miner.slotset import HOLDING, SlotSet
-from aitbc_miner.slotspec import Layout
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.log import flush as flush_log
@@ -62,8 +62,8 @@ class Parts(Struct, frozen=True):
     """What the supervisor is made of.
 
     `plan` says what each slot is to be, once the GPUs are known, and `stray` one that is not wanted any more;
-    `end_others` ends what runs in none of the named slots. `layout` is for the start, and `read_layout` the
-    main function of a child that reads it anew.
+    `end_others`, in a child, ends what runs in none of the named slots. `layout` is for the start, and
+    `read_layout` the main function of a child that reads it anew.
     """
 
     config: Config
@@ -72,7 +72,7 @@ class Parts(Struct, frozen=True):
     layout: Layout
     plan: Callable[[Layout, list[GpuFact]], list[SlotPlan]]
     stray: Callable[[str], SlotPlan]
-    end_others: Callable[[set[str]], None]
+    end_others: Callable[[set[str], "Connection[Any, Any]"], None]
     read_layout: Main
     book: WorkerBook
     notices: list[str] = []
@@ -215,6 +215,7 @@ class Supervisor:
                 self._begin()
             case JobReady():
                 self._dirty |= self._slots.enqueue(message.ticket)
+                self._refuse_hopeless()
             case JobUpdate():
                 if self._index.update(message):
                     self._heartbeat.send(JobDone(message.code))
@@ -260,7 +261,8 @@ class Supervisor:
             self._slots.take_up(job, self._adopted)
         self._recovered = []
         if first:
-            self._parts.end_others(set(self._slots.slots))
+            # It may have to wait for what dies slowly.
+            self._aside("old slots", partial(self._parts.end_others, set(self._slots.slots)))
         self._slots.begin()
         self._dirty = True
 
@@ -269,9 +271,16 @@ class Supervisor:
         if self._inventory is None or not self._slots.slots or self._stop_mode is not None:
             return "nothing, for the node is starting or stopping; reload again when it is up"
         changes = str(self._slots.lay_out(self._parts.plan(layout, self._inventory.gpus)))
+        self._refuse_hopeless()
         self._slots.begin()
         self._dirty = True
         return changes
+
+    def _refuse_hopeless(self) -> None:
+        """Have the agent report jobs that were accepted when there was a slot for them, and now is none."""
+        for job_id, error in self._slots.refuse_hopeless():
+            self._index.settled(job_id)
+            self._agent.send(JobSettled(job_id, error.message, error.code))
 
     def _adopted(self, job: FoundJob, slot: str) -> None:
         self._index.step(job.job_id, job.state, slot)

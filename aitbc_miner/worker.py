@@ -18,7 +18,7 @@ from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.execution import Delays, Supervision
 from aitbc_miner.jobrun import JobRun, Surroundings
 from aitbc_miner.jobs import State
-from aitbc_miner.leftovers import kill_processes_of, named
+from aitbc_miner.leftovers import clear_user, named
 from aitbc_miner.messages import JobEnded, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
 from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import NEEDED_CONTROLLERS
@@ -93,7 +93,7 @@ class Worker:
             must = frozenset(NEEDED_CONTROLLERS if settings.config.cgroup.mode == "required" else ())
             by_cgroup = group.enforce(settings.spec, settings.controllers, required=must)
         user = settings.runs_as
-        if user is not None and (pids := kill_processes_of(user.uid, settings.delays.kill)):
+        if user is not None and (pids := clear_user(user.uid, settings.delays.kill)):
             raise MinerError(f"cannot use the slot: its user {user.name} still owns {named(pids)}")
         limits, enforced = plan_limits(settings.spec, by_cgroup, own_user=user is not None)
         return Surroundings(
@@ -108,7 +108,7 @@ class Worker:
             delays=settings.delays,
         )
 
-    def _retune(self, spec: SlotSpec) -> None:
+    def _retune(self, spec: SlotSpec, gpu_env: dict[str, str]) -> None:
         """Give the slot other limits: those of its cgroups now, a process's own from the next job on."""
         around, note = self._around, ""
         if around is None:
@@ -118,11 +118,11 @@ class Worker:
                 note = around.group.adjust(spec, self._settings.controllers)
         except CgroupError as error:
             failed = f"cannot give the slot its new limits, and goes on with the old: {error}"
-            self._supervision.send(Retuned(around.enforced, failed))
+            self._supervision.send(Retuned(around.enforced, failed, done=False))
             return
         by_cgroup = around.group.held if around.group is not None else {}
         limits, enforced = plan_limits(spec, by_cgroup, own_user=around.runs_as is not None)
-        self._around = replace(around, spec=spec, limits=limits, enforced=enforced)
+        self._around = replace(around, spec=spec, limits=limits, enforced=enforced, gpu_env=gpu_env)
         self._supervision.send(Retuned(enforced, note))
 
     def _run_job(self, job_id: str, around: Surroundings) -> JobEnded:

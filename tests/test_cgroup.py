@@ -137,6 +137,7 @@ def fake_slot(tmp_path: Path, controllers: tuple[str, ...] = ALL) -> SlotGroup:
         written(group.path / "cgroup.controllers", " ".join(controllers))
         for name in FILES:
             written(group.path / name, "")
+    written(tmp_path / "io.cost.qos", "8:0 enable=1 ctrl=auto")
     return slot
 
 
@@ -212,6 +213,15 @@ def test_an_io_limit_that_is_gone_is_lifted(tmp_path: Path) -> None:
     assert limits_of(slot)["io.max"] == "8:0 rbps=max wbps=max riops=max wiops=max"
 
 
+def test_cpus_that_are_named_no_more_are_all_that_the_parent_has(tmp_path: Path) -> None:
+    slot = fake_slot(tmp_path)
+    slot.enforce(SlotSpec(name="cpu0", kind="cpu", cpus=(1,)), ALL)
+    # The kernel refuses an empty set for a group in which something runs.
+    written(slot.parent.path / "cpuset.cpus.effective", "0-3\n")
+    slot.adjust(SlotSpec(name="cpu0", kind="cpu"), ALL)
+    assert limits_of(slot)["cpuset.cpus"] == "0-3"
+
+
 def test_pressure_is_read_where_the_kernel_tells(tmp_path: Path) -> None:
     written(
         tmp_path / "cpu.pressure", "some avg10=1.50 avg60=0.20 avg300=0.00 total=9\nfull avg10=0.25 total=1\n"
@@ -250,13 +260,20 @@ def test_enforce_takes_only_controllers_that_are_there(tmp_path: Path) -> None:
     assert fake_slot(tmp_path, ()).enforce(spec, ALL) == {}
 
 
-def test_an_io_weight_without_a_scheduler_that_knows_it_is_not_claimed(tmp_path: Path) -> None:
+def test_an_io_weight_that_nothing_heeds_is_not_claimed(tmp_path: Path) -> None:
     slot = fake_slot(tmp_path)
-    (slot.slot.path / "io.weight").unlink()
-    spec = SlotSpec(name="cpu0", kind="cpu", io_weight=10)
+    spec = SlotSpec(name="cpu0", kind="cpu", io_weight=5000)
+    assert slot.enforce(spec, ALL) == {"io": "cgroup"}
+    for off in ("8:0 enable=0 ctrl=auto", ""):
+        written(tmp_path / "io.cost.qos", off)
+        assert slot.enforce(spec, ALL) == {}
+    (tmp_path / "io.cost.qos").unlink()
     assert slot.enforce(spec, ALL) == {}
+    # Written all the same, for it can be switched on at any time.
+    assert (slot.slot.path / "io.weight").read_text() == "default 5000"
     written(slot.slot.path / "io.bfq.weight", "")
     assert slot.enforce(spec, ALL) == {"io": "cgroup"}
+    assert (slot.slot.path / "io.bfq.weight").read_text() == "default 1000"
 
 
 def test_an_io_limit_on_no_disk_is_an_error_of_the_slot(tmp_path: Path) -> None:

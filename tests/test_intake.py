@@ -121,6 +121,16 @@ def test_a_job_that_was_acknowledged_before_a_restart_is_ours_at_once(tmp_path: 
     assert (it.coordinator.acks, it.acked) == (["j1"], [("j1", "cli")] * 2)
 
 
+def test_a_job_that_fits_no_slot_after_a_restart_is_reported(tmp_path: Path) -> None:
+    it = rig(tmp_path)
+    it.intake.take(pulled(), "j1", OFFERS, never())
+    assert it.intake.resume("j1", [], never()).report
+    state, outcome = it.kept()
+    assert state is State.UPLOADING
+    assert outcome is not None
+    assert outcome.code == "E_NOSLOT"
+
+
 @pytest.mark.parametrize(
     "manifest",
     [

@@ -96,8 +96,8 @@ def test_a_number_stays_when_other_users_and_slots_come_and_go() -> None:
 def test_creating_a_user_shifts_no_number_even_where_two_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     slots = [f"slot{number}" for number in range(100)]
     before = resolve("auto", "aitbc", slots, euid=0)
-    for slot in slots[:20]:
-        monkeypatch.setitem(KNOWN, job_user(slot), (500, 500))
+    for number, slot in enumerate(slots[:20]):
+        monkeypatch.setitem(KNOWN, job_user(slot), (500 + number, 500))
     after = resolve("auto", "aitbc", slots, euid=0)
     assert {slot: after.jobs[slot] for slot in slots[20:]} == {slot: before.jobs[slot] for slot in slots[20:]}
     assert after.jobs["slot0"].uid == 500
@@ -120,6 +120,18 @@ def test_nobody_shares_a_number_with_anybody_and_nobody_is_root(slots: list[str]
     assert len({identity.uid for identity in everyone}) == len(everyone)
     assert all(identity.uid and identity.gid for identity in everyone)
     assert set(found.jobs) == set(slots)
+
+
+@pytest.mark.parametrize(("numbers", "whose"), [((0, 5), "root's"), ((500, 500), "another user's")])
+@pytest.mark.parametrize("mode", ["required", "auto"])
+def test_a_slots_user_is_nobody_else(
+    users: None, monkeypatch: pytest.MonkeyPatch, mode: str, numbers: tuple[int, int], whose: str
+) -> None:
+    for name, number in zip(("cpu7", "cpu8"), numbers, strict=True):
+        monkeypatch.setitem(KNOWN, job_user(name), (number, 5))
+    monkeypatch.setitem(KNOWN, "aitbc", (400, 400))
+    with pytest.raises(PrivilegeError, match=rf"the id \d+ of aitbc-job-cpu7 is {whose} as well; remove"):
+        resolve(mode, "aitbc", ["cpu7", "cpu8"], euid=0)
 
 
 @pytest.mark.usefixtures("users")
