@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import psutil
 
-from aitbc_miner.cgroup import RETRY_S
+from aitbc_miner.cgroup import RETRY_S, find_mount
 from aitbc_miner.privileges import UNALLOCATED, UNALLOCATED_END
 from aitbc_miner.util import fs
 from aitbc_miner.util.clock import now
@@ -46,7 +46,7 @@ def clear_user(uid: int, timeout_s: float) -> list[int]:
         The processes that are still there.
     """
     alive = kill_processes_of(uid, timeout_s)
-    if not _is_unallocated(uid):
+    if not alive and not _is_unallocated(uid):
         remove_memory_of(uid, timeout_s)
     return alive
 
@@ -67,10 +67,16 @@ def processes_of(uid: int) -> list[int]:
 
 
 def kill_processes_of(uid: int, timeout_s: float) -> list[int]:
-    """Kill what a slot's own user runs; returns what is still there when the time is over."""
+    """Kill what a slot's own user runs; returns what is still there when the time is over.
+
+    Jobs of another miner that has the same user are not killed: which of the two is to go, an operator decides.
+    """
     deadline = now() + timeout_s
     while (found := processes_of(uid)) and now() < deadline:
-        for pid in found:
+        ours = [pid for pid in found if not _in_some_slot(pid)]
+        if not ours:
+            break
+        for pid in ours:
             with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(pid), "rb", 0) as process:
                 # Checked while the pidfd is held: the number may belong to somebody else by now.
                 if _owner(pid) == uid:
@@ -102,6 +108,19 @@ def named(pids: Sequence[int]) -> str:
     shown = [f"{pid}{_doing(pid)}" for pid in sorted(pids)[:NAMED_AT_MOST]]
     more = f" and {len(pids) - NAMED_AT_MOST} more" if len(pids) > NAMED_AT_MOST else ""
     return f"the process{'es' if len(pids) > 1 else ''} {', '.join(shown)}{more}"
+
+
+def _in_some_slot(pid: int) -> bool:
+    """Whether a process is in the group of some slot's job, which no job can make: our own is empty by now."""
+    mount = find_mount()
+    try:
+        line = next(
+            row for row in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if row.startswith("0::")
+        )
+    except (OSError, StopIteration):
+        return False
+    group = Path(line.removeprefix("0::"))
+    return mount is not None and group.name == "job" and Path(f"{mount.path}/{group.parent}/worker").is_dir()
 
 
 def _is_unallocated(uid: int) -> bool:

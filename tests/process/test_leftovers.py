@@ -1,11 +1,14 @@
 """What a job leaves in memory, made for real by a user of its own, and removed by a real worker."""
 
+import contextlib
 import ctypes
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +16,10 @@ import pytest
 from bench import Bench
 
 from aitbc_miner import leftovers
+from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
 from aitbc_miner.messages import StartJob
 from aitbc_miner.privileges import UNALLOCATED, Identity
+from aitbc_miner.slotgroup import SlotGroup
 
 needs_root = pytest.mark.xfail(os.geteuid() != 0, reason="only root can become another user", strict=True)
 # Nobody's, and outside of the range from which nodes without users take theirs.
@@ -91,6 +96,17 @@ def test_segments_semaphores_and_queues_are_removed(caplog: pytest.LogCaptureFix
 
 
 @needs_root
+def test_it_takes_no_capability_that_the_unit_withholds(name: str) -> None:
+    run_as(OWNER, f"{SYSV}\nimport os\nos.makedirs({name!r} + '/a', 0)")
+    kept = ["+setuid", "+setgid", "+kill", "+chown", "+dac_override", "+fowner"]
+    program = f"from aitbc_miner.leftovers import clear_user; clear_user({OWNER.uid}, {TIME_S})"
+    argv = ["/usr/bin/setpriv", "--bounding-set", ",".join(["-all", *kept]), sys.executable, "-c", program]
+    root = Path(leftovers.__file__).parent.parent
+    subprocess.run(argv, check=True, cwd=root)
+    assert in_memory(OWNER) == []
+
+
+@needs_root
 def test_what_was_given_away_is_still_his() -> None:
     class Owner(ctypes.Structure):
         """The beginning of struct shmid_ds, which is all that IPC_SET reads of it here."""
@@ -146,11 +162,11 @@ def test_directories_may_be_as_deep_as_they_like(name: str, caplog: pytest.LogCa
 def test_what_takes_too_long_is_told_and_goes_the_next_time(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run_as(OWNER, f"open({name!r}, 'w').close()")
+    run_as(OWNER, f"for end in 'ab': open({name!r} + end, 'w').close()")
     leftovers.remove_memory_of(OWNER.uid, 0)
     error = f"{SHM}: it is too much for the time there is"
     assert logged(caplog) == [{"uid": OWNER.uid, "number": 1, "errors": [error]}]
-    assert in_memory(OWNER) == [Path(name).name]
+    assert in_memory(OWNER) == [Path(name).name + end for end in "ab"]
     leftovers.remove_memory_of(OWNER.uid, TIME_S)
     assert in_memory(OWNER) == []
 
@@ -189,10 +205,9 @@ def test_nothing_of_an_unallocated_id_is_touched(name: str) -> None:
         assert {("shm", segment), ("sem", semaphores), ("msg", queue)} <= {*leftovers._sysv_of(who.uid)}
         assert Path(name).exists()
     finally:
-        Path(name).unlink()
-        assert (
-            LIBC.shmctl(segment, 0, None) == LIBC.semctl(semaphores, 0, 0) == LIBC.msgctl(queue, 0, None) == 0
-        )
+        removed = LIBC.shmctl(segment, 0, None), LIBC.semctl(semaphores, 0, 0), LIBC.msgctl(queue, 0, None)
+        Path(name).unlink(missing_ok=True)
+    assert removed == (0, 0, 0)
 
 
 def test_a_machine_without_any_of_it(
@@ -234,3 +249,35 @@ def test_a_worker_removes_what_was_there_before_it_and_what_its_jobs_leave(name:
             bench.assert_works()
         finally:
             bench.stop()
+
+
+@contextlib.contextmanager
+def sleeper(who: Identity) -> Iterator["subprocess.Popen[bytes]"]:
+    """Run something as another user."""
+    with subprocess.Popen(["sleep", "600"], user=who.uid, group=who.gid, extra_groups=[]) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@needs_root
+def test_a_job_of_another_miner_with_the_same_user_is_spared() -> None:
+    mount = find_mount()
+    if mount is None or not mount.writable:
+        with pytest.raises(CgroupError, match="cannot make cgroup"):
+            Group(Path(mount.path if mount else "/sys/fs/cgroup") / f"aitbc-left-{os.getpid()}").create()
+        return
+    home = Group(own_group(mount) / f"aitbc-left-{os.getpid()}")
+    home.create()
+    try:
+        with SlotGroup(home.path, "cpu0") as slot, sleeper(OWNER) as theirs, sleeper(OWNER) as stray:
+            slot.job.write("cgroup.procs", theirs.pid)
+            # Collected while it is waited for, or it would stay as a zombie that owns itself.
+            waiting = threading.Thread(target=stray.wait)
+            waiting.start()
+            assert leftovers.clear_user(OWNER.uid, TIME_S) == [theirs.pid]
+            waiting.join(TIME_S)
+            assert (theirs.poll(), stray.returncode) == (None, -signal.SIGKILL)
+    finally:
+        home.remove()
