@@ -69,7 +69,7 @@ def processes_of(uid: int) -> list[int]:
 def kill_processes_of(uid: int, timeout_s: float) -> list[int]:
     """Kill what a slot's own user runs; returns what is still there when the time is over.
 
-    Jobs of another miner that has the same user are not killed: which of the two is to go, an operator decides.
+    Jobs of another miner that has the same user are not killed: which one is to go, the operator decides.
     """
     deadline = now() + timeout_s
     while (found := processes_of(uid)) and now() < deadline:
@@ -111,7 +111,7 @@ def named(pids: Sequence[int]) -> str:
 
 
 def _in_some_slot(pid: int) -> bool:
-    """Whether a process is in the group of some slot's job, which no job can make: our own is empty by now."""
+    """Whether a process is in the group of some slot's job; no job can make one, and ours is empty by now."""
     mount = find_mount()
     try:
         line = next(
