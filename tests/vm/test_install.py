@@ -1,6 +1,8 @@
 """The installer, from a machine that has never seen the miner to one that has forgotten it. In this order."""
 
 import os
+import pwd
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import pytest
 
 from tools.local_node import wait_until
 from tools.mock_records import State
-from vm.machine import CURRENT, ETC, MAIN, SLOTS, STATE, WAIT_S, Machine, hold, install, run
+from vm.machine import CHECKOUT, CURRENT, ETC, MAIN, SLOTS, STATE, WAIT_S, Machine, hold, install, run
 
 # Not the machine's files, or those of the test itself; /etc and /var/lib are looked at by themselves.
 ELSEWHERE = [
@@ -52,6 +54,20 @@ def version() -> str:
     return str(CURRENT.readlink())
 
 
+def test_a_first_run_over_a_faulty_configuration_leaves_all_to_the_next(before: object) -> None:
+    ETC.mkdir(parents=True)
+    faulty = ETC / "config.yaml"
+    faulty.write_text((CHECKOUT / "etc" / "config.yaml").read_text() + "nonsense: 1\n")
+    said = install(check=False)
+    assert "nonsense" in said
+    assert "cannot make the slots' users: the configuration has faults" in said
+    assert said.endswith("not installed; what was there before is as it was\n")
+    assert not CURRENT.parent.exists()
+    assert not Path("/usr/lib/systemd/system", MAIN).exists()
+    # The next test sees that the unit is enabled all the same.
+    faulty.unlink()
+
+
 def test_one_command_a_config_and_a_start_and_a_job_is_done(before: object) -> None:
     said = install()
     assert f"set coordinator.base_url in {ETC}/config.yaml" in said
@@ -86,6 +102,39 @@ def test_again_it_changes_nothing(installed: None) -> None:
     said = install()
     assert "is installed already" in said
     assert (files(), accounts(), edited.read_text(), version()) == had
+
+
+def test_samples_come_once_and_every_slot_has_its_user(installed: None) -> None:
+    samples = ETC / "slots.d"
+    shutil.rmtree(samples)
+    install()
+    assert not samples.exists()
+    samples.mkdir()
+    # Names that YAML puts in quotes.
+    (samples / "slots.yaml").write_text('slots: [{name: "0", kind: cpu}, {name: "no", kind: cpu}]\n')
+    install()
+    (samples / "slots.yaml").unlink()
+    assert {pwd.getpwnam(f"aitbc-job-{name}").pw_shell for name in ("0", "no")} == {"/usr/sbin/nologin"}
+
+
+def test_a_start_that_fails_is_made_good_by_the_next_run(machine: Machine) -> None:
+    # As a first run is that has come as far as the start.
+    (CURRENT.parent / "complete").unlink()
+    run("systemctl", "disable", MAIN)
+    obstacle = Path("/run/systemd/system", f"{MAIN}.d", "obstacle.conf")
+    obstacle.parent.mkdir(parents=True)
+    obstacle.write_text("[Service]\nExecStartPre=/usr/bin/false\n")
+    said = install(check=False)
+    shutil.rmtree(obstacle.parent)
+    assert "cannot start the miner" in said
+    assert f"not finished; {CURRENT} is now {version()}" in said
+    assert "as it was" not in said
+    # Or systemd, which goes on trying, starts it before the installer does.
+    machine.stop()
+    run("systemctl", "disable", MAIN)
+    assert "\nstarted\n" in install()
+    assert run("systemctl", "is-enabled", MAIN).strip() == "enabled"
+    machine.wait_up()
 
 
 def test_an_upgrade_leaves_running_jobs_alone(machine: Machine) -> None:
@@ -142,6 +191,10 @@ def test_uninstalled_only_configuration_and_records_are_left(
     machine.start()
     machine.submit(machine.script("lost", hold(machine.marks / "never")))
     pid = machine.running("lost")
+    # An account that the operator makes meanwhile is none of the installer's.
+    run("groupadd", "--system", "aitbc-operators")
+    install()
+    users = accounts()
     install("--uninstall")
     assert not Path("/proc", str(pid)).exists()
     new = files() - before[0]
@@ -150,9 +203,12 @@ def test_uninstalled_only_configuration_and_records_are_left(
     assert str(ETC / "config.yaml") in kept
     assert str(machine.jobs / "lost" / "outcome.json") in kept
     assert before[0] - files() == set()
-    assert accounts() == before[1]
+    # The files are theirs, and must be nobody else's.
+    assert accounts() == users
     assert [str(path) for path in Path("/run").rglob("*aitbc*")] == []
     assert machine.remains() == []
     install("--uninstall", "--purge")
+    run("groupdel", "aitbc-operators")
+    assert accounts() == before[1]
     assert not ETC.exists()
     assert not STATE.exists()

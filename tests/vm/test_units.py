@@ -16,6 +16,15 @@ def test_systemd_finds_no_fault(installed: None) -> None:
     assert run("systemd-analyze", "verify", MAIN, SLOTS, "aitbc.slice") == ""
 
 
+def test_memory_that_is_promised_to_the_units_is_promised_to_their_slice(installed: None) -> None:
+    miner, slots, both = (
+        int(run("systemctl", "show", "--value", "-p", "MemoryMin", unit))
+        for unit in (MAIN, SLOTS, "aitbc.slice")
+    )
+    assert both == miner + slots
+    assert min(miner, slots) > 0
+
+
 @pytest.mark.parametrize("unit", EXPOSURE)
 def test_exposure(installed: None, reports: Path, unit: str) -> None:
     text = run("systemd-analyze", "security", "--no-pager", unit)
