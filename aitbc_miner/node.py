@@ -28,6 +28,7 @@ from aitbc_miner.messages import (
     FromWorker,
     GpuFact,
     PrivateLine,
+    Retuned,
     Stop,
     ToAgent,
     ToHeartbeat,
@@ -182,7 +183,6 @@ class Node:
 
     def _end_others(self, names: set[str], pipe: "Connection[Any, Any]") -> None:
         """End what still runs in the groups of slots that are none of these, in a child."""
-        pipe.close()
         parent = self._cgroups.parent
         for path in slot_groups(parent) if parent else ():
             if path.name not in names:
@@ -190,6 +190,8 @@ class Node:
                     SlotGroup(path.parent, path.name).teardown()
                 except CgroupError as error:
                     log.events("supervisor").warning("old slot not removed", error=str(error))
+        # Not before: a child that closes it is taken for one that hangs up, and is ended.
+        pipe.close()
 
     def _plan_slot(
         self, spec: SlotSpec, gpus: list[GpuFact], user: Identity | None, problem: str | None
@@ -261,9 +263,18 @@ def be_worker(settings: Settings, pipe: "Connection[Any, Any]") -> None:
 
 def adjust_slot(settings: Settings, pipe: "Connection[Any, Any]") -> None:
     """Limit a slot's groups, in a child: its worker is of an earlier run, and cannot be told."""
-    pipe.close()
+    channel: Channel[Stop] = Channel(pipe, Stop)
+    said = Retuned({})
     if settings.group_parent is not None:
-        SlotGroup(settings.group_parent, settings.spec.name).adjust(settings.spec, settings.controllers)
+        group = SlotGroup(settings.group_parent, settings.spec.name)
+        try:
+            note = group.adjust(settings.spec, settings.controllers)
+            # What its processes carry themselves is not known here.
+            said = Retuned(group.held, note)
+        except CgroupError as error:
+            note = f"cannot give the slot its new limits, and goes on with the old: {error}"
+            said = Retuned({}, note, done=False)
+    channel.send(said)
 
 
 def slot_groups(parent: Path) -> list[Path]:

@@ -95,7 +95,8 @@ def children() -> set[int]:
 def kill_strangers(own: set[int]) -> None:
     """Kill and collect all children but our own."""
     for pid in children() - own:
-        events("supervisor").warning("orphan of a job killed", pid=pid)
         os.kill(pid, signal.SIGKILL)
         # Only this one: our own must keep their exit status until their pidfd is heard.
-        os.waitpid(pid, os.WNOHANG)
+        if os.waitpid(pid, os.WNOHANG) != (0, 0):
+            # Told when it has gone, for one that hangs in the kernel is killed again each second.
+            events("supervisor").warning("orphan of a job killed", pid=pid)

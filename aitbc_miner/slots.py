@@ -64,7 +64,7 @@ class Outcomes(Struct, frozen=True):
     ended: Callable[[JobEnded], None]
     progress: Callable[[JobProgress], None]
     stepped: Callable[[JobStep, str], None]
-    aside: Callable[[str, Main], None]
+    aside: Callable[[str, Main, Callable[[Retuned | str], None]], None]
 
 
 class Layout(Struct, frozen=True):
@@ -246,6 +246,7 @@ class RunningSlot:
         if self.adopted is not None:
             os.close(self.adopted)
             self.adopted = None
+            self.note = ""
             self.feed(Died("ended"))
 
     def change(self, plan: SlotPlan) -> bool:
@@ -256,11 +257,14 @@ class RunningSlot:
         if self.child:
             self.child.send(Retune(msgspec.to_builtins(plan.spec), plan.gpu_env))
         elif self.adopted is not None:
-            self._outcomes.aside(f"limits of {self.name}", plan.adjust)
+            self._outcomes.aside(f"limits of {self.name}", plan.adjust, self._retuned)
         self.feed(Retry())
         return True
 
-    def _retuned(self, said: Retuned) -> None:
+    def _retuned(self, said: Retuned | str) -> None:
+        if isinstance(said, str):
+            note = f"cannot give the slot its new limits: what was to do it {said}"
+            said = Retuned(self.enforced, note, done=False)
         self.enforced = said.enforced
         self.note = said.note
         self._tuned = said.done

@@ -38,6 +38,7 @@ from aitbc_miner.messages import (
     JobUpdate,
     NodeView,
     Recovered,
+    Retuned,
     Slots,
     Stop,
 )
@@ -297,12 +298,13 @@ class Supervisor:
         self._index.settled(job_id)
         self._agent.send(JobSettled(job_id, why))
 
-    def _aside(self, name: str, main: Main) -> None:
-        """Have something done by a child of its own."""
+    def _aside(self, name: str, main: Main, done: Callable[[Retuned | str], None] | None = None) -> None:
+        """Have something done by a child of its own, and tell what came of it."""
+        done = done or (lambda how: self._log.debug("done", what=name, how=how))
         try:
-            self._errands.start(name, main, Layout, lambda how: self._log.debug("done", what=name, how=how))
+            self._errands.start(name, main, Retuned, done)
         except OSError as error:
-            self._log.error("cannot start child", child=name, error=str(error))
+            done(f"could not be started: {error.strerror}")
 
     def _cancel(self, job_id: str, why: EndReason, detail: str) -> bool:
         """End a job in a slot, waiting for one, or being taken in; False when it is none of these."""

@@ -25,7 +25,7 @@ def writer(release: Path) -> str:
     It waits without starting anything, for a fork is dear on an emulated machine.
     """
     return (
-        "exec 9<> <(:); pace=0.05; "
+        "exec 9<> <(:); pace=0.1; "
         f"for ((i = 0; i < {LINES}; i++)); do printf 'line %07d {PADDING}\\n' $i; "
         f'[ -n "$pace" ] || continue; read -rt $pace -u 9; [ ! -e {release} ] || pace=; done'
     )
