@@ -338,9 +338,11 @@ def test_time_runs_out_the_button_is_pressed_and_then_it_is_killed(fake: Path) -
 
 
 TOOL = """
-import contextlib, sys
+import contextlib, signal, sys
 from pathlib import Path
 from tools import vm_lab, vm_qemu
+# A shell that started these tests in the background has Ctrl-C ignored, and that is inherited.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 vm_qemu.SEARCH = sys.argv[1] + ":" + vm_qemu.SEARCH
 def session(chosen, release):
     with contextlib.ExitStack() as stack:
@@ -364,7 +366,10 @@ def test_no_qemu_outlives_the_tool(fake: Path, number: signal.Signals, status: i
     with tool, tool.stdout:
         assert tool.stdout.readline() == b"what ran\n"
         tool.send_signal(number)
-        assert tool.wait(WAIT_S) == status
+        try:
+            assert tool.wait(WAIT_S) == status
+        finally:
+            tool.kill()
     pid = int((fake.parent / "pid").read_text())
     wait_until(lambda: gone(pid), WAIT_S)
 
