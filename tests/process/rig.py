@@ -64,6 +64,8 @@ def running(mock: MockCoordinator, slots: list[dict[str, Any]], **changes: Any) 
     try:
         node.start()
         wait_until(lambda: node.now().slots and all_idle(node), PATIENCE_S)
+        # Not before they are told apart: at the start there are children that only do one thing.
+        wait_until(lambda: node.children().keys() >= {"agent", "heartbeat"}, PATIENCE_S)
         yield Rig(mock, node, node.children())
     finally:
         node.clean_up()
