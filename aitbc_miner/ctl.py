@@ -55,7 +55,9 @@ def main() -> int:
     try:
         _run(arguments)
     except CtlError as error:
-        print(f"aitbc-minerctl: {visible(str(error))}", file=sys.stderr)
+        # Each fault of a configuration has a line of its own.
+        text = visible(str(error), keep="\n")
+        print(f"aitbc-minerctl: {text}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -177,14 +179,15 @@ def _ask(path: Path, request: Request) -> tuple[Any, list[int]]:
     Raises:
         CtlError: it does not answer (69), we may not ask (77), or it refuses (as it says).
     """
+    patience = LATER_S if request.verb == "reload" else TIMEOUT_S
     try:
-        answer, fds = ask(path, request, LATER_S if request.verb == "reload" else TIMEOUT_S)
+        answer, fds = ask(path, request, patience)
     except PermissionError:
         remedy = "use sudo, or join the group aitbc"
         message = f"cannot reach the miner at {path}: not permitted; {remedy}"
         raise CtlError(message, EXIT_NOT_PERMITTED) from None
     except TimeoutError:
-        raise _unreachable(path, f"no answer within {TIMEOUT_S:g} s") from None
+        raise _unreachable(path, f"no answer within {patience:g} s") from None
     except OSError as error:
         raise _unreachable(path, error.strerror or str(error)) from error
     except (msgspec.DecodeError, ValueError, RecursionError) as error:

@@ -58,8 +58,8 @@ def resolve(mode: str, service_user: str, slots: Sequence[str], euid: int | None
     absent = [name for name, identity in found.items() if identity is None]
     if absent and mode == "required":
         raise PrivilegeError(
-            f"cannot separate privileges: no such user: {', '.join(absent)}; create them with "
-            f"`useradd --system --shell /usr/sbin/nologin NAME`, or set privileges.mode: auto"
+            f"cannot separate privileges: no such user: {', '.join(absent)}; run tools/install again, "
+            f"which makes them, or `useradd --system --user-group NAME`, or set privileges.mode: auto"
         )
     ids = {name: identity for name, identity in found.items() if identity is not None}
     _refuse_shared(ids)

@@ -119,6 +119,7 @@ class RunningSlot:
     def view(self) -> SlotView:
         """Describe the slot to the other processes and to the operator."""
         rules = self.rules
+        leaving = rules.retiring and rules.job_id is not None
         return SlotView(
             offer=self.plan.offer,
             state=rules.state,
@@ -127,7 +128,7 @@ class RunningSlot:
             job_id=rules.job_id,
             job_state=rules.job_state,
             since=rules.since,
-            reason=rules.reason or self.note or None,
+            reason=rules.reason or self.note or ("leaves after its job" if leaving else None),
             enforced=self.enforced,
             cgroup=str(self.plan.group) if self.plan.group else None,
             job_pid=rules.job_pid,

@@ -329,7 +329,9 @@ class Supervisor:
     def _take_signals(self) -> None:
         for number in os.read(self._signals, 64):
             if number == signal.SIGHUP:
-                self._reloader.reload(lambda answer: self._log.info("reload", answer=str(answer)))
+                self._reloader.reload(
+                    lambda said: self._log.info("reload", answer=getattr(said, "message", ""))
+                )
             else:
                 self._order_stop("kill" if self._stop_mode else self._config.shutdown.mode)
 

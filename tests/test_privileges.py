@@ -62,8 +62,8 @@ def test_missing_users_are_refused_by_name_with_the_remedy() -> None:
     with pytest.raises(PrivilegeError) as caught:
         resolve("required", "miner", ["cpu0", "cpu7"], euid=0)
     assert str(caught.value) == (
-        "cannot separate privileges: no such user: miner, aitbc-job-cpu7; create them with "
-        "`useradd --system --shell /usr/sbin/nologin NAME`, or set privileges.mode: auto"
+        "cannot separate privileges: no such user: miner, aitbc-job-cpu7; run tools/install again, "
+        "which makes them, or `useradd --system --user-group NAME`, or set privileges.mode: auto"
     )
 
 

@@ -3,6 +3,8 @@
 import copy
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,7 @@ def test_slots_come_change_and_go_and_a_running_job_goes_on(node: Node, coordina
     # Now the busy one goes as well, but not before its job is done.
     node.write_slots(rows("three"))
     assert reload(node) == f"reloaded: changed: three; removed after its job: {busy}"
+    assert node.slot(busy).reason == "leaves after its job"
     more = submit(coordinator, 3)
     wait_final(coordinator, more)
     assert node.runs(job) == [pid]
@@ -93,6 +96,16 @@ def test_what_is_wrong_changes_nothing(node: Node) -> None:
     assert isinstance(answer, Refusal)
     assert answer.exit_code == EXIT_CONFIG
     assert "slots.yaml:2" in answer.message
+    told = subprocess.run(
+        [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(node.socket), "reload"],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=WAIT_S,
+    )
+    assert (told.returncode, told.stdout) == (EXIT_CONFIG, "")
+    # Each fault has a line of its own.
+    assert told.stderr == f"aitbc-minerctl: {answer.message}\n"
     assert "nicee" in answer.message
     assert names(node) == {"one", "two"}
     assert node.children() == before
