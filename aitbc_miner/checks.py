@@ -170,7 +170,7 @@ class Checker:
         kind, _, path = source.partition(":")
         # Root may read anything, but it is the service's user who will.
         if kind == "file" and service and not may_read(path, service):
-            remedy = f"chown {service.name} {path}"
+            remedy = f"chgrp {service.name} {path}; chmod 640 {path}"
             self._fault("coordinator.auth_token", f"the user {service.name} cannot read {path}; {remedy}")
 
     def _check_workspace(self, *, passers: bool) -> None:
