@@ -116,6 +116,11 @@ class RunningSlot:
         """Whether a job can be put here now."""
         return self.rules.state is SlotState.IDLE
 
+    @property
+    def offers(self) -> bool:
+        """Whether it takes jobs, now or later."""
+        return not (self.rules.retiring or self.plan.problem)
+
     def view(self) -> SlotView:
         """Describe the slot to the other processes and to the operator."""
         rules = self.rules
@@ -124,7 +129,7 @@ class RunningSlot:
             offer=self.plan.offer,
             state=rules.state,
             free=self.free,
-            offers=not (rules.retiring or self.plan.problem),
+            offers=self.offers,
             job_id=rules.job_id,
             job_state=rules.job_state,
             since=rules.since,

@@ -130,7 +130,7 @@ class SlotSet:
 
     def refuse_hopeless(self) -> list[tuple[str, JobError]]:
         """Take waiting jobs that no slot will ever take out of the queue, and give each with the reason."""
-        offers = [slot.plan.offer for slot in self if not (slot.rules.retiring or slot.plan.problem)]
+        offers = [slot.plan.offer for slot in self if slot.offers]
         refused: list[tuple[str, JobError]] = []
         for ticket in list(self.queue.values()):
             try:
@@ -144,7 +144,7 @@ class SlotSet:
         """Give waiting jobs to free slots that fit."""
         if not self.queue:
             return
-        free = [slot.plan.offer for slot in self if slot.free and not slot.rules.retiring]
+        free = [slot.plan.offer for slot in self if slot.free]
         for ticket, offer in place(list(self.queue.values()), free):
             del self.queue[ticket.job_id]
             self.slots[offer.name].feed(Assign(ticket.job_id))

@@ -8,22 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import yaml
 
 from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.control import Done, Request, Status, ask
 from aitbc_miner.messages import SlotView
 from tools.local_node import LocalNode, wait_until
+from tools.marked_jobs import MarkedJobs, allow_programs
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Job, State, Verdict
 
 WAIT_S = 30.0
 # So that a node that is refused again and again is soon through.
 IMPATIENT = {"interval_s": 0.5, "backoff": {"min_s": 0.1, "max_s": 0.5}}
-PROGRAMS = {"true": "/usr/bin/true", "sleep": "/usr/bin/sleep", "bash": "/usr/bin/bash"}
 
 
-class Node(LocalNode):
+class Node(MarkedJobs, LocalNode):
     """A node whose jobs may say in `marks` that they have begun: one file for each run."""
 
     def __init__(
@@ -31,27 +30,12 @@ class Node(LocalNode):
     ) -> None:
         rows = [{"name": f"cpu{i}", "kind": "cpu"} for i in range(slots)] if isinstance(slots, int) else slots
         super().__init__(base_url, rows, keep=keep, **changes)
+        self.patience_s = WAIT_S
         self.marks = self.directory / "marks"
         self.marks.mkdir()
         # Each slot's jobs have a user of their own.
         self.marks.chmod(0o777)
-        for name, path in PROGRAMS.items():
-            entry = {"command": {"path": path}, "args": [["-c", ".+"], [".+"]]}
-            (self.directory / "allowlist.d" / f"{name}.yaml").write_text(yaml.safe_dump(entry))
-
-    def script(self, job_id: str, then: str, **more: Any) -> dict[str, Any]:
-        """Make the manifest of a job that marks its run and then does `then`, a line for bash."""
-        line = f': > {self.marks}/{job_id}"+$$"; {then}'
-        return {"job_id": job_id, "runner": "cli", "command": "bash", "args": ["-c", line], **more}
-
-    def runs(self, job_id: str) -> list[int]:
-        """Give the pids of a job's program, one for each time that it was run."""
-        return [int(path.name.rpartition("+")[2]) for path in self.marks.glob(f"{job_id}+*")]
-
-    def running(self, job_id: str) -> int:
-        """Wait until a job has begun and give the pid of its program."""
-        pid: int = wait_until(lambda: self.runs(job_id), WAIT_S)[0]
-        return pid
+        allow_programs(self.directory / "allowlist.d")
 
     def now(self) -> Status:
         """Give the status, which must be there."""

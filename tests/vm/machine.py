@@ -19,6 +19,7 @@ from aitbc_miner.messages import SlotView
 from aitbc_miner.privileges import job_user
 from aitbc_miner.slot import SlotState
 from tools.local_node import wait_until
+from tools.marked_jobs import MarkedJobs, allow_programs
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Job
 
@@ -27,7 +28,6 @@ MAIN, SLOTS = "aitbc-miner.service", "aitbc-miner-slots.service"
 CURRENT = Path("/usr/lib/aitbc-miner/current")
 ETC, STATE, RUN = Path("/etc/aitbc/miner"), Path("/var/lib/aitbc/miner"), Path("/run/aitbc-miner")
 CGROUP = Path("/sys/fs/cgroup/aitbc.slice", SLOTS)
-PROGRAMS = {"true": "/usr/bin/true", "sleep": "/usr/bin/sleep", "bash": "/usr/bin/bash"}
 TOKEN = "demo-token"
 # The machine is emulated: what takes a second elsewhere may take twenty here.
 WAIT_S = 300.0
@@ -58,7 +58,7 @@ def install(*options: str, check: bool = True) -> str:
     return run(CHECKOUT / "tools" / "install", *options, *wheels, check=check)
 
 
-class Machine:
+class Machine(MarkedJobs):
     """This machine with the node installed. Nothing is started before `start`.
 
     Jobs may say in `marks` that they have begun: one file for each run. It is in a place
@@ -67,6 +67,7 @@ class Machine:
 
     def __init__(self, mock: MockCoordinator) -> None:
         self.mock = mock
+        self.patience_s = WAIT_S
         self.marks = Path("/var/lib/aitbc/marks")
         self.marks.mkdir()
         # Each slot's jobs have a user of their own.
@@ -99,9 +100,7 @@ class Machine:
         token.write_text(TOKEN)
         shutil.chown(token, "root", "aitbc")
         token.chmod(0o640)
-        for name, path in PROGRAMS.items():
-            entry = {"command": {"path": path}, "args": [["-c", ".+"], [".+"]]}
-            (ETC / "allowlist.d" / f"{name}.yaml").write_text(yaml.safe_dump(entry))
+        allow_programs(ETC / "allowlist.d")
 
     def slots(self, rows: int | list[dict[str, Any]]) -> None:
         """Write slots.d and make the slots' users; a node that runs takes it up by `systemctl reload`."""
@@ -200,20 +199,6 @@ class Machine:
     def submit(self, manifest: dict[str, Any]) -> str:
         """Queue a job and give its id."""
         return self.mock.submit(manifest)
-
-    def script(self, job_id: str, then: str, **more: Any) -> dict[str, Any]:
-        """Make the manifest of a job that marks its run and then does `then`, a line for bash."""
-        line = f': > {self.marks}/{job_id}"+$$"; {then}'
-        return {"job_id": job_id, "runner": "cli", "command": "bash", "args": ["-c", line], **more}
-
-    def runs(self, job_id: str) -> list[int]:
-        """Give the pids of a job's program, one for each time that it was run."""
-        return [int(path.name.rpartition("+")[2]) for path in self.marks.glob(f"{job_id}+*")]
-
-    def running(self, job_id: str) -> int:
-        """Wait until a job has begun and give the pid of its program."""
-        pid: int = wait_until(lambda: self.runs(job_id), WAIT_S, 0.1)[0]
-        return pid
 
     def wait_final(self, job_ids: Iterable[str], timeout: float = WAIT_S) -> list[Job]:
         """Wait until all jobs are final at the coordinator and give them."""
