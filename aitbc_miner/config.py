@@ -102,6 +102,27 @@ def _parse_listen(value: object) -> str:
     return match[0]
 
 
+def _parse_textfile(value: object) -> Path:
+    path = absolute_path(value)
+    if path.suffix != ".prom":
+        raise ValueError("must end in .prom: node_exporter reads no other file")
+    return path
+
+
+def _parse_redis_url(value: object) -> str:
+    try:
+        url = urlsplit(value if isinstance(value, str) else "")
+        where = url.path if url.scheme == "unix" else url.hostname
+        good = url.scheme in {"redis", "rediss", "unix"} and bool(where) and url.port != 0
+    except ValueError:  # a port that is no number
+        good = False
+    if not isinstance(value, str) or not good or re.search(r"[\s\x00-\x1f\\]", value):
+        raise ValueError("must be redis://HOST:PORT/N, rediss://HOST:PORT/N (TLS) or unix:///PATH?db=N")
+    if "@" in url.netloc:
+        raise ValueError("must be without user and password; name the source of that in queue.password")
+    return value
+
+
 def _parse_socket(value: object) -> Path:
     path = absolute_path(value)
     if len(bytes(path)) > 107:  # sizeof(sun_path) - 1, see unix(7)
@@ -189,12 +210,22 @@ class Workspace(Struct, frozen=True):
 
 
 class Queue(Struct, frozen=True):
-    """Where reports wait until the coordinator has taken them."""
+    """Where jobs to run again and reports to send again wait. The node's own database is always at `path`.
 
-    backend: Literal["sqlite"] = "sqlite"
+    `url` and `password` (its source) are for redis, which a fleet may share. A node that has not renewed its
+    lease on a job for `lease_s` may lose it to the others.
+    """
+
+    backend: Literal["sqlite", "redis"] = "sqlite"
     path: Path = Path("/var/lib/aitbc/miner/queue.db")
-    url: str | None = None
+    url: Annotated[str, Parse(_parse_redis_url)] | None = None
+    password: Annotated[str, Parse(parse_source)] | None = None
+    lease_s: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
     max_attempts: Positive = 5
+
+    def __post_init__(self) -> None:
+        if self.backend == "redis" and self.url is None:
+            raise BadField("url", "is not set; the redis backend needs one, such as redis://127.0.0.1:6379/0")
 
 
 class Privileges(Struct, frozen=True):
@@ -231,9 +262,13 @@ class Secrets(Struct, frozen=True):
 
 
 class Telemetry(Struct, frozen=True):
-    """Where /healthz and /metrics are served; port 0 takes a free one."""
+    """Where /healthz and /metrics are served; port 0 takes a free one.
+
+    `textfile` gets the metrics as well, for node_exporter's textfile collector; its name must end in .prom.
+    """
 
     listen: Annotated[str, Parse(_parse_listen)] = "127.0.0.1:9464"
+    textfile: Annotated[Path, Parse(_parse_textfile)] | None = None
 
 
 class Control(Struct, frozen=True):
@@ -272,11 +307,7 @@ class Config(Struct, frozen=True):
     logging: Logging = Logging()
 
 
-_WITHOUT_EFFECT = (
-    *("services_dir", "egress_dir", "secrets.pkcs11"),
-    *("queue.backend", "queue.path", "queue.url", "queue.max_attempts"),
-    *("workspace.keep_success", "workspace.keep_failed", "workspace.min_free_mb", "workspace.reserve_mb"),
-)
+_WITHOUT_EFFECT = (*("services_dir", "egress_dir", "secrets.pkcs11"),)
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> tuple[Config | None, list[Fault], list[str]]:

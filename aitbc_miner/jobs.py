@@ -5,7 +5,7 @@ Everything here is plain data with its rules; `records.py` puts it on disk and n
 
 import re
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -13,7 +13,10 @@ from msgspec import Meta, Struct
 from aitbc_miner.errors import ErrorCode, MinerError
 
 JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-"""A job id becomes the name of a directory, so nothing else may pass; `.` and `..` are refused as well."""
+"""A job id becomes the name of a directory, so nothing else may pass; nor may what `NO_JOB_IDS` names."""
+BROKEN = ".broken"
+"""The directory, beside those of the jobs, of records that cannot be read."""
+NO_JOB_IDS = frozenset({".", "..", BROKEN})
 
 Count = Annotated[int, Meta(ge=0, le=2**31)]
 MegaBytes = Annotated[float, Meta(ge=0, le=2**31)]
@@ -22,7 +25,7 @@ Text = Annotated[str, Meta(max_length=4096)]
 
 def valid_job_id(job_id: object) -> bool:
     """Whether this may name a job here, on disk and everywhere else."""
-    return isinstance(job_id, str) and bool(JOB_ID.fullmatch(job_id)) and job_id not in {".", ".."}
+    return isinstance(job_id, str) and bool(JOB_ID.fullmatch(job_id)) and job_id not in NO_JOB_IDS
 
 
 class ManifestError(MinerError):
@@ -66,6 +69,16 @@ class ArtifactSpec(Struct, frozen=True):
     max_mb: MegaBytes | None = None
 
 
+class RetryPolicy(Struct, frozen=True):
+    """How often the job's program may be started in all, and after which failures; see `retrying.py`.
+
+    Without `on`, after each that is not final by its code.
+    """
+
+    max_attempts: Annotated[int, Meta(ge=1, le=100)] = 1
+    on: Annotated[list[ErrorCode], Meta(max_length=100)] = []
+
+
 class Manifest(Struct, frozen=True):
     """What the coordinator sent. Unknown fields stay in manifest.json and are ignored."""
 
@@ -83,6 +96,7 @@ class Manifest(Struct, frozen=True):
     env: Annotated[dict[str, str], Meta(max_length=256)] = {}
     egress: Text | None = None
     secrets: dict[str, Any] = {}
+    retry: RetryPolicy = RetryPolicy()
 
 
 def decode_manifest(raw: object) -> Manifest:
@@ -151,18 +165,24 @@ MOVES: dict[State, frozenset[State]] = {
     State.RUNNING: frozenset({State.COLLECTING, State.UPLOADING, State.RETRY_WAIT}),
     State.COLLECTING: frozenset({State.UPLOADING, State.RETRY_WAIT}),
     State.UPLOADING: frozenset({State.DONE, State.FAILED, State.UPLOADING}),
-    State.RETRY_WAIT: frozenset({State.PREP, State.UPLOADING}),
+    State.RETRY_WAIT: frozenset({State.PREP, State.UPLOADING, State.FAILED}),
     State.DONE: frozenset(),
-    State.FAILED: frozenset(),
+    # The operator has a report that was refused sent once more.
+    State.FAILED: frozenset({State.UPLOADING}),
 }
 
 
 class StateRecord(Struct, frozen=True):
-    """state.json: where the job is now. Boot times are seconds of the boot-time clock, with the boot's id."""
+    """state.json: where the job is now. Boot times are seconds of the boot-time clock, with the boot's id.
+
+    `attempt` is the one under way or to come. `started`: the program was, in this or an earlier attempt.
+    `lease` is the token of our hold on it where a fleet shares its jobs, see `queue.py`. `delivery` is what
+    became of its report.
+    """
 
     job_id: str
     state: State
-    version: int = 1
+    version: Literal[1] = 1
     boot_id: str = ""
     since: float = 0.0
     since_wall: str = ""
@@ -170,6 +190,9 @@ class StateRecord(Struct, frozen=True):
     worker_pid: int | None = None
     worker_start: int | None = None
     deadline: float | None = None
+    attempt: int = 1
+    started: bool = False
+    lease: str | None = None
     delivery: str | None = None
     note: str | None = None
 
@@ -215,7 +238,7 @@ class Outcome(Struct, frozen=True):
     """outcome.json: what came of the job. On disk before anybody is told of it."""
 
     job_id: str
-    version: int = 1
+    version: Literal[1] = 1
     code: ErrorCode | None = None
     message: str = ""
     slot: str | None = None

@@ -127,7 +127,7 @@ class Node:
 
     def parts(self) -> Parts:
         """Give the supervisor what it is made of."""
-        pause = {"pause_min": 0.5, "pause_max": 30.0}
+        pause = {"pause_min": 0.5, "pause_max": 5.0}
         return Parts(
             config=self._config,
             agent=Keeper("agent", self._be_agent, FromAgent, [self._agent_end.fileno()], **pause),
