@@ -1,6 +1,7 @@
 """The supervisor's children: forked with nothing but their pipe, watched by pidfd, restarted with a pause."""
 
 import os
+import select
 import signal
 import sys
 import traceback
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from aitbc_miner.channel import Channel, ChannelError
+from aitbc_miner.control import Source
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import descriptors, events
@@ -53,6 +55,14 @@ class Child(Generic[T]):
             self.channel.send(message)
         except ChannelError:
             self.kill()
+
+    def sources(self, hear: Callable[[], None], gone: Callable[[], None]) -> dict[int, Source]:
+        """Say what to wait for with `poll`: its words, as long as it is listened to, and its end."""
+        sources: dict[int, Source] = {self.pidfd: (gone, select.POLLIN)}
+        if self.heard:
+            room = select.POLLOUT if self.channel.has_unsent else 0
+            sources[self.channel.fileno()] = (hear, select.POLLIN | room)
+        return sources
 
     def kill(self) -> None:
         """End it at once; its pidfd tells when it is gone."""
@@ -178,13 +188,17 @@ class Errands:
         self._done: dict[Child[Any], Callable[[Any], None]] = {}
         self._said: dict[Child[Any], Any] = {}
 
-    def start(self, name: str, main: Main, incoming: Any, done: Callable[[Any], None]) -> Child[Any]:
+    def start(
+        self, name: str, main: Main, incoming: Any, done: Callable[[Any], None], keep: Iterable[int] = ()
+    ) -> Child[Any]:
         """Send a child on its way; `done` is told what it says or, without a word, how it ended.
+
+        It has the descriptors in `keep`, too.
 
         Raises:
             OSError: it cannot be started.
         """
-        child: Child[Any] = Child(name, main, incoming)
+        child: Child[Any] = Child(name, main, incoming, keep=keep)
         self._done[child] = done
         return child
 

@@ -25,7 +25,7 @@ from aitbc_miner.jobs import State
 from aitbc_miner.messages import CoordinatorView, SlotView
 from aitbc_miner.util import clock
 
-READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs"})
+READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs", "history"})
 WRITE_VERBS = frozenset({"drain", "resume", "cancel", "reload"})
 READERS, WRITERS = "aitbc", "aitbc-admin"
 MAX_REQUEST = 4096
@@ -39,11 +39,13 @@ MAX_GROUPS = 1024
 
 
 class Request(Struct, frozen=True):
-    """What a client wants."""
+    """What a client wants; of the history the last `since_s` seconds, or all, and with `each` every job."""
 
     verb: str
     job_id: str | None = None
     state: State | None = None
+    since_s: float | None = None
+    each: bool = False
 
 
 class Refusal(Struct, frozen=True, tag="refusal"):
@@ -86,6 +88,10 @@ class Files(Struct, frozen=True, tag="files"):
     names: list[str]
 
 
+class History(Struct, frozen=True, tag="history"):
+    """What jobs have come to. With this answer comes one file, as `history.py` describes it."""
+
+
 class SlotStatus(Struct, frozen=True):
     """A slot and how long, in seconds, it has been in its state."""
 
@@ -118,12 +124,12 @@ class Status(Struct, frozen=True, tag="status"):
     problems: list[Problem]
 
 
-Answer = Refusal | Done | Jobs | Files | Status
+Answer = Refusal | Done | Jobs | Files | History | Status
 Reply = tuple[Answer, list[int]]
 """An answer, and the descriptors that go with it; the server closes them."""
 
 
-Later = Callable[[Answer], None]
+Later = Callable[[Answer | Reply], None]
 """How to answer when the answer is not known yet; it may be used after the client has gone."""
 
 Source = tuple[Callable[[], None], int]
@@ -216,13 +222,16 @@ class ControlServer:
             client.closing = True
             _reply(client, *reply)
 
-    def _later(self, client: Client, answer: Answer) -> None:
+    def _later(self, client: Client, said: Answer | Reply) -> None:
+        answer, fds = said if isinstance(said, tuple) else (said, [])
         fd = client.sock.fileno()
         if self._clients.get(fd) is not client:
+            for unsent in fds:
+                os.close(unsent)
             return  # it has gone meanwhile
         try:
             client.closing = True
-            _reply(client, answer, [])
+            _reply(client, answer, fds)
         except ChannelError:
             self._drop(fd)
 

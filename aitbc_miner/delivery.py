@@ -4,14 +4,17 @@ The outcome is on disk before the first try and stays there; what is kept in mem
 next, and it is made anew from the disk at every start.
 """
 
+import os
+from collections.abc import Callable
+
 from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner.coordinator import ArtifactChanged, Coordinator, Gone, Refused
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.jobs import FINAL, Outcome, State
+from aitbc_miner.jobs import FINAL, Outcome, State, StateRecord
 from aitbc_miner.messages import CancelJob, JobSettled, JobUpdate
-from aitbc_miner.records import JobDir, RecordError, Records, pretty
+from aitbc_miner.records import OUTCOME, JobDir, RecordError, Records, pretty
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
@@ -21,20 +24,31 @@ REFUSED = "outcome.refused.json"
 
 
 class Delivered(Struct, frozen=True):
-    """A report that is settled: `how` is `accepted`, `superseded` or `refused`."""
+    """A report that is settled: `how` is `accepted`, `superseded` or `refused`; or `lost`, and none was sent.
+
+    `state` is the job's last one.
+    """
 
     job_id: str
     outcome: Outcome
     how: str
+    state: StateRecord
 
 
-def deliver(records: Records, coordinator: Coordinator, node_id: str, job_id: str) -> Delivered:
+def deliver(
+    records: Records,
+    coordinator: Coordinator,
+    node_id: str,
+    job_id: str,
+    is_ours: Callable[[StateRecord], bool] = lambda _: True,
+) -> Delivered:
     """Send one job's report and record that it was accepted.
 
-    The key is the same for every try of the same report, so that a coordinator can tell a repetition.
+    The key is the same for every try of the same report, so that a coordinator can tell a repetition. A job
+    that `is_ours` denies has been taken over by another node, which reports it.
 
     Raises:
-        CoordinatorError: not accepted now; try again.
+        CoordinatorError, QueueError: not accepted now; try again.
         RecordError, OSError: the record cannot be read or written.
     """
     with records.open(job_id) as job:
@@ -42,48 +56,68 @@ def deliver(records: Records, coordinator: Coordinator, node_id: str, job_id: st
         if outcome is None:
             outcome = declare(job, JobSettled(job_id, "its record has no outcome"))
         # A repetition, asked for by a coordinator that has forgotten: it changes nothing here any more.
-        final = job.state().state in FINAL
-        if not final:
+        state = job.state()
+        if state.state in FINAL:
+            how = _send_again(coordinator, node_id, job, outcome)
+        elif not is_ours(state):
+            how = "lost"
+            state = job.move(State.FAILED, delivery=how)
+        else:
             job.move(State.UPLOADING)
-        how = "accepted"
-        try:
-            _send(coordinator, node_id, job, outcome)
-        except Gone:
-            # Already final there, or given to somebody else: nothing is left to say about it.
-            how = "superseded"
-        except (Refused, ArtifactChanged) as error:
-            how = "refused"
-            if not final:
-                outcome, how = _send_refusal(coordinator, node_id, job, outcome, error)
-        if not final:
-            job.move(State.DONE if outcome.ok else State.FAILED, delivery=how)
-    return Delivered(job_id, outcome, how)
+            outcome, how = _send_or_refuse(coordinator, node_id, job, outcome)
+            state = job.move(State.DONE if outcome.ok else State.FAILED, delivery=how)
+    return Delivered(job_id, outcome, how, state)
 
 
-def _send(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome) -> None:
-    if outcome.ok:
-        coordinator.result(job.job_id, outcome, job.path, f"result:{node_id}:{job.job_id}")
-    else:
-        coordinator.fail(job.job_id, outcome, f"fail:{node_id}:{job.job_id}")
-
-
-def _send_refusal(
-    coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome, error: Refused | ArtifactChanged
+def _send_or_refuse(
+    coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome
 ) -> tuple[Outcome, str]:
-    """Say that the result could not be handed over, where the coordinator will never take it as it is."""
-    if not outcome.ok:
-        return outcome, "refused"
-    # What the job really came to is not lost with it: an operator may hand it over by other means.
-    fs.write_durably(job.fd, REFUSED, pretty(outcome))
-    failed = replace(outcome, code=ErrorCode.E_UPLOAD, message=str(error))
-    job.write_outcome(failed)
+    """Send a report; of a result that the coordinator will never take as it is, say that it could not be."""
     try:
-        _send(coordinator, node_id, job, failed)
-    except Gone:
-        return failed, "superseded"
+        return outcome, _send(coordinator, node_id, job, outcome)
+    except (Refused, ArtifactChanged) as error:
+        if not outcome.ok:
+            return outcome, "refused"
+        # What the job really came to is not lost with it: an operator may hand it over by other means.
+        fs.write_durably(job.fd, REFUSED, pretty(outcome))
+        failed = replace(outcome, code=ErrorCode.E_UPLOAD, message=str(error))
+        job.write_outcome(failed)
+    try:
+        return failed, _send(coordinator, node_id, job, failed)
     except Refused:
         return failed, "refused"
-    return failed, "accepted"
+
+
+def _send_again(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome) -> str:
+    try:
+        return _send(coordinator, node_id, job, outcome)
+    except (Refused, ArtifactChanged):
+        return "refused"
+
+
+def _send(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome) -> str:
+    try:
+        if outcome.ok:
+            coordinator.result(job.job_id, outcome, job.path, f"result:{node_id}:{job.job_id}")
+        else:
+            coordinator.fail(job.job_id, outcome, f"fail:{node_id}:{job.job_id}")
+    except Gone:
+        # Already final there, or given to somebody else: nothing is left to say about it.
+        return "superseded"
+    return "accepted"
+
+
+def take_back_refused(job: JobDir) -> bool:
+    """Have a report that was refused sent once more, as it was at first; False when it was not refused."""
+    record = job.state()
+    if record.state is not State.FAILED or record.delivery != "refused":
+        return False
+    # The state first: a crash in between leaves the report of the refusal, which is sent then.
+    job.move(State.UPLOADING, delivery=None)
+    if fs.exists(job.fd, REFUSED):
+        os.rename(REFUSED, OUTCOME, src_dir_fd=job.fd, dst_dir_fd=job.fd)
+        os.fsync(job.fd)
+    return True
 
 
 def settle(records: Records, said: JobSettled | CancelJob) -> bool:
@@ -107,8 +141,19 @@ def declare(job: JobDir, said: JobSettled | CancelJob) -> Outcome:
         code, message = said.code, said.why
     else:
         code, message = ErrorCode.E_LOST, f"the job was lost: {said.why or 'its worker ended without a word'}"
+    return conclude(job, code, message)
+
+
+def conclude(job: JobDir, code: ErrorCode, message: str) -> Outcome:
+    """Write that the attempt at a job that is under way has failed."""
+    state = job.state()
     outcome = Outcome(
-        job_id=job.job_id, code=code, message=message, slot=job.state().slot, finished_wall=clock.wall()
+        job_id=job.job_id,
+        attempt=state.attempt,
+        code=code,
+        message=message,
+        slot=state.slot,
+        finished_wall=clock.wall(),
     )
     job.write_outcome(outcome)
     return outcome
@@ -150,11 +195,18 @@ class Schedule:
         """Name all jobs with a report to send, the latest first."""
         return list(reversed(self._backoffs))
 
-    def add(self, job_id: str, now: float) -> None:
-        """Have this job's report sent now; adding it again changes nothing."""
+    def add(self, job_id: str, due: float, failures: int = 0) -> None:
+        """Have this job's report sent when it is due; adding it again changes nothing.
+
+        `failures` are the tries that an earlier run of the node has made.
+        """
         if job_id not in self._backoffs:
-            self._backoffs[job_id] = Backoff(*self._bounds)
-            self._due[job_id] = now
+            self._backoffs[job_id] = Backoff(*self._bounds, failures=failures)
+            self._due[job_id] = due
+
+    def failures(self, job_id: str) -> int:
+        """Count the tries that have failed."""
+        return self._backoffs[job_id].failures if job_id in self._backoffs else 0
 
     def start_due(self, now: float, room: int) -> list[str]:
         """Take what is due, at most `room` of it."""

@@ -47,6 +47,7 @@ class Desk:
         notices: list[str],
         cancel: Callable[[str, EndReason, str], bool],
         reload: Callable[[Later], None],
+        history: Callable[[Request, Later], None],
     ) -> None:
         self._config = config
         self._index = index
@@ -55,6 +56,7 @@ class Desk:
         self._notices = notices
         self._cancel = cancel
         self._reload = reload
+        self._history = history
         self._began = clock.now()
         self._changed = False
         self.accepting = True
@@ -84,6 +86,8 @@ class Desk:
                 return self._set_accepting(request.verb == "resume"), []
             case "reload":
                 return self._reload(later)
+            case "history":
+                return self._history(request, later)
         job_id = request.job_id
         row = self._index.get(job_id) if job_id else None
         if job_id is None or row is None or not valid_job_id(job_id):

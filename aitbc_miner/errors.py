@@ -153,7 +153,7 @@ CODES: dict[ErrorCode, CodeInfo] = {
         "nothing",
     ),
     ErrorCode.E_LOST: CodeInfo(
-        Retry.ELSEWHERE,
+        Retry.HERE,
         "the machine or the slot's worker stopped while the job was running",
         "look at the journal for what stopped them",
     ),

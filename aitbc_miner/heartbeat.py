@@ -7,8 +7,7 @@ import math
 import os
 import random
 import select
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -31,6 +30,7 @@ from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu import GpuReader
 from aitbc_miner.messages import (
     CoordinatorView,
+    Counted,
     Inventory,
     JobDone,
     NodeToken,
@@ -42,14 +42,14 @@ from aitbc_miner.messages import (
     ToHeartbeat,
     TokenWanted,
 )
+from aitbc_miner.pages import serving
 from aitbc_miner.probe import SlotCapability, capabilities, probe_machine
 from aitbc_miner.registration import Registration, RegistrationError, connector
 from aitbc_miner.sampling import GpuWatch, Sampler, Use, inventory
 from aitbc_miner.slot import SlotState
-from aitbc_miner.telemetry import Metrics, Snapshot, pages
+from aitbc_miner.telemetry import Metrics, Snapshot, Upkeep
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff, Schedule
-from aitbc_miner.util.httpd import PageServer
 from aitbc_miner.util.log import events
 
 log = events("heartbeat")
@@ -61,7 +61,8 @@ class Timing(Struct, frozen=True):
     """The delays that are not configured, in seconds.
 
     slots_wait: how long the first registration waits for the slots to be set up. settle: how long a change of
-    the slots may go on before it is told. sample: between two looks at what the slots use.
+    the slots may go on before it is told. sample: between two looks at what the slots use, and between two
+    savings of what was counted.
     """
 
     slots_wait: float = 10.0
@@ -135,6 +136,8 @@ class HeartbeatProcess:
                     self._schedule.hurry(clock.now() + self._timing.settle)
             case JobDone():
                 self._metrics.count_job(message.code, message.timings)
+            case Counted():
+                self._metrics.counters.count(message.name, message.label, message.n)
             case NodeView():
                 self._show(node=message)
             case TokenWanted():
@@ -319,26 +322,6 @@ def _remedy(error: MinerError, source: str) -> str:
             return "nothing on this node; it keeps trying"
 
 
-@contextmanager
-def _telemetry(listen: str | None, metrics: Metrics) -> Iterator[None]:
-    if not listen:
-        yield
-        return
-    try:
-        server = PageServer(listen, pages(metrics))
-    except MinerError as error:
-        # Jobs are worth more than their statistics.
-        log.error("no-telemetry", error=str(error))  # noqa: TRY400  # the message says it all
-        yield
-        return
-    log.info("telemetry", address=server.address)
-    server.start()
-    try:
-        yield
-    finally:
-        server.stop()
-
-
 def run_heartbeat(
     channel: Channel[ToHeartbeat],
     line: Channel[PrivateLine],
@@ -362,13 +345,15 @@ def run_heartbeat(
             coordinator=config.coordinator.base_url,
             interval_s=config.heartbeat.interval_s,
             started=clock.now(),
-        )
+        ),
+        config.queue.path.parent,
     )
     registration = Registration(connector(config, environ, mask, early), mask, metrics)
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
     process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, timing)
+    upkeep = Upkeep(metrics, timing.sample, config.telemetry.textfile, config.heartbeat.interval_s)
     try:
-        with _telemetry(config.telemetry.listen, metrics):
+        with upkeep, serving(config.telemetry.listen, metrics):
             process.run()
     except ChannelError as error:
         log.info("ending", cause=str(error))

@@ -22,7 +22,9 @@ from aitbc_miner.coordinator import (
     Unauthorized,
     Unreachable,
 )
+from aitbc_miner.delivery import conclude
 from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.fleet import Fleet
 from aitbc_miner.inputs import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, State, decode_manifest
 from aitbc_miner.messages import Offer, Ticket
@@ -33,6 +35,7 @@ from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
 
 MB = 1_000_000
+RESUMABLE = frozenset({State.PULLED, State.ACKED, State.RETRY_WAIT})
 # A transfer that has brought nothing for this long is broken off and resumed.
 STALL_S = 30.0
 INPUTS_TIMEOUT_S = 3600.0
@@ -56,6 +59,10 @@ class Stopping(Exception):  # noqa: N818  # says what happened
     """The node is stopping; the job's record says where to go on."""
 
 
+class _TakenOver(Exception):  # noqa: N818  # says what happened
+    """Another node of the fleet has the job."""
+
+
 class _NeverOurs(Exception):  # noqa: N818  # says what happened
     """The coordinator is there, and has not taken our word for this job in a long time."""
 
@@ -75,6 +82,7 @@ class Intake:
         stopping: threading.Event,
         unauthorized: Callable[[], None],
         acked: Callable[[str, str], None],
+        fleet: Fleet | None = None,
     ) -> None:
         self._config = config
         self._records = records
@@ -82,6 +90,7 @@ class Intake:
         self._stopping = stopping
         self._unauthorized = unauthorized
         self._acked = acked
+        self._fleet = fleet
 
     def take(
         self, pulled: PulledJob, job_id: str, offers: Sequence[Offer], cancelled: threading.Event
@@ -89,38 +98,55 @@ class Intake:
         """Take a job that was just pulled."""
         self._records.create(job_id, pulled.raw or b"{}\n")
         if pulled.error is not None:
-            return self._refuse(job_id, JobError(ErrorCode.E_MANIFEST, str(pulled.error)))
+            with self._records.open(job_id) as job:
+                return self._refuse(job, JobError(ErrorCode.E_MANIFEST, str(pulled.error)))
         return self.resume(job_id, offers, cancelled)
 
     def resume(self, job_id: str, offers: Sequence[Offer], cancelled: threading.Event) -> Taken:
         """Go on with a job from the step that its record names; `cancelled` ends it."""
         with self._records.open(job_id) as job:
-            if job.state().state not in {State.PULLED, State.ACKED} or job.has_outcome():
+            if job.state().state not in RESUMABLE or job.has_outcome():
                 # It was in a slot already, and has come further since the agent read the records.
                 return Taken(job_id, report=job.has_outcome())
             try:
-                manifest = _read_manifest(job)
-                ticket = Ticket(
-                    job_id, manifest.runner, manifest.requirements, manifest.priority, clock.now()
-                )
-                # Also one that was acknowledged before: the slots may be others now.
-                refuse_hopeless(ticket, offers)
-                if job.state().state is State.PULLED:
-                    self._acknowledge(job)
-                self._acked(job_id, manifest.runner)
-                self._fetch(job, manifest, cancelled)
+                return Taken(job_id, self._take_in(job, offers, cancelled))
             except JobError as error:
                 if error.code is ErrorCode.E_CANCELLED and not cancelled.is_set():
                     raise Stopping from error
-                return self._refuse(job_id, error)
+                return self._refuse(job, error)
             except (Gone, _NeverOurs):
                 self._forget(job)
-                return Taken(job_id, gone=True)
-            except Refused as error:
-                # Never acknowledged: it must not run, and there is nobody to tell.
-                job.move(State.FAILED, delivery="superseded", note=str(error))
-                return Taken(job_id, gone=True)
-        return Taken(job_id, ticket)
+            except (Refused, _TakenOver) as error:
+                # It must not run here, and there is nobody to tell.
+                how = "lost" if isinstance(error, _TakenOver) else "superseded"
+                job.move(State.FAILED, delivery=how, note=str(error))
+        return Taken(job_id, gone=True)
+
+    def _take_in(self, job: JobDir, offers: Sequence[Offer], cancelled: threading.Event) -> Ticket:
+        """Check, acknowledge, fetch; check also what was acknowledged before: the slots may be others now.
+
+        Raises:
+            JobError: it cannot be done here. Gone, Refused, _NeverOurs, _TakenOver: it is not ours.
+        """
+        manifest = _read_manifest(job)
+        ticket = Ticket(job.job_id, manifest.runner, manifest.requirements, manifest.priority, clock.now())
+        hopeless: JobError | None = None
+        try:
+            refuse_hopeless(ticket, offers)
+        except JobError as error:
+            if self._fleet is None:
+                raise
+            # Another node may do it, if only it is accepted.
+            hopeless = error
+        if job.state().state is State.PULLED:
+            self._acknowledge(job, manifest.runner)
+        self._acked(job.job_id, manifest.runner)
+        if self._fleet is not None and not self._fleet.hold(job, manifest):
+            raise _TakenOver("another node of the fleet has it")
+        if hopeless is not None:
+            raise hopeless
+        self._fetch(job, manifest, cancelled)
+        return ticket
 
     def refuse_nameless(self, job_id: str, why: str) -> None:
         """Refuse a job whose id may not touch the file system: told once, recorded in the log alone."""
@@ -136,12 +162,15 @@ class Intake:
             # Whatever is so odd about it: nothing else depends on this job.
             log.exception("refusal not delivered", error=str(error))
 
-    def _acknowledge(self, job: JobDir) -> None:
+    def _acknowledge(self, job: JobDir, runner: str) -> None:
         backoff = Backoff(0.5, self._config.heartbeat.backoff.max_s)
+        # Who held it until now, where it was another node of the fleet.
+        origin = job.state().origin
+        ids = [job.job_id] if origin is None else [job.job_id, origin]
         since: float | None = None
         while True:
             try:
-                self._coordinator.ack(job.job_id)
+                self._coordinator.ack(*ids)
             except CoordinatorError as error:
                 if not error.retryable:
                     raise
@@ -156,11 +185,13 @@ class Intake:
                 if self._stopping.wait(max(backoff.next(), asked or 0.0)):
                     raise Stopping from error
             else:
-                job.move(State.ACKED)
+                job.move(State.ACKED, runner=runner)
                 return
 
     def _forget(self, job: JobDir) -> None:
         """Drop a job that is not ours and was never started: it may be handed to this node once more."""
+        if self._fleet is not None:
+            self._fleet.done(job.state())
         # Renamed first: what a crash leaves half removed must not be taken for a job.
         gone = self._records.root / f"{BUILDING}{job.job_id}"
         shutil.rmtree(gone, ignore_errors=True)
@@ -182,13 +213,9 @@ class Intake:
             allow_private=self._config.coordinator.allow_private_inputs,
         )
 
-    def _refuse(self, job_id: str, error: JobError) -> Taken:
-        with self._records.open(job_id) as job:
-            job.write_outcome(
-                Outcome(job_id=job_id, code=error.code, message=error.message, finished_wall=clock.wall())
-            )
-            job.move(State.UPLOADING)
-        return Taken(job_id, report=True)
+    def _refuse(self, job: JobDir, error: JobError) -> Taken:
+        conclude(job, error.code, error.message)
+        return Taken(job.job_id, report=True)
 
 
 def _read_manifest(job: JobDir) -> Manifest:

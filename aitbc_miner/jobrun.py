@@ -76,6 +76,7 @@ class JobRun:
         self._log = LogInfo()
         self._events = events("worker", slot=around.spec.name, job_id=job.job_id)
         self._artifacts: list[Artifact] = []
+        self._attempt = 1
 
     def run(self) -> tuple[Outcome, bool]:
         """Take the job from its record to its outcome; False with it when something of it is still alive.
@@ -133,7 +134,11 @@ class JobRun:
         own = os.getpid()
         slot = self._around.spec.name
         start = process_start(own)
-        self._job.move(state, slot=slot, worker_pid=own, worker_start=start, deadline=deadline)
+        changes = {"slot": slot, "worker_pid": own, "worker_start": start, "deadline": deadline}
+        if state is State.RUNNING:
+            # Written before the program starts: from here on only its own policy lets the job run again.
+            changes["started"] = True
+        self._attempt = self._job.move(state, **changes).attempt
         self._supervision.send(JobStep(self._job.job_id, state, deadline=deadline))
 
     # --- the steps, in their order -------------------------------------------------------------------------
@@ -332,6 +337,7 @@ class JobRun:
         ok = self._verdict.code is None
         return Outcome(
             job_id=self._job.job_id,
+            attempt=self._attempt,
             code=self._verdict.code,
             message=self._verdict.message,
             slot=self._around.spec.name,

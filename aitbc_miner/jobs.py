@@ -176,8 +176,8 @@ class StateRecord(Struct, frozen=True):
     """state.json: where the job is now. Boot times are seconds of the boot-time clock, with the boot's id.
 
     `attempt` is the one under way or to come. `started`: the program was, in this or an earlier attempt.
-    `lease` is the token of our hold on it where a fleet shares its jobs, see `queue.py`. `delivery` is what
-    became of its report.
+    `lease` is the token of our hold on it where a fleet shares its jobs, see `fleet.py`, and `origin` the
+    node that it was taken over from. `delivery` is what became of its report.
     """
 
     job_id: str
@@ -193,6 +193,8 @@ class StateRecord(Struct, frozen=True):
     attempt: int = 1
     started: bool = False
     lease: str | None = None
+    origin: str | None = None
+    runner: str = ""
     delivery: str | None = None
     note: str | None = None
 
@@ -214,6 +216,8 @@ class Usage(Struct, frozen=True):
     peak_memory_bytes: int | None = None
     read_bytes: int | None = None
     written_bytes: int | None = None
+    gpu_s: float | None = None
+    peak_vram_bytes: int | None = None
 
 
 class Artifact(Struct, frozen=True):
@@ -239,6 +243,7 @@ class Outcome(Struct, frozen=True):
 
     job_id: str
     version: Literal[1] = 1
+    attempt: int = 1
     code: ErrorCode | None = None
     message: str = ""
     slot: str | None = None

@@ -151,6 +151,28 @@ class Deliveries(Message, frozen=True):
     error: str | None = None
 
 
+class Sweepable(Message, frozen=True):
+    """agent: the directories of these jobs may go; they are delivered, the oldest first."""
+
+    job_ids: Annotated[list[JobId], Meta(max_length=1000)]
+
+
+class Retried(Message, frozen=True):
+    """agent: what became of `RetryJob`, as a sentence for the operator."""
+
+    job_id: JobId
+    message: str
+    done: bool = True
+
+
+class Counted(Message, frozen=True):
+    """agent to supervisor to heartbeat: for the metrics; `label` is the code, or how a delivery ended."""
+
+    name: Literal["broken_records", "retries", "deliveries"]
+    label: Annotated[str, Meta(pattern=r"^\w{0,32}\Z")] = ""
+    n: Annotated[int, Meta(ge=1, le=2**31)] = 1
+
+
 class WorkerReady(Message, frozen=True):
     """worker: its slot is set up and empty; what enforces each of its limits."""
 
@@ -238,6 +260,25 @@ class NodeView(Message, frozen=True):
     agent_error: str | None = None
 
 
+class Swept(Message, frozen=True):
+    """to agent: the directories of these jobs are gone."""
+
+    job_ids: list[str]
+    freed_bytes: int = 0
+
+
+class SpaceWanted(Message, frozen=True):
+    """to agent: so many bytes are missing on the disk; name what may go before its time."""
+
+    bytes: int
+
+
+class RetryJob(Message, frozen=True):
+    """to agent: the operator wants a job tried, or its report sent, once more now."""
+
+    job_id: str
+
+
 class StartJob(Message, frozen=True):
     """to worker: run the job whose directory bears this id."""
 
@@ -258,11 +299,11 @@ class Stop(Message, frozen=True):
     """to all: end in good order. A worker finishes the job that it has, if any."""
 
 
-FromAgent = Recovered | JobReady | JobUpdate | CancelJob | Deliveries
+FromAgent = Recovered | JobReady | JobUpdate | CancelJob | Deliveries | Counted | Sweepable | Retried
 FromHeartbeat = Inventory | CoordinatorView
 FromWorker = WorkerReady | Retuned | WorkerRefused | JobStep | JobProgress | JobEnded
-ToAgent = Slots | JobSettled | JobProgress | CancelJob | Stop
-ToHeartbeat = Slots | JobDone | NodeView | Stop
+ToAgent = Slots | JobSettled | JobProgress | CancelJob | Swept | SpaceWanted | RetryJob | Stop
+ToHeartbeat = Slots | JobDone | NodeView | Counted | Stop
 ToWorker = StartJob | CancelJob | Retune | Stop
 
 

@@ -18,10 +18,13 @@ from aitbc_miner.checks import read_layout, slots_for
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, refuse_unmet_sandbox, take_cgroups
+from aitbc_miner.control import Request
 from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.credentials import credential_of_root
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.heartbeat import run_heartbeat
+from aitbc_miner.historian import Wrote
+from aitbc_miner.history import read_history
 from aitbc_miner.messages import (
     FromAgent,
     FromHeartbeat,
@@ -36,6 +39,7 @@ from aitbc_miner.messages import (
 )
 from aitbc_miner.orphans import WorkerBook
 from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
+from aitbc_miner.queue_shared import open_shared
 from aitbc_miner.records import PASSABLE
 from aitbc_miner.runnerset import RunnerSet
 from aitbc_miner.slotgroup import SlotGroup
@@ -51,7 +55,7 @@ from aitbc_miner.worker import Settings, Worker
 
 
 class WorkspaceError(MinerError):
-    """The directory of the jobs is in use."""
+    """The directory of the jobs is in use, or that of the node's own files is somebody else's."""
 
 
 def run_node(path: Path, config: Config, warnings: list[str]) -> int:
@@ -107,6 +111,7 @@ class Node:
             Group(self._cgroups.parent).create()
         self.notices = [*self._identities.missing, *self._cgroups.missing]
         _make_workspace(config.workspace.root, self._identities.service)
+        _make_state(config.queue.path.parent, self._identities.service)
         self._lock = _lock(config.workspace.root)
         self._book = WorkerBook(config.control.socket.with_name("workers.json"))
         # The node token goes this way and never through the supervisor, which keeps both ends open but
@@ -139,6 +144,7 @@ class Node:
             stray=lambda name: self._plan_slot(SlotSpec(name=name, kind="cpu"), [], None, None),
             end_others=self._end_others,
             read_layout=self._read_layout,
+            read_history=self._read_history,
             book=self._book,
             notices=self.notices,
         )
@@ -236,8 +242,10 @@ class Node:
     def _be_agent(self, pipe: "Connection[Any, Any]") -> None:
         channel: Channel[ToAgent] = Channel(pipe, ToAgent)
         line: Channel[PrivateLine] = Channel(self._agent_end, PrivateLine)
+        early = credential_of_root(self._config.queue.password or "", os.environ)
         self._become_service()
-        Agent(channel, line, self._config, connect(self._config, None), self._mask).run()
+        shared = open_shared(self._config, os.environ, self._mask, early)
+        Agent(channel, line, self._config, connect(self._config, None), self._mask, shared).run()
 
     def _be_heartbeat(self, pipe: "Connection[Any, Any]") -> None:
         channel: Channel[ToHeartbeat] = Channel(pipe, ToHeartbeat)
@@ -246,6 +254,13 @@ class Node:
         self._become_service()
         run_heartbeat(channel, line, self._config, self._config.node_id, os.environ, self._mask, early=early)
 
+    def _read_history(self, request: Request, memory: int, pipe: "Connection[Any, Any]") -> None:
+        """Read the history in a child: what the service writes into its database, root does not parse."""
+        channel: Channel[Stop] = Channel(pipe, Stop)
+        self._become_service()
+        with os.fdopen(memory, "wb") as out:
+            channel.send(Wrote(read_history(self._config.queue.path, request, out)))
+
     def _become_service(self) -> None:
         if self._identities.service is not None:
             drop_privileges(self._identities.service.uid, self._identities.service.gid)
@@ -253,10 +268,11 @@ class Node:
 
 def be_worker(settings: Settings, pipe: "Connection[Any, Any]") -> None:
     """Be a slot's worker, after the fork."""
-    # The operator's token is none of its business, nor of what it starts.
-    source, _, name = settings.config.coordinator.auth_token.partition(":")
-    if source == "env":
-        os.environ.pop(name, None)
+    # The operator's secrets are none of its business, nor of what it starts.
+    for secret in (settings.config.coordinator.auth_token, settings.config.queue.password or ""):
+        source, _, name = secret.partition(":")
+        if source == "env":
+            os.environ.pop(name, None)
     channel: Channel[ToWorker] = Channel(pipe, ToWorker)
     Worker(settings, channel, RunnerSet(settings.config.runners)).run()
 
@@ -297,6 +313,25 @@ def _make_workspace(root: Path, service: Identity | None) -> None:
     if service is not None:
         os.chown(root, service.uid, service.gid)
         root.chmod(PASSABLE)
+
+
+def _make_state(directory: Path, service: Identity | None) -> None:
+    """Make the directory of the node's own database and counters.
+
+    Raises:
+        WorkspaceError: it is there, with files, and not the service's: it may be any directory at all.
+    """
+    directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+    with fs.directory(directory) as fd:
+        if service is None or os.fstat(fd).st_uid == service.uid:
+            return
+        if any(directory.iterdir()):
+            raise WorkspaceError(
+                f"cannot use {directory}: it is not empty and not {service.name}'s; set queue.path to a file "
+                "in a directory of its own, or if this is it: "
+                f"`chown -R {service.uid}:{service.gid} {directory}`"
+            )
+        os.fchown(fd, service.uid, service.gid)
 
 
 def _lock(root: Path) -> int:

@@ -64,8 +64,12 @@ class RetryQueue(Protocol):
     shared: bool
     """Whether other nodes see it."""
 
-    def hold(self, task: Task, lease_s: float) -> str | None:
-        """Enter a task that we are at work on; gives the token, None when it is there already."""
+    def hold(self, task: Task, token: str, lease_s: float) -> bool:
+        """Enter a task that we are at work on, or bring up to date and renew what we hold by this token.
+
+        The token is ours to choose, and to record before. False when the task is there under no token or
+        another one.
+        """
         ...
 
     def put(self, task: Task, delay_s: float, token: str | None = None) -> bool:

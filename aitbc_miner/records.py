@@ -2,23 +2,25 @@
 
 ```
 <root>/<job-id>/  manifest.json  state.json  outcome.json  input/  work/  output/  logs/exec.log
+<root>/.broken/   what cannot be read, set aside
 ```
 Each file has one writer at a time, like a baton: the agent until the job is in a slot, then that slot's
 worker until the outcome is there, then the agent again.
 """
 
+import itertools
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 from msgspec.structs import replace
 
 from aitbc_miner.errors import MinerError
-from aitbc_miner.jobs import MOVES, Manifest, Outcome, State, StateRecord, valid_job_id
+from aitbc_miner.jobs import BROKEN, MOVES, Manifest, Outcome, State, StateRecord, valid_job_id
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.system import boot_id
 
@@ -54,13 +56,27 @@ class JobDir:
         """
         return self._read(MANIFEST, Manifest, MAX_MANIFEST)
 
+    def raw_manifest(self) -> bytes:
+        """Read manifest.json as it came.
+
+        Raises:
+            RecordError: it is missing, or too large.
+        """
+        try:
+            return fs.read_bounded(self.fd, MANIFEST, MAX_MANIFEST)
+        except OSError as error:
+            raise RecordError(f"cannot read {self.path / MANIFEST}: {error}") from error
+
     def state(self) -> StateRecord:
         """Read state.json.
 
         Raises:
-            RecordError: it is missing or broken.
+            RecordError: it is missing, broken, of another version, or of another job.
         """
-        return self._read(STATE, StateRecord, MAX_STATE)
+        record = self._read(STATE, StateRecord, MAX_STATE)
+        if record.job_id != self.job_id:
+            raise RecordError(f"cannot use {self.path / STATE}: it is of job {record.job_id[:128]!r}")
+        return record
 
     def outcome(self) -> Outcome | None:
         """Read outcome.json; None when the job has none yet.
@@ -74,7 +90,7 @@ class JobDir:
         """Whether the job's result stands."""
         return fs.exists(self.fd, OUTCOME)
 
-    def move(self, to: State, **changes: object) -> StateRecord:
+    def move(self, to: State, **changes: Any) -> StateRecord:
         """Write the next state, durably.
 
         Raises:
@@ -95,6 +111,24 @@ class JobDir:
     def write_outcome(self, outcome: Outcome) -> None:
         """Write outcome.json durably: from here on the job has its one result."""
         fs.write_durably(self.fd, OUTCOME, pretty(outcome))
+
+    def try_again(self, **changes: Any) -> StateRecord:
+        """Have the job wait for its next attempt; what the last one came to is kept as outcome.N.json.
+
+        Raises:
+            RecordError, OSError: as `move`.
+        """
+        record = self.move(State.RETRY_WAIT, attempt=self.state().attempt + 1, **changes)
+        self.drop_stale_outcome(record)
+        return record
+
+    def drop_stale_outcome(self, record: StateRecord) -> None:
+        """Set the outcome of an earlier attempt aside, which a crash may have left in the way of the next."""
+        outcome = self.outcome()
+        if outcome is not None and outcome.attempt < record.attempt:
+            aside = f"outcome.{outcome.attempt}.json"
+            os.rename(OUTCOME, aside, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            os.fsync(self.fd)
 
     def _read(self, name: str, type_: type[T], limit: int) -> T:
         try:
@@ -136,8 +170,8 @@ class Records:
         """Whether this job was ever taken here and its record is still kept."""
         return valid_job_id(job_id) and (self.root / job_id / STATE).exists()
 
-    def create(self, job_id: str, manifest: bytes) -> None:
-        """Record a job that was just pulled: its manifest as it came, and state PULLED.
+    def create(self, job_id: str, manifest: bytes, **more: Any) -> None:
+        """Record a job that was just pulled: its manifest as it came, and state PULLED with what `more` says.
 
         It appears under its name only when both files are durable, so a crash leaves a job or nothing.
 
@@ -154,22 +188,52 @@ class Records:
         (building / "input").mkdir(mode=0o700)
         with fs.directory(building) as fd:
             fs.write_durably(fd, MANIFEST, manifest)
-            JobDir(self.root, job_id, fd).write_state(StateRecord(job_id=job_id, state=State.PULLED))
+            JobDir(self.root, job_id, fd).write_state(StateRecord(job_id=job_id, state=State.PULLED, **more))
         building.rename(self.root / job_id)
         with fs.directory(self.root) as fd:
             os.fsync(fd)
 
-    def scan(self) -> Iterator[tuple[str, StateRecord | RecordError]]:
-        """Go through all jobs: id, and the state or why it cannot be read."""
+    def remove_unfinished(self) -> None:
+        """Remove what an agent that died was about to make or to drop; nobody was told of it."""
+        for path in self.root.glob(f"{BUILDING}*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def ids(self) -> list[str]:
+        """Name all jobs."""
         with os.scandir(self.root) as entries:
-            names = [
+            return sorted(
                 entry.name
                 for entry in entries
                 if valid_job_id(entry.name) and entry.is_dir(follow_symlinks=False)
-            ]
-        for name in sorted(names):
+            )
+
+    def scan(self, skip: Container[str] = ()) -> Iterator[tuple[str, StateRecord | RecordError]]:
+        """Go through all jobs but those to skip: id, and the state or why it cannot be read."""
+        for name in self.ids():
+            if name in skip:
+                continue
             try:
                 with self.open(name) as job:
                     yield name, job.state()
             except RecordError as error:
                 yield name, error
+
+    def set_aside(self, job_id: str, file: str | None = None) -> Path:
+        """Move a job's directory, or one file of it, to where broken records are kept; gives its new path.
+
+        Raises:
+            OSError: it is not ours to move, or the disk is broken.
+        """
+        keep = self.root / BROKEN
+        keep.mkdir(mode=0o750, exist_ok=True)
+        source, name = self.root / job_id, job_id
+        if file is not None:
+            source, name = source / file, f"{job_id}+{file}"
+        # `+` is in no job id, so that no two jobs can have the same place.
+        places = (keep / (f"{name}+{number}" if number else name) for number in itertools.count())
+        target = next(place for place in places if not os.path.lexists(place))
+        source.rename(target)
+        for directory in (self.root, keep):
+            with fs.directory(directory) as fd:
+                os.fsync(fd)
+        return target

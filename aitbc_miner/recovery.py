@@ -1,54 +1,140 @@
-"""What the records say at the start: which jobs are done, to deliver, to resume, or in a worker's hands."""
+"""What the records say at the start: which jobs are done, to deliver, to resume, or in a worker's hands.
 
+A record that cannot be read is set aside, and what is left of its job is reported all the same.
+"""
+
+from collections.abc import Container
+
+import msgspec
 from msgspec import Struct
 
-from aitbc_miner.jobs import FINAL, Outcome, State
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.jobs import BROKEN, FINAL, Outcome, State, StateRecord
 from aitbc_miner.messages import FoundJob
-from aitbc_miner.records import RecordError, Records
+from aitbc_miner.records import MANIFEST, MAX_MANIFEST, OUTCOME, STATE, JobDir, RecordError, Records
+from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 
 STARTED = frozenset({State.PREP, State.RUNNING, State.COLLECTING})
 
 
 class Found(Struct, frozen=True):
-    """The jobs on disk: finished ones with their outcome, and ids of the others by what they need."""
+    """The jobs on disk, by what they need. `ended` have an outcome of which nobody was told yet.
 
-    finished: list[tuple[str, State, Outcome | None]]
-    to_deliver: list[str]
-    to_resume: list[str]
-    started: list[FoundJob]
+    `finished` are delivered. `leases` are the tokens of those that a fleet shares.
+    """
+
+    finished: list[str] = []
+    to_deliver: list[str] = []
+    ended: list[str] = []
+    to_resume: list[str] = []
+    to_retry: list[str] = []
+    started: list[FoundJob] = []
+    leases: dict[str, str] = {}
+    broken: int = 0
 
 
-def recover(records: Records) -> Found:
-    """Read all records. One that is broken is told in the log and left alone."""
-    found = Found([], [], [], [])
-    for job_id, record in records.scan():
+def recover(records: Records, settled: Container[str] = ()) -> Found:
+    """Read the records of all jobs but the `settled`, and set those aside that are broken."""
+    found = Found()
+    broken = 0
+    records.remove_unfinished()
+    for job_id, record in records.scan(settled):
         if isinstance(record, RecordError):
-            events("agent").error("broken record", job_id=job_id, error=str(record))
-        elif record.state in FINAL:
-            found.finished.append((job_id, record.state, read_outcome(records, job_id)))
-        elif record.state is State.UPLOADING or has_outcome(records, job_id):
-            found.to_deliver.append(job_id)
-        elif record.state in STARTED:
-            found.started.append(
-                FoundJob(
-                    job_id,
-                    record.state,
-                    record.slot,
-                    record.worker_pid,
-                    record.worker_start,
-                    record.deadline,
-                )
-            )
-        else:
-            found.to_resume.append(job_id)
-    return found
+            broken += 1
+            if _salvage(records, job_id, record):
+                found.to_deliver.append(job_id)
+            continue
+        try:
+            _sort(records, record, found)
+        except (RecordError, OSError) as error:
+            broken += 1
+            _set_aside(records, job_id, OUTCOME, error)
+            _sort(records, record, found)
+    return msgspec.structs.replace(found, broken=broken)
 
 
-def has_outcome(records: Records, job_id: str) -> bool:
-    """Whether the job's result stands."""
+def _sort(records: Records, record: StateRecord, found: Found) -> None:
+    job_id = record.job_id
+    if record.lease is not None and record.state not in FINAL:
+        found.leases[job_id] = record.lease
+    if record.state in FINAL:
+        found.finished.append(job_id)
+        return
     with records.open(job_id) as job:
-        return job.has_outcome()
+        job.drop_stale_outcome(record)
+        has_outcome = job.outcome() is not None
+    if record.state is State.UPLOADING:
+        found.to_deliver.append(job_id)
+    elif has_outcome:
+        found.ended.append(job_id)
+    elif record.state in STARTED:
+        found.started.append(
+            FoundJob(
+                job_id, record.state, record.slot, record.worker_pid, record.worker_start, record.deadline
+            )
+        )
+    elif record.state is State.RETRY_WAIT:
+        found.to_retry.append(job_id)
+    else:
+        found.to_resume.append(job_id)
+
+
+def _salvage(records: Records, job_id: str, error: RecordError) -> bool:
+    """Deal with a job whose state cannot be read; True when it has a report to be sent.
+
+    A result that stands is delivered. Of anything else nobody can say how far it has come, so it is lost.
+    What is no job at all is only set aside.
+    """
+    try:
+        with records.open(job_id) as job:
+            outcome = _if_readable(job)
+            manifest = None if outcome else _manifest_of(job)
+            if outcome is not None:
+                _set_aside(records, job_id, STATE, error)
+                state = StateRecord(job_id=job_id, state=State.UPLOADING, slot=outcome.slot, started=True)
+                job.write_state(state)
+                return True
+        _set_aside(records, job_id, None, error)
+        if manifest is None:
+            return False
+        records.create(job_id, manifest)
+        with records.open(job_id) as job:
+            why = f"the job was lost: its record was broken, and is set aside in {BROKEN}"
+            job.write_outcome(
+                Outcome(job_id=job_id, code=ErrorCode.E_LOST, message=why, finished_wall=clock.wall())
+            )
+            job.move(State.UPLOADING)
+    except (RecordError, OSError) as second:
+        events("agent").error("broken record stays", job_id=job_id, error=str(second))
+        return False
+    return True
+
+
+def _set_aside(records: Records, job_id: str, file: str | None, error: Exception) -> None:
+    try:
+        aside = str(records.set_aside(job_id, file))
+    except FileNotFoundError:
+        aside = None  # the file was not there, which is what was wrong
+    events("agent").error("broken record", job_id=job_id, error=str(error), aside=aside)
+
+
+def _if_readable(job: JobDir) -> Outcome | None:
+    try:
+        outcome = job.outcome()
+    except RecordError:
+        return None
+    return outcome if outcome is not None and outcome.job_id == job.job_id else None
+
+
+def _manifest_of(job: JobDir) -> bytes | None:
+    """Give the manifest as it came, if it is one; a directory without is nothing that we were handed."""
+    try:
+        raw = fs.read_bounded(job.fd, MANIFEST, MAX_MANIFEST)
+        said = msgspec.json.decode(raw)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return raw if isinstance(said, dict) and said.get("job_id") == job.job_id else None
 
 
 def read_outcome(records: Records, job_id: str) -> Outcome | None:

@@ -14,15 +14,17 @@ from typing import Any, TypeVar
 
 from msgspec import Struct
 
-from aitbc_miner.children import Child, Errands, Keeper, Main
+from aitbc_miner.children import Errands, Keeper, Main
 from aitbc_miner.config import Config
-from aitbc_miner.control import ControlServer, Source
+from aitbc_miner.control import ControlServer, Request, Source
 from aitbc_miner.desk import Desk
+from aitbc_miner.historian import Historian
 from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.jobs import State
 from aitbc_miner.messages import (
     CancelJob,
     CoordinatorView,
+    Counted,
     Deliveries,
     EndReason,
     FoundJob,
@@ -64,7 +66,7 @@ class Parts(Struct, frozen=True):
 
     `plan` says what each slot is to be, once the GPUs are known, and `stray` one that is not wanted any more;
     `end_others`, in a child, ends what runs in none of the named slots. `layout` is for the start, and
-    `read_layout` the main function of a child that reads it anew.
+    `read_layout` the main function of a child that reads it anew, `read_history` of one for the `Historian`.
     """
 
     config: Config
@@ -75,6 +77,7 @@ class Parts(Struct, frozen=True):
     stray: Callable[[str], SlotPlan]
     end_others: Callable[[set[str], "Connection[Any, Any]"], None]
     read_layout: Main
+    read_history: Callable[[Request, int, "Connection[Any, Any]"], None]
     book: WorkerBook
     notices: list[str] = []
 
@@ -109,6 +112,7 @@ class Supervisor:
             parts.notices,
             self._cancel,
             self._reloader.reload,
+            Historian(self._errands, parts.read_history).show,
         )
         self._control = ControlServer(parts.config.control.socket, self._desk.answer)
         self._signals, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -140,16 +144,16 @@ class Supervisor:
         sources = self._control.sources()
         sources[self._signals] = (self._take_signals, select.POLLIN)
         if agent := self._agent.child:
-            sources |= _sources_of(agent, self._hear_agent, partial(self._child_gone, self._agent))
+            sources |= agent.sources(self._hear_agent, partial(self._child_gone, self._agent))
         if heartbeat := self._heartbeat.child:
             gone = partial(self._child_gone, self._heartbeat)
-            sources |= _sources_of(heartbeat, self._hear_heartbeat, gone)
+            sources |= heartbeat.sources(self._hear_heartbeat, gone)
         for errand in self._errands.under_way():
             over = partial(self._errands.over, errand)
-            sources |= _sources_of(errand, partial(self._errands.hear, errand), over)
+            sources |= errand.sources(partial(self._errands.hear, errand), over)
         for slot in self._slots:
             if slot.child:
-                sources |= _sources_of(slot.child, slot.hear, slot.worker_gone)
+                sources |= slot.child.sources(slot.hear, slot.worker_gone)
             if slot.adopted is not None:
                 sources[slot.adopted] = (slot.adopted_gone, select.POLLIN)
         return sources
@@ -225,6 +229,8 @@ class Supervisor:
             case Deliveries():
                 self._desk.deliveries = message
                 self._heartbeat.send(NodeView(message.pending, message.error))
+            case Counted():
+                self._heartbeat.send(message)
 
     def _guarded(self, keeper: Keeper[Any], take: Callable[[M], None], message: M) -> None:
         """Take a message. Whatever is wrong with it costs the child that sent it, and never this process."""
@@ -343,10 +349,7 @@ class Supervisor:
         self._stop_at = clock.now() + (self._config.shutdown.grace_s if mode == "drain" else 0.0)
         self._dirty = True
         if mode == "kill":
-            self._cancel_all()
-
-    def _cancel_all(self) -> None:
-        self._slots.feed(Cancel("shutdown", "the miner stops"))
+            self._slots.feed(Cancel("shutdown", "the miner stops"))
 
     def _stop_in_order(self) -> None:
         """Let go of the slots as the mode says, then of the agent once the last reports are out."""
@@ -387,12 +390,3 @@ class Supervisor:
         for slot in self._slots:
             if slot.child and slot.rules.state not in HOLDING:
                 slot.child.kill()
-
-
-def _sources_of(child: Child[M], hear: Callable[[], None], gone: Callable[[], None]) -> dict[int, Source]:
-    """Say what a child is waited for with: its words, as long as it is listened to, and its end."""
-    sources: dict[int, Source] = {child.pidfd: (gone, select.POLLIN)}
-    if child.heard:
-        room = select.POLLOUT if child.channel.has_unsent else 0
-        sources[child.channel.fileno()] = (hear, select.POLLIN | room)
-    return sources

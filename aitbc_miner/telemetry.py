@@ -1,31 +1,38 @@
-"""What tools and people see of the node over HTTP: /metrics for Prometheus, /healthz, and a small page.
+"""What tools and people are shown of the node: its health, and its metrics for Prometheus.
 
-The main loop replaces one immutable `Snapshot` and counts events; the server's threads only ever read. All of
-it is public on the address it listens on, so no secret may come into a snapshot.
+The main loop replaces one immutable `Snapshot` and counts events; other threads only ever read. All of it is
+public on the address where it is served, so no secret may come into a snapshot.
 """
 
-import html
+import logging
 import math
+import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Self
 
-import msgspec
 from msgspec import Struct
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from aitbc_miner import __version__
+from aitbc_miner.counters import BOUNDS, Counters
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.gpu import GpuUsage
 from aitbc_miner.messages import NodeView, SlotView
 from aitbc_miner.sampling import Use
 from aitbc_miner.slot import SlotState
 from aitbc_miner.util import clock
-from aitbc_miner.util.httpd import Page, Pages
+from aitbc_miner.util.log import events
 
-BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400, 43200, 86400)
-"""From a no-op's start to a day's rendering; both ends matter here."""
+log = events("heartbeat")
+
+LAST_SAVE_S = 3.0
+"""How long an end waits for the disk."""
 SILENT_AFTER = 3
 """Heartbeats missed in a row until the silence is a problem of its own."""
 
@@ -89,9 +96,10 @@ class Health(Struct, frozen=True):
     pending_deliveries: int
     slots: list[SlotHealth]
     problems: list[Problem]
+    textfile_error: str | None = None
 
 
-def health(snapshot: Snapshot, now: float) -> Health:
+def health(snapshot: Snapshot, now: float, textfile_error: str | None = None) -> Health:
     """Judge the node: anything that keeps it from earning is a problem."""
     problems = list(_problems(snapshot, now))
     age_s = snapshot.age_s(now)
@@ -108,6 +116,7 @@ def health(snapshot: Snapshot, now: float) -> Health:
         pending_deliveries=snapshot.node.pending_deliveries,
         slots=[_slot_health(snapshot, view) for view in snapshot.slots],
         problems=problems,
+        textfile_error=textfile_error,
     )
 
 
@@ -146,57 +155,155 @@ def _problems(snapshot: Snapshot, now: float) -> Iterator[Problem]:
         yield Problem(snapshot.gpu_error)
 
 
-class Metrics:
-    """What is counted over the life of the process, and the gauges of the present snapshot.
+class Family(Struct, frozen=True):
+    """A counter: what it means, its label if it has one, and labels that are there from the start."""
 
-    Counting is for the main loop, `render` for any thread.
+    meaning: str
+    label: str = ""
+    always: tuple[str, ...] = ()
+
+
+# With some labels from the start, so that a rate can be told from the first failure on.
+COUNTERS = {
+    "jobs": Family("Jobs ended, by error code; OK for success", "code"),
+    "heartbeats": Family("Heartbeats, by whether they were taken", "result", ("sent", "failed")),
+    "registrations": Family("Registrations, by whether they were taken", "result", ("sent", "failed")),
+    "broken_records": Family("Records of jobs that could not be read and were set aside", always=("",)),
+    "deliveries": Family(
+        "Reports that the coordinator has settled, by how", "how", ("accepted", "superseded", "refused")
+    ),
+    "retries": Family("Attempts that failed and are followed by another, by error code", "code"),
+}
+STEPS = "step_duration_seconds"
+
+
+class Metrics:
+    """What is counted, also by the runs of the node before this one, and the gauges of the present snapshot.
+
+    Counting is for the main loop, the rest for any thread. The counts are kept in `directory`.
     """
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    def __init__(self, snapshot: Snapshot, directory: Path) -> None:
         self.snapshot = snapshot
-        registry = self._registry = CollectorRegistry()
-        self._jobs = Counter(
-            "aitbc_miner_jobs", "Jobs ended, by error code; OK for success", ["code"], registry=registry
-        )
-        self._heartbeats = Counter(
-            "aitbc_miner_heartbeats", "Heartbeats, by whether they were taken", ["result"], registry=registry
-        )
-        self._registrations = Counter(
-            "aitbc_miner_registrations",
-            "Registrations, by whether they were taken",
-            ["result"],
-            registry=registry,
-        )
-        self._steps = Histogram(
-            "aitbc_miner_step_duration_seconds",
-            "Duration of each step of a job",
-            ["step"],
-            buckets=BUCKETS_S,
-            registry=registry,
-        )
-        for counter in (self._heartbeats, self._registrations):
-            # So that a rate can be told from the first failure on.
-            counter.labels("sent"), counter.labels("failed")
-        registry.register(_Gauges(self))
+        self.textfile_error: str | None = None
+        self.counters = Counters(directory)
+        self._registry = CollectorRegistry()
+        for name, family in COUNTERS.items():
+            for label in family.always:
+                self.counters.count(name, label, 0)
+        self._registry.register(_Counted(self.counters))
+        self._registry.register(_Gauges(self))
 
     def count_heartbeat(self, *, sent: bool) -> None:
         """Count a heartbeat that was sent or failed."""
-        self._heartbeats.labels("sent" if sent else "failed").inc()
+        self.counters.count("heartbeats", "sent" if sent else "failed")
 
     def count_registration(self, *, sent: bool) -> None:
         """Count a registration that was taken or failed."""
-        self._registrations.labels("sent" if sent else "failed").inc()
+        self.counters.count("registrations", "sent" if sent else "failed")
 
     def count_job(self, code: ErrorCode | None, timings: Mapping[str, float]) -> None:
         """Count a job that ended, with the seconds that each of its steps took."""
-        self._jobs.labels(code or "OK").inc()
+        self.counters.count("jobs", code or "OK")
         for step, seconds in timings.items():
-            if math.isfinite(seconds) and seconds >= 0:
-                self._steps.labels(step).observe(seconds)
+            self.counters.observe(STEPS, step, seconds)
 
     def render(self) -> bytes:
         """Give the text that Prometheus reads."""
+        self.counters.save()
         return generate_latest(self._registry)
+
+
+class Upkeep:
+    """Keeps what is on the disk up to date, from a thread: a disk that hangs must not delay a heartbeat.
+
+    These are the counts, every `every_s` seconds, and the text for node_exporter, every `textfile_s`.
+    """
+
+    def __init__(self, metrics: Metrics, every_s: float, textfile: Path | None, textfile_s: float) -> None:
+        self._metrics, self._textfile = metrics, textfile
+        self._pause_s = min(every_s, textfile_s) if textfile else every_s
+        self._textfile_s, self._due = textfile_s, clock.now()
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Begin."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End, with all that is counted now on the disk if that can be had in some seconds."""
+        self._ending.set()
+        self._thread.join(LAST_SAVE_S)
+        if not self._thread.is_alive():
+            self._metrics.counters.close()
+
+    def _run(self) -> None:
+        ending = False
+        while True:
+            self._metrics.counters.save()
+            if self._textfile and (ending or clock.now() >= self._due):
+                self._write(self._textfile)
+                self._due = clock.now() + self._textfile_s
+            if ending:
+                return
+            ending = self._ending.wait(self._pause_s)
+
+    def _write(self, path: Path) -> None:
+        error = None
+        try:
+            _replace(path, self._metrics.render())
+        except OSError as caught:
+            remedy = "have the directory made, and the service's user allowed to write there"
+            error = f"cannot write {path} (telemetry.textfile): {caught.strerror}; {remedy}"
+        if error != self._metrics.textfile_error:
+            log.log(logging.WARNING if error else logging.INFO, "textfile", error=error)
+        self._metrics.textfile_error = error
+
+
+def _replace(path: Path, text: bytes) -> None:
+    """Replace a file that all may read, so that nobody ever sees half of it."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.unlink(missing_ok=True)
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    with os.fdopen(fd, "wb") as file:
+        os.fchmod(fd, 0o644)
+        file.write(text)
+    temporary.rename(path)
+
+
+class _Counted(Collector):
+    """What is on the disk of the counts; nothing as long as that is not known."""
+
+    def __init__(self, counters: Counters) -> None:
+        self._counters = counters
+
+    def describe(self) -> list[Metric]:
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        yield _gauge(
+            "metrics_unsaved",
+            "Whether the counters stand still, because they cannot be kept on disk",
+            self._counters.unsaved,
+        )
+        shown = self._counters.shown
+        if shown is None:
+            return
+        for name, family in COUNTERS.items():
+            labels = [family.label] if family.label else []
+            counts = CounterMetricFamily(f"aitbc_miner_{name}", family.meaning, labels=labels)
+            for label, n in shown.counters.get(name, {}).items():
+                counts.add_metric([label] if labels else [], n)
+            yield counts
+        steps = HistogramMetricFamily(
+            f"aitbc_miner_{STEPS}", "Duration of each step of a job", labels=["step"]
+        )
+        for step, durations in shown.durations.get(STEPS, {}).items():
+            upto = accumulate(durations.buckets.get(bound, 0) for bound in BOUNDS)
+            steps.add_metric([step], list(zip(BOUNDS, upto, strict=True)), durations.sum_s)
+        yield steps
 
 
 class _Gauges(Collector):
@@ -268,57 +375,3 @@ def _by_slot(name: str, meaning: str, values: Sequence[tuple[str, float | None]]
         if value is not None:
             family.add_metric([slot], value)
     return family
-
-
-def pages(metrics: Metrics) -> Pages:
-    """Give what the server serves: `/healthz` (200, or 503 when degraded), `/metrics`, and `/` for people."""
-
-    def healthz() -> Page:
-        now = health(metrics.snapshot, clock.now())
-        return Page(200 if now.status == "ok" else 503, "application/json", msgspec.json.encode(now) + b"\n")
-
-    return {
-        "/healthz": healthz,
-        "/metrics": lambda: Page(200, CONTENT_TYPE_LATEST, metrics.render()),
-        "/": lambda: Page(
-            200, "text/html; charset=utf-8", _html(health(metrics.snapshot, clock.now())).encode()
-        ),
-    }
-
-
-_STYLE = "body{font:1rem sans-serif;margin:2em}td,th{padding:.2em 1em;text-align:left}.degraded{color:#b00}"
-
-
-def _html(shown: Health) -> str:
-    age_s = shown.last_heartbeat_age_s
-    facts = [
-        ("Version", shown.version),
-        ("Coordinator", shown.coordinator),
-        ("Answers", "yes" if shown.reachable else "no"),
-        ("Registered", "yes" if shown.registered else "no"),
-        ("Last heartbeat", "none yet" if age_s is None else f"{age_s:.0f} s ago"),
-        ("Takes jobs", "yes" if shown.accepting else "no (draining)"),
-        ("Jobs waiting", shown.queued),
-        ("Reports waiting", shown.pending_deliveries),
-    ]
-    columns = ["slot", "kind", "state", "job", "CPU %", "memory, bytes", "video memory, bytes"]
-    slots = [msgspec.structs.astuple(slot) for slot in shown.slots]
-    problems = [(problem.problem, problem.remedy) for problem in shown.problems]
-    return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{_cell(shown.node_id)}</title>"
-        f"<style>{_STYLE}</style>"
-        f"<h1>{_cell(shown.node_id)}: <span class={shown.status}>{shown.status}</span></h1>"
-        f"{_table(['problem', 'remedy'], problems) if problems else ''}"
-        f"{_table([], facts)}{_table(columns, slots)}"
-        "<p><a href=/healthz>/healthz</a> <a href=/metrics>/metrics</a></p></html>\n"
-    )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    head = "".join(f"<th>{_cell(name)}</th>" for name in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{_cell(cell)}</td>' for cell in row)}</tr>" for row in rows)
-    return f"<table><tr>{head}</tr>{body}</table>"
-
-
-def _cell(value: object) -> str:
-    return html.escape("" if value is None else str(value))

@@ -147,7 +147,8 @@ def make_node(tmp_path: Path, environ: dict[str, str] | None = None, **timing: f
         coordinator=settings.Coordinator(BASE, "env:MINER_AUTH", allow_http=True, timeout_s=2),
         heartbeat=beat,
         workspace=settings.Workspace(root=tmp_path),
-        telemetry=settings.Telemetry("127.0.0.1:0"),
+        queue=settings.Queue(path=tmp_path / "queue.db"),
+        telemetry=settings.Telemetry("127.0.0.1:0", tmp_path / "node.prom"),
     )
     delays = Timing(**{"slots_wait": LONG_S, "settle": 0.01, "sample": 0.02, **timing})
     if environ is None:

@@ -22,7 +22,7 @@ class MuteCoordinator:
     def pull(self, filters: PullFilters) -> PulledJob | None:
         raise AssertionError("not to be asked here")
 
-    def ack(self, job_id: str) -> None:
+    def ack(self, job_id: str, holder: str | None = None) -> None:
         raise AssertionError("not to be asked here")
 
     def progress(self, job_id: str, pct: float, note: str) -> bool:

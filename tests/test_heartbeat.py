@@ -21,11 +21,13 @@ from heartbeat_node import (
 from nvml_stub import NvmlStub, no_library
 
 from aitbc_miner import config as settings
+from aitbc_miner.counters import FILE
 from aitbc_miner.credentials import digest
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.heartbeat import Timing
 from aitbc_miner.messages import (
     CoordinatorView,
+    Counted,
     Inventory,
     JobDone,
     NodeToken,
@@ -353,6 +355,7 @@ def test_what_comes_in_is_seen_over_http(
         node.supervisor.send(slots(queued=("j1", "j2")))
         node.supervisor.send(JobDone(None, {"run": 1.0}))
         node.supervisor.send(JobDone(ErrorCode.E_EXIT))
+        node.supervisor.send(Counted("retries", "E_DISK", 2))
         node.supervisor.send(NodeView(7, "cannot deliver"))
         node.view(registered=True)
         coordinator.wait("heartbeat", 2)
@@ -364,6 +367,7 @@ def test_what_comes_in_is_seen_over_http(
     assert [problem["problem"] for problem in health.json()["problems"]] == ["cannot deliver"]
     assert 'aitbc_miner_jobs_total{code="OK"} 1.0' in metrics
     assert 'aitbc_miner_jobs_total{code="E_EXIT"} 1.0' in metrics
+    assert 'aitbc_miner_retries_total{code="E_DISK"} 2.0' in metrics
     assert "aitbc_miner_queue_jobs 2.0" in metrics
     assert "aitbc_miner_pending_deliveries 7.0" in metrics
     assert "aitbc_miner_coordinator_up 1.0" in metrics
@@ -382,6 +386,7 @@ def test_without_telemetry_the_heartbeat_goes_on(
             coordinator=settings.Coordinator(BASE, "env:MINER_AUTH", allow_http=True),
             telemetry=settings.Telemetry(address),
             workspace=settings.Workspace(root=tmp_path),
+            queue=settings.Queue(path=tmp_path / "queue.db"),
         )
         with Node(config, {**no_library(tmp_path), "MINER_AUTH": OPERATOR}, Timing()) as node:
             node.supervisor.send(slots())
@@ -389,3 +394,39 @@ def test_without_telemetry_the_heartbeat_goes_on(
     if listen:
         assert address in attrs(log, "no-telemetry")["error"]
     assert not any(record.msg == "telemetry" for record in log)
+
+
+def test_what_was_counted_is_kept_for_the_next_one(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    textfile = tmp_path / "node.prom"
+    for done in (1, 2):
+        with make_node(tmp_path, sample=LONG_S) as node:
+            node.until(node.supervisor, Inventory)
+            node.supervisor.send(JobDone(None, {"run": 1.0}))
+        # Neither a scrape nor a tick came after it: this was written at the end.
+        text = textfile.read_text()
+        assert f'aitbc_miner_jobs_total{{code="OK"}} {done}.0' in text
+        assert f'aitbc_miner_step_duration_seconds_bucket{{le="1.0",step="run"}} {done}.0' in text
+
+
+def test_it_is_kept_while_the_process_lives(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    with make_node(tmp_path) as node:
+        node.until(node.supervisor, Inventory)
+        node.supervisor.send(JobDone(ErrorCode.E_OOM))
+        deadline = clock.now() + LONG_S
+        for file in (tmp_path / FILE, tmp_path / "node.prom"):
+            while not (file.exists() and "E_OOM" in file.read_text()):
+                assert clock.now() < deadline
+                coordinator.wait("heartbeat", 0)
+
+
+def test_without_a_place_for_its_counts_the_heartbeat_goes_on(
+    coordinator: FakeCoordinator, tmp_path: Path, log: list[logging.LogRecord]
+) -> None:
+    (tmp_path / FILE).mkdir()
+    (tmp_path / f"{FILE}.broken").write_text("in the way")
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        assert node.view(registered=True)
+        coordinator.wait("heartbeat", 5)
+    assert [record.msg for record in log].count("metrics-unsaved") == 1
+    assert str(tmp_path / FILE) in attrs(log, "metrics-unsaved")["error"]

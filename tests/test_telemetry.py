@@ -3,24 +3,29 @@ import json
 import logging
 import math
 import os
+import re
 import socket
 import socketserver
 from collections.abc import Callable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
 import pytest
+from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.gpu import GpuUsage
-from aitbc_miner.messages import NodeView, Offer, SlotView
+from aitbc_miner.messages import Counted, NodeView, Offer, SlotView
+from aitbc_miner.pages import pages
 from aitbc_miner.sampling import Use
 from aitbc_miner.slot import SlotState
-from aitbc_miner.telemetry import Metrics, Snapshot, health, pages
+from aitbc_miner.telemetry import COUNTERS, Metrics, Snapshot, Upkeep, health
 from aitbc_miner.util import clock
 from aitbc_miner.util.httpd import MAX_CONNECTIONS, Page, PageServer
 
 LONG_S = 20.0
+METRICS_PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 
 def slot(name: str, **more: Any) -> SlotView:
@@ -35,9 +40,13 @@ def snapshot(**more: Any) -> Snapshot:
 def samples(metrics: Metrics) -> dict[tuple[str, ...], float]:
     return {
         (sample.name, *(value for _, value in sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(metrics.render().decode())
+        for family in families(metrics)
         for sample in family.samples
     }
+
+
+def families(metrics: Metrics) -> list[Metric]:
+    return list(text_string_to_metric_families(metrics.render().decode()))
 
 
 class Serving:
@@ -62,8 +71,8 @@ class Serving:
 
 
 @pytest.fixture
-def metrics() -> Metrics:
-    return Metrics(snapshot())
+def metrics(tmp_path: Path) -> Metrics:
+    return Metrics(snapshot(), tmp_path)
 
 
 @pytest.fixture
@@ -71,6 +80,24 @@ def serving(metrics: Metrics) -> Iterator[Serving]:
     serving = Serving(metrics)
     yield serving
     serving.server.stop()
+
+
+@pytest.fixture
+def log() -> Iterator[list[logging.LogRecord]]:
+    """Give what the heartbeat process logs."""
+    records: list[logging.LogRecord] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            records.append(record)
+
+    logger, handler = logging.getLogger("aitbc_miner.heartbeat"), Keep()
+    level = logger.level
+    logger.setLevel("DEBUG")
+    logger.addHandler(handler)
+    yield records
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 def until(ready: Callable[[], bool]) -> None:
@@ -174,6 +201,71 @@ def test_what_happens_is_counted(metrics: Metrics) -> None:
     assert (seen[bucket, "3600.0", "upload"], seen[bucket, "14400.0", "upload"]) == (0, 1)
     assert seen["aitbc_miner_step_duration_seconds_count", "run"] == 1
     assert not any("prep" in sample for sample in seen)
+
+
+def test_the_page_says_what_each_metric_is(metrics: Metrics) -> None:
+    metrics.snapshot = snapshot(
+        uses={"cpu0": Use(1.0, 1)}, gpu_uses={"cpu0": GpuUsage("GPU-a", vram_used_mb=3)}
+    )
+    metrics.count_job(ErrorCode.E_OOM, {"run": 1.0})
+    metrics.counters.count("retries", "E_OOM")
+    rows = re.findall(r"^\| `(aitbc_\w+)` \| (\w+) \|(.*?)\|", METRICS_PAGE.read_text(), re.MULTILINE)
+    documented = {name: (kind, set(re.findall(r"\w+", labels))) for name, kind, labels in rows}
+    shown = {
+        f"{family.name}_total" if family.type == "counter" else family.name: (
+            family.type,
+            {label for sample in family.samples for label in sample.labels} - {"le"},
+        )
+        for family in families(metrics)
+    }
+    assert documented == shown
+    assert len(rows) == len(documented)
+
+
+def test_every_counter_that_can_be_told_is_shown() -> None:
+    told = get_args(get_type_hints(Counted)["name"])
+    assert set(told) <= set(COUNTERS)
+    assert {name for name in told if not COUNTERS[name].label} == {"broken_records"}
+
+
+# --- the file for node_exporter ----------------------------------------------------------------------------
+
+
+def test_the_textfile_is_what_prometheus_reads_and_anybody_may_read_it(
+    metrics: Metrics, tmp_path: Path
+) -> None:
+    place = tmp_path / "metrics"
+    place.mkdir()
+    old = os.umask(0o077)
+    try:
+        with Upkeep(metrics, LONG_S, place / "node.prom", LONG_S):
+            metrics.count_job(None, {})
+    finally:
+        os.umask(old)
+    assert [path.name for path in place.iterdir()] == ["node.prom"]
+    assert (place / "node.prom").stat().st_mode & 0o777 == 0o644
+    written = text_string_to_metric_families((place / "node.prom").read_text())
+    assert {family.name for family in written} == {family.name for family in families(metrics)}
+    assert 'jobs_total{code="OK"} 1.0' in (place / "node.prom").read_text()
+
+
+def test_a_textfile_that_cannot_be_written_is_told_once_and_degrades_nothing(
+    metrics: Metrics, serving: Serving, tmp_path: Path, log: list[logging.LogRecord]
+) -> None:
+    place = tmp_path / "metrics"
+    with Upkeep(metrics, 0.001, place / "node.prom", 0.001):
+        until(lambda: metrics.textfile_error is not None)
+        before = metrics.counters.shown
+        metrics.count_job(None, {})
+        until(lambda: metrics.counters.shown != before)
+        status, _, body = serving.ask("GET", "/healthz")
+        assert (status, json.loads(body)["status"]) == (200, "ok")
+        told = json.loads(body)["textfile_error"]
+        assert told.startswith(f"cannot write {place / 'node.prom'} (telemetry.textfile): No such file")
+        place.mkdir()
+        until(lambda: metrics.textfile_error is None)
+        assert (place / "node.prom").exists()
+    assert [record.levelname for record in log if record.msg == "textfile"] == ["WARNING", "INFO"]
 
 
 # --- how it is served --------------------------------------------------------------------------------------

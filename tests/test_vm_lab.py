@@ -86,7 +86,7 @@ def test_missing_packages_are_told_in_one_command(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(vm_cache, "SEARCH", str(tmp_path))
     monkeypatch.setattr(vm_cache, "KEYRING", tmp_path / "none")
     with pytest.raises(
-        LabError, match=r"as root: apt-get install qemu-system-x86 mmdebstrap e2fsprogs"
+        LabError, match=r"as root: apt-get install qemu-system-x86 qemu-utils mmdebstrap e2fsprogs"
     ) as told:
         vm_cache.require_packages()
     assert told.value.status == 69
@@ -94,7 +94,7 @@ def test_missing_packages_are_told_in_one_command(tmp_path: Path, monkeypatch: p
 
 
 def test_only_an_ordinary_user_needs_uidmap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for program in ("qemu-system-x86_64", "mmdebstrap", "mke2fs"):
+    for program in ("qemu-system-x86_64", "qemu-img", "mmdebstrap", "mke2fs"):
         (tmp_path / program).touch(mode=0o755)
     monkeypatch.setattr(vm_cache, "SEARCH", str(tmp_path))
     monkeypatch.setattr(vm_cache, "KEYRING", tmp_path)
@@ -289,9 +289,12 @@ def test_a_readable_console_and_nothing_left_on_the_disk(tmp_path: Path) -> None
 
 FAKE_QEMU = """#!/bin/sh
 echo $$ >"$FAKE_PID"
-for word; do case $word in file,id=output,path=*) output=${word#*path=};; esac; done
+for word; do case $word in
+    file,id=lab,path=*) output=${word#*path=};;
+    file,id=power,path=*) power=${word#*path=};;
+esac; done
 echo "what ran" >"$output"
-exec 3>"$output"
+exec 3>"$output" 4>"$power"
 %s
 """
 
@@ -335,6 +338,50 @@ def test_time_runs_out_the_button_is_pressed_and_then_it_is_killed(fake: Path) -
     assert gone(int((fake.parent / "pid").read_text()))
     said = (fake.parent / "pid.said").read_text().splitlines()
     assert said == ["system_powerdown"] * vm_qemu.STOPPING_ATTEMPTS
+
+
+def test_the_power_is_cut_when_the_machine_asks_and_it_boots_again(
+    fake: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    write_fake(
+        fake,
+        'echo $$ >>"$FAKE_PID.all"; [ -e "$FAKE_PID.once" ] && exit 0; >"$FAKE_PID.once"; '
+        'echo 300 >"$power"; exec cat',
+    )
+    with contextlib.ExitStack() as stack:
+        assert vm_qemu.run(fake.parent, vm_qemu.Files.make(stack), WAIT_S) is True
+    first, second = map(int, (fake.parent / "pid.all").read_text().split())
+    assert first != second
+    assert gone(first)
+    said = capfdbinary.readouterr()
+    assert said.out == b"what ran\n" * 2
+    assert b"the power was cut" in said.err
+
+
+def test_time_runs_out_over_all_boots(fake: Path) -> None:
+    write_fake(fake, 'echo $$ >>"$FAKE_PID.all"; echo 100 >"$power"; exec cat')
+    with contextlib.ExitStack() as stack:
+        assert vm_qemu.run(fake.parent, vm_qemu.Files.make(stack), 1.0) is False
+    pids = [int(word) for word in (fake.parent / "pid.all").read_text().split()]
+    assert len(pids) > 1
+    assert all(map(gone, pids))
+
+
+def test_what_is_written_goes_over_the_image_and_not_into_it(tmp_path: Path) -> None:
+    image = tmp_path / "root.img"
+    with image.open("wb") as file:
+        file.write(b"image")
+        file.truncate(1 << 20)
+    with contextlib.ExitStack() as stack:
+        files = vm_qemu.Files.make(stack)
+        vm_qemu.lay_over(tmp_path, files)
+        name = f"/proc/self/fd/{files.root.fileno()}"
+        keep = [files.root.fileno()]
+        vm_cache.call(["qemu-io", "-f", "qcow2", "-c", "write -P 65 0 512", name], keep=keep)
+        vm_cache.call(["qemu-img", "check", "-q", name], keep=keep)
+        vm_cache.call(["qemu-img", "convert", "-O", "raw", name, str(tmp_path / "seen")], keep=keep)
+    assert image.read_bytes()[:6] == b"image\0"
+    assert (tmp_path / "seen").read_bytes()[:513] == b"A" * 512 + b"\0"
 
 
 TOOL = """

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,10 +28,19 @@ START_S = 30.0
 
 
 class LocalNode:
-    """Starts and stops a node; `directory` is what it lives in and is removed at the end unless `keep`."""
+    """Starts and stops a node; `directory` is what it lives in and is removed at the end unless `keep`.
+
+    `environ` is added to the environment of the node's own processes.
+    """
 
     def __init__(
-        self, base_url: str, slots: list[dict[str, Any]], *, keep: bool = False, **changes: Any
+        self,
+        base_url: str,
+        slots: list[dict[str, Any]],
+        *,
+        keep: bool = False,
+        environ: Mapping[str, str] | None = None,
+        **changes: Any,
     ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="aitbc-miner-"))
         # The jobs' users must be able to pass; what they may see inside is the node's business.
@@ -42,6 +52,7 @@ class LocalNode:
         self.config = self.directory / "config.yaml"
         self.process: subprocess.Popen[bytes] | None = None
         self._keep = keep
+        self._environ = dict(environ or {})
         self._stack = contextlib.ExitStack()
         for name in ("allowlist.d", "slots.d", "tasks"):
             self.put(name)
@@ -92,13 +103,16 @@ class LocalNode:
             config[section] = {**config[section], **values} if isinstance(values, dict) else values
         self.config.write_text(yaml.safe_dump(config))
 
+    def launch(self) -> None:
+        """Start the node, and do not wait for anything."""
+        command = [sys.executable, "-m", "aitbc_miner.main", "run", "--config", str(self.config)]
+        environ = {**os.environ, "MINER_AUTH": TOKEN, **self._environ}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stderr=log)
+
     def start(self) -> Self:
         """Start the node and wait until it answers on its control socket."""
-        command = [sys.executable, "-m", "aitbc_miner.main", "run", "--config", str(self.config)]
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                command, env={**os.environ, "MINER_AUTH": TOKEN}, stdin=subprocess.DEVNULL, stderr=log
-            )
+        self.launch()
         wait_until(lambda: self.status() is not None or self.process_ended(), START_S)
         if self.process_ended():
             raise RuntimeError(f"cannot start the node:\n{self.log.read_text()[-4000:]}")

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import mock_faults
 from tools.mock_faults import Faults
-from tools.mock_handler import ROOT, Desk, Handler
+from tools.mock_handler import ROOT, Boundary, Desk, Handler, no_boundary
 from tools.mock_ledger import Ledger
 from tools.mock_records import Job, Rules
 
@@ -81,7 +81,8 @@ class MockCoordinator:
     """A coordinator for one test or demo; a context manager, or `start` and `close`.
 
     Port 0 takes a free one and keeps it over `stop` and `start`, which play an outage: the ledger stays.
-    Without `out_dir`, artifacts go into a directory that ends with it. See `Rules` for the other arguments.
+    Without `out_dir`, artifacts go into a directory that ends with it. `boundary` is asked around each call:
+    see `mock_handler.Boundary`. See `Rules` for the other arguments.
     """
 
     def __init__(  # noqa: PLR0913  each has a default and is given by name
@@ -97,6 +98,7 @@ class MockCoordinator:
         files_dir: Path | None = None,
         out_dir: Path | None = None,
         verbose: bool = False,
+        boundary: Boundary = no_boundary,
     ) -> None:
         self.ledger = Ledger(Rules(lease_s, silent_s, ignore_filters, repeat))
         self.faults = Faults()
@@ -108,7 +110,7 @@ class MockCoordinator:
             out_dir = Path(self._life.enter_context(tempfile.TemporaryDirectory(prefix="mock-coordinator-")))
         out_dir.mkdir(parents=True, exist_ok=True)
         self.out_dir = out_dir
-        self._desk = Desk(self.ledger, self.faults, bootstrap_token, files_dir, out_dir, verbose)
+        self._desk = Desk(self.ledger, self.faults, bootstrap_token, files_dir, out_dir, verbose, boundary)
 
     def __enter__(self) -> Self:
         self.start()

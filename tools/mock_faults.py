@@ -90,6 +90,9 @@ class Fault:
         return Reply(200, _BODIES[self.name]() if self.name in _BODIES else b"")
 
 
+REFUSED, DROPPED = Fault.parse("refuse"), Fault.parse("drop_after")
+
+
 def _slow(reply: Reply, byte_s: float) -> Reply:
     # JSON may be padded, and must be: `{}` would be over in two seconds. A file is sent as it is.
     body = reply.body if isinstance(reply.body, FileSpan) else reply.body.rjust(SLOW_BYTES)

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from aitbc_miner.util.clock import now
-from tools.mock_faults import Faults
+from tools.mock_faults import DROPPED, REFUSED, Faults
 from tools.mock_ledger import Ledger
 from tools.mock_pages import file_reply, page, state_reply
 from tools.mock_records import Call, Progress, Report, Verdict
@@ -29,6 +29,16 @@ from tools.mock_wire import (
 ROOT = "/api/v1"
 
 
+Boundary = Callable[[str, str, int], bool]
+"""Asked `before` a call is carried out and `after` it, before the answer: the endpoint, which of the two, and
+the caller's port. True hangs up there, without an answer."""
+
+
+def no_boundary(_endpoint: str, _side: str, _port: int) -> bool:
+    """Let every call be."""
+    return False
+
+
 @dataclass(frozen=True)
 class Desk:
     """What every request needs: the ledger, the faults, the token of registrations, and the folders."""
@@ -39,6 +49,7 @@ class Desk:
     files_dir: Path | None
     out_dir: Path
     verbose: bool = False
+    boundary: Boundary = no_boundary
     stopping: threading.Event = field(default_factory=threading.Event)
     cut: set[str] = field(default_factory=set)
 
@@ -72,12 +83,14 @@ class Handler(BaseHTTPRequestHandler):
         self.target = urlsplit(self.path)
         self.body = Body(self.rfile, self.headers)
         endpoint, call = self._route(method, self.target)
-        fault = self.desk.faults.take(endpoint)
+        port = self.client_address[1]
+        fault = REFUSED if self.desk.boundary(endpoint, "before", port) else self.desk.faults.take(endpoint)
         reply = Reply()
         if fault:
             self.desk.stopping.wait(fault.delay_s)
         if fault is None or fault.after:
             reply = self._answer(call)
+            fault = DROPPED if self.desk.boundary(endpoint, "after", port) else fault
         if fault:
             host, port = self.connection.getsockname()[:2]
             other = "localhost" if host == "127.0.0.1" else host
@@ -198,7 +211,9 @@ class Handler(BaseHTTPRequestHandler):
         for name in ("job_id", "node_id"):
             if query.get(name) != _text(asked, name):
                 raise Refusal(400, "bad_request", f"{name} must be the same in the body and the query string")
-        self.desk.ledger.ack(asked["job_id"], self._node(asked["node_id"]))
+        holder = asked.get("from")
+        holder = holder if isinstance(holder, str) else None
+        self.desk.ledger.ack(asked["job_id"], self._node(asked["node_id"]), holder)
         return json_reply({})
 
     def _progress(self) -> Reply:

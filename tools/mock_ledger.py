@@ -187,9 +187,14 @@ class Ledger:
             self._jobs[job.job_id] = job
             return job
 
-    def ack(self, job_id: str, node_id: str) -> None:
-        """Turn a lease into a job; again by the same node is well, by anyone else 409."""
+    def ack(self, job_id: str, node_id: str, holder: str | None = None) -> None:
+        """Turn a lease into a job; again by the same node is well, by anyone else 409.
+
+        Unless that one names who holds it: then it is another node of the same fleet, and holds it from now on.
+        """
         with self._change():
+            if holder is not None and self._jobs.get(job_id):
+                self._pass_on(job_id, node_id, holder)
             job = self._held(job_id, node_id)
             self._jobs[job_id] = replace(
                 job, state=State.ACKED, lease_ends=None, acks=job.acks + 1, acked_at=job.acked_at or now()
@@ -264,6 +269,11 @@ class Ledger:
             if job_id not in known and any(fits(job.manifest, slot) for slot in slots):
                 return job
         return None
+
+    def _pass_on(self, job_id: str, node_id: str, holder: str) -> None:
+        job = self._jobs[job_id]
+        if job.state is State.ACKED and job.node == holder:
+            self._jobs[job_id] = replace(job, node=node_id, handed=(*job.handed, Handout(now(), node_id)))
 
     def _held(self, job_id: str, node_id: str) -> Job:
         job = self._jobs.get(job_id)

@@ -41,7 +41,12 @@ def say(message: str) -> None:
 
 def missing_packages(*, root: bool) -> list[str]:
     """Name the Debian packages that this machine lacks; an ordinary user needs more than root does."""
-    programs = {"qemu-system-x86": "qemu-system-x86_64", "mmdebstrap": "mmdebstrap", "e2fsprogs": "mke2fs"}
+    programs = {
+        "qemu-system-x86": "qemu-system-x86_64",
+        "qemu-utils": "qemu-img",
+        "mmdebstrap": "mmdebstrap",
+        "e2fsprogs": "mke2fs",
+    }
     if not root:
         programs["uidmap"] = "newuidmap"
     missing = [package for package, program in programs.items() if not shutil.which(program, path=SEARCH)]

@@ -80,6 +80,7 @@ def session(chosen: argparse.Namespace, release: vm_image.Release) -> int:
     image = vm_image.image(cache_root(), release, CHECKOUT)
     with contextlib.ExitStack() as stack:
         files = vm_qemu.Files.make(stack)
+        vm_qemu.lay_over(image, files)
         fill(files, chosen)
         started = time.monotonic()
         say(f"booting Debian {release.number}")

@@ -1,7 +1,9 @@
 """One boot of the laboratory's machine: what goes in, QEMU itself, and what comes out."""
 
 import contextlib
+import enum
 import io
+import math
 import os
 import select
 import shlex
@@ -17,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
-from tools.vm_cache import BIG, SEARCH, LabError, die_with_parent
+from tools.vm_cache import BIG, SEARCH, LabError, call, die_with_parent, say
 
 NO_STATUS = 125
 TIMED_OUT = 124
@@ -55,8 +57,9 @@ GUEST = {
 
 def guest_script(command: list[str], environment: Mapping[str, str], *, live: bool) -> str:
     """Give the shell script that runs the command in the machine; `live` sends what it prints to the host."""
+    # On the disk before anything is run: the power may be cut at any time from here on.
     lines = [f"export {name}={shlex.quote(value)}" for name, value in {**GUEST, **environment}.items()]
-    boots = "echo boot >>/lab/boots; export AITBC_VM_BOOT=$(wc -l </lab/boots)"
+    boots = "echo boot >>/lab/boots; sync -f /lab/boots; export AITBC_VM_BOOT=$(wc -l </lab/boots)"
     output = ["exec >/dev/virtio-ports/lab 2>&1"] if live else []
     return "\n".join([*lines, boots, *output, "cd /src", f"exec {shlex.join(command)}", ""])
 
@@ -95,8 +98,12 @@ def _as_root(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 class Files(NamedTuple):
-    """What QEMU is given by descriptor. None has a name: whatever ends us, nothing is left on the disk."""
+    """What QEMU is given by descriptor. None has a name: whatever ends us, nothing is left on the disk.
 
+    `root` is what the machine has changed of the image.
+    """
+
+    root: IO[bytes]
     payload: IO[bytes]
     reports: IO[bytes]
     scratch: IO[bytes]
@@ -104,7 +111,7 @@ class Files(NamedTuple):
 
     @classmethod
     def make(cls, stack: contextlib.ExitStack) -> Self:
-        """Open all four, empty; the disks have their sizes."""
+        """Open all of them, empty; the disks have their sizes."""
         opened = (tempfile.TemporaryFile(dir=BIG) for _ in cls._fields)  # noqa: SIM115 - the stack closes them
         made = cls(*map(stack.enter_context, opened))
         os.truncate(made.reports.fileno(), REPORTS_SIZE)
@@ -120,37 +127,56 @@ class Files(NamedTuple):
         return data.decode(errors="replace")
 
 
-def qemu_command(image: Path, files: Files, output: int | None) -> list[str]:
-    """Give QEMU's command line; `output` is where what runs prints to, None for a console on the terminal."""
+def lay_over(image: Path, files: Files) -> None:
+    """Make the machine's root disk: the image, and what will be written goes into a file of this run.
+
+    In QEMU's own format, what the machine has written and not flushed may be lost when QEMU is killed, as
+    with a disk that has a cache: where new blocks are is written down at the next flush.
+    """
+    descriptor = files.root.fileno()
+    backing = ["-b", str(image.absolute() / "root.img"), "-F", "raw"]
+    call(["qemu-img", "create", "-q", "-f", "qcow2", *backing, _name(descriptor)], keep=[descriptor])
+
+
+def qemu_command(image: Path, files: Files, ports: Mapping[str, int]) -> list[str]:
+    """Give QEMU's command line.
+
+    `ports` say where goes what the machine writes to /dev/virtio-ports/NAME; without any, its console is on
+    the terminal.
+    """
     append = "root=/dev/vda rw console=ttyS0 quiet loglevel=3"
     drives = {
-        "root": f"file={image}/root.img,snapshot=on",
-        "payload": f"file={_name(files.payload.fileno())},snapshot=on",
-        "reports": f"file={_name(files.reports.fileno())}",
-        "scratch": f"file={_name(files.scratch.fileno())}",
+        # What the machine has flushed is to be there after a power cut, so nothing here may say cache=unsafe.
+        "root": f"file={_name(files.root.fileno())},format=qcow2",
+        "payload": f"file={_name(files.payload.fileno())},format=raw,snapshot=on",
+        "reports": f"file={_name(files.reports.fileno())},format=raw",
+        "scratch": f"file={_name(files.scratch.fileno())},format=raw",
     }
     # fmt: off
     command = [
         "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "3072",
         "-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
         "-kernel", f"{image}/vmlinuz", "-initrd", f"{image}/initrd",
-        "-append", append if output is not None else f"{append} lab.shell",
+        "-append", append if ports else f"{append} lab.shell",
         # A reboot is one; after a panic it ends.
         "-device", "pvpanic-pci", "-action", "panic=shutdown",
         "-device", "virtio-rng-pci",
     ]
     for name, options in drives.items():
-        command += ["-drive", f"{options},format=raw,if=none,id={name}",
+        command += ["-drive", f"{options},if=none,id={name}",
                     "-device", f"virtio-blk-pci,drive={name},serial={name}"]
-    if output is None:
+    if not ports:
         return [*command, "-serial", "mon:stdio"]
-    return [
-        *command,
+    console = _name(files.console.fileno())
+    command += [
         "-monitor", "stdio",
-        "-chardev", f"file,id=console,path={_name(files.console.fileno())}", "-serial", "chardev:console",
-        "-chardev", f"file,id=output,path={_name(output)}",
-        "-device", "virtio-serial-pci", "-device", "virtserialport,chardev=output,name=lab",
+        "-chardev", f"file,id=console,path={console},append=on", "-serial", "chardev:console",
+        "-device", "virtio-serial-pci",
     ]
+    for name, descriptor in ports.items():
+        command += ["-chardev", f"file,id={name},path={_name(descriptor)}",
+                    "-device", f"virtserialport,chardev={name},name={name}"]
+    return command
     # fmt: on
 
 
@@ -158,30 +184,58 @@ def _name(descriptor: int) -> str:
     return f"/proc/self/fd/{descriptor}"
 
 
+class Ended(enum.Enum):
+    """How a boot came to its end."""
+
+    ITSELF = enum.auto()
+    CUT = enum.auto()
+    LATE = enum.auto()
+
+
 def run(image: Path, files: Files, timeout: float) -> bool:
-    """Boot, pass on to our stdout what the command prints, and wait for the end; False if time ran out."""
-    reader, writer = os.pipe()
-    with os.fdopen(reader, "rb") as live, os.fdopen(writer, "wb") as theirs:
-        with _qemu(qemu_command(image, files, writer), files, writer, quiet=True) as qemu:
-            theirs.close()
-            if _pass_on(live.fileno(), timeout):
-                return True
+    """Boot, pass on to our stdout what the command prints, and wait for the end; False if time ran out.
+
+    Each time that the machine has its power cut, it is booted again with the same disks.
+    """
+    deadline = time.monotonic() + timeout
+    while (ended := _boot(image, files, deadline)) is Ended.CUT:
+        say("the power was cut; booting again")
+    return ended is Ended.ITSELF
+
+
+def _boot(image: Path, files: Files, deadline: float) -> Ended:
+    with _pipe() as (live, lab), _pipe() as (asked, power):
+        command = qemu_command(image, files, {"lab": lab.fileno(), "power": power.fileno()})
+        with _qemu(command, files, lab.fileno(), power.fileno(), quiet=True) as qemu:
+            lab.close()
+            power.close()
+            ended = _watch(qemu, live.fileno(), asked.fileno(), deadline)
+            if ended is not Ended.LATE:
+                return ended
             for _ in range(STOPPING_ATTEMPTS):
                 # As the button on the case does: what runs is told to stop, and the journal still comes out.
                 # While the machine boots nobody listens yet.
                 assert qemu.stdin
                 with contextlib.suppress(BrokenPipeError):
                     qemu.stdin.write(b"system_powerdown\n")
-                if _pass_on(live.fileno(), STOPPING_S):
+                stopped = _watch(qemu, live.fileno(), asked.fileno(), time.monotonic() + STOPPING_S)
+                if stopped is not Ended.LATE:
                     break
-        return False
+    return Ended.LATE
+
+
+@contextlib.contextmanager
+def _pipe() -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb") as ours, os.fdopen(writer, "wb") as theirs:
+        yield ours, theirs
 
 
 def console(image: Path, files: Files) -> None:
     """Boot with a console on this terminal, and wait for the end."""
     terminal = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
     try:
-        with _qemu(qemu_command(image, files, None), files) as qemu:
+        with _qemu(qemu_command(image, files, {}), files) as qemu:
             qemu.wait()
     finally:
         if terminal:
@@ -210,17 +264,25 @@ def _qemu(
             qemu.kill()
 
 
-def _pass_on(reader: int, timeout: float) -> bool:
-    """Copy to stdout until QEMU has closed its end; False if that takes longer than `timeout` seconds."""
-    deadline = time.monotonic() + timeout
-    while (left := deadline - time.monotonic()) > 0:
-        if select.select([reader], [], [], left)[0]:
-            data = os.read(reader, 1 << 16)
+def _watch(qemu: subprocess.Popen[bytes], live: int, asked: int, deadline: float) -> Ended:
+    """Copy to stdout until QEMU has closed its end; cut the power as many ms later as it is asked to."""
+    cut_at = math.inf
+    ended = Ended.ITSELF
+    while (at := time.monotonic()) < deadline:
+        if at >= cut_at:
+            qemu.kill()
+            ended, cut_at = Ended.CUT, math.inf
+        ready = select.select([live, asked], [], [], min(deadline, cut_at) - at)[0]
+        # At its end both are ready, and there is nothing more to be asked for.
+        if asked in ready and (words := os.read(asked, 64).split()):
+            cut_at = time.monotonic() + int(words[-1]) / 1000
+        if live in ready:
+            data = os.read(live, 1 << 16)
             if not data:
-                return True
+                return ended
             sys.stdout.buffer.write(data)
             sys.stdout.buffer.flush()
-    return False
+    return Ended.LATE
 
 
 def take_out(reports: IO[bytes], directory: Path) -> int | None:

@@ -113,8 +113,11 @@ class Coordinator(Protocol):
         """Ask for one job; None when there is none."""
         ...
 
-    def ack(self, job_id: str) -> None:
-        """Accept a pulled job. Gone: it is no longer ours and must not be run."""
+    def ack(self, job_id: str, holder: str | None = None) -> None:
+        """Accept a pulled job, or one that another node of our fleet, the `holder`, could not finish.
+
+        Gone: it is no longer ours and must not be run.
+        """
         ...
 
     def progress(self, job_id: str, pct: float, note: str) -> bool:

@@ -97,10 +97,10 @@ class BootstrapCoordinator:
         check(reply, doing, "the node token")
         return None if reply.status == 204 else _read_job(reply, self._max_manifest, doing)
 
-    def ack(self, job_id: str) -> None:
+    def ack(self, job_id: str, holder: str | None = None) -> None:
         """POST /jobs/ack, the ids in the body and in the query: there are coordinators that read only one."""
         doing = f"accept job {clean(job_id, 128)}"
-        ids = {"job_id": job_id, "node_id": self._node_id}
+        ids = {"job_id": job_id, "node_id": self._node_id} | ({"from": holder} if holder else {})
         key = _key(f"ack:{self._node_id}:{job_id}")
         reply = self._http.call("POST", "/jobs/ack", ids, doing=doing, params=ids, headers=key)
         self._accepted(reply, doing, FINAL_THERE)

@@ -10,20 +10,23 @@ class Backoff:
     The jitter is what keeps a thousand nodes apart after the coordinator was down for all of them at once.
     """
 
-    def __init__(self, min_s: float, max_s: float, rng: random.Random | None = None) -> None:
+    def __init__(
+        self, min_s: float, max_s: float, rng: random.Random | None = None, *, failures: int = 0
+    ) -> None:
         self._min_s = min_s
         self._max_s = max(min_s, max_s)
         self._rng = rng or random.Random()  # noqa: S311  # spreads load, protects nothing
-        self._ceiling_s = min_s
+        self.failures = failures
 
     def next(self) -> float:
         """Give the next delay in seconds."""
-        self._ceiling_s = min(self._max_s, 2 * self._ceiling_s)
-        return self._rng.uniform(self._min_s, self._ceiling_s)
+        self.failures += 1
+        ceiling_s = min(self._max_s, self._min_s * 2.0 ** min(self.failures, 64))
+        return self._rng.uniform(self._min_s, ceiling_s)
 
     def reset(self) -> None:
         """Begin again with short delays: it worked."""
-        self._ceiling_s = self._min_s
+        self.failures = 0
 
 
 def jittered(interval: float, pct: float, rng: random.Random) -> float:

@@ -1,0 +1,233 @@
+"""A node's part in a fleet: its hold on jobs that may run again, and jobs that others cannot do or have lost.
+
+What another node may have to take over is entered in the shared queue before it starts here, and ours as long
+as we renew our lease. Whoever has lost it says nothing of the job any more: the other one does.
+"""
+
+import secrets
+from collections.abc import Callable
+
+import msgspec
+from msgspec import Raw, Struct
+from msgspec.structs import replace
+
+from aitbc_miner.jobs import Manifest, ManifestError, Outcome, StateRecord, decode_manifest
+from aitbc_miner.messages import Offer, Ticket
+from aitbc_miner.placing import fits
+from aitbc_miner.queue import Kind, QueueError, RetryQueue, Task
+from aitbc_miner.records import JobDir, RecordError, Records
+from aitbc_miner.util import clock
+from aitbc_miner.util.log import events
+
+LOOKED_AT = 50
+# What no other node has taken by then is reported by the node that could not do it.
+GIVE_UP_S = 900.0
+# Of a claim that came to nothing here, so that another node may have it.
+PASS_ON_S = 5.0
+
+
+class Handover(Struct, frozen=True):
+    """What another node needs to take a job over: its manifest as it came, and whether it may have begun."""
+
+    manifest: Raw
+    started: bool
+
+
+class Seen(Struct, frozen=True):
+    """What the queue had for us: jobs that are recorded here now, and our own that nobody else would take."""
+
+    taken: list[str]
+    returned: list[str]
+
+
+class Fleet:
+    """Its methods may be called from any thread."""
+
+    def __init__(self, queue: RetryQueue, node_id: str, lease_s: float) -> None:
+        self._queue = queue
+        self._node_id = node_id
+        self._lease_s = lease_s
+        self._tokens: dict[str, str] = {}
+        self._until: dict[str, float] = {}
+        self._done: dict[str, str] = {}
+        self._offered: dict[str, float] = {}
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._tokens
+
+    # --- our hold on a job ---------------------------------------------------------------------------------
+
+    def recovered(self, leases: dict[str, str]) -> None:
+        """Take note of the jobs that an earlier run of the node held; it may have lost them since."""
+        self._tokens |= leases
+
+    def hold(self, job: JobDir, manifest: Manifest) -> bool:
+        """Enter a job of ours that may run again, before it starts; False when another node has it.
+
+        Without the queue it goes on all the same, but nobody takes it over if this node dies.
+
+        Raises:
+            RecordError, OSError: the token cannot be recorded.
+        """
+        state = job.state()
+        if manifest.retry.max_attempts <= 1 and state.lease is None:
+            return True
+        token = state.lease or secrets.token_hex(16)
+        if state.lease is None:
+            # First: a crash right after the entry must not leave us without the token.
+            state = job.write_state(replace(state, lease=token))
+        # Whoever finds the lease run out cannot know how far it has come here.
+        task = self._task(job, state, manifest.retry.max_attempts, "its node was lost", started=True)
+        began = clock.now()
+        try:
+            ours = self._queue.hold(task, token, self._lease_s)
+        except QueueError as error:
+            if job.job_id in self._tokens:
+                return True  # it was entered before
+            events("agent").warning("job not shared with the fleet", job_id=job.job_id, error=str(error))
+            job.write_state(replace(state, lease=None))
+            self._done[job.job_id] = token
+            return True
+        if ours:
+            self._tokens[job.job_id], self._until[job.job_id] = token, began + self._lease_s
+        return ours
+
+    def is_ours(self, state: StateRecord) -> bool:
+        """Whether we may still speak for a job: our lease on it was never lost.
+
+        Raises:
+            QueueError: the queue does not say, and what it said last holds no more.
+        """
+        if state.lease is None:
+            return True
+        began = clock.now()
+        try:
+            ours = self._queue.renew(Kind.RUN, state.job_id, state.lease, self._lease_s)
+        except QueueError:
+            if clock.now() < self._until.get(state.job_id, 0.0):
+                return True
+            raise
+        if ours:
+            self._tokens[state.job_id], self._until[state.job_id] = state.lease, began + self._lease_s
+        return ours
+
+    def renew(self) -> list[str]:
+        """Renew all our leases; gives the jobs that another node has by now.
+
+        Raises:
+            QueueError: the queue does not answer.
+        """
+        lost: list[str] = []
+        for job_id, token in list(self._done.items()):
+            self._queue.remove(Kind.RUN, job_id, token)
+            self._done.pop(job_id, None)
+        for job_id, token in list(self._tokens.items()):
+            began = clock.now()
+            if self._queue.renew(Kind.RUN, job_id, token, self._lease_s):
+                self._until[job_id] = began + self._lease_s
+            elif self._tokens.pop(job_id, None) is not None:
+                lost.append(job_id)
+        return lost
+
+    def done(self, state: StateRecord) -> None:
+        """Let go of a job that is reported, or never was ours; without the queue, when it is back."""
+        self._tokens.pop(state.job_id, None)
+        if state.lease is None:
+            return
+        try:
+            self._queue.remove(Kind.RUN, state.job_id, state.lease)
+        except QueueError:
+            self._done[state.job_id] = state.lease
+
+    # --- between nodes -------------------------------------------------------------------------------------
+
+    def hand_on(self, job: JobDir, outcome: Outcome, most: int) -> bool:
+        """Let another node try; False when one has the job already.
+
+        Raises:
+            QueueError: the queue does not take it.
+            RecordError, OSError: the record cannot be read.
+        """
+        state = job.state()
+        task = self._task(job, state, most, outcome.message, started=state.started)
+        given = self._queue.put(task, 0.0, state.lease)
+        self._tokens.pop(job.job_id, None)
+        self._offered[job.job_id] = clock.now()
+        return given
+
+    def seek(self, records: Records, offers: list[Offer], knows: Callable[[str], bool]) -> Seen:
+        """Take over what waits for a node and fits the free slots `offers`; not what was here before.
+
+        Raises:
+            QueueError: the queue does not answer.
+        """
+        seen, free = Seen([], []), list(offers)
+        for task in self._queue.due(self._node_id, LOOKED_AT):
+            if task.kind is not Kind.RUN:
+                continue
+            if records.known(task.job_id) or knows(task.job_id):
+                if self._nobody_came(task) and self._take_back(records, task):
+                    seen.returned.append(task.job_id)
+                continue
+            handover = _read(task)
+            ticket = handover and _ticket(handover[1])
+            offer = next((offer for offer in free if ticket and fits(ticket, offer)), None)
+            if handover and offer and self._take(records, task, handover[0]):
+                free.remove(offer)
+                seen.taken.append(task.job_id)
+        return seen
+
+    def _take(self, records: Records, task: Task, handover: Handover) -> bool:
+        claim = self._queue.claim(Kind.RUN, task.job_id, self._node_id, self._lease_s)
+        if claim is None:
+            return False
+        more = {"lease": claim.token, "origin": task.node, "attempt": claim.task.attempts}
+        try:
+            records.create(task.job_id, bytes(handover.manifest), started=handover.started, **more)
+        except (RecordError, OSError) as error:
+            events("agent").warning("cannot take job over", job_id=task.job_id, error=str(error))
+            self._queue.put(task, PASS_ON_S, claim.token)
+            return False
+        self._tokens[task.job_id] = claim.token
+        events("agent").info("job taken over", job_id=task.job_id, node=task.node, reason=task.reason)
+        return True
+
+    def _nobody_came(self, task: Task) -> bool:
+        since = self._offered.setdefault(task.job_id, clock.now())
+        return task.node == self._node_id and clock.now() - since > GIVE_UP_S
+
+    def _take_back(self, records: Records, task: Task) -> bool:
+        claim = self._queue.claim(Kind.RUN, task.job_id, self._node_id, self._lease_s)
+        if claim is None:
+            return False
+        with records.open(task.job_id) as job:
+            job.write_state(replace(job.state(), lease=claim.token))
+        self._tokens[task.job_id] = claim.token
+        return True
+
+    def _task(self, job: JobDir, state: StateRecord, most: int, reason: str, *, started: bool) -> Task:
+        handover = Handover(Raw(job.raw_manifest()), started)
+        return Task(
+            Kind.RUN,
+            job.job_id,
+            state.origin or self._node_id,
+            attempts=state.attempt,
+            max_attempts=most,
+            reason=reason,
+            payload=msgspec.json.encode(handover),
+        )
+
+
+def _read(task: Task) -> tuple[Handover, Manifest] | None:
+    """Read what another node has left, and check it like what comes from a coordinator."""
+    try:
+        handover = msgspec.json.decode(task.payload, type=Handover)
+        manifest = decode_manifest(msgspec.json.decode(handover.manifest))
+    except (msgspec.DecodeError, ManifestError, UnicodeDecodeError, RecursionError) as error:
+        events("agent").debug("task of the fleet not read", job_id=task.job_id, error=str(error))
+        return None
+    return (handover, manifest) if manifest.job_id == task.job_id else None
+
+
+def _ticket(manifest: Manifest) -> Ticket:
+    return Ticket(manifest.job_id, manifest.runner, manifest.requirements, manifest.priority)

@@ -1,0 +1,163 @@
+"""What becomes of a job that has failed: its report, another attempt here, or another node's."""
+
+import random
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+
+from aitbc_miner.accounts import account_of
+from aitbc_miner.errors import MinerError
+from aitbc_miner.fleet import Fleet
+from aitbc_miner.jobs import MOVES, Outcome, RetryPolicy, State
+from aitbc_miner.queue import Kind, QueueError, Task
+from aitbc_miner.records import JobDir, RecordError
+from aitbc_miner.retrying import Where, next_attempt, pause_before
+from aitbc_miner.util import clock
+from aitbc_miner.workbench import Workbench
+
+
+class Reruns:
+    """Decides, and keeps the jobs that wait for their next attempt on this node.
+
+    `report` is told of jobs whose report ends them. When to try next is kept in memory, and noted in the
+    queue for after a restart.
+    """
+
+    def __init__(self, bench: Workbench, fleet: Fleet | None, report: Callable[[str], None]) -> None:
+        self._bench = bench
+        self._fleet = fleet
+        self._report = report
+        self._due: dict[str, float] = {}
+        self._rng = random.Random()  # noqa: S311  # spreads load, protects nothing
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._due
+
+    def ids(self) -> list[str]:
+        """Name the jobs that wait."""
+        return list(self._due)
+
+    def next_due(self) -> float | None:
+        """When the next one is due."""
+        return min(self._due.values(), default=None)
+
+    def take_due(self) -> list[str]:
+        """Take what is due."""
+        due = [job_id for job_id, at in self._due.items() if at <= clock.now()]
+        for job_id in due:
+            del self._due[job_id]
+        return due
+
+    def hurry(self, job_id: str) -> None:
+        """Have a job tried now."""
+        self._due[job_id] = clock.now()
+
+    def drop(self, job_id: str) -> None:
+        """Forget a job."""
+        self._due.pop(job_id, None)
+
+    def recovered(self, job_ids: list[str]) -> None:
+        """Wait on for those that an earlier run of the node has left waiting."""
+        left: dict[str, float] = {}
+        try:
+            waiting = self._bench.queue.waiting(Kind.RUN, self._bench.config.node_id)
+            left = {task.job_id: max(0.0, due_s) for task, due_s in waiting}
+        except QueueError as error:
+            self._bench.warn("times of retries not read", error)
+        for job_id in job_ids:
+            self._due[job_id] = clock.now() + left.get(job_id, 0.0)
+            self._bench.show(job_id, State.RETRY_WAIT)
+
+    def settle(self, job_id: str) -> None:
+        """Decide about a job whose attempt is over; its outcome is on disk."""
+        try:
+            with self._bench.records.open(job_id) as job:
+                outcome = job.outcome()
+                where, most = self._judge(job, outcome)
+                if outcome is not None and where is Where.HERE:
+                    self._again(job, outcome, most)
+                    return
+        except (RecordError, OSError) as error:
+            # Whatever it is, to try to report it is never wrong.
+            self._bench.warn("cannot decide about job", error, job_id=job_id)
+            where = None
+        if where is Where.ELSEWHERE and outcome is not None and self._fleet is not None:
+            call = partial(self._hand_on, self._fleet, job_id, outcome, most)
+            self._bench.start("queue", call, partial(self._handed_on, job_id, outcome))
+        else:
+            self._report(job_id)
+
+    def _judge(self, job: JobDir, outcome: Outcome | None) -> tuple[Where | None, int]:
+        """Say where the job goes next, and how many attempts it has in all."""
+        state = job.state()
+        try:
+            policy = job.manifest().retry
+        except RecordError:
+            policy = RetryPolicy()
+        most = self._bench.config.queue.max_attempts
+        where = next_attempt(
+            outcome.code if outcome else None,
+            started=state.started,
+            attempt=state.attempt,
+            policy=policy,
+            most=most,
+            shared=self._fleet is not None,
+        )
+        if where is Where.HERE and State.RETRY_WAIT not in MOVES[state.state]:
+            where = None
+        return where, policy.max_attempts if state.started else most
+
+    def _again(self, job: JobDir, outcome: Outcome, most: int) -> None:
+        bench, bounds = self._bench, self._bench.config.heartbeat.backoff
+        state = job.try_again(note=outcome.message)
+        pause = pause_before(state.attempt, bounds.min_s, bounds.max_s, self._rng)
+        self._due[job.job_id] = clock.now() + pause
+        # What is noted is the attempt that has failed: the next one may always be made.
+        task = Task(Kind.RUN, job.job_id, bench.config.node_id, 1, 0, outcome.message)
+        self._note(partial(bench.queue.put, task, pause))
+        bench.count("retries", str(outcome.code))
+        bench.log.info(
+            "job is tried again",
+            job_id=job.job_id,
+            code=outcome.code,
+            attempt=state.attempt,
+            of=most,
+            in_s=round(pause, 1),
+        )
+        bench.show(job.job_id, State.RETRY_WAIT, outcome=outcome)
+
+    def begun(self, job_id: str) -> None:
+        """Forget what was noted of a job that waited."""
+        self._note(partial(self._bench.queue.remove, Kind.RUN, job_id))
+
+    def _note(self, call: Callable[[], object]) -> None:
+        self._bench.start("queue", call, self._noted)
+
+    def _noted(self, future: Future[object]) -> None:
+        if isinstance(error := future.exception(), Exception):
+            # After a restart the job is tried at once then, which loses nothing.
+            self._bench.warn("time of a retry not noted", error)
+
+    # --- another node's ------------------------------------------------------------------------------------
+
+    def _hand_on(self, fleet: Fleet, job_id: str, outcome: Outcome, most: int) -> str:
+        """Give the job to the fleet and end it here; runs in a thread."""
+        bench = self._bench
+        with bench.records.open(job_id) as job:
+            how = "handed_on" if fleet.hand_on(job, outcome, most) else "lost"
+            job.move(State.UPLOADING)
+            state = job.move(State.FAILED, delivery=how)
+        bench.accounts.enter(account_of(outcome, state, state.runner, how))
+        return how
+
+    def _handed_on(self, job_id: str, outcome: Outcome, future: Future[str]) -> None:
+        bench = self._bench
+        try:
+            how = future.result()
+        except (MinerError, OSError) as error:
+            # The coordinator may have another node for it; to be asked is better than to wait for the fleet.
+            bench.warn("job not handed on", error, job_id=job_id)
+            self._report(job_id)
+            return
+        bench.log.info("job left to the fleet", job_id=job_id, code=outcome.code, how=how)
+        bench.show(job_id, State.FAILED, outcome=outcome)

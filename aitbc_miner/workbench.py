@@ -1,0 +1,122 @@
+"""What the parts of the agent share: where things are, whom to tell, how to do something beside the loop."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+from aitbc_miner.accounts import Accounts, JobAccount
+from aitbc_miner.channel import Channel
+from aitbc_miner.config import Config
+from aitbc_miner.coordinator import Busy, Coordinator, Unauthorized
+from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.jobs import Outcome, State
+from aitbc_miner.messages import Counted, Deliveries, JobUpdate, ToAgent
+from aitbc_miner.nodetoken import TokenLine
+from aitbc_miner.queue import RetryQueue
+from aitbc_miner.records import Records
+from aitbc_miner.util import clock
+from aitbc_miner.util.background import Background
+from aitbc_miner.util.log import events
+
+T = TypeVar("T")
+
+Pool = Literal["pull", "intake", "report", "upload", "progress", "queue"]
+# How many calls of each kind may be under way. A slow upload must not keep a pull, an ack or another report
+# waiting. What is said to the queues is said in order.
+POOLS: dict[Pool, int] = {"pull": 1, "intake": 16, "report": 4, "upload": 2, "progress": 2, "queue": 1}
+
+
+class Workbench:
+    """For the agent's main thread; what is started here comes back to it."""
+
+    def __init__(
+        self,
+        config: Config,
+        channel: Channel[ToAgent],
+        coordinator: Coordinator,
+        token: TokenLine,
+        accounts: Accounts,
+        queue: RetryQueue,
+    ) -> None:
+        self.config = config
+        self.channel = channel
+        self.coordinator = coordinator
+        self.token = token
+        self.accounts = accounts
+        self.queue = queue
+        self.records = Records(config.workspace.root)
+        self.background = Background()
+        self.log = events("agent")
+        self.error: str | None = None
+        self.pending = 0
+        self._pools = {name: ThreadPoolExecutor(n, name) for name, n in POOLS.items()}
+
+    def start(self, pool: Pool, call: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
+        """Run a call in one of the pools, then `done` with its future in the main thread."""
+        self.background.start(self._pools[pool], call, done)
+
+    def close(self) -> None:
+        """Start nothing more, and wait for nothing."""
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def failed(self, error: Exception) -> float | None:
+        """Remember the last error for `status`; gives how long the coordinator asks to be left alone."""
+        if isinstance(error, Unauthorized):
+            self.token.refused()
+        self.error = str(error)
+        self.tell()
+        return error.retry_after if isinstance(error, Busy) else None
+
+    def worked(self) -> None:
+        """Forget the last error: the coordinator answers."""
+        if self.error is not None:
+            self.error = None
+            self.tell()
+
+    def warn(self, event: str, error: Exception, **attrs: Any) -> None:
+        """Log what went wrong; what nobody has thought of comes with its traceback."""
+        foreseen = isinstance(error, MinerError | OSError)
+        self.log.warning(event, error=str(error), exc_info=None if foreseen else error, **attrs)
+
+    def tell(self) -> None:
+        """Tell the supervisor how it goes."""
+        self.channel.send(Deliveries(self.pending, self.error))
+
+    def count(self, name: Literal["broken_records", "retries", "deliveries"], label: str = "") -> None:
+        """Add one to a metric."""
+        self.channel.send(Counted(name, label))
+
+    def show(self, job_id: str, state: State, *, runner: str = "", outcome: Outcome | None = None) -> None:
+        """Have `jobs` show where a job is."""
+        shown = outcome or Outcome(job_id=job_id)
+        self.channel.send(
+            JobUpdate(
+                job_id,
+                state,
+                runner,
+                code=shown.code,
+                message=shown.message,
+                slot=shown.slot,
+                since_wall=clock.wall(),
+                wall_s=shown.usage.wall_s if outcome else None,
+                artifacts=len(shown.artifacts),
+            )
+        )
+
+    def show_row(self, row: JobAccount) -> None:
+        """Have `jobs` show one that was done in an earlier run of the node."""
+        state = State.DONE if row.code is None else State.FAILED
+        self.channel.send(
+            JobUpdate(
+                row.job_id,
+                state,
+                row.runner,
+                code=ErrorCode(row.code) if row.code else None,
+                message=row.message,
+                slot=row.slot,
+                since_wall=row.finished_wall,
+                wall_s=row.wall_s,
+                artifacts=row.artifacts,
+            )
+        )

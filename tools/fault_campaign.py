@@ -1,0 +1,259 @@
+"""One node, killed again and again while it works, and then looked at: nothing may be lost or done twice."""
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import msgspec
+from msgspec import Struct
+
+from aitbc_miner.jobs import StateRecord
+from aitbc_miner.records import STATE
+from tools.fault_checks import Fates, Finding, check
+from tools.fault_jobs import Jobs
+from tools.fault_node import FaultNode
+from tools.fault_plan import CALLS, LOSING, Boundary, Fault, Side, Whom, faults
+from tools.fault_steps import Gate, Moment, StepServer, Trap
+from tools.local_node import wait_until
+from tools.mock_coordinator import MockCoordinator
+from tools.mock_records import FINAL, State
+
+# Until a boundary is come to; a slot or a child may be making a pause.
+REACH_S = 15.0
+PROVOKE_S = 2.0
+# A quarantined slot comes back after a minute.
+SETTLE_S = 150.0
+STOP_S = 30.0
+IDENTIFY_S = 10.0
+WAITING_JOBS = 6
+
+
+class Settings(Struct, frozen=True):
+    """What a campaign is like; `drop` and `disk` are shares of answers lost and of writes that fail."""
+
+    seed: str
+    slots: int = 4
+    drop: float = 0.0
+    disk: float = 0.0
+    settle_s: float = SETTLE_S
+
+
+class Tally(Struct):
+    """What a campaign has done and found."""
+
+    kills: Counter[str] = msgspec.field(default_factory=Counter)
+    hits: Counter[Boundary] = msgspec.field(default_factory=Counter)
+    passed: Counter[Boundary] = msgspec.field(default_factory=Counter)
+    missed: list[str] = []
+    jobs: int = 0
+    endings: Counter[str] = msgspec.field(default_factory=Counter)
+    dropped: int = 0
+    disk: Counter[str] = msgspec.field(default_factory=Counter)
+    findings: list[Finding] = []
+    directory: str = ""
+
+
+class Campaign:
+    """Everything of one node and its coordinator. `enough` says when to stop, `tell` prints a fault."""
+
+    def __init__(self, settings: Settings, enough: Callable[[], bool], tell: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._enough = enough
+        self._tell = tell
+        self._life = ExitStack()
+        self._striking = threading.Lock()
+        self._open: set[str] = set()
+        self._fates = Fates(set(), set())
+        self._feeding = True
+        self.tally = Tally()
+        folder = Path(self._life.enter_context(TemporaryDirectory(prefix="aitbc-faults-")))
+        folder.chmod(0o755)
+        self._gate = Gate(settings.seed, lambda: self._node.marks, drop=settings.drop, disk=settings.disk)
+        steps = StepServer(folder, self._gate, disk=settings.disk > 0)
+        self._life.callback(steps.close)
+        # A job whose node has forgotten it is to be handed out again soon.
+        mock = MockCoordinator(lease_s=2.0, boundary=self._gate.call)
+        self._mock = self._life.enter_context(mock)
+        self._node = FaultNode(
+            mock.url,
+            settings.slots,
+            steps.environ,
+            heartbeat={"interval_s": 0.5, "backoff": {"min_s": 0.1, "max_s": 1}},
+        )
+        self._jobs = Jobs(settings.seed, self._node)
+
+    def run(self) -> Tally:
+        """Kill until it is enough, let everything end, and check."""
+        tally, node = self.tally, self._node
+        tally.directory = str(node.directory)
+        try:
+            node.launch()
+            for fault in faults(self._settings.seed):
+                if self._enough():
+                    break
+                self._carry_out(fault)
+            self._gate.calm()
+            tally.findings += self._settle()
+            kinds = self._jobs.kinds
+            tally.findings += check(
+                self._mock, node, kinds, self._fates, disk=self._settings.disk > 0
+            )
+        finally:
+            node.clean_up()
+            self._count()
+            self._life.close()
+        return tally
+
+    # --- one fault -----------------------------------------------------------------------------------------
+
+    def _carry_out(self, fault: Fault) -> None:
+        self._pass_time(fault.pause_s)
+        if fault.boundary is None:
+            self._kill_at_random(fault)
+        else:
+            self._kill_at(fault, fault.boundary)
+        if self._node.process_ended():
+            # Its workers, if they live, go on alone for so long.
+            until = time.monotonic() + fault.down_s
+            wait_until(lambda: time.monotonic() >= until, fault.down_s + 1)
+
+    def _kill_at(self, fault: Fault, boundary: Boundary) -> None:
+        trap = Trap(boundary, fault.passes, lambda moment: self._spring(fault, moment))
+        self._gate.trap = trap
+        until = time.monotonic() + REACH_S
+        provoke_at = time.monotonic()
+        while not trap.sprung.wait(0.02) and time.monotonic() < until:
+            self._tend()
+            if time.monotonic() >= provoke_at:
+                provoke_at = time.monotonic() + PROVOKE_S
+                self._provoke(boundary)
+        if not trap.disarm():
+            self.tally.missed.append(str(fault))
+            self._tell(f"{fault}: not reached")
+        self._gate.trap = None
+
+    def _kill_at_random(self, fault: Fault) -> None:
+        with suppress(TimeoutError):
+            pid = wait_until(lambda: self._tend() or self._node.find(fault.whom, fault.number), IDENTIFY_S) \
+                if fault.whom is not Whom.ALL else 0
+            self._strike(fault, None, pid)
+            return
+        self.tally.missed.append(str(fault))
+
+    def _spring(self, fault: Fault, moment: Moment) -> None:
+        pid = moment.pid
+        if fault.whom is Whom.HERE and moment.port is not None:
+            pid = self._node.calling_from(moment.port)
+        if fault.whom is Whom.SUPERVISOR:
+            pid = self._node.supervisor
+        self._strike(fault, moment, pid)
+        self.tally.hits[moment.boundary] += 1
+
+    def _strike(self, fault: Fault, moment: Moment | None, pid: int | None) -> None:
+        """Kill, and note what that may mean for which jobs."""
+        with self._striking:
+            jobs, workers = set(self._open), self._node.workers()
+            if fault.whom is Whom.ALL:
+                self._node.kill_all()
+                self._risk(jobs, set(workers.values()), moment)
+                role = "all"
+            elif pid is not None:
+                self._node.kill([pid])
+                role = self._role(pid, workers, fault, moment)
+                if role == "worker":
+                    self._risk(jobs, {pid}, moment)
+            else:
+                role = "nobody"
+            self.tally.kills[role] += 1
+        self._tell(f"{fault}: {role} {pid or ''} {moment.job_id or '' if moment else ''}")
+
+    def _role(self, pid: int, workers: dict[str, int], fault: Fault, moment: Moment | None) -> str:
+        if pid == self._node.supervisor:
+            return "supervisor"
+        if pid in workers.values():
+            return "worker"
+        if moment is None:
+            return fault.whom
+        return "heartbeat" if moment.boundary.step in {"register", "heartbeat"} else "agent"
+
+    def _risk(self, jobs: set[str], workers: set[int], moment: Moment | None) -> None:
+        """Note the jobs that these workers had: they may be lost. One whose outcome stood may not."""
+        stood = moment.job_id if moment and moment.boundary == Boundary("outcome", Side.AFTER) else None
+        for job_id in jobs - {stood}:
+            with suppress(OSError, msgspec.DecodeError):
+                text = (self._node.jobs / job_id / STATE).read_bytes()
+                worker = msgspec.json.decode(text, type=StateRecord).worker_pid
+                # Without a worker it may have been given to one that had no time to write that down.
+                if worker is None or worker in workers:
+                    self._fates.at_risk.add(job_id)
+        if moment and moment.boundary in LOSING and moment.job_id and moment.pid in workers:
+            self._fates.doomed.add(moment.job_id)
+
+    # --- what goes on all the time -------------------------------------------------------------------------
+
+    def _pass_time(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        wait_until(lambda: self._tend() or time.monotonic() >= until, seconds + STOP_S)
+
+    def _tend(self) -> None:
+        """Keep the node up, jobs waiting, and cancel those that are to be."""
+        with self._striking:
+            if self._node.process_ended():
+                self._note_exit()
+                self._node.launch()
+        for job_id in list(self._open):
+            job = self._mock.job(job_id)
+            if job.state in FINAL:
+                self._open.remove(job_id)
+            elif job.state is State.ACKED and self._jobs.kinds[job_id].cancel and not job.cancelled:
+                self._mock.cancel(job_id)
+        while self._feeding and len(self._open) < self._settings.slots + WAITING_JOBS:
+            self._open.add(self._mock.submit(self._jobs.next()))
+
+    def _note_exit(self) -> None:
+        process = self._node.process
+        if process is not None and process.wait() != -9:
+            self.tally.findings.append(
+                Finding("defects", f"the node ended by itself with {process.returncode}; see {self._node.log}")
+            )
+
+    def _provoke(self, boundary: Boundary) -> None:
+        """Bring about what does not come by itself."""
+        if boundary.step == "register":
+            self._mock.ledger.revoke_tokens()
+        elif boundary.step == "workers" and (pid := self._node.find(Whom.WORKER)):
+            self._strike(Fault(0, Whom.WORKER, None, 0, 0.0, 0.0), None, pid)
+
+    # --- the end -------------------------------------------------------------------------------------------
+
+    def _settle(self) -> list[Finding]:
+        """Let every job end and every report be taken, and stop the node."""
+        self._feeding = False
+        node = self._node
+        try:
+            wait_until(lambda: self._tend() or not self._open, self._settings.settle_s)
+            wait_until(lambda: (now := node.status()) is not None and now.pending_reports == 0, STOP_S)
+        except TimeoutError:
+            left = ", ".join(sorted(self._open)[:10]) or "reports are pending"
+            return [Finding("lost", f"not over after {self._settings.settle_s:g} s: {left}")]
+        if status := node.stop(timeout=STOP_S):
+            return [Finding("defects", f"the node ended with {status} when told to stop")]
+        return []
+
+    def _count(self) -> None:
+        tally = self.tally
+        tally.jobs = len(self._jobs.kinds)
+        tally.passed = self._gate.passed
+        tally.dropped, tally.disk = self._gate.dropped, self._gate.failed
+        for job_id in self._jobs.kinds:
+            job = self._mock.job(job_id)
+            tally.endings[job.error_code or ("OK" if job.state is State.DONE else f"still {job.state}")] += 1
+
+
+def is_call(boundary: Boundary) -> bool:
+    """Whether it is one of the calls to the coordinator."""
+    return boundary.step in CALLS

@@ -1,0 +1,119 @@
+"""What must hold when a campaign is over, whatever was killed in it: by the coordinator's ledger and the machine."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from msgspec import Struct
+
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.jobs import BROKEN, FINAL, State
+from aitbc_miner.records import RecordError, Records
+from tools import mock_records
+from tools.fault_jobs import Kind
+from tools.fault_node import FaultNode
+from tools.mock_coordinator import MockCoordinator
+from tools.mock_records import Job, Verdict
+
+KINDS = ("lost", "doubled", "run twice", "wrong", "orphans", "broken", "defects")
+# Said by the node of itself, in its log; nothing that a kill may bring about.
+DEFECTS = ("Traceback", "message not taken", "IllegalMove", "failed unexpectedly", "job failed without an outcome")
+# With a disk that fails, these too are honest endings.
+OF_THE_DISK = frozenset({ErrorCode.E_DISK, ErrorCode.E_INTERNAL})
+
+
+class Finding(Struct, frozen=True):
+    """Something that is not as it must be."""
+
+    kind: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.kind}: {self.what}"
+
+
+class Fates(Struct):
+    """What the kills may have done to jobs.
+
+    `at_risk` are jobs whose worker was killed, so that they may be lost; `doomed` those that must be.
+    """
+
+    at_risk: set[str]
+    doomed: set[str]
+
+
+def check(
+    mock: MockCoordinator, node: FaultNode, kinds: dict[str, Kind], fates: Fates, *, disk: bool
+) -> list[Finding]:
+    """Check everything. The node has been stopped, and all had the time to end."""
+    findings: list[Finding] = []
+    for job_id, kind in kinds.items():
+        job = mock.job(job_id)
+        findings += check_job(job, kind, len(node.runs(job_id)), fates, disk=disk)
+    strays = {report.job_id for report in mock.ledger.strays()}
+    findings += [Finding("wrong", f"{job_id} was reported, and is no job") for job_id in sorted(strays)]
+    findings += check_records(node.jobs, mock)
+    findings += [Finding("orphans", left) for left in node.remains()]
+    findings += check_log(node.log)
+    return findings
+
+
+def check_job(job: Job, kind: Kind, runs: int, fates: Fates, *, disk: bool = False) -> Iterator[Finding]:
+    """Compare one job's end with what it may be."""
+    name = job.job_id
+    accepted = [report for report in job.reports if report.verdict is Verdict.ACCEPTED]
+    others = [report for report in job.reports if report.verdict not in {Verdict.ACCEPTED, Verdict.DUPLICATE}]
+    if runs > 1:
+        yield Finding("run twice", f"{name} was run {runs} times")
+    if not accepted:
+        yield Finding("lost", f"{name} is {job.state} at the coordinator, acknowledged {job.acks} times")
+        return
+    if len(accepted) > 1:
+        yield Finding("doubled", f"{name} has {len(accepted)} accepted reports")
+    for report in others:
+        yield Finding("doubled", f"{name}: a second {report.kind} was {report.verdict}: {report.complaint}")
+    code = ErrorCode(job.error_code) if job.error_code else None
+    if code is None and runs == 0:
+        yield Finding("wrong", f"{name} has a result and was never run")
+    allowed = kind.endings | (OF_THE_DISK if disk else set())
+    if code is ErrorCode.E_LOST:
+        if name not in fates.at_risk:
+            yield Finding("wrong", f"{name} is E_LOST, and nobody killed its worker")
+    elif name in fates.doomed and not job.cancelled:
+        yield Finding("wrong", f"{name} ended with {code or 'OK'}, and its worker was killed in the middle")
+    elif code not in allowed:
+        said = accepted[0].body.get("error_msg")
+        yield Finding("wrong", f"{name} ended with {code or 'OK'}: {said}")
+
+
+def check_records(root: Path, mock: MockCoordinator) -> Iterator[Finding]:
+    """Read every record that the node has left."""
+    broken = root / BROKEN
+    for entry in sorted(broken.iterdir()) if broken.exists() else ():
+        yield Finding("broken", f"set aside: {entry.name}")
+    records = Records(root)
+    for job_id, found in records.scan():
+        if isinstance(found, RecordError):
+            yield Finding("broken", str(found))
+            continue
+        job = mock.job(job_id)
+        superseded = found.delivery == "superseded"
+        if found.state not in FINAL:
+            yield Finding("lost", f"{job_id} is {found.state} in its record, {job.state} at the coordinator")
+        elif not superseded and (found.state is State.DONE) != (job.state is mock_records.State.DONE):
+            yield Finding("wrong", f"{job_id} is {found.state} in its record, {job.state} at the coordinator")
+        try:
+            with records.open(job_id) as directory:
+                directory.manifest()
+                directory.outcome()
+        except RecordError as error:
+            yield Finding("broken", str(error))
+
+
+def check_log(path: Path) -> Iterator[Finding]:
+    """Look for what the node itself takes for a defect."""
+    with path.open(errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if "broken record" in line:
+                yield Finding("broken", f"{path}:{number}: {line.strip()[:300]}")
+            elif any(sign in line for sign in DEFECTS):
+                yield Finding("defects", f"{path}:{number}: {line.strip()[:300]}")

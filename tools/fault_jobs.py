@@ -1,0 +1,53 @@
+"""The jobs of a campaign: short, of several kinds, each leaving a mark for each run; which comes when is pure."""
+
+import random
+from typing import Any
+
+from msgspec import Struct
+
+from aitbc_miner.errors import ErrorCode
+from tools.marked_jobs import MarkedJobs
+
+# How a job that was handed to its program with the node's own environment would show it.
+CLEAN = '[ -z "$LD_PRELOAD$AITBC_FAULT_SOCKET" ] || exit 99; '
+
+
+class Kind(Struct, frozen=True):
+    """A kind of job: what its program does after its mark, how it may end (None: well), how often it comes."""
+
+    name: str
+    line: str
+    endings: frozenset[ErrorCode | None]
+    weight: int
+    artifact: bool = False
+    cancel: bool = False
+
+
+WELL: frozenset[ErrorCode | None] = frozenset({None})
+KINDS = (
+    Kind("quick", "exit 0", WELL, 6),
+    Kind("short", "sleep 0.2", WELL, 4),
+    Kind("long", "sleep 1.5", WELL, 3),
+    Kind("artifact", 'echo it is done > "$AITBC_OUTPUT_DIR/result.txt"', WELL, 4, artifact=True),
+    # What it leaves running must be gone when the job is.
+    Kind("forking", "(setsid sleep 600 &) ; sleep 0.1", WELL, 1),
+    Kind("failing", "exit 3", frozenset({ErrorCode.E_EXIT}), 4),
+    Kind("cancelled", "sleep 2", frozenset({None, ErrorCode.E_CANCELLED}), 1, cancel=True),
+)
+
+
+class Jobs:
+    """Makes one job after another, as the seed says."""
+
+    def __init__(self, seed: str, marks: MarkedJobs) -> None:
+        self._rng = random.Random(seed)
+        self._marks = marks
+        self.kinds: dict[str, Kind] = {}
+
+    def next(self) -> dict[str, Any]:
+        """Make the manifest of the next job."""
+        (kind,) = self._rng.choices(KINDS, [kind.weight for kind in KINDS])
+        job_id = f"{kind.name}-{len(self.kinds) + 1:05}"
+        self.kinds[job_id] = kind
+        promised = {"artifacts": [{"path": "result.txt"}]} if kind.artifact else {}
+        return self._marks.script(job_id, CLEAN + kind.line, **promised)

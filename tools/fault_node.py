@@ -1,0 +1,144 @@
+"""A node to be killed: who of its processes is who, and how each of them is ended."""
+
+import os
+import signal
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import psutil
+
+from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.orphans import WorkerName
+from aitbc_miner.util.system import process_start
+from tools.fault_plan import Whom
+from tools.local_node import LocalNode, wait_until
+from tools.marked_jobs import MarkedJobs, allow_programs
+
+GONE_S = 20.0
+
+
+class FaultNode(MarkedJobs, LocalNode):
+    """A node whose own processes load the shim, and whose jobs leave marks in `marks`."""
+
+    def __init__(self, base_url: str, slots: int, environ: Mapping[str, str], **changes: Any) -> None:
+        rows = [{"name": f"cpu{i}", "kind": "cpu", "pids_max": 64} for i in range(slots)]
+        super().__init__(base_url, rows, keep=True, environ=environ, **changes)
+        self._environ["AITBC_FAULT_ROOT"] = str(self.directory)
+        self.patience_s = GONE_S
+        self.marks = self.directory / "marks"
+        self.marks.mkdir()
+        self.marks.chmod(0o777)
+        allow_programs(self.directory / "allowlist.d")
+
+    @property
+    def supervisor(self) -> int:
+        """The pid of the supervisor, alive or not."""
+        return self.process.pid if self.process else 0
+
+    def own_processes(self) -> list[int]:
+        """Find the processes of the node that are alive, those of an earlier run too; no program of a job."""
+        return [pid for pid in psutil.pids() if str(self.config) in _command(pid)]
+
+    def all_processes(self) -> list[int]:
+        """Find the processes of the node and of its jobs that are alive, whoever their parent is now."""
+        return [pid for pid in psutil.pids() if _belongs(pid, self.directory)]
+
+    def workers(self) -> dict[str, int]:
+        """Give the pids of the workers that are alive, by slot; those of an earlier run too."""
+        try:
+            book = msgspec.json.decode(
+                self.socket.with_name("workers.json").read_bytes(), type=dict[str, WorkerName]
+            )
+        except FileNotFoundError:
+            return {}
+        return {slot: name.pid for slot, name in book.items() if process_start(name.pid) == name.start}
+
+    def find(self, whom: Whom, slot: int = 0) -> int | None:
+        """Give the pid of a kind of process, if it can be told now; of the workers, one of them."""
+        if whom is Whom.SUPERVISOR:
+            return None if self.process_ended() else self.supervisor
+        workers = sorted(self.workers().values())
+        if whom is Whom.WORKER:
+            return workers[slot % len(workers)] if workers else None
+        with suppress(psutil.NoSuchProcess):
+            children = psutil.Process(self.supervisor).children()
+            others = {child.pid: _listens(child) for child in children if child.pid not in workers}
+            # The heartbeat alone serves pages; there may also be children that do one thing and end.
+            if sorted(others.values()) == [False, True]:
+                return next(pid for pid, listens in others.items() if listens is (whom is Whom.HEARTBEAT))
+        return None
+
+    def calling_from(self, port: int) -> int | None:
+        """Give the pid of the process that has this port."""
+        for pid in self.own_processes():
+            with suppress(psutil.Error):
+                connections = psutil.Process(pid).net_connections("tcp")
+                if any(each.laddr.port == port for each in connections):
+                    return pid
+        return None
+
+    def kill(self, pids: Iterable[int]) -> None:
+        """Kill processes and wait until they are gone."""
+        pids = list(pids)
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(_alive(pid) for pid in pids), GONE_S, 0.002)
+
+    def kill_all(self) -> None:
+        """Kill every process of the node; programs of jobs die with their workers, or do not."""
+        # The supervisor first, for nobody else starts workers.
+        self.kill([self.supervisor])
+        while pids := self.own_processes():
+            self.kill(pids)
+
+    def remains(self) -> list[str]:
+        """Name what is left on the machine when nothing should be: processes and cgroups."""
+        found = [f"process {pid}: {' '.join(_command(pid))[:100]}" for pid in self.all_processes()]
+        group = self.cgroup()
+        return [*found, *([f"cgroup {group}"] if group else [])]
+
+    def clean_up(self) -> None:
+        """Leave no process and no cgroup, whatever state the node is in; the directory stays."""
+        if self.process is not None:
+            self.kill_all()
+            self.process.wait(GONE_S)
+        self.kill(self.all_processes())
+        if group := self.cgroup():
+            with suppress(CgroupError):
+                Group(group).kill()
+                Group(group).remove(5.0)
+
+
+def _command(pid: int) -> list[str]:
+    # Not by psutil: it looks at more than this, and this is asked of every process again and again.
+    try:
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")
+    except OSError:
+        return []  # it has gone
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _listens(process: psutil.Process) -> bool:
+    try:
+        return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("tcp"))
+    except psutil.Error:
+        return False
+
+
+def _belongs(pid: int, directory: Path) -> bool:
+    if pid == os.getpid() or not _alive(pid):
+        return False
+    where = _command(pid)
+    with suppress(OSError):
+        where.append(str(Path(f"/proc/{pid}/cwd").readlink()))
+    return any(str(directory) in text for text in where)
