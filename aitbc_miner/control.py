@@ -26,7 +26,7 @@ from aitbc_miner.messages import CoordinatorView, SlotView
 from aitbc_miner.util import clock
 
 READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs", "history"})
-WRITE_VERBS = frozenset({"drain", "resume", "cancel", "reload"})
+WRITE_VERBS = frozenset({"drain", "resume", "cancel", "retry", "reload"})
 READERS, WRITERS = "aitbc", "aitbc-admin"
 MAX_REQUEST = 4096
 MAX_CLIENTS = 32

@@ -19,9 +19,17 @@ from typing import Any, BinaryIO, Protocol
 import msgspec
 
 from aitbc_miner import __version__
-from aitbc_miner.control import LATER_S, Done, Files, JobRow, Jobs, Refusal, Request, Status, ask
+from aitbc_miner.control import LATER_S, Done, Files, History, JobRow, Jobs, Refusal, Request, Status, ask
 from aitbc_miner.ctlview import Paint, job_page, jobs_page, plain, slots_page, status_page, visible
-from aitbc_miner.errors import EXIT_FAILURE, EXIT_NOT_PERMITTED, EXIT_OK, EXIT_UNREACHABLE, MinerError
+from aitbc_miner.errors import (
+    EXIT_FAILURE,
+    EXIT_NOT_PERMITTED,
+    EXIT_OK,
+    EXIT_UNREACHABLE,
+    EXIT_USAGE,
+    MinerError,
+)
+from aitbc_miner.historyview import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.jobs import FINAL, State, valid_job_id
 from aitbc_miner.util import clock
 
@@ -93,11 +101,18 @@ def _parser() -> argparse.ArgumentParser:
     job = verbs.add_parser("job", help="all about one job")
     logs = verbs.add_parser("logs", help="what a job has printed")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job has ended")
+    history = verbs.add_parser("history", help="what jobs have come to, by slot, code and day")
+    how_far = "how far back, such as 12h or 30d (default: 7d)"
+    history.add_argument("--since", type=_duration, metavar="TIME", default="7d", help=how_far)
+    history.add_argument("--csv", action="store_true", help="print a line for each job")
     verbs.add_parser("drain", help="take no new jobs; those that are here go on")
     verbs.add_parser("resume", help="take jobs again")
     verbs.add_parser("reload", help="read slots.d anew; jobs that run go on")
     cancel = verbs.add_parser("cancel", help="end a job that is in a slot")
-    for verb in (job, logs, cancel):
+    retry = verbs.add_parser(
+        "retry", help="try a job that waits, or send a report that was refused, once more"
+    )
+    for verb in (job, logs, cancel, retry):
         verb.add_argument("job_id", type=_job_id, metavar="ID", help="the job's id, as `jobs` shows it")
     for verb in verbs.choices.values():
         # Without a default, or it would undo a --json before the verb.
@@ -119,6 +134,15 @@ def _job_id(text: str) -> str:
     return text
 
 
+def _duration(text: str) -> float:
+    from aitbc_miner.util.units import parse_duration  # noqa: PLC0415  # reads YAML, too
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} {error}") from None
+
+
 def _run(arguments: argparse.Namespace) -> None:
     socket: Path = arguments.socket
     if arguments.verb == "logs":
@@ -128,6 +152,9 @@ def _run(arguments: argparse.Namespace) -> None:
         with _files(socket, "job", arguments.job_id) as (row, files):
             records = _records(files)
             _show(_json({"job": row, **records}) if arguments.json else job_page(row, records, _paint()))
+        return
+    if arguments.verb == "history":
+        _history(socket, arguments.since, as_json=arguments.json, as_csv=arguments.csv)
         return
     request = Request(arguments.verb, getattr(arguments, "job_id", None), getattr(arguments, "state", None))
     answer, fds = _ask(socket, request)
@@ -154,7 +181,7 @@ def _page(verb: str, answer: object) -> str:
 
 def _value(verb: str, answer: object) -> object:
     """Give what `--json` prints: the answer as it came, of `slots` only the slots."""
-    if isinstance(answer, Files):
+    if isinstance(answer, Files | History):
         raise _not_ours(verb)
     return {"slots": answer.slots} if verb == "slots" and isinstance(answer, Status) else answer
 
@@ -179,7 +206,7 @@ def _ask(path: Path, request: Request) -> tuple[Any, list[int]]:
     Raises:
         CtlError: it does not answer (69), we may not ask (77), or it refuses (as it says).
     """
-    patience = LATER_S if request.verb == "reload" else TIMEOUT_S
+    patience = LATER_S if request.verb in {"reload", "history"} else TIMEOUT_S
     try:
         answer, fds = ask(path, request, patience)
     except PermissionError:
@@ -234,6 +261,26 @@ def _record(file: BinaryIO | None, name: str) -> Any:
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         print(f"aitbc-minerctl: cannot read {name}.json of this job: {error}", file=sys.stderr)
         return None
+
+
+def _history(socket: Path, since_s: float, *, as_json: bool, as_csv: bool) -> None:
+    if as_json and as_csv:
+        raise CtlError("cannot show the history: --json and --csv exclude each other", EXIT_USAGE)
+    answer, fds = _ask(socket, Request("history", since_s=since_s, each=as_json or as_csv))
+    with contextlib.ExitStack() as stack:
+        files = [stack.enter_context(os.fdopen(fd, "rb")) for fd in fds]
+        if not isinstance(answer, History) or len(files) != 1:
+            raise _not_ours("history")
+        try:
+            totals, rows = read_totals(files[0]), read_rows(files[0])
+            if not (as_json or as_csv):
+                _show(history_page(totals, since_s, _paint()))
+                return
+            for line in json_lines(since_s, totals, rows) if as_json else csv_lines(rows):
+                print(line)
+        except (msgspec.DecodeError, ValueError):
+            raise _not_ours("history") from None
+    sys.stdout.flush()
 
 
 # --- logs --------------------------------------------------------------------------------------------------

@@ -23,20 +23,22 @@ from aitbc_miner.control import (
 )
 from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.jobs import valid_job_id
-from aitbc_miner.messages import CoordinatorView, Deliveries, EndReason, Ticket
+from aitbc_miner.messages import CoordinatorView, Deliveries, EndReason, Retried, RetryJob, Ticket
 from aitbc_miner.slot import SlotState
 from aitbc_miner.slots import RunningSlot
 from aitbc_miner.util import clock, fs
 
-RECORDS = ("manifest.json", "state.json", "outcome.json")
-LOG = "logs/exec.log"
+FILES = {"job": ("manifest.json", "state.json", "outcome.json"), "logs": ("logs/exec.log",)}
 # A child that died once and has run since then is no problem any more.
 DEATH_SHOWN_S = 600.0
 BAD = frozenset({SlotState.BACKOFF, SlotState.QUARANTINED})
 
 
 class Desk:
-    """The operator's counter. Holds what only it shows, and whether the node takes new jobs."""
+    """The operator's counter. Holds what only it shows, and whether the node takes new jobs.
+
+    `others` answer the verbs that are not about what is held here.
+    """
 
     def __init__(
         self,
@@ -46,8 +48,7 @@ class Desk:
         queue: Mapping[str, Ticket],
         notices: list[str],
         cancel: Callable[[str, EndReason, str], bool],
-        reload: Callable[[Later], None],
-        history: Callable[[Request, Later], None],
+        others: Mapping[str, Callable[[Request, Later], Reply | None]],
     ) -> None:
         self._config = config
         self._index = index
@@ -55,8 +56,7 @@ class Desk:
         self._queue = queue
         self._notices = notices
         self._cancel = cancel
-        self._reload = reload
-        self._history = history
+        self._others = others
         self._began = clock.now()
         self._changed = False
         self.accepting = True
@@ -84,22 +84,16 @@ class Desk:
                 return Jobs(self._index.rows(request.state)), []
             case "drain" | "resume":
                 return self._set_accepting(request.verb == "resume"), []
-            case "reload":
-                return self._reload(later)
-            case "history":
-                return self._history(request, later)
+        if other := self._others.get(request.verb):
+            return other(request, later)
         job_id = request.job_id
         row = self._index.get(job_id) if job_id else None
         if job_id is None or row is None or not valid_job_id(job_id):
             what = f"cannot {request.verb}: no job {job_id!r} is known here; see `aitbc-minerctl jobs`"
             return Refusal(what), []
-        match request.verb:
-            case "job":
-                return self._files(row, RECORDS)
-            case "logs":
-                return self._files(row, (LOG,))
-            case _:
-                return self._cancel_job(row), []
+        if names := FILES.get(request.verb):
+            return self._files(row, names)
+        return self._cancel_job(row), []
 
     def _set_accepting(self, accepting: bool) -> Done:  # noqa: FBT001  # the one thing that it sets
         self._changed = self.accepting is not accepting
@@ -173,3 +167,26 @@ class Desk:
         recent = clock.now() - DEATH_SHOWN_S
         problems += [Problem(f"{name} {how}") for name, (at, how) in self._deaths.items() if at > recent]
         return problems + [Problem(notice) for notice in self._notices]
+
+
+class RetryDesk:
+    """Asks the agent, who knows what waits and what was refused, to try a job once more."""
+
+    def __init__(self, tell: Callable[[RetryJob], None]) -> None:
+        self._tell = tell
+        self._asked: dict[str, list[Later]] = {}
+
+    def ask(self, request: Request, later: Later) -> Reply | None:
+        """Pass a request on."""
+        if request.job_id is None or not valid_job_id(request.job_id):
+            return Refusal(
+                f"cannot retry: {request.job_id!r:.200} is no job's id; see `aitbc-minerctl jobs`"
+            ), []
+        self._asked.setdefault(request.job_id, []).append(later)
+        self._tell(RetryJob(request.job_id))
+        return None
+
+    def answered(self, said: Retried) -> None:
+        """Pass the agent's answer on to those who asked."""
+        for later in self._asked.pop(said.job_id, []):
+            later(Done(said.message) if said.done else Refusal(said.message))

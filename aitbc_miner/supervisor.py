@@ -17,7 +17,7 @@ from msgspec import Struct
 from aitbc_miner.children import Errands, Keeper, Main
 from aitbc_miner.config import Config
 from aitbc_miner.control import ControlServer, Request, Source
-from aitbc_miner.desk import Desk
+from aitbc_miner.desk import Desk, RetryDesk
 from aitbc_miner.historian import Historian
 from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.jobs import State
@@ -40,15 +40,16 @@ from aitbc_miner.messages import (
     JobUpdate,
     NodeView,
     Recovered,
+    Retried,
     Retuned,
     Slots,
-    Stop,
 )
 from aitbc_miner.orphans import WorkerBook, kill_strangers
 from aitbc_miner.reloading import Reloader
 from aitbc_miner.slot import Cancel, Slot
 from aitbc_miner.slots import Layout, Outcomes, SlotPlan
-from aitbc_miner.slotset import HOLDING, SlotSet
+from aitbc_miner.slotset import SlotSet
+from aitbc_miner.stopping import Stopping
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.log import flush as flush_log
@@ -56,9 +57,8 @@ from aitbc_miner.util.notify import Notifier
 
 M = TypeVar("M")
 
+COMING = frozenset({State.PULLED, State.ACKED, State.RETRY_WAIT})
 TICK_S = 1.0
-# After the last slot is empty, how long the reports of a stop that was ordered may still take.
-LAST_REPORTS_S = 10.0
 
 
 class Parts(Struct, frozen=True):
@@ -101,9 +101,7 @@ class Supervisor:
         self._index = JobIndex()
         self._dirty = False
         self._told: list[Slot] = []
-        self._stop_mode: str | None = None
-        self._stop_at = 0.0
-        self._told_to_stop = False
+        self._retries = RetryDesk(self._agent.send)
         self._desk = Desk(
             parts.config,
             self._index,
@@ -111,9 +109,14 @@ class Supervisor:
             self._slots.queue,
             parts.notices,
             self._cancel,
-            self._reloader.reload,
-            Historian(self._errands, parts.read_history).show,
+            {
+                "reload": lambda _, later: self._reloader.reload(later),
+                "history": Historian(self._errands, parts.read_history).show,
+                "retry": self._retries.ask,
+            },
         )
+        keepers = (self._agent, self._heartbeat)
+        self._stopping = Stopping(parts.config, self._slots, self._index, self._desk, keepers, notifier)
         self._control = ControlServer(parts.config.control.socket, self._desk.answer)
         self._signals, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._ticked = clock.now()
@@ -124,12 +127,12 @@ class Supervisor:
         """Run until told to stop, and then until it is done."""
         self._listen()
         self._notifier.say("READY=1")
-        while not self._finished():
+        while not self._stopping.finished():
             self._tick()
             self._tell()
             self._turn()
         self._control.close()
-        self._log.info("stopped", mode=self._stop_mode)
+        self._log.info("stopped", mode=self._stopping.mode)
 
     def _turn(self) -> None:
         """Wait for something to happen, and deal with it."""
@@ -160,15 +163,15 @@ class Supervisor:
 
     def _tick(self) -> None:
         """Do what is due, and put right what an event that was missed left wrong."""
-        if self._stop_mode is None:
+        if self._stopping.mode is None:
             for keeper in (self._agent, self._heartbeat):
                 if keeper.start_if_due():
                     self._dirty = True
-        if not self._told_to_stop:
+        if not self._stopping.told:
             self._slots.tick()
-        if self._stop_mode is None:
+        if self._stopping.mode is None:
             self._slots.place()
-        self._stop_in_order()
+        self._stopping.proceed()
         if clock.now() - self._ticked >= TICK_S:
             self._ticked = clock.now()
             # From this loop and nowhere else: a supervisor that hangs is to be restarted.
@@ -184,7 +187,7 @@ class Supervisor:
             return
         self._dirty = False
         self._told = rules
-        accepting = self._desk.accepting and self._stop_mode is None
+        accepting = self._desk.accepting and self._stopping.mode is None
         view = Slots([slot.view() for slot in self._slots], list(self._slots.queue), accepting)
         self._agent.send(view)
         self._heartbeat.send(view)
@@ -229,6 +232,8 @@ class Supervisor:
             case Deliveries():
                 self._desk.deliveries = message
                 self._heartbeat.send(NodeView(message.pending, message.error))
+            case Retried():
+                self._retries.answered(message)
             case Counted():
                 self._heartbeat.send(message)
 
@@ -246,7 +251,7 @@ class Supervisor:
 
     def _child_gone(self, keeper: Keeper[FromAgent] | Keeper[FromHeartbeat]) -> None:
         how = keeper.died()
-        if self._told_to_stop:
+        if self._stopping.told:
             keeper.stop()
             return
         self._log.error("child died", child=keeper.name, how=how, deaths=keeper.deaths)
@@ -259,7 +264,7 @@ class Supervisor:
 
     def _begin(self) -> None:
         """Lay out the slots when the GPUs and the unfinished jobs are known; later, settle what was found."""
-        if self._inventory is None or self._recovered is None or self._stop_mode is not None:
+        if self._inventory is None or self._recovered is None or self._stopping.mode is not None:
             return
         first = not self._slots.slots
         if first:
@@ -275,7 +280,7 @@ class Supervisor:
 
     def _follow(self, layout: Layout) -> str:
         """Make the slots what a reload wants them to be, and say what that changes."""
-        if self._inventory is None or not self._slots.slots or self._stop_mode is not None:
+        if self._inventory is None or not self._slots.slots or self._stopping.mode is not None:
             return "nothing, for the node is starting or stopping; reload again when it is up"
         changes = str(self._slots.lay_out(self._parts.plan(layout, self._inventory.gpus)))
         self._refuse_hopeless()
@@ -317,14 +322,14 @@ class Supervisor:
         if self._slots.cancel(job_id, Cancel(why, detail)):
             return True
         row = self._index.get(job_id)
-        coming = row is not None and row.state in {State.PULLED, State.ACKED}
+        coming = row is not None and row.state in COMING
         if self._slots.queue.pop(job_id, None) is None and not coming:
             return False
         self._agent.send(CancelJob(job_id, why, detail))
         self._dirty = True
         return True
 
-    # --- signals and stopping ------------------------------------------------------------------------------
+    # --- signals ------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         # The handler does nothing: the number arrives in the pipe, and the loop deals with it.
@@ -339,54 +344,5 @@ class Supervisor:
                     lambda said: self._log.info("reload", answer=getattr(said, "message", ""))
                 )
             else:
-                self._order_stop("kill" if self._stop_mode else self._config.shutdown.mode)
-
-    def _order_stop(self, mode: str) -> None:
-        self._log.info("stopping", mode=mode)
-        self._notifier.say("STOPPING=1")
-        self._stop_mode = mode
-        self._desk.stopping = True
-        self._stop_at = clock.now() + (self._config.shutdown.grace_s if mode == "drain" else 0.0)
-        self._dirty = True
-        if mode == "kill":
-            self._slots.feed(Cancel("shutdown", "the miner stops"))
-
-    def _stop_in_order(self) -> None:
-        """Let go of the slots as the mode says, then of the agent once the last reports are out."""
-        if self._stop_mode is None or self._told_to_stop:
-            return
-        now = clock.now()
-        holding = self._slots.holding
-        if holding and self._stop_mode == "drain" and now >= self._stop_at:
-            self._log.warning("grace is over", jobs=[slot.rules.job_id for slot in holding])
-            self._order_stop("kill")
-        if holding and self._stop_mode != "handover":
-            self._stop_at = max(self._stop_at, now)
-            return
-        # The agent's own number is as old as its last word, and may not count a job that has just ended.
-        pending = self._desk.deliveries.pending or self._index.unreported
-        reporting = pending and self._stop_mode != "handover"
-        if reporting and now < self._stop_at + LAST_REPORTS_S and self._agent.child:
-            return
-        self._told_to_stop = True
-        self._stop_at = now
-        for slot in self._slots:
-            slot.stop()
-        for keeper in (self._agent, self._heartbeat):
-            keeper.send(Stop())
-
-    def _finished(self) -> bool:
-        if not self._told_to_stop:
-            return False
-        if clock.now() > self._stop_at + LAST_REPORTS_S:
-            self._kill_the_rest()
-        idle = all(slot.child is None or slot.rules.state in HOLDING for slot in self._slots)
-        return idle and self._agent.child is None and self._heartbeat.child is None
-
-    def _kill_the_rest(self) -> None:
-        for keeper in (self._agent, self._heartbeat):
-            if keeper.child:
-                keeper.child.kill()
-        for slot in self._slots:
-            if slot.child and slot.rules.state not in HOLDING:
-                slot.child.kill()
+                self._stopping.order()
+                self._dirty = True

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 START_S = 20.0
 
@@ -80,7 +82,9 @@ class RedisServer:
 
     def client(self) -> "redis.Redis":
         """Give a plain connection; the caller closes it."""
-        return redis.Redis(unix_socket_path=str(self.socket), socket_timeout=5)
+        return redis.Redis(
+            unix_socket_path=str(self.socket), socket_timeout=5, retry=Retry(NoBackoff(), 0), protocol=2
+        )
 
     def _answers(self) -> bool:
         with self.client() as client:

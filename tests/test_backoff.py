@@ -38,6 +38,19 @@ def test_a_reset_begins_again_with_short_delays() -> None:
     assert backoff.next() <= 2
 
 
+@given(SEEDS, st.integers(0, 200))
+def test_failures_of_an_earlier_run_count(seed: int, failures: int) -> None:
+    earlier = Backoff(1, 1000, random.Random(0))
+    for _ in range(failures):
+        earlier.next()
+    backoff = Backoff(1, 1000, random.Random(seed), failures=earlier.failures)
+    assert backoff.failures == failures
+    assert backoff.next() == random.Random(seed).uniform(1, min(1000, 2.0 ** (failures + 1)))
+    assert backoff.failures == failures + 1
+    backoff.reset()
+    assert backoff.next() <= 2
+
+
 @given(SEEDS, st.floats(0.1, 1000), st.floats(0, 50))
 def test_jitter_keeps_within_its_percentage(seed: int, interval: float, pct: float) -> None:
     value = jittered(interval, pct, random.Random(seed))

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aitbc_miner.config import Config, Coordinator, derive_node_id, load_config
+from aitbc_miner.config import Config, Coordinator, Queue, derive_node_id, load_config
 
 GOOD = "coordinator: {base_url: 'https://c.example/api/v1', auth_token: 'env:MINER_AUTH'}\n"
 SAMPLE = Path(__file__).parent.parent / "etc" / "config.yaml"
@@ -94,7 +94,7 @@ heartbeat:
   backoff: {min_s: 9, max_s: 3}
 runners: {cli: {enable: maybe, allowlist_dirs: [relative]}, python: {preload: ["os;evil"]}}
 workspace: {root: jobs, keep_success: 1y, max_log_mb: 0}
-queue: {backend: redis}
+queue: {backend: postgres, url: 'http://h', password: hunter2, lease_s: 0, max_attempts: 0}
 privileges: {mode: off, service_user: "Root User"}
 sandbox: {mode: on}
 shutdown: {mode: wait}
@@ -139,7 +139,17 @@ secret: {}
             "must be a duration: seconds, or a number with s, m, h, d or w, such as 24h"
         ),
         ":14: workspace.max_log_mb: is 0; must be a whole number of at least 1 and at most 2147483648",
-        ":15: queue.backend: is 'redis'; must be sqlite",
+        ":15: queue.backend: is 'postgres'; must be one of sqlite, redis",
+        (
+            ":15: queue.url: is 'http://h'; "
+            "must be redis://HOST:PORT/N, rediss://HOST:PORT/N (TLS) or unix:///PATH?db=N"
+        ),
+        (
+            ":15: queue.password: is (hidden); "
+            "must be env:NAME, file:/PATH or credential:NAME, never the token itself"
+        ),
+        ":15: queue.lease_s: is 0; must be a number of at least 1 and at most 86400",
+        ":15: queue.max_attempts: is 0; must be a whole number of at least 1 and at most 2147483648",
         ":16: privileges.mode: is off; must be one of required, auto",
         ":16: privileges.service_user: is 'Root User'; must be the name of a user, such as aitbc",
         ":17: sandbox.mode: is on; must be one of required, auto, off",
@@ -268,6 +278,48 @@ def test_http_is_for_loopback(tmp_path: Path, host: str) -> None:
     assert good(tmp_path, coordinator(base_url=f"http://{host}", allow_http="true")).coordinator.allow_http
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://queue.example:6379/0",
+        "redis://[::1]",
+        "rediss://queue.example/3",
+        "unix:///run/redis/redis.sock?db=2",
+    ],
+)
+def test_a_fleet_shares_a_redis_server(tmp_path: Path, url: str) -> None:
+    text = f"queue: {{backend: redis, url: '{url}', password: 'file:/etc/p', lease_s: 30, max_attempts: 2}}\n"
+    queue = good(tmp_path, GOOD + text).queue
+    assert (queue.backend, queue.url, queue.password) == ("redis", url, "file:/etc/p")
+    assert (queue.lease_s, queue.max_attempts, queue.path) == (30, 2, Queue().path)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["redis://", "unix://", "'unix:'", "redis://h:x", "redis://h:99999", "'redis://h /0'", "h:6379", "7", "[]"],
+)
+def test_what_is_no_address_of_a_redis_server(tmp_path: Path, url: str) -> None:
+    (fault,) = faults_of(tmp_path, GOOD + f"queue: {{url: {url}}}")
+    assert fault.endswith("must be redis://HOST:PORT/N, rediss://HOST:PORT/N (TLS) or unix:///PATH?db=N")
+
+
+def test_the_redis_backend_needs_an_address_without_its_password(tmp_path: Path) -> None:
+    assert faults_of(tmp_path, GOOD + "queue: {backend: redis}") == [
+        ":2: queue.url: is not set; the redis backend needs one, such as redis://127.0.0.1:6379/0"
+    ]
+    (fault,) = faults_of(tmp_path, GOOD + "queue: {backend: redis, url: 'redis://:hunter2@h'}")
+    assert fault.endswith("must be without user and password; name the source of that in queue.password")
+    assert "hunter2" not in fault
+
+
+def test_the_textfile_is_one_that_node_exporter_reads(tmp_path: Path) -> None:
+    config = good(tmp_path, GOOD + "telemetry: {textfile: /var/lib/aitbc/miner/m.prom}")
+    assert config.telemetry.textfile == Path("/var/lib/aitbc/miner/m.prom")
+    for name, said in {"/x/m.txt": "must end in .prom", "m.prom": "must be an absolute path"}.items():
+        (fault,) = faults_of(tmp_path, GOOD + f"telemetry: {{textfile: {name}}}")
+        assert f"telemetry.textfile: is '{name}'; {said}" in fault
+
+
 @pytest.mark.parametrize("listen", ["127.0.0.1:0", "[::1]:9464", "localhost:65535"])
 def test_where_to_listen(tmp_path: Path, listen: str) -> None:
     assert good(tmp_path, GOOD + f"telemetry: {{listen: '{listen}'}}").telemetry.listen == listen
@@ -353,13 +405,7 @@ workspace: {keep_success: 1h, keep_failed: 7d, min_free_mb: 1}
 sandbox: {mode: "off"}
 """
     _, _, warnings = load(tmp_path, GOOD + text)
-    named = [
-        "services_dir",
-        "secrets.pkcs11",
-        "queue.path",
-        "workspace.keep_success",
-        "workspace.min_free_mb",
-    ]
+    named = ["services_dir", "secrets.pkcs11"]
     assert warnings == [
         f"{key} has no effect in this version; it is accepted for later ones" for key in named
     ]

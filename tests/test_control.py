@@ -143,7 +143,9 @@ def test_an_unknown_verb_is_refused_with_those_that_there_are(node: Node) -> Non
     answer, _ = answer_to(node, Request("x" * 1000))
     assert isinstance(answer, Refusal)
     assert answer.exit_code == EXIT_FAILURE
-    assert answer.message.endswith("not one of cancel, drain, job, jobs, logs, reload, resume, slots, status")
+    assert answer.message.endswith(
+        "not one of cancel, drain, history, job, jobs, logs, reload, resume, retry, slots, status"
+    )
     assert len(answer.message) < 200
     assert node.asked == []
 

@@ -21,10 +21,19 @@ from aitbc_miner.coordinator import (
     Unauthorized,
     Unreachable,
 )
-from aitbc_miner.delivery import REFUSED, Delivered, Schedule, declare, deliver
+from aitbc_miner.delivery import (
+    REFUSED,
+    Delivered,
+    Schedule,
+    declare,
+    deliver,
+    settle,
+    take_back_refused,
+)
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.jobs import Artifact, Outcome, State
+from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord
 from aitbc_miner.messages import CancelJob, JobSettled
+from aitbc_miner.queue import QueueError
 from aitbc_miner.records import JobDir, RecordError, Records
 
 NODE = "node-1"
@@ -79,13 +88,19 @@ def kept(records: Records) -> tuple[State, str | None, Outcome | None]:
         return state.state, state.delivery, job.outcome()
 
 
+def state_of(records: Records) -> StateRecord:
+    with records.open("j1") as job:
+        return job.state()
+
+
 @pytest.mark.parametrize(("outcome", "call", "end"), [(GOOD, RESULT, State.DONE), (BAD, FAIL, State.FAILED)])
 def test_an_accepted_report_ends_the_job(
     records: Records, outcome: Outcome, call: tuple[str, str], end: State
 ) -> None:
     finished(records, outcome)
     coordinator = FakeCoordinator()
-    assert deliver(records, coordinator, NODE, "j1") == Delivered("j1", outcome, "accepted")
+    delivered = deliver(records, coordinator, NODE, "j1")
+    assert delivered == Delivered("j1", outcome, "accepted", state_of(records))
     assert coordinator.calls == [call]
     assert coordinator.outcomes == [outcome]
     assert kept(records) == (end, "accepted", outcome)
@@ -227,10 +242,153 @@ def test_why_there_is_no_outcome_is_kept_with_the_slot(records: Records) -> None
         assert "an operator" in said.message
 
 
+def test_what_never_ran_and_cannot_here_has_its_own_code(records: Records) -> None:
+    with records.open("j1") as job:
+        said = declared(job, JobSettled("j1", "no slot has a GPU", ErrorCode.E_NOGPU))
+    assert (said.code, said.message) == (ErrorCode.E_NOGPU, "no slot has a GPU")
+
+
+def test_an_outcome_names_the_attempt_that_it_is_of(records: Records) -> None:
+    with records.open("j1") as job:
+        job.move(State.ACKED)
+        job.try_again()
+        assert declared(job, JobSettled("j1", "its worker ended")).attempt == 2
+
+
 def declared(job: JobDir, why: JobSettled | CancelJob) -> Outcome:
     outcome = declare(job, why)
     assert job.outcome() == outcome
     return outcome
+
+
+# --- whose it is -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", [GOOD, BAD])
+def test_the_report_of_a_job_that_another_node_has_is_not_sent(records: Records, outcome: Outcome) -> None:
+    finished(records, outcome)
+    coordinator, asked = FakeCoordinator(), list[StateRecord]()
+
+    def is_ours(state: StateRecord) -> bool:
+        asked.append(state)
+        return False
+
+    before = state_of(records)
+    with records.open("j1") as job:
+        job.move(State.UPLOADING)
+    delivered = deliver(records, coordinator, NODE, "j1", is_ours)
+    assert coordinator.calls == []
+    assert [state.job_id for state in asked] == [before.job_id]
+    assert (delivered.how, delivered.state) == ("lost", state_of(records))
+    assert kept(records) == (State.FAILED, "lost", outcome)
+
+
+def test_nothing_is_sent_as_long_as_nobody_says_whose_it_is(records: Records) -> None:
+    finished(records, GOOD)
+    coordinator = FakeCoordinator()
+
+    def is_ours(state: StateRecord) -> bool:
+        raise QueueError("cannot reach the queue")
+
+    before = kept(records)
+    with pytest.raises(QueueError):
+        deliver(records, coordinator, NODE, "j1", is_ours)
+    assert (coordinator.calls, kept(records)) == ([], before)
+    assert deliver(records, coordinator, NODE, "j1", lambda _: True).how == "accepted"
+
+
+def test_whose_it_is_does_not_matter_for_what_was_delivered(records: Records) -> None:
+    finished(records, GOOD)
+    deliver(records, FakeCoordinator(), NODE, "j1")
+    before = kept(records)
+    again = FakeCoordinator()
+    deliver(records, again, NODE, "j1", lambda _: False)
+    assert again.calls == [RESULT]
+    assert kept(records) == before
+
+
+# --- a report that was refused -----------------------------------------------------------------------------
+
+
+def test_a_refused_result_is_sent_once_more_as_it_was(records: Records) -> None:
+    finished(records, GOOD)
+    deliver(records, FakeCoordinator(Refused("413", 413), Refused("400", 400)), NODE, "j1")
+    with records.open("j1") as job:
+        assert take_back_refused(job)
+    assert kept(records) == (State.UPLOADING, None, GOOD)
+    coordinator = FakeCoordinator()
+    assert deliver(records, coordinator, NODE, "j1").how == "accepted"
+    assert (coordinator.calls, coordinator.outcomes) == ([RESULT], [GOOD])
+    assert kept(records) == (State.DONE, "accepted", GOOD)
+
+
+def test_a_refused_failure_is_sent_once_more(records: Records) -> None:
+    finished(records, BAD)
+    deliver(records, FakeCoordinator(Refused("400", 400)), NODE, "j1")
+    with records.open("j1") as job:
+        assert take_back_refused(job)
+    assert kept(records) == (State.UPLOADING, None, BAD)
+
+
+@pytest.mark.parametrize("answer", [None, Gone("409", 409)])
+@pytest.mark.parametrize("outcome", [GOOD, BAD])
+def test_what_was_not_refused_is_not_taken_back(
+    records: Records, outcome: Outcome, answer: Exception | None
+) -> None:
+    finished(records, outcome)
+    for _ in range(2):
+        before = kept(records)
+        with records.open("j1") as job:
+            assert not take_back_refused(job)
+        assert kept(records) == before
+        deliver(records, FakeCoordinator(answer), NODE, "j1")
+
+
+def test_a_crash_while_taking_back_leaves_a_report_to_be_sent(
+    records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finished(records, GOOD)
+    deliver(records, FakeCoordinator(Refused("413", 413), Refused("400", 400)), NODE, "j1")
+    move = JobDir.move
+
+    def and_no_further(job: JobDir, to: State, **changes: object) -> StateRecord:
+        move(job, to, **changes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(JobDir, "move", and_no_further)
+    with records.open("j1") as job, pytest.raises(KeyboardInterrupt):
+        take_back_refused(job)
+    monkeypatch.undo()
+    # The report of the refusal; the result itself is still beside it.
+    state, delivery, outcome = kept(records)
+    assert outcome
+    assert (state, delivery, outcome.code) == (State.UPLOADING, None, ErrorCode.E_UPLOAD)
+    assert (records.root / "j1" / REFUSED).exists()
+
+
+# --- a job that nobody works on ----------------------------------------------------------------------------
+
+
+def test_a_job_that_is_settled_gets_an_outcome_unless_it_has_one(records: Records) -> None:
+    assert settle(records, JobSettled("j1", "its worker ended"))
+    first = kept(records)[2]
+    assert first
+    assert first.code is ErrorCode.E_LOST
+    assert settle(records, CancelJob("j1", "cancel", "an operator"))
+    assert kept(records)[2] == first
+    deliver(records, FakeCoordinator(), NODE, "j1")
+    before = kept(records)
+    assert not settle(records, JobSettled("j1", "its worker ended"))
+    assert kept(records) == before
+
+
+def test_a_job_that_cannot_be_settled_is_told_of_all_the_same(
+    records: Records, caplog: pytest.LogCaptureFixture
+) -> None:
+    (records.root / "j1/state.json").write_bytes(b"{")
+    assert settle(records, JobSettled("j1", "its worker ended"))
+    assert settle(records, JobSettled("j2", "its worker ended"))
+    assert [each.getMessage() for each in caplog.records] == ["cannot settle job"] * 2
 
 
 def test_what_cannot_be_read_is_not_sent(records: Records) -> None:
@@ -325,6 +483,22 @@ def test_the_newest_report_is_named_first_even_while_it_is_being_sent() -> None:
     assert schedule.newest() == ["c", "b", "a"]
     schedule.succeeded("b", 1)
     assert schedule.newest() == ["c", "a"]
+
+
+def test_the_tries_of_an_earlier_run_count() -> None:
+    schedule = Schedule(1, 1000)
+    schedule.add("a", 0, failures=9)
+    schedule.add("a", 0, failures=1)
+    schedule.add("b", 0)
+    assert [schedule.failures(job_id) for job_id in "abc"] == [9, 0, 0]
+    schedule.start_due(0, 2)
+    pauses = []
+    for _ in range(40):
+        pauses.append(schedule.failed("a", 0))
+        schedule.start_due(10_000, 2)
+    # From a ceiling of 2 s it would take nine more to get there.
+    assert max(pauses[:5]) > 16
+    assert schedule.failures("a") == 49
 
 
 def test_one_success_makes_the_others_due() -> None:

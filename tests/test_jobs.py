@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import (
+    BROKEN,
     FINAL,
     MOVES,
     ArtifactSpec,
@@ -17,6 +18,7 @@ from aitbc_miner.jobs import (
     ManifestError,
     Outcome,
     Requirements,
+    RetryPolicy,
     State,
     StateRecord,
     decode_manifest,
@@ -41,6 +43,7 @@ def test_the_manifest_of_the_protocol() -> None:
             "command": "ffmpeg",
             "args": ["-y", "-i", "input1.mp4", "output.mp4"],
             "artifacts": [{"path": "output.mp4", "type": "video/mp4", "max_mb": 5000}],
+            "retry": {"max_attempts": 3, "on": ["E_LOST", "E_SIGNAL"]},
             "payment": {"unknown": ["fields", "are", "ignored"]},
         }
     )
@@ -48,15 +51,18 @@ def test_the_manifest_of_the_protocol() -> None:
     assert (manifest.timeout_s, manifest.priority, manifest.args[0]) == (3600, 3, "-y")
     assert manifest.input.urls == ["https://x/input1.mp4", InputUrl(url="http://y", max_mb=2.5)]
     assert manifest.artifacts == [ArtifactSpec(path="output.mp4", type="video/mp4", max_mb=5000)]
+    assert manifest.retry == RetryPolicy(max_attempts=3, on=[ErrorCode.E_LOST, ErrorCode.E_SIGNAL])
 
 
 def test_a_short_manifest_has_modest_defaults() -> None:
     manifest = decode_manifest({"job_id": "j", "runner": "python", "task": "count"})
     assert manifest == Manifest(job_id="j", runner="python", task="count")
     assert (manifest.requirements, manifest.timeout_s, manifest.params) == (Requirements(), None, {})
+    # Nothing is run twice that does not ask for it.
+    assert manifest.retry == RetryPolicy(max_attempts=1, on=[])
 
 
-@pytest.mark.parametrize("job_id", ["a", "A-1._x", "x" * 128, "...", "-rf", "0"])
+@pytest.mark.parametrize("job_id", ["a", "A-1._x", "x" * 128, "...", "-rf", "0", ".brokenn"])
 def test_an_id_that_can_be_a_directory(job_id: str) -> None:
     assert valid_job_id(job_id)
     assert decode_manifest({**GOOD, "job_id": job_id}).job_id == job_id
@@ -78,6 +84,7 @@ BAD_IDS = [
     ["a"],
     {"a": 1},
     "\u0661",
+    BROKEN,
 ]
 
 
@@ -152,6 +159,12 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "too many variables": ({"env": dict.fromkeys(map(str, range(300)), "")}, r"\$.env"),
     "deep args": ({"args": deep}, r"\$.args"),
     "params as list": ({"params": []}, r"\$.params"),
+    "retry as number": ({"retry": 3}, r"\$.retry"),
+    "no attempt": ({"retry": {"max_attempts": 0}}, r"\$.retry.max_attempts"),
+    "endless attempts": ({"retry": {"max_attempts": 101}}, r"\$.retry.max_attempts"),
+    "attempts as text": ({"retry": {"max_attempts": "3"}}, r"\$.retry.max_attempts"),
+    "retry on anything": ({"retry": {"max_attempts": 2, "on": ["E_WHATEVER"]}}, r"\$.retry.on\[0\]"),
+    "retry on text": ({"retry": {"on": "E_LOST"}}, r"\$.retry.on"),
 }
 
 
@@ -198,7 +211,9 @@ def test_any_value_of_any_field_is_taken_or_refused(field: str, value: object) -
 def test_the_table_of_steps_is_whole() -> None:
     assert set(MOVES) == set(State)
     for state in State:
-        assert (MOVES[state] == frozenset()) == (state in FINAL)
+        assert (MOVES[state] <= {State.UPLOADING}) == (state in FINAL)
+    # What was delivered is over; a report that was refused may be sent once more.
+    assert (MOVES[State.DONE], MOVES[State.FAILED]) == (frozenset(), {State.UPLOADING})
 
 
 def test_from_every_step_a_report_can_be_reached_and_from_there_only_the_end() -> None:
@@ -213,6 +228,12 @@ def test_a_job_is_started_only_after_it_was_acknowledged() -> None:
     assert State.RETRY_WAIT not in MOVES[State.PULLED]
 
 
+def test_another_attempt_is_made_only_of_one_that_nothing_was_reported_of() -> None:
+    before = {State.ACKED, State.PREP, State.RUNNING, State.COLLECTING}
+    assert {state for state in State if State.RETRY_WAIT in MOVES[state]} == before
+    assert MOVES[State.RETRY_WAIT] == {State.PREP, State.UPLOADING, State.FAILED}
+
+
 def test_done_comes_only_after_uploading() -> None:
     assert {state for state in State if State.DONE in MOVES[state]} == {State.UPLOADING}
 
@@ -221,5 +242,16 @@ def test_records_survive_their_encoding() -> None:
     outcome = Outcome(job_id="j", code=ErrorCode.E_OOM, result={"a": [1, None]}, timings={"run": 1.5})
     assert msgspec.json.decode(msgspec.json.encode(outcome), type=Outcome) == outcome
     assert (outcome.ok, Outcome(job_id="j").ok) == (False, True)
-    state = StateRecord(job_id="j", state=State.PREP, deadline=5.5, slot="cpu0")
+    state = StateRecord(
+        job_id="j", state=State.PREP, deadline=5.5, slot="cpu0", attempt=3, started=True, lease="x", origin="n"
+    )
     assert msgspec.json.decode(msgspec.json.encode(state), type=StateRecord) == state
+
+
+@pytest.mark.parametrize("kind", [StateRecord, Outcome])
+def test_a_record_of_another_version_is_none_of_ours(kind: type[StateRecord] | type[Outcome]) -> None:
+    record = msgspec.to_builtins(StateRecord("j", State.PULLED) if kind is StateRecord else Outcome("j"))
+    assert msgspec.convert(record, kind).version == 1
+    for version in (0, 2, "1", None):
+        with pytest.raises(msgspec.ValidationError, match=r"\$.version"):
+            msgspec.convert({**record, "version": version}, kind)

@@ -25,25 +25,32 @@ LAYERS: list[dict[str, set[str]]] = [
     {
         "supervisor": {
             *("supervisor", "slotset", "slots", "children", "desk", "jobindex", "orphans", "reloading"),
+            *("stopping", "historian", "storage", "sweeping"),
         },
         "worker": {"worker", "jobrun", "execution", "causes", "workspace"},
-        "agent": {"agent", "intake", "progress", "delivery", "recovery", "nodetoken"},
+        "agent": {
+            *("agent", "workbench", "pulling", "taking", "intake", "progress", "reporting", "delivery"),
+            *("reruns", "fleet", "fleetwatch", "pruning", "recovery", "nodetoken", "queue_shared"),
+        },
         "heartbeat": {"heartbeat", "registration"},
     },
     {
         "coordinator": {"coordinator"},
         "control socket": {"control"},
-        "telemetry": {"telemetry", "sampling"},
+        "telemetry": {"telemetry", "pages", "counters", "sampling"},
+        "the books": {"history", "historyview"},
         "running jobs": {"runners", "runnerset", "spawn", "leftovers", "task"},
         "inputs and artifacts": {"inputs", "artifacts", "joblog"},
     },
     {
-        "jobs": {"jobs", "records", "messages", "slot", "placing"},
+        "jobs": {"jobs", "records", "reserve", "messages", "slot", "placing", "retrying", "accounts"},
+        "queue": {"queue", "queue_sqlite", "queue_redis"},
     },
     {
         "configuration": {"config", "credentials", "slotspec", "allowlist"},
         "discovery": {"probe", "gpu", "privileges"},
         "channel": {"channel"},
+        "database": {"database"},
     },
     {
         "cgroup": {"cgroup", "cgrouplimits", "delegation", "slotgroup"},

@@ -67,7 +67,7 @@ def test_a_later_put_takes_the_place_of_what_waits(store: Store, ours: RetryQueu
     assert ours.due("a", 10) == [run(attempts=2)]
 
 
-def test_kinds_do_not_meet(ours: RetryQueue) -> None:
+def test_a_run_and_a_report_of_one_job_are_two_tasks(ours: RetryQueue) -> None:
     assert ours.put(run(), 0)
     assert ours.put(report(), 0)
     assert set(ours.due("a", 10)) == {run(), report()}
@@ -359,12 +359,8 @@ def test_renew_and_claim_at_the_end_of_a_lease_never_both_succeed(store: Store) 
         job_id = f"j{number}"
         assert mine.hold(run(job_id), "mine", 10)
         store.advance(11)
-        renewed, claim = together(
-            [
-                partial(mine.renew, RUN, job_id, "mine", LEASE_S),
-                partial(others.claim, RUN, job_id, "b", LEASE_S),
-            ]
-        )
+        keep = partial(mine.renew, RUN, job_id, "mine", LEASE_S)
+        renewed, claim = together([keep, partial(others.claim, RUN, job_id, "b", LEASE_S)])
         # The claim may come after the renewal, then it gets nothing; never the other way round.
         assert renewed is (claim is None)
 

@@ -7,20 +7,24 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from aitbc_miner.jobs import StateRecord
 from aitbc_miner.records import STATE
+from aitbc_miner.util import clock
 from tools.fault_checks import Fates, Finding, check
 from tools.fault_jobs import Jobs
 from tools.fault_node import FaultNode
-from tools.fault_plan import CALLS, LOSING, Boundary, Fault, Side, Whom, faults
+from tools.fault_plan import LOSING, Boundary, Fault, Side, Whom, faults
 from tools.fault_steps import Gate, Moment, StepServer, Trap
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, State
+
+T = TypeVar("T")
 
 # Until a boundary is come to; a slot or a child may be making a pause.
 REACH_S = 15.0
@@ -63,7 +67,7 @@ class Campaign:
     def __init__(self, settings: Settings, enough: Callable[[], bool], tell: Callable[[str], None]) -> None:
         self._settings = settings
         self._enough = enough
-        self._tell = tell
+        self._say = tell
         self._life = ExitStack()
         self._striking = threading.Lock()
         self._open: set[str] = set()
@@ -99,14 +103,20 @@ class Campaign:
             self._gate.calm()
             tally.findings += self._settle()
             kinds = self._jobs.kinds
-            tally.findings += check(
-                self._mock, node, kinds, self._fates, disk=self._settings.disk > 0
-            )
+            tally.findings += check(self._mock, node, kinds, self._fates, disk=self._settings.disk > 0)
+        except TimeoutError as error:
+            tally.findings.append(Finding("defects", f"the campaign came to a halt: {error}"))
         finally:
             node.clean_up()
             self._count()
             self._life.close()
         return tally
+
+    def _tell(self, text: str) -> None:
+        """Say what was done, also to whoever looks into the directory of a node that did not stand it."""
+        self._say(text)
+        with (self._node.directory / "faults.log").open("a") as log:
+            log.write(f"{clock.wall()} {text}\n")
 
     # --- one fault -----------------------------------------------------------------------------------------
 
@@ -132,17 +142,20 @@ class Campaign:
                 provoke_at = time.monotonic() + PROVOKE_S
                 self._provoke(boundary)
         if not trap.disarm():
-            self.tally.missed.append(str(fault))
-            self._tell(f"{fault}: not reached")
+            self._miss(fault)
         self._gate.trap = None
 
     def _kill_at_random(self, fault: Fault) -> None:
-        with suppress(TimeoutError):
-            pid = wait_until(lambda: self._tend() or self._node.find(fault.whom, fault.number), IDENTIFY_S) \
-                if fault.whom is not Whom.ALL else 0
+        try:
+            pid = self._tend_until(lambda: self._node.find(fault.whom, fault.number), IDENTIFY_S)
+        except TimeoutError:
+            self._miss(fault)
+        else:
             self._strike(fault, None, pid)
-            return
+
+    def _miss(self, fault: Fault) -> None:
         self.tally.missed.append(str(fault))
+        self._tell(f"{fault}: not reached")
 
     def _spring(self, fault: Fault, moment: Moment) -> None:
         pid = moment.pid
@@ -177,7 +190,7 @@ class Campaign:
         if pid in workers.values():
             return "worker"
         if moment is None:
-            return fault.whom
+            return str(fault.whom)
         return "heartbeat" if moment.boundary.step in {"register", "heartbeat"} else "agent"
 
     def _risk(self, jobs: set[str], workers: set[int], moment: Moment | None) -> None:
@@ -197,7 +210,15 @@ class Campaign:
 
     def _pass_time(self, seconds: float) -> None:
         until = time.monotonic() + seconds
-        wait_until(lambda: self._tend() or time.monotonic() >= until, seconds + STOP_S)
+        self._tend_until(lambda: time.monotonic() >= until, seconds + STOP_S)
+
+    def _tend_until(self, condition: Callable[[], T], timeout: float) -> T:
+        def tended() -> T:
+            self._tend()
+            return condition()
+
+        value: T = wait_until(tended, timeout)
+        return value
 
     def _tend(self) -> None:
         """Keep the node up, jobs waiting, and cancel those that are to be."""
@@ -218,7 +239,9 @@ class Campaign:
         process = self._node.process
         if process is not None and process.wait() != -9:
             self.tally.findings.append(
-                Finding("defects", f"the node ended by itself with {process.returncode}; see {self._node.log}")
+                Finding(
+                    "defects", f"the node ended by itself with {process.returncode}; see {self._node.log}"
+                )
             )
 
     def _provoke(self, boundary: Boundary) -> None:
@@ -235,7 +258,7 @@ class Campaign:
         self._feeding = False
         node = self._node
         try:
-            wait_until(lambda: self._tend() or not self._open, self._settings.settle_s)
+            self._tend_until(lambda: not self._open, self._settings.settle_s)
             wait_until(lambda: (now := node.status()) is not None and now.pending_reports == 0, STOP_S)
         except TimeoutError:
             left = ", ".join(sorted(self._open)[:10]) or "reports are pending"
@@ -252,8 +275,3 @@ class Campaign:
         for job_id in self._jobs.kinds:
             job = self._mock.job(job_id)
             tally.endings[job.error_code or ("OK" if job.state is State.DONE else f"still {job.state}")] += 1
-
-
-def is_call(boundary: Boundary) -> bool:
-    """Whether it is one of the calls to the coordinator."""
-    return boundary.step in CALLS

@@ -1,4 +1,4 @@
-"""What must hold when a campaign is over, whatever was killed in it: by the coordinator's ledger and the machine."""
+"""What must hold when a campaign is over, by the coordinator's ledger and the machine, whatever was killed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from tools.mock_records import Job, Verdict
 
 KINDS = ("lost", "doubled", "run twice", "wrong", "orphans", "broken", "defects")
 # Said by the node of itself, in its log; nothing that a kill may bring about.
-DEFECTS = ("Traceback", "message not taken", "IllegalMove", "failed unexpectedly", "job failed without an outcome")
+DEFECTS = ("Traceback", "message not taken", "IllegalMove", "job failed without an outcome")
 # With a disk that fails, these too are honest endings.
 OF_THE_DISK = frozenset({ErrorCode.E_DISK, ErrorCode.E_INTERNAL})
 

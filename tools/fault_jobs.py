@@ -1,4 +1,4 @@
-"""The jobs of a campaign: short, of several kinds, each leaving a mark for each run; which comes when is pure."""
+"""A campaign's jobs: short, of several kinds, each leaving a mark for each run. Which comes when is pure."""
 
 import random
 from typing import Any
@@ -13,7 +13,7 @@ CLEAN = '[ -z "$LD_PRELOAD$AITBC_FAULT_SOCKET" ] || exit 99; '
 
 
 class Kind(Struct, frozen=True):
-    """A kind of job: what its program does after its mark, how it may end (None: well), how often it comes."""
+    """A kind of job: what its program does after its mark, how it may end (None: well), how frequent it is."""
 
     name: str
     line: str

@@ -58,7 +58,7 @@ class FaultNode(MarkedJobs, LocalNode):
 
     def find(self, whom: Whom, slot: int = 0) -> int | None:
         """Give the pid of a kind of process, if it can be told now; of the workers, one of them."""
-        if whom is Whom.SUPERVISOR:
+        if whom in {Whom.SUPERVISOR, Whom.ALL}:
             return None if self.process_ended() else self.supervisor
         workers = sorted(self.workers().values())
         if whom is Whom.WORKER:
@@ -102,7 +102,7 @@ class FaultNode(MarkedJobs, LocalNode):
         return [*found, *([f"cgroup {group}"] if group else [])]
 
     def clean_up(self) -> None:
-        """Leave no process and no cgroup, whatever state the node is in; the directory stays."""
+        """Leave no process and no cgroup, whatever state the node is in. The directory stays."""
         if self.process is not None:
             self.kill_all()
             self.process.wait(GONE_S)

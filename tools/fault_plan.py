@@ -67,7 +67,7 @@ CALLS = {
 STEPS = {**RECORDS, **PROGRAM, **CALLS}
 BOUNDARIES = tuple(Boundary(step, side) for step in STEPS for side in Side)
 
-# After these the job's program has run, or may have; until its outcome stands, its worker's death is its loss.
+# From here on the program has run, or may have; until the outcome stands, the worker's death is the job's loss.
 LOSING = frozenset(
     {
         Boundary("RUNNING", Side.AFTER),

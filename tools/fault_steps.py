@@ -1,4 +1,4 @@
-"""Knows of every step that the node's processes take, and can hold a process at one: the other end of the shim.
+"""Knows of every step that the node's processes take, and can hold one there: the other end of the shim.
 
 `fault_shim.c`, loaded into the node's processes, asks here before each step on disk and after it; the mock
 coordinator asks around each call. While the answer is not given, the step is not taken.
@@ -146,7 +146,7 @@ class Gate:
             case "wait4":
                 with self._lock:
                     ended = self._programs.pop(int(first), None)
-                return ended and Moment(Boundary("ended", Side.BEFORE), pid, job_id=ended) or None
+                return (ended and Moment(Boundary("ended", Side.BEFORE), pid, job_id=ended)) or None
         return None
 
     def _marked(self, moment: Moment) -> bool:

@@ -1,43 +1,165 @@
-"""Kills a node's processes at every step, again and again, and checks that no job is lost or done twice."""
+"""Kills a node's processes at every step of a job, and then counts: no job may be lost, or done twice.
+
+campaign: real nodes with real short jobs against mock coordinators; supervisor, agent, heartbeat, a worker or
+all of them are killed (SIGKILL), at a chosen boundary of a step or at random, until it is enough. Then all is
+let end, and the ledger, the records and the machine are checked.
+outage: the coordinator is away for --minutes while --jobs jobs end. drop: --times answers to /jobs/result
+are lost after it was carried out.
+
+Exit status 1 when anything is not as it must be; the node's directory is kept then, and named.
+"""
 
 import argparse
 import secrets
+import shutil
 import sys
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from tools.fault_campaign import Campaign, Settings, Tally
+from tools.fault_checks import KINDS, Finding
+from tools.fault_plan import BOUNDARIES, STEPS, Boundary, Side
+from tools.fault_scenarios import Shown, drop, outage
+
+DEFAULT_KILLS = 100
+KEEP_SAYING_S = 15.0
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="tools/faults", description=__doc__)
-    parser.add_argument("--seed", default=secrets.token_hex(4))
-    parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--minutes", type=float)
-    parser.add_argument("--nodes", type=int, default=3)
-    parser.add_argument("--slots", type=int, default=4)
-    parser.add_argument("--drop-replies", type=float, default=0.0)
-    parser.add_argument("--disk", type=float, default=0.0)
-    parser.add_argument("-v", "--verbose", action="store_true")
-    o = parser.parse_args()
-    print("seed", o.seed)
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is asked for and print what came of it; gives the exit status."""
+    options = _options(argv)
     began = time.monotonic()
+    tell = partial(_tell, began, options.verbose)
+    match options.what:
+        case "outage":
+            minutes = 5.0 if options.minutes is None else options.minutes
+            return _print_scenario(outage(options.jobs, minutes, tell))
+        case "drop":
+            return _print_scenario(drop(options.times, tell))
+    print(f"seed {options.seed}; the same faults again: tools/faults {_repeat(options)}", flush=True)
+    tallies = run_campaigns(options, tell)
+    return print_tallies(tallies, time.monotonic() - began)
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="tools/faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("what", choices=["campaign", "outage", "drop"], nargs="?", default="campaign")
+    add("--seed", default=secrets.token_hex(4), help="which faults come, and in which order")
+    add("--kills", type=int, help=f"stop after so many ({DEFAULT_KILLS}, unless --minutes is given)")
+    add("--minutes", type=float, help="stop after so long; for outage how long it lasts (5)")
+    add("--nodes", type=int, default=2, help="nodes at once, each with its own coordinator (2)")
+    add("--slots", type=int, default=4, help="slots a node (4)")
+    add("--drop-replies", type=float, default=0.0, metavar="P", help="share of all answers that are lost")
+    add("--disk", type=float, default=0.0, metavar="P", help="share of writes, fsyncs and renames that fail")
+    add("--jobs", type=int, default=20, help="jobs for outage (20)")
+    add("--times", type=int, default=50, help="answers that are lost for drop (50)")
+    add("-v", "--verbose", action="store_true", help="say each fault as it is done")
+    options = parser.parse_args(argv)
+    if options.kills is None and options.minutes is None:
+        options.kills = DEFAULT_KILLS
+    return options
+
+
+def _repeat(options: argparse.Namespace) -> str:
+    names = ("seed", "kills", "minutes", "nodes", "slots", "drop_replies", "disk")
+    given = {name: getattr(options, name) for name in names if getattr(options, name)}
+    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+
+
+def _tell(began: float, verbose: bool, text: str) -> None:  # noqa: FBT001  # bound once, above
+    if verbose:
+        print(f"{time.monotonic() - began:8.2f} s  {text}", flush=True)
+
+
+def _tell_of(tell: Callable[[str], None], name: str, text: str) -> None:
+    tell(name + text)
+
+
+def run_campaigns(options: argparse.Namespace, tell: Callable[[str], None]) -> list[Tally]:
+    """Run a campaign on each node, until there are kills enough or the time is over."""
     campaigns: list[Campaign] = []
+    stop = threading.Event()
+    until = None if options.minutes is None else time.monotonic() + options.minutes * 60
+
     def enough() -> bool:
-        return sum(c.tally.kills.total() for c in campaigns) >= o.kills
-    def tell(n: int, text: str) -> None:
-        if o.verbose: print(f"{time.monotonic()-began:7.2f} node {n} {text}", flush=True)
-    for n in range(o.nodes):
-        campaigns.append(Campaign(Settings(f"{o.seed}/{n}", o.slots, o.drop_replies, o.disk), enough, partial(tell, n)))
-    with ThreadPoolExecutor(o.nodes) as pool:
-        tallies = list(pool.map(lambda c: c.run(), campaigns))
-    for t in tallies:
-        print(t.directory, dict(t.kills), t.jobs, dict(t.endings), "missed", t.missed)
-        for f in t.findings: print("  ", f)
-    print(f"{time.monotonic()-began:.1f} s")
-    return 0
+        done = sum(campaign.tally.kills.total() for campaign in campaigns)
+        over = until is not None and time.monotonic() >= until
+        return stop.is_set() or over or (options.kills is not None and done >= options.kills)
+
+    for number in range(options.nodes):
+        name = f"node {number}: " if options.nodes > 1 else ""
+        settings = Settings(f"{options.seed}/{number}", options.slots, options.drop_replies, options.disk)
+        campaigns.append(Campaign(settings, enough, partial(_tell_of, tell, name)))
+    with ThreadPoolExecutor(options.nodes) as pool:
+        futures = [pool.submit(campaign.run) for campaign in campaigns]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            # Also when this is interrupted: the other nodes are let end as well.
+            stop.set()
+
+
+def print_tallies(tallies: list[Tally], seconds: float) -> int:
+    """Print what came of the campaigns; gives the exit status."""
+    kills = sum((tally.kills for tally in tallies), Counter[str]())
+    endings = sum((tally.endings for tally in tallies), Counter[str]())
+    passed = sum((tally.passed for tally in tallies), Counter[Boundary]())
+    hits = sum((tally.hits for tally in tallies), Counter[Boundary]())
+    print(
+        f"{kills.total()} kills in {seconds / 60:.1f} min ({kills.total() / seconds:.1f} a second):"
+        f" {_list(kills)}"
+    )
+    print(f"{sum(tally.jobs for tally in tallies)} jobs: {_list(endings)}")
+    if dropped := sum(tally.dropped for tally in tallies):
+        print(f"{dropped} answers lost besides")
+    if disk := sum((tally.disk for tally in tallies), Counter[str]()):
+        print(f"disk errors: {_list(disk)}")
+    print_table(hits, passed)
+    missed = [each for tally in tallies for each in tally.missed]
+    print(
+        f"{len(missed)} faults whose boundary did not come up in time" + "".join(f"\n  {m}" for m in missed)
+    )
+    never = [f"{side} {step}" for step, side in BOUNDARIES if not hits[Boundary(step, side)]]
+    print(f"boundaries without a kill: {', '.join(never) or 'none'}")
+    return _print_findings([(tally.directory, tally.findings) for tally in tallies])
+
+
+def print_table(hits: Counter[Boundary], passed: Counter[Boundary]) -> None:
+    """Print how often something was killed on each side of each step, and how often the step was taken."""
+    print(f"\n{'step':<12} {'kills before':>12} {'after':>6} {'taken':>7}")
+    for step, meaning in STEPS.items():
+        before, after = Boundary(step, Side.BEFORE), Boundary(step, Side.AFTER)
+        print(f"{step:<12} {hits[before]:>12} {hits[after]:>6} {passed[before]:>7}  {meaning}")
+    print()
+
+
+def _list(counts: Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.most_common()) or "none"
+
+
+def _print_scenario(shown: Shown) -> int:
+    print("\n".join(shown.said))
+    return _print_findings([(shown.directory, shown.findings)])
+
+
+def _print_findings(of_nodes: list[tuple[str, list[Finding]]]) -> int:
+    """Print what is wrong, and remove the directories of nodes of which all is well."""
+    found = Counter(finding.kind for _, findings in of_nodes for finding in findings)
+    print(", ".join(f"{found[kind]} {kind}" for kind in KINDS))
+    for directory, findings in of_nodes:
+        if findings:
+            print(f"in {directory}, which is kept:" + "".join(f"\n  {finding}" for finding in findings))
+        else:
+            shutil.rmtree(directory, ignore_errors=True)
+    return 1 if found else 0
+
 
 if __name__ == "__main__":
     sys.exit(main())

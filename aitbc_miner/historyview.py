@@ -1,0 +1,109 @@
+"""`aitbc-minerctl history`: what jobs have come to, as a page, as CSV and as JSON."""
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
+
+import msgspec
+
+from aitbc_miner.accounts import JobAccount, Total, Totals
+from aitbc_miner.ctlview import Paint, duration, pad, visible
+
+COLUMNS = tuple(name for name in JobAccount.__struct_fields__ if name != "finished")
+"""All but the node's own time, which means nothing to anybody else."""
+NAME = 24
+# A spreadsheet takes what begins so for a formula; the wide forms are the same letters to some of them.
+FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
+
+
+def read_totals(file: BinaryIO) -> Totals:
+    """Read the first line of what the miner wrote.
+
+    Raises:
+        msgspec.DecodeError: it is not of this version.
+    """
+    file.seek(0)  # whoever wrote it has left it at its end
+    return msgspec.json.decode(file.readline(), type=Totals)
+
+
+def read_rows(file: BinaryIO) -> Iterator[JobAccount]:
+    """Read the lines after the first; raises as `read_totals`."""
+    decoder = msgspec.json.Decoder(JobAccount)
+    return map(decoder.decode, file)
+
+
+def history_page(totals: Totals, since_s: float, paint: Paint) -> str:
+    """Show the sums by slot, code and day, in 80 columns."""
+    from aitbc_miner.util.units import format_duration  # noqa: PLC0415  # reads YAML, too
+
+    since = format_duration(since_s)
+    if not totals.all.jobs:
+        return f"no job has ended in the last {since}"
+    lines: list[str] = []
+    for title, rows in (("SLOT", totals.slots), ("CODE", totals.codes), ("DAY (UTC)", totals.days)):
+        lines += _table(title, rows, paint)
+    return "\n".join([*lines, paint(_row(totals.all, f"the last {since}"), "bold")])
+
+
+def _table(title: str, rows: Sequence[Total], paint: Paint) -> Iterator[str]:
+    heads = "".join(f"{head:>9}" for head in ("JOBS", "OK", "FAILED", "CPU TIME", "GPU TIME"))
+    yield paint(f"{title:{NAME}}{heads}{'DELIVERED':>11}", "dim")
+    yield from (_row(row, row.name) for row in rows)
+    yield ""
+
+
+def _row(total: Total, name: str) -> str:
+    cells = (str(total.jobs), str(total.ok), str(total.failed), _time(total.cpu_s), _time(total.gpu_s))
+    numbers = "".join(f"{cell:>9}" for cell in cells)
+    return f"{pad(name, NAME)}{numbers}{_size(total.delivered_bytes):>11}"
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return duration(seconds) if seconds >= 60 else f"{seconds:.1f}s"
+
+
+def _size(size: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def csv_lines(rows: Iterable[JobAccount]) -> Iterator[str]:
+    """Write one line a job, and a head; texts of strangers can be neither further lines nor formulas."""
+    yield _csv_line(COLUMNS)
+    for row in rows:
+        yield _csv_line([_cell(getattr(row, name)) for name in COLUMNS])
+
+
+def _csv_line(cells: Iterable[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return ""
+    text = visible(str(value))
+    return f"'{text}" if isinstance(value, str) and text.lstrip().startswith(FORMULA) else text
+
+
+def json_lines(since_s: float, totals: Totals, rows: Iterable[JobAccount]) -> Iterator[str]:
+    """Write one JSON document in ASCII, with the totals and each job on a line of its own."""
+    yield f'{{"since_s": {json.dumps(since_s)},'
+    yield f'"totals": {json.dumps(msgspec.to_builtins(totals))},'
+    yield '"jobs": ['
+    held = ""
+    for row in rows:
+        if held:
+            yield f"{held},"
+        held = json.dumps({name: getattr(row, name) for name in COLUMNS})
+    if held:
+        yield held
+    yield "]}"

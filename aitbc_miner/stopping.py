@@ -1,0 +1,96 @@
+"""The node's end, in its order: slots let go of their jobs as the mode says, then the last reports go out."""
+
+from typing import Any
+
+from aitbc_miner.children import Keeper
+from aitbc_miner.config import Config
+from aitbc_miner.desk import Desk
+from aitbc_miner.jobindex import JobIndex
+from aitbc_miner.messages import Stop
+from aitbc_miner.slot import Cancel
+from aitbc_miner.slotset import HOLDING, SlotSet
+from aitbc_miner.util import clock
+from aitbc_miner.util.log import events
+from aitbc_miner.util.notify import Notifier
+
+# After the last slot is empty, how long the reports of a stop that was ordered may still take.
+LAST_REPORTS_S = 10.0
+
+
+class Stopping:
+    """`mode` is None as long as nobody has ordered the node to stop; `told`, whether the children were."""
+
+    def __init__(
+        self,
+        config: Config,
+        slots: SlotSet,
+        index: JobIndex,
+        desk: Desk,
+        keepers: tuple[Keeper[Any], Keeper[Any]],
+        notifier: Notifier,
+    ) -> None:
+        self._grace_s = config.shutdown.grace_s
+        self._first = config.shutdown.mode
+        self._slots = slots
+        self._index = index
+        self._desk = desk
+        self._keepers = keepers
+        self._notifier = notifier
+        self._log = events("supervisor")
+        self._at = 0.0
+        self.mode: str | None = None
+        self.told = False
+
+    def order(self) -> None:
+        """Begin to stop as configured; who says so once more wants it at once."""
+        self._order("kill" if self.mode else self._first)
+
+    def _order(self, mode: str) -> None:
+        self._log.info("stopping", mode=mode)
+        self._notifier.say("STOPPING=1")
+        self.mode = mode
+        self._desk.stopping = True
+        self._at = clock.now() + (self._grace_s if mode == "drain" else 0.0)
+        if mode == "kill":
+            self._slots.feed(Cancel("shutdown", "the miner stops"))
+
+    def proceed(self) -> None:
+        """Let go of the slots as the mode says, then of the children once the last reports are out."""
+        if self.mode is None or self.told:
+            return
+        now = clock.now()
+        holding = self._slots.holding
+        if holding and self.mode == "drain" and now >= self._at:
+            self._log.warning("grace is over", jobs=[slot.rules.job_id for slot in holding])
+            self._order("kill")
+        if holding and self.mode != "handover":
+            self._at = max(self._at, now)
+            return
+        # The agent's own number is as old as its last word, and may not count a job that has just ended.
+        pending = self._desk.deliveries.pending or self._index.unreported
+        reporting = pending and self.mode != "handover"
+        if reporting and now < self._at + LAST_REPORTS_S and self._keepers[0].child:
+            return
+        self.told = True
+        self._at = now
+        for slot in self._slots:
+            slot.stop()
+        for keeper in self._keepers:
+            keeper.send(Stop())
+
+    def finished(self) -> bool:
+        """Whether nobody is left who has to end."""
+        if not self.told:
+            return False
+        if clock.now() > self._at + LAST_REPORTS_S:
+            self._kill_the_rest()
+        idle = all(slot.child is None or slot.rules.state in HOLDING for slot in self._slots)
+        return idle and all(keeper.child is None for keeper in self._keepers)
+
+    def _kill_the_rest(self) -> None:
+        for keeper in self._keepers:
+            if keeper.child:
+                keeper.child.kill()
+        for slot in self._slots:
+            if slot.child and slot.rules.state not in HOLDING:
+                slot.child.kill()

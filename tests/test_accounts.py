@@ -1,0 +1,275 @@
+"""What each job came to: entered once, counted for ever, pruned by a clock that nobody sets."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from aitbc_miner.accounts import Accounts, JobAccount, Total, Totals, account_of
+from aitbc_miner.database import Database, DatabaseError
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord, Usage
+from aitbc_miner.util import clock
+
+DAY = 86_400.0
+
+
+class Time:
+    """The boot-time clock, to be moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(clock, "now", lambda: self.now)
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    return Time(monkeypatch)
+
+
+@pytest.fixture
+def database(tmp_path: Path, time: Time) -> Iterator[Database]:
+    made = Database(tmp_path / "q.db")
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def accounts(database: Database) -> Accounts:
+    return Accounts(database)
+
+
+def row(job_id: str, code: ErrorCode | None = None, **more: Any) -> JobAccount:
+    given = {"slot": "cpu0", "runner": "cli", "message": "", "delivery": "accepted", "attempts": 1}
+    return JobAccount(job_id=job_id, code=code, **{**given, "finished_wall": "2026-07-01T10:00:00Z", **more})
+
+
+def enter(accounts: Accounts, *rows: JobAccount) -> None:
+    for each in rows:
+        assert accounts.enter(each)
+
+
+def ids(rows: Iterator[JobAccount] | list[JobAccount]) -> list[str]:
+    return [each.job_id for each in rows]
+
+
+# --- entering ----------------------------------------------------------------------------------------------
+
+
+def test_a_row_comes_back_as_it_was_entered(accounts: Accounts) -> None:
+    whole = row(
+        "j1",
+        ErrorCode.E_OOM,
+        message="too much\nof it \x00",
+        finished=7.5,
+        **{name: number for number, name in enumerate(JobAccount.__struct_fields__[9:], 11)},
+    )
+    bare = row("j2", slot=None, finished=8.0)
+    enter(accounts, whole, bare)
+    assert accounts.of("j1") == whole
+    assert accounts.of("j2") == bare
+    assert accounts.of("j3") is None
+
+
+def test_a_job_is_entered_and_counted_once(accounts: Accounts) -> None:
+    enter(accounts, row("j1"), row("j2", ErrorCode.E_EXIT), row("j3"))
+    assert not accounts.enter(row("j1", ErrorCode.E_LOST, message="again"))
+    assert accounts.finished_counts() == {"OK": 2, "E_EXIT": 1}
+    assert (accounts.of("j1") or row("none")).code is None
+
+
+def test_a_row_that_cannot_be_entered_is_not_counted(accounts: Accounts, database: Database) -> None:
+    with database.writing() as connection:
+        connection.execute("DROP TABLE finished")
+    with pytest.raises(DatabaseError):
+        accounts.enter(row("j1"))
+    assert not accounts.knows("j1"), "the row and its count are one transaction"
+
+
+def test_counts_and_rows_are_there_for_the_next(accounts: Accounts, database: Database) -> None:
+    enter(accounts, row("j1"))
+    again = Database(database.path)
+    assert Accounts(again).finished_counts() == {"OK": 1}
+    assert not Accounts(again).enter(row("j1"))
+    again.close()
+
+
+def test_known_ones_are_found_among_many(accounts: Accounts) -> None:
+    enter(accounts, *(row(f"j{number}") for number in range(20)))
+    asked = [f"j{number}" for number in range(10, 2000)]
+    assert accounts.known(asked) == {f"j{number}" for number in range(10, 20)}
+    assert accounts.known([]) == set()
+    assert accounts.knows("j3")
+    assert not accounts.knows("j20")
+
+
+def test_nothing_that_is_done_often_walks_through_all_rows(accounts: Accounts, database: Database) -> None:
+    enter(accounts, *(row(f"j{number}") for number in range(100)))
+    said: list[str] = []
+    with database.reading() as connection:
+        connection.set_trace_callback(said.append)
+        accounts.knows("j1")
+        accounts.of("j1")
+        accounts.latest(5)
+        list(accounts.rows(5.0))
+        accounts.prune()
+        accounts.expired(1.0, 1.0, 5)
+        accounts.oldest_delivered(5)
+        accounts.mark_swept(["j1"])
+        connection.set_trace_callback(None)
+        asked = [text for text in said if "accounts" in text]
+        plans = [
+            text
+            for query in asked
+            for *_, text in connection.execute(f"EXPLAIN QUERY PLAN {query}").fetchall()
+        ]
+    assert len(asked) == 10
+    walks = [plan for plan in plans if plan.endswith("SCAN accounts") or "TEMP B-TREE" in plan]
+    assert walks == []
+
+
+def test_the_latest_are_given_with_the_newest_last(accounts: Accounts, time: Time) -> None:
+    for number in range(5):
+        time.now += 1
+        enter(accounts, row(f"j{number}"))
+    enter(accounts, row("same time"))
+    assert ids(accounts.latest(3)) == ["j3", "j4", "same time"]
+
+
+def test_what_is_read_at_once_is_of_one_moment(accounts: Accounts, database: Database) -> None:
+    enter(accounts, row("j1"))
+    seen = Accounts(Database(database.path, read_only=True), read_only=True)
+    assert seen.there
+    with seen.standing_still():
+        assert seen.totals().all.jobs == 1
+        enter(accounts, row("j2"))
+        assert ids(seen.rows()) == ["j1"]
+    assert seen.totals().all.jobs == 2
+
+
+def test_a_database_without_accounts_says_so(database: Database) -> None:
+    with database.writing():
+        pass
+    assert not Accounts(Database(database.path, read_only=True), read_only=True).there
+
+
+# --- time --------------------------------------------------------------------------------------------------
+
+
+def test_the_wall_clock_changes_nothing(accounts: Accounts, time: Time) -> None:
+    for year in (1970, 2036, 2016):
+        enter(accounts, row(f"in {year}", finished_wall=f"{year}-01-01T00:00:00.000Z"))
+        time.now += 10
+    accounts.mark_swept(["in 1970", "in 2036", "in 2016"])
+    assert ids(accounts.rows(since_s=15.0)) == ["in 2016"]
+    assert ids(accounts.rows(since_s=25.0)) == ["in 2036", "in 2016"]
+    assert accounts.prune(keep_s=25.0) == 1
+    assert ids(accounts.rows()) == ["in 2036", "in 2016"]
+
+
+def test_old_rows_are_pruned_a_few_at_a_time_and_their_counts_stay(accounts: Accounts, time: Time) -> None:
+    enter(accounts, *(row(f"old{number}", finished=float(number)) for number in range(5)))
+    time.now += 91 * DAY
+    enter(accounts, row("new"))
+    assert accounts.prune() == 0, "their directories are still there"
+    accounts.mark_swept([*(f"old{number}" for number in range(5)), "new", "unknown"])
+    assert accounts.prune(limit=3) == 3
+    assert ids(accounts.rows()) == ["old3", "old4", "new"]
+    assert [accounts.prune(limit=3), accounts.prune(limit=3)] == [2, 0]
+    assert accounts.finished_counts() == {"OK": 6}
+
+
+def test_directories_are_kept_for_as_long_as_what_came_of_their_jobs(accounts: Accounts, time: Time) -> None:
+    enter(accounts, row("bad1", ErrorCode.E_EXIT), row("good1"))
+    time.now += DAY
+    enter(accounts, row("good2"), row("bad2", ErrorCode.E_OOM, delivery="superseded"))
+    time.now += DAY / 2
+    assert accounts.expired(DAY, 7 * DAY, 10) == ["good1"]
+    time.now += 6 * DAY
+    assert accounts.expired(DAY, 7 * DAY, 10) == ["bad1", "good1", "good2"]
+    assert accounts.expired(DAY, 7 * DAY, 2) == ["bad1", "good1"]
+    accounts.mark_swept(["bad1", "good1"])
+    assert accounts.expired(DAY, 7 * DAY, 10) == ["good2"]
+
+
+def test_for_space_the_oldest_delivered_go_first_and_what_was_refused_stays(
+    accounts: Accounts, time: Time
+) -> None:
+    for number, delivery in enumerate(("accepted", "refused", "superseded", "lost", "accepted")):
+        time.now += 1
+        enter(accounts, row(f"j{number}", ErrorCode.E_EXIT if number % 2 else None, delivery=delivery))
+    assert accounts.oldest_delivered(10) == ["j0", "j2", "j3", "j4"]
+    assert accounts.oldest_delivered(2) == ["j0", "j2"]
+    accounts.mark_swept(["j0", "j2"])
+    assert accounts.oldest_delivered(2) == ["j3", "j4"]
+
+
+def test_a_report_that_goes_out_again_keeps_its_directory(accounts: Accounts, time: Time) -> None:
+    enter(accounts, row("j1", ErrorCode.E_UPLOAD, delivery="refused"))
+    accounts.reopen("j1")
+    time.now += 30 * DAY
+    assert accounts.expired(0.0, 0.0, 10) == []
+    assert accounts.oldest_delivered(10) == []
+    assert accounts.settled() == set()
+    assert not accounts.enter(row("j1", message="taken at last"))
+    assert accounts.settled() == {"j1"}
+    assert (accounts.of("j1") or row("none")).delivery == "accepted"
+    assert accounts.finished_counts() == {"E_UPLOAD": 1}
+
+
+# --- sums --------------------------------------------------------------------------------------------------
+
+
+def test_totals(accounts: Accounts, time: Time) -> None:
+    enter(accounts, row("before", cpu_s=1000.0))
+    time.now += 100
+    enter(
+        accounts,
+        row("j1", cpu_s=1.5, gpu_s=3.0, artifact_bytes=100, finished_wall="2026-07-02T00:00:00Z"),
+        row("j2", slot="gpu0", cpu_s=2.0, artifact_bytes=10),
+        row("j3", ErrorCode.E_EXIT, slot="gpu0", artifact_bytes=1),
+        row("j4", ErrorCode.E_DENY, slot=None, finished_wall=""),
+        row("j5", delivery="superseded", artifact_bytes=5),
+    )
+    both = Total("gpu0", 2, 1, 1, 2.0, None, 11)
+    assert accounts.totals(since_s=50.0) == Totals(
+        Total("all", 5, 3, 2, 3.5, 3.0, 111),
+        [Total("cpu0", 2, 2, 0, 1.5, 3.0, 100), both, Total("none", 1, 0, 1)],
+        [
+            Total("OK", 3, 3, 0, 3.5, 3.0, 110),
+            Total("E_DENY", 1, 0, 1),
+            Total("E_EXIT", 1, 0, 1, None, None, 1),
+        ],
+        [
+            Total("2026-07-01", 3, 2, 1, 2.0, None, 11),
+            Total("2026-07-02", 1, 1, 0, 1.5, 3.0, 100),
+            Total("unknown", 1, 0, 1),
+        ],
+    )
+    assert accounts.totals().all.cpu_s == 1003.5
+    assert accounts.totals(since_s=0.0).all.jobs == 5
+    time.now += 1
+    assert accounts.totals(since_s=0.0) == Totals()
+
+
+# --- making one --------------------------------------------------------------------------------------------
+
+
+def test_a_row_is_made_of_what_is_on_record() -> None:
+    usage = Usage(3.0, 1.0, 0.5, peak_memory_bytes=7, read_bytes=8, written_bytes=9, gpu_s=2.0)
+    files = [Artifact(f"a{size}", "f", size, "0" * 64) for size in (10, 20)]
+    outcome = Outcome("j1", slot="cpu0", usage=usage, artifacts=files, finished_wall="2026-07-01T10:00:00Z")
+    made = account_of(outcome, StateRecord("j1", State.DONE, slot="other", attempt=3), "python", "accepted")
+    assert (made.job_id, made.slot, made.runner, made.code) == ("j1", "cpu0", "python", None)
+    assert (made.delivery, made.attempts, made.finished_wall) == ("accepted", 3, "2026-07-01T10:00:00Z")
+    assert (made.wall_s, made.cpu_s, made.gpu_s) == (3.0, 1.5, 2.0)
+    assert (made.peak_memory_bytes, made.read_bytes, made.written_bytes) == (7, 8, 9)
+    assert (made.artifact_bytes, made.artifacts, made.peak_vram_bytes) == (30, 2, None)
+
+
+def test_a_row_of_a_job_that_was_in_no_slot() -> None:
+    outcome = Outcome("j1", code=ErrorCode.E_LOST, message="x" * 10_000)
+    made = account_of(outcome, StateRecord("j1", State.FAILED, slot="cpu3"), "cli", "superseded")
+    assert (made.code, made.slot, made.cpu_s, made.gpu_s, made.artifacts) == ("E_LOST", "cpu3", None, None, 0)
+    assert len(made.message) == 200

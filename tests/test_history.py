@@ -1,0 +1,379 @@
+"""The history of jobs on its way from the database to the operator."""
+
+import csv
+import io
+import json
+import os
+import select
+import sqlite3
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from aitbc_miner import children, ctl, database, historian, history
+from aitbc_miner.accounts import Accounts, JobAccount, Total, Totals
+from aitbc_miner.channel import Channel
+from aitbc_miner.children import Errands
+from aitbc_miner.control import LATER_S, Answer, Done, History, Refusal, Reply, Request
+from aitbc_miner.ctlview import plain
+from aitbc_miner.database import Database
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.historian import Historian, Wrote
+from aitbc_miner.historyview import csv_lines, history_page, json_lines, read_rows, read_totals
+from aitbc_miner.messages import Stop
+from aitbc_miner.util import clock
+
+DEADLINE_S = 20.0
+EVIL = "=cmd|'/c calc'!A1\n\"; \x1b[2J\u2028,end"
+WEEK = 604_800.0
+
+
+def row(job_id: str, code: str | None = None, **more: Any) -> JobAccount:
+    given = {"slot": "cpu0", "runner": "cli", "message": "", "delivery": "accepted", "attempts": 1}
+    return JobAccount(job_id=job_id, code=code, **{**given, "finished_wall": "2026-07-01T10:00:00Z", **more})
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """Give a database with two jobs in it."""
+    made = Database(tmp_path / "q.db")
+    for each in (row("j1", cpu_s=90.0, artifact_bytes=2048), row("j2", "E_EXIT", message=EVIL)):
+        Accounts(made).enter(each)
+    made.close()
+    return tmp_path / "q.db"
+
+
+def read(path: Path, **asked: Any) -> tuple[Totals, list[JobAccount]]:
+    out = io.BytesIO()
+    assert history.read_history(path, Request("history", **asked), out) == ""
+    return read_totals(out), list(read_rows(out))
+
+
+# --- reading the database ----------------------------------------------------------------------------------
+
+
+def test_totals_come_first_and_then_each_job_that_is_asked_for(path: Path) -> None:
+    totals, rows = read(path)
+    assert (totals.all.jobs, totals.all.delivered_bytes, rows) == (2, 2048, [])
+    totals, rows = read(path, each=True)
+    assert [each.job_id for each in rows] == ["j1", "j2"]
+    assert rows[1].message == EVIL
+
+
+def test_only_the_time_that_is_asked_for_counts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    later = clock.now() + 100
+    monkeypatch.setattr(clock, "now", lambda: later)
+    assert read(path, since_s=1000.0)[0].all.jobs == 2
+    assert read(path, since_s=50.0, each=True) == (Totals(), [])
+
+
+def test_without_a_database_the_history_is_empty(tmp_path: Path) -> None:
+    assert read(tmp_path / "none" / "q.db", each=True) == (Totals(), [])
+    assert not (tmp_path / "none").exists()
+
+
+def test_without_accounts_it_is_empty_too(tmp_path: Path) -> None:
+    Database(tmp_path / "q.db").close()
+    assert read(tmp_path / "q.db", each=True) == (Totals(), [])
+
+
+def test_reading_changes_nothing_beside_a_node_that_writes(path: Path) -> None:
+    node = Database(path)
+    try:
+        with node.writing() as connection:
+            connection.execute("DELETE FROM accounts")
+            assert read(path)[0].all.jobs == 2
+        assert read(path)[0].all.jobs == 0
+    finally:
+        node.close()
+
+
+def fault(path: Path) -> str:
+    out = io.BytesIO()
+    told = history.read_history(path, Request("history"), out)
+    assert told.startswith("cannot show the history")
+    assert str(path) in told
+    assert "; " in told
+    return told
+
+
+def test_a_broken_file_is_told_and_left_as_it_is(path: Path) -> None:
+    path.write_bytes(b"this is no database, but text" * 100)
+    assert "is not a database" in fault(path)
+    assert path.exists()
+
+
+def test_a_locked_file_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_S", 0.05)
+    with sqlite3.connect(path, isolation_level=None) as holder:
+        holder.execute("PRAGMA journal_mode = DELETE")
+        holder.execute("BEGIN EXCLUSIVE")
+        assert "locked" in fault(path)
+        holder.execute("ROLLBACK")
+    holder.close()
+
+
+def test_a_directory_that_cannot_be_entered_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(_: Path) -> bool:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "exists", denied)
+    assert "Permission denied; see that" in fault(path)
+
+
+def test_more_than_there_is_room_for_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(history, "MAX_BYTES", 10)
+    assert read(path)[0].all.jobs == 2, "the totals are never too much"
+    told = history.read_history(path, Request("history", each=True), io.BytesIO())
+    assert told.endswith("; ask for less time with --since")
+
+
+# --- in a child of the supervisor --------------------------------------------------------------------------
+
+
+class Site:
+    """A historian whose children do as they are told, and what was answered."""
+
+    def __init__(self, main: Any) -> None:
+        self.errands = Errands()
+        self.answers: list[Answer | Reply] = []
+        self.historian = Historian(self.errands, main)
+
+    def ask(self) -> None:
+        self.historian.show(Request("history"), self.answers.append)
+
+    def turn_until_answered(self, number: int = 1) -> None:
+        deadline = clock.now() + DEADLINE_S
+        while len(self.answers) < number:
+            assert clock.now() < deadline
+            sources: dict[int, Any] = {}
+            for errand in self.errands.under_way():
+                hear, over = partial(self.errands.hear, errand), partial(self.errands.over, errand)
+                sources |= errand.sources(hear, over)
+            poller = select.poll()
+            for fd, (_, wanted) in sources.items():
+                poller.register(fd, wanted)
+            for fd, _ in poller.poll(100):
+                sources[fd][0]()
+
+    def refusal(self) -> str:
+        answer = self.answers[-1]
+        assert isinstance(answer, Refusal)
+        return answer.message
+
+
+def say(said: Wrote, text: bytes, _request: Request, memory: int, pipe: Any) -> None:
+    channel: Channel[Stop] = Channel(pipe, Stop)
+    os.write(memory, text)
+    channel.send(said)
+
+
+def die(_request: Request, _memory: int, _pipe: Any) -> None:
+    os.abort()
+
+
+def hang(_request: Request, _memory: int, _pipe: Any) -> None:
+    threading.Event().wait()
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_what_the_child_wrote_goes_to_the_client_as_a_file() -> None:
+    site = Site(partial(say, Wrote(), b"written"))
+    before = descriptors()
+    site.ask()
+    site.turn_until_answered()
+    answer = site.answers[0]
+    assert isinstance(answer, tuple)
+    assert answer[0] == History()
+    (memory,) = answer[1]
+    assert os.pread(memory, 100, 0) == b"written"
+    os.close(memory)
+    assert descriptors() == before
+
+
+@pytest.mark.parametrize(
+    ("main", "told"),
+    [
+        (partial(say, Wrote("cannot show it: a cause; a remedy"), b"x"), "cannot show it: a cause; a remedy"),
+        (die, "cannot show the history: what was to read it was killed by SIGABRT; see the journal"),
+    ],
+)
+def test_where_there_is_none_nothing_stays_open(main: Any, told: str) -> None:
+    site = Site(main)
+    before = descriptors()
+    site.ask()
+    site.turn_until_answered()
+    assert site.refusal() == told
+    assert descriptors() == before
+
+
+def test_a_child_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> int:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    site = Site(die)
+    before = descriptors()
+    with monkeypatch.context() as patched:
+        patched.setattr(children, "Child", full)
+        site.ask()
+    assert "Resource temporarily unavailable; try again" in site.refusal()
+    assert descriptors() == before
+
+
+def test_readers_that_hang_are_few_and_ended_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(hang)
+    for _ in range(historian.MAX_AT_ONCE + 1):
+        site.ask()
+    assert len(site.errands.under_way()) == historian.MAX_AT_ONCE
+    assert site.refusal().endswith("try again")
+    later = clock.now() + LATER_S + 1
+    with monkeypatch.context() as patched:
+        patched.setattr(clock, "now", lambda: later)
+        site.ask()
+    site.turn_until_answered(2 + historian.MAX_AT_ONCE)
+    assert "was killed by SIGKILL" in site.refusal()
+    assert site.errands.under_way() == []
+
+
+# --- for the operator --------------------------------------------------------------------------------------
+
+TOTALS = Totals(
+    Total("all", 3, 2, 1, 93_784.0, None, 3 << 30),
+    [Total("cpu0", 2, 2, 0, 93_783.5, None, 3 << 30), Total("s" * 60, 1, 0, 1, 0.5)],
+    [Total("OK", 2, 2, 0, 93_783.5, None, 3 << 30), Total("E_EXIT", 1, 0, 1, 0.5)],
+    [Total("2026-07-01", 3, 2, 1, 93_784.0, 60.0, 1536)],
+)
+
+
+def test_the_page() -> None:
+    page = history_page(TOTALS, WEEK, plain).splitlines()
+    assert max(map(len, page)) == 80
+    assert [line.split() for line in page if line.startswith(("SLOT", "cpu0", "E_EXIT", "2026"))] == [
+        ["SLOT", "JOBS", "OK", "FAILED", "CPU", "TIME", "GPU", "TIME", "DELIVERED"],
+        ["cpu0", "2", "2", "0", "1d02h", "-", "3.0", "GiB"],
+        ["E_EXIT", "1", "0", "1", "0.5s", "-", "0", "B"],
+        ["2026-07-01", "3", "2", "1", "1d02h", "1m00s", "1.5", "KiB"],
+    ]
+    assert page[-1].startswith("the last 7d  ")
+    assert history_page(Totals(), 90.0, plain) == "no job has ended in the last 90s"
+
+
+def test_csv_has_a_line_for_each_job_whatever_their_messages_are() -> None:
+    rows = [
+        row("j1", message=EVIL, cpu_s=1.5),
+        row("-1+2", slot=None, message="  @SUM(A1)"),
+        row("j3", message="\uff1d1"),
+    ]
+    text = "".join(f"{line}\n" for line in csv_lines(rows))
+    assert len(text.splitlines()) == 4
+    read = list(csv.DictReader(io.StringIO(text)))
+    assert [each["message"] for each in read] == [
+        "'" + r"""=cmd|'/c calc'!A1\n"; \x1b[2J\u2028,end""",
+        "'  @SUM(A1)",
+        "'\uff1d1",
+    ]
+    assert [each["job_id"] for each in read] == ["j1", "'-1+2", "j3"]
+    assert (read[0]["cpu_s"], read[0]["gpu_s"], read[1]["slot"]) == ("1.5", "", "")
+    assert "finished" not in read[0]
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_json_is_one_document(count: int) -> None:
+    rows = [row(f"j{number}", message=EVIL) for number in range(count)]
+    text = "\n".join(json_lines(WEEK, TOTALS, rows))
+    assert text.isascii()
+    assert "\x1b" not in text
+    document = json.loads(text)
+    assert document["since_s"] == WEEK
+    assert document["totals"]["all"]["failed"] == 1
+    assert [each["message"] for each in document["jobs"]] == [EVIL] * count
+
+
+# --- the command -------------------------------------------------------------------------------------------
+
+
+class Miner:
+    """Stands for the miner: takes one request and gives one answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[Request] = []
+        self.answer: Any = History()
+        self.lines = [TOTALS, row("j1", "E_EXIT")]
+        monkeypatch.setattr(ctl, "ask", self._ask)
+
+    def _ask(self, _path: Path, request: Request, timeout_s: float) -> tuple[Any, list[int]]:
+        assert timeout_s == LATER_S
+        self.asked.append(request)
+        if not isinstance(self.answer, History):
+            return self.answer, []
+        memory = os.memfd_create("history")
+        os.write(memory, b"".join(msgspec.json.encode(line) + b"\n" for line in self.lines))
+        return self.answer, [memory]
+
+
+@pytest.fixture
+def miner(monkeypatch: pytest.MonkeyPatch) -> Iterator[Miner]:
+    before = descriptors()
+    yield Miner(monkeypatch)
+    assert descriptors() == before
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["aitbc-minerctl", *words])
+    return ctl.main()
+
+
+def test_the_command_shows_a_week(
+    miner: Miner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "history") == 0
+    assert miner.asked == [Request("history", since_s=WEEK)]
+    assert "cpu0" in capsys.readouterr().out
+
+
+def test_the_command_prints_each_job_for_programs(
+    miner: Miner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "history", "--since", "12h", "--csv") == 0
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["job_id", "j1"]
+    assert run(monkeypatch, "--json", "history") == 0
+    assert json.loads(capsys.readouterr().out)["jobs"][0]["code"] == ErrorCode.E_EXIT
+    assert miner.asked[0] == Request("history", since_s=43_200.0, each=True)
+    assert [request.each for request in miner.asked] == [True, True]
+
+
+def test_a_time_that_is_none_is_wrong_usage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "history", "--since", "yesterday")
+    assert ended.value.code == 2
+    assert "'yesterday' must be a duration" in capsys.readouterr().err
+
+
+def test_json_and_csv_exclude_each_other(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "--json", "history", "--csv") == 2
+    assert "exclude each other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [("history",), ("history", "--csv"), ("history", "--json")])
+def test_another_answer_is_another_version(
+    words: tuple[str, ...], miner: Miner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    miner.answer = Done("done")
+    assert run(monkeypatch, *words) == 69
+    miner.answer = History()
+    miner.lines = [msgspec.Raw(b"[1]")]  # type: ignore[list-item]
+    assert run(monkeypatch, *words) == 69
+    assert "is it another version?" in capsys.readouterr().err
