@@ -266,7 +266,8 @@ class Agent:
             why = f"it is {state}; only what waits, or what the coordinator has refused, can be tried again"
             return Retried(job_id, f"cannot retry job {job_id}: {why}", done=False)
         self._accounts.reopen(job_id)
-        self._bench.start("queue", partial(self._bench.queue.requeue, Kind.REPORT, job_id), lambda _: None)
+        self._bench.start("queue", partial(self._bench.queue.remove, Kind.REPORT, job_id), lambda _: None)
+        self._bench.refused = max(0, self._bench.refused - 1)
         self._reporter.add(job_id)
         return Retried(job_id, f"the report of job {job_id}, which was refused, is sent once more")
 

@@ -217,7 +217,7 @@ class Queue(Struct, frozen=True):
     """
 
     backend: Literal["sqlite", "redis"] = "sqlite"
-    path: Path = Path("/var/lib/aitbc/miner/state/queue.db")
+    path: Path = Path("/var/lib/aitbc/miner/queue.db")
     url: Annotated[str, Parse(_parse_redis_url)] | None = None
     password: Annotated[str, Parse(parse_source)] | None = None
     lease_s: Annotated[float, Meta(ge=1, le=86_400)] = 60.0

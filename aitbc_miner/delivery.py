@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from aitbc_miner.coordinator import ArtifactChanged, Coordinator, Gone, Refused
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import FINAL, Outcome, State, StateRecord
-from aitbc_miner.messages import CancelJob, JobSettled, JobUpdate
+from aitbc_miner.messages import CancelJob, JobSettled
 from aitbc_miner.records import OUTCOME, JobDir, RecordError, Records, pretty
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.backoff import Backoff
@@ -21,6 +21,8 @@ from aitbc_miner.util.log import events
 
 # The outcome of a job whose result the coordinator would not take; outcome.json says E_UPLOAD then.
 REFUSED = "outcome.refused.json"
+# Jobs of a fleet whose report is another node's to send, however often they are handed to this one.
+OTHERS = frozenset({"lost", "handed_on"})
 
 
 class Delivered(Struct, frozen=True):
@@ -57,7 +59,9 @@ def deliver(
             outcome = declare(job, JobSettled(job_id, "its record has no outcome"))
         # A repetition, asked for by a coordinator that has forgotten: it changes nothing here any more.
         state = job.state()
-        if state.state in FINAL:
+        if state.state in FINAL and state.delivery in OTHERS:
+            how = state.delivery
+        elif state.state in FINAL:
             how = _send_again(coordinator, node_id, job, outcome)
         elif not is_ours(state):
             how = "lost"
@@ -79,7 +83,7 @@ def _send_or_refuse(
         if not outcome.ok:
             return outcome, "refused"
         # What the job really came to is not lost with it: an operator may hand it over by other means.
-        fs.write_durably(job.fd, REFUSED, pretty(outcome))
+        job.write(REFUSED, pretty(outcome))
         failed = replace(outcome, code=ErrorCode.E_UPLOAD, message=str(error))
         job.write_outcome(failed)
     try:
@@ -157,22 +161,6 @@ def conclude(job: JobDir, code: ErrorCode, message: str) -> Outcome:
     )
     job.write_outcome(outcome)
     return outcome
-
-
-def describe(job_id: str, state: State, *, runner: str = "", outcome: Outcome | None = None) -> JobUpdate:
-    """Say in one line what `jobs` shows of this one."""
-    shown = outcome or Outcome(job_id=job_id)
-    return JobUpdate(
-        job_id,
-        state,
-        runner,
-        code=shown.code,
-        message=shown.message,
-        slot=shown.slot,
-        since_wall=clock.wall(),
-        wall_s=shown.usage.wall_s if outcome else None,
-        artifacts=len(shown.artifacts),
-    )
 
 
 class Schedule:

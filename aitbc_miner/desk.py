@@ -64,6 +64,7 @@ class Desk:
         self.coordinator = CoordinatorView(reachable=False, since_wall=clock.wall(), error="not asked yet")
         self.deliveries = Deliveries(0)
         self.gpu_error: str | None = None
+        self.disk_problem: Problem | None = None
         self._deaths: dict[str, tuple[float, str]] = {}
 
     def take_changed(self) -> bool:
@@ -158,6 +159,15 @@ class Desk:
             problems.append(
                 Problem(self.deliveries.error, "nothing is lost: it is tried again until it works")
             )
+        if self.deliveries.refused:
+            problems.append(
+                Problem(
+                    f"the coordinator has refused the reports of {self.deliveries.refused} jobs (E_UPLOAD)",
+                    "see `aitbc-minerctl jobs --state FAILED`; `aitbc-minerctl retry ID` sends one once more",
+                )
+            )
+        if self.disk_problem:
+            problems.append(self.disk_problem)
         if self.gpu_error:
             problems.append(Problem(self.gpu_error, "check the driver with `nvidia-smi`"))
         for slot in self._slots.values():

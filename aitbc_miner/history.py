@@ -14,7 +14,7 @@ from aitbc_miner.database import Database, DatabaseError
 from aitbc_miner.errors import MinerError
 
 MAX_BYTES = 128 << 20
-"""Of memory for one answer, some 400,000 jobs."""
+"""Of memory for one answer, some 300,000 jobs."""
 
 
 def read_history(path: Path, request: Request, out: BinaryIO) -> str:

@@ -42,7 +42,8 @@ class JobIndex:
             said.artifacts or old.artifacts,
         )
         self._put(row)
-        if said.state in FINAL:
+        # One that waits for its next attempt has no report yet, and waits over a stop as well.
+        if said.state in FINAL | {State.RETRY_WAIT}:
             self.unreported.discard(said.job_id)
         ended = said.state is State.UPLOADING and old.state not in FINAL | {State.UPLOADING}
         if ended:

@@ -11,7 +11,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 import aitbc_miner
-from aitbc_miner import workspace
+from aitbc_miner import reserve, workspace
 from aitbc_miner.artifacts import Caps, Collector, log_artifact
 from aitbc_miner.causes import Evidence, cause_of
 from aitbc_miner.cgroup import Group
@@ -34,7 +34,6 @@ from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
 
 MIB = 1 << 20
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 # Seconds between attempts to write an outcome that the disk does not take.
 RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
 
@@ -275,7 +274,8 @@ class JobRun:
         file_max = rlimits.get(resource.RLIMIT_FSIZE)
         # Looked for only where it can matter, for the job may have left very many files.
         suspect = file_max if ended.status != 0 and ended.killed_for is None else None
-        free_bytes, free_files = workspace.room_left(self._job.fd)
+        kept = self._around.config.workspace
+        free_bytes, free_files = workspace.room_left(self._job.fd, reserve.spent(kept.root, kept.reserve_mb))
         return Evidence(
             exit=ended,
             usage=self._usage,
@@ -354,7 +354,7 @@ class JobRun:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    return isinstance(error, OSError) and error.errno in FULL
+    return isinstance(error, OSError) and error.errno in fs.FULL
 
 
 def _refuse_unmet(manifest: Manifest, spec: SlotSpec) -> None:

@@ -8,7 +8,6 @@ all its processes are gone, and then counts against no limit.
 import contextlib
 import ctypes
 import os
-import secrets
 import signal
 import time
 from collections.abc import Sequence
@@ -188,7 +187,7 @@ def _remove_files(place: Path, uid: int, deadline: float) -> list[str]:
 def _remove(at: int, entry: "os.DirEntry[str]", uid: int, deadline: float) -> None:
     if entry.stat(follow_symlinks=False).st_uid != uid:
         return
-    _check(deadline)
+    fs.check_time(deadline)
     if entry.is_dir(follow_symlinks=False):
         _remove_tree(at, entry.name, uid, deadline)
     else:
@@ -196,46 +195,12 @@ def _remove(at: int, entry: "os.DirEntry[str]", uid: int, deadline: float) -> No
 
 
 def _remove_tree(at: int, name: str, uid: int, deadline: float) -> None:
-    """Remove a directory of the user's.
-
-    How deep it goes was the job's to decide: so what is deeper is brought up, which takes neither recursion
-    nor a descriptor for each level.
-    """
+    """Remove a directory of the user's."""
     with fs.directory(name, at=at) as top:
         if os.fstat(top).st_uid != uid:
             return
-        brought_up = True
-        while brought_up:
-            brought_up = False
-            with os.scandir(top) as entries:
-                for entry in entries:
-                    _check(deadline)
-                    if entry.is_dir(follow_symlinks=False):
-                        brought_up |= _bring_up(entry.name, top, deadline)
-                        os.rmdir(entry.name, dir_fd=top)
-                    else:
-                        os.unlink(entry.name, dir_fd=top)
+        fs.empty(top, deadline)
     os.rmdir(name, dir_fd=at)
-
-
-def _bring_up(name: str, top: int, deadline: float) -> bool:
-    """Empty a directory below `top`: files go, directories become its neighbours. Whether there were any."""
-    any_moved = False
-    with fs.directory(name, at=top) as below, os.scandir(below) as entries:
-        for entry in entries:
-            _check(deadline)
-            if entry.is_dir(follow_symlinks=False):
-                os.rename(entry.name, secrets.token_hex(16), src_dir_fd=below, dst_dir_fd=top)
-                any_moved = True
-            else:
-                os.unlink(entry.name, dir_fd=below)
-    return any_moved
-
-
-def _check(deadline: float) -> None:
-    # Somebody with a way into such a directory could fill it for ever.
-    if now() >= deadline:
-        raise TimeoutError("it is too much for the time there is")
 
 
 def _owner(pid: int) -> int | None:

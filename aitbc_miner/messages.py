@@ -145,16 +145,21 @@ class CancelJob(Message, frozen=True):
 
 
 class Deliveries(Message, frozen=True):
-    """agent: reports that the coordinator has not accepted yet, and the last reason."""
+    """agent: reports that are not accepted yet, the last reason, and how many were refused for good."""
 
     pending: int
     error: str | None = None
+    refused: int = 0
 
 
 class Sweepable(Message, frozen=True):
-    """agent: the directories of these jobs may go; they are delivered, the oldest first."""
+    """agent: the directories of these jobs may go; they are delivered, the oldest first.
+
+    early: before their time, so only as many of them as it takes until there is space enough.
+    """
 
     job_ids: Annotated[list[JobId], Meta(max_length=1000)]
+    early: bool = False
 
 
 class Retried(Message, frozen=True):

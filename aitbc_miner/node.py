@@ -311,8 +311,10 @@ def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
 def _make_workspace(root: Path, service: Identity | None) -> None:
     root.mkdir(mode=PASSABLE, parents=True, exist_ok=True)
     if service is not None:
-        os.chown(root, service.uid, service.gid)
-        root.chmod(PASSABLE)
+        # By descriptor, and through no link: the directory above may be the service's.
+        with fs.directory(root) as fd:
+            os.fchown(fd, service.uid, service.gid)
+            os.fchmod(fd, PASSABLE)
 
 
 def _make_state(directory: Path, service: Identity | None) -> None:
@@ -321,7 +323,8 @@ def _make_state(directory: Path, service: Identity | None) -> None:
     Raises:
         WorkspaceError: it is there, with files, and not the service's: it may be any directory at all.
     """
-    directory.mkdir(mode=0o750, parents=True, exist_ok=True)
+    # Passable, for the jobs' directories may be below it.
+    directory.mkdir(mode=PASSABLE, parents=True, exist_ok=True)
     with fs.directory(directory) as fd:
         if service is None or os.fstat(fd).st_uid == service.uid:
             return

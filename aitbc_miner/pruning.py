@@ -6,9 +6,11 @@ again.
 
 from concurrent.futures import Future
 from functools import partial
+from typing import Any
 
 from aitbc_miner.database import DatabaseError
 from aitbc_miner.messages import SpaceWanted, Sweepable, Swept
+from aitbc_miner.queue import Kind
 from aitbc_miner.util import clock
 from aitbc_miner.workbench import Workbench
 
@@ -39,21 +41,37 @@ class Pruning:
     def obey(self, said: Swept | SpaceWanted) -> None:
         """Take note of what is gone, or name what may go before its time."""
         if isinstance(said, SpaceWanted):
-            self._name(partial(self._bench.accounts.oldest_delivered, AT_ONCE))
+            self._name(partial(self._bench.accounts.oldest_delivered, AT_ONCE), early=True)
             return
-        self._bench.start("queue", partial(self._bench.accounts.mark_swept, said.job_ids), self._done)
+        self._bench.start("queue", partial(self._forget, said.job_ids), self._forgotten)
         if len(said.job_ids) >= AT_ONCE:
             self._due = clock.now()  # there may be more
 
-    def _name(self, choose: "partial[list[str]]") -> None:
+    def _forget(self, job_ids: list[str]) -> int:
+        """Enter what is gone; gives how many reports there are that were refused. Runs in a thread."""
+        bench = self._bench
+        bench.accounts.mark_swept(job_ids)
+        gone = set(job_ids)
+        dead = [task.job_id for task in bench.queue.dead()]
+        for job_id in gone.intersection(dead):
+            bench.queue.remove(Kind.REPORT, job_id)
+        return len(set(dead) - gone)
+
+    def _forgotten(self, future: Future[int]) -> None:
+        self._done(future)
+        if future.exception() is None and future.result() != self._bench.refused:
+            self._bench.refused = future.result()
+            self._bench.tell()
+
+    def _name(self, choose: "partial[list[str]]", *, early: bool = False) -> None:
         try:
             job_ids = choose()
         except DatabaseError as error:
             self._bench.warn("cannot say what may go", error)
             return
         if job_ids:
-            self._bench.channel.send(Sweepable(job_ids))
+            self._bench.channel.send(Sweepable(job_ids, early))
 
-    def _done(self, future: Future[object]) -> None:
+    def _done(self, future: Future[Any]) -> None:
         if isinstance(error := future.exception(), Exception):
             self._bench.warn("books not kept", error)

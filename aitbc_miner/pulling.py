@@ -19,7 +19,7 @@ MAX_KNOWN = 1000
 class Puller:
     """Pulls one job at a time. `room` gives the free slots, `known` the jobs that we have.
 
-    `accept` takes a job and says whether it was a new one.
+    `accept` takes a job and says whether it was a new one. Nothing is pulled before the time `not_before`.
     """
 
     def __init__(
@@ -28,11 +28,13 @@ class Puller:
         room: Callable[[], list[Offer]],
         known: Callable[[], list[str]],
         accept: Callable[[PulledJob], bool],
+        not_before: Callable[[], float],
     ) -> None:
         self._bench = bench
         self._room = room
         self._known = known
         self._accept = accept
+        self._not_before = not_before
         self._pulling = False
         self._at = 0.0
         config = bench.config
@@ -40,20 +42,16 @@ class Puller:
 
     def next_due(self) -> float | None:
         """When to pull next; None as long as nothing may be pulled."""
-        return self._at if self._may_pull() else None
+        return max(self._at, self._not_before()) if self._may_pull() else None
 
     def hurry(self) -> None:
         """Pull now."""
         self._at = clock.now()
 
-    def back_off(self) -> float:
-        """Pull nothing for a while, something is wrong here; gives when it goes on."""
-        self._at = clock.now() + self._backoff.next()
-        return self._at
-
     def start_due(self) -> None:
         """Pull, if it is time."""
-        if not self._may_pull() or clock.now() < self._at:
+        due = self.next_due()
+        if due is None or clock.now() < due:
             return
         self._pulling = True
         offers = [msgspec.to_builtins(offer) for offer in self._room()]

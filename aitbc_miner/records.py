@@ -19,12 +19,14 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import replace
 
+from aitbc_miner import reserve
 from aitbc_miner.errors import MinerError
 from aitbc_miner.jobs import BROKEN, MOVES, Manifest, Outcome, State, StateRecord, valid_job_id
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.system import boot_id
 
 T = TypeVar("T")
+R = TypeVar("R", StateRecord, Outcome)
 
 MANIFEST, STATE, OUTCOME = "manifest.json", "state.json", "outcome.json"
 # A slot's user must reach its own directories below, but list nothing on the way there.
@@ -73,18 +75,15 @@ class JobDir:
         Raises:
             RecordError: it is missing, broken, of another version, or of another job.
         """
-        record = self._read(STATE, StateRecord, MAX_STATE)
-        if record.job_id != self.job_id:
-            raise RecordError(f"cannot use {self.path / STATE}: it is of job {record.job_id[:128]!r}")
-        return record
+        return self._of_this(STATE, StateRecord, MAX_STATE)
 
     def outcome(self) -> Outcome | None:
         """Read outcome.json; None when the job has none yet.
 
         Raises:
-            RecordError: it is broken.
+            RecordError: it is broken, of another version, or of another job.
         """
-        return self._read(OUTCOME, Outcome, MAX_OUTCOME) if self.has_outcome() else None
+        return self._of_this(OUTCOME, Outcome, MAX_OUTCOME) if self.has_outcome() else None
 
     def has_outcome(self) -> bool:
         """Whether the job's result stands."""
@@ -105,12 +104,16 @@ class JobDir:
     def write_state(self, record: StateRecord) -> StateRecord:
         """Write state.json durably, stamped with now."""
         stamped = replace(record, boot_id=boot_id(), since=clock.now(), since_wall=clock.wall())
-        fs.write_durably(self.fd, STATE, pretty(stamped))
+        self.write(STATE, pretty(stamped))
         return stamped
 
     def write_outcome(self, outcome: Outcome) -> None:
         """Write outcome.json durably: from here on the job has its one result."""
-        fs.write_durably(self.fd, OUTCOME, pretty(outcome))
+        self.write(OUTCOME, pretty(outcome))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a record durably, if need be with space that is set aside for that."""
+        reserve.write_durably(self.path.parent, self.fd, name, data)
 
     def try_again(self, **changes: Any) -> StateRecord:
         """Have the job wait for its next attempt; what the last one came to is kept as outcome.N.json.
@@ -129,6 +132,12 @@ class JobDir:
             aside = f"outcome.{outcome.attempt}.json"
             os.rename(OUTCOME, aside, src_dir_fd=self.fd, dst_dir_fd=self.fd)
             os.fsync(self.fd)
+
+    def _of_this(self, name: str, type_: type[R], limit: int) -> R:
+        record = self._read(name, type_, limit)
+        if record.job_id != self.job_id:
+            raise RecordError(f"cannot use {self.path / name}: it is of job {record.job_id[:128]!r}")
+        return record
 
     def _read(self, name: str, type_: type[T], limit: int) -> T:
         try:
@@ -170,8 +179,8 @@ class Records:
         """Whether this job was ever taken here and its record is still kept."""
         return valid_job_id(job_id) and (self.root / job_id / STATE).exists()
 
-    def create(self, job_id: str, manifest: bytes, **more: Any) -> None:
-        """Record a job that was just pulled: its manifest as it came, and state PULLED with what `more` says.
+    def create(self, job_id: str, manifest: bytes, *, state: State = State.PULLED, **more: Any) -> None:
+        """Record a job that is new here: its manifest as it came, and its state with what `more` says.
 
         It appears under its name only when both files are durable, so a crash leaves a job or nothing.
 
@@ -188,7 +197,7 @@ class Records:
         (building / "input").mkdir(mode=0o700)
         with fs.directory(building) as fd:
             fs.write_durably(fd, MANIFEST, manifest)
-            JobDir(self.root, job_id, fd).write_state(StateRecord(job_id=job_id, state=State.PULLED, **more))
+            JobDir(self.root, job_id, fd).write_state(StateRecord(job_id=job_id, state=state, **more))
         building.rename(self.root / job_id)
         with fs.directory(self.root) as fd:
             os.fsync(fd)

@@ -49,8 +49,7 @@ def recover(records: Records, settled: Container[str] = ()) -> Found:
             _sort(records, record, found)
         except (RecordError, OSError) as error:
             broken += 1
-            _set_aside(records, job_id, OUTCOME, error)
-            _sort(records, record, found)
+            _sort_without_outcome(records, record, found, error)
     return msgspec.structs.replace(found, broken=broken)
 
 
@@ -80,6 +79,15 @@ def _sort(records: Records, record: StateRecord, found: Found) -> None:
         found.to_resume.append(job_id)
 
 
+def _sort_without_outcome(records: Records, record: StateRecord, found: Found, error: Exception) -> None:
+    try:
+        _set_aside(records, record.job_id, OUTCOME, error)
+        _sort(records, record, found)
+    except (RecordError, OSError) as second:
+        # On a full or broken disk. Nothing is said of the job before the next start.
+        events("agent").error("broken record stays", job_id=record.job_id, error=str(second))
+
+
 def _salvage(records: Records, job_id: str, error: RecordError) -> bool:
     """Deal with a job whose state cannot be read; True when it has a report to be sent.
 
@@ -98,13 +106,13 @@ def _salvage(records: Records, job_id: str, error: RecordError) -> bool:
         _set_aside(records, job_id, None, error)
         if manifest is None:
             return False
-        records.create(job_id, manifest)
+        # Not as a job that was just pulled: after a crash right here, that would be started.
+        records.create(job_id, manifest, state=State.UPLOADING)
         with records.open(job_id) as job:
             why = f"the job was lost: its record was broken, and is set aside in {BROKEN}"
             job.write_outcome(
                 Outcome(job_id=job_id, code=ErrorCode.E_LOST, message=why, finished_wall=clock.wall())
             )
-            job.move(State.UPLOADING)
     except (RecordError, OSError) as second:
         events("agent").error("broken record stays", job_id=job_id, error=str(second))
         return False
@@ -121,10 +129,9 @@ def _set_aside(records: Records, job_id: str, file: str | None, error: Exception
 
 def _if_readable(job: JobDir) -> Outcome | None:
     try:
-        outcome = job.outcome()
+        return job.outcome()
     except RecordError:
         return None
-    return outcome if outcome is not None and outcome.job_id == job.job_id else None
 
 
 def _manifest_of(job: JobDir) -> bytes | None:

@@ -48,7 +48,15 @@ class Reporter:
         except QueueError as error:
             self._bench.warn("times of reports not read", error)
             return
+        self._bench.refused = self._count_dead()
         self._before = {task.job_id: (task, max(0.0, due_s)) for task, due_s in waiting}
+
+    def _count_dead(self) -> int:
+        try:
+            return len(self._bench.queue.dead())
+        except QueueError as error:
+            self._bench.warn("refused reports not counted", error)
+            return 0
 
     def add(self, job_id: str) -> None:
         """Have the job's outcome, which is on disk, delivered."""
@@ -115,6 +123,7 @@ class Reporter:
             reason = f"the coordinator refuses it: {outcome.message}"
             task = Task(Kind.REPORT, job_id, bench.config.node_id, 1, 0, reason)
             self._note(partial(bench.queue.bury, task))
+            bench.refused += 1
         elif had_failed:
             self._note(partial(bench.queue.remove, Kind.REPORT, job_id))
         bench.show(job_id, State.DONE if outcome.ok else State.FAILED, outcome=outcome)

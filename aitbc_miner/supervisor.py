@@ -43,6 +43,7 @@ from aitbc_miner.messages import (
     Retried,
     Retuned,
     Slots,
+    Sweepable,
 )
 from aitbc_miner.orphans import WorkerBook, kill_strangers
 from aitbc_miner.reloading import Reloader
@@ -50,6 +51,7 @@ from aitbc_miner.slot import Cancel, Slot
 from aitbc_miner.slots import Layout, Outcomes, SlotPlan
 from aitbc_miner.slotset import SlotSet
 from aitbc_miner.stopping import Stopping
+from aitbc_miner.storage import Storage
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.log import flush as flush_log
@@ -102,6 +104,7 @@ class Supervisor:
         self._dirty = False
         self._told: list[Slot] = []
         self._retries = RetryDesk(self._agent.send)
+        self._storage = Storage(parts.config.workspace, self._errands, self._agent.send)
         self._desk = Desk(
             parts.config,
             self._index,
@@ -126,6 +129,7 @@ class Supervisor:
     def run(self) -> None:
         """Run until told to stop, and then until it is done."""
         self._listen()
+        self._watch_disk()
         self._notifier.say("READY=1")
         while not self._stopping.finished():
             self._tick()
@@ -178,7 +182,12 @@ class Supervisor:
             self._notifier.say("WATCHDOG=1")
             self._control.drop_slow()
             flush_log()
+            self._watch_disk()
             kill_strangers(self._own_children())
+
+    def _watch_disk(self) -> None:
+        self._dirty |= self._storage.tick()
+        self._desk.disk_problem = self._storage.problem
 
     def _tell(self) -> None:
         """Tell agent and heartbeat of the slots, when they have changed."""
@@ -187,7 +196,7 @@ class Supervisor:
             return
         self._dirty = False
         self._told = rules
-        accepting = self._desk.accepting and self._stopping.mode is None
+        accepting = self._desk.accepting and not self._storage.short and self._stopping.mode is None
         view = Slots([slot.view() for slot in self._slots], list(self._slots.queue), accepting)
         self._agent.send(view)
         self._heartbeat.send(view)
@@ -232,6 +241,8 @@ class Supervisor:
             case Deliveries():
                 self._desk.deliveries = message
                 self._heartbeat.send(NodeView(message.pending, message.error))
+            case Sweepable():
+                self._storage.sweep(message)
             case Retried():
                 self._retries.answered(message)
             case Counted():

@@ -177,7 +177,6 @@ class Taker:
         self._bench.failed(error)
         self._bench.warn("cannot take job in", error, job_id=job_id)
 
-    @property
     def troubled_until(self) -> float:
         """Until when it is no use to pull more, since what was pulled could not be taken in."""
         return self._resume_at

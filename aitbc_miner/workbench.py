@@ -49,6 +49,7 @@ class Workbench:
         self.log = events("agent")
         self.error: str | None = None
         self.pending = 0
+        self.refused = 0
         self._pools = {name: ThreadPoolExecutor(n, name) for name, n in POOLS.items()}
 
     def start(self, pool: Pool, call: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
@@ -81,7 +82,7 @@ class Workbench:
 
     def tell(self) -> None:
         """Tell the supervisor how it goes."""
-        self.channel.send(Deliveries(self.pending, self.error))
+        self.channel.send(Deliveries(self.pending, self.error, self.refused))
 
     def count(self, name: Literal["broken_records", "retries", "deliveries"], label: str = "") -> None:
         """Add one to a metric."""

@@ -12,7 +12,6 @@ artifacts/  the agent's; second names of what is delivered, readable by the agen
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
@@ -36,7 +35,7 @@ def prepare(job: JobDir, runs_as: Identity | None, service: Identity | None) -> 
     for name in (*OF_JOB, "artifacts"):
         # Of an earlier attempt that came no further than this.
         if fs.exists(job.fd, name):
-            shutil.rmtree(name, dir_fd=job.fd)
+            fs.remove_tree(job.fd, name)
     for name in OF_JOB:
         _make(job.fd, name, 0o700, runs_as)
     _make(job.fd, "artifacts", 0o750, service)
@@ -80,11 +79,15 @@ def _hand_over(
     os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)
 
 
-def room_left(job_fd: int) -> tuple[int, int | None]:
-    """Give the bytes and the files that the job's disk still takes; None where files are not counted."""
+def room_left(job_fd: int, spent: tuple[int, int]) -> tuple[int, int | None]:
+    """Give the bytes and the files that the job's disk still takes; None where files are not counted.
+
+    `spent` of each came free by writing records on a disk that was full already (`reserve.spent`).
+    """
     disk = os.statvfs(job_fd)
+    size = max(0, disk.f_bavail * disk.f_frsize - spent[0])
     # Without a number of files, as on btrfs, none are "free" either.
-    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else None
+    return size, max(0, disk.f_favail - spent[1]) if disk.f_files else None
 
 
 def file_of_size(job_fd: int, size: int) -> str | None:

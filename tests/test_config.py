@@ -296,7 +296,17 @@ def test_a_fleet_shares_a_redis_server(tmp_path: Path, url: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["redis://", "unix://", "'unix:'", "redis://h:x", "redis://h:99999", "'redis://h /0'", "h:6379", "7", "[]"],
+    [
+        "redis://",
+        "unix://",
+        "'unix:'",
+        "redis://h:x",
+        "redis://h:99999",
+        "'redis://h /0'",
+        "h:6379",
+        "7",
+        "[]",
+    ],
 )
 def test_what_is_no_address_of_a_redis_server(tmp_path: Path, url: str) -> None:
     (fault,) = faults_of(tmp_path, GOOD + f"queue: {{url: {url}}}")

@@ -27,11 +27,8 @@ class Site:
             node_id="node-1", coordinator=Coordinator(base_url="", auth_token=""), workspace=Workspace(root)
         )
         self.reloads: list[Later] = []
-        self.histories: list[tuple[Request, Later]] = []
-        self.desk = Desk(
-            *(config, self.index, {}, {}, [], lambda *_: False, self.reloads.append),
-            lambda *asked: self.histories.append(asked),
-        )
+        others = {"reload": lambda _, tell: self.reloads.append(tell)}
+        self.desk = Desk(config, self.index, {}, {}, [], lambda *_: False, others)
 
     def ask(self, request: Request) -> Reply:
         reply = self.desk.answer(request, lambda _: None)

@@ -20,10 +20,14 @@ from aitbc_miner.coordinator import (
     Refused,
     Unreachable,
 )
+from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.fleet import Fleet
 from aitbc_miner.intake import Intake, Stopping, Taken
 from aitbc_miner.jobs import ManifestError, Outcome, State, decode_manifest
 from aitbc_miner.messages import Offer
+from aitbc_miner.queue import Kind, Task
+from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.records import Records
 from aitbc_miner.util import clock
 
@@ -37,10 +41,12 @@ class FakeCoordinator(MuteCoordinator):
     def __init__(self, *answers: Exception | None) -> None:
         self.answers = list(answers) or [None]
         self.acks: list[str] = []
+        self.holders: list[str | None] = []
         self.refusal: Exception | None = None
 
-    def ack(self, job_id: str) -> None:
+    def ack(self, job_id: str, holder: str | None = None) -> None:
         self.acks.append(job_id)
+        self.holders.append(holder)
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         if answer is not None:
             raise answer
@@ -124,11 +130,11 @@ def test_a_job_that_was_acknowledged_before_a_restart_is_ours_at_once(tmp_path: 
 def test_a_job_that_fits_no_slot_after_a_restart_is_reported(tmp_path: Path) -> None:
     it = rig(tmp_path)
     it.intake.take(pulled(), "j1", OFFERS, never())
-    assert it.intake.resume("j1", [], never()).report
+    assert it.intake.resume("j1", [], never()) == Taken("j1", report=True)
+    # Whether that is reported or tried elsewhere is decided by others: it has not moved.
     state, outcome = it.kept()
-    assert state is State.UPLOADING
     assert outcome is not None
-    assert outcome.code == "E_NOSLOT"
+    assert (state, outcome.code, outcome.attempt) == (State.ACKED, ErrorCode.E_NOSLOT, 1)
 
 
 @pytest.mark.parametrize(
@@ -156,7 +162,7 @@ def test_a_job_that_a_crash_left_with_a_bad_manifest_ends_in_a_report(
     assert it.intake.resume("j1", OFFERS, never()).report
     state, outcome = it.kept()
     assert outcome is not None
-    assert (state, outcome.code, it.coordinator.acks) == (State.UPLOADING, ErrorCode.E_MANIFEST, [])
+    assert (state, outcome.code, it.coordinator.acks) == (State.PULLED, ErrorCode.E_MANIFEST, [])
 
 
 def test_a_job_that_nobody_lets_us_have_is_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +214,7 @@ def test_a_cancel_ends_the_fetching_of_inputs(tmp_path: Path) -> None:
         assert taken.report
     state, outcome = it.kept()
     assert outcome is not None
-    assert (state, outcome.code) == (State.UPLOADING, ErrorCode.E_CANCELLED)
+    assert (state, outcome.code) == (State.ACKED, ErrorCode.E_CANCELLED)
 
 
 def test_the_end_of_the_node_does_not_cancel_a_job(tmp_path: Path) -> None:
@@ -224,7 +230,9 @@ def test_a_refused_manifest_is_reported(tmp_path: Path) -> None:
     it = rig(tmp_path)
     bad = PulledJob(b"", error=ManifestError("cannot read the manifest: it is nested too deeply", "j1"))
     assert it.intake.take(bad, "j1", OFFERS, never()).report
-    assert it.kept()[0] is State.UPLOADING
+    state, outcome = it.kept()
+    assert outcome is not None
+    assert (state, outcome.code, outcome.message) == (State.PULLED, ErrorCode.E_MANIFEST, str(bad.error))
 
 
 @pytest.mark.parametrize(
@@ -274,3 +282,85 @@ def test_a_job_that_has_an_outcome_is_reported_and_not_taken_in_again(tmp_path: 
     with at.records.open("j1") as job:
         job.write_outcome(Outcome("j1"))
     assert at.intake.resume("j1", OFFERS, never()) == Taken("j1", report=True)
+
+
+# --- another attempt ---------------------------------------------------------------------------------------
+
+
+def test_another_attempt_gets_its_inputs_anew_and_is_not_acknowledged_again(tmp_path: Path) -> None:
+    at = rig(tmp_path)
+    left_at(at, State.ACKED, State.PREP, State.RUNNING)
+    with at.records.open("j1") as job:
+        job.write_outcome(Outcome("j1", code=ErrorCode.E_LOST))
+        job.try_again()
+    # The first attempt had them in its working directory, and has done with them what it liked.
+    (tmp_path / "j1/input/a.txt").write_text("spoilt")
+    assert at.intake.resume("j1", OFFERS, never()).ticket is not None
+    assert (tmp_path / "j1/input/a.txt").read_text() == "x"
+    assert (at.coordinator.acks, at.kept()) == ([], (State.RETRY_WAIT, None))
+
+
+# --- in a fleet --------------------------------------------------------------------------------------------
+
+
+def shared(at: Rig) -> tuple[Rig, SqliteQueue]:
+    queue = SqliteQueue(Database(at.records.root.parent / "shared.db"))
+    fleet = Fleet(queue, "node-a", 60.0)
+    taking = Intake(
+        CONFIG,
+        at.records,
+        at.coordinator,
+        at.stopping,
+        unauthorized=lambda: None,
+        acked=lambda job_id, runner: at.acked.append((job_id, runner)),
+        fleet=fleet,
+    )
+    return at._replace(intake=taking), queue
+
+
+@pytest.fixture
+def fleet_rig(tmp_path: Path) -> tuple[Rig, SqliteQueue]:
+    root = tmp_path / "jobs"
+    root.mkdir()
+    return shared(rig(root))
+
+
+TWICE = {"retry": {"max_attempts": 2}}
+
+
+def test_a_job_that_may_run_again_is_held_before_it_is_ready(fleet_rig: tuple[Rig, SqliteQueue]) -> None:
+    at, queue = fleet_rig
+    assert at.intake.take(pulled(**TWICE), "j1", OFFERS, never()).ticket is not None
+    with at.records.open("j1") as job:
+        token = job.state().lease
+    assert token is not None
+    assert queue.renew(Kind.RUN, "j1", token, 60.0)
+
+
+def test_a_job_that_another_node_has_is_not_run_and_not_reported(
+    fleet_rig: tuple[Rig, SqliteQueue],
+) -> None:
+    at, queue = fleet_rig
+    queue.hold(Task(Kind.RUN, "j1", "node-b"), "theirs", 60.0)
+    assert at.intake.take(pulled(**TWICE), "j1", OFFERS, never()) == Taken("j1", gone=True)
+    with at.records.open("j1") as job:
+        assert (job.state().state, job.state().delivery, job.outcome()) == (State.FAILED, "lost", None)
+
+
+def test_what_only_another_node_can_do_is_acknowledged_first(fleet_rig: tuple[Rig, SqliteQueue]) -> None:
+    at, _ = fleet_rig
+    gpu = pulled(requirements={"gpu": True})
+    assert at.intake.take(gpu, "j1", OFFERS, never()).report
+    state, outcome = at.kept()
+    assert outcome is not None
+    assert (at.coordinator.acks, state, outcome.code) == (["j1"], State.ACKED, ErrorCode.E_NOGPU)
+
+
+def test_a_job_that_is_not_ours_is_not_left_in_the_queue(fleet_rig: tuple[Rig, SqliteQueue]) -> None:
+    at, queue = fleet_rig
+    at.coordinator.answers = [Gone("409", 409)]
+    at.records.create("j1", pulled(**TWICE).raw, lease="ours", origin="node-b")
+    queue.hold(Task(Kind.RUN, "j1", "node-b"), "ours", 60.0)
+    assert at.intake.resume("j1", OFFERS, never()).gone
+    assert at.coordinator.holders == ["node-b"]
+    assert not queue.renew(Kind.RUN, "j1", "ours", 60.0)

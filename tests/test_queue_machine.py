@@ -236,6 +236,6 @@ def test_any_history(kind: str, server: RedisServer, tmp_path: Path) -> None:
         def __init__(self) -> None:
             super().__init__(open_queues)
 
-    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(
         Ours, settings=settings(max_examples=150, stateful_step_count=30, deadline=None, database=None)
     )

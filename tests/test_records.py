@@ -3,6 +3,7 @@
 import os
 import stat
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import msgspec
@@ -10,7 +11,7 @@ import pytest
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ArtifactSpec, Outcome, State, StateRecord
-from aitbc_miner.records import MANIFEST, OUTCOME, STATE, RecordError, Records
+from aitbc_miner.records import MANIFEST, OUTCOME, STATE, JobDir, RecordError, Records
 from aitbc_miner.util import fs
 
 RAW = b'{"job_id": "j1", "runner": "cli", "command": "true", "artifacts": [{"path": "a"}], "new": 1}'
@@ -323,6 +324,127 @@ def test_only_jobs_are_found_and_in_order(records: Records) -> None:
     found = list(records.scan())
     assert [job_id for job_id, _ in found] == ["a", "b", "empty"]
     assert isinstance(found[2][1], RecordError)
+
+
+def test_those_to_skip_are_not_read(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    for job_id in ("a", "b", "c"):
+        records.create(job_id, RAW)
+    opened: list[str] = []
+    real = records.open
+
+    def noting(job_id: str) -> AbstractContextManager[JobDir]:
+        opened.append(job_id)
+        return real(job_id)
+
+    monkeypatch.setattr(records, "open", noting)
+    assert [job_id for job_id, _ in records.scan({"a", "c", "x"})] == ["b"]
+    assert opened == ["b"]
+
+
+# --- another attempt ---------------------------------------------------------------------------------------
+
+
+def tried(records: Records) -> None:
+    records.create("j1", RAW)
+    with records.open("j1") as job:
+        job.move(State.ACKED)
+        job.move(State.PREP, slot="cpu0")
+        job.write_outcome(Outcome("j1", code=ErrorCode.E_INTERNAL, message="first"))
+
+
+def test_another_attempt_keeps_what_the_last_one_came_to(records: Records) -> None:
+    tried(records)
+    with records.open("j1") as job:
+        state = job.try_again(note="first")
+        assert state == job.state()
+        assert (state.state, state.attempt, state.note) == (State.RETRY_WAIT, 2, "first")
+        assert job.outcome() is None
+        job.move(State.PREP)
+        job.write_outcome(Outcome("j1", attempt=2, code=ErrorCode.E_INTERNAL, message="second"))
+        assert job.try_again().attempt == 3
+    kept = [(records.root / "j1" / f"outcome.{number}.json").read_bytes() for number in (1, 2)]
+    assert [msgspec.json.decode(each, type=Outcome).message for each in kept] == ["first", "second"]
+
+
+@pytest.mark.parametrize("call", range(5))
+def test_a_crash_between_two_attempts_makes_no_old_outcome_count(records: Records, call: int) -> None:
+    tried(records)
+    with records.open("j1") as job:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            cut_at(monkeypatch, call)
+            with pytest.raises(Cut):
+                job.try_again()
+        state = job.state()
+        job.drop_stale_outcome(state)
+        outcome = job.outcome()
+        assert (state.attempt, outcome is None) == ((1, False) if call < 2 else (2, True))
+
+
+def test_the_outcome_of_this_attempt_is_not_stale(records: Records) -> None:
+    tried(records)
+    with records.open("j1") as job:
+        job.drop_stale_outcome(job.state())
+        assert job.has_outcome()
+
+
+def test_an_attempt_after_the_report_is_refused_and_changes_nothing(records: Records) -> None:
+    tried(records)
+    with records.open("j1") as job:
+        job.move(State.UPLOADING)
+        with pytest.raises(RecordError, match="cannot move job j1 from UPLOADING to RETRY_WAIT"):
+            job.try_again()
+        assert (job.state().attempt, job.has_outcome()) == (1, True)
+
+
+# --- set aside ---------------------------------------------------------------------------------------------
+
+
+def test_what_is_set_aside_is_kept_however_often(records: Records) -> None:
+    places = []
+    for number in range(3):
+        records.create("j1", RAW)
+        (records.root / "j1/mark").write_text(str(number))
+        places.append(records.set_aside("j1"))
+        assert not records.known("j1")
+    assert [place.parent.name for place in places] == [".broken"] * 3
+    assert [(place / "mark").read_text() for place in places] == ["0", "1", "2"]
+    assert records.ids() == []
+
+
+def test_a_file_is_set_aside_and_its_job_stays(records: Records) -> None:
+    tried(records)
+    content = (records.root / "j1" / OUTCOME).read_bytes()
+    assert records.set_aside("j1", OUTCOME).read_bytes() == content
+    with records.open("j1") as job:
+        assert (job.state().state, job.outcome()) == (State.PREP, None)
+    with pytest.raises(FileNotFoundError):
+        records.set_aside("j1", OUTCOME)
+
+
+def test_what_is_set_aside_is_durable(records: Records, monkeypatch: pytest.MonkeyPatch) -> None:
+    records.create("j1", RAW)
+    disk = Disk(monkeypatch, records.root)
+    records.set_aside("j1")
+    assert {"fsync .", "fsync .broken"} <= set(disk.calls)
+
+
+def test_a_job_may_begin_with_what_is_known_of_it(records: Records) -> None:
+    records.create("j1", RAW, lease="token", origin="node-b", attempt=2, started=True)
+    with records.open("j1") as job:
+        state, raw = job.state(), job.raw_manifest()
+    assert (state.state, state.lease, state.origin) == (State.PULLED, "token", "node-b")
+    assert (state.attempt, state.started, raw) == (2, True, RAW)
+
+
+@pytest.mark.parametrize("name", [STATE, OUTCOME])
+def test_a_record_of_another_job_is_none_of_this(records: Records, name: str) -> None:
+    tried(records)
+    other = StateRecord("j2", State.RUNNING) if name == STATE else Outcome("j2")
+    (records.root / "j1" / name).write_bytes(msgspec.json.encode(other))
+    with records.open("j1") as job:
+        read: Callable[[], object] = job.state if name == STATE else job.outcome
+        with pytest.raises(RecordError, match=f"cannot use .*/j1/{name}: it is of job 'j2'"):
+            read()
 
 
 def test_a_record_is_readable_for_people_and_closed_to_others(records: Records) -> None:

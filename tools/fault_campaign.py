@@ -12,8 +12,9 @@ from typing import TypeVar
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.jobs import StateRecord
-from aitbc_miner.records import STATE
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.jobs import Outcome, StateRecord
+from aitbc_miner.records import OUTCOME, STATE
 from aitbc_miner.util import clock
 from tools.fault_checks import Fates, Finding, check
 from tools.fault_jobs import Jobs
@@ -204,7 +205,16 @@ class Campaign:
                 if worker is None or worker in workers:
                     self._fates.at_risk.add(job_id)
         if moment and moment.boundary in LOSING and moment.job_id and moment.pid in workers:
-            self._fates.doomed.add(moment.job_id)
+            # A program that has begun is the one thing that nobody holds: it may have ended before the kill.
+            if moment.boundary != Boundary("started", Side.AFTER) or not self._came_to_an_end(moment.job_id):
+                self._fates.doomed.add(moment.job_id)
+
+    def _came_to_an_end(self, job_id: str) -> bool:
+        try:
+            text = (self._node.jobs / job_id / OUTCOME).read_bytes()
+        except FileNotFoundError:
+            return False
+        return msgspec.json.decode(text, type=Outcome).code is not ErrorCode.E_LOST
 
     # --- what goes on all the time -------------------------------------------------------------------------
 

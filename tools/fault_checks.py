@@ -1,4 +1,4 @@
-"""What must hold when a campaign is over, by the coordinator's ledger and the machine, whatever was killed."""
+"""What must hold when a campaign is over, by the ledger and the machine, whatever was killed."""
 
 from collections.abc import Iterator
 from pathlib import Path

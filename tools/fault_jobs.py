@@ -13,7 +13,7 @@ CLEAN = '[ -z "$LD_PRELOAD$AITBC_FAULT_SOCKET" ] || exit 99; '
 
 
 class Kind(Struct, frozen=True):
-    """A kind of job: what its program does after its mark, how it may end (None: well), how frequent it is."""
+    """A kind of job: what its program does after its mark, how it may end (None: well), its frequency."""
 
     name: str
     line: str

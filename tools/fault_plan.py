@@ -67,7 +67,7 @@ CALLS = {
 STEPS = {**RECORDS, **PROGRAM, **CALLS}
 BOUNDARIES = tuple(Boundary(step, side) for step in STEPS for side in Side)
 
-# From here on the program has run, or may have; until the outcome stands, the worker's death is the job's loss.
+# From here on the program may have run; until the outcome stands, the worker's death is the job's loss.
 LOSING = frozenset(
     {
         Boundary("RUNNING", Side.AFTER),

@@ -8,11 +8,19 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import inf
 from pathlib import Path
+from typing import NamedTuple
+
+from aitbc_miner.util import clock
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What a write is refused with by a disk, or an owner's share of it, that has no room."""
+# How many subdirectories of one are kept in mind: how many there are was a stranger's to decide.
+NAMES_AT_ONCE = 100
 
 
 @contextmanager
@@ -29,8 +37,22 @@ def directory(path: Path | str, *, at: int | None = None) -> Iterator[int]:
         os.close(fd)
 
 
-def write_durably(dir_fd: int, name: str, data: bytes, *, mode: int = 0o640) -> None:
+def make_file(dir_fd: int, name: str, mode: int) -> int:
+    """Make a file, which must not be there, and give it open for writing."""
+    return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+
+
+def write_durably(
+    dir_fd: int,
+    name: str,
+    data: bytes,
+    *,
+    mode: int = 0o640,
+    make: Callable[[int, str, int], int] = make_file,
+) -> None:
     """Replace a file so that after a crash either the old or the new content is there, never a part.
+
+    `make` makes the new file, under another name at first, and may make it longer than its content.
 
     Raises:
         OSError: the disk is full or broken; the old file is untouched then.
@@ -39,10 +61,11 @@ def write_durably(dir_fd: int, name: str, data: bytes, *, mode: int = 0o640) -> 
     # Made anew: what is there was left by a crash, or is a trap with another name or a reader somewhere else.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary, dir_fd=dir_fd)
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+    fd = make(dir_fd, temporary, mode)
     try:
         with os.fdopen(fd, "wb", closefd=False) as file:
             file.write(data)
+        os.ftruncate(fd, len(data))
         if os.geteuid() == 0:
             # Whoever owns the directory reads on when it is his turn; root needs no permission for its own.
             owner = os.fstat(dir_fd)
@@ -98,3 +121,107 @@ def exists(dir_fd: int, name: str) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+class _Level(NamedTuple):
+    """A directory on the way down: its name in the one above, what it is, and what to go into next."""
+
+    name: str
+    identity: tuple[int, int]
+    below: list[str]
+
+
+def remove_tree(at: int, name: str, deadline: float = inf) -> int:
+    """Remove a directory with all that is in it; gives the bytes that this frees. See `empty`."""
+    top = _enter(at, name)
+    try:
+        freed = empty(top, deadline)
+    finally:
+        os.close(top)
+    os.rmdir(name, dir_fd=at)
+    return freed
+
+
+def empty(top: int, deadline: float = inf) -> int:
+    """Remove all that is in a directory; gives the bytes that this frees.
+
+    How deep it goes was a stranger's to decide, so this takes neither recursion nor a descriptor for each
+    level; nor any room on the disk, which may be full. No link is followed, and no mount point crossed.
+
+    Raises:
+        TimeoutError: not all is gone at the deadline.
+        OSError: something cannot be removed, or is moved about meanwhile.
+    """
+    mount = _mount_of(top)
+    way = [_Level("", _identity(top), [])]
+    here = os.dup(top)
+    freed = 0
+    try:
+        while True:
+            below = way[-1].below
+            if not below:
+                freed += _unlink_files(here, below, deadline)
+            if below:
+                here = _instead_of(here, _enter(here, name := below.pop()))
+                if _mount_of(here) != mount:
+                    raise OSError(errno.EXDEV, "another file system is mounted there", name)
+                way.append(_Level(name, _identity(here), []))
+            elif len(way) > 1:
+                name = way.pop().name
+                here = _instead_of(here, os.open("..", DIRECTORY, dir_fd=here))
+                if _identity(here) != way[-1].identity:
+                    raise OSError(errno.ESTALE, "moved while it was removed", name)
+                os.rmdir(name, dir_fd=here)
+            else:
+                return freed
+    finally:
+        os.close(here)
+
+
+def check_time(deadline: float) -> None:
+    """Raise TimeoutError once it is over: somebody with a way into a directory could fill it for ever."""
+    if clock.now() >= deadline:
+        raise TimeoutError("it is too much for the time there is")
+
+
+def _enter(at: int, name: str) -> int:
+    """Open a directory, which its owner may have shut to himself: only root is not stopped by that."""
+    if os.geteuid() != 0:
+        fd = os.open(name, DIRECTORY | os.O_PATH, dir_fd=at)
+        try:
+            if os.fstat(fd).st_mode & stat.S_IRWXU != stat.S_IRWXU:
+                Path(f"/proc/self/fd/{fd}").chmod(stat.S_IRWXU)
+        finally:
+            os.close(fd)
+    return os.open(name, DIRECTORY, dir_fd=at)
+
+
+def _instead_of(old: int, new: int) -> int:
+    os.close(old)
+    return new
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    info = os.fstat(fd)
+    return info.st_dev, info.st_ino
+
+
+def _mount_of(fd: int) -> bytes:
+    # Not by the number of the device, which a bind mount shares, and a subvolume of btrfs does not.
+    lines = Path(f"/proc/self/fdinfo/{fd}").read_bytes().splitlines()
+    return next(line for line in lines if line.startswith(b"mnt_id:"))
+
+
+def _unlink_files(fd: int, below: list[str], deadline: float) -> int:
+    """Remove the files of a directory, and name some of its directories; gives the bytes that are freed."""
+    freed = 0
+    with os.scandir(fd) as entries:
+        for entry in entries:
+            check_time(deadline)
+            if not entry.is_dir(follow_symlinks=False):
+                info = entry.stat(follow_symlinks=False)
+                os.unlink(entry.name, dir_fd=fd)
+                freed += info.st_blocks * 512 if info.st_nlink == 1 else 0
+            elif len(below) < NAMES_AT_ONCE:
+                below.append(entry.name)
+    return freed

@@ -162,7 +162,7 @@ def test_a_file_that_grows_too_large(bench: Bench, command: str, code: str | Non
 
 @pytest.mark.parametrize(("command", "code"), [("exit 1", "E_DISK"), ("exit 0", None)])
 def test_a_disk_that_is_full_at_the_end(bench: Bench, command: str, code: str | None) -> None:
-    bench.start(lambda patch: patch.setattr(workspace, "room_left", lambda _: (0, 7)))
+    bench.start(lambda patch: patch.setattr(workspace, "room_left", lambda *_: (0, 7)))
     bench.submit("j1", command)
     assert bench.run("j1").code == code
 

@@ -1,0 +1,150 @@
+"""The jobs' disk, as the supervisor watches it: whether there is room for more jobs, and who makes some.
+
+Only looks here (statvfs, a few names); what takes time is done by one child at a time: a sweep
+(`sweeping.py`), or filling the reserve up again.
+"""
+
+import os
+from collections.abc import Callable
+from functools import partial
+from math import inf
+from multiprocessing.connection import Connection
+from typing import Any
+
+from aitbc_miner import reserve
+from aitbc_miner.children import Errands, Main
+from aitbc_miner.config import Workspace
+from aitbc_miner.control import Problem
+from aitbc_miner.messages import Retuned, SpaceWanted, Sweepable, Swept
+from aitbc_miner.sweeping import Sweep, sweep
+from aitbc_miner.util import clock
+from aitbc_miner.util.log import events
+
+MIB = 1 << 20
+SWEEP_S = 2.0
+# How often the agent is asked for what may go before its time, and what has failed is tried again.
+AGAIN_S = 5.0
+# Space that comes and goes around the limit must not make pulling go on and off: so much above it is enough.
+SLACK = 1 / 16
+
+
+class Storage:
+    """Keeps an eye on the disk of `workspace.root`; `tell` reaches the agent."""
+
+    def __init__(
+        self, kept: Workspace, errands: Errands, tell: Callable[[Swept | SpaceWanted], None]
+    ) -> None:
+        self._kept = kept
+        self._errands = errands
+        self._tell = tell
+        self._log = events("supervisor")
+        self._busy = False
+        # What a sweep that was broken off left half removed is looked for once at the start.
+        self._remains = True
+        self._to_sweep: dict[str, None] = {}
+        self._early: dict[str, None] = {}
+        self._ask_at = self._fill_at = self._sweep_at = 0.0
+        self.short = False
+        self.problem: Problem | None = None
+
+    def tick(self) -> bool:
+        """Look at the disk and have done what is due; True when pulling is to stop or may go on."""
+        before = self.short
+        try:
+            disk = os.statvfs(self._kept.root)
+            lacking = reserve.lacking(self._kept.root, self._kept.reserve_mb)
+        except OSError as error:
+            what = f"cannot look at workspace.root {self._kept.root}: {error.strerror}"
+            self.problem = Problem(what, "see that its disk is mounted and works")
+            return False
+        free = disk.f_bavail * disk.f_frsize
+        self._judge(free, lacking)
+        if not self._busy:
+            self._act(free, lacking)
+        return self.short is not before
+
+    def sweep(self, named: Sweepable) -> None:
+        """Have the directories of these jobs removed, as soon as there is a child to do it."""
+        (self._early if named.early else self._to_sweep).update(dict.fromkeys(named.job_ids))
+
+    @property
+    def _least(self) -> int:
+        return self._kept.min_free_mb * MIB
+
+    def _wanted(self, lacking: int) -> int:
+        """Give how much must be free before pulling goes on, once it has stopped: the reserve comes first."""
+        return self._least + int(self._least * SLACK) + lacking
+
+    def _judge(self, free: int, lacking: int) -> None:
+        limit = self._wanted(lacking) if self.short else self._least
+        was, self.short = self.short, free < limit
+        self.problem = None
+        if self.short:
+            self.problem = Problem(
+                f"workspace.root has {free // MIB} MB free, below workspace.min_free_mb "
+                f"({self._kept.min_free_mb}): no jobs are pulled",
+                f"free space on the disk of {self._kept.root}, or lower workspace.min_free_mb or keep_*",
+            )
+        if self.short is not was:
+            self._log.warning("disk is nearly full" if self.short else "disk has space again", free=free)
+
+    def _act(self, free: int, lacking: int) -> None:
+        now = clock.now()
+        may_sweep = now >= self._sweep_at
+        if may_sweep and (self._remains or self._to_sweep):
+            self._start_sweep(self._to_sweep, inf)
+        elif may_sweep and self.short and self._early:
+            self._start_sweep(self._early, self._wanted(lacking))
+        elif self.short and now >= self._ask_at:
+            self._ask_at = now + AGAIN_S
+            self._tell(SpaceWanted(self._wanted(lacking) - free))
+        # Never more than half of what there is: a job needs space, too, and may be about to give some back.
+        if not self._busy and 0 < 2 * lacking <= free and now >= self._fill_at:
+            self._fill_at = now + AGAIN_S
+            self._busy = self._start("reserve", partial(_fill, self._kept), Retuned, self._filled)
+
+    # --- children ------------------------------------------------------------------------------------------
+
+    def _start(self, name: str, main: Main, said: Any, done: Callable[[Any], None]) -> bool:
+        try:
+            self._errands.start(name, main, said, done)
+        except OSError as error:
+            # Out of processes for a moment; the next tick tries again.
+            self._log.warning("cannot start child", child=name, error=str(error))
+            return False
+        return True
+
+    def _start_sweep(self, job_ids: dict[str, None], enough: float) -> None:
+        main = partial(sweep, self._kept.root, list(job_ids), enough, SWEEP_S)
+        self._busy = self._start("sweep", main, Sweep, partial(self._swept, job_ids))
+
+    def _swept(self, job_ids: dict[str, None], said: Sweep | str) -> None:
+        self._busy = False
+        if isinstance(said, str):
+            # What it has done is found by the next one.
+            self._log.error("sweep failed", how=said)
+            self._remains = True
+            self._sweep_at = clock.now() + AGAIN_S
+            return
+        self._remains = said.unfinished
+        for job_id in (*said.gone, *said.kept):
+            job_ids.pop(job_id, None)
+        if not said.unfinished:
+            # There is space enough, and those left over are named again when there is not.
+            self._early.clear()
+        if said.gone or said.freed_bytes:
+            self._log.info("swept", jobs=len(said.gone), freed_bytes=said.freed_bytes)
+            self._tell(Swept(said.gone, said.freed_bytes))
+
+    def _filled(self, _: Retuned | str) -> None:
+        self._busy = False
+
+
+def _fill(kept: Workspace, pipe: "Connection[Any, Any]") -> None:
+    try:
+        reserve.fill(kept.root, kept.reserve_mb)
+    except OSError as error:
+        what = f"cannot set aside workspace.reserve_mb ({kept.reserve_mb}) for records: {error}"
+        events("supervisor").warning("no reserve", error=what)
+    # Not before: a child that closes it is taken for one that hangs up, and is ended.
+    pipe.close()
