@@ -16,8 +16,8 @@ from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import Coordinator, CoordinatorError, PulledJob, Unauthorized
 from aitbc_miner.database import Database
-from aitbc_miner.delivery import settle, take_back_refused
-from aitbc_miner.errors import ErrorCode
+from aitbc_miner.delivery import settle, take_back_refused, was_refused
+from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.fleet import Fleet, Seen
 from aitbc_miner.fleetwatch import FleetWatch
 from aitbc_miner.jobs import Outcome, State
@@ -41,7 +41,6 @@ from aitbc_miner.pruning import Pruning
 from aitbc_miner.pulling import Puller
 from aitbc_miner.queue import Kind, RetryQueue
 from aitbc_miner.queue_sqlite import SqliteQueue
-from aitbc_miner.records import RecordError
 from aitbc_miner.recovery import read_outcome, recover
 from aitbc_miner.reporting import Reporter
 from aitbc_miner.reruns import Reruns
@@ -82,7 +81,9 @@ class Agent:
         self._taker = Taker(
             self._bench, self._fleet, self._progress, self._stopping, self._conclude, self._enter
         )
-        self._puller = Puller(self._bench, self._taker.room, self._known, self._accept)
+        self._puller = Puller(
+            self._bench, self._taker.room, self._known, self._accept, self._taker.troubled_until
+        )
         self._watch = (
             FleetWatch(self._bench, self._fleet, self._taker.room, self._lost, self._seen)
             if self._fleet
@@ -190,10 +191,11 @@ class Agent:
                 # One that was given up on its way here came to nothing that anybody waits for.
                 nothing = Outcome(job_id=job_id, code=ErrorCode.E_CANCELLED, message=state.note or "")
                 outcome = job.outcome() or nothing
-        except (RecordError, OSError) as error:
+            self._accounts.enter(account_of(outcome, state, state.runner, state.delivery or ""))
+        except (MinerError, OSError) as error:
+            # On a full disk, say; the next start does it.
             bench.warn("cannot enter job", error, job_id=job_id)
             return
-        self._accounts.enter(account_of(outcome, state, state.runner, state.delivery or ""))
         bench.show(job_id, state.state, outcome=outcome)
 
     # --- jobs ----------------------------------------------------------------------------------------------
@@ -258,14 +260,17 @@ class Agent:
     def _retry_dead(self, job_id: str) -> Retried:
         try:
             with self._bench.records.open(job_id) as job:
-                was_refused = take_back_refused(job)
-                state = job.state().state
-        except (RecordError, OSError) as error:
+                state = job.state()
+                if not was_refused(state):
+                    why = "only what waits, or what the coordinator has refused, can be tried again"
+                    return Retried(
+                        job_id, f"cannot retry job {job_id}: it is {state.state}; {why}", done=False
+                    )
+                # First: what the books call settled is not even read at the next start.
+                self._accounts.reopen(job_id)
+                take_back_refused(job)
+        except (MinerError, OSError) as error:
             return Retried(job_id, f"cannot retry job {job_id}: {error}", done=False)
-        if not was_refused:
-            why = f"it is {state}; only what waits, or what the coordinator has refused, can be tried again"
-            return Retried(job_id, f"cannot retry job {job_id}: {why}", done=False)
-        self._accounts.reopen(job_id)
         self._bench.start("queue", partial(self._bench.queue.remove, Kind.REPORT, job_id), lambda _: None)
         self._bench.refused = max(0, self._bench.refused - 1)
         self._reporter.add(job_id)
@@ -281,10 +286,15 @@ class Agent:
     def _seen(self, seen: Seen) -> None:
         self._taker.resume(seen.taken)
         for job_id in seen.returned:
-            with self._bench.records.open(job_id) as job:
-                job.move(State.UPLOADING, delivery=None)
-            self._accounts.reopen(job_id)
-            self._reporter.add(job_id)
+            try:
+                # First: what the books call settled is not even read at the next start.
+                self._accounts.reopen(job_id)
+                with self._bench.records.open(job_id) as job:
+                    job.move(State.UPLOADING, delivery=None)
+            except (MinerError, OSError) as error:
+                self._bench.warn("cannot report job that nobody took", error, job_id=job_id)
+            else:
+                self._reporter.add(job_id)
 
     # --- progress ------------------------------------------------------------------------------------------
 

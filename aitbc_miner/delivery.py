@@ -111,10 +111,14 @@ def _send(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome)
     return "accepted"
 
 
+def was_refused(record: StateRecord) -> bool:
+    """Whether the coordinator refused the job's report, so that it may be sent once more."""
+    return record.state is State.FAILED and record.delivery == "refused"
+
+
 def take_back_refused(job: JobDir) -> bool:
     """Have a report that was refused sent once more, as it was at first; False when it was not refused."""
-    record = job.state()
-    if record.state is not State.FAILED or record.delivery != "refused":
+    if not was_refused(job.state()):
         return False
     # The state first: a crash in between leaves the report of the refusal, which is sent then.
     job.move(State.UPLOADING, delivery=None)

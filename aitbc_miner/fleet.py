@@ -64,16 +64,18 @@ class Fleet:
     def hold(self, job: JobDir, manifest: Manifest) -> bool:
         """Enter a job of ours that may run again, before it starts; False when another node has it.
 
-        Without the queue it goes on all the same, but nobody takes it over if this node dies.
+        Without the queue a new one goes on all the same, but nobody takes it over if this node dies.
 
         Raises:
+            QueueError: it was entered before, our lease is over, and the queue does not say whose it is now.
             RecordError, OSError: the token cannot be recorded.
         """
         state = job.state()
         if manifest.retry.max_attempts <= 1 and state.lease is None:
             return True
+        entered = state.lease is not None
         token = state.lease or secrets.token_hex(16)
-        if state.lease is None:
+        if not entered:
             # First: a crash right after the entry must not leave us without the token.
             state = job.write_state(replace(state, lease=token))
         # Whoever finds the lease run out cannot know how far it has come here.
@@ -82,8 +84,10 @@ class Fleet:
         try:
             ours = self._queue.hold(task, token, self._lease_s)
         except QueueError as error:
-            if job.job_id in self._tokens:
-                return True  # it was entered before
+            if entered:
+                if clock.now() < self._until.get(job.job_id, 0.0):
+                    return True
+                raise
             events("agent").warning("job not shared with the fleet", job_id=job.job_id, error=str(error))
             job.write_state(replace(state, lease=None))
             self._done[job.job_id] = token
@@ -111,13 +115,12 @@ class Fleet:
             self._tokens[state.job_id], self._until[state.job_id] = state.lease, began + self._lease_s
         return ours
 
-    def renew(self) -> list[str]:
-        """Renew all our leases; gives the jobs that another node has by now.
+    def renew(self, lost: list[str]) -> None:
+        """Renew all our leases; the jobs that another node has by now are appended to `lost`.
 
         Raises:
-            QueueError: the queue does not answer.
+            QueueError: the queue does not answer; what was found before counts.
         """
-        lost: list[str] = []
         for job_id, token in list(self._done.items()):
             self._queue.remove(Kind.RUN, job_id, token)
             self._done.pop(job_id, None)
@@ -127,7 +130,6 @@ class Fleet:
                 self._until[job_id] = began + self._lease_s
             elif self._tokens.pop(job_id, None) is not None:
                 lost.append(job_id)
-        return lost
 
     def done(self, state: StateRecord) -> None:
         """Let go of a job that is reported, or never was ours; without the queue, when it is back."""
@@ -155,13 +157,13 @@ class Fleet:
         self._offered[job.job_id] = clock.now()
         return given
 
-    def seek(self, records: Records, offers: list[Offer], knows: Callable[[str], bool]) -> Seen:
+    def seek(self, records: Records, offers: list[Offer], knows: Callable[[str], bool], seen: Seen) -> None:
         """Take over what waits for a node and fits the free slots `offers`; not what was here before.
 
         Raises:
-            QueueError: the queue does not answer.
+            QueueError: the queue does not answer; what is in `seen` by then is ours.
         """
-        seen, free = Seen([], []), list(offers)
+        free = list(offers)
         for task in self._queue.due(self._node_id, LOOKED_AT):
             if task.kind is not Kind.RUN:
                 continue
@@ -175,20 +177,26 @@ class Fleet:
             if handover and offer and self._take(records, task, handover[0]):
                 free.remove(offer)
                 seen.taken.append(task.job_id)
-        return seen
 
     def _take(self, records: Records, task: Task, handover: Handover) -> bool:
+        began = clock.now()
         claim = self._queue.claim(Kind.RUN, task.job_id, self._node_id, self._lease_s)
         if claim is None:
             return False
-        more = {"lease": claim.token, "origin": task.node, "attempt": claim.task.attempts}
         try:
-            records.create(task.job_id, bytes(handover.manifest), started=handover.started, **more)
+            records.create(
+                task.job_id,
+                bytes(handover.manifest),
+                lease=claim.token,
+                origin=task.node,
+                attempt=claim.task.attempts,
+                started=handover.started,
+            )
         except (RecordError, OSError) as error:
             events("agent").warning("cannot take job over", job_id=task.job_id, error=str(error))
             self._queue.put(task, PASS_ON_S, claim.token)
             return False
-        self._tokens[task.job_id] = claim.token
+        self._tokens[task.job_id], self._until[task.job_id] = claim.token, began + self._lease_s
         events("agent").info("job taken over", job_id=task.job_id, node=task.node, reason=task.reason)
         return True
 
@@ -197,11 +205,16 @@ class Fleet:
         return task.node == self._node_id and clock.now() - since > GIVE_UP_S
 
     def _take_back(self, records: Records, task: Task) -> bool:
-        claim = self._queue.claim(Kind.RUN, task.job_id, self._node_id, self._lease_s)
-        if claim is None:
+        try:
+            with records.open(task.job_id) as job:
+                state = job.state()
+                claim = self._queue.claim(Kind.RUN, task.job_id, self._node_id, self._lease_s)
+                if claim is None:
+                    return False
+                job.write_state(replace(state, lease=claim.token))
+        except (RecordError, OSError) as error:
+            events("agent").warning("cannot take job back", job_id=task.job_id, error=str(error))
             return False
-        with records.open(task.job_id) as job:
-            job.write_state(replace(job.state(), lease=claim.token))
         self._tokens[task.job_id] = claim.token
         return True
 

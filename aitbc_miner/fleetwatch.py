@@ -46,30 +46,36 @@ class FleetWatch:
         self._busy = True
         self._bench.start("queue", partial(self._ask, self._room()), self._asked)
 
-    def _ask(self, offers: list[Offer]) -> tuple[list[str], Seen]:
-        """Renew and look; runs in a thread."""
-        lost = self._fleet.renew()
-        if not (offers and self._bench.token):
-            return lost, Seen([], [])
-        return lost, self._fleet.seek(self._bench.records, offers, self._bench.accounts.knows)
-
-    def _asked(self, future: Future[tuple[list[str], Seen]]) -> None:
-        self._busy = False
-        self._due = clock.now() + min(self._every_s, self._bench.config.coordinator.poll_interval_s)
+    def _ask(self, offers: list[Offer]) -> tuple[list[str], Seen, Exception | None]:
+        """Renew and look; runs in a thread. What was found before an error is dealt with all the same."""
+        lost: list[str] = []
+        seen = Seen([], [])
         try:
-            lost, seen = future.result()
-        except QueueError as error:
+            self._fleet.renew(lost)
+            if offers and self._bench.token:
+                self._fleet.seek(self._bench.records, offers, self._bench.accounts.knows, seen)
+        except Exception as error:  # noqa: BLE001  # one odd task must not end the agent, again and again
+            return lost, seen, error
+        return lost, seen, None
+
+    def _asked(self, future: Future[tuple[list[str], Seen, Exception | None]]) -> None:
+        self._busy = False
+        lost, seen, error = future.result()
+        self._due = clock.now() + min(self._every_s, self._bench.config.coordinator.poll_interval_s)
+        if error is not None:
             self._due = clock.now() + self._every_s
-            # Once, not at every try; what we hold goes on.
-            if not self._down:
-                self._bench.warn("queue of the fleet out of reach", error)
-            self._down = True
-            self._bench.failed(error)
-            return
-        if self._down:
+            self._failed(error)
+        elif self._down:
             self._bench.log.info("queue of the fleet is back")
             self._bench.worked()
-        self._down = False
+            self._down = False
         for job_id in lost:
             self._lost(job_id)
         self._seen(seen)
+
+    def _failed(self, error: Exception) -> None:
+        # Once, not at every try; what we hold goes on.
+        if not (self._down and isinstance(error, QueueError)):
+            self._bench.warn("queue of the fleet out of reach", error)
+        self._down = True
+        self._bench.failed(error)

@@ -26,11 +26,11 @@ from aitbc_miner.delivery import conclude
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.fleet import Fleet
 from aitbc_miner.inputs import InputLimits, fetch_inputs
-from aitbc_miner.jobs import Manifest, ManifestError, Outcome, State, decode_manifest
+from aitbc_miner.jobs import Manifest, ManifestError, Outcome, State, StateRecord, decode_manifest
 from aitbc_miner.messages import Offer, Ticket
 from aitbc_miner.placing import refuse_hopeless
 from aitbc_miner.records import BUILDING, JobDir, RecordError, Records
-from aitbc_miner.util import clock
+from aitbc_miner.util import clock, fs
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
 
@@ -127,6 +127,7 @@ class Intake:
 
         Raises:
             JobError: it cannot be done here. Gone, Refused, _NeverOurs, _TakenOver: it is not ours.
+            QueueError, CoordinatorError: nobody says now whether it still is.
         """
         manifest = _read_manifest(job)
         ticket = Ticket(job.job_id, manifest.runner, manifest.requirements, manifest.priority, clock.now())
@@ -138,8 +139,11 @@ class Intake:
                 raise
             # Another node may do it, if only it is accepted.
             hopeless = error
-        if job.state().state is State.PULLED:
+        state = job.state()
+        if state.state is State.PULLED:
             self._acknowledge(job, manifest.runner)
+        elif self._fleet is not None and not self._fleet.is_ours(state):
+            self._acknowledge_again(state)
         self._acked(job.job_id, manifest.runner)
         if self._fleet is not None and not self._fleet.hold(job, manifest):
             raise _TakenOver("another node of the fleet has it")
@@ -162,11 +166,19 @@ class Intake:
             # Whatever is so odd about it: nothing else depends on this job.
             log.exception("refusal not delivered", error=str(error))
 
+    def _acknowledge_again(self, state: StateRecord) -> None:
+        """Have the coordinator say whose a job is that the queue does not know as ours.
+
+        Another node may have it, or have done it and left nothing there; or it was never entered.
+        """
+        try:
+            self._coordinator.ack(*_ack_ids(state))
+        except Gone as error:
+            raise _TakenOver("another node of the fleet has done it") from error
+
     def _acknowledge(self, job: JobDir, runner: str) -> None:
         backoff = Backoff(0.5, self._config.heartbeat.backoff.max_s)
-        # Who held it until now, where it was another node of the fleet.
-        origin = job.state().origin
-        ids = [job.job_id] if origin is None else [job.job_id, origin]
+        ids = _ack_ids(job.state())
         since: float | None = None
         while True:
             try:
@@ -203,7 +215,12 @@ class Intake:
         # Of an attempt that was broken off by a restart, perhaps right after this very line.
         shutil.rmtree(into, ignore_errors=True)
         # No other job's user may read them while this job waits.
-        into.mkdir(mode=0o700)
+        try:
+            into.mkdir(mode=0o700)
+        except OSError as error:
+            if error.errno in fs.FULL:
+                raise JobError(ErrorCode.E_DISK, "cannot take inputs: the disk is full") from error
+            raise
         most = self._config.coordinator.max_input_mb * MB
         fetch_inputs(
             manifest,
@@ -216,6 +233,11 @@ class Intake:
     def _refuse(self, job: JobDir, error: JobError) -> Taken:
         conclude(job, error.code, error.message)
         return Taken(job.job_id, report=True)
+
+
+def _ack_ids(state: StateRecord) -> list[str]:
+    """Name the job, and who held it until now, where that was another node of the fleet."""
+    return [state.job_id] if state.origin is None else [state.job_id, state.origin]
 
 
 def _read_manifest(job: JobDir) -> Manifest:

@@ -12,6 +12,7 @@ from aitbc_miner.jobs import State, valid_job_id
 from aitbc_miner.messages import CancelJob, JobReady, Offer, Slots, Ticket
 from aitbc_miner.placing import room
 from aitbc_miner.progress import ProgressBook
+from aitbc_miner.queue import QueueError
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.workbench import Workbench
@@ -51,6 +52,7 @@ class Taker:
         self._cancels: dict[str, threading.Event] = {}
         self._to_resume: list[str] = []
         self._resume_at = 0.0
+        self._troubled_until = 0.0
         self._backoff = Backoff(
             bench.config.coordinator.poll_interval_s, bench.config.heartbeat.backoff.max_s
         )
@@ -170,6 +172,8 @@ class Taker:
         # What is not recorded is not acknowledged either, and will be handed out again.
         self._unplaced.pop(job_id, None)
         self._resume_at = clock.now() + self._backoff.next()
+        if not isinstance(error, QueueError):
+            self._troubled_until = self._resume_at
         if self._bench.records.known(job_id):
             self._to_resume.append(job_id)
         else:
@@ -179,7 +183,7 @@ class Taker:
 
     def troubled_until(self) -> float:
         """Until when it is no use to pull more, since what was pulled could not be taken in."""
-        return self._resume_at
+        return self._troubled_until
 
 
 def by_coordinator(job_id: str) -> CancelJob:

@@ -2,45 +2,37 @@
 
 import logging
 import socket
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
 
 import pytest
+from agent_bench import FREE, NODE, TOKEN, Around, Desk, config_in
 from msgspec.structs import replace
-from test_intake import CONFIG, FakeCoordinator, pulled
+from test_intake import pulled
 
-from aitbc_miner.agent import MAX_KNOWN, Agent
-from aitbc_miner.channel import Channel
-from aitbc_miner.config import Config, Workspace
-from aitbc_miner.coordinator import CoordinatorError, PulledJob, PullFilters, Unauthorized
+from aitbc_miner.agent import Agent
+from aitbc_miner.config import Config, Heartbeat
+from aitbc_miner.coordinator import CoordinatorError, Refused, Unauthorized
 from aitbc_miner.credentials import digest
-from aitbc_miner.delivery import Delivered
+from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.intake import Taken
+from aitbc_miner.intake import Intake
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import (
     CancelJob,
-    FromAgent,
+    Counted,
     JobReady,
     JobSettled,
     JobUpdate,
-    NodeToken,
-    Offer,
-    PrivateLine,
-    Slots,
-    SlotView,
-    Ticket,
-    ToAgent,
+    Recovered,
+    Retried,
+    RetryJob,
     TokenWanted,
 )
-from aitbc_miner.slot import SlotState
+from aitbc_miner.pulling import MAX_KNOWN
+from aitbc_miner.queue import Kind
 from aitbc_miner.util import clock
 
-T = TypeVar("T")
-TOKEN = "node-t0ken"
 ODD: list[Exception] = [
     ValueError("odd"),
     RecursionError("deep"),
@@ -48,143 +40,141 @@ ODD: list[Exception] = [
     OSError(5, "Input/output error"),
     CoordinatorError("cannot talk: 500"),
 ]
-OFFER = Offer("cpu0", "cpu", 4, 4096, 0, ("cli",))
-FREE = Slots([SlotView(OFFER, SlotState.IDLE, free=True)], [], accepting=True)
 
 
-class Coordinator(FakeCoordinator):
-    """Hands out what is in `jobs`; says of `cancel` that they are not wanted any more."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.jobs: list[PulledJob | None] = []
-        self.asked: list[PullFilters] = []
-        self.told = threading.Event()
-        self.token = ""
-
-    def use_token(self, token: str) -> None:
-        self.token = token
-
-    def pull(self, filters: PullFilters) -> PulledJob | None:
-        self.asked.append(filters)
-        return self.jobs.pop() if self.jobs else None
-
-    def progress(self, job_id: str, pct: float, note: str) -> bool:
-        return True
-
-
-class Rig:
-    """An agent whose loop the test turns itself, and the other ends of its channels."""
+class Rig(Around):
+    """An agent whose loop the test turns itself."""
 
     def __init__(self, config: Config) -> None:
-        ends = [*socket.socketpair(), *socket.socketpair()]
-        self.ends = ends
-        channel: Channel[ToAgent] = Channel(ends[0], ToAgent)
-        line: Channel[PrivateLine] = Channel(ends[2], PrivateLine)
-        self.supervisor: Channel[FromAgent] = Channel(ends[1], FromAgent)
-        self.heartbeat: Channel[PrivateLine] = Channel(ends[3], PrivateLine)
-        self.coordinator = Coordinator()
-        self.agent = Agent(channel, line, config, self.coordinator, lambda token: None)
+        super().__init__()
+        self.agent = Agent(self.channel, self.line, config, self.coordinator, lambda _: None)
+        self.bench = self.agent._bench
 
-    def said(self) -> list[FromAgent]:
-        try:
-            return self.supervisor.receive()
-        except BlockingIOError:
-            return []
+    def turn(self, done: Callable[[], object]) -> None:
+        """Turn the loop, but for its waiting, until something is so."""
 
-    def turn_until(self, done: Callable[[], object]) -> None:
-        deadline = clock.now() + 20
-        while not done():
-            assert clock.now() < deadline
-            self.agent._background.finish()
-            threading.Event().wait(0.005)
+        def over() -> object:
+            self.agent._retry_due()
+            for part in self.agent._parts():
+                part.start_due()
+            self.agent._start_progress()
+            return done()
 
-    def register(self) -> None:
-        self.heartbeat.send(NodeToken(TOKEN))
-        assert self.agent._token.receive()
+        self.turn_until(over)
 
     def close(self) -> None:
         self.agent._stopping.set()
-        for pool in self.agent._pools.values():
-            pool.shutdown()
-        for end in self.ends:
-            end.close()
+        super().close()
 
 
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
-    made = Rig(replace(CONFIG, workspace=Workspace(tmp_path)))
+    made = Rig(config_in(tmp_path))
     yield made
     made.close()
 
 
-def failed(error: Exception) -> "Future[Any]":
-    future: Future[Any] = Future()
-    future.set_exception(error)
-    return future
+@pytest.fixture
+def left(tmp_path: Path) -> Iterator[Desk]:
+    """What an earlier run of the node has left on disk."""
+    desk = Desk(tmp_path)
+    yield desk
+    desk.close()
 
 
-def done(value: T) -> "Future[T]":
-    future: Future[T] = Future()
-    future.set_result(value)
-    return future
+@pytest.fixture
+def started(left: Desk, tmp_path: Path) -> Iterator[Callable[[], Rig]]:
+    """Start the agent on what was left."""
+    rigs: list[Rig] = []
+
+    def start() -> Rig:
+        beating = Heartbeat(backoff=replace(Heartbeat().backoff, min_s=0.01, max_s=0.01))
+        rigs.append(Rig(replace(config_in(tmp_path), heartbeat=beating)))
+        rigs[-1].agent._recover()
+        return rigs[-1]
+
+    yield start
+    for each in rigs:
+        each.close()
 
 
-def record(rig: Rig, job_id: str = "j1") -> None:
-    rig.agent._records.create(job_id, pulled(job_id=job_id).raw)
+def failed_so_far(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
 
 
-def tracebacks(caplog: pytest.LogCaptureFixture) -> int:
-    return sum(bool(each.exc_info) for each in caplog.records if each.levelno >= logging.WARNING)
+def record(rig: Rig, job_id: str = "j1", code: ErrorCode | None = None) -> None:
+    rig.bench.records.create(job_id, pulled(job_id=job_id).raw)
+    with rig.bench.records.open(job_id) as job:
+        job.write_outcome(Outcome(job_id, code=code))
+
+
+# --- odd replies -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", ODD, ids=repr)
 def test_no_reply_ends_the_agent(rig: Rig, error: Exception, caplog: pytest.LogCaptureFixture) -> None:
     agent, before = rig.agent, clock.now()
-    agent._pulled(failed(error))
-    # Tried again, but not at once.
-    assert agent._pull_at > before
+    for call in ("pull", "result", "progress"):
+        rig.coordinator.answers[call] = [error]
+    rig.register()
+    agent._obey(FREE)
     record(rig)
-    agent._report_on("j1")
-    assert agent._schedule.start_due(clock.now(), 1) == ["j1"]
-    agent._delivered("j1", failed(error))
-    due = agent._schedule.next_due()
-    assert due is not None
-    assert due > before
-    agent._progress.began("j1", clock.now())
-    agent._progressed("j1", failed(error))
-    assert "j1" in agent._progress
+    agent._report("j1")
+    agent._progress.note("j2", 1.0, "", clock.now() - 10)
+    rig.turn(lambda: not any(rig.coordinator.answers.values()))
     foreseen = isinstance(error, CoordinatorError | OSError)
-    assert tracebacks(caplog) == (0 if foreseen else 3)
+    said = {"pull failed", "report not accepted"} | (
+        set() if isinstance(error, CoordinatorError) else {"progress not accepted"}
+    )
+    rig.turn_until(lambda: said <= set(failed_so_far(caplog)))
+    # Tried again, but not at once.
+    for part in (agent._puller, agent._reporter):
+        due = part.next_due()
+        assert due is not None
+        assert due > before
+    assert "j1" in agent._reporter
+    assert "j2" in agent._progress
+    tracebacks = sum(bool(each.exc_info) for each in caplog.records if each.levelno >= logging.WARNING)
+    assert tracebacks == (0 if foreseen else 3)
 
 
 @pytest.mark.parametrize("error", ODD, ids=repr)
-@pytest.mark.parametrize("known", [True, False])
-def test_no_job_ends_the_agent_while_it_is_taken_in(rig: Rig, error: Exception, known: bool) -> None:
-    agent = rig.agent
-    if known:
-        record(rig)
-    agent._unplaced["j1"] = None
-    agent._cancels["j1"] = threading.Event()
-    before = clock.now()
-    agent._taken("j1", failed(error))
-    assert agent._unplaced == {}
-    assert min(agent._resume_at, agent._pull_at) > before
-    # What is not on disk comes from the coordinator once more.
-    assert (agent._to_resume, list(agent._cancels)) == ((["j1"], ["j1"]) if known else ([], []))
+def test_nothing_is_pulled_while_what_was_pulled_cannot_be_taken_in(
+    rig: Rig, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Intake, "take", fail)
+    rig.register()
+    rig.agent._obey(FREE)
+    rig.coordinator.jobs = [pulled()]
+    rig.turn(lambda: rig.coordinator.asked and rig.agent._taker.troubled_until() > clock.now())
+    rig.turn_until(lambda: rig.agent._puller.next_due() is not None)
+    assert rig.agent._puller.next_due() == rig.agent._taker.troubled_until()
+    # What is not on disk comes from the coordinator once more: it is not called known.
+    assert rig.agent._known() == []
 
 
 def test_a_job_whose_record_is_in_the_way_ends_nothing(rig: Rig) -> None:
-    (rig.agent._config.workspace.root / "j1").mkdir()
-    (rig.agent._config.workspace.root / "j1/state.json").symlink_to("/dev/null")
-    rig.agent._pulled(done(pulled()))
+    root = rig.bench.records.root
+    (root / "j1").mkdir()
+    (root / "j1/state.json").symlink_to("/dev/null")
+    rig.register()
+    rig.agent._obey(FREE)
+    rig.coordinator.jobs = [pulled()]
+    rig.turn(lambda: rig.coordinator.asked and rig.agent._puller.next_due())
     rig.agent._settle(JobSettled("j1", "its worker ended"))
     assert any(isinstance(each, JobUpdate) for each in rig.said())
 
 
+# --- the token ---------------------------------------------------------------------------------------------
+
+
 def test_an_unregistered_agent_waits(rig: Rig) -> None:
+    rig.agent._pruning.start_due()
     record(rig)
-    rig.agent._report_on("j1")
+    rig.agent._report("j1")
     rig.agent._progress.note("j1", 1.0, "", clock.now() - 10)
     assert rig.agent._pause() > 1
     rig.register()
@@ -192,35 +182,65 @@ def test_an_unregistered_agent_waits(rig: Rig) -> None:
 
 
 def test_a_refused_token_is_named_and_not_told(rig: Rig) -> None:
-    rig.agent._note_error(Unauthorized("cannot pull a job: 401"))
+    rig.bench.failed(Unauthorized("cannot pull a job: 401"))
     rig.register()
     assert rig.coordinator.token == TOKEN
-    rig.agent._note_error(Unauthorized("cannot pull a job: 401"))
+    rig.bench.failed(Unauthorized("cannot pull a job: 401"))
     # Before there was one, there was nothing to refuse.
     assert rig.heartbeat.receive() == [TokenWanted(refused=digest(TOKEN))]
 
 
+# --- pulling -----------------------------------------------------------------------------------------------
+
+
 def test_the_coordinator_is_told_of_all_that_is_here(rig: Rig) -> None:
     agent = rig.agent
-    rig.register()
-    agent._see(FREE)
     for number in range(MAX_KNOWN + 10):
-        agent._schedule.add(f"old-{number}", clock.now())
+        agent._reporter.add(f"old-{number}")
     agent._progress.began("runs", clock.now())
-    agent._schedule.add("runs", clock.now())
-    agent._pull_at = 0.0
-    agent._start_pull()
-    rig.turn_until(lambda: rig.coordinator.asked and not agent._pulling)
+    agent._reporter.add("runs")
+    agent._reruns.hurry("waits")
+    agent._taker.resume(["resumed"])
+    rig.register()
+    agent._obey(FREE)
+    agent._puller.start_due()
+    rig.turn_until(lambda: rig.coordinator.asked)
     known = rig.coordinator.asked[0].known
-    assert known[:2] == ["runs", f"old-{MAX_KNOWN + 9}"]
+    assert known[:4] == ["resumed", "runs", "waits", f"old-{MAX_KNOWN + 9}"]
     assert len(known) == len(set(known)) == MAX_KNOWN
 
 
+@pytest.mark.parametrize("swept", [False, True])
+def test_a_job_that_is_done_is_not_run_again(rig: Rig, swept: bool) -> None:
+    rig.register()
+    rig.agent._obey(FREE)
+    record(rig)
+    rig.agent._report("j1")
+    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    if swept:
+        rig.bench.records.set_aside("j1")
+    before = len(rig.coordinator.told)
+    rig.coordinator.jobs = [pulled()]
+    assert not rig.agent._accept(pulled())
+    # Its report is said once more, if there is one.
+    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    assert rig.coordinator.told[before:] == ([] if swept else [("result", "j1")])
+    assert "j1" not in rig.agent._taker
+
+
+# --- one job -----------------------------------------------------------------------------------------------
+
+
 def test_a_job_is_ours_before_it_is_ready(rig: Rig) -> None:
-    rig.agent._see(FREE)
-    rig.agent._pulled(done(pulled()))
-    rig.turn_until(lambda: not rig.agent._cancels)
-    said = [each for each in rig.said() if isinstance(each, JobUpdate | JobReady)]
+    rig.agent._obey(FREE)
+    assert rig.agent._accept(pulled())
+    said: list[object] = []
+
+    def ready() -> bool:
+        said.extend(each for each in rig.said() if isinstance(each, JobUpdate | JobReady))
+        return any(isinstance(each, JobReady) for each in said)
+
+    rig.turn_until(ready)
     assert [each.state if isinstance(each, JobUpdate) else "ready" for each in said] == [
         State.PULLED,
         State.ACKED,
@@ -231,38 +251,197 @@ def test_a_job_is_ours_before_it_is_ready(rig: Rig) -> None:
 @pytest.mark.parametrize("by", ["the coordinator", "an operator"])
 def test_a_job_is_cancelled_while_its_inputs_are_fetched(rig: Rig, by: str) -> None:
     agent = rig.agent
-    agent._see(FREE)
+    agent._obey(FREE)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/a"
-        agent._pulled(done(pulled(input={"urls": [url]})))
+        agent._accept(pulled(input={"urls": [url]}))
         rig.turn_until(lambda: "j1" in agent._progress)
         if by == "an operator":
             agent._obey(CancelJob("j1", "cancel", by))
         else:
-            agent._progressed("j1", done(value=True))
-        rig.turn_until(lambda: not agent._cancels)
-    assert "j1" in agent._schedule
+            rig.register()
+            rig.coordinator.wants_end = True
+            agent._progress.note("j1", 0.0, "", clock.now() - 10)
+            agent._start_progress()
+        rig.turn_until(lambda: "j1" in agent._reporter)
     assert "j1" not in agent._progress
-    with agent._records.open("j1") as job:
+    with rig.bench.records.open("j1") as job:
         outcome = job.outcome()
     assert outcome is not None
     assert outcome.code is ErrorCode.E_CANCELLED
     assert not [each for each in rig.said() if isinstance(each, CancelJob | JobReady)]
 
 
-def test_a_cancel_that_comes_too_late_for_the_inputs_follows_the_job(rig: Rig) -> None:
-    rig.agent._cancels["j1"] = threading.Event()
-    rig.agent._progressed("j1", done(value=True))
-    rig.agent._taken("j1", done(Taken("j1", Ticket("j1", "cli"))))
-    rig.agent._progressed("j1", done(value=True))
-    kinds = [type(each) for each in rig.said()]
-    assert kinds == [JobReady, CancelJob, CancelJob]
-
-
 def test_an_accepted_report_is_over(rig: Rig) -> None:
+    rig.register()
     record(rig)
-    rig.agent._report_on("j1")
-    rig.agent._schedule.start_due(clock.now(), 1)
-    rig.agent._delivered("j1", done(Delivered("j1", Outcome("j1"), "accepted")))
-    assert "j1" not in rig.agent._schedule
-    assert [each.state for each in rig.said() if isinstance(each, JobUpdate)] == [State.UPLOADING, State.DONE]
+    rig.agent._report("j1")
+    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    assert rig.shown() == [State.UPLOADING, State.DONE]
+    assert rig.bench.accounts.knows("j1")
+
+
+# --- the start ---------------------------------------------------------------------------------------------
+
+
+def test_each_job_goes_on_where_it_was(left: Desk, started: Callable[[], Rig]) -> None:
+    left.record("new")
+    left.record("sends", State.ACKED, State.UPLOADING)
+    left.conclude("sends")
+    left.record("ended", State.ACKED, State.PREP, State.RUNNING)
+    left.conclude("ended", ErrorCode.E_EXIT)
+    left.record("waits", State.ACKED, State.RETRY_WAIT)
+    left.record("runs", State.ACKED, State.PREP, State.RUNNING)
+    left.record("done", State.ACKED, State.UPLOADING)
+    left.conclude("done")
+    with left.bench.records.open("done") as job:
+        job.move(State.DONE, delivery="accepted")
+    (left.bench.records.root / "torn").mkdir()
+    rig = started()
+    agent = rig.agent
+    assert agent._taker.ids() == ["new"]
+    assert set(agent._reporter.newest()) == {"sends", "ended"}
+    assert agent._reruns.ids() == ["waits"]
+    # The node died between the coordinator's word and the books.
+    assert rig.bench.accounts.knows("done")
+    said = rig.said()
+    (recovered,) = [each for each in said if isinstance(each, Recovered)]
+    assert [found.job_id for found in recovered.started] == ["runs"]
+    assert Counted("broken_records") in said
+    assert rig.coordinator.asked == []
+
+
+def test_what_cannot_be_entered_in_the_books_is_entered_at_the_next_start(
+    left: Desk, started: Callable[[], Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left.record("done", State.ACKED, State.UPLOADING)
+    left.conclude("done")
+    with left.bench.records.open("done") as job:
+        job.move(State.DONE, delivery="accepted")
+
+    def full(*_: object) -> None:
+        raise DatabaseError("cannot write: database or disk is full; free space")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("aitbc_miner.accounts.Accounts.enter", full)
+        assert not started().bench.accounts.knows("done")
+    assert started().bench.accounts.knows("done")
+
+
+# --- the operator's retry ----------------------------------------------------------------------------------
+
+
+def retried(rig: Rig, job_id: str = "j1") -> Retried:
+    rig.agent._obey(RetryJob(job_id))
+    (said,) = [each for each in rig.said() if isinstance(each, Retried)]
+    assert said.job_id == job_id
+    return said
+
+
+def refused(rig: Rig) -> None:
+    rig.register()
+    record(rig)
+    rig.coordinator.answers = {"result": [Refused("413", 413)], "fail": [Refused("400", 400)]}
+    rig.agent._report("j1")
+    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    rig.note_all()
+
+
+def test_a_refused_report_is_among_the_dead_and_can_be_sent_once_more(rig: Rig) -> None:
+    refused(rig)
+    assert [(task.kind, task.job_id) for task in rig.bench.queue.dead()] == [(Kind.REPORT, "j1")]
+    assert rig.bench.refused == 1
+    assert retried(rig).done
+    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    rig.note_all()
+    assert [call for call, _ in rig.coordinator.told] == ["result", "fail", "result"]
+    with rig.bench.records.open("j1") as job:
+        assert (job.state().state, job.state().delivery) == (State.DONE, "accepted")
+    row = rig.bench.accounts.of("j1")
+    assert row is not None
+    assert (row.delivery, row.code) == ("accepted", None)
+    assert (rig.bench.queue.dead(), rig.bench.queue.waiting(Kind.REPORT, NODE)) == ([], [])
+    assert rig.bench.refused == 0
+    assert "j1" in rig.bench.accounts.settled()
+
+
+@pytest.mark.parametrize("step", ["reopen", "move"])
+def test_a_crash_while_a_report_is_taken_back_loses_neither(
+    rig: Rig, started: Callable[[], Rig], monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    refused(rig)
+    where = "accounts.Accounts.reopen" if step == "reopen" else "records.JobDir.move"
+
+    class Cut(BaseException):
+        """The power is gone."""
+
+    def cut(*_: object, **__: object) -> None:
+        raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"aitbc_miner.{where}", cut)
+        with pytest.raises(Cut):
+            rig.agent._obey(RetryJob("j1"))
+    again = started()
+    # As if nobody had asked; and it can be asked for again.
+    assert retried(again).done
+    again.register()
+    again.turn(lambda: "j1" not in again.agent._reporter)
+    with again.bench.records.open("j1") as job:
+        assert job.state().delivery == "accepted"
+
+
+def test_what_waits_is_tried_or_sent_now(rig: Rig) -> None:
+    rig.register()
+    record(rig)
+    rig.coordinator.answers["result"] = [CoordinatorError("cannot report: 500")] * 2
+    rig.agent._report("j1")
+    rig.turn(lambda: not rig.agent._reporter._lanes["report"].running and rig.coordinator.told)
+    assert retried(rig).done
+    assert (rig.agent._reporter.next_due() or 0.0) <= clock.now()
+    rig.agent._reruns._due["j2"] = clock.now() + 1000
+    assert retried(rig, "j2").done
+    assert rig.agent._reruns.take_due() == ["j2"]
+
+
+def test_what_is_over_is_not_tried_again(rig: Rig) -> None:
+    rig.register()
+    record(rig)
+    rig.agent._report("j1")
+    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    for job_id, why in {"j1": "it is DONE", "j2": "cannot open job j2"}.items():
+        said = retried(rig, job_id)
+        assert not said.done
+        assert why in said.message
+
+
+# --- another attempt ---------------------------------------------------------------------------------------
+
+
+def test_a_job_that_never_started_is_made_ready_again(left: Desk, started: Callable[[], Rig]) -> None:
+    left.record("j1", State.ACKED, State.PREP)
+    rig = started()
+    rig.register()
+    rig.agent._obey(FREE)
+    rig.agent._settle(JobSettled("j1", "its worker was killed"))
+    assert ("j1" in rig.agent._reruns, "j1" in rig.agent._reporter) == (True, False)
+    said: list[object] = []
+
+    def ready() -> bool:
+        said.extend(each for each in rig.said() if isinstance(each, JobReady))
+        return bool(said)
+
+    rig.turn(ready)
+    assert rig.coordinator.told == []
+    with rig.bench.records.open("j1") as job:
+        assert (job.state().state, job.state().attempt) == (State.RETRY_WAIT, 2)
+
+
+def test_a_job_that_was_started_is_reported_lost(left: Desk, started: Callable[[], Rig]) -> None:
+    left.record("j1", State.ACKED, State.PREP, State.RUNNING)
+    rig = started()
+    rig.agent._settle(JobSettled("j1", "its worker was killed"))
+    assert ("j1" in rig.agent._reruns, "j1" in rig.agent._reporter) == (False, True)
+    rig.register()
+    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    assert rig.coordinator.told == [("fail", "j1")]

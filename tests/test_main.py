@@ -142,11 +142,11 @@ def test_run_gives_the_node_its_configuration_and_its_exit_status(
         return 7
 
     monkeypatch.setattr("aitbc_miner.node.run_node", run_node)
-    site.keys["queue"] = {"max_attempts": 9}
+    site.keys["services_dir"] = "/etc/other"
     monkeypatch.setattr(sys, "argv", ["aitbc-miner", "run", "--config", str(site.write())])
     assert main.main() == 7
     assert given[0][0].node_id == "node-x"
-    assert "queue.max_attempts has no effect" in given[0][1][0]
+    assert "services_dir has no effect" in given[0][1][0]
 
 
 # --- check -------------------------------------------------------------------------------------------------

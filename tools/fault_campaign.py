@@ -204,10 +204,12 @@ class Campaign:
                 # Without a worker it may have been given to one that had no time to write that down.
                 if worker is None or worker in workers:
                     self._fates.at_risk.add(job_id)
-        if moment and moment.boundary in LOSING and moment.job_id and moment.pid in workers:
-            # A program that has begun is the one thing that nobody holds: it may have ended before the kill.
-            if moment.boundary != Boundary("started", Side.AFTER) or not self._came_to_an_end(moment.job_id):
-                self._fates.doomed.add(moment.job_id)
+        if moment is None or moment.job_id is None or moment.pid not in workers:
+            return
+        # A program that has begun is the one thing that nobody holds: it may have ended before the kill.
+        free = moment.boundary == Boundary("started", Side.AFTER) and self._came_to_an_end(moment.job_id)
+        if moment.boundary in LOSING and not free:
+            self._fates.doomed.add(moment.job_id)
 
     def _came_to_an_end(self, job_id: str) -> bool:
         try:

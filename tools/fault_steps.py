@@ -183,7 +183,10 @@ class _Conversation(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         # Who was killed at the boundary does not read the answer any more.
         with suppress(BrokenPipeError, ConnectionResetError):
-            operation, pid, first, second = self.rfile.readline().decode().rstrip("\n").split("\t")
+            asked = self.rfile.readline().decode().rstrip("\n").split("\t")
+            if len(asked) < 4:
+                return  # killed in the middle of the question
+            operation, pid, first, second = asked
             number, moment = self.server.gate.before(operation, int(pid), first, second)
             self.wfile.write(b"%d\n" % number)
             said = self.rfile.readline()

@@ -126,7 +126,7 @@ def test_the_state_is_in_a_directory_of_its_own(
     node = node_factory().start()
     scrape(node)
     state = (node.directory / "state").stat()
-    assert stat.S_IMODE(state.st_mode) & 0o027 == 0
+    assert stat.S_IMODE(state.st_mode) & 0o022 == 0
     assert state.st_uid == node.jobs.stat().st_uid == (node.directory / "state" / FILE).stat().st_uid
 
 

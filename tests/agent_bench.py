@@ -1,0 +1,242 @@
+"""What the agent's parts work with, for tests: real records, a real database, and a coordinator by script."""
+
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from msgspec.structs import replace
+from mute_coordinator import MuteCoordinator
+from test_intake import CONFIG, pulled
+
+from aitbc_miner.accounts import Accounts
+from aitbc_miner.channel import Channel
+from aitbc_miner.config import Config, Queue, Workspace
+from aitbc_miner.coordinator import PulledJob, PullFilters
+from aitbc_miner.database import Database
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.jobs import Artifact, Outcome, State
+from aitbc_miner.messages import (
+    FromAgent,
+    JobUpdate,
+    NodeToken,
+    Offer,
+    PrivateLine,
+    Slots,
+    SlotView,
+    ToAgent,
+)
+from aitbc_miner.nodetoken import TokenLine
+from aitbc_miner.queue import Claim, Kind, QueueError, Task
+from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.slot import SlotState
+from aitbc_miner.util import clock
+from aitbc_miner.workbench import Workbench
+
+TOKEN = "node-t0ken"
+NODE = "node-a"
+OFFER = Offer("cpu0", "cpu", 4, 4096, 0, ("cli",))
+FREE = Slots([SlotView(OFFER, SlotState.IDLE, free=True)], [], accepting=True)
+LARGE = Artifact("a", "artifacts/0000", 50_000_000, "0" * 64)
+PATIENCE_S = 20.0
+
+
+class ScriptedCoordinator(MuteCoordinator):
+    """Hands out what is in `jobs`. A call raises what is in `answers` for it, and else is accepted.
+
+    A call about a job that has a gate waits for that. `told` are the calls, in order.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: list[PulledJob] = []
+        self.asked: list[PullFilters] = []
+        self.answers: dict[str, list[Exception]] = {}
+        self.gates: dict[str, threading.Event] = {}
+        self.told: list[tuple[str, str]] = []
+        self.keys: list[str] = []
+        self.token = ""
+        self.wants_end = False
+
+    def _tell(self, call: str, job_id: str) -> None:
+        self.told.append((call, job_id))
+        if gate := self.gates.get(job_id):
+            assert gate.wait(PATIENCE_S)
+        if answers := self.answers.get(call):
+            raise answers.pop(0)
+
+    def use_token(self, token: str) -> None:
+        self.token = token
+
+    def pull(self, filters: PullFilters) -> PulledJob | None:
+        self.asked.append(filters)
+        if answers := self.answers.get("pull"):
+            raise answers.pop(0)
+        return self.jobs.pop(0) if self.jobs else None
+
+    def ack(self, job_id: str, holder: str | None = None) -> None:
+        self._tell("ack", job_id)
+
+    def progress(self, job_id: str, pct: float, note: str) -> bool:
+        self._tell("progress", job_id)
+        return self.wants_end
+
+    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
+        self.keys.append(idempotency_key)
+        self._tell("result", job_id)
+
+    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
+        self.keys.append(idempotency_key)
+        self._tell("fail", job_id)
+
+
+class Around:
+    """The other ends of an agent's channels, and its coordinator."""
+
+    bench: Workbench
+
+    def __init__(self) -> None:
+        self.ends = [*socket.socketpair(), *socket.socketpair()]
+        self.channel: Channel[ToAgent] = Channel(self.ends[0], ToAgent)
+        self.line: Channel[PrivateLine] = Channel(self.ends[2], PrivateLine)
+        self.supervisor: Channel[FromAgent] = Channel(self.ends[1], FromAgent)
+        self.heartbeat: Channel[PrivateLine] = Channel(self.ends[3], PrivateLine)
+        self.coordinator = ScriptedCoordinator()
+
+    def said(self) -> list[FromAgent]:
+        """Give what the supervisor was told since the last time."""
+        try:
+            return self.supervisor.receive()
+        except BlockingIOError:
+            return []
+
+    def shown(self) -> list[State]:
+        """Give the states that the supervisor was told since the last time."""
+        return [each.state for each in self.said() if isinstance(each, JobUpdate)]
+
+    def register(self) -> None:
+        """Have the heartbeat hand over a token."""
+        self.heartbeat.send(NodeToken(TOKEN))
+        assert self.bench.token.receive()
+
+    def turn_until(self, done: Callable[[], object]) -> None:
+        """Do what has come back to the main thread until something is so."""
+        deadline = time.monotonic() + PATIENCE_S
+        poller = select.poll()
+        poller.register(self.bench.background.woken, select.POLLIN)
+        while not done():
+            assert time.monotonic() < deadline, "it never came"
+            if poller.poll(20):
+                self.bench.background.clear()
+            self.bench.background.finish()
+
+    def note_all(self) -> None:
+        """Wait until all that was said to the queues so far is there."""
+        noted = threading.Event()
+        self.bench.start("queue", noted.set, lambda _: None)
+        self.turn_until(noted.is_set)
+
+    def close(self) -> None:
+        """End all threads and close all descriptors."""
+        for gate in self.coordinator.gates.values():
+            gate.set()
+        for pool in self.bench._pools.values():
+            pool.shutdown()
+        for end in self.ends:
+            end.close()
+
+
+def config_in(directory: Path) -> Config:
+    """Give a configuration whose files are all below a directory."""
+    root = directory / "jobs"
+    root.mkdir(exist_ok=True)
+    return replace(CONFIG, node_id=NODE, workspace=Workspace(root), queue=Queue(path=directory / "queue.db"))
+
+
+class Desk(Around):
+    """A workbench for one part of the agent."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        config = config_in(directory)
+        database = Database(config.queue.path)
+        token = TokenLine(self.line, self.coordinator, lambda _: None)
+        self.bench = Workbench(
+            config, self.channel, self.coordinator, token, Accounts(database), SqliteQueue(database)
+        )
+
+    def record(self, job_id: str = "j1", *steps: State, **more: object) -> None:
+        """Record a job, and how far it has come; `more` is for its manifest."""
+        self.bench.records.create(job_id, pulled(job_id=job_id, **more).raw)
+        with self.bench.records.open(job_id) as job:
+            for step in steps:
+                job.move(step, **({"started": True} if step is State.RUNNING else {}))
+
+    def conclude(
+        self, job_id: str = "j1", code: ErrorCode | None = None, artifacts: Sequence[Artifact] = ()
+    ) -> Outcome:
+        """Write a job's outcome."""
+        with self.bench.records.open(job_id) as job:
+            attempt = job.state().attempt
+            outcome = Outcome(
+                job_id, attempt=attempt, code=code, message=str(code or ""), artifacts=list(artifacts)
+            )
+            job.write_outcome(outcome)
+        return outcome
+
+    def state(self, job_id: str = "j1") -> tuple[State, str | None]:
+        """Give where a job is, and what became of its report."""
+        with self.bench.records.open(job_id) as job:
+            record = job.state()
+            return record.state, record.delivery
+
+
+class Time:
+    """The boot-time clock, to be moved by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(clock, "now", lambda: self.now)
+
+
+class FlakyQueue(SqliteQueue):
+    """A queue that is out of reach while `down`, and whose calls are written down."""
+
+    shared = True
+
+    def __init__(self, database: Database) -> None:
+        self.down = False
+        self.fails_at: str | None = None
+        self.calls: list[str] = []
+        super().__init__(database)
+
+    def _reach(self, call: str) -> None:
+        self.calls.append(call)
+        if self.down or self.fails_at == call:
+            raise QueueError("cannot reach the queue: it is down; start it")
+
+    def hold(self, task: Task, token: str, lease_s: float) -> bool:
+        self._reach("hold")
+        return super().hold(task, token, lease_s)
+
+    def put(self, task: Task, delay_s: float, token: str | None = None) -> bool:
+        self._reach("put")
+        return super().put(task, delay_s, token)
+
+    def due(self, node: str, limit: int) -> list[Task]:
+        self._reach("due")
+        return super().due(node, limit)
+
+    def claim(self, kind: Kind, job_id: str, node: str, lease_s: float) -> Claim | None:
+        self._reach("claim")
+        return super().claim(kind, job_id, node, lease_s)
+
+    def renew(self, kind: Kind, job_id: str, token: str, lease_s: float) -> bool:
+        self._reach("renew")
+        return super().renew(kind, job_id, token, lease_s)
+
+    def remove(self, kind: Kind, job_id: str, token: str | None = None) -> bool:
+        self._reach("remove")
+        return super().remove(kind, job_id, token)

@@ -1,0 +1,99 @@
+"""A node whose jobs fill their disk to the last byte: nothing is lost, and it says what it is short of."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+from conftest import NodeFactory
+from harness import WAIT_S, Node, assert_once, noop, states, submit, until, wait_final, wait_settled
+
+from aitbc_miner import reserve
+from aitbc_miner.util import clock
+from tools.local_node import wait_until
+from tools.mock_coordinator import MockCoordinator
+from tools.mock_records import State
+
+pytestmark = pytest.mark.xfail(os.geteuid() != 0, reason="only root can mount", strict=True)
+
+DISK_MIB, RESERVE_MIB, MIN_FREE_MIB = 24, 2, 4
+SLOTS = 8
+E_DISK_S, NORMAL_S = 5.0, 10.0
+SHORT = "below workspace.min_free_mb"
+
+
+@pytest.fixture
+def node(min_free: int, node_factory: NodeFactory) -> Iterator[Node]:
+    """Give a node that runs with its jobs on a small disk of their own."""
+    node = node_factory(SLOTS, workspace={"min_free_mb": min_free, "reserve_mb": RESERVE_MIB})
+    node.jobs.mkdir()
+    options = f"size={DISK_MIB}m,mode=755"
+    subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", options, "tmpfs", str(node.jobs)], check=True)
+    try:
+        node.start()
+        wait_until(lambda: not reserve.lacking(node.jobs, RESERVE_MIB), WAIT_S)
+        yield node
+    finally:
+        node.clean_up()
+        subprocess.run(["/usr/bin/umount", str(node.jobs)], check=True)
+
+
+def free_bytes(node: Node) -> int:
+    """Give what jobs can still write."""
+    disk = os.statvfs(node.jobs)
+    return disk.f_bavail * disk.f_frsize
+
+
+def says_short(node: Node) -> bool:
+    """Whether the node complains of too little space."""
+    return any(SHORT in problem.what for problem in node.now().problems)
+
+
+@pytest.mark.parametrize("min_free", [MIN_FREE_MIB, 0], ids=["pulling stops", "pulling goes on"])
+def test_a_disk_with_no_byte_free_loses_nothing(
+    coordinator: MockCoordinator, node: Node, min_free: int
+) -> None:
+    filled, freed = node.directory / "marks" / "filled", node.directory / "marks" / "freed"
+    wait = until(filled)
+    hogs = ["hog-0", "hog-1"]
+    # Each goes on taking whatever comes free until it is told to give it back.
+    eat = f"until [ -e {freed} ]; do cat /dev/zero >> hog; sleep 0.02; done 2> /dev/null; rm hog"
+    failing = {
+        "writes": f"{wait}; head -c 1M /dev/zero > ../output/data",
+        "prints": f"{wait}; until [ -e {freed} ]; do echo 0123456789; done",
+        "maps": f"{wait}; head -c 100k /dev/zero > a && sync a && cat a > b",
+    }
+    for name in hogs:
+        coordinator.submit(node.script(name, eat))
+    for name, then in failing.items():
+        coordinator.submit(node.script(name, then))
+    coordinator.submit(node.script("nothing", wait))
+    early = [*hogs, *failing, "nothing"]
+    for name in early:
+        node.running(name)
+    wait_until(lambda: free_bytes(node) == 0, WAIT_S)
+    if min_free:
+        wait_until(lambda: says_short(node), WAIT_S)
+    late = [*submit(coordinator, 40), *(coordinator.submit(node.script(f"late-{n}", ":")) for n in range(4))]
+    filled.touch()
+    full_at = clock.now()
+
+    for job in wait_final(coordinator, failing):
+        assert job.error_code == "E_DISK", (job.job_id, job.reports)
+        assert job.reports[0].at - full_at < E_DISK_S
+    assert wait_final(coordinator, ["nothing"])[0].state == State.DONE
+    assert free_bytes(node) < reserve.PIECE
+    if min_free:
+        assert states(coordinator, late) == {State.QUEUED}
+
+    freed.touch()
+    freed_at = clock.now()
+    new = coordinator.submit(noop(priority=1))
+    assert wait_final(coordinator, [new])[0].state == State.DONE
+    assert clock.now() - freed_at < NORMAL_S
+    wait_final(coordinator, [*early, *late])
+    wait_until(lambda: not reserve.lacking(node.jobs, RESERVE_MIB), NORMAL_S)
+    wait_until(lambda: not says_short(node), NORMAL_S)
+    wait_settled(node)
+    assert_once(coordinator, [*early, *late, new])
+    assert len(early + late) == 50
