@@ -20,6 +20,7 @@ from tools.fault_checks import Fates, Finding, check
 from tools.fault_jobs import Jobs
 from tools.fault_node import FaultNode
 from tools.fault_plan import LOSING, Boundary, Fault, Side, Whom, faults
+from tools.fault_redis import FaultRedis
 from tools.fault_steps import Gate, Moment, StepServer, Trap
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
@@ -38,12 +39,16 @@ WAITING_JOBS = 6
 
 
 class Settings(Struct, frozen=True):
-    """What a campaign is like; `drop` and `disk` are shares of answers lost and of writes that fail."""
+    """What a campaign is like; `drop` and `disk` are shares of answers lost and of writes that fail.
+
+    `redis`: the node's queue is in a Redis of its own, which is killed and started again on the way.
+    """
 
     seed: str
     slots: int = 4
     drop: float = 0.0
     disk: float = 0.0
+    redis: bool = False
     settle_s: float = SETTLE_S
 
 
@@ -83,11 +88,13 @@ class Campaign:
         # A job whose node has forgotten it is to be handed out again soon.
         mock = MockCoordinator(lease_s=2.0, boundary=self._gate.call)
         self._mock = self._life.enter_context(mock)
+        self._redis = self._life.enter_context(FaultRedis(folder)) if settings.redis else None
         self._node = FaultNode(
             mock.url,
             settings.slots,
             steps.environ,
             heartbeat={"interval_s": 0.5, "backoff": {"min_s": 0.1, "max_s": 1}},
+            queue=self._redis.settings if self._redis else {},
         )
         self._jobs = Jobs(settings.seed, self._node)
 
@@ -122,6 +129,8 @@ class Campaign:
     # --- one fault -----------------------------------------------------------------------------------------
 
     def _carry_out(self, fault: Fault) -> None:
+        if self._redis and (done := self._redis.turn(fault.number)):
+            self._tell(done)
         self._pass_time(fault.pause_s)
         if fault.boundary is None:
             self._kill_at_random(fault)
@@ -208,7 +217,8 @@ class Campaign:
             return
         # A program that has begun is the one thing that nobody holds: it may have ended before the kill.
         free = moment.boundary == Boundary("started", Side.AFTER) and self._came_to_an_end(moment.job_id)
-        if moment.boundary in LOSING and not free:
+        once = self._jobs.kinds[moment.job_id].attempts == 1
+        if moment.boundary in LOSING and once and not free:
             self._fates.doomed.add(moment.job_id)
 
     def _came_to_an_end(self, job_id: str) -> bool:
@@ -268,6 +278,8 @@ class Campaign:
     def _settle(self) -> list[Finding]:
         """Let every job end and every report be taken, and stop the node."""
         self._feeding = False
+        if self._redis:
+            self._redis.revive()
         node = self._node
         try:
             self._tend_until(lambda: not self._open, self._settings.settle_s)

@@ -13,12 +13,17 @@ CLEAN = '[ -z "$LD_PRELOAD$AITBC_FAULT_SOCKET" ] || exit 99; '
 
 
 class Kind(Struct, frozen=True):
-    """A kind of job: what its program does after its mark, how it may end (None: well), its frequency."""
+    """A kind of job: what its program does after its mark, how it may end (None: well), its frequency.
+
+    `attempts` is how often its retry policy lets the program be started. `MARKS` in the line stands for the
+    names of the job's marks.
+    """
 
     name: str
     line: str
     endings: frozenset[ErrorCode | None]
     weight: int
+    attempts: int = 1
     artifact: bool = False
     cancel: bool = False
 
@@ -32,6 +37,8 @@ KINDS = (
     # What it leaves running must be gone when the job is.
     Kind("forking", "(setsid sleep 600 &) ; sleep 0.1", WELL, 1),
     Kind("failing", "exit 3", frozenset({ErrorCode.E_EXIT}), 4),
+    # Fails the first time that it is run.
+    Kind("retried", "set -- MARKS; [ $# -ge 2 ]", WELL, 3, attempts=3),
     Kind("cancelled", "sleep 2", frozenset({None, ErrorCode.E_CANCELLED}), 1, cancel=True),
 )
 
@@ -49,5 +56,10 @@ class Jobs:
         (kind,) = self._rng.choices(KINDS, [kind.weight for kind in KINDS])
         job_id = f"{kind.name}-{len(self.kinds) + 1:05}"
         self.kinds[job_id] = kind
-        promised = {"artifacts": [{"path": "result.txt"}]} if kind.artifact else {}
-        return self._marks.script(job_id, CLEAN + kind.line, **promised)
+        more: dict[str, Any] = {}
+        if kind.artifact:
+            more["artifacts"] = [{"path": "result.txt"}]
+        if kind.attempts > 1:
+            more["retry"] = {"max_attempts": kind.attempts, "on": [ErrorCode.E_EXIT, ErrorCode.E_LOST]}
+        line = kind.line.replace("MARKS", f"{self._marks.marks}/{job_id}+*")
+        return self._marks.script(job_id, CLEAN + line, **more)

@@ -45,6 +45,7 @@ RECORDS = {
     "PREP": "state.json says so",
     "RUNNING": "state.json says so",
     "COLLECTING": "state.json says so",
+    "RETRY_WAIT": "state.json says so",
     "outcome": "outcome.json gets its name",
     "UPLOADING": "state.json says so",
     "DONE": "state.json says so",

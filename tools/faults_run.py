@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+from msgspec.structs import replace
+
 from tools.fault_campaign import Campaign, Settings, Tally
 from tools.fault_checks import KINDS, Finding
 from tools.fault_plan import BOUNDARIES, STEPS, Boundary, Side
@@ -58,6 +60,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--slots", type=int, default=4, help="slots a node (4)")
     add("--drop-replies", type=float, default=0.0, metavar="P", help="share of all answers that are lost")
     add("--disk", type=float, default=0.0, metavar="P", help="share of writes, fsyncs and renames that fail")
+    add("--redis", action="store_true", help="the queue in a real Redis, killed and started on the way")
     add("--jobs", type=int, default=20, help="jobs for outage (20)")
     add("--times", type=int, default=50, help="answers that are lost for drop (50)")
     add("-v", "--verbose", action="store_true", help="say each fault as it is done")
@@ -70,7 +73,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
 def _repeat(options: argparse.Namespace) -> str:
     names = ("seed", "kills", "minutes", "nodes", "slots", "drop_replies", "disk")
     given = {name: getattr(options, name) for name in names if getattr(options, name)}
-    return " ".join(f"--{name.replace('_', '-')} {value}" for name, value in given.items())
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in given.items()]
+    return " ".join([*words, *(["--redis"] if options.redis else [])])
 
 
 def _tell(began: float, verbose: bool, text: str) -> None:  # noqa: FBT001  # bound once, above
@@ -96,6 +100,7 @@ def run_campaigns(options: argparse.Namespace, tell: Callable[[str], None]) -> l
     for number in range(options.nodes):
         name = f"node {number}: " if options.nodes > 1 else ""
         settings = Settings(f"{options.seed}/{number}", options.slots, options.drop_replies, options.disk)
+        settings = replace(settings, redis=options.redis)
         campaigns.append(Campaign(settings, enough, partial(_tell_of, tell, name)))
     with ThreadPoolExecutor(options.nodes) as pool:
         futures = [pool.submit(campaign.run) for campaign in campaigns]

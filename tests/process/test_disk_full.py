@@ -1,8 +1,11 @@
 """A node whose jobs fill their disk to the last byte: nothing is lost, and it says what it is short of."""
 
+import contextlib
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import NodeFactory
@@ -44,6 +47,38 @@ def free_bytes(node: Node) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
+class Slow(BaseHTTPRequestHandler):
+    """An input of which the larger part comes when `more` is set."""
+
+    more: threading.Event
+
+    def do_GET(self) -> None:
+        size = 1 << 20
+        self.send_response(200)
+        self.send_header("Content-Length", str(size))
+        self.end_headers()
+        self.wfile.write(bytes(10))
+        self.more.wait(WAIT_S)
+        with contextlib.suppress(ConnectionError):  # it is not wanted any more
+            self.wfile.write(bytes(size - 10))
+
+    def log_message(self, *_: object) -> None:
+        """Keep quiet."""
+
+
+@pytest.fixture
+def slow_input() -> Iterator[tuple[str, threading.Event]]:
+    """Give the address of an input, and what brings the rest of it."""
+    more = threading.Event()
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("OneSlow", (Slow,), {"more": more})) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        yield f"http://127.0.0.1:{server.server_port}/data", more
+        more.set()
+        server.shutdown()
+        serving.join()
+
+
 def says_short(node: Node) -> bool:
     """Whether the node complains of too little space."""
     return any(SHORT in problem.what for problem in node.now().problems)
@@ -51,7 +86,7 @@ def says_short(node: Node) -> bool:
 
 @pytest.mark.parametrize("min_free", [MIN_FREE_MIB, 0], ids=["pulling stops", "pulling goes on"])
 def test_a_disk_with_no_byte_free_loses_nothing(
-    coordinator: MockCoordinator, node: Node, min_free: int
+    coordinator: MockCoordinator, node: Node, min_free: int, slow_input: tuple[str, threading.Event]
 ) -> None:
     filled, freed = node.directory / "marks" / "filled", node.directory / "marks" / "freed"
     wait = until(filled)
@@ -71,20 +106,28 @@ def test_a_disk_with_no_byte_free_loses_nothing(
     early = [*hogs, *failing, "nothing"]
     for name in early:
         node.running(name)
+    # Accepted, and in the middle of its input.
+    url, more = slow_input
+    early.append(coordinator.submit(noop(job_id="fetches", input={"urls": [url]})))
+    wait_until(lambda: list((node.jobs / "fetches").glob("input/.*.part")), WAIT_S)
     wait_until(lambda: free_bytes(node) == 0, WAIT_S)
     if min_free:
         wait_until(lambda: says_short(node), WAIT_S)
-    late = [*submit(coordinator, 40), *(coordinator.submit(node.script(f"late-{n}", ":")) for n in range(4))]
+    late = [*submit(coordinator, 39), *(coordinator.submit(node.script(f"late-{n}", ":")) for n in range(4))]
     filled.touch()
+    more.set()
     full_at = clock.now()
 
-    for job in wait_final(coordinator, failing):
+    for job in wait_final(coordinator, [*failing, "fetches"]):
         assert job.error_code == "E_DISK", (job.job_id, job.reports)
         assert job.reports[0].at - full_at < E_DISK_S
     assert wait_final(coordinator, ["nothing"])[0].state == State.DONE
-    assert free_bytes(node) < reserve.PIECE
     if min_free:
         assert states(coordinator, late) == {State.QUEUED}
+    else:
+        # What cannot be recorded is not acknowledged either.
+        wait_until(lambda: "cannot take job in" in node.log.read_text(), WAIT_S)
+    assert free_bytes(node) < reserve.PIECE
 
     freed.touch()
     freed_at = clock.now()

@@ -5,8 +5,9 @@ import json
 import select
 import socket
 import socketserver
+import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import pytest
 from conftest import NodeFactory
 from harness import WAIT_S, Node, assert_once, noop, wait_final, wait_settled
 
-from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import State, StateRecord
 from aitbc_miner.records import Records
+from aitbc_miner.util.clock import now
 from redis_server import RedisServer, redis_server
 from tools import mock_records
 from tools.local_node import wait_until
@@ -96,10 +97,14 @@ class _Conversation(socketserver.BaseRequestHandler):
 
 
 class Fleet:
-    """A Redis server, and a maker of nodes that share it; `links` are their ways to it, by node id."""
+    """A Redis server, and a maker of nodes that share it; `links` are their ways to it, by node id.
 
-    def __init__(self, redis: RedisServer, make: NodeFactory) -> None:
+    `marks` is where jobs say that they run, on whatever node: of none, or they would end with that one.
+    """
+
+    def __init__(self, redis: RedisServer, marks: Path, make: NodeFactory) -> None:
         self.redis = redis
+        self.marks = marks
         self.links: dict[str, Link] = {}
         self._make = make
 
@@ -109,8 +114,22 @@ class Fleet:
         """Make a node that is not started yet."""
         link = Link(self.redis)
         node = self._make(slots, queue={"backend": "redis", "url": link.url, "lease_s": lease_s}, **changes)
+        node.marks = self.marks
         self.links[node.node_id] = link
         return node
+
+    def let_go(self, node: Node) -> None:
+        """End the jobs that run on a node, now and later."""
+        (self.marks / f"go-{node.node_id}").touch()
+
+    def ran_on(self, job_id: str) -> list[str]:
+        """Name the node of each run of a job."""
+        texts = [path.read_text().strip() for path in self.marks.glob(f"{job_id}@*")]
+        return sorted(text for text in texts if text)
+
+    def wait_run(self, job_id: str, node: Node) -> None:
+        """Wait until a job runs on a node."""
+        wait_until(lambda: node.node_id in self.ran_on(job_id), WAIT_S)
 
     def tasks(self) -> list[bytes]:
         """Name what is in the shared queue."""
@@ -121,8 +140,10 @@ class Fleet:
 @pytest.fixture
 def fleet(tmp_path: Path, node_factory: NodeFactory) -> Iterator[Fleet]:
     """Give a fleet without nodes."""
-    with redis_server(tmp_path) as redis:
-        made = Fleet(redis, node_factory)
+    # The jobs' users cannot pass through pytest's own directory.
+    with redis_server(tmp_path) as redis, tempfile.TemporaryDirectory(prefix="aitbc-marks-") as marks:
+        Path(marks).chmod(0o777)
+        made = Fleet(redis, Path(marks), node_factory)
         yield made
         for link in made.links.values():
             link.close()
@@ -135,22 +156,6 @@ def job(node: Node, job_id: str, **more: Any) -> dict[str, Any]:
         f'until [ -e "{node.marks}/go-${{at##*/}}" ]; do sleep 0.05; done'
     )
     return node.script(job_id, line, **more)
-
-
-def let_go(marks: Node, on: Node) -> None:
-    """End the jobs that run on a node, now and later."""
-    (marks.marks / f"go-{on.node_id}").touch()
-
-
-def ran_on(marks: Node, job_id: str) -> list[str]:
-    """Name the node of each run of a job."""
-    texts = [path.read_text().strip() for path in marks.marks.glob(f"{job_id}@*")]
-    return sorted(text for text in texts if text)
-
-
-def wait_run(marks: Node, job_id: str, on: Node) -> None:
-    """Wait until a job runs on a node."""
-    wait_until(lambda: on.node_id in ran_on(marks, job_id), WAIT_S)
 
 
 def record(node: Node, job_id: str) -> StateRecord:
@@ -190,15 +195,15 @@ def wait_done_by(coordinator: MockCoordinator, job_id: str, node: Node) -> None:
 def test_the_job_of_a_dead_node_is_run_by_another(coordinator: MockCoordinator, fleet: Fleet) -> None:
     a, b = fleet.node().start(), fleet.node()
     coordinator.submit(job(a, "j", retry=POLICY))
-    wait_run(a, "j", a)
+    fleet.wait_run("j", a)
     b.start()
     # Not before the lease is over, however free it is: it has looked often by then.
     wait_until(lambda: (lease := record(a, "j").lease) and lease, WAIT_S)
-    assert ran_on(a, "j") == [a.node_id]
+    assert fleet.ran_on("j") == [a.node_id]
     a.clean_up()
-    let_go(a, b)
+    fleet.let_go(b)
     wait_done_by(coordinator, "j", b)
-    assert ran_on(a, "j") == sorted([a.node_id, b.node_id])
+    assert fleet.ran_on("j") == sorted([a.node_id, b.node_id])
     assert record(b, "j").origin == a.node_id
     assert record(b, "j").attempt == 2
     assert [handout.node for handout in coordinator.job("j").handed] == [a.node_id, b.node_id]
@@ -207,7 +212,7 @@ def test_the_job_of_a_dead_node_is_run_by_another(coordinator: MockCoordinator, 
     wait_ended(a, "j", "lost")
     wait_settled(a)
     # It is at work again, and has said and run nothing more of that one.
-    let_go(a, a)
+    fleet.let_go(a)
     after = coordinator.submit(job(a, "after", retry=POLICY))
     wait_final(coordinator, [after])
     wait_done_by(coordinator, "j", b)
@@ -219,9 +224,9 @@ def test_a_dead_node_that_comes_back_without_redis_waits_for_its_word(
 ) -> None:
     a, b = fleet.node().start(), fleet.node()
     coordinator.submit(job(a, "j", retry=POLICY))
-    wait_run(a, "j", a)
+    fleet.wait_run("j", a)
     a.clean_up()
-    let_go(a, b)
+    fleet.let_go(b)
     b.start()
     wait_done_by(coordinator, "j", b)
     link = fleet.links[a.node_id]
@@ -251,15 +256,15 @@ def test_a_job_that_had_not_begun_and_was_done_elsewhere_is_not_begun(
         a.start()
         wait_until(lambda: fleet.tasks(), WAIT_S)
         a.clean_up()
-    let_go(a, b)
-    let_go(a, a)
+    fleet.let_go(b)
+    fleet.let_go(a)
     with _file_server(url):
         b.start()
         wait_done_by(coordinator, "j", b)
         wait_until(lambda: fleet.tasks() == [], WAIT_S)
         a.start()
         wait_ended(a, "j", "lost")
-    assert ran_on(a, "j") == [b.node_id]
+    assert fleet.ran_on("j") == [b.node_id]
     assert fleet.tasks() == []
 
 
@@ -289,11 +294,11 @@ def _file_server(url: str) -> Iterator[None]:
 def test_leases_outlive_a_crash_of_redis(coordinator: MockCoordinator, fleet: Fleet) -> None:
     a, b = fleet.node(2).start(), fleet.node(2)
     coordinator.submit(job(a, "left", retry=POLICY))
-    wait_run(a, "left", a)
+    fleet.wait_run("left", a)
     b.start()
     coordinator.submit(job(a, "kept", retry=POLICY))
-    wait_until(lambda: ran_on(a, "kept"), WAIT_S)
-    holder = a if ran_on(a, "kept") == [a.node_id] else b
+    wait_until(lambda: fleet.ran_on("kept"), WAIT_S)
+    holder = a if fleet.ran_on("kept") == [a.node_id] else b
     fleet.redis.kill()
     fleet.redis.start()
     # Renewed since then, or it would be over by the time of a second crash.
@@ -301,11 +306,11 @@ def test_leases_outlive_a_crash_of_redis(coordinator: MockCoordinator, fleet: Fl
     fleet.redis.kill()
     fleet.redis.start()
     a.clean_up()
-    let_go(a, b)
+    fleet.let_go(b)
     wait_done_by(coordinator, "left", b)
     wait_done_by(coordinator, "kept", b)
-    assert ran_on(a, "left") == sorted([a.node_id, b.node_id])
-    assert ran_on(a, "kept") == sorted({holder.node_id, b.node_id})
+    assert fleet.ran_on("left") == sorted([a.node_id, b.node_id])
+    assert fleet.ran_on("kept") == sorted({holder.node_id, b.node_id})
     wait_until(lambda: fleet.tasks() == [], WAIT_S)
 
 
@@ -317,3 +322,162 @@ def lease_left(fleet: Fleet, job_id: str) -> float:
         at = client.zscore(key, f"run:{job_id}")
     assert at is not None
     return float(at - seconds - micros / 1e6)
+
+
+# --- nodes that are cut off --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_node_that_is_cut_off_keeps_its_report_back(
+    coordinator: MockCoordinator, fleet: Fleet, silent: bool
+) -> None:
+    a, b = fleet.node().start(), fleet.node()
+    coordinator.submit(job(a, "j", retry=POLICY))
+    fleet.wait_run("j", a)
+    b.start()
+    fleet.links[a.node_id].cut(silent=silent)
+    fleet.wait_run("j", b)
+    fleet.let_go(a)
+    wait_until((a.jobs / "j" / "outcome.json").exists, WAIT_S)
+    # It has tried, and nobody said whose the job is.
+    wait_until(lambda: any(line["job_id"] == "j" for line in logged(a, "report not accepted")), WAIT_S)
+    assert a.now().pending_reports == 1
+    assert coordinator.job("j").reports == ()
+    fleet.let_go(b)
+    wait_done_by(coordinator, "j", b)
+    fleet.links[a.node_id].restore()
+    wait_ended(a, "j", "lost")
+    wait_settled(a)
+    wait_done_by(coordinator, "j", b)
+    assert len(fleet.ran_on("j")) == 2
+    assert fleet.tasks() == []
+
+
+def test_a_node_that_is_back_ends_the_run_that_it_has_lost(
+    coordinator: MockCoordinator, fleet: Fleet
+) -> None:
+    a, b = fleet.node().start(), fleet.node()
+    coordinator.submit(job(a, "j", retry=POLICY))
+    fleet.wait_run("j", a)
+    b.start()
+    link = fleet.links[a.node_id]
+    link.cut(silent=False)
+    fleet.wait_run("j", b)
+    link.restore()
+    # The program would go on for ever: nobody has let it go.
+    wait_ended(a, "j", "lost")
+    assert coordinator.job("j").reports == ()
+    fleet.let_go(b)
+    wait_done_by(coordinator, "j", b)
+    assert len(fleet.ran_on("j")) == 2
+
+
+# --- without Redis -----------------------------------------------------------------------------------------
+
+
+def test_without_redis_a_node_goes_on_with_what_it_has(coordinator: MockCoordinator, fleet: Fleet) -> None:
+    node = fleet.node(3, lease_s=600).start()
+    coordinator.submit(job(node, "shared", retry=POLICY))
+    coordinator.submit(job(node, "plain"))
+    for job_id in ("shared", "plain"):
+        fleet.wait_run(job_id, node)
+    fleet.redis.kill()
+    coordinator.submit(job(node, "unshared", retry=POLICY))
+    fleet.wait_run("unshared", node)
+    assert [line["job_id"] for line in logged(node, "job not shared with the fleet")] == ["unshared"]
+    assert record(node, "unshared").lease is None
+    wait_until(lambda: queue_problems(node), WAIT_S)
+    assert node.now().coordinator.reachable
+    fleet.let_go(node)
+    jobs = ["shared", "plain", "unshared", *(coordinator.submit(noop()) for _ in range(5))]
+    for found in wait_final(coordinator, jobs):
+        wait_done_by(coordinator, found.job_id, node)
+    wait_settled(node)
+    # Whatever else goes well meanwhile.
+    assert queue_problems(node)
+    fleet.redis.start()
+    wait_until(lambda: not queue_problems(node), WAIT_S)
+    wait_until(lambda: fleet.tasks() == [], WAIT_S)
+    assert [len(fleet.ran_on(job_id)) for job_id in ("shared", "plain", "unshared")] == [1, 1, 1]
+    assert_once(coordinator, jobs)
+
+
+def queue_problems(node: Node) -> list[str]:
+    """Give what `status` says of the fleet's queue."""
+    return [problem.what for problem in node.now().problems if "the queue at 127.0.0.1" in problem.what]
+
+
+def test_a_report_waits_for_redis_when_the_lease_is_over(coordinator: MockCoordinator, fleet: Fleet) -> None:
+    node = fleet.node().start()
+    coordinator.submit(job(node, "j", retry=POLICY))
+    fleet.wait_run("j", node)
+    wait_until(lambda: lease_left(fleet, "j") > 0, WAIT_S)
+    fleet.redis.kill()
+    down = now()
+    wait_until(lambda: now() > down + LEASE_S, WAIT_S)
+    fleet.let_go(node)
+    wait_until(lambda: logged(node, "report not accepted"), WAIT_S)
+    assert coordinator.job("j").reports == ()
+    # It holds up no other job.
+    plain = coordinator.submit(noop())
+    wait_final(coordinator, [plain])
+    fleet.redis.start()
+    wait_done_by(coordinator, "j", node)
+    assert fleet.ran_on("j") == [node.node_id]
+
+
+# --- jobs for another node ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def careless() -> Iterator[MockCoordinator]:
+    """Give a coordinator that does not look whether a job fits."""
+    with MockCoordinator(ignore_filters=True) as mock:
+        yield mock
+
+
+def test_what_does_not_fit_here_is_done_by_the_node_that_it_fits(
+    careless: MockCoordinator, fleet: Fleet
+) -> None:
+    a = fleet.node(SMALL, base_url=careless.url).start()
+    b = fleet.node(LARGE, base_url=careless.url)
+    fleet.let_go(b)
+    for job_id, more in (("big", {}), ("policy", {"retry": POLICY})):
+        careless.submit(job(a, job_id, requirements={"memory_mb": 256}, **more))
+        wait_ended(a, job_id, "handed_on")
+    assert {report for job_id in ("big", "policy") for report in careless.job(job_id).reports} == set()
+    b.start()
+    for job_id in ("big", "policy"):
+        wait_done_by(careless, job_id, b)
+        assert fleet.ran_on(job_id) == [b.node_id]
+    wait_until(lambda: fleet.tasks() == [], WAIT_S)
+    # The first one knows that it has done with them, after a restart too.
+    assert a.stop() == 0
+    a.start()
+    wait_final(careless, [careless.submit(noop())])
+    for job_id in ("big", "policy"):
+        assert record(a, job_id).delivery == "handed_on"
+        wait_done_by(careless, job_id, b)
+
+
+def test_what_no_node_can_do_is_reported_by_the_first(careless: MockCoordinator, fleet: Fleet) -> None:
+    a = fleet.node(SMALL, base_url=careless.url)
+    b = fleet.node(LARGE, base_url=careless.url).start()
+    in_a_hurry(a)
+    careless.submit(job(a, "gpu", requirements={"gpu": True, "vram_mb": 1000}))
+    a.start()
+    (found,) = wait_final(careless, ["gpu"])
+    assert found.error_code == "E_NOGPU"
+    assert len(found.reports) == 1
+    wait_until(lambda: fleet.tasks() == [], WAIT_S)
+    assert {record(node, "gpu").delivery for node in (a, b) if node.node_id in reporters(careless, "gpu")} == {
+        "accepted"
+    }
+    assert fleet.ran_on("gpu") == []
+
+
+def in_a_hurry(node: Node) -> None:
+    """Have a node wait a second, not a quarter of an hour, for another one that takes a job."""
+    hasty = node.put("hasty") / "sitecustomize.py"
+    hasty.write_text("import aitbc_miner.fleet\n\naitbc_miner.fleet.GIVE_UP_S = 1.0\n")
+    node.environ["PYTHONPATH"] = str(hasty.parent)

@@ -1,0 +1,399 @@
+"""Reports: which go when, past which others, and what is left of them for after a restart."""
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from agent_bench import LARGE, NODE, Desk, FlakyQueue, Time
+
+from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
+from aitbc_miner.database import Database
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.fleet import Fleet
+from aitbc_miner.jobs import Artifact, State
+from aitbc_miner.messages import Counted, Deliveries
+from aitbc_miner.queue import Kind, QueueError, Task
+from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.records import JobDir
+from aitbc_miner.reporting import LARGE_BYTES, Reporter
+from aitbc_miner.workbench import POOLS
+
+
+class Reporting(Desk):
+    """A reporter, and jobs with outcomes."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.reporter = Reporter(self.bench, None)
+
+    def ended(self, job_id: str, code: ErrorCode | None = None, *artifacts: Artifact) -> None:
+        """Record a job that has come to its end."""
+        self.record(job_id, State.ACKED, State.PREP, State.RUNNING)
+        self.conclude(job_id, code, artifacts)
+
+    def add(self, job_id: str, code: ErrorCode | None = None, *artifacts: Artifact) -> None:
+        """Record a job that has ended, and have it reported."""
+        self.ended(job_id, code, *artifacts)
+        self.reporter.add(job_id)
+
+    def send(self) -> None:
+        """Send what is due, and wait for what comes of it."""
+        self.reporter.start_due()
+        self.turn_until(lambda: not any(lane.running for lane in self.reporter._lanes.values()))
+        self.note_all()
+
+    def waiting(self) -> list[tuple[str, int]]:
+        """Give the reports that are noted for after a restart, with their attempts."""
+        return [(task.job_id, task.attempts) for task, _ in self.bench.queue.waiting(Kind.REPORT, NODE)]
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    return Time(monkeypatch)
+
+
+@pytest.fixture
+def start(tmp_path: Path, time: Time) -> Iterator[Callable[[], Reporting]]:
+    desks: list[Reporting] = []
+
+    def make() -> Reporting:
+        desks.append(Reporting(tmp_path))
+        desks[-1].register()
+        return desks[-1]
+
+    yield make
+    for each in desks:
+        each.close()
+
+
+@pytest.fixture
+def desk(start: Callable[[], Reporting]) -> Reporting:
+    return start()
+
+
+AWAY = Unreachable("cannot report: connection refused")
+
+
+def test_an_accepted_report_is_in_the_books_and_out_of_the_way(desk: Reporting) -> None:
+    desk.add("good", None, Artifact("a", "artifacts/0000", 70, "0" * 64))
+    desk.add("bad", ErrorCode.E_EXIT)
+    assert ("good" in desk.reporter, len(desk.reporter)) == (True, 2)
+    assert Deliveries(2, None) in desk.said()
+    desk.send()
+    assert sorted(desk.coordinator.told) == [("fail", "bad"), ("result", "good")]
+    assert (len(desk.reporter), desk.reporter.next_due()) == (0, None)
+    rows = {row.job_id: row for row in desk.bench.accounts.latest(9)}
+    assert {job_id: (row.code, row.delivery) for job_id, row in rows.items()} == {
+        "good": (None, "accepted"),
+        "bad": ("E_EXIT", "accepted"),
+    }
+    assert rows["good"].artifact_bytes == 70
+    said = desk.said()
+    assert said.count(Counted("deliveries", "accepted")) == 2
+    assert Deliveries(0, None) in said
+    # What never failed was never noted.
+    assert desk.waiting() == []
+
+
+def test_a_report_is_in_the_books_before_it_is_forgotten(
+    desk: Reporting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk.add("j1")
+
+    def full(*_: object) -> None:
+        raise QueueError("cannot write: full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(desk.bench.accounts, "enter", full)
+        desk.send()
+    assert "j1" in desk.reporter
+    desk.reporter.hurry()
+    desk.send()
+    assert desk.bench.accounts.knows("j1")
+    assert desk.state("j1") == (State.DONE, "accepted")
+
+
+# --- lanes -------------------------------------------------------------------------------------------------
+
+
+def test_no_small_report_waits_for_large_ones(desk: Reporting) -> None:
+    large = [f"large{number}" for number in range(POOLS["upload"] + 2)]
+    for job_id in large:
+        desk.coordinator.gates[job_id] = threading.Event()
+        desk.add(job_id, None, LARGE)
+    desk.reporter.start_due()
+    desk.turn_until(lambda: len(desk.coordinator.told) == POOLS["upload"])
+    for number in range(9):
+        desk.add(f"small{number}", ErrorCode.E_EXIT)
+
+    def small_are_through() -> bool:
+        desk.reporter.start_due()
+        return len(desk.reporter) == len(large)
+
+    desk.turn_until(small_are_through)
+    # All that time no more than so many large ones were under way, and none of them came through.
+    assert [job_id for _, job_id in desk.coordinator.told if job_id in large] == large[: POOLS["upload"]]
+    assert desk.reporter.next_due() is None
+    for gate in desk.coordinator.gates.values():
+        gate.set()
+
+    def all_are_through() -> bool:
+        desk.reporter.start_due()
+        return len(desk.reporter) == 0
+
+    desk.turn_until(all_are_through)
+
+
+@pytest.mark.parametrize(("size", "lane"), [(LARGE_BYTES, "report"), (LARGE_BYTES + 1, "upload")])
+def test_it_is_the_size_of_all_artifacts_that_counts(desk: Reporting, size: int, lane: str) -> None:
+    half = Artifact("a", "artifacts/0000", size // 2, "0" * 64)
+    rest = Artifact("b", "artifacts/0001", size - size // 2, "0" * 64)
+    desk.add("j1", None, half, rest)
+    assert {name: len(each) for name, each in desk.reporter._lanes.items() if len(each)} == {lane: 1}
+
+
+def test_no_more_small_ones_are_under_way_than_there_are_threads(desk: Reporting) -> None:
+    for number in range(POOLS["report"] + 3):
+        desk.coordinator.gates[f"j{number}"] = threading.Event()
+        desk.add(f"j{number}", ErrorCode.E_EXIT)
+    desk.reporter.start_due()
+    desk.reporter.start_due()
+    desk.turn_until(lambda: len(desk.coordinator.told) == POOLS["report"])
+    assert desk.reporter.next_due() is None
+    for gate in desk.coordinator.gates.values():
+        gate.set()
+    desk.send()
+    desk.send()
+    assert len(desk.reporter) == 0
+
+
+# --- failures ----------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_sent_until_it_is_accepted_and_then_nothing_is_left_of_it(
+    desk: Reporting, time: Time
+) -> None:
+    desk.coordinator.answers["result"] = [AWAY] * 7
+    desk.add("j1")
+    for tries in range(1, 8):
+        desk.send()
+        assert desk.waiting() == [("j1", tries)]
+        due = desk.reporter.next_due()
+        assert due is not None
+        assert time.now < due <= time.now + desk.bench.config.heartbeat.backoff.max_s
+        # Not before its time.
+        desk.reporter.start_due()
+        assert len(desk.coordinator.told) == tries
+        time.now = due
+    assert desk.bench.error == str(AWAY)
+    desk.send()
+    assert (desk.waiting(), len(desk.reporter), desk.bench.error) == ([], 0, None)
+    assert len(set(desk.coordinator.keys)) == 1
+
+
+def test_the_times_of_failed_reports_survive_a_restart(start: Callable[[], Reporting], time: Time) -> None:
+    before = start()
+    before.coordinator.answers["result"] = [Busy("cannot report: 503", 500.0)] * 3
+    before.add("j1")
+    before.add("j2", ErrorCode.E_EXIT)
+    for _ in range(3):
+        before.reporter._lanes["report"]._due["j1"] = time.now
+        before.send()
+    left_s = (before.reporter.next_due() or 0.0) - time.now
+    assert left_s == 500.0
+    time.now += 100.0
+    after = start()
+    after.reporter.recovered()
+    after.reporter.add("j1")
+    assert after.reporter.next_due() == pytest.approx(time.now + 400.0)
+    after.send()
+    assert after.coordinator.told == []
+    # Its tries count on: the pause is that of a fourth failure.
+    assert after.reporter._lanes["report"].failures("j1") == 3
+    time.now += 401.0
+    after.coordinator.answers["result"] = [AWAY]
+    after.send()
+    assert after.waiting() == [("j1", 4)]
+    time.now += 1000.0
+    after.send()
+    assert (after.waiting(), after.state("j1")) == ([], (State.DONE, "accepted"))
+
+
+def test_a_report_that_was_noted_is_forgotten_even_if_it_is_accepted_at_once_after_a_restart(
+    start: Callable[[], Reporting], time: Time
+) -> None:
+    before = start()
+    before.ended("j1")
+    before.bench.queue.put(Task(Kind.REPORT, "j1", NODE, attempts=2), 5.0)
+    after = start()
+    after.reporter.recovered()
+    after.reporter.add("j1")
+    time.now += 5.0
+    after.send()
+    assert after.waiting() == []
+
+
+def test_without_the_queue_reports_are_sent_all_the_same(
+    desk: Reporting, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def down(*_: object) -> None:
+        raise QueueError("cannot read the queue: disk I/O error")
+
+    for name in ("waiting", "put", "remove", "dead", "bury"):
+        monkeypatch.setattr(SqliteQueue, name, down)
+    desk.reporter.recovered()
+    desk.coordinator.answers = {"result": [AWAY]}
+    desk.add("j1")
+    desk.send()
+    desk.reporter.hurry()
+    desk.send()
+    assert desk.state("j1") == (State.DONE, "accepted")
+    said = {record.getMessage() for record in caplog.records}
+    assert {"times of reports not read", "report not accepted", "time of a report not noted"} <= said
+
+
+def test_one_that_is_accepted_lets_the_others_of_both_lanes_not_wait(desk: Reporting, time: Time) -> None:
+    desk.coordinator.answers["result"] = [AWAY, AWAY, Busy("cannot report: 503", 900.0)]
+    desk.add("small")
+    desk.send()
+    desk.add("large", None, LARGE)
+    desk.send()
+    desk.add("asked")
+    desk.send()
+    desk.add("now", ErrorCode.E_EXIT)
+    desk.send()
+    assert sorted(desk.reporter.newest()) == ["asked", "large", "small"]
+    desk.send()
+    # But for those that were to wait.
+    assert desk.reporter.newest() == ["asked"]
+    assert desk.reporter.next_due() == time.now + 900.0
+
+
+def test_nothing_is_sent_without_a_token(tmp_path: Path) -> None:
+    desk = Reporting(tmp_path)
+    desk.add("j1")
+    assert desk.reporter.next_due() is None
+    desk.reporter.start_due()
+    assert desk.reporter._lanes["report"].running == 0
+    desk.register()
+    desk.send()
+    assert desk.coordinator.told == [("result", "j1")]
+    desk.coordinator.answers["result"] = [Unauthorized("cannot report: 401")]
+    desk.add("j2")
+    desk.send()
+    assert desk.heartbeat.receive()
+    desk.close()
+
+
+# --- the end of a report -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", [None, ErrorCode.E_EXIT])
+def test_what_is_not_ours_any_more_is_superseded(desk: Reporting, outcome: ErrorCode | None) -> None:
+    desk.coordinator.answers = {"result": [Gone("409", 409)], "fail": [Gone("410", 410)]}
+    desk.add("j1", outcome)
+    desk.send()
+    row = desk.bench.accounts.of("j1")
+    assert row is not None
+    assert (row.delivery, len(desk.reporter), desk.bench.queue.dead()) == ("superseded", 0, [])
+    assert Counted("deliveries", "superseded") in desk.said()
+
+
+def test_what_is_refused_is_among_the_dead_and_counted_over_restarts(start: Callable[[], Reporting]) -> None:
+    before = start()
+    before.coordinator.answers = {"result": [Refused("413 too large", 413)], "fail": [Refused("400", 400)]}
+    before.add("j1")
+    before.send()
+    (dead,) = before.bench.queue.dead()
+    assert (dead.kind, dead.job_id, dead.node) == (Kind.REPORT, "j1", NODE)
+    assert "413 too large" in dead.reason
+    assert (len(before.reporter), before.bench.refused) == (0, 1)
+    after = start()
+    after.reporter.recovered()
+    assert after.bench.refused == 1
+    # It is not sent again by itself.
+    assert (after.waiting(), len(after.reporter)) == ([], 0)
+
+
+def test_a_failed_report_that_is_refused_at_last_does_not_wait_any_more(desk: Reporting, time: Time) -> None:
+    desk.coordinator.answers["fail"] = [CoordinatorError("500"), Refused("400", 400)]
+    desk.add("j1", ErrorCode.E_EXIT)
+    desk.send()
+    time.now += 1000.0
+    desk.send()
+    assert (desk.waiting(), [task.job_id for task in desk.bench.queue.dead()]) == ([], ["j1"])
+
+
+def test_a_job_without_a_readable_outcome_keeps_its_place(desk: Reporting) -> None:
+    desk.ended("j1")
+    outcome = desk.bench.records.root / "j1/outcome.json"
+    good = outcome.read_bytes()
+    outcome.write_bytes(b"{")
+    desk.reporter.add("j1")
+    desk.send()
+    assert "j1" in desk.reporter
+    assert desk.coordinator.told == []
+    outcome.write_bytes(good)
+    desk.reporter.hurry()
+    desk.send()
+    assert desk.coordinator.told == [("result", "j1")]
+
+
+# --- in a fleet --------------------------------------------------------------------------------------------
+
+
+def test_a_report_goes_only_for_a_job_that_is_ours(desk: Reporting, tmp_path: Path, time: Time) -> None:
+    queue = FlakyQueue(Database(tmp_path / "shared.db"))
+    fleet = Fleet(queue, NODE, 60.0)
+    desk.reporter = Reporter(desk.bench, fleet)
+    for job_id in ("ours", "theirs"):
+        desk.record(job_id, State.ACKED, retry={"max_attempts": 2})
+        with desk.bench.records.open(job_id) as job:
+            assert hold(fleet, job)
+        desk.conclude(job_id)
+    time.now += 61.0
+    assert queue.claim(Kind.RUN, "theirs", "node-b", 60.0)
+    for job_id in ("ours", "theirs"):
+        desk.reporter.add(job_id)
+    desk.send()
+    assert desk.coordinator.told == [("result", "ours")]
+    assert desk.state("theirs") == (State.FAILED, "lost")
+    # Ours is done for the fleet, theirs is theirs.
+    assert queue.due("node-c", 9) == []
+    time.now += 61.0
+    assert [task.job_id for task in queue.due("node-c", 9)] == []
+    assert [task.job_id for task in queue.dead()] == ["theirs"]
+    row = desk.bench.accounts.of("theirs")
+    assert row is not None
+    assert row.delivery == "lost"
+
+
+def hold(fleet: Fleet, job: JobDir) -> bool:
+    return fleet.hold(job, job.manifest())
+
+
+def test_a_report_waits_for_the_queue_when_the_lease_is_over(
+    desk: Reporting, tmp_path: Path, time: Time
+) -> None:
+    queue = FlakyQueue(Database(tmp_path / "shared.db"))
+    fleet = Fleet(queue, NODE, 60.0)
+    desk.reporter = Reporter(desk.bench, fleet)
+    for job_id in ("early", "late"):
+        desk.record(job_id, State.ACKED, retry={"max_attempts": 2})
+        with desk.bench.records.open(job_id) as job:
+            assert hold(fleet, job)
+        desk.conclude(job_id)
+    queue.down = True
+    desk.reporter.add("early")
+    desk.send()
+    assert desk.coordinator.told == [("result", "early")]
+    time.now += 61.0
+    desk.reporter.add("late")
+    desk.send()
+    assert desk.coordinator.told == [("result", "early")]
+    assert desk.reporter.newest() == ["late"]
+    queue.down = False
+    desk.reporter.hurry()
+    desk.send()
+    assert desk.coordinator.told[1:] == [("result", "late")]
