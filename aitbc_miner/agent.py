@@ -174,6 +174,9 @@ class Agent:
         for job_id in found.to_deliver:
             self._reporter.add(job_id)
         self._reruns.recovered(found.to_retry)
+        for job_id in found.to_retry:
+            # They were acknowledged: the coordinator may cancel them while they wait.
+            self._progress.began(job_id, clock.now())
         for job_id in found.ended:
             self._conclude(job_id)
         self._taker.resume(found.to_resume)
@@ -226,6 +229,10 @@ class Agent:
 
     def _settle(self, said: JobSettled | CancelJob) -> None:
         """Nobody works on the job any more: what it left is its outcome, or it is lost or cancelled."""
+        waits = said.job_id in self._reruns or said.job_id in self._taker
+        if waits and isinstance(said, JobSettled) and said.code is None:
+            # Of an attempt whose outcome was found on the disk before its worker's end was heard of.
+            return
         self._taker.forget(said.job_id)
         self._reruns.drop(said.job_id)
         if settle(self._bench.records, said):
@@ -254,6 +261,9 @@ class Agent:
         elif job_id in self._reporter:
             self._reporter.hurry()
             self._channel.send(Retried(job_id, f"the report of job {job_id} is sent again now"))
+        elif self._fleet is not None and not self._bench.records.known(job_id):
+            call = partial(self._fleet.requeue, job_id)
+            self._bench.start("queue", call, partial(self._requeued, job_id))
         else:
             self._channel.send(self._retry_dead(job_id))
 
@@ -275,6 +285,19 @@ class Agent:
         self._bench.refused = max(0, self._bench.refused - 1)
         self._reporter.add(job_id)
         return Retried(job_id, f"the report of job {job_id}, which was refused, is sent once more")
+
+    def _requeued(self, job_id: str, future: Future[bool]) -> None:
+        try:
+            found = future.result()
+        except MinerError as error:
+            self._channel.send(Retried(job_id, f"cannot retry job {job_id}: {error}", done=False))
+            return
+        if found:
+            said = Retried(job_id, f"job {job_id} is due again for any node of the fleet")
+        else:
+            why = "neither this node nor the fleet's queue has it"
+            said = Retried(job_id, f"cannot retry job {job_id}: {why}", done=False)
+        self._channel.send(said)
 
     # --- the fleet -----------------------------------------------------------------------------------------
 

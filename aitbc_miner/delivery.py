@@ -65,6 +65,7 @@ def deliver(
             how = _send_again(coordinator, node_id, job, outcome)
         elif not is_ours(state):
             how = "lost"
+            job.move(State.UPLOADING)
             state = job.move(State.FAILED, delivery=how)
         else:
             job.move(State.UPLOADING)

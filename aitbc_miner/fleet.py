@@ -19,7 +19,7 @@ from aitbc_miner.records import JobDir, RecordError, Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 
-LOOKED_AT = 50
+LOOKED_AT = 200
 # What no other node has taken by then is reported by the node that could not do it.
 GIVE_UP_S = 900.0
 # Of a claim that came to nothing here, so that another node may have it.
@@ -140,6 +140,10 @@ class Fleet:
             self._queue.remove(Kind.RUN, state.job_id, state.lease)
         except QueueError:
             self._done[state.job_id] = state.lease
+
+    def requeue(self, job_id: str) -> bool:
+        """Have a job whose last attempt was lost with its node tried anew; False when there is none."""
+        return self._queue.requeue(Kind.RUN, job_id) is not None
 
     # --- between nodes -------------------------------------------------------------------------------------
 

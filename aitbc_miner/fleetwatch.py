@@ -63,11 +63,13 @@ class FleetWatch:
         lost, seen, error = future.result()
         self._due = clock.now() + min(self._every_s, self._bench.config.coordinator.poll_interval_s)
         if error is not None:
-            self._due = clock.now() + self._every_s
+            # However long a lease is, a queue that is back is not left waiting.
+            most = self._bench.config.heartbeat.backoff.max_s
+            self._due = clock.now() + min(self._every_s, most)
             self._failed(error)
         elif self._down:
             self._bench.log.info("queue of the fleet is back")
-            self._bench.worked()
+            self._tell(None)
             self._down = False
         for job_id in lost:
             self._lost(job_id)
@@ -78,4 +80,8 @@ class FleetWatch:
         if not (self._down and isinstance(error, QueueError)):
             self._bench.warn("queue of the fleet out of reach", error)
         self._down = True
-        self._bench.failed(error)
+        self._tell(str(error))
+
+    def _tell(self, error: str | None) -> None:
+        self._bench.queue_error = error
+        self._bench.tell()

@@ -165,7 +165,8 @@ MOVES: dict[State, frozenset[State]] = {
     State.RUNNING: frozenset({State.COLLECTING, State.UPLOADING, State.RETRY_WAIT}),
     State.COLLECTING: frozenset({State.UPLOADING, State.RETRY_WAIT}),
     State.UPLOADING: frozenset({State.DONE, State.FAILED, State.UPLOADING}),
-    State.RETRY_WAIT: frozenset({State.PREP, State.UPLOADING, State.FAILED}),
+    # Again, when its worker died before it had written anything of the attempt.
+    State.RETRY_WAIT: frozenset({State.PREP, State.UPLOADING, State.FAILED, State.RETRY_WAIT}),
     State.DONE: frozenset(),
     # The operator has a report that was refused sent once more.
     State.FAILED: frozenset({State.UPLOADING}),

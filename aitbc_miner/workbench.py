@@ -48,6 +48,8 @@ class Workbench:
         self.background = Background()
         self.log = events("agent")
         self.error: str | None = None
+        # Apart, for a coordinator that answers makes the fleet's queue no better.
+        self.queue_error: str | None = None
         self.pending = 0
         self.refused = 0
         self._pools = {name: ThreadPoolExecutor(n, name) for name, n in POOLS.items()}
@@ -82,7 +84,7 @@ class Workbench:
 
     def tell(self) -> None:
         """Tell the supervisor how it goes."""
-        self.channel.send(Deliveries(self.pending, self.error, self.refused))
+        self.channel.send(Deliveries(self.pending, self.error or self.queue_error, self.refused))
 
     def count(self, name: Literal["broken_records", "retries", "deliveries"], label: str = "") -> None:
         """Add one to a metric."""

@@ -25,6 +25,7 @@ from tools.mock_records import Job, Report, Verdict
 
 QUICK = next(kind for kind in KINDS if kind.name == "quick")
 FAILING = next(kind for kind in KINDS if kind.name == "failing")
+RETRIED = next(kind for kind in KINDS if kind.name == "retried")
 
 
 # --- the plan ----------------------------------------------------------------------------------------------
@@ -208,6 +209,14 @@ def test_what_may_not_be_is_found() -> None:
     assert kinds_of(job("E_LOST")) == ["wrong"]
     assert kinds_of(job(), doom=True) == ["wrong"]
     assert kinds_of(job("E_DISK")) == ["wrong"]
+
+
+def test_a_job_may_run_as_often_as_its_policy_says() -> None:
+    nobody, risked = Fates(set(), set()), Fates({"j"}, set())
+    assert list(check_job(job(), RETRIED, 3, nobody)) == []
+    assert [finding.kind for finding in check_job(job(), RETRIED, 4, nobody)] == ["run twice"]
+    assert [finding.kind for finding in check_job(job("E_EXIT"), RETRIED, 3, nobody)] == ["wrong"]
+    assert list(check_job(job("E_EXIT"), RETRIED, 3, risked)) == []
 
 
 def test_records_are_compared_with_the_ledger(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from aitbc_miner.util import clock, fs
 
 DEPTH = 5000
-MANY = 100_000
+MANY = 20_000
 needs_root = pytest.mark.xfail(os.geteuid() != 0, reason="only root can mount", strict=True)
 
 
@@ -40,12 +40,12 @@ def test_depth_is_no_matter(tmp_path: Path, place: int) -> None:
     before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208  # only how many
     fs.remove_tree(place, "deep")
     assert list(tmp_path.iterdir()) == []
-    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert len(os.listdir("/proc/self/fd")) <= before  # noqa: PTH208
 
 
 def test_neither_is_number_and_what_is_freed_is_told(tmp_path: Path, place: int) -> None:
     wide = tmp_path / "wide"
-    for each in range(fs.NAMES_AT_ONCE * 3):
+    for each in range(fs.NAMES_AT_ONCE * 2 + 1):
         (wide / f"d{each}" / "inner").mkdir(parents=True)
     with fs.directory(wide) as fd:
         for each in range(MANY):

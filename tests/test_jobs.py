@@ -230,9 +230,9 @@ def test_a_job_is_started_only_after_it_was_acknowledged() -> None:
 
 
 def test_another_attempt_is_made_only_of_one_that_nothing_was_reported_of() -> None:
-    before = {State.ACKED, State.PREP, State.RUNNING, State.COLLECTING}
+    before = {State.ACKED, State.PREP, State.RUNNING, State.COLLECTING, State.RETRY_WAIT}
     assert {state for state in State if State.RETRY_WAIT in MOVES[state]} == before
-    assert MOVES[State.RETRY_WAIT] == {State.PREP, State.UPLOADING, State.FAILED}
+    assert MOVES[State.RETRY_WAIT] == {State.PREP, State.UPLOADING, State.FAILED, State.RETRY_WAIT}
 
 
 def test_done_comes_only_after_uploading() -> None:

@@ -88,7 +88,7 @@ def says_short(node: Node) -> bool:
 def test_a_disk_with_no_byte_free_loses_nothing(
     coordinator: MockCoordinator, node: Node, min_free: int, slow_input: tuple[str, threading.Event]
 ) -> None:
-    filled, freed = node.directory / "marks" / "filled", node.directory / "marks" / "freed"
+    begun, filled, freed = (node.marks / name for name in ("begun", "filled", "freed"))
     wait = until(filled)
     hogs = ["hog-0", "hog-1"]
     # Each goes on taking whatever comes free until it is told to give it back.
@@ -96,10 +96,10 @@ def test_a_disk_with_no_byte_free_loses_nothing(
     failing = {
         "writes": f"{wait}; head -c 1M /dev/zero > ../output/data",
         "prints": f"{wait}; until [ -e {freed} ]; do echo 0123456789; done",
-        "maps": f"{wait}; head -c 100k /dev/zero > a && sync a && cat a > b",
+        "copies": f"{wait}; cp /usr/bin/bash .",
     }
     for name in hogs:
-        coordinator.submit(node.script(name, eat))
+        coordinator.submit(node.script(name, f"{until(begun)}; {eat}"))
     for name, then in failing.items():
         coordinator.submit(node.script(name, then))
     coordinator.submit(node.script("nothing", wait))
@@ -110,6 +110,7 @@ def test_a_disk_with_no_byte_free_loses_nothing(
     url, more = slow_input
     early.append(coordinator.submit(noop(job_id="fetches", input={"urls": [url]})))
     wait_until(lambda: list((node.jobs / "fetches").glob("input/.*.part")), WAIT_S)
+    begun.touch()
     wait_until(lambda: free_bytes(node) == 0, WAIT_S)
     if min_free:
         wait_until(lambda: says_short(node), WAIT_S)
@@ -127,7 +128,7 @@ def test_a_disk_with_no_byte_free_loses_nothing(
     else:
         # What cannot be recorded is not acknowledged either.
         wait_until(lambda: "cannot take job in" in node.log.read_text(), WAIT_S)
-    assert free_bytes(node) < reserve.PIECE
+    wait_until(lambda: free_bytes(node) == 0, WAIT_S)
 
     freed.touch()
     freed_at = clock.now()
@@ -140,3 +141,22 @@ def test_a_disk_with_no_byte_free_loses_nothing(
     wait_settled(node)
     assert_once(coordinator, [*early, *late, new])
     assert len(early + late) == 50
+
+
+@pytest.mark.parametrize("min_free", [DISK_MIB // 2])
+def test_the_oldest_that_are_delivered_make_room_for_more(
+    coordinator: MockCoordinator, node: Node, min_free: int
+) -> None:
+    names = [f"large-{number}" for number in range(6)]
+    for name in names:
+        coordinator.submit(node.script(name, "head -c 3M /dev/zero > ../output/data"))
+        assert wait_final(coordinator, [name])[0].state == State.DONE
+        wait_settled(node)
+    wait_until(lambda: free_bytes(node) >> 20 >= min_free, WAIT_S)
+    there = [name for name in names if (node.jobs / name).exists()]
+    assert there == names[-len(there) :]
+    assert 0 < len(there) < len(names)
+    wait_until(lambda: not list(node.jobs.glob("+old-*")), WAIT_S)
+    # They are known all the same, and never run again.
+    assert_once(coordinator, names)
+    assert [len(node.runs(name)) for name in names] == [1] * len(names)

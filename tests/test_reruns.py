@@ -1,0 +1,278 @@
+"""What becomes of a job that has failed: its report, another attempt here, or another node's."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from agent_bench import NODE, Desk, FlakyQueue, Time
+from msgspec.structs import replace
+
+from aitbc_miner.database import Database
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.fleet import Fleet
+from aitbc_miner.jobs import State
+from aitbc_miner.messages import Counted
+from aitbc_miner.queue import Kind, QueueError
+from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.records import STATE, JobDir
+from aitbc_miner.reruns import Reruns
+
+S = State
+E = ErrorCode
+RAN = (S.ACKED, S.PREP, S.RUNNING)
+THRICE: dict[str, object] = {"retry": {"max_attempts": 3}}
+
+
+class Judging(Desk):
+    """Reruns, and what they had reported."""
+
+    def __init__(self, directory: Path, *, in_fleet: bool = False) -> None:
+        super().__init__(directory)
+        self.reported: list[str] = []
+        self.shared = FlakyQueue(Database(directory / "shared.db"))
+        fleet = Fleet(self.shared, NODE, 60.0) if in_fleet else None
+        self.reruns = Reruns(self.bench, fleet, self.reported.append)
+
+    def fail(self, code: ErrorCode | None, *steps: State, **more: object) -> None:
+        """Have a job end with a code, and decide about it."""
+        self.record("j1", *steps, **more)
+        self.conclude("j1", code)
+        self.reruns.settle("j1")
+
+    def waiting(self) -> list[str]:
+        """Give the retries that are noted for after a restart."""
+        self.note_all()
+        return [task.job_id for task, _ in self.bench.queue.waiting(Kind.RUN, NODE)]
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    return Time(monkeypatch)
+
+
+@pytest.fixture
+def start(tmp_path: Path, time: Time) -> Iterator[Callable[..., Judging]]:
+    desks: list[Judging] = []
+
+    def make(*, in_fleet: bool = False) -> Judging:
+        desks.append(Judging(tmp_path, in_fleet=in_fleet))
+        return desks[-1]
+
+    yield make
+    for each in desks:
+        each.close()
+
+
+@pytest.fixture
+def alone(start: Callable[..., Judging]) -> Judging:
+    return start()
+
+
+@pytest.fixture
+def fleet(start: Callable[..., Judging]) -> Judging:
+    return start(in_fleet=True)
+
+
+# --- the report --------------------------------------------------------------------------------------------
+
+REPORTED: dict[str, tuple[ErrorCode | None, tuple[State, ...], dict[str, object]]] = {
+    "it went well": (None, RAN, THRICE),
+    "it ran once and may no more": (E.E_LOST, RAN, {}),
+    "its own fault": (E.E_EXIT, RAN, THRICE),
+    "cancelled": (E.E_CANCELLED, RAN, THRICE),
+    "no manifest": (E.E_MANIFEST, (), {}),
+    "for another node": (E.E_NOGPU, (S.ACKED,), {}),
+    "not on its list": (E.E_LOST, RAN, {"retry": {"max_attempts": 3, "on": ["E_SIGNAL"]}}),
+    "never acknowledged": (E.E_INTERNAL, (), {}),
+    "about its report": (E.E_LOST, (*RAN, S.UPLOADING), THRICE),
+}
+
+
+@pytest.mark.parametrize(("code", "steps", "more"), REPORTED.values(), ids=REPORTED)
+def test_a_job_that_is_over_is_reported(
+    alone: Judging, code: ErrorCode | None, steps: tuple[State, ...], more: dict[str, object]
+) -> None:
+    alone.fail(code, *steps, **more)
+    assert (alone.reported, alone.reruns.ids(), alone.waiting()) == (["j1"], [], [])
+    with alone.bench.records.open("j1") as job:
+        assert job.state().attempt == 1
+        assert job.has_outcome()
+
+
+@pytest.mark.parametrize("name", ["state.json", "outcome.json", "manifest.json"])
+def test_what_cannot_be_judged_is_reported(alone: Judging, name: str) -> None:
+    alone.record("j1", *RAN, **THRICE)
+    alone.conclude("j1", E.E_LOST)
+    (alone.bench.records.root / "j1" / name).write_bytes(b"{")
+    alone.reruns.settle("j1")
+    assert (alone.reported, alone.reruns.ids()) == (["j1"], [])
+
+
+def test_what_is_not_there_is_reported(alone: Judging) -> None:
+    alone.reruns.settle("j1")
+    alone.record("j2", *RAN, **THRICE)
+    alone.reruns.settle("j2")
+    assert alone.reported == ["j1", "j2"]
+
+
+def test_a_full_disk_has_a_failure_reported_and_not_forgotten(
+    alone: Judging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    alone.record("j1", *RAN, **THRICE)
+    alone.conclude("j1", E.E_LOST)
+    monkeypatch.setattr(JobDir, "write_state", full)
+    alone.reruns.settle("j1")
+    assert (alone.reported, alone.reruns.ids()) == (["j1"], [])
+
+
+# --- another attempt here ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "steps", "more"),
+    [(E.E_LOST, RAN, THRICE), (E.E_LOST, (S.ACKED, S.PREP), {}), (E.E_INTERNAL, (S.ACKED,), {})],
+)
+def test_a_job_that_may_be_tried_again_waits(
+    alone: Judging, time: Time, code: ErrorCode, steps: tuple[State, ...], more: dict[str, object]
+) -> None:
+    alone.fail(code, *steps, **more)
+    assert (alone.reported, alone.reruns.ids(), "j1" in alone.reruns) == ([], ["j1"], True)
+    assert alone.waiting() == ["j1"]
+    with alone.bench.records.open("j1") as job:
+        state = job.state()
+        assert (state.state, state.attempt, job.outcome()) == (S.RETRY_WAIT, 2, None)
+        assert (alone.bench.records.root / "j1/outcome.1.json").exists()
+    said = alone.said()
+    assert Counted("retries", str(code)) in said
+    bounds = alone.bench.config.heartbeat.backoff
+    due = alone.reruns.next_due()
+    assert due is not None
+    assert bounds.min_s <= due - time.now <= 2 * bounds.min_s
+    assert alone.reruns.take_due() == []
+    time.now = due
+    assert alone.reruns.take_due() == ["j1"]
+    assert (alone.reruns.take_due(), alone.reruns.next_due(), "j1" in alone.reruns) == ([], None, False)
+    alone.reruns.begun("j1")
+    assert alone.waiting() == []
+
+
+def test_the_last_failure_is_the_report(alone: Judging, time: Time) -> None:
+    alone.fail(E.E_LOST, *RAN, **THRICE)
+    for attempt in (2, 3):
+        assert alone.reported == []
+        time.now += 1000.0
+        assert alone.reruns.take_due() == ["j1"]
+        with alone.bench.records.open("j1") as job:
+            assert job.state().attempt == attempt
+            for step in (S.PREP, S.RUNNING):
+                job.move(step)
+        alone.conclude("j1", E.E_LOST)
+        alone.reruns.settle("j1")
+    assert (alone.reported, alone.reruns.ids()) == (["j1"], [])
+    with alone.bench.records.open("j1") as job:
+        outcome = job.outcome()
+    assert outcome is not None
+    assert outcome.attempt == 3
+
+
+def test_the_time_of_the_next_attempt_survives_a_restart(start: Callable[..., Judging], time: Time) -> None:
+    before = start()
+    before.fail(E.E_LOST, *RAN, **THRICE)
+    before.note_all()
+    due = before.reruns.next_due()
+    assert due is not None
+    time.now += 2.0
+    after = start()
+    # What is not noted is tried at once, which loses nothing.
+    after.reruns.recovered(["j1", "j2"])
+    assert after.reruns.take_due() == ["j2"]
+    assert after.reruns.next_due() == pytest.approx(due)
+    assert after.shown() == [S.RETRY_WAIT] * 2
+
+
+def test_without_the_queue_a_job_is_tried_again_all_the_same(
+    alone: Judging, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def down(*_: object) -> None:
+        raise QueueError("cannot write the queue: disk I/O error")
+
+    for name in ("put", "waiting"):
+        monkeypatch.setattr(SqliteQueue, name, down)
+    alone.fail(E.E_LOST, *RAN, **THRICE)
+    alone.note_all()
+    assert alone.reruns.ids() == ["j1"]
+    alone.reruns.recovered(["j1"])
+    assert alone.reruns.take_due() == ["j1"]
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["time of a retry not noted", "times of retries not read"]
+
+
+def test_an_operator_and_a_coordinator_may_end_the_wait(alone: Judging) -> None:
+    alone.fail(E.E_LOST, *RAN, **THRICE)
+    assert alone.reruns.take_due() == []
+    alone.reruns.hurry("j1")
+    assert alone.reruns.take_due() == ["j1"]
+    alone.reruns.hurry("j1")
+    alone.reruns.drop("j1")
+    alone.reruns.drop("j1")
+    assert alone.reruns.take_due() == []
+
+
+# --- another node's ----------------------------------------------------------------------------------------
+
+
+def test_what_another_node_may_do_better_is_left_to_it(fleet: Judging) -> None:
+    fleet.fail(E.E_NOGPU, S.ACKED)
+    fleet.turn_until(lambda: fleet.state("j1")[0] is S.FAILED)
+    fleet.note_all()
+    assert fleet.state("j1") == (S.FAILED, "handed_on")
+    assert (fleet.reported, fleet.reruns.ids()) == ([], [])
+    (task,) = fleet.shared.due("node-b", 9)
+    assert (task.job_id, task.node, task.attempts, task.max_attempts) == ("j1", NODE, 1, 5)
+    row = fleet.bench.accounts.of("j1")
+    assert row is not None
+    assert row.delivery == "handed_on"
+    assert fleet.coordinator.told == []
+
+
+def test_what_another_node_has_already_is_lost_here(fleet: Judging) -> None:
+    fleet.record("j1", S.ACKED)
+    with fleet.bench.records.open("j1") as job:
+        job.write_state(replace(job.state(), lease="an old token"))
+    fleet.conclude("j1", E.E_NOGPU)
+    fleet.reruns.settle("j1")
+    fleet.note_all()
+    assert (fleet.state("j1"), fleet.reported) == ((S.FAILED, "lost"), [])
+
+
+def test_without_the_fleet_it_is_reported(fleet: Judging, caplog: pytest.LogCaptureFixture) -> None:
+    fleet.shared.down = True
+    fleet.fail(E.E_NOGPU, S.ACKED)
+    fleet.note_all()
+    assert (fleet.reported, fleet.state("j1")) == (["j1"], (S.ACKED, None))
+    assert [record.getMessage() for record in caplog.records] == ["job not handed on"]
+
+
+def test_what_a_broken_record_keeps_from_being_handed_on_is_reported(fleet: Judging) -> None:
+    fleet.record("j1", S.ACKED)
+    fleet.conclude("j1", E.E_NOGPU)
+    (fleet.bench.records.root / "j1/manifest.json").unlink()
+    fleet.reruns.settle("j1")
+    fleet.note_all()
+    assert fleet.reported == ["j1"]
+    assert (fleet.bench.records.root / "j1" / STATE).exists()
+
+
+def test_a_crash_after_handing_on_hands_the_same_on_once_more(fleet: Judging, time: Time) -> None:
+    fleet.record("j1", S.ACKED)
+    outcome = fleet.conclude("j1", E.E_NOGPU)
+    with fleet.bench.records.open("j1") as job:
+        assert Fleet(fleet.shared, NODE, 60.0).hand_on(job, outcome, 5)
+    # That much is in the queue; the record knows nothing of it.
+    fleet.reruns.settle("j1")
+    fleet.note_all()
+    assert fleet.state("j1") == (S.FAILED, "handed_on")
+    assert [task.job_id for task in fleet.shared.due("node-b", 9)] == ["j1"]

@@ -1,0 +1,208 @@
+"""What the supervisor makes of the space that is free: pulling stops and goes on, sweeps, the reserve."""
+
+import os
+from collections.abc import Callable
+from math import inf
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from aitbc_miner import reserve, storage
+from aitbc_miner.children import Errands, Main
+from aitbc_miner.config import Workspace
+from aitbc_miner.messages import SpaceWanted, Sweepable, Swept
+from aitbc_miner.storage import AGAIN_S, MIB, Storage
+from aitbc_miner.sweeping import Sweep
+from aitbc_miner.util import clock
+
+LEAST, RESERVE = 160, 1
+
+
+class FakeErrands(Errands):
+    """Children that are never started: the test says how they end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started: list[tuple[str, Any]] = []
+        self.done: Callable[[Any], None] = lambda _: None
+        self.refuse = False
+
+    def start(self, name: str, main: Main, incoming: Any, done: Callable[[Any], None], keep: Any = ()) -> Any:
+        if self.refuse:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        self.started.append((name, main.args[1:3] if name == "sweep" else None))  # type: ignore[attr-defined]
+        self.done = done
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.started]
+
+
+class Site:
+    """A disk with as much space as the test says, at the time that it says."""
+
+    def __init__(self, root: Path, patch: pytest.MonkeyPatch, least: int = LEAST) -> None:
+        self.errands = FakeErrands()
+        self.said: list[Swept | SpaceWanted] = []
+        self.free = 1000 * MIB
+        self.time = 1000.0
+        patch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=self.free, f_frsize=1))
+        patch.setattr(clock, "now", lambda: self.time)
+        kept = Workspace(root, min_free_mb=least, reserve_mb=RESERVE)
+        self.storage = Storage(kept, self.errands, self.said.append)
+
+    def begun(self) -> "Site":
+        """Have the sweep of the start be over, and the reserve made."""
+        reserve.fill(self.storage._kept.root, RESERVE)
+        self.storage.tick()
+        self.errands.done(Sweep())
+        self.errands.started.clear()
+        return self
+
+    def tick(self, free_mib: float, after: float = AGAIN_S) -> bool:
+        self.free = int(free_mib * MIB)
+        self.time += after
+        return self.storage.tick()
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    return Site(tmp_path, monkeypatch).begun()
+
+
+def test_pulling_stops_below_the_limit_and_goes_on_well_above_it(site: Site) -> None:
+    assert not site.tick(LEAST)
+    assert not site.storage.short
+    assert site.tick(LEAST - 1)
+    assert site.storage.short
+    problem = site.storage.problem
+    assert problem is not None
+    assert (
+        problem.what
+        == "workspace.root has 159 MB free, below workspace.min_free_mb (160): no jobs are pulled"
+    )
+    assert "lower workspace.min_free_mb or keep_*" in problem.remedy
+    assert not site.tick(LEAST + LEAST / 16 - 1)
+    assert site.storage.short
+    assert site.tick(LEAST + LEAST / 16)
+    assert not site.storage.short
+    assert site.storage.problem is None
+
+
+def test_the_reserve_comes_before_more_jobs(site: Site) -> None:
+    site.tick(0)
+    reserve.release(site.storage._kept.root)
+    assert not site.tick(LEAST + LEAST / 16)
+    assert site.errands.names() == ["reserve"]
+    reserve.fill(site.storage._kept.root, RESERVE)
+    site.errands.done("ended with exit status 0")
+    assert site.tick(LEAST + LEAST / 16)
+
+
+def test_without_a_limit_pulling_never_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tmp_path, monkeypatch, least=0).begun()
+    assert not site.tick(0)
+    assert (site.storage.short, site.storage.problem, site.said) == (False, None, [])
+
+
+def test_the_agent_is_asked_for_what_may_go_now_and_then(site: Site) -> None:
+    site.tick(LEAST - 10)
+    assert site.said == [SpaceWanted(20 * MIB)]
+    site.tick(LEAST - 10, after=AGAIN_S / 2)
+    assert len(site.said) == 1
+    site.tick(LEAST - 10, after=AGAIN_S / 2)
+    assert len(site.said) == 2
+
+
+def test_what_is_over_its_time_goes_whether_there_is_space_or_not(site: Site) -> None:
+    site.storage.sweep(Sweepable(["j1", "j2", "j3"]))
+    site.tick(1000)
+    assert site.errands.started == [("sweep", (["j1", "j2", "j3"], inf))]
+    # Named again while it is under way, and nothing else is started beside it.
+    site.storage.sweep(Sweepable(["j3", "j4"]))
+    site.tick(1000)
+    assert len(site.errands.started) == 1
+    site.errands.done(Sweep(gone=["j1"], kept=["j2"], freed_bytes=5, unfinished=True))
+    assert site.said == [Swept(["j1"], 5)]
+    site.tick(1000)
+    assert site.errands.started[1:] == [("sweep", (["j3", "j4"], inf))]
+    site.errands.done(Sweep(gone=["j3", "j4"]))
+    site.tick(1000)
+    assert len(site.errands.started) == 2
+
+
+def test_before_their_time_only_so_many_go_as_it_takes(site: Site) -> None:
+    site.storage.sweep(Sweepable(["j1", "j2"], early=True))
+    site.tick(1000)
+    assert site.errands.started == []
+    site.tick(LEAST - 1)
+    assert site.errands.started == [("sweep", (["j1", "j2"], (LEAST + LEAST // 16) * MIB))]
+    site.errands.done(Sweep(gone=["j1"]))
+    # The other one is named anew, if it still may go when it must.
+    site.tick(LEAST - 1)
+    assert len(site.errands.started) == 1
+    assert isinstance(site.said[-1], SpaceWanted)
+
+
+def test_remains_of_an_earlier_run_are_looked_for_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(tmp_path, monkeypatch)
+    site.tick(1000)
+    assert site.errands.started == [("sweep", ([], inf))]
+    site.errands.done(Sweep(unfinished=True))
+    site.tick(1000)
+    site.errands.done(Sweep())
+    site.tick(1000)
+    assert site.errands.names() == ["sweep", "sweep", "reserve"]
+
+
+def test_a_sweep_that_fails_is_made_again_after_a_pause(site: Site) -> None:
+    site.storage.sweep(Sweepable(["j1"]))
+    site.tick(1000)
+    site.errands.done("was killed by SIGKILL")
+    site.tick(1000, after=AGAIN_S / 2)
+    assert len(site.errands.started) == 1
+    site.tick(1000)
+    assert site.errands.started[1] == ("sweep", (["j1"], inf))
+
+
+def test_no_process_is_to_be_had(site: Site) -> None:
+    site.storage.sweep(Sweepable(["j1"]))
+    site.errands.refuse = True
+    site.tick(1000)
+    site.errands.refuse = False
+    site.tick(1000)
+    assert site.errands.names() == ["sweep"]
+
+
+def test_the_reserve_never_takes_more_than_half_of_what_there_is(site: Site) -> None:
+    for _ in range(4):
+        reserve.release(site.storage._kept.root)
+    lacking = 4 * reserve.PIECE / MIB
+    site.tick(2 * lacking - 0.01)
+    assert "reserve" not in site.errands.names()
+    site.tick(2 * lacking)
+    assert "reserve" in site.errands.names()
+
+
+def test_the_child_fills_the_reserve_and_says_why_it_cannot(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipe = SimpleNamespace(close=lambda: None)
+    storage._fill(Workspace(tmp_path, reserve_mb=1), pipe)  # type: ignore[arg-type]
+    assert reserve.lacking(tmp_path, 1) == 0
+    storage._fill(Workspace(tmp_path / "none", reserve_mb=1), pipe)  # type: ignore[arg-type]
+    [record] = caplog.records
+    assert record.getMessage() == "no reserve"
+
+
+def test_a_disk_that_is_gone_is_said(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "statvfs", fail)
+    assert not site.storage.tick()
+    assert site.storage.problem is not None
+    assert "Input/output error" in site.storage.problem.what

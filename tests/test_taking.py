@@ -1,0 +1,278 @@
+"""Jobs on their way into a slot: none is lost on it, and none takes another's place."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agent_bench import FREE, OFFER, Desk, Time
+from msgspec.structs import replace
+from test_intake import pulled
+
+from aitbc_miner.coordinator import CoordinatorError, Gone, PulledJob, Refused
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.intake import Intake, Taken
+from aitbc_miner.jobs import ManifestError, State
+from aitbc_miner.messages import CancelJob, JobReady, Slots, SlotView
+from aitbc_miner.progress import ProgressBook
+from aitbc_miner.slot import SlotState
+from aitbc_miner.taking import Taker, by_coordinator, id_of
+
+ODD: list[Exception] = [
+    ValueError("odd"),
+    RecursionError("deep"),
+    OSError(28, "No space left on device"),
+    CoordinatorError("cannot talk: 500"),
+]
+
+
+class Taking(Desk):
+    """A taker, and what it told the agent."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.settled: list[str] = []
+        self.given_up: list[str] = []
+        self.progress = ProgressBook(15.0, 1.0)
+        self.stopping = threading.Event()
+        self.taker = Taker(
+            self.bench, None, self.progress, self.stopping, self.settled.append, self.given_up.append
+        )
+
+    def ready(self, n: int = 1) -> list[str]:
+        """Wait for so many jobs that are ready for a slot."""
+        named: list[str] = []
+
+        def all_are() -> bool:
+            named.extend(each.ticket.job_id for each in self.said() if isinstance(each, JobReady))
+            return len(named) >= n
+
+        self.turn_until(all_are)
+        return named
+
+
+@pytest.fixture
+def desk(tmp_path: Path) -> Iterator[Taking]:
+    made = Taking(tmp_path)
+    yield made
+    made.stopping.set()
+    made.close()
+
+
+def slots(*names: str, job_id: str | None = None) -> Slots:
+    state = SlotState.BUSY if job_id else SlotState.IDLE
+    views = [SlotView(replace(OFFER, name=name), state, free=job_id is None, job_id=job_id) for name in names]
+    return Slots(views, [], accepting=True)
+
+
+def test_a_pulled_job_takes_a_place_until_it_is_in_a_slot(desk: Taking) -> None:
+    assert desk.taker.room() == []
+    desk.taker.see(slots("a", "b"))
+    assert len(desk.taker.room()) == 2
+    desk.taker.take("j1", pulled())
+    assert ("j1" in desk.taker, desk.taker.ids(), len(desk.taker.room())) == (True, ["j1"], 1)
+    assert desk.ready() == ["j1"]
+    assert len(desk.taker.room()) == 1
+    assert "j1" in desk.progress
+    desk.taker.see(slots("a", job_id="j1"))
+    assert (desk.taker.ids(), desk.taker.room()) == ([], [])
+
+
+def test_nothing_fits_into_a_node_that_takes_nothing(desk: Taking) -> None:
+    desk.taker.see(Slots(FREE.slots, [], accepting=False))
+    assert desk.taker.room() == []
+
+
+def test_a_job_that_is_forgotten_leaves_its_place(desk: Taking) -> None:
+    desk.taker.see(FREE)
+    desk.taker.take("j1", pulled())
+    desk.ready()
+    desk.taker.forget("j1")
+    desk.taker.forget("j1")
+    assert ("j1" in desk.taker, len(desk.taker.room())) == (False, 1)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_job_that_cannot_be_done_is_settled(desk: Taking, manifest: bool) -> None:
+    desk.taker.see(FREE)
+    error = ManifestError("cannot read the manifest: odd", "j1")
+    job = pulled(requirements={"gpu": True}) if manifest else PulledJob(b"{}", error=error)
+    desk.taker.take("j1", job)
+    desk.turn_until(lambda: desk.settled)
+    assert (desk.settled, desk.taker.ids(), desk.given_up) == (["j1"], [], [])
+    with desk.bench.records.open("j1") as opened:
+        outcome = opened.outcome()
+    assert outcome is not None
+    assert outcome.code is (ErrorCode.E_NOGPU if manifest else ErrorCode.E_MANIFEST)
+
+
+@pytest.mark.parametrize(
+    ("answer", "given_up"), [(Gone("cannot accept: 409", 409), []), (Refused("400", 400), ["j1"])]
+)
+def test_a_job_that_is_not_ours_is_on_no_way_any_more(
+    desk: Taking, answer: Exception, given_up: list[str]
+) -> None:
+    desk.coordinator.answers["ack"] = [answer]
+    desk.taker.see(FREE)
+    desk.taker.take("j1", pulled())
+    desk.turn_until(lambda: not desk.taker.ids())
+    assert (desk.settled, desk.given_up, "j1" in desk.progress) == ([], given_up, False)
+    assert desk.bench.records.known("j1") == bool(given_up)
+    assert len(desk.taker.room()) == 1
+
+
+@pytest.mark.parametrize("error", ODD, ids=repr)
+@pytest.mark.parametrize("recorded", [True, False])
+def test_an_odd_job_ends_nothing_and_is_tried_again_if_it_is_recorded(
+    desk: Taking, error: Exception, recorded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        if recorded:
+            desk.bench.records.create("j1", pulled().raw)
+        raise error
+
+    time = Time(monkeypatch)
+    monkeypatch.setattr(Intake, "take", fail)
+    desk.taker.see(FREE)
+    desk.taker.take("j1", pulled())
+    desk.turn_until(lambda: desk.bench.error == str(error))
+    assert desk.taker.troubled_until() > time.now
+    # What is not on disk comes from the coordinator once more.
+    assert desk.taker.ids() == (["j1"] if recorded else [])
+    assert desk.taker.next_due() == (desk.taker.troubled_until() if recorded else None)
+    desk.taker.start_due()
+    assert "j1" not in desk.taker
+    time.now = desk.taker.troubled_until()
+    desk.taker.start_due()
+    if recorded:
+        assert desk.ready() == ["j1"]
+
+
+def test_failures_wait_ever_longer(desk: Taking, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    time, pauses = Time(monkeypatch), []
+    desk.record("j1")
+    desk.taker.see(FREE)
+    monkeypatch.setattr(Intake, "resume", fail)
+    desk.taker.resume(["j1"])
+    for _ in range(15):
+        desk.taker.start_due()
+        desk.turn_until(lambda: "j1" not in desk.taker and desk.taker.ids())
+        pauses.append(desk.taker.troubled_until() - time.now)
+        time.now = desk.taker.troubled_until()
+    assert max(pauses) > 4 * desk.bench.config.coordinator.poll_interval_s
+    assert max(pauses) <= desk.bench.config.heartbeat.backoff.max_s
+
+
+# --- resumed -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_restart_left_waits_for_slots(desk: Taking) -> None:
+    desk.record("j1", State.ACKED)
+    desk.taker.resume(["j1"])
+    assert (desk.taker.ids(), desk.taker.next_due()) == (["j1"], None)
+    desk.taker.start_due()
+    assert "j1" not in desk.taker
+    desk.taker.see(FREE)
+    assert desk.taker.next_due() is not None
+    desk.taker.start_due()
+    assert desk.ready() == ["j1"]
+    assert desk.coordinator.told == []
+
+
+def test_what_is_in_a_slot_or_under_way_already_is_not_taken_in_twice(
+    desk: Taking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    def resume(_: Intake, job_id: str, *__: object) -> Taken:
+        begun.append(job_id)
+        return Taken(job_id)
+
+    monkeypatch.setattr(Intake, "resume", resume)
+    for job_id in ("there", "once"):
+        desk.record(job_id, State.ACKED)
+    desk.taker.see(slots("a", job_id="there"))
+    desk.taker.resume(["there", "once", "once"])
+    desk.taker.start_due()
+    assert desk.taker.ids() == ["once"]
+    desk.turn_until(lambda: not desk.taker.ids())
+    assert begun == ["once"]
+
+
+def test_a_stop_leaves_the_job_for_the_next_start(desk: Taking) -> None:
+    desk.record("j1", State.ACKED)
+    with desk.bench.records.open("j1") as job:
+        before = job.state()
+    desk.stopping.set()
+    desk.coordinator.answers["ack"] = [CoordinatorError("500")]
+    desk.taker.see(FREE)
+    desk.taker.take("j2", pulled(job_id="j2"))
+    desk.bench._pools["intake"].shutdown()
+    desk.bench.background.finish()
+    assert (desk.settled, desk.given_up) == ([], [])
+    with desk.bench.records.open("j1") as job:
+        assert job.state() == before
+    with desk.bench.records.open("j2") as job:
+        assert job.state().state is State.PULLED
+
+
+# --- cancelled ---------------------------------------------------------------------------------------------
+
+
+def test_only_a_job_on_its_way_can_be_cancelled_here(desk: Taking) -> None:
+    assert not desk.taker.cancel("j1")
+    desk.taker.see(FREE)
+    desk.taker.take("j1", pulled())
+    assert desk.taker.cancel("j1")
+    desk.turn_until(lambda: not desk.taker.cancel("j1"))
+
+
+def test_a_cancel_that_comes_too_late_for_the_inputs_follows_the_job(
+    desk: Taking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = threading.Event()
+    real = Intake.resume
+
+    def late(intake: Intake, job_id: str, offers: list[object], cancelled: threading.Event) -> Taken:
+        taken = real(intake, job_id, [OFFER], threading.Event())
+        assert gate.wait(20)
+        return taken
+
+    monkeypatch.setattr(Intake, "resume", late)
+    desk.taker.see(FREE)
+    desk.taker.take("j1", pulled())
+    assert desk.taker.cancel("j1")
+    gate.set()
+    said: list[object] = []
+
+    def told() -> bool:
+        said.extend(each for each in desk.said() if isinstance(each, JobReady | CancelJob))
+        return len(said) == 2
+
+    desk.turn_until(told)
+    assert [type(each) for each in said] == [JobReady, CancelJob]
+    assert said[1] == by_coordinator("j1")
+
+
+# --- names -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("job_id", "usable"), [("j1", True), ("../x", False), ("", False), (None, False)])
+def test_whether_a_job_can_be_named_is_known_before_it_touches_the_disk(
+    job_id: str | None, usable: bool
+) -> None:
+    bad = PulledJob(b"", error=ManifestError("cannot read it", job_id))
+    assert id_of(bad)[1] == (usable or job_id is None)
+    assert id_of(pulled()) == ("j1", True)
+
+
+def test_a_nameless_job_is_refused_and_leaves_nothing(desk: Taking, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    desk.taker.refuse_nameless("../x", "cannot accept the job")
+    desk.turn_until(lambda: desk.coordinator.told)
+    assert desk.coordinator.told == [("fail", "../x")]
+    assert list(desk.bench.records.root.iterdir()) == []
