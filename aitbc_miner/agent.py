@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
+from aitbc_miner import reserve
 from aitbc_miner.accounts import Accounts, account_of
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
@@ -69,6 +70,8 @@ class Agent:
         self._channel = channel
         self._stopping = threading.Event()
         self._token = TokenLine(line, coordinator, mask)
+        # An agent that cannot start on a full disk would leave all its reports unsent.
+        reserve.ensure(config.workspace.root)
         database = Database(config.queue.path)
         self._accounts = Accounts(database)
         self._bench = Workbench(
@@ -194,7 +197,7 @@ class Agent:
                 # One that was given up on its way here came to nothing that anybody waits for.
                 nothing = Outcome(job_id=job_id, code=ErrorCode.E_CANCELLED, message=state.note or "")
                 outcome = job.outcome() or nothing
-            self._accounts.enter(account_of(outcome, state, state.runner, state.delivery or ""))
+            bench.book(account_of(outcome, state, state.runner, state.delivery or ""))
         except (MinerError, OSError) as error:
             # On a full disk, say; the next start does it.
             bench.warn("cannot enter job", error, job_id=job_id)

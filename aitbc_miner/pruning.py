@@ -15,6 +15,7 @@ from aitbc_miner.util import clock
 from aitbc_miner.workbench import Workbench
 
 EVERY_S = 60.0
+SOON_S = 1.0
 AT_ONCE = 200
 
 
@@ -36,6 +37,7 @@ class Pruning:
         self._due = clock.now() + EVERY_S
         kept = self._bench.config.workspace
         self._name(partial(self._bench.accounts.expired, kept.keep_success, kept.keep_failed, AT_ONCE))
+        self._bench.start("queue", self._bench.book_rest, self._done)
         self._bench.start("queue", self._bench.accounts.prune, self._done)
 
     def obey(self, said: Swept | SpaceWanted) -> None:
@@ -44,8 +46,8 @@ class Pruning:
             self._name(partial(self._bench.accounts.oldest_delivered, AT_ONCE), early=True)
             return
         self._bench.start("queue", partial(self._forget, said.job_ids), self._forgotten)
-        if len(said.job_ids) >= AT_ONCE:
-            self._due = clock.now()  # there may be more
+        if said.job_ids:
+            self._due = min(self._due, clock.now() + SOON_S)  # there may be more
 
     def _forget(self, job_ids: list[str]) -> int:
         """Enter what is gone; gives how many reports there are that were refused. Runs in a thread."""

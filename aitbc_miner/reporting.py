@@ -94,7 +94,7 @@ class Reporter:
         is_ours: Callable[[StateRecord], bool] = self._fleet.is_ours if self._fleet else lambda _: True
         delivered = deliver(bench.records, bench.coordinator, bench.config.node_id, job_id, is_ours)
         state = delivered.state
-        bench.accounts.enter(account_of(delivered.outcome, state, state.runner, delivered.how))
+        bench.book(account_of(delivered.outcome, state, state.runner, delivered.how))
         if self._fleet:
             self._fleet.done(state)
         return delivered

@@ -1,5 +1,6 @@
 """What the parts of the agent share: where things are, whom to tell, how to do something beside the loop."""
 
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
@@ -8,6 +9,7 @@ from aitbc_miner.accounts import Accounts, JobAccount
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import Busy, Coordinator, Unauthorized
+from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import Counted, Deliveries, JobUpdate, ToAgent
@@ -52,7 +54,27 @@ class Workbench:
         self.queue_error: str | None = None
         self.pending = 0
         self.refused = 0
+        self._unbooked: deque[JobAccount] = deque()
         self._pools = {name: ThreadPoolExecutor(n, name) for name, n in POOLS.items()}
+
+    def book(self, row: JobAccount) -> None:
+        """Enter a settled job in the books, now or, when they cannot be written, later. From any thread.
+
+        Its report is settled all the same, and after a restart its record is found without a row.
+        """
+        self._unbooked.append(row)
+        self.book_rest()
+
+    def book_rest(self) -> None:
+        """Enter what could not be entered before. From any thread."""
+        while self._unbooked:
+            row = self._unbooked.popleft()
+            try:
+                self.accounts.enter(row)
+            except DatabaseError as error:
+                self._unbooked.appendleft(row)
+                self.warn("job not entered in the books yet", error, job_id=row.job_id)
+                return
 
     def start(self, pool: Pool, call: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
         """Run a call in one of the pools, then `done` with its future in the main thread."""

@@ -199,7 +199,8 @@ class JobMachine(RuleBasedStateMachine):
             shared=False,
         )
         if where is Where.HERE and S.RETRY_WAIT in MOVES[state.state]:
-            job.try_again()
+            assert job.try_again().attempt == state.attempt + 1
+            assert not job.has_outcome()
         else:
             job.move(S.UPLOADING)
 
@@ -322,5 +323,5 @@ def reachable(state: State, steps: int) -> frozenset[State]:
 
 TestJobMachine = JobMachine.TestCase
 TestJobMachine.settings = settings(
-    max_examples=150, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
