@@ -15,7 +15,7 @@ from aitbc_miner import reserve
 from aitbc_miner.accounts import Accounts, account_of
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
-from aitbc_miner.coordinator import Coordinator, CoordinatorError, PulledJob, Unauthorized
+from aitbc_miner.coordinator import Coordinator, CoordinatorError, Gone, PulledJob, Refused, Unauthorized
 from aitbc_miner.database import Database
 from aitbc_miner.delivery import settle, take_back_refused, was_refused
 from aitbc_miner.errors import ErrorCode, MinerError
@@ -77,7 +77,8 @@ class Agent:
         self._bench = Workbench(
             config, channel, coordinator, self._token, self._accounts, SqliteQueue(database)
         )
-        self._fleet = Fleet(shared, config.node_id, config.queue.lease_s) if shared else None
+        lease_s = config.queue.lease_s
+        self._fleet = Fleet(shared, config.node_id, lease_s, self._belongs) if shared else None
         self._progress = ProgressBook(config.heartbeat.interval_s, PROGRESS_PAUSE_S)
         self._reporter = Reporter(self._bench, self._fleet)
         self._reruns = Reruns(self._bench, self._fleet, self._report)
@@ -303,6 +304,16 @@ class Agent:
         self._channel.send(said)
 
     # --- the fleet -----------------------------------------------------------------------------------------
+
+    def _belongs(self, job_id: str) -> bool:
+        """Ask the coordinator whether a job is ours, as it was when it was acknowledged; in a thread."""
+        try:
+            self._bench.coordinator.ack(job_id)
+        except Gone:
+            return False
+        except Refused:
+            return True  # whatever it has against the question; a report is answered for itself
+        return True
 
     def _lost(self, job_id: str) -> None:
         """Another node has this job: it ends here, and its report is never sent (`Fleet.is_ours`)."""

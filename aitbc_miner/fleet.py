@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Raw, Struct
 from msgspec.structs import replace
 
+from aitbc_miner.coordinator import CoordinatorError
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, StateRecord, decode_manifest
 from aitbc_miner.messages import Offer, Ticket
 from aitbc_miner.placing import fits
@@ -41,10 +42,20 @@ class Seen(Struct, frozen=True):
 
 
 class Fleet:
-    """Its methods may be called from any thread."""
+    """Its methods may be called from any thread.
 
-    def __init__(self, queue: RetryQueue, node_id: str, lease_s: float) -> None:
+    `belongs` asks the coordinator whether a job is this node's; it raises CoordinatorError.
+    """
+
+    def __init__(
+        self,
+        queue: RetryQueue,
+        node_id: str,
+        lease_s: float,
+        belongs: Callable[[str], bool] = lambda _: False,
+    ) -> None:
         self._queue = queue
+        self._belongs = belongs
         self._node_id = node_id
         self._lease_s = lease_s
         self._tokens: dict[str, str] = {}
@@ -101,6 +112,7 @@ class Fleet:
 
         Raises:
             QueueError: the queue does not say, and what it said last holds no more.
+            CoordinatorError: the queue does not know our lease, and the coordinator does not say.
         """
         if state.lease is None:
             return True
@@ -113,7 +125,9 @@ class Fleet:
             raise
         if ours:
             self._tokens[state.job_id], self._until[state.job_id] = state.lease, began + self._lease_s
-        return ours
+            return True
+        # Another node may have it, or have done it; or the queue has lost what it knew.
+        return self._belongs(state.job_id)
 
     def renew(self, lost: list[str]) -> None:
         """Renew all our leases; the jobs that another node has by now are appended to `lost`.
@@ -128,7 +142,12 @@ class Fleet:
             began = clock.now()
             if self._queue.renew(Kind.RUN, job_id, token, self._lease_s):
                 self._until[job_id] = began + self._lease_s
-            elif self._tokens.pop(job_id, None) is not None:
+                continue
+            try:
+                ours = self._belongs(job_id)
+            except CoordinatorError:
+                continue  # as long as nobody says that it is another's, it goes on
+            if self._tokens.pop(job_id, None) is not None and not ours:
                 lost.append(job_id)
 
     def done(self, state: StateRecord) -> None:

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Outcome, StateRecord
+from aitbc_miner.jobs import State as JobState
 from aitbc_miner.records import OUTCOME, STATE
 from aitbc_miner.util import clock
 from tools.fault_checks import Fates, Finding, check
@@ -34,6 +35,7 @@ PROVOKE_S = 2.0
 # A quarantined slot comes back after a minute.
 SETTLE_S = 150.0
 STOP_S = 30.0
+WAITING = frozenset({JobState.PULLED, JobState.ACKED, JobState.RETRY_WAIT})
 IDENTIFY_S = 10.0
 WAITING_JOBS = 6
 
@@ -173,28 +175,29 @@ class Campaign:
             pid = self._node.calling_from(moment.port)
         if fault.whom is Whom.SUPERVISOR:
             pid = self._node.supervisor
+        if pid is None and fault.whom is not Whom.ALL:
+            self._tell(f"{fault}: whoever stood there has gone")
+            return
         self._strike(fault, moment, pid)
         self.tally.hits[moment.boundary] += 1
 
     def _strike(self, fault: Fault, moment: Moment | None, pid: int | None) -> None:
         """Kill, and note what that may mean for which jobs."""
         with self._striking:
-            jobs, workers = set(self._open), self._node.workers()
-            if fault.whom is Whom.ALL:
+            workers = self._node.workers()
+            role = "all" if fault.whom is Whom.ALL else self._role(pid, workers, fault, moment)
+            doomed = {"all": set(workers.values()), "worker": {pid}}.get(role, set())
+            held = self._held_by(doomed)
+            if role == "all":
                 self._node.kill_all()
-                self._risk(jobs, set(workers.values()), moment)
-                role = "all"
             elif pid is not None:
                 self._node.kill([pid])
-                role = self._role(pid, workers, fault, moment)
-                if role == "worker":
-                    self._risk(jobs, {pid}, moment)
-            else:
-                role = "nobody"
+            # Once more, for what was given to them in the meantime.
+            self._risk(held | self._held_by(doomed), doomed, moment)
             self.tally.kills[role] += 1
         self._tell(f"{fault}: {role} {pid or ''} {moment.job_id or '' if moment else ''}")
 
-    def _role(self, pid: int, workers: dict[str, int], fault: Fault, moment: Moment | None) -> str:
+    def _role(self, pid: int | None, workers: dict[str, int], fault: Fault, moment: Moment | None) -> str:
         if pid == self._node.supervisor:
             return "supervisor"
         if pid in workers.values():
@@ -203,16 +206,21 @@ class Campaign:
             return str(fault.whom)
         return "heartbeat" if moment.boundary.step in {"register", "heartbeat"} else "agent"
 
-    def _risk(self, jobs: set[str], workers: set[int], moment: Moment | None) -> None:
-        """Note the jobs that these workers had: they may be lost. One whose outcome stood may not."""
-        stood = moment.job_id if moment and moment.boundary == Boundary("outcome", Side.AFTER) else None
-        for job_id in jobs - {stood}:
+    def _held_by(self, workers: set[int | None]) -> set[str]:
+        """Name the jobs that these workers may have: also such as wait for one that has not written that down."""
+        held: set[str] = set()
+        for job_id in list(self._open) if workers else ():
             with suppress(OSError, msgspec.DecodeError):
                 text = (self._node.jobs / job_id / STATE).read_bytes()
-                worker = msgspec.json.decode(text, type=StateRecord).worker_pid
-                # Without a worker it may have been given to one that had no time to write that down.
-                if worker is None or worker in workers:
-                    self._fates.at_risk.add(job_id)
+                record = msgspec.json.decode(text, type=StateRecord)
+                if record.state in WAITING or record.worker_pid in workers:
+                    held.add(job_id)
+        return held
+
+    def _risk(self, held: set[str], workers: set[int | None], moment: Moment | None) -> None:
+        """Note the jobs that workers had which were killed: they may be lost. One whose outcome stood may not."""
+        stood = moment.job_id if moment and moment.boundary == Boundary("outcome", Side.AFTER) else None
+        self._fates.at_risk |= held - {stood}
         if moment is None or moment.job_id is None or moment.pid not in workers:
             return
         # A program that has begun is the one thing that nobody holds: it may have ended before the kill.
