@@ -244,13 +244,13 @@ def test_the_search_for_a_file_is_bounded(
 
 
 def test_the_room_on_the_jobs_disk(job_fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    room, _ = workspace.room_left(job_fd)
+    room, _ = workspace.room_left(job_fd, (0, 0))
     assert room > 0
     disk = SimpleNamespace(f_bavail=3, f_frsize=4096, f_files=10, f_favail=0)
     monkeypatch.setattr(os, "statvfs", lambda _: disk)
-    assert workspace.room_left(job_fd) == (3 * 4096, 0)
+    assert workspace.room_left(job_fd, (0, 0)) == (3 * 4096, 0)
     disk.f_files = 0
-    assert workspace.room_left(job_fd) == (3 * 4096, None)
+    assert workspace.room_left(job_fd, (0, 0)) == (3 * 4096, None)
 
 
 # --- what is left of a job ---------------------------------------------------------------------------------

@@ -190,7 +190,7 @@ class Ledger:
     def ack(self, job_id: str, node_id: str, holder: str | None = None) -> None:
         """Turn a lease into a job; again by the same node is well, by anyone else 409.
 
-        Unless that one names who holds it: then it is another node of the same fleet, and holds it from now on.
+        Unless that one names who holds it: then it is another node of the same fleet, and holds it now.
         """
         with self._change():
             if holder is not None and self._jobs.get(job_id):

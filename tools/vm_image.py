@@ -15,14 +15,22 @@ from tools.vm_cache import BIG, call, digest, entry, say
 
 
 class Release(NamedTuple):
-    """A Debian, and the Python that it has."""
+    """A Debian, the Python that it has, and what requirements ask of that one alone.
+
+    pip judges conditions such as `python_full_version < "3.11.3"` by the Python that it runs on, not by the
+    one that it fetches for.
+    """
 
     number: str
     codename: str
     python: str
+    besides: tuple[str, ...] = ()
 
 
-RELEASES = {"12": Release("12", "bookworm", "3.11"), "13": Release("13", "trixie", "3.13")}
+RELEASES = {
+    "12": Release("12", "bookworm", "3.11", ("async-timeout >=4.0.3",)),
+    "13": Release("13", "trixie", "3.13"),
+}
 PACKAGES = (
     "bubblewrap", "dbus", "e2fsprogs", "iproute2", "kmod", "linux-image-cloud-amd64", "nftables", "passwd",
     "procps", "python3", "python3-venv", "systemd", "systemd-sysv", "udev", "util-linux",
@@ -120,9 +128,10 @@ def wheelhouse(cache: Path, release: Release, checkout: Path) -> Path:
         pip = [host_python(cache), "-m", "pip"]
         call([*pip, "wheel", "--no-deps", f"--wheel-dir={directory}", *source_only])
         place = [f"--dest={directory}", f"--find-links={directory}"]
-        call([*pip, "download", *target, *place, *runtime, *tests])
+        call([*pip, "download", *target, *place, *runtime, *tests, *release.besides])
 
-    return entry(cache, f"wheels-{release.number}-{digest(runtime, tests, target)}", build)
+    name = f"wheels-{release.number}-{digest(runtime, tests, target, release.besides)}"
+    return entry(cache, name, build)
 
 
 def project_wheel(cache: Path, sources: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from aitbc_miner.util import fs
 from tools import mock_coordinator
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL, Job, Rules, Verdict
+from tools.mock_records import FINAL, Job, Rules, State, Verdict
 from vm.conftest import Count
 from vm.kept_ledger import KeptLedger
 from vm.machine import MAIN, STATE, WAIT_S, Machine, run
@@ -110,7 +110,9 @@ def look_around(ledger: dict[str, Job]) -> None:
         "half_written": [path.name for path in records.root.rglob("*") if is_half_written(path)],
         # What the coordinator was told that we have, and of which it was not told yet how it ended.
         "missing": [each.job_id for each in ledger.values() if each.acks and each.job_id not in steps],
-        "coordinator": Counter(job.state.value for job in ledger.values()),
+        "never_arrived": [
+            each.job_id for each in ledger.values() if each.state is State.LEASED and each.job_id not in steps
+        ],
         "unflushed_lost": not content(KEPT / f"unflushed-{BOOT - 1}"),
     }
     note(f"boot-{BOOT}.json", told)
@@ -218,7 +220,7 @@ def figures(machine: Machine) -> dict[str, Any]:
         "found_by_a_cut": Counter(
             step for boot in boots for step in boot["steps"].values() if step not in {"DONE", "FAILED"}
         ),
-        "at_the_coordinator": sum((Counter(boot["coordinator"]) for boot in boots), Counter()),
+        "handed_out_and_never_arrived": len({job_id for boot in boots for job_id in boot["never_arrived"]}),
         "jobs_that_a_cut_found_started": len(found_started()),
         "half_written": sum(len(boot["half_written"]) for boot in boots),
         "unreadable": [boot["unreadable"] for boot in boots if boot["unreadable"]],

@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from aitbc_miner.agent import POOLS
+from aitbc_miner.workbench import POOLS
 from tools.local_node import wait_until
 from tools.mock_records import State
 from vm.conftest import Count
