@@ -278,9 +278,10 @@ class Accounts:
     def oldest_delivered(self, limit: int) -> list[str]:
         """Give jobs whose directories may go before their time where space is short, the oldest first.
 
-        A report that was refused is still in its directory alone, and that is none of them.
+        None of them may still have something to be sent: a report that was refused, or that of a job which was
+        left to a fleet and may come back.
         """
-        return self._held(self._edge(0.0), self._edge(0.0), limit, but="refused")
+        return self._held(self._edge(0.0), self._edge(0.0), limit, but=("refused", "handed_on"))
 
     def mark_swept(self, job_ids: Iterable[str]) -> None:
         """Note that these jobs have no directories any more."""
@@ -289,15 +290,17 @@ class Accounts:
                 "UPDATE accounts SET swept = 1 WHERE job_id = ?", [(job_id,) for job_id in job_ids]
             )
 
-    def _held(self, succeeded_by: float, failed_by: float, limit: int, but: str = "") -> list[str]:
+    def _held(
+        self, succeeded_by: float, failed_by: float, limit: int, but: tuple[str, str] = ("", "")
+    ) -> list[str]:
         kinds = []
         with self._database.reading() as connection:
             for ok, by in ((1, succeeded_by), (0, failed_by)):
                 found = connection.execute(
                     "SELECT finished, job_id FROM accounts INDEXED BY accounts_held WHERE NOT swept"
-                    " AND (code IS NULL) = ? AND finished <= ? AND delivery NOT IN (?, ?)"
+                    " AND (code IS NULL) = ? AND finished <= ? AND delivery NOT IN (?, ?, ?)"
                     " ORDER BY finished LIMIT ?",
-                    (ok, by, but, REOPENED, limit),
+                    (ok, by, *but, REOPENED, limit),
                 )
                 kinds.append(found.fetchall())
         return [job_id for _, job_id in heapq.merge(*kinds)][:limit]

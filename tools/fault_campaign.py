@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -186,14 +186,14 @@ class Campaign:
         with self._striking:
             workers = self._node.workers()
             role = "all" if fault.whom is Whom.ALL else self._role(pid, workers, fault, moment)
-            doomed = {"all": set(workers.values()), "worker": {pid}}.get(role, set())
-            held = self._held_by(doomed)
+            hit = set(workers.values()) if role == "all" else {pid} & set(workers.values())
+            held = self._held_by(hit)
             if role == "all":
                 self._node.kill_all()
             elif pid is not None:
                 self._node.kill([pid])
             # Once more, for what was given to them in the meantime.
-            self._risk(held | self._held_by(doomed), doomed, moment)
+            self._risk(held | self._held_by(hit), hit, moment)
             self.tally.kills[role] += 1
         self._tell(f"{fault}: {role} {pid or ''} {moment.job_id or '' if moment else ''}")
 
@@ -206,8 +206,8 @@ class Campaign:
             return str(fault.whom)
         return "heartbeat" if moment.boundary.step in {"register", "heartbeat"} else "agent"
 
-    def _held_by(self, workers: set[int | None]) -> set[str]:
-        """Name the jobs that these workers may have: also such as wait for one that has not written that down."""
+    def _held_by(self, workers: Set[int | None]) -> set[str]:
+        """Name the jobs that these workers may have, also those of which none has written that down."""
         held: set[str] = set()
         for job_id in list(self._open) if workers else ():
             with suppress(OSError, msgspec.DecodeError):
@@ -217,8 +217,8 @@ class Campaign:
                     held.add(job_id)
         return held
 
-    def _risk(self, held: set[str], workers: set[int | None], moment: Moment | None) -> None:
-        """Note the jobs that workers had which were killed: they may be lost. One whose outcome stood may not."""
+    def _risk(self, held: set[str], workers: Set[int | None], moment: Moment | None) -> None:
+        """Note the jobs of workers that were killed: they may be lost. One whose outcome stood may not."""
         stood = moment.job_id if moment and moment.boundary == Boundary("outcome", Side.AFTER) else None
         self._fates.at_risk |= held - {stood}
         if moment is None or moment.job_id is None or moment.pid not in workers:
