@@ -278,7 +278,7 @@ class Accounts:
     def oldest_delivered(self, limit: int) -> list[str]:
         """Give jobs whose directories may go before their time where space is short, the oldest first.
 
-        None of them may still have something to be sent: a report that was refused, or that of a job which was
+        None of them may still have something to be sent: a report that was refused, or that of a job that was
         left to a fleet and may come back.
         """
         return self._held(self._edge(0.0), self._edge(0.0), limit, but=("refused", "handed_on"))

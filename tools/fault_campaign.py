@@ -3,7 +3,8 @@
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Set
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -206,7 +207,7 @@ class Campaign:
             return str(fault.whom)
         return "heartbeat" if moment.boundary.step in {"register", "heartbeat"} else "agent"
 
-    def _held_by(self, workers: Set[int | None]) -> set[str]:
+    def _held_by(self, workers: AbstractSet[int | None]) -> set[str]:
         """Name the jobs that these workers may have, also those of which none has written that down."""
         held: set[str] = set()
         for job_id in list(self._open) if workers else ():
@@ -217,7 +218,7 @@ class Campaign:
                     held.add(job_id)
         return held
 
-    def _risk(self, held: set[str], workers: Set[int | None], moment: Moment | None) -> None:
+    def _risk(self, held: set[str], workers: AbstractSet[int | None], moment: Moment | None) -> None:
         """Note the jobs of workers that were killed: they may be lost. One whose outcome stood may not."""
         stood = moment.job_id if moment and moment.boundary == Boundary("outcome", Side.AFTER) else None
         self._fates.at_risk |= held - {stood}
