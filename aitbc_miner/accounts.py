@@ -278,10 +278,10 @@ class Accounts:
     def oldest_delivered(self, limit: int) -> list[str]:
         """Give jobs whose directories may go before their time where space is short, the oldest first.
 
-        None of them may still have something to be sent: a report that was refused, or that of a job that was
-        left to a fleet and may come back.
+        None of them may still have something to be sent: a report that was refused, a result that was
+        (E_UPLOAD), or that of a job that was left to a fleet and may come back.
         """
-        return self._held(self._edge(0.0), self._edge(0.0), limit, but=("refused", "handed_on"))
+        return self._held(self._edge(0.0), self._edge(0.0), limit, but=("refused", "handed_on"), made=False)
 
     def mark_swept(self, job_ids: Iterable[str]) -> None:
         """Note that these jobs have no directories any more."""
@@ -291,7 +291,13 @@ class Accounts:
             )
 
     def _held(
-        self, succeeded_by: float, failed_by: float, limit: int, but: tuple[str, str] = ("", "")
+        self,
+        succeeded_by: float,
+        failed_by: float,
+        limit: int,
+        but: tuple[str, str] = ("", ""),
+        *,
+        made: bool = True,
     ) -> list[str]:
         kinds = []
         with self._database.reading() as connection:
@@ -299,8 +305,9 @@ class Accounts:
                 found = connection.execute(
                     "SELECT finished, job_id FROM accounts INDEXED BY accounts_held WHERE NOT swept"
                     " AND (code IS NULL) = ? AND finished <= ? AND delivery NOT IN (?, ?, ?)"
+                    " AND (? OR coalesce(code, '') <> 'E_UPLOAD')"
                     " ORDER BY finished LIMIT ?",
-                    (ok, by, *but, REOPENED, limit),
+                    (ok, by, *but, REOPENED, made, limit),
                 )
                 kinds.append(found.fetchall())
         return [job_id for _, job_id in heapq.merge(*kinds)][:limit]

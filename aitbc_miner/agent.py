@@ -21,6 +21,7 @@ from aitbc_miner.delivery import settle, take_back_refused, was_refused
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.fleet import Fleet, Seen
 from aitbc_miner.fleetwatch import FleetWatch
+from aitbc_miner.intake import RESUMABLE
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import (
     CancelJob,
@@ -233,14 +234,23 @@ class Agent:
 
     def _settle(self, said: JobSettled | CancelJob) -> None:
         """Nobody works on the job any more: what it left is its outcome, or it is lost or cancelled."""
-        waits = said.job_id in self._reruns or said.job_id in self._taker
-        if waits and isinstance(said, JobSettled) and said.code is None:
+        if isinstance(said, JobSettled) and said.code is None and self._waits(said.job_id):
             # Of an attempt whose outcome was found on the disk before its worker's end was heard of.
             return
         self._taker.forget(said.job_id)
         self._reruns.drop(said.job_id)
         if settle(self._bench.records, said):
             self._conclude(said.job_id)
+
+    def _waits(self, job_id: str) -> bool:
+        """Whether a job is on its way to a slot, by what we know and by its record, which a worker writes."""
+        if job_id not in self._reruns and job_id not in self._taker.ids():
+            return False
+        try:
+            with self._bench.records.open(job_id) as job:
+                return job.state().state in RESUMABLE
+        except (MinerError, OSError):
+            return False
 
     def _conclude(self, job_id: str) -> None:
         """Have a job that has an outcome reported or tried again."""
@@ -281,6 +291,7 @@ class Agent:
                         job_id, f"cannot retry job {job_id}: it is {state.state}; {why}", done=False
                     )
                 # First: what the books call settled is not even read at the next start.
+                self._bench.book_rest()
                 self._accounts.reopen(job_id)
                 take_back_refused(job)
         except (MinerError, OSError) as error:

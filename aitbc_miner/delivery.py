@@ -68,7 +68,9 @@ def deliver(
             job.move(State.UPLOADING)
             state = job.move(State.FAILED, delivery=how)
         else:
-            job.move(State.UPLOADING)
+            # Once: each writing takes its part of what is set aside for a full disk.
+            if state.state is not State.UPLOADING:
+                job.move(State.UPLOADING)
             outcome, how = _send_or_refuse(coordinator, node_id, job, outcome)
             state = job.move(State.DONE if outcome.ok else State.FAILED, delivery=how)
     return Delivered(job_id, outcome, how, state)

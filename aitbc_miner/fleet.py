@@ -17,6 +17,7 @@ from aitbc_miner.messages import Offer, Ticket
 from aitbc_miner.placing import fits
 from aitbc_miner.queue import Kind, QueueError, RetryQueue, Task
 from aitbc_miner.records import JobDir, RecordError, Records
+from aitbc_miner.retrying import outlives_its_node
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 
@@ -73,7 +74,7 @@ class Fleet:
         self._tokens |= leases
 
     def hold(self, job: JobDir, manifest: Manifest) -> bool:
-        """Enter a job of ours that may run again, before it starts; False when another node has it.
+        """Enter a job that may run again when we are lost, before it starts; False: another node has it.
 
         Without the queue a new one goes on all the same, but nobody takes it over if this node dies.
 
@@ -82,7 +83,7 @@ class Fleet:
             RecordError, OSError: the token cannot be recorded.
         """
         state = job.state()
-        if manifest.retry.max_attempts <= 1 and state.lease is None:
+        if not outlives_its_node(manifest.retry) and state.lease is None:
             return True
         entered = state.lease is not None
         token = state.lease or secrets.token_hex(16)

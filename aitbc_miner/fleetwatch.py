@@ -44,7 +44,7 @@ class FleetWatch:
         if self._busy or clock.now() < self._due:
             return
         self._busy = True
-        self._bench.start("queue", partial(self._ask, self._room()), self._asked)
+        self._bench.start("fleet", partial(self._ask, self._room()), self._asked)
 
     def _ask(self, offers: list[Offer]) -> tuple[list[str], Seen, Exception | None]:
         """Renew and look; runs in a thread. What was found before an error is dealt with all the same."""

@@ -30,13 +30,15 @@ class JobIndex:
     def update(self, said: JobUpdate) -> bool:
         """Take in what the agent says; True when it is the end of a job that was in no slot to the end."""
         old = self._rows.get(said.job_id, JobRow(said.job_id, said.state))
+        # An earlier attempt of a job that was tried again may have failed.
+        ends = said.state in FINAL | {State.UPLOADING}
         row = JobRow(
             said.job_id,
             said.state,
             said.runner or old.runner,
             said.slot or old.slot,
-            said.code or old.code,
-            said.message or old.message,
+            said.code if ends else said.code or old.code,
+            said.message if ends else said.message or old.message,
             said.since_wall,
             said.wall_s if said.wall_s is not None else old.wall_s,
             said.artifacts or old.artifacts,

@@ -75,7 +75,7 @@ class JobRun:
         self._log = LogInfo()
         self._events = events("worker", slot=around.spec.name, job_id=job.job_id)
         self._artifacts: list[Artifact] = []
-        self._attempt = 1
+        self._attempt = job.state().attempt
 
     def run(self) -> tuple[Outcome, bool]:
         """Take the job from its record to its outcome; False with it when something of it is still alive.
@@ -137,7 +137,7 @@ class JobRun:
         if state is State.RUNNING:
             # Written before the program starts: from here on only its own policy lets the job run again.
             changes["started"] = True
-        self._attempt = self._job.move(state, **changes).attempt
+        self._job.move(state, **changes)
         self._supervision.send(JobStep(self._job.job_id, state, deadline=deadline))
 
     # --- the steps, in their order -------------------------------------------------------------------------

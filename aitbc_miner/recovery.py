@@ -61,7 +61,8 @@ def _sort(records: Records, record: StateRecord, found: Found) -> None:
         found.finished.append(job_id)
         return
     with records.open(job_id) as job:
-        job.drop_stale_outcome(record)
+        if record.state is not State.UPLOADING:
+            job.drop_stale_outcome(record)
         has_outcome = job.outcome() is not None
     if record.state is State.UPLOADING:
         found.to_deliver.append(job_id)
@@ -97,26 +98,27 @@ def _salvage(records: Records, job_id: str, error: RecordError) -> bool:
     try:
         with records.open(job_id) as job:
             outcome = _if_readable(job)
-            manifest = None if outcome else _manifest_of(job)
-            if outcome is not None:
+            is_job = outcome is not None or _manifest_of(job) is not None
+            if is_job:
+                # First: whatever comes in between, the next start finds an outcome that stands.
+                outcome = outcome or _declare_lost(records, job)
                 _set_aside(records, job_id, STATE, error)
                 state = StateRecord(job_id=job_id, state=State.UPLOADING, slot=outcome.slot, started=True)
                 job.write_state(state)
                 return True
         _set_aside(records, job_id, None, error)
-        if manifest is None:
-            return False
-        # Not as a job that was just pulled: after a crash right here, that would be started.
-        records.create(job_id, manifest, state=State.UPLOADING)
-        with records.open(job_id) as job:
-            why = f"the job was lost: its record was broken, and is set aside in {BROKEN}"
-            job.write_outcome(
-                Outcome(job_id=job_id, code=ErrorCode.E_LOST, message=why, finished_wall=clock.wall())
-            )
     except (RecordError, OSError) as second:
         events("agent").error("broken record stays", job_id=job_id, error=str(second))
-        return False
-    return True
+    return False
+
+
+def _declare_lost(records: Records, job: JobDir) -> Outcome:
+    if job.has_outcome():
+        records.set_aside(job.job_id, OUTCOME)
+    why = f"the job was lost: its record was broken, and is set aside in {BROKEN}"
+    outcome = Outcome(job_id=job.job_id, code=ErrorCode.E_LOST, message=why, finished_wall=clock.wall())
+    job.write_outcome(outcome)
+    return outcome
 
 
 def _set_aside(records: Records, job_id: str, file: str | None, error: Exception) -> None:

@@ -45,6 +45,11 @@ def next_attempt(
     return Where.HERE
 
 
+def outlives_its_node(policy: RetryPolicy) -> bool:
+    """Whether a job may be started once more when its node is lost with it."""
+    return policy.max_attempts > 1 and (not policy.on or ErrorCode.E_LOST in policy.on)
+
+
 def pause_before(attempt: int, min_s: float, max_s: float, rng: random.Random) -> float:
     """Give the seconds to wait before attempt number `attempt`, with full jitter."""
     ceiling = min(max_s, min_s * 2.0 ** min(attempt - 1, 32))

@@ -151,8 +151,11 @@ class SlotSet:
 
     def take_up(self, job: FoundJob, adopted: Callable[[FoundJob, str], None]) -> None:
         """Decide what becomes of a job that was started and has no outcome; `adopted` if its worker lives."""
-        if self.of(job.job_id) is not None or job.worker_pid in self.workers:
-            # It is running, or was when the agent looked and has ended since, of which the agent was told.
+        if self.of(job.job_id) is not None:
+            return
+        if job.worker_pid in self.workers:
+            # It has ended since the agent looked. That was told, but perhaps to an agent that died.
+            self._outcomes.settle(job.job_id, "its worker ended it without an outcome")
             return
         pid, start = job.worker_pid, job.worker_start
         if pid and start and self._book.knows(job.slot, pid, start):

@@ -22,10 +22,18 @@ from aitbc_miner.util.log import events
 
 T = TypeVar("T")
 
-Pool = Literal["pull", "intake", "report", "upload", "progress", "queue"]
+Pool = Literal["pull", "intake", "report", "upload", "progress", "queue", "fleet"]
 # How many calls of each kind may be under way. A slow upload must not keep a pull, an ack or another report
 # waiting. What is said to the queues is said in order.
-POOLS: dict[Pool, int] = {"pull": 1, "intake": 16, "report": 4, "upload": 2, "progress": 2, "queue": 1}
+POOLS: dict[Pool, int] = {
+    "pull": 1,
+    "intake": 16,
+    "report": 4,
+    "upload": 2,
+    "progress": 2,
+    "queue": 1,
+    "fleet": 1,
+}
 
 
 class Workbench:

@@ -144,7 +144,8 @@ def qemu_command(image: Path, files: Files, ports: Mapping[str, int]) -> list[st
     `ports` say where goes what the machine writes to /dev/virtio-ports/NAME; without any, its console is on
     the terminal.
     """
-    append = "root=/dev/vda rw console=ttyS0 quiet loglevel=3"
+    # An emulated kernel may panic early, before it has a way to tell QEMU: then it starts once more.
+    append = "root=/dev/vda rw console=ttyS0 quiet loglevel=3 panic=-1"
     drives = {
         # What the machine has flushed is to be there after a power cut, so nothing here may say cache=unsafe.
         "root": f"file={_name(files.root.fileno())},format=qcow2",
