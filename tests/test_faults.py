@@ -217,6 +217,7 @@ def test_a_job_may_run_as_often_as_its_policy_says() -> None:
     assert [finding.kind for finding in check_job(job(), RETRIED, 4, nobody)] == ["run twice"]
     assert [finding.kind for finding in check_job(job("E_EXIT"), RETRIED, 3, nobody)] == ["wrong"]
     assert list(check_job(job("E_EXIT"), RETRIED, 3, risked)) == []
+    assert list(check_job(job("E_EXIT"), RETRIED, 1, nobody, disk=True)) == []
 
 
 def test_records_are_compared_with_the_ledger(tmp_path: Path) -> None:

@@ -75,8 +75,8 @@ def check_job(job: Job, kind: Kind, runs: int, fates: Fates, *, disk: bool = Fal
     if code is None and runs == 0:
         yield Finding("wrong", f"{name} has a result and was never run")
     allowed = kind.endings | (OF_THE_DISK if disk else set())
-    if kind.attempts > 1 and name in fates.at_risk:
-        # Its kills may have cost it the attempt in which it would have come through.
+    if kind.attempts > 1 and (disk or name in fates.at_risk):
+        # A kill, or a disk that does not take the decision, may cost it an attempt that was due to it.
         allowed |= {ErrorCode.E_EXIT}
     if code is ErrorCode.E_LOST:
         if name not in fates.at_risk:
