@@ -89,6 +89,8 @@ class Machine(MarkedJobs):
                 "allow_private_inputs": True,
             },
             "heartbeat": {"interval_s": 2, "backoff": {"min_s": 0.2, "max_s": 2}},
+            # The disk of a machine for tests is small, and some have one of a few megabytes.
+            "workspace": {"min_free_mb": 0, "reserve_mb": 1},
             "sandbox": {"mode": "off"},
             "cgroup": {"mode": "required"},
             "privileges": {"mode": "required"},
