@@ -105,7 +105,9 @@ class Intake:
     def resume(self, job_id: str, offers: Sequence[Offer], cancelled: threading.Event) -> Taken:
         """Go on with a job from the step that its record names; `cancelled` ends it."""
         with self._records.open(job_id) as job:
-            if job.state().state not in RESUMABLE or job.has_outcome():
+            if (state := job.state()).state is State.RETRY_WAIT:
+                job.drop_stale_outcome(state)
+            if state.state not in RESUMABLE or job.has_outcome():
                 # It was in a slot already, and has come further since the agent read the records.
                 return Taken(job_id, report=job.has_outcome())
             try:

@@ -109,7 +109,13 @@ class Reruns:
 
     def _again(self, job: JobDir, outcome: Outcome, most: int) -> None:
         bench, bounds = self._bench, self._bench.config.heartbeat.backoff
-        state = job.try_again(note=outcome.message)
+        try:
+            state = job.try_again(note=outcome.message)
+        except OSError:
+            state = job.state()
+            if state.state is not State.RETRY_WAIT:
+                raise
+            # It stands that there is a next attempt; the old outcome is set aside when that begins.
         pause = pause_before(state.attempt, bounds.min_s, bounds.max_s, self._rng)
         self._due[job.job_id] = clock.now() + pause
         # What is noted is the attempt that has failed: the next one may always be made.
