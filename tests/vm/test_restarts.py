@@ -81,10 +81,13 @@ def helpers(machine: Machine) -> dict[str, int]:
     """Give the pids of agent and heartbeat; the latter alone serves /metrics."""
     workers = set(machine.workers().values())
     others = [child for child in psutil.Process(machine.main_pid()).children() if child.pid not in workers]
-    listens = {
-        child.pid: any(each.status == psutil.CONN_LISTEN for each in child.net_connections("inet"))
-        for child in others
-    }
+    try:
+        listens = {
+            child.pid: any(each.status == psutil.CONN_LISTEN for each in child.net_connections("inet"))
+            for child in others
+        }
+    except psutil.NoSuchProcess:
+        return {}  # a child that had one thing to do, and is done
     if sorted(listens.values()) != [False, True]:
         return {}
     return {"heartbeat" if each else "agent": pid for pid, each in listens.items()}
