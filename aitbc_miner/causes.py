@@ -28,6 +28,7 @@ class Evidence(Struct, frozen=True):
     exit: ExitStatus
     usage: Usage = Usage()
     cancel_detail: str = ""
+    last_line: str = ""
     time_max_s: float | None = None
     cpu_max_s: float | None = None
     memory_events: Mapping[str, int] = {}
@@ -62,6 +63,9 @@ def _ended_by_us(why: str, evidence: Evidence) -> Verdict:
             return Verdict(ErrorCode.E_TIMEOUT, f"the job was ended after {after}: its time{limit} was over")
         case "disk":
             return Verdict(ErrorCode.E_DISK, "the job was ended: the disk of the workspace is full")
+        case "sandbox":
+            said = f": {evidence.last_line}" if evidence.last_line else ""
+            return Verdict(ErrorCode.E_SANDBOX, f"the job was not started: there was no sandbox for it{said}")
         case "shutdown":
             return Verdict(ErrorCode.E_LOST, "the job was ended: the miner was told to stop at once")
         case _:

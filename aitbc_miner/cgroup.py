@@ -227,9 +227,12 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         """Return the processes in the group and below it."""
         return [pid for group in self.tree() for pid in group.get_content("procs") or ()]
 
-    def signal(self, number: int) -> None:
-        """Send a signal to each process in the group and below it; one that forks meanwhile may be missed."""
-        for pid in self.pids():
+    def signal(self, number: int, but: int | None = None) -> None:
+        """Send a signal to each process in the group and below it; one that forks meanwhile may be missed.
+
+        `but` is spared.
+        """
+        for pid in set(self.pids()) - {but}:
             with suppress(ProcessLookupError), os.fdopen(os.pidfd_open(pid), "rb", buffering=0) as process:
                 # Checked while the pidfd is held: the number may belong to somebody else by now.
                 if pid in self.pids():

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from aitbc_miner.allowlist import load_allowlist
 from aitbc_miner.config import Config, load_config
-from aitbc_miner.confinement import ConfinementError, find_cgroups, offered_controllers, refuse_unmet_sandbox
+from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, offered_controllers
 from aitbc_miner.credentials import CredentialError, read_credential
 from aitbc_miner.gpu import GpuList
 from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
@@ -127,7 +127,7 @@ class Checker:
             else:
                 self._fault("cgroup.mode", str(error))
         try:
-            refuse_unmet_sandbox(self._config)
+            self.warnings += find_sandbox(self._config, None)[1]
         except ConfinementError as error:
             self._fault("sandbox.mode", str(error))
 

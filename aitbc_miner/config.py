@@ -237,9 +237,11 @@ class Privileges(Struct, frozen=True):
 
 
 class Sandbox(Struct, frozen=True):
-    """Whether jobs must run in a sandbox."""
+    """Whether jobs must run in a sandbox, and how many MiB its /tmp and /dev/shm hold."""
 
     mode: ModeOrOff = "required"
+    tmp_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 256
+    shm_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 256
 
 
 class Cgroup(Struct, frozen=True):
@@ -327,8 +329,6 @@ def _warnings(config: Config) -> Iterator[str]:
     for key in _WITHOUT_EFFECT:
         if _look_up(config, key) != _look_up(defaults, key):
             yield f"{key} has no effect in this version; it is accepted for later ones"
-    if config.sandbox.mode != "off":
-        yield "jobs are not sandboxed in this version: they are confined by user, cgroup and limits only"
 
 
 def _look_up(config: Struct, key: str) -> object:

@@ -13,7 +13,11 @@ from aitbc_miner.cgroup import CgroupError, Group, Mount, find_mount, own_group
 from aitbc_miner.config import Config
 from aitbc_miner.delegation import LEAF, prepare
 from aitbc_miner.errors import MinerError
+from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import NEEDED_CONTROLLERS
+from aitbc_miner.sandbox import why_not
+from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.starting import slot_sandbox
 
 CONTAINER_MARKS = ("/run/systemd/container", "/.dockerenv", "/run/.containerenv")
 UNIT, SLOTS_UNIT = ".service", "-slots.service"
@@ -133,14 +137,22 @@ def offered_controllers() -> set[str]:
     return set(mount.controllers) if mount else set()
 
 
-def refuse_unmet_sandbox(config: Config) -> None:
-    """Refuse what this version cannot give.
+def find_sandbox(config: Config, runs_as: Identity | None) -> tuple[bool, list[str]]:
+    """Find whether jobs can be put into a sandbox, by trying it out; and what it means if they are not.
+
+    Args:
+        config: of the node.
+        runs_as: the user of some slot's jobs; None: the miner's own.
 
     Raises:
-        ConfinementError: a sandbox is required.
+        ConfinementError: `sandbox.mode` is `required` and there can be none.
     """
+    if config.sandbox.mode == "off":
+        return False, ["sandbox.mode is off: jobs see the machine as their slots' users do"]
+    probe = slot_sandbox(config, SlotSpec(name="probe", kind="cpu"), runs_as)
+    problem = why_not(probe)
+    if problem is None:
+        return True, []
     if config.sandbox.mode == "required":
-        raise ConfinementError(
-            "cannot sandbox jobs: this version has no sandbox yet; to run jobs confined by users, cgroups "
-            "and limits only, set sandbox.mode: auto"
-        )
+        raise ConfinementError(f"cannot sandbox jobs: {problem}; or set sandbox.mode: auto")
+    return False, [f"no sandbox: {problem}; jobs see the machine as their slots' users do"]

@@ -13,11 +13,16 @@ from aitbc_miner.config import Config
 from aitbc_miner.confinement import offered_controllers
 from aitbc_miner.control import READERS, WRITERS
 from aitbc_miner.gpu import GpuList
-from aitbc_miner.privileges import job_user
+from aitbc_miner.privileges import Identity, job_user
 from aitbc_miner.probe import NEEDED_CONTROLLERS, Machine
 from aitbc_miner.sampling import inventory
+from aitbc_miner.sandbox import Sandbox, lacking_packages, why_not
 from aitbc_miner.slotspec import derive_slots, read_slots
 from aitbc_miner.util.yamldoc import Fault
+
+MIB = 1 << 20
+# Debian's user nobody.
+NOBODY = 65534
 
 
 class Finding(Struct, frozen=True):
@@ -46,13 +51,10 @@ def diagnose(
     yield _users(config)
     yield _groups(config)
     yield _cgroup2(config, machine)
-    for tool, package, purpose in (
-        ("bwrap", "bubblewrap", "jobs cannot be kept in a sandbox"),
-        ("nft", "nftables", "the network of a slot cannot be restricted"),
-    ):
-        found = machine.tools.get(tool)
-        remedy = f"apt-get install {package}"
-        yield Finding(tool, bool(found), found or f"not here; {purpose}", remedy, required=False)
+    yield _sandbox(config)
+    found = machine.tools.get("nft")
+    detail = found or "not here; the network of a slot cannot be restricted"
+    yield Finding("nft", bool(found), detail, "apt-get install nftables", required=False)
     yield _nvidia(config, gpus)
     least = config.workspace.min_free_mb if config else 2048
     detail = f"{machine.disk_free_mb} MiB free for the workspace, {least} MiB wanted"
@@ -94,6 +96,17 @@ def _known(look_up: Callable[[str], object], name: str) -> bool:
     except KeyError:
         return False
     return True
+
+
+def _sandbox(config: Config | None) -> Finding:
+    # As somebody who is not root, as jobs are: he may be forbidden what root is not.
+    runs_as = Identity(NOBODY, NOBODY, "nobody") if os.geteuid() == 0 else None
+    problem = why_not(Sandbox(runs_as=runs_as, tmp_bytes=MIB, shm_bytes=MIB))
+    required = config is None or config.sandbox.mode == "required"
+    detail = problem.partition(";")[0] if problem else "bubblewrap makes one"
+    lacking = " ".join(lacking_packages())
+    remedy = f"apt-get install {lacking}" if lacking else "sysctl kernel.unprivileged_userns_clone=1"
+    return Finding("sandbox", not problem, detail, remedy, required=required)
 
 
 def _cgroup2(config: Config | None, machine: Machine) -> Finding:

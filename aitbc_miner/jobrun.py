@@ -7,49 +7,30 @@ import resource
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from msgspec import Struct
-from msgspec.structs import replace
-
 import aitbc_miner
 from aitbc_miner import reserve, workspace
 from aitbc_miner.artifacts import Caps, Collector, log_artifact
 from aitbc_miner.causes import Evidence, cause_of
 from aitbc_miner.cgroup import Group
-from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
-from aitbc_miner.execution import Delays, Ending, Execution, Supervision
+from aitbc_miner.execution import Ending, Execution, Supervision
 from aitbc_miner.joblog import LOG_NAME, JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Manifest, Outcome, State, Usage
 from aitbc_miner.leftovers import clear_user, named
 from aitbc_miner.messages import JobStep
-from aitbc_miner.privileges import Identity
 from aitbc_miner.records import JobDir, pretty
-from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, shortest
-from aitbc_miner.slotgroup import SlotGroup
+from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, last_line, shortest
+from aitbc_miner.sandbox import HOME
 from aitbc_miner.slotspec import SlotSpec
-from aitbc_miner.spawn import Job, spawn
+from aitbc_miner.spawn import Job
+from aitbc_miner.starting import Surroundings, limits_for, start
 from aitbc_miner.util import clock, fs
-from aitbc_miner.util.limits import ProcessLimits
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
 
 MIB = 1 << 20
 # Seconds between attempts to write an outcome that the disk does not take.
 RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
-
-
-class Surroundings(Struct, frozen=True):
-    """What a slot gives each of its jobs."""
-
-    config: Config
-    spec: SlotSpec
-    group: SlotGroup | None
-    limits: ProcessLimits
-    enforced: dict[str, str]
-    runs_as: Identity | None
-    service: Identity | None
-    gpu_env: dict[str, str]
-    delays: Delays
 
 
 class JobRun:
@@ -152,7 +133,9 @@ class JobRun:
                     f"cannot run the job: slot {self._around.spec.name} offers no runner {manifest.runner!r}",
                 )
             _refuse_unmet(manifest, self._around.spec)
-            launch = runner.plan(manifest, JobPaths(self._job.path), self._around.spec, self._around.gpu_env)
+            # As the job sees them.
+            paths = JobPaths(HOME if self._around.sandbox else self._job.path)
+            launch = runner.plan(manifest, paths, self._around.spec, self._around.gpu_env)
             workspace.prepare(self._job, self._around.runs_as, self._around.service)
             if self._around.group is not None:
                 self._around.group.renew_job()
@@ -167,19 +150,20 @@ class JobRun:
             cap = self._around.config.workspace.max_log_mb * MIB
             log = JobLog(logs, cap, service.gid if service else None)
             try:
-                log_pipe, report_pipe, job = self._start(launch, stack)
-                with self._leaving_nothing(job):
-                    self._supervision.send(JobStep(self._job.job_id, State.RUNNING, job.pid, deadline))
+                started = start(launch, self._job.path, self._around, stack)
+                with self._leaving_nothing(started.job):
+                    pid = started.job.pid
+                    self._supervision.send(JobStep(self._job.job_id, State.RUNNING, pid, deadline))
                     execution = Execution(
-                        job,
+                        started.job,
                         self._job.job_id,
                         self._supervision,
                         log,
                         deadline=deadline,
                         delays=self._around.delays,
                     )
-                    self._ending = execution.run(log_pipe, report_pipe)
-                    self._usage = job.usage()
+                    self._ending = execution.run(started.log, started.reports)
+                    self._usage = started.job.usage()
             finally:
                 self._log = log.close()
 
@@ -208,55 +192,8 @@ class JobRun:
             return f"user {runs_as.name} still owns {named(owned)}"
         return ""
 
-    def _start(self, launch: Launch, stack: ExitStack) -> tuple[int, int | None, Job]:
-        """Start the program; gives the pipes to read from, which `stack` closes."""
-        log_read, log_write = os.pipe2(os.O_CLOEXEC)
-        stack.callback(os.close, log_read)
-        report_read = report_write = None
-        if launch.reports:
-            report_read, report_write = os.pipe2(os.O_CLOEXEC)
-            stack.callback(os.close, report_read)
-        # Anonymous memory: the parameters of a job touch no disk and are gone with the last descriptor.
-        stdin = os.memfd_create("stdin", os.MFD_CLOEXEC) if launch.stdin else os.open(os.devnull, os.O_RDONLY)
-        stack.callback(os.close, stdin)
-        if launch.stdin:
-            with os.fdopen(stdin, "wb", closefd=False) as file:
-                file.write(launch.stdin)
-            os.lseek(stdin, 0, os.SEEK_SET)
-        runs_as = self._around.runs_as
-        try:
-            job = spawn(
-                launch.argv,
-                cwd=self._job.path / "work",
-                env=launch.env,
-                stdin=stdin,
-                log_fd=log_write,
-                report_fd=report_write,
-                limits=self._limits_for(launch),
-                group=self._around.group.job if self._around.group else None,
-                uid=runs_as.uid if runs_as else None,
-                gid=runs_as.gid if runs_as else None,
-            )
-        finally:
-            # Only the job may hold the writing ends, or their end is never seen.
-            os.close(log_write)
-            if report_write is not None:
-                os.close(report_write)
-        stack.enter_context(job)
-        return log_read, report_read, job
-
     def _time_limit(self, manifest: Manifest, launch: Launch) -> float | None:
         return shortest(manifest.timeout_s, self._around.spec.max_runtime_s, launch.max_runtime_s)
-
-    def _limits_for(self, launch: Launch) -> ProcessLimits:
-        limits = self._around.limits
-        if launch.max_output_bytes is None:
-            return limits
-        # One file alone must not exceed what the whole output may have; the sum is checked when collecting.
-        most = min(
-            launch.max_output_bytes, limits.rlimits.get(resource.RLIMIT_FSIZE, launch.max_output_bytes)
-        )
-        return replace(limits, rlimits={**limits.rlimits, resource.RLIMIT_FSIZE: most})
 
     def _judge(self, manifest: Manifest, runner: Runner, launch: Launch) -> None:
         """Say why it ended: by our own record of kills, then the kernel's counters, then its exit."""
@@ -270,7 +207,7 @@ class JobRun:
         ended = self._ending.exit
         cancel = self._supervision.cancelled.get(self._job.job_id)
         group = self._around.group.job if self._around.group else None
-        rlimits = self._limits_for(launch).rlimits
+        rlimits = limits_for(launch, self._around.limits).rlimits
         file_max = rlimits.get(resource.RLIMIT_FSIZE)
         # Looked for only where it can matter, for the job may have left very many files.
         suspect = file_max if ended.status != 0 and ended.killed_for is None else None
@@ -280,6 +217,7 @@ class JobRun:
             exit=ended,
             usage=self._usage,
             cancel_detail=cancel.detail if cancel else "",
+            last_line=last_line(self._log.tail),
             time_max_s=self._time_limit(manifest, launch),
             cpu_max_s=rlimits.get(resource.RLIMIT_CPU),
             memory_events=group.events("memory.events") if group else {},

@@ -69,11 +69,16 @@ class SlotView(Struct, frozen=True):
 
 
 class GpuFact(Struct, frozen=True):
-    """A GPU or MIG instance that a slot can be given: all its names, its memory in MB, its NUMA node."""
+    """A GPU or MIG instance that a slot can be given: all its names, its memory in MB, its NUMA node.
+
+    minor: the number of its node /dev/nvidia<minor>. capabilities: those of its nodes in /dev/nvidia-caps.
+    """
 
     ids: Annotated[tuple[str, ...], Meta(min_length=1)]
     vram_mb: int
     numa_node: int | None = None
+    minor: int | None = None
+    capabilities: tuple[int, ...] = ()
 
 
 class FoundJob(Struct, frozen=True):

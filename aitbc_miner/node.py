@@ -17,7 +17,7 @@ from aitbc_miner.channel import Channel
 from aitbc_miner.checks import read_layout, slots_for
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
-from aitbc_miner.confinement import ConfinementError, find_cgroups, refuse_unmet_sandbox, take_cgroups
+from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
 from aitbc_miner.control import Request
 from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.credentials import credential_of_root
@@ -106,10 +106,11 @@ class Node:
             raise ConfinementError("cannot lay out the slots: " + "; ".join(map(str, faults)))
         self._identities = self._resolve([spec.name for spec in self._specs])
         self._cgroups = take_cgroups(config, found)
-        refuse_unmet_sandbox(config)
+        users = list(self._identities.jobs.values())
+        self._sandboxed, unsafe = find_sandbox(config, users[0] if users else None)
         if self._cgroups.parent not in {None, self._cgroups.home}:
             Group(self._cgroups.parent).create()
-        self.notices = [*self._identities.missing, *self._cgroups.missing]
+        self.notices = [*self._identities.missing, *self._cgroups.missing, *unsafe]
         _make_workspace(config.workspace.root, self._identities.service)
         _make_state(config.queue.path.parent, self._identities.service)
         self._lock = _lock(config.workspace.root)
@@ -218,6 +219,8 @@ class Node:
             runs_as=user,
             service=self._identities.service,
             gpu_env=gpu_env(gpu),
+            sandboxed=self._sandboxed,
+            devices=gpu_devices(gpu),
         )
         if spec.gpu is not None and gpu is None:
             problem = f"GPU {spec.gpu} is not there or does not answer; see `aitbc-miner probe`"
@@ -306,6 +309,15 @@ def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
         "CUDA_VISIBLE_DEVICES": uuid,
         "NVIDIA_VISIBLE_DEVICES": uuid or "void",
     }
+
+
+def gpu_devices(gpu: GpuFact | None) -> tuple[Path, ...]:
+    """Give the nodes through which a job reaches its own GPU and no other."""
+    if gpu is None:
+        return ()
+    own = [] if gpu.minor is None else [f"nvidia{gpu.minor}"]
+    parts = [f"nvidia-caps/nvidia-cap{number}" for number in gpu.capabilities]
+    return tuple(Path("/dev", name) for name in (*own, "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", *parts))
 
 
 def _make_workspace(root: Path, service: Identity | None) -> None:

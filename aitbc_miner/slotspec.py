@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from aitbc_miner.fitting import misfits, shared_cpus
 from aitbc_miner.layout import Want, cores_of, divide, memory_nodes
 from aitbc_miner.topology import MachineFacts
+from aitbc_miner.util.trust import parse_bind
 from aitbc_miner.util.units import AUTO, CpuList, Percent, Size, format_cpus, format_size, parse_size
 from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
 from aitbc_miner.util.yamltext import line_of
@@ -61,6 +62,9 @@ GpuName = Annotated[
 ]
 
 
+Bind = Annotated[Path, Parse(parse_bind)]
+
+
 class IoNice(Struct, frozen=True):
     """The job's I/O priority as ionice(1) has it; `realtime` is not for strangers' jobs."""
 
@@ -95,6 +99,8 @@ class SlotKeys(Struct, frozen=True):
         default_factory=lambda: ["cli", "python"]
     )
     env: list[EnvName] = []
+    binds: list[Bind] = []
+    io_uring: bool = False
 
     def __post_init__(self) -> None:
         if self.kind == "gpu" and self.gpu is None:

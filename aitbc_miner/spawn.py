@@ -22,6 +22,7 @@ import psutil
 from aitbc_miner.cgroup import RETRY_S, Group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Usage
+from aitbc_miner.sandbox import how_it_ended
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.limits import ProcessLimits, apply
 from aitbc_miner.util.system import PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
@@ -37,6 +38,9 @@ _PYTHON = ctypes.PyDLL(None, use_errno=True)
 # linux/sched.h; the number of the call is the same on all machines that Debian has.
 _CLONE_INTO_CGROUP = 0x200000000
 _SYS_CLONE3 = 435
+
+# Above all numbers that a program is given.
+_HIGH = 20
 
 Steps = list[tuple[str, Callable[[], object]]]
 
@@ -59,9 +63,10 @@ class Job:
     `pidfd` becomes readable when the program itself ends; use the job as a context manager, or `close()` it.
     """
 
-    def __init__(self, pid: int, group: Group | None) -> None:
+    def __init__(self, pid: int, group: Group | None, enclosed: int | None = None) -> None:
         self.pid = pid
         self.group = group
+        self._enclosed = enclosed
         self.pidfd = os.pidfd_open(pid)
         self._started = now()
         self._ended: float | None = None
@@ -102,7 +107,8 @@ class Job:
         self._maxrss = max(self._maxrss, used.ru_maxrss * 1024)
         if pid == self.pid:
             code = os.waitstatus_to_exitcode(status)
-            self._exit = ExitStatus(status=code) if code >= 0 else ExitStatus(signal=-code)
+            ended = ExitStatus(status=code) if code >= 0 else ExitStatus(signal=-code)
+            self._exit = ended if self._enclosed is None else how_it_ended(self._enclosed, ended)
             self._ended = now()
 
     def _reap(self) -> bool:
@@ -137,9 +143,14 @@ class Job:
         )
 
     def terminate(self) -> None:
-        """Ask the job's processes to end (SIGTERM): those of its cgroup, else of its process group."""
+        """Ask the job's processes to end (SIGTERM): those of its cgroup, else of its process group.
+
+        Not bubblewrap's own, with which its sandbox and so all of them would end at once.
+        """
         if self.group:
-            self.group.signal(signal.SIGTERM)
+            self.group.signal(signal.SIGTERM, but=None if self._enclosed is None else self.pid)
+        elif self._enclosed is not None:
+            _signal_each(set(_descendants(self.pid)), signal.SIGTERM)
         elif self._exit is None:
             # Until the program is reaped its number is its own; afterwards it may be anybody's.
             with contextlib.suppress(ProcessLookupError):
@@ -202,26 +213,26 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
     *,
     cwd: Path,
     env: Mapping[str, str],
-    stdin: int,
-    log_fd: int,
-    report_fd: int | None,
+    fds: Mapping[int, int],
     limits: ProcessLimits,
     group: Group | None,
     uid: int | None,
     gid: int | None,
+    enclosed: int | None = None,
 ) -> Job:
     """Start the program `argv[0]` (PATH is not searched); when this returns, it has begun.
 
-    In it, `stdin`, `log_fd` (standard output and error) and `report_fd` (as `REPORT_FD`) are open, nothing
-    else; `env` is all of its environment; it is in `group` from its first instruction on. `uid` and its only
-    group `gid` go together; None: those of the worker. `cwd` must be reachable for that user.
+    In it, `fds` are open, each number as what that one is here, and nothing else; `env` is all of its
+    environment; it is in `group` from its first instruction on. `uid` and its only group `gid` go together;
+    None: those of the worker. `cwd` must be reachable for that user. `enclosed`: the program is bubblewrap,
+    and this tells how what it starts has ended (`sandbox.Enclosed.status`).
 
     Raises:
         JobError: E_SANDBOX; it was not started, and the message names the step that failed.
     """
     steps: Steps = [
         ("session", os.setsid),
-        ("file descriptors", partial(_arrange_fds, stdin, log_fd, report_fd)),
+        ("file descriptors", partial(_arrange_fds, fds)),
         ("limits", partial(apply, limits)),
         ("oom score", _go_first),  # while we are root, or the job could lower it again
         ("no new privileges", partial(prctl, PR_SET_NO_NEW_PRIVS, 1)),
@@ -233,7 +244,7 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
         ("exec", partial(os.execve, argv[0], list(argv), dict(env))),
     ]
     try:
-        return _fork(steps, group)
+        return _fork(steps, group, enclosed)
     except (OSError, _StepError) as error:
         raise JobError(ErrorCode.E_SANDBOX, f"cannot start {argv[0]}: {error}") from error
 
@@ -288,7 +299,7 @@ def _fork_into(group: Group) -> int:
         os.close(fd)
 
 
-def _fork(steps: Steps, group: Group | None) -> Job:
+def _fork(steps: Steps, group: Group | None, enclosed: int | None) -> Job:
     """Run the steps in a child, the last of which is the exec; return when that has happened."""
     with contextlib.ExitStack() as stack:
         # The exec closes the child's end of this pipe, so an end without a word means success.
@@ -303,7 +314,7 @@ def _fork(steps: Steps, group: Group | None) -> Job:
             if pid == 0:
                 _run_child(steps, write_end)
         try:
-            job = Job(pid, group)
+            job = Job(pid, group, enclosed)
         except OSError:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -321,7 +332,7 @@ def _run_child(steps: Steps, failure_fd: int) -> NoReturn:
     name = "fork"
     try:
         # Out of the way of the numbers that the program's own descriptors get.
-        failure_fd = fcntl.fcntl(failure_fd, fcntl.F_DUPFD_CLOEXEC, 10)
+        failure_fd = fcntl.fcntl(failure_fd, fcntl.F_DUPFD_CLOEXEC, _HIGH)
         for name, step in steps:  # noqa: B007  # the name is for the report below
             step()
     except Exception as error:  # noqa: BLE001  # reported to the parent, which raises it
@@ -332,15 +343,14 @@ def _run_child(steps: Steps, failure_fd: int) -> NoReturn:
         os._exit(127)
 
 
-def _arrange_fds(stdin: int, log_fd: int, report_fd: int | None) -> None:
-    wanted = [stdin, log_fd, log_fd, *([] if report_fd is None else [report_fd])]
+def _arrange_fds(fds: Mapping[int, int]) -> None:
     # By way of high numbers, for one of the sources may have the number of another's target.
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10) for fd in wanted]
-    for target, fd in enumerate(high):
+    high = {target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH) for target, fd in fds.items()}
+    for target, fd in high.items():
         os.dup2(fd, target)
     for entry in list(Path("/proc/self/fd").iterdir()):
         fd = int(entry.name)
-        if fd >= len(wanted):
+        if fd not in fds:
             # Closed by the exec and not here, for the failure pipe is among them. The listing's own is gone.
             with contextlib.suppress(OSError):
                 os.set_inheritable(fd, False)  # noqa: FBT003  # takes no keyword

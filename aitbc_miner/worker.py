@@ -16,7 +16,7 @@ from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.execution import Delays, Supervision
-from aitbc_miner.jobrun import JobRun, Surroundings
+from aitbc_miner.jobrun import JobRun
 from aitbc_miner.jobs import State
 from aitbc_miner.leftovers import clear_user, named
 from aitbc_miner.messages import JobEnded, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
@@ -24,9 +24,11 @@ from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import NEEDED_CONTROLLERS
 from aitbc_miner.records import JobDir, Records
 from aitbc_miner.runners import Runner
+from aitbc_miner.sandbox import Sandbox
 from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import become_subreaper
+from aitbc_miner.starting import Surroundings, slot_sandbox
 from aitbc_miner.util.limits import plan_limits
 from aitbc_miner.util.log import events
 
@@ -34,7 +36,10 @@ STARTABLE = frozenset({State.ACKED, State.RETRY_WAIT})
 
 
 class Settings(Struct, frozen=True):
-    """What a worker needs to know. `group_parent` is None where there is no cgroup2 to use."""
+    """What a worker needs to know.
+
+    group_parent: None where there is no cgroup2 to use. sandboxed: whether jobs are. devices: of the GPU.
+    """
 
     config: Config
     spec: SlotSpec
@@ -43,7 +48,15 @@ class Settings(Struct, frozen=True):
     runs_as: Identity | None
     service: Identity | None
     gpu_env: dict[str, str]
+    sandboxed: bool = False
+    devices: tuple[Path, ...] = ()
     delays: Delays = Delays()
+
+    def sandbox(self, spec: SlotSpec) -> Sandbox | None:
+        """Give the sandbox of the slot's jobs."""
+        if not self.sandboxed:
+            return None
+        return slot_sandbox(self.config, spec, self.runs_as, self.devices)
 
 
 class Worker:
@@ -106,6 +119,7 @@ class Worker:
             service=settings.service,
             gpu_env=settings.gpu_env,
             delays=settings.delays,
+            sandbox=settings.sandbox(settings.spec),
         )
 
     def _retune(self, spec: SlotSpec, gpu_env: dict[str, str]) -> None:
@@ -122,7 +136,10 @@ class Worker:
             return
         by_cgroup = around.group.held if around.group is not None else {}
         limits, enforced = plan_limits(spec, by_cgroup, own_user=around.runs_as is not None)
-        self._around = replace(around, spec=spec, limits=limits, enforced=enforced, gpu_env=gpu_env)
+        sandbox = self._settings.sandbox(spec)
+        self._around = replace(
+            around, spec=spec, limits=limits, enforced=enforced, gpu_env=gpu_env, sandbox=sandbox
+        )
         self._supervision.send(Retuned(enforced, note))
 
     def _run_job(self, job_id: str, around: Surroundings) -> JobEnded:

@@ -27,7 +27,7 @@ LAYERS: list[dict[str, set[str]]] = [
             *("supervisor", "slotset", "slots", "children", "desk", "jobindex", "orphans", "reloading"),
             *("stopping", "historian", "storage", "sweeping"),
         },
-        "worker": {"worker", "jobrun", "execution", "causes", "workspace"},
+        "worker": {"worker", "jobrun", "starting", "execution", "causes", "workspace"},
         "agent": {
             *("agent", "workbench", "pulling", "taking", "intake", "progress", "reporting", "delivery"),
             *("reruns", "fleet", "fleetwatch", "pruning", "recovery", "nodetoken", "queue_shared"),
@@ -38,7 +38,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "coordinator": {"coordinator"},
         "control socket": {"control", "history"},
         "telemetry": {"telemetry", "pages", "counters", "sampling"},
-        "running jobs": {"runners", "runnerset", "spawn", "leftovers", "task"},
+        "running jobs": {"runners", "runnerset", "sandbox", "spawn", "syscalls", "leftovers", "task"},
         "inputs and artifacts": {"inputs", "artifacts", "joblog"},
     },
     {

@@ -17,7 +17,7 @@ from aitbc_miner import checks, confinement, main
 from aitbc_miner.cgroup import Mount
 from aitbc_miner.checks import Checker, may_read
 from aitbc_miner.config import Config, load_config
-from aitbc_miner.confinement import ConfinementError, find_cgroups, refuse_unmet_sandbox
+from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox
 from aitbc_miner.doctor import Finding, diagnose
 from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
 from aitbc_miner.privileges import Identity
@@ -172,16 +172,13 @@ def test_check_tells_all_faults_at_once_with_file_line_and_key(site: Site) -> No
         "slots:\n- {name: a, kind: cpu, cpus: '9000'}\n- {name: a, kind: gpu}\n"
     )
     (site.tasks / "one.py").chmod(0o666)
-    site.keys["sandbox"] = {"mode": "required"}
     done = run("check", "--config", str(site.write()), MINER_AUTH="")
     assert (done.returncode, done.stdout) == (78, "")
     lines = site.path.read_text().splitlines()
-    sandbox = lines.index("sandbox:") + 2
     token = next(n for n, line in enumerate(lines, 1) if "auth_token" in line)
     for part in (
         f"{site.allowlist}/bad.yaml:1: command.path:",
         f"{site.slots}/s.yaml:3: slots[1].gpu: this key is missing",
-        f"{site.path}:{sandbox}: sandbox.mode: cannot sandbox jobs",
         f"{site.path}:{token}: coordinator.auth_token: cannot read the credential env:MINER_AUTH: it is emp",
         f"runners.python.task_paths: cannot trust {site.tasks}/one.py",
     ):
@@ -310,11 +307,19 @@ def test_a_shell_of_root_has_less_than_the_service_will(
     assert "cgroup.mode: cannot limit jobs" in fault_texts(site.checker())
 
 
-def test_the_sandbox_that_is_not_there_yet(site: Site) -> None:
-    refuse_unmet_sandbox(site.config())
+def test_a_sandbox_that_cannot_be_had(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert find_sandbox(site.config(), None) == (
+        False,
+        ["sandbox.mode is off: jobs see the machine as their slots' users do"],
+    )
+    monkeypatch.setattr(confinement, "why_not", lambda _: "no bubblewrap; `apt-get install bubblewrap`")
     site.keys["sandbox"] = {"mode": "required"}
-    with pytest.raises(ConfinementError, match=r"set sandbox\.mode: auto"):
-        refuse_unmet_sandbox(site.config())
+    with pytest.raises(ConfinementError, match=r"no bubblewrap; .*; or set sandbox\.mode: auto"):
+        find_sandbox(site.config(), None)
+    site.keys["sandbox"] = {"mode": "auto"}
+    assert find_sandbox(site.config(), None)[0] is False
+    monkeypatch.setattr(confinement, "why_not", lambda _: None)
+    assert find_sandbox(site.config(), None) == (True, [])
 
 
 # --- probe, slots ------------------------------------------------------------------------------------------

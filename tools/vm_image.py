@@ -33,7 +33,8 @@ RELEASES = {
 }
 PACKAGES = (
     "bubblewrap", "dbus", "e2fsprogs", "iproute2", "kmod", "linux-image-cloud-amd64", "nftables", "passwd",
-    "procps", "python3", "python3-venv", "systemd", "systemd-sysv", "udev", "util-linux",
+    "procps", "python3", "python3-venv", "systemd", "systemd-sysv", "time", "udev",
+    "util-linux",
 )  # fmt: skip
 IMAGE_SIZE = "4G"
 # Checks that are made on the host: the machine only runs tests.

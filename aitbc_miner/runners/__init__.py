@@ -26,6 +26,7 @@ class Launch(Struct, frozen=True):
 
     With `reports`, the worker reads a pipe whose writing end the program has as `spawn.REPORT_FD`. `stdin` is
     all that the program reads there; when empty, stdin is /dev/null. Limits that are None do not apply.
+    `binds` are what it reads of the machine besides /usr, for its sandbox.
     """
 
     argv: list[str]
@@ -34,6 +35,7 @@ class Launch(Struct, frozen=True):
     max_output_bytes: int | None
     reports: bool = False
     stdin: bytes = b""
+    binds: tuple[Path, ...] = ()
 
 
 class JobPaths(Struct, frozen=True):
@@ -148,8 +150,12 @@ def printable(text: str, limit: int) -> str:
     return "".join(char if char.isprintable() else "?" for char in text[:limit])
 
 
-def _last_line(log_tail: str) -> str:
+def last_line(log_tail: str) -> str:
+    """Give the last line of a job's output that is not blank, fit for a message."""
     lines = [line.strip() for line in log_tail.splitlines() if line.strip()]
-    if not lines:
-        return "; it printed nothing"
-    return "; last line: " + printable(lines[-1], 300)
+    return printable(lines[-1], 300) if lines else ""
+
+
+def _last_line(log_tail: str) -> str:
+    line = last_line(log_tail)
+    return f"; last line: {line}" if line else "; it printed nothing"

@@ -3,7 +3,7 @@
 import re
 import stat
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -56,6 +56,7 @@ class PythonRunner:
             max_output_bytes=None,
             reports=True,
             stdin=msgspec.json.encode(order),
+            binds=tuple(_needed(file)),
         )
 
     def verdict(self, exit: ExitStatus, reports: list[Report], log_tail: str) -> Verdict:  # noqa: A002
@@ -98,6 +99,13 @@ def find_task(name: str, task_paths: Sequence[Path]) -> Path:
     raise _denied(
         name, f"no {name}.py in the task paths {', '.join(map(str, task_paths)) or '(there are none)'}"
     )
+
+
+def _needed(file: Path) -> Iterator[Path]:
+    """Give what the child reads: Python, the packages that it has, this one, and what is beside the task."""
+    for path in map(Path, dict.fromkeys((sys.base_prefix, sys.prefix, _PACKAGE_ROOT, str(file.parent)))):
+        if not path.is_relative_to("/usr"):
+            yield path
 
 
 def _denied(name: str, reason: str) -> JobError:

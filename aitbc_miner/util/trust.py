@@ -13,6 +13,24 @@ _RESERVED = re.compile(
 )
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
+# What no job may read, or what its sandbox has of its own.
+_NOT_SHOWN = ("/proc", "/sys", "/dev", "/run", "/tmp", "/job", "/root", "/etc/aitbc", "/var/lib/aitbc")  # noqa: S108
+
+
+def parse_bind(value: object) -> Path:
+    """Read a directory or file that jobs may read besides what is in their sandbox.
+
+    Raises:
+        ValueError: it is no plain absolute path, or is, holds or is in what jobs must not see.
+    """
+    path = Path(value) if isinstance(value, str) else Path()
+    if not path.is_absolute() or ".." in path.parts or not str(path).isprintable():
+        raise ValueError("must be an absolute path without `..`, such as /srv/models")
+    for place in map(Path, _NOT_SHOWN):
+        if path.is_relative_to(place) or place.is_relative_to(path):
+            raise ValueError(f"would show jobs {place}, which they must not see; name a directory elsewhere")
+    return path
+
 
 def may_be_set(name: str) -> bool:
     """Whether an operator may let jobs set this environment variable at all."""

@@ -149,9 +149,8 @@ def started(
                 argv,
                 cwd=cwd,
                 env=dict(env or {}),
-                stdin=null if stdin is None else stdin,
-                log_fd=log_write,
-                report_fd=report_write,
+                fds={0: null if stdin is None else stdin, 1: log_write, 2: log_write}
+                | ({} if report_write is None else {3: report_write}),
                 limits=limits or ProcessLimits(),
                 group=Group(group) if group else None,
                 uid=user[0] if user else None,
@@ -306,7 +305,7 @@ def with_low_numbers() -> str:
     os.dup2(out, 0, inheritable=False)
     spawned = spawn(
         [SH, "-c", "cat; echo told >&3"],
-        cwd=Path("/"), env={"PATH": "/bin:/usr/bin"}, stdin=1, log_fd=0, report_fd=0,
+        cwd=Path("/"), env={"PATH": "/bin:/usr/bin"}, fds={0: 1, 1: 0, 2: 0, 3: 0},
         limits=ProcessLimits(), group=None, uid=None, gid=None,
     )  # fmt: skip
     with spawned as job:

@@ -1,0 +1,234 @@
+"""What a job sees of the machine: the arguments with which bubblewrap makes it, and what comes of them.
+
+bubblewrap is started as the job's own user and makes a user namespace for the others, so that the miner
+needs no right to mount anything. In it, GNU time is the first process: it collects what the job leaves to
+it, as the first process must, and tells a program that was ended by a signal from one that exits with 128
+and its number, which bubblewrap does not.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from msgspec import Struct
+
+from aitbc_miner.jobs import ExitStatus
+from aitbc_miner.privileges import Identity
+from aitbc_miner.syscalls import filter_fd
+
+BWRAP, TIME = "/usr/bin/bwrap", "/usr/bin/time"
+PACKAGES = {BWRAP: "bubblewrap", TIME: "time"}
+
+HOME = Path("/job")
+"""Where a job finds its directories work/, output/ and tmp/."""
+
+SANDBOX_FAILED = "sandbox"
+"""Stands in `ExitStatus.killed_for` of a program that was never started, as there was no sandbox for it."""
+
+# Descriptors of what bubblewrap reads, after those that the program itself has, see `spawn`.
+STATUS_FD, FILTER_FD, FIRST_FILE_FD = 4, 5, 6
+TRY_S = 20.0
+
+# Links into /usr on today's Debian, and directories where /usr has not been merged.
+_LIBRARIES = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
+# What programs need to find others, libraries, fonts and their own limits; nothing of it is secret.
+_ETC = (
+    *("alternatives", "ld.so.cache", "fonts", "ImageMagick-6", "ImageMagick-7", "OpenCL", "vulkan"),
+    *("mime.types", "magic", "ssl/openssl.cnf"),
+)
+_ETC_OF_NETWORK = ("resolv.conf", "gai.conf", "services", "protocols", "ssl/certs")
+# How many CPUs there are, which C libraries ask for here.
+_SYS = ("devices/system/cpu", "devices/system/node")
+# Where the drivers of graphics cards look for them.
+_SYS_OF_GPU = ("bus/pci", "devices", "module/nvidia")
+# GNU time leaves two descriptors open to the program: STATUS_FD, and what it has opened by that name itself.
+_SHUT = f'exec "$@" {STATUS_FD}>&- {{}}>&-'
+_OF_JOB = ("work", "output", "tmp")
+_BY_SIGNAL = 128
+
+
+class Sandbox(Struct, frozen=True):
+    """What is the same for all jobs of a slot. `runs_as` None: the miner's own user.
+
+    Args:
+        tmp_bytes: how much fits into /tmp.
+        shm_bytes: how much fits into /dev/shm.
+        network: whether the job has the machine's network; if not, it has a loopback of its own.
+        io_uring: whether it may use io_uring.
+        binds: what it may read besides, at the same place.
+        devices: nodes of its GPU.
+    """
+
+    runs_as: Identity | None
+    tmp_bytes: int
+    shm_bytes: int
+    network: bool = False
+    io_uring: bool = False
+    binds: tuple[Path, ...] = ()
+    devices: tuple[Path, ...] = ()
+
+
+class Enclosed(Struct, frozen=True):
+    """A program in its sandbox: what to start, with which descriptors; `status` tells how it ended."""
+
+    argv: list[str]
+    fds: dict[int, int]
+    status: int
+
+
+def enclose(
+    sandbox: Sandbox,
+    job: Path,
+    argv: Sequence[str],
+    binds: Sequence[Path],
+    used: Collection[int],
+    stack: ExitStack,
+) -> Enclosed:
+    """Put a program into the sandbox.
+
+    Args:
+        sandbox: of the slot.
+        job: the job's directory.
+        argv: the program with its arguments, as seen from inside.
+        binds: what this job may read besides, at the same place.
+        used: the descriptors that the program has itself.
+        stack: closes those that are opened here.
+
+    Raises:
+        MinerError: there is no libseccomp.
+        OSError: no descriptor or memory is left.
+    """
+    status, told = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    stack.callback(os.close, status)
+    stack.callback(os.close, told)
+    # GNU time opens it by name, for which the job's user must own it.
+    os.set_blocking(told, True)  # takes no keyword
+    if sandbox.runs_as is not None:
+        os.fchown(told, sandbox.runs_as.uid, sandbox.runs_as.gid)
+    files = _etc_files(sandbox, stack)
+    fds = {STATUS_FD: told, FILTER_FD: filter_fd(io_uring=sandbox.io_uring)}
+    stack.callback(os.close, fds[FILTER_FD])
+    fds |= {FIRST_FILE_FD + i: fd for i, fd in enumerate(files.values())}
+    words = [
+        *(BWRAP, *_namespaces(sandbox), *_view(sandbox, binds)),
+        *(word for i, name in enumerate(files) for word in ("--file", str(FIRST_FILE_FD + i), name)),
+        *(word for name in _OF_JOB for word in ("--bind", str(job / name), str(HOME / name))),
+        *("--remount-ro", "/", "--chdir", str(HOME / "work"), "--seccomp", str(FILTER_FD)),
+        *("--", TIME, "-f", "", "-o", f"/proc/self/fd/{STATUS_FD}", "--"),
+        *("/bin/sh", "-c", _SHUT.format(_free(used)), "sh", *argv),
+    ]
+    return Enclosed(words, fds, status)
+
+
+def how_it_ended(status: int, ended: ExitStatus) -> ExitStatus:
+    """Say how the program in a sandbox ended, of which we know how bubblewrap did.
+
+    Args:
+        status: of `Enclosed`.
+        ended: how bubblewrap ended.
+    """
+    said = b""
+    with suppress(BlockingIOError):
+        said = os.read(status, 4096)
+    # The last, for the job can write there, too; it can only say of itself what it could also have done.
+    if found := re.findall(rb"(?m)^Command terminated by signal (\d{1,2})$", said):
+        return ExitStatus(signal=int(found[-1]))
+    if said or ended.status is None:
+        return ended
+    if ended.status > _BY_SIGNAL:
+        # The first process itself was ended: by us, or from outside.
+        return ExitStatus(signal=ended.status - _BY_SIGNAL)
+    return ExitStatus(ended.status, killed_for=SANDBOX_FAILED)
+
+
+def lacking_packages() -> list[str]:
+    """Name Debian's packages that the sandbox needs and that are not installed."""
+    return [package for program, package in PACKAGES.items() if not os.access(program, os.X_OK)]
+
+
+def why_not(sandbox: Sandbox) -> str | None:
+    """Try the sandbox out; None when it can be had, or else why not, and what helps."""
+    if lacking := lacking_packages():
+        return f"no {' and no '.join(lacking)}; `apt-get install {' '.join(lacking)}`"
+    user = sandbox.runs_as
+    whose = {} if user is None else {"user": user.uid, "group": user.gid, "extra_groups": []}
+    try:
+        with ExitStack() as stack:
+            rules = filter_fd(io_uring=sandbox.io_uring)
+            stack.callback(os.close, rules)
+            words = [BWRAP, *_namespaces(sandbox), *_view(sandbox, ())]
+            tried = subprocess.run(  # our own words
+                [*words, "--remount-ro", "/", "--seccomp", str(rules), "--", TIME, "-f", "", "/usr/bin/true"],
+                env={},
+                cwd="/",
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                pass_fds=[rules],
+                timeout=TRY_S,
+                check=False,
+                **whose,  # type: ignore[call-overload]
+            )
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"cannot start {BWRAP}: {error}; see `aitbc-miner doctor`"
+    if tried.returncode == 0:
+        return None
+    said = tried.stderr.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
+    remedy = "users must be able to make namespaces, see `aitbc-miner doctor`"
+    return f"{said[-1][:300]}; {remedy}"
+
+
+def _namespaces(sandbox: Sandbox) -> Iterator[str]:
+    yield from ("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup")
+    if not sandbox.network:
+        yield "--unshare-net"
+    # A session of its own: a job cannot type into an operator's terminal.
+    yield from ("--new-session", "--die-with-parent", "--as-pid-1", "--hostname", "job")
+
+
+def _view(sandbox: Sandbox, binds: Sequence[Path]) -> Iterator[str]:
+    yield from ("--ro-bind", "/usr", "/usr")
+    for name in _LIBRARIES:
+        place = Path("/", name)
+        if place.is_symlink():
+            yield from ("--symlink", str(place.readlink()), str(place))
+        elif place.is_dir():
+            yield from ("--ro-bind", str(place), str(place))
+    yield from ("--proc", "/proc", "--dev", "/dev")
+    yield from ("--size", str(sandbox.shm_bytes), "--perms", "1777", "--tmpfs", "/dev/shm")  # noqa: S108
+    for device in sandbox.devices:
+        yield from ("--dev-bind-try", str(device), str(device))
+    yield from ("--remount-ro", "/dev")
+    yield from ("--size", str(sandbox.tmp_bytes), "--perms", "1777", "--tmpfs", "/tmp")  # noqa: S108
+    for name in (*_ETC, *(_ETC_OF_NETWORK if sandbox.network else ())):
+        yield from ("--ro-bind-try", f"/etc/{name}", f"/etc/{name}")
+    for name in (*_SYS, *(_SYS_OF_GPU if sandbox.devices else ())):
+        yield from ("--ro-bind-try", f"/sys/{name}", f"/sys/{name}")
+    for path in (*sandbox.binds, *binds):
+        yield from ("--ro-bind", str(path), str(path))
+
+
+def _etc_files(sandbox: Sandbox, stack: ExitStack) -> dict[str, int]:
+    user = sandbox.runs_as
+    uid, gid = (user.uid, user.gid) if user else (os.getuid(), os.getgid())
+    contents = {
+        "/etc/passwd": f"job:x:{uid}:{gid}:job:{HOME}/work:/usr/sbin/nologin\n",
+        "/etc/group": f"job:x:{gid}:\n",
+        "/etc/hosts": "127.0.0.1 localhost job\n::1 localhost job\n",
+        "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+    }
+    return {name: _in_memory(text.encode(), stack) for name, text in contents.items()}
+
+
+def _free(used: Collection[int]) -> int:
+    return next(fd for fd in range(FIRST_FILE_FD) if fd not in {*used, STATUS_FD})
+
+
+def _in_memory(content: bytes, stack: ExitStack) -> int:
+    fd = os.memfd_create("etc", os.MFD_CLOEXEC)
+    stack.callback(os.close, fd)
+    os.write(fd, content)
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd

@@ -1,0 +1,129 @@
+"""Starting a job's program: its pipes, its sandbox, its limits."""
+
+import os
+import resource
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aitbc_miner.config import Config
+from aitbc_miner.errors import ErrorCode, JobError, MinerError
+from aitbc_miner.execution import Delays
+from aitbc_miner.privileges import Identity
+from aitbc_miner.runners import Launch
+from aitbc_miner.sandbox import Enclosed, Sandbox, enclose
+from aitbc_miner.slotgroup import SlotGroup
+from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.spawn import REPORT_FD, Job, spawn
+from aitbc_miner.util.limits import ProcessLimits
+
+MIB = 1 << 20
+
+
+class Surroundings(Struct, frozen=True):
+    """What a slot gives each of its jobs; `sandbox` None: they see the machine as it is."""
+
+    config: Config
+    spec: SlotSpec
+    group: SlotGroup | None
+    limits: ProcessLimits
+    enforced: dict[str, str]
+    runs_as: Identity | None
+    service: Identity | None
+    gpu_env: dict[str, str]
+    delays: Delays
+    sandbox: Sandbox | None = None
+
+
+def slot_sandbox(
+    config: Config, spec: SlotSpec, runs_as: Identity | None, devices: tuple[Path, ...] = ()
+) -> Sandbox:
+    """Give the sandbox of a slot's jobs, whatever `sandbox.mode` is."""
+    return Sandbox(
+        runs_as=runs_as,
+        tmp_bytes=config.sandbox.tmp_mb * MIB,
+        shm_bytes=config.sandbox.shm_mb * MIB,
+        network=spec.egress != "none",
+        io_uring=spec.io_uring,
+        binds=tuple(spec.binds),
+        devices=devices,
+    )
+
+
+class Started(Struct, frozen=True):
+    """A program that runs, and the pipes to read from: its output, its reports if it makes any."""
+
+    job: Job
+    log: int
+    reports: int | None
+
+
+def start(launch: Launch, directory: Path, around: Surroundings, stack: ExitStack) -> Started:
+    """Start a program in its slot; `stack` closes what was opened for it, and ends no process.
+
+    Raises:
+        JobError: E_SANDBOX, it was not started.
+        OSError: no descriptor or memory is left.
+    """
+    with ExitStack() as ours:
+        # Only the job may hold the writing ends, or their end is never seen.
+        log, log_end = _pipe(stack, ours)
+        reports, reports_end = _pipe(stack, ours) if launch.reports else (None, None)
+        fds = {0: _stdin(launch.stdin, ours), 1: log_end, 2: log_end}
+        if reports_end is not None:
+            fds[REPORT_FD] = reports_end
+        enclosed = _enclose(launch, directory, around.sandbox, fds, stack)
+        runs_as = around.runs_as
+        job = spawn(
+            enclosed.argv if enclosed else launch.argv,
+            cwd=directory / "work",
+            env=launch.env,
+            fds=fds | (enclosed.fds if enclosed else {}),
+            limits=limits_for(launch, around.limits),
+            group=around.group.job if around.group else None,
+            uid=runs_as.uid if runs_as else None,
+            gid=runs_as.gid if runs_as else None,
+            enclosed=enclosed.status if enclosed else None,
+        )
+    return Started(stack.enter_context(job), log, reports)
+
+
+def _enclose(
+    launch: Launch, directory: Path, sandbox: Sandbox | None, fds: Mapping[int, int], stack: ExitStack
+) -> Enclosed | None:
+    if sandbox is None:
+        return None
+    try:
+        return enclose(sandbox, directory, launch.argv, launch.binds, fds, stack)
+    except MinerError as error:
+        raise JobError(ErrorCode.E_SANDBOX, f"cannot start {launch.argv[0]}: {error}") from error
+
+
+def _pipe(reading: ExitStack, writing: ExitStack) -> tuple[int, int]:
+    ends = os.pipe2(os.O_CLOEXEC)
+    reading.callback(os.close, ends[0])
+    writing.callback(os.close, ends[1])
+    return ends
+
+
+def _stdin(content: bytes, stack: ExitStack) -> int:
+    # Anonymous memory: the parameters of a job touch no disk and are gone with the last descriptor.
+    fd = os.memfd_create("stdin", os.MFD_CLOEXEC) if content else os.open(os.devnull, os.O_RDONLY)
+    stack.callback(os.close, fd)
+    if content:
+        with os.fdopen(fd, "wb", closefd=False) as file:
+            file.write(content)
+        os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def limits_for(launch: Launch, limits: ProcessLimits) -> ProcessLimits:
+    """Give the limits of the slot's processes as they are for this program."""
+    if launch.max_output_bytes is None:
+        return limits
+    # One file alone must not exceed what the whole output may have; the sum is checked when collecting.
+    most = min(launch.max_output_bytes, limits.rlimits.get(resource.RLIMIT_FSIZE, launch.max_output_bytes))
+    return replace(limits, rlimits={**limits.rlimits, resource.RLIMIT_FSIZE: most})
