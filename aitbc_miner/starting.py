@@ -46,7 +46,8 @@ def slot_sandbox(
         runs_as=runs_as,
         tmp_bytes=config.sandbox.tmp_mb * MIB,
         shm_bytes=config.sandbox.shm_mb * MIB,
-        network=spec.egress != "none",
+        # Anything else is a policy that this version cannot enforce.
+        network=spec.egress == "open",
         io_uring=spec.io_uring,
         binds=tuple(spec.binds),
         devices=devices,

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tools.mock_coordinator import MockCoordinator
+from vm.boxed import BoxedMachine
 from vm.machine import CURRENT, MAIN, SLOTS, Machine, install, run
 
 Count = Callable[[int, int], int]
@@ -70,6 +71,16 @@ def machine(installed: None, coordinator: MockCoordinator) -> Iterator[Machine]:
     Afterwards all is stopped, and nothing may be left.
     """
     machine = Machine(coordinator)
+    machine.configure()
+    yield machine
+    machine.clean_up()
+    assert machine.remains() == []
+
+
+@pytest.fixture
+def boxed(installed: None, coordinator: MockCoordinator) -> Iterator[BoxedMachine]:
+    """Give the machine as `machine` does, with its jobs in the sandbox."""
+    machine = BoxedMachine(coordinator)
     machine.configure()
     yield machine
     machine.clean_up()

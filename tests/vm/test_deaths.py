@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from tools.local_node import wait_until
 from tools.mock_records import FINAL, Job
+from vm.boxed import BoxedMachine
 from vm.conftest import Count
 from vm.disks import mounted
 from vm.machine import SLOTS, WAIT_S, Machine, run
@@ -178,7 +179,8 @@ def finish(machine: Machine, deaths: dict[str, Death], timeout: float) -> None:
     wait_until(over, timeout, 0.3)
 
 
-def test_every_death_is_told_from_the_others(machine: Machine, reports: Path, count: Count) -> None:
+def test_every_death_is_told_from_the_others(boxed: BoxedMachine, reports: Path, count: Count) -> None:
+    machine = boxed
     start(machine, SLOT_COUNT, **LIMITS)
     chosen = campaign(count(24, 200), SEED)
     deaths = {f"death-{number:03}": death for number, (_, death) in enumerate(chosen)}
