@@ -101,13 +101,7 @@ def enclose(
         MinerError: there is no libseccomp.
         OSError: no descriptor or memory is left.
     """
-    status, told = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    stack.callback(os.close, status)
-    stack.callback(os.close, told)
-    # GNU time opens it by name, for which the job's user must own it.
-    os.set_blocking(told, True)  # takes no keyword
-    if sandbox.runs_as is not None:
-        os.fchown(told, sandbox.runs_as.uid, sandbox.runs_as.gid)
+    status, told = _status_pipe(sandbox, stack)
     files = _etc_files(sandbox, stack)
     fds = {STATUS_FD: told, FILTER_FD: filter_fd(io_uring=sandbox.io_uring)}
     stack.callback(os.close, fds[FILTER_FD])
@@ -178,6 +172,17 @@ def why_not(sandbox: Sandbox) -> str | None:
     said = tried.stderr.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
     remedy = "users must be able to make namespaces, see `aitbc-miner doctor`"
     return f"{said[-1][:300]}; {remedy}"
+
+
+def _status_pipe(sandbox: Sandbox, stack: ExitStack) -> tuple[int, int]:
+    status, told = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    stack.callback(os.close, status)
+    stack.callback(os.close, told)
+    # GNU time opens it by name, for which the job's user must own it.
+    os.set_blocking(told, True)  # noqa: FBT003  # takes no keyword
+    if sandbox.runs_as is not None:
+        os.fchown(told, sandbox.runs_as.uid, sandbox.runs_as.gid)
+    return status, told
 
 
 def _namespaces(sandbox: Sandbox) -> Iterator[str]:

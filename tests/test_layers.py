@@ -166,7 +166,7 @@ def test_the_supervisor_loads_no_network_code() -> None:
 
 @pytest.mark.parametrize("module", SOURCES)
 def test_only_known_libraries_are_used(module: str) -> None:
-    declared = {"cgroupspy", "re2", "msgspec", "pynvml", "prometheus_client", "psutil", "yaml"}
+    declared = {"cgroupspy", "re2", "msgspec", "pynvml", "prometheus_client", "psutil", "pyseccomp", "yaml"}
     declared |= {"requests", "requests_toolbelt", "urllib3", "redis", "aitbc_miner"}
     roots = {target.partition(".")[0] for _, target in imports(parse(module))}
     assert roots - declared - sys.stdlib_module_names == set()

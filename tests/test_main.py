@@ -395,8 +395,7 @@ def test_doctor_requires_what_the_configuration_requires(site: Site) -> None:
     assert not easy["root"].required
     assert not easy["disk"].there
     assert easy["nft"].there
-    assert not easy["bwrap"].there
-    assert easy["bwrap"].remedy == "apt-get install bubblewrap"
+    assert not easy["sandbox"].required
 
 
 def test_doctor_on_gpus(site: Site) -> None:

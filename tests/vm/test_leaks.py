@@ -56,7 +56,7 @@ def test_short_jobs_leak_nothing(machine: Machine, count: Count, reports: Path) 
     # Each of the agent's threads keeps the connection that it had last, and no more than that.
     for name, sockets in after["sockets"].items():
         assert sockets <= max(before["sockets"][name], sum(POOLS.values()) + 8), name
-    assert len(list(machine.jobs.iterdir())) == 2 * WAVE + jobs
+    assert len([path for path in machine.jobs.iterdir() if path.name[0].isalnum()]) == 2 * WAVE + jobs
 
 
 def submit_and_wait(machine: Machine, first: int, number: int) -> None:
