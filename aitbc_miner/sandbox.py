@@ -40,6 +40,8 @@ _ETC = (
     *("mime.types", "magic", "ssl/openssl.cnf"),
 )
 _ETC_OF_NETWORK = ("resolv.conf", "gai.conf", "services", "protocols", "ssl/certs")
+# What of /proc is the machine's and not of the job's own namespaces: its owner could write there.
+_PROC_SHUT = ("sys", "sysrq-trigger", "irq", "bus", "fs")
 # How many CPUs there are, which C libraries ask for here.
 _SYS = ("devices/system/cpu", "devices/system/node")
 # Where the drivers of graphics cards look for them.
@@ -179,7 +181,7 @@ def _status_pipe(sandbox: Sandbox, stack: ExitStack) -> tuple[int, int]:
     stack.callback(os.close, status)
     stack.callback(os.close, told)
     # GNU time opens it by name, for which the job's user must own it.
-    os.set_blocking(told, True)  # noqa: FBT003  # takes no keyword
+    os.set_blocking(told, True)
     if sandbox.runs_as is not None:
         os.fchown(told, sandbox.runs_as.uid, sandbox.runs_as.gid)
     return status, told
@@ -191,6 +193,8 @@ def _namespaces(sandbox: Sandbox) -> Iterator[str]:
         yield "--unshare-net"
     # A session of its own: a job cannot type into an operator's terminal.
     yield from ("--new-session", "--die-with-parent", "--as-pid-1", "--hostname", "job")
+    # Those of root, where the miner runs its jobs as root.
+    yield from ("--cap-drop", "ALL")
 
 
 def _view(sandbox: Sandbox, binds: Sequence[Path]) -> Iterator[str]:
@@ -202,6 +206,8 @@ def _view(sandbox: Sandbox, binds: Sequence[Path]) -> Iterator[str]:
         elif place.is_dir():
             yield from ("--ro-bind", str(place), str(place))
     yield from ("--proc", "/proc", "--dev", "/dev")
+    for name in _PROC_SHUT:
+        yield from ("--ro-bind-try", f"/proc/{name}", f"/proc/{name}")
     yield from ("--size", str(sandbox.shm_bytes), "--perms", "1777", "--tmpfs", "/dev/shm")  # noqa: S108
     for device in sandbox.devices:
         yield from ("--dev-bind-try", str(device), str(device))
