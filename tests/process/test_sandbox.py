@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-from process.test_spawn import DEADLINE_S, GID, ROOT, SH, UID, group, in_worker
+from test_spawn import DEADLINE_S, GID, ROOT, SH, UID, group, in_worker
 
 from aitbc_miner.cgroup import Group
 from aitbc_miner.jobs import ExitStatus
