@@ -106,7 +106,7 @@ class Siege:
             # Once in every slot, and then once more where one of these has been.
             ids = [f"{attack.name}-{i}" for i in range(SLOTS - 1)] + [attack.name]
         for job_id in ids:
-            words = {"victim": VICTIM, "self": job_id, "abstract": ABSTRACT, "outside": str(OUTSIDE)}
+            words = {"victim": VICTIM, "own": job_id, "abstract": ABSTRACT, "outside": str(OUTSIDE)}
             words |= {"host": socket.gethostname(), "free": str(self._free)}
             words["port"] = self._machine.mock.url.rpartition(":")[2].partition("/")[0]
             self._submit(job_id, attack.source(**words), [], **more)
