@@ -48,7 +48,7 @@ def run(
         stack.callback(os.close, rules)
         order = json.dumps({"filter": filtered, **what})
         line = [sys.executable, "-I", "-c", f"import os; os.dup2({rules}, 3); {RUN}", order]
-        done: Done = subprocess.run(
+        done: subprocess.CompletedProcess[str] = subprocess.run(
             line,
             pass_fds=[rules],
             capture_output=True,

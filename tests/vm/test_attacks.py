@@ -7,6 +7,7 @@ reason to be modest, and by what the machine looks like afterwards.
 import json
 import socket
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ class Siege:
         (ETC / "allowlist.d" / "python3.yaml").write_text(yaml.safe_dump(entry))
         limits = {"memory_max": MEMORY_MAX, "swap_max": 0, "pids_max": PIDS_MAX, "cpus": "0"}
         limits["rlimits"] = {"fsize": "64M", "core": 0, "nofile": 4096}
-        machine.slots([{"name": f"cpu{i}", "kind": "cpu", **dict(limits)} for i in range(SLOTS)])
+        machine.slots([{"name": f"cpu{i}", "kind": "cpu", **deepcopy(limits)} for i in range(SLOTS)])
         machine.start()
         self._submit(VICTIM, VICTIM_PROGRAM, ["<argv>"])
         wait_until((machine.jobs / VICTIM / "work" / "ready").exists, WAIT_S, 0.2)

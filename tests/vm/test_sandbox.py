@@ -32,7 +32,7 @@ def test_a_job_sees_its_own_and_nothing_else(boxed: BoxedMachine, reports: Path)
     assert "\njob\n" in log
     assert not {"root", "home", "run", "var", "boot", "srv"} & set(log.splitlines())
     assert "0::/\n" in log
-    assert log.splitlines()[-2:] == ["262144", "262144"]
+    assert log.split()[-2:] == ["262144", "262144"]
     assert [problem.what for problem in boxed.now().problems] == []
 
 
