@@ -34,6 +34,7 @@ from aitbc_miner.jobs import FINAL, State, valid_job_id
 from aitbc_miner.util import clock
 
 SOCKET = "/run/aitbc-miner/control.sock"
+CONFIG = "/etc/aitbc/miner/config.yaml"
 SOCKET_VARIABLE = "AITBC_MINER_CONTROL__SOCKET"
 TIMEOUT_S = 5.0
 POLL_S = 0.25
@@ -112,12 +113,19 @@ def _parser() -> argparse.ArgumentParser:
     retry = verbs.add_parser(
         "retry", help="try a job that waits, or send a report that was refused, once more"
     )
+    _add_sandbox(verbs.add_parser("sandbox", help="run a command as a job would be run (root only)"))
     for verb in (job, logs, cancel, retry):
         verb.add_argument("job_id", type=_job_id, metavar="ID", help="the job's id, as `jobs` shows it")
     for verb in verbs.choices.values():
         # Without a default, or it would undo a --json before the verb.
         verb.add_argument("--json", default=argparse.SUPPRESS, **as_json)
     return parser
+
+
+def _add_sandbox(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--slot", required=True, metavar="NAME", help="the slot whose job it would be")
+    verb.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help=f"default: {CONFIG}")
+    verb.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
 
 
 def _state(text: str) -> State:
@@ -156,10 +164,27 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.verb == "history":
         _history(socket, arguments.since, as_json=arguments.json, as_csv=arguments.csv)
         return
+    if arguments.verb == "sandbox":
+        _sandbox(arguments)
+        return
     request = Request(arguments.verb, getattr(arguments, "job_id", None), getattr(arguments, "state", None))
     answer, fds = _ask(socket, request)
     _close(fds)
     _show(_json(_value(arguments.verb, answer)) if arguments.json else _page(arguments.verb, answer))
+
+
+def _sandbox(asked: argparse.Namespace) -> None:
+    from aitbc_miner.trying import try_out  # noqa: PLC0415  # reads YAML and asks for GPUs
+
+    try:
+        status = try_out(asked.config, asked.slot, asked.command, os.environ, _warn)
+    except MinerError as error:
+        raise CtlError(str(error), getattr(error, "exit_code", EXIT_FAILURE)) from error
+    raise SystemExit(status)  # of the command, whatever it means
+
+
+def _warn(text: str) -> None:
+    print(f"aitbc-minerctl: {visible(text)}", file=sys.stderr)
 
 
 def _show(text: str) -> None:

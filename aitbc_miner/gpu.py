@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from aitbc_miner.errors import MinerError
+from aitbc_miner.gpunodes import CAPABILITIES, mig_capabilities, numa_node_of
 from aitbc_miner.util import clock
 
 MAX_REPLY_BYTES = 4 * 2**20
@@ -24,18 +25,22 @@ NO_LIBRARY = "no NVIDIA library (libnvidia-ml.so.1): GPU slots are not possible;
 
 
 class MigInstance(Struct, frozen=True):
-    """A part of a GPU that can be rented by itself; video memory in MiB."""
+    """A part of a GPU that can be rented by itself; video memory in MiB.
+
+    `capabilities` are the numbers of its nodes /dev/nvidia-caps/nvidia-cap<number>.
+    """
 
     uuid: str
     name: str
     vram_mb: int
+    capabilities: tuple[int, ...] = ()
 
 
 class GpuInfo(Struct, frozen=True):
     """What does not change about a GPU while the driver is loaded. With an `error`, only `index` is certain.
 
     `vram_mb` is in MiB, 0 where the GPU has none of its own; `cuda` is the newest version that the driver
-    supports; `pci_bus_id` is written as in sysfs (0000:01:00.0).
+    supports; `pci_bus_id` is written as in sysfs (0000:01:00.0); `minor` is that of /dev/nvidia<minor>.
     """
 
     index: int
@@ -50,6 +55,7 @@ class GpuInfo(Struct, frozen=True):
     mig_enabled: bool = False
     pci_bus_id: str = ""
     numa_node: int | None = None
+    minor: int | None = None
     error: str | None = None
 
 
@@ -140,6 +146,7 @@ class _Nvml:
             pci = nvml.nvmlDeviceGetPciInfo(gpu)
             capability = self._optional(nvml.nvmlDeviceGetCudaComputeCapability, gpu)
             parts = self._mig_handles(gpu)
+            minor = self._optional(nvml.nvmlDeviceGetMinorNumber, gpu)
             return GpuInfo(
                 index=index,
                 name=str(nvml.nvmlDeviceGetName(gpu)),
@@ -148,16 +155,21 @@ class _Nvml:
                 driver=driver,
                 cuda=cuda,
                 compute_capability=f"{capability[0]}.{capability[1]}" if capability else None,
-                mig=[self._mig_info(part) for part in parts or []],
+                mig=[self._mig_info(part, minor) for part in parts or []],
                 mig_enabled=parts is not None,
                 pci_bus_id=f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0",
+                minor=minor,
             )
         except (self._error, UnicodeDecodeError) as error:
             return GpuInfo(index=index, driver=driver, cuda=cuda, error=_gpu_error(index, error))
 
-    def _mig_info(self, part: Any) -> MigInstance:
-        name, uuid = self._nvml.nvmlDeviceGetName(part), self._nvml.nvmlDeviceGetUUID(part)
-        return MigInstance(str(uuid), str(name), self._vram(part)[1])
+    def _mig_info(self, part: Any, minor: int | None) -> MigInstance:
+        nvml = self._nvml
+        name, uuid = nvml.nvmlDeviceGetName(part), nvml.nvmlDeviceGetUUID(part)
+        own = self._optional(nvml.nvmlDeviceGetGpuInstanceId, part)
+        compute = self._optional(nvml.nvmlDeviceGetComputeInstanceId, part)
+        numbers = mig_capabilities(CAPABILITIES, minor, own, compute)
+        return MigInstance(str(uuid), str(name), self._vram(part)[1], numbers)
 
     def _usages(self, index: int) -> list[GpuUsage]:
         """Return the usage of a GPU, then of each of its MIG instances, which tell their memory only."""
@@ -260,7 +272,7 @@ class GpuReader:
         if reply.error:
             return GpuList(error=reply.error, missing=reply.missing)
         gpus = [
-            msgspec.structs.replace(info, numa_node=_numa_node(self._sysfs, info.pci_bus_id))
+            msgspec.structs.replace(info, numa_node=numa_node_of(self._sysfs, info.pci_bus_id))
             for info in reply.gpus
         ]
         uuids = [uuid for info in gpus for uuid in (info.uuid, *(part.uuid for part in info.mig))]
@@ -369,14 +381,6 @@ def _read_line(source: int, deadline: float) -> bytes:
         if len(received) > MAX_REPLY_BYTES:
             raise MinerError(f"its process answered more than {MAX_REPLY_BYTES} bytes")
     return received
-
-
-def _numa_node(sysfs: Path, pci_bus_id: str) -> int | None:
-    try:
-        node = int((sysfs / "bus/pci/devices" / pci_bus_id / "numa_node").read_text())
-    except (OSError, ValueError):
-        return None
-    return node if node >= 0 else None  # -1: the firmware does not say
 
 
 if __name__ == "__main__":

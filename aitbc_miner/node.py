@@ -46,6 +46,7 @@ from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slots import Layout, SlotPlan, make_offer
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out
 from aitbc_miner.spawn import become_subreaper
+from aitbc_miner.starting import gpu_devices, gpu_env
 from aitbc_miner.supervisor import Parts, Supervisor
 from aitbc_miner.topology import read_machine
 from aitbc_miner.util import fs, log
@@ -299,25 +300,6 @@ def adjust_slot(settings: Settings, pipe: "Connection[Any, Any]") -> None:
 def slot_groups(parent: Path) -> list[Path]:
     """Give the groups of slots; those of others (a service manager's) begin with a dot or an underscore."""
     return [path for path in sorted(parent.iterdir()) if path.is_dir() and path.name[0] not in "._"]
-
-
-def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
-    """Give the variables that show a job its own GPU, or none at all."""
-    uuid = next((name for name in gpu.ids if not name.isdecimal()), gpu.ids[0]) if gpu else ""
-    return {
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": uuid,
-        "NVIDIA_VISIBLE_DEVICES": uuid or "void",
-    }
-
-
-def gpu_devices(gpu: GpuFact | None) -> tuple[Path, ...]:
-    """Give the nodes through which a job reaches its own GPU and no other."""
-    if gpu is None:
-        return ()
-    own = [] if gpu.minor is None else [f"nvidia{gpu.minor}"]
-    parts = [f"nvidia-caps/nvidia-cap{number}" for number in gpu.capabilities]
-    return tuple(Path("/dev", name) for name in (*own, "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", *parts))
 
 
 def _make_workspace(root: Path, service: Identity | None) -> None:

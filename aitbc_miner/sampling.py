@@ -165,8 +165,11 @@ def inventory(found: GpuList) -> Inventory:
     for gpu in found.gpus:
         if gpu.mig_enabled:
             # The GPU itself runs nothing then, only its instances do.
-            facts += [GpuFact((part.uuid,), part.vram_mb, gpu.numa_node) for part in gpu.mig]
+            facts += [
+                GpuFact((part.uuid,), part.vram_mb, gpu.numa_node, gpu.minor, part.capabilities)
+                for part in gpu.mig
+            ]
         elif not gpu.error:
-            facts.append(GpuFact((gpu.uuid, str(gpu.index)), gpu.vram_mb, gpu.numa_node))
+            facts.append(GpuFact((gpu.uuid, str(gpu.index)), gpu.vram_mb, gpu.numa_node, gpu.minor))
     errors = [None if found.missing else found.error, *(gpu.error for gpu in found.gpus)]
     return Inventory(facts, "; ".join(filter(None, errors)) or None)

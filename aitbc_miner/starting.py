@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.execution import Delays
+from aitbc_miner.messages import GpuFact
 from aitbc_miner.privileges import Identity
 from aitbc_miner.runners import Launch
 from aitbc_miner.sandbox import Enclosed, Sandbox, enclose
@@ -52,6 +53,25 @@ def slot_sandbox(
         binds=tuple(spec.binds),
         devices=devices,
     )
+
+
+def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
+    """Give the variables that show a job its own GPU, or none at all."""
+    uuid = next((name for name in gpu.ids if not name.isdecimal()), gpu.ids[0]) if gpu else ""
+    return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": uuid,
+        "NVIDIA_VISIBLE_DEVICES": uuid or "void",
+    }
+
+
+def gpu_devices(gpu: GpuFact | None) -> tuple[Path, ...]:
+    """Give the nodes through which a job reaches its own GPU and no other."""
+    if gpu is None:
+        return ()
+    own = [] if gpu.minor is None else [f"nvidia{gpu.minor}"]
+    parts = [f"nvidia-caps/nvidia-cap{number}" for number in gpu.capabilities]
+    return tuple(Path("/dev", name) for name in (*own, "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", *parts))
 
 
 class Started(Struct, frozen=True):

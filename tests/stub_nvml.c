@@ -112,6 +112,25 @@ int nvmlDeviceGetMemoryInfo(struct device *device, struct memory *memory) {
     return OK;
 }
 
+int nvmlDeviceGetMinorNumber(struct device *device, unsigned *minor) {
+    ENTER;
+    *minor = device->gpu;
+    return OK;
+}
+
+int nvmlDeviceGetGpuInstanceId(struct device *device, unsigned *id) {
+    ENTER;
+    *id = device->mig + 1;
+    return OK;
+}
+
+int nvmlDeviceGetComputeInstanceId(struct device *device, unsigned *id) {
+    (void)device;
+    ENTER;
+    *id = 0;
+    return OK;
+}
+
 int nvmlDeviceGetPciInfo_v3(struct device *device, struct pci *pci) {
     ENTER;
     *pci = (struct pci){.domain = 0, .bus = 0x40 + device->gpu, .device = 0};

@@ -9,6 +9,7 @@ from nvml_stub import NvmlStub, no_library
 
 from aitbc_miner import gpu
 from aitbc_miner.gpu import GpuReader, MigInstance
+from aitbc_miner.gpunodes import mig_capabilities
 from aitbc_miner.util import clock
 
 # How much longer than its deadline a call may take on a busy machine before that counts as "not in time".
@@ -52,8 +53,20 @@ def test_describes_a_gpu(tmp_path: Path) -> None:
         cuda="12.3",
         compute_capability="8.9",
         pci_bus_id="0000:40:00.0",
+        minor=0,
     )
     assert (found.gpus[1].name, found.gpus[1].numa_node) == ("NVIDIA T4", 1)
+
+
+def test_the_nodes_of_a_mig_instance_are_told_by_the_driver(tmp_path: Path) -> None:
+    instance = tmp_path / "gpu1" / "mig" / "gi2"
+    (instance / "ci0").mkdir(parents=True)
+    (instance / "access").write_text("DeviceFileMinor: 21\nDeviceFileMode: 292\n")
+    (instance / "ci0" / "access").write_text("DeviceFileMinor: 22\nDeviceFileMode: 292\n")
+    assert mig_capabilities(tmp_path, 1, 2, 0) == (21, 22)
+    assert mig_capabilities(tmp_path, 1, 2, 1) == (21,)
+    (instance / "access").write_text("something else")
+    assert mig_capabilities(tmp_path, 1, 2, None) == ()
 
 
 def test_a_numa_node_that_the_firmware_does_not_know_is_none(tmp_path: Path) -> None:

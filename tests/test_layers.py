@@ -21,7 +21,7 @@ SOURCES = {
 LAYERS: list[dict[str, set[str]]] = [
     {"command line": {"main"}, "operator's client": {"ctl", "ctlview", "historyview"}},
     {"the node": {"node"}},
-    {"what it requires": {"checks", "doctor", "confinement"}},
+    {"what it requires": {"checks", "doctor", "confinement", "trying"}},
     {
         "supervisor": {
             *("supervisor", "slotset", "slots", "children", "desk", "jobindex", "orphans", "reloading"),
@@ -47,7 +47,7 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "configuration": {"config", "credentials", "slotspec", "allowlist"},
-        "discovery": {"probe", "gpu", "privileges"},
+        "discovery": {"probe", "gpu", "gpunodes", "privileges"},
         "channel": {"channel"},
         "database": {"database"},
     },

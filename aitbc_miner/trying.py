@@ -1,0 +1,168 @@
+"""`aitbc-minerctl sandbox`: a command in a job's surroundings, so that an operator sees what a job sees."""
+
+import os
+import select
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from aitbc_miner.cgroup import CgroupError, Group, find_mount
+from aitbc_miner.cgrouplimits import limit_job
+from aitbc_miner.checks import machine_facts, slots_for
+from aitbc_miner.config import Config, load_config
+from aitbc_miner.confinement import find_sandbox
+from aitbc_miner.errors import EXIT_CONFIG, EXIT_NOT_PERMITTED, EXIT_USAGE, MinerError
+from aitbc_miner.gpu import GpuReader
+from aitbc_miner.jobs import ExitStatus, Manifest
+from aitbc_miner.messages import GpuFact
+from aitbc_miner.privileges import Identity, resolve
+from aitbc_miner.probe import NEEDED_CONTROLLERS
+from aitbc_miner.runners import JobPaths, job_env
+from aitbc_miner.sampling import inventory
+from aitbc_miner.sandbox import HOME, Sandbox, enclose
+from aitbc_miner.slotspec import SlotSpec, derive_slots
+from aitbc_miner.spawn import Job, become_subreaper, spawn
+from aitbc_miner.starting import gpu_devices, gpu_env, slot_sandbox
+from aitbc_miner.util.limits import plan_limits
+
+SLOTS_GROUP = Path("aitbc.slice", "aitbc-miner-slots.service")
+KILL_S = 5.0
+BY_SIGNAL = 128
+
+
+class TrialError(MinerError):
+    """The command cannot be run; ends with this exit status."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def try_out(
+    path: Path, slot: str, command: Sequence[str], environ: Mapping[str, str], note: Callable[[str], None]
+) -> int:
+    """Run a command as a job of a slot would be run, and give its exit status; 128 + N for signal N.
+
+    Its input and output are ours. It has a directory /job of its own, which is removed afterwards. `note` is
+    told what is not as it would be for a job.
+
+    Raises:
+        TrialError: we are not root, the configuration is faulty, or there is no such slot.
+        MinerError: there is no sandbox, or no such user; or the command cannot be started.
+    """
+    if os.geteuid() != 0:
+        raise TrialError("cannot try the sandbox: only root may; use sudo", EXIT_NOT_PERMITTED)
+    config, faults, _ = load_config(path, environ)
+    if config is None:
+        raise TrialError("cannot try the sandbox: " + "\n".join(map(str, faults)), EXIT_CONFIG)
+    spec, gpu = _find_slot(config, slot)
+    mode, service = config.privileges.mode, config.privileges.service_user
+    runs_as = resolve(mode, service, [slot]).jobs.get(slot)
+    sandboxed, missing = find_sandbox(config, runs_as)
+    for text in missing:
+        note(text)
+    box = slot_sandbox(config, spec, runs_as, gpu_devices(gpu)) if sandboxed else None
+    become_subreaper()
+    with ExitStack() as stack:
+        group = stack.enter_context(_group(spec, note))
+        directory = stack.enter_context(_directory(runs_as))
+        env = _environment(HOME if box else directory, spec, gpu)
+        ended = _wait(_start(command, directory, env, spec, box, runs_as, group, stack))
+    return ended.status if ended.status is not None else BY_SIGNAL + (ended.signal or 0)
+
+
+def _start(  # what a job is made of
+    command: Sequence[str],
+    directory: Path,
+    env: dict[str, str],
+    spec: SlotSpec,
+    box: Sandbox | None,
+    runs_as: Identity | None,
+    group: Group | None,
+    stack: ExitStack,
+) -> Job:
+    fds = {0: 0, 1: 1, 2: 2}
+    enclosed = enclose(box, directory, command, (), fds, stack) if box else None
+    by_cgroup = dict.fromkeys(NEEDED_CONTROLLERS, "cgroup") if group else {}
+    job = spawn(
+        enclosed.argv if enclosed else command,
+        cwd=directory / "work",
+        env=env,
+        fds=fds | (enclosed.fds if enclosed else {}),
+        limits=plan_limits(spec, by_cgroup, own_user=runs_as is not None)[0],
+        group=group,
+        uid=runs_as.uid if runs_as else None,
+        gid=runs_as.gid if runs_as else None,
+        enclosed=enclosed.status if enclosed else None,
+    )
+    return stack.enter_context(job)
+
+
+def _find_slot(config: Config, name: str) -> tuple[SlotSpec, GpuFact | None]:
+    with GpuReader() as reader:
+        gpus = reader.list()
+    facts = machine_facts(gpus)
+    specs, faults = slots_for(config.slots_dir, facts)
+    if faults:
+        raise TrialError("cannot try the sandbox: " + "\n".join(map(str, faults)), EXIT_CONFIG)
+    specs = specs or derive_slots(facts)
+    spec = next((spec for spec in specs if spec.name == name), None)
+    if spec is None:
+        known = ", ".join(spec.name for spec in specs)
+        raise TrialError(f"cannot try the sandbox: no slot {name!r:.60}; there are {known}", EXIT_USAGE)
+    found = inventory(gpus).gpus
+    return spec, next((gpu for gpu in found if spec.gpu is not None and str(spec.gpu) in gpu.ids), None)
+
+
+def _environment(home: Path, spec: SlotSpec, gpu: GpuFact | None) -> dict[str, str]:
+    return job_env(Manifest(job_id="sandbox", runner="cli"), JobPaths(home), spec, gpu_env(gpu), [])
+
+
+@contextmanager
+def _directory(runs_as: Identity | None) -> Iterator[Path]:
+    directory = Path(tempfile.mkdtemp(prefix="aitbc-sandbox-"))
+    try:
+        directory.chmod(0o711)
+        for name in ("work", "output", "tmp"):
+            (directory / name).mkdir(mode=0o700)
+            if runs_as is not None:
+                os.chown(directory / name, runs_as.uid, runs_as.gid)
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def _group(spec: SlotSpec, note: Callable[[str], None]) -> Iterator[Group | None]:
+    """Make a group beside that of the slot's jobs, with their limits; None where the slot has none."""
+    mount = find_mount()
+    parent = Path(mount.path) / SLOTS_GROUP / spec.name if mount else None
+    if parent is None or not parent.is_dir():
+        note(f"slot {spec.name} has no control group now: only process limits hold the command")
+        yield None
+        return
+    group = Group(parent / f"shell-{os.getpid()}")
+    group.create()
+    try:
+        for name in group.controllers():
+            limit_job(group, name, spec)
+        yield group
+    except CgroupError as error:
+        raise MinerError(f"cannot try the sandbox: {error}") from error
+    finally:
+        group.kill()
+        group.remove(KILL_S)
+
+
+def _wait(job: Job) -> ExitStatus:
+    try:
+        while (ended := job.poll()) is None:
+            select.select([job.pidfd], [], [])
+    except KeyboardInterrupt:
+        job.terminate()
+        select.select([job.pidfd], [], [], KILL_S)
+        ended = job.poll() or ExitStatus(signal=2)
+    job.kill_all(KILL_S)
+    return ended
