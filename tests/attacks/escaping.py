@@ -105,7 +105,6 @@ page = mmap.mmap(-1, 4096, prot=7); page.write(code)
 run = ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(page)))
 run() == os.getpid() and through("int 0x80")
 """,
-        bites=True,
     ),
     Attack(
         "type-into-a-terminal",
@@ -121,7 +120,6 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """,
-        bites=True,
     ),
     Attack(
         "make-devices",
@@ -202,7 +200,7 @@ for name in ("RLIMIT_NOFILE", "RLIMIT_CORE", "RLIMIT_FSIZE"):
         LIMITS,
         """
 was = os.getpriority(os.PRIO_PROCESS, 0)
-for act in (lambda: os.nice(-15), lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)), lambda: open("/proc/self/oom_score_adj", "w").write("-500")):
+for act in (lambda: os.nice(-15), lambda: os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1)), lambda: os.write(os.open("/proc/self/oom_score_adj", os.O_WRONLY), b"-500")):
     try:
         act(); through("one of them was done")
     except OSError as error:

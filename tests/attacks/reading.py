@@ -14,7 +14,6 @@ READING = (
         "read-config",
         CREDENTIALS,
         "'auth_token' in read('/etc/aitbc/miner/config.yaml') and through('read it')",
-        bites=True,
     ),
     Attack(
         "read-environments", CREDENTIALS, "for path in glob.glob('/proc/[0-9]*/environ'): print(read(path))"
