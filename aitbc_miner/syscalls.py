@@ -38,7 +38,6 @@ _ASKS, _MMAP_PAGE_ZERO = 0x8000_0000, 0x10_0000
 NEWER = {
     "mount_setattr": 442,
     "quotactl_fd": 443,
-    "memfd_secret": 447,
     "fchmodat2": 452,
     "statmount": 457,
     "listmount": 458,

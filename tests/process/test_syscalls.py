@@ -8,11 +8,13 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
 from test_spawn import ROOT, UID
 
+import aitbc_miner
 from aitbc_miner import syscalls
 from aitbc_miner.errors import MinerError
 from aitbc_miner.syscalls import DENIED, IO_URING, MASKED, Denied, Masked, filter_fd, numbers
@@ -182,3 +184,23 @@ def test_the_numbers_of_newer_calls_are_right() -> None:
 
     for name, number in syscalls.NEWER.items():
         assert pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) in {number, -1}
+
+
+def documented() -> str:
+    """Write the filter as docs/security.md has it."""
+    rows: dict[tuple[str, str], list[str]] = {}
+    for denied in (*DENIED, IO_URING):
+        told = errno.errorcode[denied.errno]
+        rows[denied.reason, told] = [f"`{call}`" for call in denied.calls.split()]
+    for masked in MASKED:
+        calls = rows.setdefault((masked.reason, errno.errorcode[masked.errno]), [])
+        if f"`{masked.call}`" not in calls:
+            calls.append(f"`{masked.call}`")
+    lines = [f"| {' '.join(calls)} | {told} | {reason} |" for (reason, told), calls in rows.items()]
+    return "\n".join(["| calls | told | why not |", "| --- | --- | --- |", *lines, ""])
+
+
+def test_the_documents_have_the_filter_as_it_is() -> None:
+    text = (Path(aitbc_miner.__file__).parents[1] / "docs" / "security.md").read_text()
+    _, _, rest = text.partition("<!-- begin of the filter -->\n")
+    assert rest.partition("<!-- end of the filter -->")[0] == documented()
