@@ -2,7 +2,6 @@
 
 import os
 import select
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,6 +24,7 @@ from aitbc_miner.sandbox import HOME, Sandbox, enclose
 from aitbc_miner.slotspec import SlotSpec, derive_slots
 from aitbc_miner.spawn import Job, become_subreaper, spawn
 from aitbc_miner.starting import gpu_devices, gpu_env, slot_sandbox
+from aitbc_miner.util import fs
 from aitbc_miner.util.limits import plan_limits
 
 SLOTS_GROUP = Path("aitbc.slice", "aitbc-miner-slots.service")
@@ -131,7 +131,8 @@ def _directory(runs_as: Identity | None) -> Iterator[Path]:
                 os.chown(directory / name, runs_as.uid, runs_as.gid)
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        with fs.directory(directory.parent) as parent:
+            fs.remove_tree(parent, directory.name)
 
 
 @contextmanager
