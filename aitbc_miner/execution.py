@@ -10,14 +10,12 @@ import signal
 from collections.abc import Callable
 from math import inf
 
-import msgspec
 from msgspec import Struct
 
 from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.messages import END_SIGNALS, CancelJob, JobProgress, Retune, Stop, ToWorker
-from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import Job
 from aitbc_miner.task import Progress, Report, ReportReader
 from aitbc_miner.util import clock
@@ -57,7 +55,7 @@ class Supervision:
         self.stopping = False
         self.cancelled: dict[str, CancelJob] = {}
         # What to do when the slot is to have other limits, which may be in the middle of a job.
-        self.retune: Callable[[SlotSpec, dict[str, str]], None] = lambda *_: None
+        self.retune: Callable[[Retune], None] = lambda _: None
         # Set by a signal to why the job is to end: how a supervisor that has no channel to us says so.
         self.terminated: str | None = None
         self.woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -94,7 +92,7 @@ class Supervision:
             elif isinstance(message, Stop):
                 self.stopping = True
             elif isinstance(message, Retune):
-                self.retune(msgspec.convert(message.spec, SlotSpec), message.gpu_env)
+                self.retune(message)
         return messages
 
     def wait(self, timeout_s: float | None = None) -> list[ToWorker]:

@@ -303,6 +303,7 @@ class Retune(Message, frozen=True):
 
     spec: dict[str, Any]
     gpu_env: dict[str, str] = {}
+    devices: tuple[str, ...] = ()
 
 
 class Stop(Message, frozen=True):

@@ -233,6 +233,7 @@ class Node:
             partial(adjust_slot, settings),
             settings.gpu_env,
             problem,
+            settings.devices,
         )
 
     def _spawn_worker(self, settings: Settings) -> Child[FromWorker]:

@@ -93,6 +93,7 @@ class SlotPlan(Struct, frozen=True):
     adjust: Main
     gpu_env: dict[str, str] = {}
     problem: str | None = None
+    devices: tuple[Path, ...] = ()
 
 
 class RunningSlot:
@@ -261,7 +262,8 @@ class RunningSlot:
             return False
         self.plan = plan
         if self.child:
-            self.child.send(Retune(msgspec.to_builtins(plan.spec), plan.gpu_env))
+            devices = tuple(map(str, plan.devices))
+            self.child.send(Retune(msgspec.to_builtins(plan.spec), plan.gpu_env, devices))
         elif self.adopted is not None:
             self._outcomes.aside(f"limits of {self.name}", plan.adjust, self._retuned)
         self.feed(Retry())
@@ -286,7 +288,7 @@ class RunningSlot:
 
 def _wanted(plan: SlotPlan) -> tuple[object, ...]:
     """Give what of a plan the operator can change."""
-    return plan.spec, plan.offer, plan.gpu_env, plan.problem
+    return plan.spec, plan.offer, plan.gpu_env, plan.devices, plan.problem
 
 
 def make_offer(spec: SlotSpec, *, threads: int, memory_bytes: int, vram_mb: int) -> Offer:

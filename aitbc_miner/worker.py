@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -19,7 +20,7 @@ from aitbc_miner.execution import Delays, Supervision
 from aitbc_miner.jobrun import JobRun
 from aitbc_miner.jobs import State
 from aitbc_miner.leftovers import clear_user, named
-from aitbc_miner.messages import JobEnded, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
+from aitbc_miner.messages import JobEnded, Retune, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
 from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import NEEDED_CONTROLLERS
 from aitbc_miner.records import JobDir, Records
@@ -52,11 +53,11 @@ class Settings(Struct, frozen=True):
     devices: tuple[Path, ...] = ()
     delays: Delays = Delays()
 
-    def sandbox(self, spec: SlotSpec) -> Sandbox | None:
+    def sandbox(self, spec: SlotSpec, devices: tuple[Path, ...]) -> Sandbox | None:
         """Give the sandbox of the slot's jobs."""
         if not self.sandboxed:
             return None
-        return slot_sandbox(self.config, spec, self.runs_as, self.devices)
+        return slot_sandbox(self.config, spec, self.runs_as, devices)
 
 
 class Worker:
@@ -119,12 +120,13 @@ class Worker:
             service=settings.service,
             gpu_env=settings.gpu_env,
             delays=settings.delays,
-            sandbox=settings.sandbox(settings.spec),
+            sandbox=settings.sandbox(settings.spec, settings.devices),
         )
 
-    def _retune(self, spec: SlotSpec, gpu_env: dict[str, str]) -> None:
+    def _retune(self, wanted: Retune) -> None:
         """Give the slot other limits: those of its cgroups now, a process's own from the next job on."""
         around, note = self._around, ""
+        spec = msgspec.convert(wanted.spec, SlotSpec)
         if around is None:
             return
         try:
@@ -136,9 +138,13 @@ class Worker:
             return
         by_cgroup = around.group.held if around.group is not None else {}
         limits, enforced = plan_limits(spec, by_cgroup, own_user=around.runs_as is not None)
-        sandbox = self._settings.sandbox(spec)
         self._around = replace(
-            around, spec=spec, limits=limits, enforced=enforced, gpu_env=gpu_env, sandbox=sandbox
+            around,
+            spec=spec,
+            limits=limits,
+            enforced=enforced,
+            gpu_env=wanted.gpu_env,
+            sandbox=self._settings.sandbox(spec, tuple(map(Path, wanted.devices))),
         )
         self._supervision.send(Retuned(enforced, note))
 

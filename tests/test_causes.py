@@ -116,6 +116,10 @@ CALM: dict[str, Any] = {
             ExitStatus(signal=15, killed_for="shutdown"), CALM, "E_LOST",
             "the job was ended: the miner was told to stop at once", id="our own stop",
         ),
+        pytest.param(
+            ExitStatus(status=1, killed_for="sandbox"), {"last_line": "bwrap: no /srv/models"}, "E_SANDBOX",
+            "the job was not started: there was no sandbox for it: bwrap: no /srv/models", id="no sandbox",
+        ),
     ],
 )  # fmt: skip
 def test_each_cause_by_its_evidence(

@@ -16,9 +16,11 @@ from test_spawn import DEADLINE_S, GID, ROOT, SH, UID, group, in_worker
 
 from aitbc_miner.cgroup import Group
 from aitbc_miner.jobs import ExitStatus
+from aitbc_miner.messages import GpuFact
 from aitbc_miner.privileges import Identity
 from aitbc_miner.sandbox import SANDBOX_FAILED, Sandbox, enclose, why_not
 from aitbc_miner.spawn import spawn
+from aitbc_miner.starting import gpu_devices
 from aitbc_miner.util.limits import ProcessLimits
 
 __all__ = ["group"]
@@ -217,3 +219,22 @@ def test_what_is_bound_can_be_read_and_not_written(box: Sandbox, job: Path) -> N
     assert done.out.startswith("weights")
     assert "Read-only file system" in done.out
     assert sh(box, job, f"cat {models}/m").exit.status == 1
+
+
+def test_a_slot_gives_its_job_its_own_card_and_no_other() -> None:
+    assert gpu_devices(None) == ()
+    whole = gpu_devices(GpuFact(("GPU-1", "0"), 16000, minor=3))
+    assert [path.name for path in whole] == ["nvidia3", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"]
+    part = gpu_devices(GpuFact(("MIG-1",), 4864, minor=0, capabilities=(21, 22)))
+    assert Path("/dev/nvidia-caps/nvidia-cap22") in part
+    assert Path("/dev/nvidia0") in part
+
+
+def test_a_node_that_is_named_is_the_only_one_there(box: Sandbox, job: Path) -> None:
+    # There is no card here: a pseudo device stands for it.
+    card = Sandbox(box.runs_as, MIB, MIB, devices=(Path("/dev/null"), Path("/dev/no-such-card")))
+    done = run(
+        card, job, [SH, "-c", "ls /dev; echo x >/dev/null && echo written"]
+    )
+    assert "written" in done.out
+    assert "no-such-card" not in done.out
