@@ -384,6 +384,8 @@ def test_a_report_that_is_refused_once_more_stays_with_the_dead(
     refuse(coordinator)
     coordinator.submit(node.script("j", "true"))
     wait_refused(node, "j")
+    # It is on record a moment before the agent counts it among the dead.
+    wait_until(lambda: "of 1 jobs" in refused_problem(node), WAIT_S)
     calls = len(coordinator.ledger.calls("result"))
     node.tell("retry", "j")
     wait_until(lambda: len(coordinator.ledger.calls("result")) > calls, WAIT_S)
