@@ -1,39 +1,30 @@
 """Which programs this node runs, and with which arguments: the operator's allowlist, one file a program.
 
-Patterns are RE2's: it matches in time linear in the argument, so that no argument a job sends can keep the
-worker busy, which Python's own `re` cannot promise.
+The arguments are a grammar (`argrules.py`, `arggrammar.py`) or groups of patterns (`argpatterns.py`).
+No argument that a job sends can keep the worker busy: what judging it may cost is counted, and bounded.
 """
 
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+import hashlib
+import os
+from collections.abc import Collection, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, NoReturn, Protocol
+from typing import Annotated, Literal
 
-import re2  # type: ignore[import-untyped]  # google-re2 has no types of its own
+import msgspec
 from msgspec import Meta, Struct
 
+from aitbc_miner.arggrammar import judge_sections
+from aitbc_miner.argpatterns import Objection, Pattern, judge_groups, parse_pattern, shown, some
+from aitbc_miner.argrules import MAX_RULES, Names, Operand, Option, Section
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.util.trust import distrust, may_be_set
+from aitbc_miner.util.trust import distrust, may_be_set, parse_bind
 from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
 from aitbc_miner.util.yamltext import line_of
 
 MAX_GROUPS = 64
 MAX_PATTERNS = 512
-MAX_STEPS = 10_000
-"""Steps of the search for a fitting cut; only many groups that fit the same arguments ever need so many."""
-
-
-class Pattern(Protocol):
-    """A compiled pattern, as far as it is used here."""
-
-    pattern: str
-
-    def fullmatch(self, text: str) -> object | None:
-        """Match the whole text."""
-        ...
-
-
-Group = Sequence[Pattern]
+MAX_SECTIONS = 16
 
 
 def _program(value: object) -> str:
@@ -58,17 +49,25 @@ def _untrusted(path: str) -> str | None:
     return f"must not be changeable by others: {problem}; mend that with chown or chmod" if problem else None
 
 
-def _pattern(value: object) -> Pattern:
-    if not isinstance(value, str):
-        raise ValueError("must be a pattern; put it in quotes")  # noqa: TRY004  # what Parse asks for
-    options = re2.Options()
-    options.log_errors = False
+def _bind(value: object) -> Path:
+    path = parse_bind(value)
+    if problem := _unfit(path):
+        raise ValueError(problem)
+    return path
+
+
+def _unfit(path: Path) -> str | None:
+    """Say why jobs must not see a path; None when they may, or when it is not there."""
     try:
-        return re2.compile(value, options)  # type: ignore[no-any-return]
-    except re2.error as error:
-        reason = error.args[0]
-        text = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
-        raise ValueError(f"must be a pattern in RE2 syntax: {text}") from error
+        real = path.resolve(strict=True)
+        problem = distrust(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, RuntimeError) as error:
+        return f"cannot look at it: {error}"
+    if real != path:
+        return f"must be a real path, but links lead to {real}; name that"
+    return f"must not be changeable by others: {problem}; mend that with chown or chmod" if problem else None
 
 
 def _env_name(value: object) -> str:
@@ -81,52 +80,166 @@ class Command(Struct, frozen=True):
     """The program: manifests call it by `name`, else by the last part of its path."""
 
     path: Annotated[str, Parse(_program)]
-    name: Annotated[str, Meta(pattern="^[A-Za-z0-9._+-]{1,64}$")] | None = None
+    name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._+-]{1,64}\Z")] | None = None
+    sha256: (
+        Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z", description="64 hexadecimal digits in quotes")] | None
+    ) = None
 
 
-class Entry(Struct, frozen=True):
-    """One file of the allowlist. Lengths in bytes, output in MiB; a limit of None leaves it to the slot."""
+class Entry(Struct, frozen=True, dict=True):
+    """One file of the allowlist. Lengths in bytes, output in MiB; a limit of None leaves it to the slot.
+
+    The arguments are those of `sections`, or of the one section that the entry is itself, or, in the short
+    form, `args`. `leading` is put before them by us.
+    """
 
     command: Command
-    args: list[Annotated[list[Annotated[Pattern, Parse(_pattern)]], Meta(min_length=1)]] = []
+    leading: Annotated[list[str], Meta(max_length=100)] = []
+    args: list[Annotated[list[Annotated[Pattern, Parse(parse_pattern)]], Meta(min_length=1)]] = []
+    sections: Annotated[list[Section], Meta(max_length=MAX_SECTIONS)] = []
+    options: Annotated[list[Option], Meta(max_length=MAX_RULES)] = []
+    operands: Annotated[list[Operand], Meta(max_length=MAX_RULES)] = []
+    order: Literal["options_first", "fixed", "any"] | None = None
+    exclusive: list[Names] = []
     max_total_args_len: Annotated[int, Meta(ge=0, le=131_072)] = 4096
     max_runtime_s: Annotated[float, Meta(gt=0)] | None = None
     max_output_mb: Annotated[float, Meta(gt=0)] | None = None
     env: list[Annotated[str, Parse(_env_name)]] = []
+    kind: Literal["cpu", "gpu"] | None = None
+    binds: Annotated[list[Annotated[Path, Parse(_bind)]], Meta(max_length=64)] = []
 
     def __post_init__(self) -> None:
-        """Bound the work that an argument list can cause."""
+        """Bound the work that an argument list can cause, and hold the ways to write rules apart."""
         patterns = sum(map(len, self.args))
         if len(self.args) > MAX_GROUPS or patterns > MAX_PATTERNS:
             limits = f"must be at most {MAX_GROUPS} groups and {MAX_PATTERNS} patterns in all"
             raise BadField("args", f"has {len(self.args)} groups with {patterns} patterns; {limits}")
+        if any("\0" in word for word in self.leading):
+            raise BadField("leading", "has a NUL, which no argument can hold")
+        own = [key for key in ("options", "operands", "order", "exclusive") if getattr(self, key)]
+        ways = [*(key for key in ("args", "sections") if getattr(self, key)), *own]
+        if len(ways) > 1 and ways != own:
+            raise BadField(
+                ways[1], f"cannot stand beside `{ways[0]}`: use one way to say which arguments fit"
+            )
+        # What is wrong with it is told with the line of its key.
+        _ = self.grammar
+
+    @cached_property
+    def grammar(self) -> list[Section]:
+        """The sections of the arguments."""
+        if self.sections:
+            return self.sections
+        return [
+            Section(
+                options=self.options,
+                operands=self.operands,
+                order=self.order or "options_first",
+                exclusive=self.exclusive,
+                min=1,
+            )
+        ]
 
     @property
     def name(self) -> str:
         """What a manifest calls the program."""
         return self.command.name or Path(self.command.path).name
 
+    def objection(self, args: Sequence[str], inputs: Collection[str] | None = None) -> Objection | None:
+        """Say why arguments are not allowed; None when they are. `inputs` None: any name may be an input."""
+        if problem := _too_long(args, self.max_total_args_len):
+            return problem
+        if self.args:
+            return judge_groups(self.args, args)
+        prefix = "sections[{}]." if self.sections else ""
+        return judge_sections(self.grammar, args, inputs, prefix)
 
-class Allowlist(Struct, frozen=True):
-    """All programs that this node runs, by name."""
 
-    entries: dict[str, Entry] = {}
+class Denied(JobError):  # noqa: N818  # says what it is
+    """No entry allows it: `entry` came nearest, `objection` is what it says."""
 
-    def permit(self, command: str, args: Sequence[str]) -> Entry:
-        """Find the entry that allows this command line.
+    def __init__(self, command: str, objection: Objection, entry: Entry | None = None) -> None:
+        super().__init__(ErrorCode.E_DENY, f"cannot run {command[:80]!r}: {objection}")
+        self.entry = entry
+        self.objection = objection
+
+
+class Digests:
+    """What programs hash to; a file is read again when anything about it has changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def sha256(self, path: str) -> str:
+        """Hash a file.
 
         Raises:
-            JobError: E_DENY, naming the command or the argument, and what would be allowed.
+            OSError: it cannot be read.
+        """
+        with Path(path).open("rb") as file:
+            info = os.fstat(file.fileno())
+            stamp = (info.st_dev, info.st_ino, info.st_size, info.st_mtime_ns, info.st_ctime_ns)
+            known, digest = self._known.get(path, ((), ""))
+            if known != stamp:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                self._known[path] = stamp, digest
+        return digest
+
+
+class Allowlist(Struct, frozen=True):
+    """All programs that this node runs, by name, and the files that say so."""
+
+    entries: dict[str, Entry] = {}
+    files: dict[str, Path] = {}
+    digests: Digests = msgspec.field(default_factory=Digests)
+
+    def permit(
+        self,
+        command: str,
+        args: Sequence[str],
+        inputs: Collection[str] | None = None,
+        kind: str | None = None,
+    ) -> Entry:
+        """Find the entry that allows this command line.
+
+        Args:
+            command: what the job calls the program.
+            args: its arguments.
+            inputs: the names of its inputs; None: any name may be one.
+            kind: of the slot that is to run it; None: any.
+
+        Raises:
+            Denied: E_DENY, naming the command or the argument, and what would be allowed.
         """
         entry = self._find(command)
         # Looked at again for each job: the program may have been installed or replaced since the start.
-        if problem := _untrusted(entry.command.path):
-            _deny(command, f"{entry.command.path} {problem}")
-        if not Path(entry.command.path).exists():
-            _deny(command, f"{entry.command.path} is not installed on this node")
-        if problem := _too_long(entry, args) or objection(entry.args, args):
-            _deny(command, problem)
+        if problem := self.unusable(entry):
+            raise Denied(command, problem, entry)
+        if objection := entry.objection(args, inputs):
+            raise Denied(command, objection, entry)
+        if entry.kind not in {None, kind} and kind is not None:
+            text = f"it needs a slot of kind {entry.kind}, and this one is of kind {kind}"
+            raise Denied(command, Objection(text, rule="kind"), entry)
         return entry
+
+    def unusable(self, entry: Entry) -> Objection | None:
+        """Say why nobody can run the program now, whatever the arguments."""
+        path = entry.command.path
+        if problem := _untrusted(path):
+            return Objection(f"{path} {problem}", rule="command.path")
+        if not Path(path).exists():
+            return Objection(f"{path} is not installed on this node", rule="command.path")
+        if entry.command.sha256 is not None:
+            try:
+                digest = self.digests.sha256(path)
+            except OSError as error:
+                return Objection(f"cannot read {path}: {error.strerror}", rule="command.sha256")
+            if digest != entry.command.sha256:
+                return Objection(f"{path} has another sha256 than allowed: {digest}", rule="command.sha256")
+        for at, bind in enumerate(entry.binds):
+            if problem := _unfit(bind) or (None if bind.exists() else "is not there"):
+                return Objection(f"{bind} {problem}", rule=f"binds[{at}]")
+        return None
 
     def _find(self, command: str) -> Entry:
         if "/" not in command:
@@ -134,34 +247,35 @@ class Allowlist(Struct, frozen=True):
         else:
             found = [entry for entry in self.entries.values() if entry.command.path == command]
         if len(found) > 1:
-            _deny(command, f"several entries have this path; call it by name: {_some(e.name for e in found)}")
+            names = some(sorted(entry.name for entry in found))
+            raise Denied(command, Objection(f"several entries have this path; call it by name: {names}"))
         if not found:
-            _deny(command, f"no allowlist entry has this name; there are: {_some(self.entries) or 'none'}")
+            there = some(sorted(self.entries)) or "none"
+            raise Denied(command, Objection(f"no allowlist entry has this name; there are: {there}"))
         return found[0]
 
 
 def load_allowlist(dirs: Sequence[Path], faults: list[Fault], warnings: list[Fault]) -> Allowlist:
     """Read each `*.yaml` of the directories; what is wrong goes to `faults`.
 
-    An entry with a fault is left out. One whose program is not installed goes to `warnings` and denies
-    until it is.
+    An entry with a fault is left out. One whose program is not installed, or not the one that it names, goes
+    to `warnings` and denies until it is.
     """
-    entries: dict[str, Entry] = {}
-    files: dict[str, Path] = {}
+    allowlist = Allowlist({}, {})
     for file in _files(dirs, faults, warnings):
         entry = read_document(file, Entry, faults)
         if entry is None:
             continue
-        if other := files.get(entry.name):
+        if other := allowlist.files.get(entry.name):
             problem = f"{entry.name!r} is also defined by {other}; give one of them a `name` of its own"
             faults.append(Fault(str(file), line_of(file, ["command"]), "command", problem))
             continue
-        files[entry.name] = file
-        entries[entry.name] = entry
-        if not Path(entry.command.path).exists():
-            problem = f"{entry.command.path} is not installed; jobs that ask for it are denied"
-            warnings.append(Fault(str(file), None, "command.path", problem))
-    return Allowlist(entries)
+        allowlist.files[entry.name] = file
+        allowlist.entries[entry.name] = entry
+        if unusable := allowlist.unusable(entry):
+            problem = f"{unusable.text}; jobs that ask for {entry.name} are denied"
+            warnings.append(Fault(str(file), None, unusable.rule, problem))
+    return allowlist
 
 
 def _files(dirs: Sequence[Path], faults: list[Fault], warnings: list[Fault]) -> list[Path]:
@@ -178,125 +292,14 @@ def _files(dirs: Sequence[Path], faults: list[Fault], warnings: list[Fault]) -> 
     return files
 
 
-def _deny(command: str, reason: str) -> NoReturn:
-    raise JobError(ErrorCode.E_DENY, f"cannot run {command[:80]!r}: {reason}")
-
-
-def _some(values: Iterable[str]) -> str:
-    names = sorted(set(values))
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
-
-
-def _argument(args: Sequence[str], at: int) -> str:
-    return f"argument {at + 1} ({args[at][:60]!r})"
-
-
-def _too_long(entry: Entry, args: Sequence[str]) -> str | None:
+def _too_long(args: Sequence[str], limit: int) -> Objection | None:
     total = max(0, len(args) - 1)  # counted as on a command line, with a blank between two arguments
     for at, arg in enumerate(args):
         try:
             total += len(arg.encode())
         except UnicodeEncodeError:
-            return f"{_argument(args, at)} is not valid text"
-        if total > entry.max_total_args_len:
-            limit = entry.max_total_args_len
-            return f"{_argument(args, at)} makes the arguments longer than {limit} bytes (max_total_args_len)"
+            return Objection(f"{shown(args, at)} is not valid text", at)
+        if total > limit:
+            text = f"{shown(args, at)} makes the arguments longer than {limit} bytes (max_total_args_len)"
+            return Objection(text, at, rule="max_total_args_len")
     return None
-
-
-def objection(groups: Sequence[Group], args: Sequence[str]) -> str | None:
-    """Say which argument is not allowed and what would be; None when the list can be cut into fitting runs.
-
-    Each run must fit one group, pattern for pattern, each group may be used once, in any order.
-    """
-    most = sum(map(len, groups))
-    if len(args) > most:
-        return f"{_argument(args, most)} is one too many; at most {most} can be allowed"
-    matched = [[_matched(group, args, at) for group in groups] for at in range(len(args))]
-    runs = [[g for g, count in enumerate(row) if count == len(groups[g])] for row in matched]
-    # Where the rest could be cut if groups could be used again. Few lists fail only for using one twice,
-    # so most searches end here, without a search.
-    open_ends = {len(args)}
-    for at in reversed(range(len(args))):
-        if any(at + len(groups[g]) in open_ends for g in runs[at]):
-            open_ends.add(at)
-    if 0 not in open_ends:
-        return _misfit(groups, args, matched)
-    return _Search(groups, runs, open_ends).objection(args)
-
-
-def _matched(group: Group, args: Sequence[str], at: int) -> int:
-    """Count the patterns of a group, from its first on, that fit the arguments from `at` on."""
-    for count, pattern in enumerate(group):
-        if at + count == len(args) or not pattern.fullmatch(args[at + count]):
-            return count
-    return len(group)
-
-
-def _misfit(groups: Sequence[Group], args: Sequence[str], matched: list[list[int]]) -> str:
-    """Name the farthest argument that some cut arrives at, and what it would have had to be."""
-    reached = {0}
-    wanted: dict[int, list[str]] = defaultdict(list)
-    for at in range(len(args)):
-        for group, count in zip(groups, matched[at], strict=True) if at in reached else ():
-            if count == len(group):
-                reached.add(at + count)
-            else:
-                wanted[at + count].append(group[count].pattern)
-    farthest = max(wanted)
-    fitting = _some(map(repr, wanted[farthest]))
-    if farthest == len(args):
-        return f"after the last {_argument(args, farthest - 1)} another is missing; what would fit: {fitting}"
-    return f"{_argument(args, farthest)} is not allowed there; what would fit: {fitting}"
-
-
-class _Search:
-    """Depth first, at most as deep as there are groups; dead ends are remembered."""
-
-    def __init__(self, groups: Sequence[Group], runs: list[list[int]], open_ends: set[int]) -> None:
-        self.lengths = [len(group) for group in groups]
-        self.runs = runs
-        self.open_ends = open_ends
-        self.dead: set[tuple[int, int]] = set()
-        self.farthest = 0
-        self.twins = self._twins()
-        # A group that fits nothing further on makes no difference there, used or not.
-        self.useful = [0] * (len(runs) + 1)
-        for at in reversed(range(len(runs))):
-            self.useful[at] = self.useful[at + 1] | sum(1 << g for g in runs[at])
-
-    def _twins(self) -> list[int]:
-        """Give for each group the bit of the one before that fits in all the same places, or 0."""
-        latest: dict[tuple[int, ...], int] = {}
-        twins = []
-        for g, length in enumerate(self.lengths):
-            places = (length, *(at for at, fitting in enumerate(self.runs) if g in fitting))
-            twins.append(latest.get(places, 0))
-            latest[places] = 1 << g
-        return twins
-
-    def objection(self, args: Sequence[str]) -> str | None:
-        if self.cut(0, 0):
-            return None
-        if len(self.dead) >= MAX_STEPS:
-            return f"too many of its groups fit the same arguments to tell within {MAX_STEPS} steps if all do"
-        return f"every group that fits {_argument(args, self.farthest)} is already used by another argument"
-
-    def cut(self, at: int, used: int) -> bool:
-        if at == len(self.runs):
-            return True
-        self.farthest = max(self.farthest, at)
-        here = (at, used & self.useful[at])
-        if here in self.dead:
-            return False
-        for g in self.runs[at]:
-            bit, end = 1 << g, at + self.lengths[g]
-            # Of groups that are alike here, only the first that is free need be tried.
-            if used & bit or self.twins[g] & ~used or end not in self.open_ends:
-                continue
-            if self.cut(end, used | bit):
-                return True
-            if len(self.dead) >= MAX_STEPS:
-                return False
-        self.dead.add(here)
-        return False

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import msgspec
 
-from aitbc_miner.errors import MinerError
+from aitbc_miner.errors import MinerError, brief
 from aitbc_miner.util import clock
 
 T = TypeVar("T")
@@ -129,7 +129,7 @@ class Channel(Generic[T]):
             try:
                 messages.append(self._decoder.decode(self._received[start + HEADER : end]))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise ChannelError(f"cannot receive: not a message: {error}") from error
+                raise ChannelError(f"cannot receive: not a message: {brief(error)}") from error
             start = end
         del self._received[:start]
         return messages

@@ -9,6 +9,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aitbc_miner import abuse
 from aitbc_miner.allowlist import load_allowlist
 from aitbc_miner.config import Config, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, offered_controllers
@@ -137,6 +138,9 @@ class Checker:
             warnings: list[Fault] = []
             allowlist = load_allowlist(runners.cli.allowlist_dirs, self.faults, warnings)
             self.warnings += map(str, warnings)
+            for name, entry in allowlist.entries.items():
+                file = str(allowlist.files[name])
+                self.warnings += [str(Fault(file, None, "command", text)) for text in abuse.warnings(entry)]
             self.commands = sorted(allowlist.entries)
         if runners.python.enable:
             for directory in runners.python.task_paths:

@@ -25,10 +25,10 @@ from aitbc_miner.jobs import State
 from aitbc_miner.messages import CoordinatorView, SlotView
 from aitbc_miner.util import clock
 
-READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs", "history"})
+READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs", "history", "allow"})
 WRITE_VERBS = frozenset({"drain", "resume", "cancel", "retry", "reload"})
 READERS, WRITERS = "aitbc", "aitbc-admin"
-MAX_REQUEST = 4096
+MAX_REQUEST = 256 * 1024
 MAX_CLIENTS = 32
 CLIENT_TIMEOUT_S = 5.0
 # For an answer that has to wait for something.
@@ -39,13 +39,18 @@ MAX_GROUPS = 1024
 
 
 class Request(Struct, frozen=True):
-    """What a client wants; of the history the last `since_s` seconds, or all, and with `each` every job."""
+    """What a client wants; of the history the last `since_s` seconds, or all, and with `each` every job.
+
+    `command` is a program with its arguments, `inputs` the files that its job has: None means any.
+    """
 
     verb: str
     job_id: str | None = None
     state: State | None = None
     since_s: float | None = None
     each: bool = False
+    command: list[str] = []
+    inputs: list[str] | None = None
 
 
 class Refusal(Struct, frozen=True, tag="refusal"):
@@ -92,6 +97,22 @@ class History(Struct, frozen=True, tag="history"):
     """What jobs have come to. With this answer comes one file, as `history.py` describes it."""
 
 
+class Judged(Struct, frozen=True, tag="judged"):
+    """Whether a job may run a command: by which file and rule, at which argument (from 1), what fits there.
+
+    `message` is what the job would be told, or of one that is permitted what would be started.
+    """
+
+    permitted: bool
+    message: str
+    file: str | None = None
+    line: int | None = None
+    rule: str = ""
+    argument: int | None = None
+    fits: list[str] = []
+    notes: list[str] = []
+
+
 class SlotStatus(Struct, frozen=True):
     """A slot and how long, in seconds, it has been in its state."""
 
@@ -124,7 +145,7 @@ class Status(Struct, frozen=True, tag="status"):
     problems: list[Problem]
 
 
-Answer = Refusal | Done | Jobs | Files | History | Status
+Answer = Refusal | Done | Jobs | Files | History | Judged | Status
 Reply = tuple[Answer, list[int]]
 """An answer, and the descriptors that go with it; the server closes them."""
 

@@ -27,8 +27,9 @@ BOUNDS = (*(str(float(bound)) for bound in BUCKETS_S), "+Inf")
 LONGEST_S = 1e9
 """No step of a job lasts thirty years: a longer duration is a defect, and could spoil a sum for good."""
 
-# What a float holds exactly, which is what Prometheus makes of it.
-Count = Annotated[int, Meta(ge=0, le=2**53)]
+MOST = 2**53
+"""What a float holds exactly, which is what Prometheus makes of it. More than that is not counted."""
+Count = Annotated[int, Meta(ge=0, le=MOST)]
 Bound = Annotated[str, Meta(pattern=r"^(\d+\.\d+|\+Inf)\Z")]
 
 log = events("heartbeat")
@@ -38,7 +39,7 @@ class Durations(Struct, forbid_unknown_fields=True):
     """How long something took: how often between a bucket's bound and the one below, and seconds in all."""
 
     buckets: dict[Bound, Count] = {}
-    sum_s: Annotated[float, Meta(ge=0)] = 0.0
+    sum_s: Annotated[float, Meta(ge=0, le=MOST)] = 0.0
 
 
 class Totals(Struct, forbid_unknown_fields=True):
@@ -51,15 +52,15 @@ class Totals(Struct, forbid_unknown_fields=True):
     def count(self, name: str, label: str, n: int) -> None:
         """Add to a counter."""
         row = self.counters.setdefault(name, {})
-        row[label] = row.get(label, 0) + n
+        row[label] = min(MOST, row.get(label, 0) + n)
 
     def observe(self, name: str, label: str, more: Durations) -> None:
         """Add durations; those of buckets that there are no more go into the next larger one."""
         mine = self.durations.setdefault(name, {}).setdefault(label, Durations())
         for bound, n in more.buckets.items():
             bucket = BOUNDS[bisect_left(BUCKETS_S, float(bound))]
-            mine.buckets[bucket] = mine.buckets.get(bucket, 0) + n
-        mine.sum_s += more.sum_s
+            mine.buckets[bucket] = min(MOST, mine.buckets.get(bucket, 0) + n)
+        mine.sum_s = min(float(MOST), mine.sum_s + more.sum_s)
 
     def add(self, more: "Totals") -> None:
         """Add all of them."""

@@ -18,9 +18,31 @@ from typing import Any, BinaryIO, Protocol
 
 import msgspec
 
-from aitbc_miner import __version__
-from aitbc_miner.control import LATER_S, Done, Files, History, JobRow, Jobs, Refusal, Request, Status, ask
-from aitbc_miner.ctlview import Paint, job_page, jobs_page, plain, slots_page, status_page, visible
+from aitbc_miner.control import (
+    LATER_S,
+    MAX_REQUEST,
+    Done,
+    Files,
+    History,
+    JobRow,
+    Jobs,
+    Judged,
+    Refusal,
+    Request,
+    Status,
+    ask,
+)
+from aitbc_miner.ctlargs import parser
+from aitbc_miner.ctlview import (
+    Paint,
+    job_page,
+    jobs_page,
+    judged_page,
+    plain,
+    slots_page,
+    status_page,
+    visible,
+)
 from aitbc_miner.errors import (
     EXIT_FAILURE,
     EXIT_NOT_PERMITTED,
@@ -30,12 +52,9 @@ from aitbc_miner.errors import (
     MinerError,
 )
 from aitbc_miner.historyview import csv_lines, history_page, json_lines, read_rows, read_totals
-from aitbc_miner.jobs import FINAL, State, valid_job_id
+from aitbc_miner.jobs import FINAL, State
 from aitbc_miner.util import clock
 
-SOCKET = "/run/aitbc-miner/control.sock"
-CONFIG = "/etc/aitbc/miner/config.yaml"
-SOCKET_VARIABLE = "AITBC_MINER_CONTROL__SOCKET"
 TIMEOUT_S = 5.0
 POLL_S = 0.25
 ASK_S = 1.0
@@ -60,7 +79,7 @@ def main() -> int:
     """Run one command and give the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # not every terminal knows every letter
-    arguments = _parser().parse_args()
+    arguments = parser().parse_args()
     try:
         _run(arguments)
     except CtlError as error:
@@ -81,76 +100,6 @@ def main() -> int:
     return EXIT_OK
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="aitbc-minerctl", description="Ask and steer the running miner.")
-    parser.add_argument("--version", action="version", version=f"aitbc-minerctl {__version__}")
-    parser.add_argument(
-        "--socket",
-        type=Path,
-        metavar="PATH",
-        default=os.environ.get(SOCKET_VARIABLE) or SOCKET,
-        help=f"where the miner listens (default: ${SOCKET_VARIABLE}, else {SOCKET})",
-    )
-    as_json: dict[str, Any] = {"action": "store_true", "help": "print JSON instead of a page"}
-    parser.add_argument("--json", default=False, **as_json)
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    verbs.add_parser("status", help="the node on one screen")
-    verbs.add_parser("slots", help="every slot, and what enforces its limits")
-    jobs = verbs.add_parser("jobs", help="the jobs that this node holds")
-    states = ", ".join(State)
-    jobs.add_argument("--state", type=_state, metavar="STATE", help=f"only those in one state: {states}")
-    job = verbs.add_parser("job", help="all about one job")
-    logs = verbs.add_parser("logs", help="what a job has printed")
-    logs.add_argument("-f", "--follow", action="store_true", help="go on until the job has ended")
-    history = verbs.add_parser("history", help="what jobs have come to, by slot, code and day")
-    how_far = "how far back, such as 12h or 30d (default: 7d)"
-    history.add_argument("--since", type=_duration, metavar="TIME", default="7d", help=how_far)
-    history.add_argument("--csv", action="store_true", help="print a line for each job")
-    verbs.add_parser("drain", help="take no new jobs; those that are here go on")
-    verbs.add_parser("resume", help="take jobs again")
-    verbs.add_parser("reload", help="read slots.d anew; jobs that run go on")
-    cancel = verbs.add_parser("cancel", help="end a job that is in a slot")
-    retry = verbs.add_parser(
-        "retry", help="try a job that waits, or send a report that was refused, once more"
-    )
-    _add_sandbox(verbs.add_parser("sandbox", help="run a command as a job would be run (root only)"))
-    for verb in (job, logs, cancel, retry):
-        verb.add_argument("job_id", type=_job_id, metavar="ID", help="the job's id, as `jobs` shows it")
-    for verb in verbs.choices.values():
-        # Without a default, or it would undo a --json before the verb.
-        verb.add_argument("--json", default=argparse.SUPPRESS, **as_json)
-    return parser
-
-
-def _add_sandbox(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--slot", required=True, metavar="NAME", help="the slot whose job it would be")
-    verb.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help=f"default: {CONFIG}")
-    verb.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
-
-
-def _state(text: str) -> State:
-    try:
-        return State(text.upper())
-    except ValueError:
-        states = ", ".join(State)
-        raise argparse.ArgumentTypeError(f"{text!r} is no state of a job; there are {states}") from None
-
-
-def _job_id(text: str) -> str:
-    if not valid_job_id(text):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no job id: 1 to 128 of A-Z a-z 0-9 . _ -")
-    return text
-
-
-def _duration(text: str) -> float:
-    from aitbc_miner.util.units import parse_duration  # noqa: PLC0415  # reads YAML, too
-
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} {error}") from None
-
-
 def _run(arguments: argparse.Namespace) -> None:
     socket: Path = arguments.socket
     if arguments.verb == "logs":
@@ -167,10 +116,12 @@ def _run(arguments: argparse.Namespace) -> None:
     if arguments.verb == "sandbox":
         _sandbox(arguments)
         return
-    request = Request(arguments.verb, getattr(arguments, "job_id", None), getattr(arguments, "state", None))
-    answer, fds = _ask(socket, request)
+    asked = {"job_id", "state", "command", "inputs"} & vars(arguments).keys()
+    answer, fds = _ask(socket, Request(arguments.verb, **{name: getattr(arguments, name) for name in asked}))
     _close(fds)
     _show(_json(_value(arguments.verb, answer)) if arguments.json else _page(arguments.verb, answer))
+    if isinstance(answer, Judged) and not answer.permitted:
+        raise SystemExit(EXIT_FAILURE)
 
 
 def _sandbox(asked: argparse.Namespace) -> None:
@@ -199,6 +150,8 @@ def _page(verb: str, answer: object) -> str:
             return status_page(answer, _paint())
         case Jobs():
             return jobs_page(answer, _paint())
+        case Judged():
+            return judged_page(answer, _paint())
         case Done():
             return visible(answer.message)
     raise _not_ours(verb)
@@ -231,7 +184,15 @@ def _ask(path: Path, request: Request) -> tuple[Any, list[int]]:
     Raises:
         CtlError: it does not answer (69), we may not ask (77), or it refuses (as it says).
     """
-    patience = LATER_S if request.verb in {"reload", "history"} else TIMEOUT_S
+    try:
+        too_long = len(msgspec.json.encode(request)) > MAX_REQUEST
+    except UnicodeEncodeError:
+        raise CtlError(
+            "cannot ask: an argument is not valid UTF-8, which no job can send", EXIT_USAGE
+        ) from None
+    if too_long:
+        raise CtlError(f"cannot ask: more than {MAX_REQUEST} bytes of arguments", EXIT_USAGE)
+    patience = LATER_S if request.verb in {"reload", "history", "allow"} else TIMEOUT_S
     try:
         answer, fds = ask(path, request, patience)
     except PermissionError:
@@ -303,7 +264,7 @@ def _history(socket: Path, since_s: float, *, as_json: bool, as_csv: bool) -> No
                 return
             for line in json_lines(since_s, totals, rows) if as_json else csv_lines(rows):
                 print(line)
-        except (msgspec.DecodeError, ValueError):
+        except (msgspec.DecodeError, ValueError, RecursionError):
             raise _not_ours("history") from None
     sys.stdout.flush()
 

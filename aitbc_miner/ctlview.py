@@ -12,7 +12,7 @@ from typing import Any
 
 import msgspec
 
-from aitbc_miner.control import JobRow, Jobs, Problem, SlotStatus, Status
+from aitbc_miner.control import JobRow, Jobs, Judged, Problem, SlotStatus, Status
 from aitbc_miner.errors import CODES, ErrorCode
 from aitbc_miner.jobs import Outcome, State
 
@@ -128,9 +128,21 @@ def slots_page(status: Status, paint: Paint) -> str:
     return "\n".join([*lines, *_enforcement(status.slots, len(status.slots))])
 
 
+def judged_page(judged: Judged, paint: Paint) -> str:
+    """Show whether a command is permitted, which rule says so, and what would fit."""
+    word, colour = ("permitted", "green") if judged.permitted else ("denied", "red")
+    lines = wrap(f"{word:{LABEL}}", judged.message)
+    if judged.file is not None:
+        place = judged.file if judged.line is None else f"{judged.file}:{judged.line}"
+        lines += wrap(f"{'by':{LABEL}}", f"{place}: {judged.rule}" if judged.rule else place)
+    lines += [line for fit in judged.fits for line in wrap(f"{'would fit':{LABEL}}", fit)]
+    lines += [line for note in judged.notes for line in wrap(f"{'note':{LABEL}}", note)]
+    return "\n".join([paint(lines[0][:LABEL], colour) + lines[0][LABEL:], *lines[1:]])
+
+
 def _head(status: Status, paint: Paint) -> Iterator[str]:
     name = paint(cut(status.node_id, 30), "bold")
-    yield f"{name}  aitbc-miner {status.version}, up {duration(status.up_s)}, pid {status.pid}"
+    yield f"{name}  aitbc-miner {visible(status.version)}, up {duration(status.up_s)}, pid {status.pid}"
     view = status.coordinator
     if view.reachable:
         answers = paint("reachable", "green")

@@ -141,6 +141,12 @@ def _check(connection: sqlite3.Connection) -> None:
     found = connection.execute("PRAGMA quick_check(1)").fetchone()
     if found != ("ok",):
         raise sqlite3.DatabaseError(str(found and found[0]))
+    # All of ours are STRICT. It may be in order, and somebody else's, who would miss it if it were set aside.
+    strange = connection.execute(
+        "SELECT name FROM pragma_table_list WHERE schema = 'main' AND NOT strict AND name NOT LIKE 'sqlite%'"
+    ).fetchone()
+    if strange:
+        raise sqlite3.OperationalError(f"it is another program's, with a table {strange[0][:80]!r}")
 
 
 def _connect_read_only(path: Path) -> sqlite3.Connection:

@@ -13,6 +13,13 @@ class MinerError(Exception):
     """Root of our exceptions. The message reads "cannot X: cause; remedy"."""
 
 
+def brief(error: object, most: int = 400) -> str:
+    """Give an error's text without its middle where it is long, for then it quotes what a stranger sent."""
+    text = str(error)
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
+
+
 class Retry(StrEnum):
     """Where a job that failed with a code may be tried again."""
 

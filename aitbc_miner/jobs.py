@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.errors import ErrorCode, MinerError, brief
 
 JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 """A job id becomes the name of a directory, so nothing else may pass; nor may what `NO_JOB_IDS` names."""
@@ -115,7 +115,7 @@ def decode_manifest(raw: object) -> Manifest:
     try:
         manifest = msgspec.convert(raw, Manifest)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise ManifestError(f"cannot read the manifest: {error}", job_id) from error
+        raise ManifestError(f"cannot read the manifest: {brief(error)}", job_id) from error
     _check_runner_fields(manifest)
     return manifest
 

@@ -113,9 +113,8 @@ def _in_some_slot(pid: int) -> bool:
     """Whether a process is in the group of some slot's job; no job can make one, and ours is empty by now."""
     mount = find_mount()
     try:
-        line = next(
-            row for row in Path(f"/proc/{pid}/cgroup").read_text().splitlines() if row.startswith("0::")
-        )
+        rows = os.fsdecode(Path(f"/proc/{pid}/cgroup").read_bytes()).split("\n")
+        line = next(row for row in rows if row.startswith("0::"))
     except (OSError, StopIteration):
         return False
     group = Path(line.removeprefix("0::"))
@@ -205,10 +204,13 @@ def _remove_tree(at: int, name: str, uid: int, deadline: float) -> None:
 
 def _owner(pid: int) -> int | None:
     # From `status` in /proc/<pid>: that directory itself is root's, whoever runs what cannot be dumped.
+    # Not by psutil, which takes the first "Uid:" there is, and that may be in the name of the process. The
+    # kernel escapes line breaks in it, but no other character that splitlines() takes for one.
     try:
-        return int(psutil.Process(pid).uids().real)
-    except psutil.Error:
-        return None
+        lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")
+    except OSError:
+        return None  # it is gone
+    return next((int(line.split()[1]) for line in lines if line.startswith(b"Uid:")), None)
 
 
 def _doing(pid: int) -> str:

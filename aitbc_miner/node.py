@@ -12,6 +12,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from aitbc_miner.agent import Agent
+from aitbc_miner.allowing import judge
 from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.channel import Channel
 from aitbc_miner.checks import read_layout, slots_for
@@ -147,6 +148,7 @@ class Node:
             end_others=self._end_others,
             read_layout=self._read_layout,
             read_history=self._read_history,
+            judge=self._judge,
             book=self._book,
             notices=self.notices,
         )
@@ -265,6 +267,13 @@ class Node:
         self._become_service()
         with os.fdopen(memory, "wb") as out:
             channel.send(Wrote(read_history(self._config.queue.path, request, out)))
+
+    def _judge(self, request: Request, pipe: "Connection[Any, Any]") -> None:
+        """Judge a command for the operator, in a child."""
+        channel: Channel[Stop] = Channel(pipe, Stop)
+        channel.send(judge(self._config.runners.cli, request))
+        while channel.has_unsent:
+            channel.wait(1.0)
 
     def _become_service(self) -> None:
         if self._identities.service is not None:

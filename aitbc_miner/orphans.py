@@ -45,7 +45,7 @@ class WorkerBook:
             return msgspec.json.decode(text, type=dict[str, WorkerName])
         except FileNotFoundError:
             return {}
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             events("supervisor").warning("worker book not read", path=str(self._path), error=str(error))
             return {}
 

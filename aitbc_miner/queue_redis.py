@@ -122,6 +122,8 @@ _REMEDIES = (
 )
 _UNREACHABLE = "see that it runs, and can be reached from here"
 _PAGE = 1000
+MAX_ATTEMPTS = 2**31
+"""Beyond any that a policy allows. What a hostile server says may be more than can be written down again."""
 
 
 class _Entry(NamedTuple):
@@ -323,6 +325,6 @@ def _task(fields: Any) -> Task | None:
     blob, attempts = fields
     try:
         task = msgspec.msgpack.decode(blob, type=Task)
-        return msgspec.structs.replace(task, attempts=int(attempts))
+        return msgspec.structs.replace(task, attempts=min(max(0, int(attempts)), MAX_ATTEMPTS))
     except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
         return None

@@ -20,7 +20,7 @@ import msgspec
 from msgspec.structs import replace
 
 from aitbc_miner import reserve
-from aitbc_miner.errors import MinerError
+from aitbc_miner.errors import MinerError, brief
 from aitbc_miner.jobs import BROKEN, MOVES, Manifest, Outcome, State, StateRecord, valid_job_id
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.system import boot_id
@@ -143,7 +143,7 @@ class JobDir:
         try:
             return msgspec.json.decode(fs.read_bounded(self.fd, name, limit), type=type_)
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            raise RecordError(f"cannot read {self.path / name}: {error}") from error
+            raise RecordError(f"cannot read {self.path / name}: {brief(error)}") from error
 
 
 def pretty(value: object) -> bytes:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from msgspec import Struct
 
+from aitbc_miner.allowing import Examiner
 from aitbc_miner.children import Errands, Keeper, Main
 from aitbc_miner.config import Config
 from aitbc_miner.control import ControlServer, Request, Source
@@ -68,7 +69,8 @@ class Parts(Struct, frozen=True):
 
     `plan` says what each slot is to be, once the GPUs are known, and `stray` one that is not wanted any more;
     `end_others`, in a child, ends what runs in none of the named slots. `layout` is for the start, and
-    `read_layout` the main function of a child that reads it anew, `read_history` of one for the `Historian`.
+    `read_layout` the main function of a child that reads it anew, `read_history` of one for the `Historian`,
+    `judge` of one for the `Examiner`.
     """
 
     config: Config
@@ -80,6 +82,7 @@ class Parts(Struct, frozen=True):
     end_others: Callable[[set[str], "Connection[Any, Any]"], None]
     read_layout: Main
     read_history: Callable[[Request, int, "Connection[Any, Any]"], None]
+    judge: Callable[[Request, "Connection[Any, Any]"], None]
     book: WorkerBook
     notices: list[str] = []
 
@@ -115,6 +118,7 @@ class Supervisor:
             {
                 "reload": lambda _, later: self._reloader.reload(later),
                 "history": Historian(self._errands, parts.read_history).show,
+                "allow": Examiner(self._errands, parts.judge).ask,
                 "retry": self._retries.ask,
             },
         )

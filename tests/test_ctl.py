@@ -23,6 +23,7 @@ from aitbc_miner.control import (
     Files,
     JobRow,
     Jobs,
+    Judged,
     Later,
     Problem,
     Refusal,
@@ -510,6 +511,53 @@ def test_slots_as_json_are_the_slots(served: Served) -> None:
     assert [entry["slot"]["offer"]["name"] for entry in value["slots"]] == ["cpu0", "cpu1"]
 
 
+DENIED = Judged(
+    permitted=False,
+    message="argument 4 ('99') is no value of -crf",
+    file="/etc/aitbc/miner/allowlist.d/ffmpeg.yaml",
+    line=21,
+    rule="sections[2].options[1].value",
+    argument=4,
+    fits=["a whole number from 0 to 51", "-y"],
+    notes=["only in \x1bslots"],
+)
+
+
+def test_a_denied_command_is_shown_with_its_rule_and_ends_with_1(served: Served) -> None:
+    served.desk.says(DENIED)
+    done = run(served.path, "allow", "--input", "a.mp4", "--", "ffmpeg", "-i", "a.mp4", "--", "x")
+    assert done.stdout.splitlines() == [
+        "denied      argument 4 ('99') is no value of -crf",
+        "by          /etc/aitbc/miner/allowlist.d/ffmpeg.yaml:21:",
+        "            sections[2].options[1].value",
+        "would fit   a whole number from 0 to 51",
+        "would fit   -y",
+        "note        only in \\x1bslots",
+    ]
+    assert (done.returncode, done.stderr) == (1, "")
+    command = ["ffmpeg", "-i", "a.mp4", "--", "x"]
+    assert served.desk.asked == [Request("allow", command=command, inputs=["a.mp4"])]
+    done = run(served.path, "allow", "--json", "--", "ffmpeg")
+    assert done.returncode == 1
+    assert json.loads(done.stdout) == {"type": "judged", **msgspec.to_builtins(DENIED)}
+    assert served.desk.asked[1] == Request("allow", command=["ffmpeg"])
+
+
+def test_a_permitted_command_ends_with_0(served: Served) -> None:
+    served.desk.says(Judged(permitted=True, message="/usr/bin/true -v", file="/etc/true.yaml"))
+    done = run(served.path, "allow", "true", "--", "-v")
+    assert (done.returncode, done.stdout) == (0, "permitted   /usr/bin/true -v\nby          /etc/true.yaml\n")
+    assert served.desk.asked == [Request("allow", command=["true", "-v"])]
+
+
+@pytest.mark.parametrize("args", [["\udcff"], ["x" * 100_000] * 3, ["\x01" * 50_000]])
+def test_a_command_that_cannot_be_asked_for_is_wrong_usage(served: Served, args: list[str]) -> None:
+    done = run(served.path, "allow", "--", "true", *args)
+    assert done.returncode == 2
+    assert done.stderr.startswith("aitbc-minerctl: cannot ask: ")
+    assert served.desk.asked == []
+
+
 @pytest.mark.parametrize("code", [1, 77])
 def test_a_refusal_brings_its_exit_status(served: Served, code: int) -> None:
     served.desk.says(Refusal("cannot cancel: no\x1b", code))
@@ -531,6 +579,8 @@ def test_a_refusal_brings_its_exit_status(served: Served, code: int) -> None:
         ["job", "\udcff"],
         ["jobs", "--state", "LOST"],
         ["logs", "x" * 129],
+        ["allow"],
+        ["allow", "ffmpeg", "-i", "a.mp4"],
     ],
 )
 def test_usage(tmp_path: Path, words: list[str]) -> None:

@@ -19,13 +19,13 @@ SOURCES = {
 # From top to bottom. A module may import from lower layers and from its own group, not from one beside it:
 # the agent knows nothing of the worker. A name stands for all that is below it, too.
 LAYERS: list[dict[str, set[str]]] = [
-    {"command line": {"main"}, "operator's client": {"ctl", "ctlview", "historyview"}},
+    {"command line": {"main"}, "operator's client": {"ctl", "ctlargs", "ctlview", "historyview"}},
     {"the node": {"node"}},
     {"what it requires": {"checks", "doctor", "confinement", "trying"}},
     {
         "supervisor": {
             *("supervisor", "slotset", "slots", "children", "desk", "jobindex", "orphans", "reloading"),
-            *("stopping", "historian", "storage", "sweeping"),
+            *("stopping", "historian", "storage", "sweeping", "allowing"),
         },
         "worker": {"worker", "jobrun", "starting", "execution", "causes", "workspace"},
         "agent": {
@@ -46,7 +46,10 @@ LAYERS: list[dict[str, set[str]]] = [
         "queue": {"queue", "queue_sqlite", "queue_redis"},
     },
     {
-        "configuration": {"config", "credentials", "slotspec", "allowlist"},
+        "configuration": {
+            *("config", "credentials", "slotspec"),
+            *("allowlist", "abuse", "argrules", "arggrammar", "argvalues", "argpatterns"),
+        },
         "discovery": {"probe", "gpu", "gpunodes", "privileges"},
         "channel": {"channel"},
         "database": {"database"},

@@ -1,14 +1,18 @@
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from aitbc_miner import inputs
 from aitbc_miner.allowlist import load_allowlist
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.jobs import ExitStatus, Manifest
+from aitbc_miner.jobs import ExitStatus, Inputs, InputUrl, Manifest
 from aitbc_miner.runners import JobPaths, Launch, Runner, job_env, printable, shortest
-from aitbc_miner.runners.cli import CliRunner
+from aitbc_miner.runners.cli import CliRunner, input_names
 from aitbc_miner.slotspec import SlotSpec
 
 PATHS = JobPaths(Path("/jobs/j1"))
@@ -141,3 +145,71 @@ def test_the_jobs_directories() -> None:
     assert [os.fspath(path) for path in names] == [
         f"/jobs/j1/{name}" for name in ["input", "work", "output", "logs", "tmp"]
     ]
+
+
+# --- an entry in the long form -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def long_runner(tmp_path: Path) -> CliRunner:
+    (tmp_path / "long.yaml").write_text(
+        "command: {path: /usr/bin/true, name: long}\n"
+        "leading: [-q]\n"
+        "operands: [{value: input, max: 9}, {value: output, min: 0}]\n"
+        "kind: gpu\n"
+        "binds: [/usr/share]\n"
+    )
+    faults: list[Any] = []
+    allowlist = load_allowlist([tmp_path], faults, [])
+    assert not faults
+    return CliRunner(allowlist)
+
+
+def test_leading_arguments_come_first_and_binds_along(long_runner: CliRunner) -> None:
+    job = manifest(command="long", args=["a", "../output/b"], input=Inputs(inline={"a": ""}))
+    launch = long_runner.plan(job, PATHS, SlotSpec(name="gpu0", kind="gpu", gpu=0), GPU)
+    assert launch.argv == ["/usr/bin/true", "-q", "a", "../output/b"]
+    assert launch.binds == (Path("/usr/share"),)
+
+
+def test_only_inputs_of_the_job_are_inputs(long_runner: CliRunner) -> None:
+    with pytest.raises(JobError) as error:
+        long_runner.plan(
+            manifest(command="long", args=["b"], input=Inputs(inline={"a": ""})),
+            PATHS,
+            SlotSpec(name="gpu0", kind="gpu", gpu=0),
+            GPU,
+        )
+    assert error.value.code is ErrorCode.E_DENY
+    assert "an input of this job: a" in error.value.message
+
+
+def test_an_entry_for_slots_with_a_gpu_does_not_run_without(long_runner: CliRunner) -> None:
+    with pytest.raises(JobError) as error:
+        plan(long_runner, manifest(command="long", args=["a"], input=Inputs(inline={"a": ""})))
+    assert error.value.code is ErrorCode.E_DENY
+    assert "needs a slot of kind gpu" in error.value.message
+
+
+def test_inputs_are_named_by_themselves_or_by_their_address() -> None:
+    urls: list[str | InputUrl] = [
+        "https://h/x/a%20b.mp4?q=/z#f",
+        InputUrl("http://h/c", name="d"),
+        "http://[/x",
+    ]
+    job = manifest(input=Inputs(urls=urls, inline={"e": ""}))
+    assert input_names(job) == ["e", "a b.mp4", "d", ""]
+
+
+parts = st.text(st.sampled_from("ab.%2F0é;=&~ +@:,\\|") | st.characters(codec="utf-8"), max_size=8)
+
+
+@given(parts, st.sampled_from(["", "?q=a/b", "#f/g", "?", "#"]))
+@settings(deadline=None)
+def test_the_name_of_an_input_is_that_under_which_it_was_fetched(part: str, rest: str) -> None:
+    url = f"https://h.example/dir/{part}{rest}"
+    with contextlib.suppress(JobError):
+        name = inputs._name(InputUrl(url))
+        # What was fetched under a name that no file may have is nowhere.
+        if inputs._name_fault(name) is None:
+            assert input_names(manifest(input=Inputs(urls=[url]))) == [name]

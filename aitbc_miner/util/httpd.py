@@ -156,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         if len(self.path) > MAX_TARGET:
             page = _plain(HTTPStatus.REQUEST_URI_TOO_LONG)
         else:
-            make = self.server.pages.get(urlsplit(self.path).path)
+            make = self.server.pages.get(_path(self.path))
             page = make() if make else _plain(HTTPStatus.NOT_FOUND)
         self._send(page, with_body=with_body)
 
@@ -177,6 +177,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
         """Say nothing: who asks, and how often, is not the node's concern."""
+
+
+def _path(target: str) -> str:
+    try:
+        return urlsplit(target).path
+    except ValueError:
+        return ""  # `http://[`, for one
 
 
 def _plain(status: HTTPStatus) -> Page:

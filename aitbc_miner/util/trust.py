@@ -24,7 +24,8 @@ def parse_bind(value: object) -> Path:
         ValueError: it is no plain absolute path, or is, holds or is in what jobs must not see.
     """
     path = Path(value) if isinstance(value, str) else Path()
-    if not path.is_absolute() or ".." in path.parts or not str(path).isprintable():
+    # Two slashes at the front are kept by pathlib, which then finds //etc in no directory that it knows.
+    if path.root != "/" or ".." in path.parts or not str(path).isprintable():
         raise ValueError("must be an absolute path without `..`, such as /srv/models")
     for place in map(Path, _NOT_SHOWN):
         if path.is_relative_to(place) or place.is_relative_to(path):

@@ -47,7 +47,9 @@ class Fault(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
-        return ": ".join(part for part in (place, self.key, self.message) if part)
+        text = ": ".join(part for part in (place, self.key, self.message) if part)
+        # What is wrong with a file may be what is in it.
+        return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class Parse(NamedTuple):

@@ -10,6 +10,8 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 MAX_BYTES = 1024 * 1024
 NO_TAGS = "has a tag (!name) that is not accepted here; remove it"
 _MAX_DEPTH = 40
+# PyYAML takes 1:0:0 for a number to the base 60, in time that grows with the square of its length.
+_MAX_NUMBER = 100
 _TAG = "tag:yaml.org,2002:"
 _TEXT_TAGS = {_TAG + name for name in ("str", "timestamp", "merge", "value")}
 _PLAIN_TAGS = {_TAG + name for name in ("null", "bool", "int", "float")}
@@ -39,7 +41,17 @@ class _Loader(yaml.SafeLoader):
             raise YamlTextError(f"is nested more than {_MAX_DEPTH} levels deep", line)
         node = super().compose_node(parent, index)
         self.depth -= 1
+        if isinstance(node, ScalarNode) and not _encodes(node.value):
+            raise YamlTextError("has half a character (\\ud800 to \\udfff); remove it", line)
         return node
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_text(path: Path) -> str:
@@ -68,7 +80,8 @@ def compose(text: str, name: str) -> Node:
     Raises:
         YamlTextError: too large, no YAML, more than one document, aliases, or nested too deeply.
     """
-    if len(text.encode()) > MAX_BYTES:
+    # A variable of the environment may hold bytes that are no characters; the loader refuses them.
+    if len(text.encode(errors="surrogatepass")) > MAX_BYTES:
         raise YamlTextError(f"is larger than {MAX_BYTES} bytes")
     try:
         loader = _Loader(text)
@@ -81,6 +94,12 @@ def compose(text: str, name: str) -> Node:
     except yaml.MarkedYAMLError as error:
         place = error.problem_mark or error.context_mark
         raise YamlTextError(_problem(error), place.line + 1 if place else None) from None
+    except YamlTextError:
+        raise
+    except (ValueError, OverflowError):
+        # PyYAML lets these through, of an escape such as "\U99999999" or a version of thousands of digits.
+        line = loader.get_mark().line + 1
+        raise YamlTextError("is not valid YAML: has a number that is too large", line) from None
     if node is None or node.tag == _TAG + "null":
         mark.line = 0
         return empty_mapping(mark)
@@ -135,7 +154,9 @@ def construct_scalar(node: Node) -> str | int | float | bool | None:
     if node.tag not in _PLAIN_TAGS:
         raise YamlTextError(NO_TAGS)
     try:
+        if len(node.value) > _MAX_NUMBER:
+            raise ValueError  # noqa: TRY301  # as Python does, at its own limit
         value: str | int | float | bool | None = yaml.constructor.SafeConstructor().construct_object(node)
-    except (ValueError, KeyError):
+    except (ValueError, LookupError, OverflowError):
         raise YamlTextError("does not fit its tag, or has too many digits") from None
     return value

@@ -233,8 +233,6 @@ def test_a_slot_gives_its_job_its_own_card_and_no_other() -> None:
 def test_a_node_that_is_named_is_the_only_one_there(box: Sandbox, job: Path) -> None:
     # There is no card here: a pseudo device stands for it.
     card = Sandbox(box.runs_as, MIB, MIB, devices=(Path("/dev/null"), Path("/dev/no-such-card")))
-    done = run(
-        card, job, [SH, "-c", "ls /dev; echo x >/dev/null && echo written"]
-    )
+    done = run(card, job, [SH, "-c", "ls /dev; echo x >/dev/null && echo written"])
     assert "written" in done.out
     assert "no-such-card" not in done.out

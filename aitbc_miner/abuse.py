@@ -1,0 +1,195 @@
+"""Known ways to make ordinary programs do more than they seem to: what `check` warns of in an allowlist.
+
+Whoever allows a program allows all that it can be talked into. The tricks here are the well-known ones, as
+collected by GTFOBins and told by the programs' manuals; that there is no warning does not mean it is safe.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from aitbc_miner.allowlist import Entry
+from aitbc_miner.argpatterns import Work
+from aitbc_miner.argvalues import Choice, Regex, Text
+
+
+class Trick(NamedTuple):
+    """What can be done with programs of these names.
+
+    Args:
+        programs: fits their names from end to end.
+        words: an argument list with one of these does it; none: any will do.
+        does: what it does, after "lets jobs".
+        unless: leading arguments that prevent it, all of them.
+        remedy: what to do about it.
+    """
+
+    programs: str
+    words: tuple[str, ...]
+    does: str
+    remedy: str
+    unless: tuple[str, ...] = ()
+
+
+LEAVE_OUT = "leave {word} out"
+
+TRICKS = (
+    Trick(
+        r"(ba|da|k|z|c|tc|fi)?sh|busybox|python[0-9.]*|pypy[0-9.]*|perl[0-9.]*|ruby[0-9.]*|node(js)?|deno|php[0-9.]*"
+        r"|lua[0-9.]*|tclsh[0-9.]*|Rscript|R|guile[0-9.-]*|java|groovy|expect|gdb|make|cmake|ninja|awk|[gm]awk|nawk|ed|vim?(\.\w+)?",
+        (),
+        "run any code: it is an interpreter",
+        "make what it is for a task (docs/tasks.md), or a program of its own",
+    ),
+    Trick(
+        r"env|nice|ionice|nohup|timeout|time|stdbuf|setsid|setpriv|xargs|parallel|flock|chroot|unshare|nsenter|taskset"
+        r"|numactl|strace|ltrace|script|watch|sudo|doas|su|runuser|systemd-run|bwrap|firejail|proot|entr",
+        (),
+        "run any other program: that is what it is for",
+        "allow that program itself",
+    ),
+    Trick(
+        r"docker|podman|nerdctl|kubectl|qemu-.*|virsh|systemctl|crontab|at|batch",
+        (),
+        "have others run any code for them",
+        "allow something else",
+    ),
+    Trick(
+        r"curl|wget|aria2c|nc(at)?|netcat|socat|ssh|scp|sftp|rsync|ftp|telnet|openssl",
+        (),
+        "speak to the network wherever their slot has one",
+        "have the node fetch inputs (`input.url` of a job)",
+    ),
+    Trick(r"find", ("-exec", "-execdir", "-ok", "-okdir"), "run any program by {word}", LEAVE_OUT),
+    Trick(r"find", ("-delete", "-fprint", "-fprintf", "-fls"), "write or delete files by {word}", LEAVE_OUT),
+    Trick(
+        r"(g|bsd)?tar",
+        (
+            *("--checkpoint-action=exec=sh", "--checkpoint-action", "--to-command", "--to-command=sh"),
+            *("-I", "--use-compress-program", "--use-compress-program=sh", "--rsh-command=sh", "-F"),
+        ),
+        "run any program by {word}",
+        LEAVE_OUT,
+    ),
+    Trick(
+        r"(g|bsd)?tar|cpio|unzip|7z[ar]?",
+        ("-P", "--absolute-names", "-C", "--directory", "--no-absolute-filenames"),
+        "write outside of their directory by {word}",
+        LEAVE_OUT,
+    ),
+    Trick(r"zip", ("-TT", "--unzip-command", "-T"), "run any program by {word}", LEAVE_OUT),
+    Trick(
+        r"ffmpeg|ffprobe|ffplay",
+        (),
+        "read addresses and other files that a playlist names",
+        "begin `leading` with -protocol_whitelist file, and allow one input",
+        unless=("-protocol_whitelist",),
+    ),
+    Trick(
+        r"ffmpeg|ffprobe",
+        ("-f", "-filter_complex_script", "-filter_script", "-init_hw_device", "-attach", "-dump_attachment"),
+        "name other files and devices by {word}",
+        "give {word} an enum of what is needed, or leave it out",
+    ),
+    Trick(
+        r"convert|magick|mogrify|identify|montage|composite|import|display",
+        (
+            "-define",
+            "-write",
+            "+write",
+            "-script",
+            "-profile",
+            "-path",
+            "mvg:a",
+            "msl:a",
+            "label:@a",
+            "@a",
+            "http://a",
+        ),
+        "have files read, written, or taken for a program by {word}",
+        "use `input` and `output` with suffixes, which admit no `coder:` and no `@`, and leave {word} out",
+    ),
+    Trick(
+        r"gs|ps2pdf|pdf2ps|epstopdf",
+        (),
+        "run PostScript, which is a language with files",
+        "put -dSAFER into `leading`",
+        unless=("-dSAFER",),
+    ),
+    Trick(
+        r"blender",
+        ("--python", "-P", "--python-expr", "--python-console", "-y", "--enable-autoexec", "--addons"),
+        "run Python by {word}",
+        LEAVE_OUT,
+    ),
+    Trick(
+        r"blender",
+        (),
+        "run the Python that a .blend file brings along",
+        "put --disable-autoexec and --background into `leading`",
+        unless=("--disable-autoexec", "--background"),
+    ),
+    Trick(r"git", (), "run any program by hooks, aliases and -c", "have the node fetch inputs instead"),
+    Trick(
+        r"sed|gsed",
+        ("-f", "-e", "--expression=1e", "1e sh", "w /tmp/x"),
+        "run programs and write files by {word}",
+        "give the script an enum",
+    ),
+    Trick(
+        r"sort",
+        ("--compress-program", "--compress-program=sh", "-o", "--output"),
+        "run a program or write files by {word}",
+        LEAVE_OUT,
+    ),
+    Trick(
+        r"(pdf|xe|lua)?(la)?tex",
+        ("-shell-escape", "--shell-escape", "-enable-write18"),
+        "run any program by {word}",
+        LEAVE_OUT,
+    ),
+    Trick(
+        r"pandoc",
+        ("--filter", "-F", "--lua-filter", "-L", "--pdf-engine", "--extract-media"),
+        "run any program by {word}",
+        LEAVE_OUT,
+    ),
+    Trick(r"man|less|more|view|nano|emacs", (), "run any program from its prompt", "allow cat"),
+    Trick(r"sqlite3", ("-init", "-cmd", ".shell sh", ".system sh"), "run any program by {word}", LEAVE_OUT),
+)
+
+
+def warnings(entry: Entry) -> Iterator[str]:
+    """Say what an entry lets jobs do that its author has probably not meant."""
+    program = Path(entry.command.path).name
+    for trick in TRICKS:
+        if not re.fullmatch(trick.programs, program) or _is_prevented(trick, entry):
+            continue
+        word = next((word for word in trick.words if admits(entry, word)), None)
+        if word is None and trick.words:
+            continue
+        shown = repr(word)
+        yield f"lets jobs {trick.does.format(word=shown)}; {trick.remedy.format(word=shown)}"
+
+
+def _is_prevented(trick: Trick, entry: Entry) -> bool:
+    return bool(trick.unless) and all(word in entry.leading for word in trick.unless)
+
+
+def admits(entry: Entry, word: str) -> bool:
+    """Whether a word can be an argument of an allowed argument list, or of the part that is always there."""
+    if word in entry.leading:
+        return True
+    work = Work()
+    if any(work.fits(pattern, word) for group in entry.args for pattern in group):
+        return True
+    for section in entry.grammar:
+        rules = [option.rule for option in section.options] + [operand.rule for operand in section.operands]
+        if section.read(word) is not None or word in section.words:
+            return True
+        # Names of files are of the job's own directory, whatever they are called.
+        kinds = [rule.kind for rule in rules if rule is not None]
+        if any(isinstance(kind, Choice | Regex | Text) and kind.fits(word, None, work) for kind in kinds):
+            return True
+    return False

@@ -1,0 +1,269 @@
+"""What the value of an option or operand may be: numbers, words, patterns, files of the job, texts.
+
+In YAML a value is a mapping with one key, `{int: {min: 0, max: 51}}`, or the bare word `input` or `output`.
+Each kind says whether a text fits, and describes what would.
+"""
+
+import re
+from collections.abc import Collection
+from functools import cached_property
+from itertools import islice
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from aitbc_miner.argpatterns import Pattern, Work, parse_pattern, some
+from aitbc_miner.util.yamldoc import BadField, Parse
+
+MAX_TEXT = 4096
+"""Characters in one argument, whatever it is for."""
+MAX_NAME = 255
+MAX_DEPTH = 8
+MAX_SHOWN = 100
+
+_INT = re.compile(r"-?(0|[1-9][0-9]{0,18})", re.ASCII)
+_FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?", re.ASCII)
+
+Inputs = Collection[str] | None
+"""Names of a job's inputs; None: any name may be one."""
+Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
+
+
+class IntRange(Struct, frozen=True):
+    """A whole number, written in the one usual way."""
+
+    min: Annotated[int, Meta(ge=-(2**62), le=2**62)]
+    max: Annotated[int, Meta(ge=-(2**62), le=2**62)]
+
+    def __post_init__(self) -> None:
+        if self.min > self.max:
+            raise BadField("max", f"{self.max} is below min ({self.min}); nothing could fit")
+
+    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002  # as all kinds
+        """Whether it is such a number."""
+        if not _INT.fullmatch(text) or text == "-0":
+            return False
+        return self.min <= int(text) <= self.max
+
+    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+        """Say what fits."""
+        return f"a whole number from {self.min} to {self.max}"
+
+
+class FloatRange(Struct, frozen=True):
+    """A number in decimal, without an exponent."""
+
+    min: Number
+    max: Number
+
+    def __post_init__(self) -> None:
+        if self.min > self.max:
+            raise BadField("max", f"{self.max:.15g} is below min ({self.min:.15g}); nothing could fit")
+
+    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002
+        """Whether it is such a number. Without negative ones, nothing begins with a dash, not even -0."""
+        if not _FLOAT.fullmatch(text) or (text.startswith("-") and self.min >= 0):
+            return False
+        return self.min <= float(text) <= self.max
+
+    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+        """Say what fits."""
+        return f"a number from {self.min:.15g} to {self.max:.15g}"
+
+
+def _word(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_TEXT:
+        raise ValueError("must be a word as it is written on a command line; put it in quotes")
+    return value
+
+
+class Choice(Struct, frozen=True):
+    """One of a few words, which the operator has written himself."""
+
+    words: list[str]
+
+    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002
+        """Whether it is one of them."""
+        return text in self.words
+
+    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+        """Say what fits."""
+        return some(self.words, " or ")
+
+
+class Regex(Struct, frozen=True):
+    """What a pattern fits from end to end."""
+
+    pattern: Pattern
+
+    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002
+        """Whether the pattern fits."""
+        return work.fits(self.pattern, text)
+
+    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+        """Say what fits."""
+        return f"what {self.pattern.pattern!r} fits"
+
+
+def _name_chars(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable() or set(value) & set("/\\:"):
+        raise ValueError(r"must be printable characters in quotes, and none of / \ :")
+    return value
+
+
+def _suffix(value: object) -> str:
+    if not isinstance(value, str) or not re.fullmatch(r"(\.[A-Za-z0-9_-]{1,16}){1,4}", value):
+        raise ValueError("must be the ending of a file's name, such as .mp4")
+    return value
+
+
+class Names(Struct, frozen=True, dict=True):
+    """How files may be called. `chars` are characters besides ASCII letters, digits and `. _ -`."""
+
+    suffixes: Annotated[list[Annotated[str, Parse(_suffix)]], Meta(max_length=64)] = []
+    chars: Annotated[str, Parse(_name_chars)] = ""
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        """What one part of a path is made of; it begins with a letter, a digit or an underscore."""
+        more = "".join(f"\\x{{{ord(char):x}}}" for char in self.chars)
+        return parse_pattern(f"[A-Za-z0-9_][A-Za-z0-9._{more}-]*")
+
+    def suits(self, path: str, work: Work) -> bool:
+        """Whether a path is made of such parts, and has one of the endings."""
+        if self.suffixes and not path.endswith(tuple(self.suffixes)):
+            return False
+        parts = path.split("/")
+        # What is no UTF-8 is not printable either, and has no length in it.
+        if (
+            not path.isprintable()
+            or len(parts) > MAX_DEPTH
+            or any(len(part.encode()) > MAX_NAME for part in parts)
+        ):
+            return False
+        return all(work.fits(self.pattern, part) for part in parts)
+
+    def ending(self) -> str:
+        """Say which endings there are."""
+        return f" ({some(self.suffixes, ' ')})" if self.suffixes else ""
+
+
+class InputFile(Names, frozen=True, dict=True):
+    """The name of an input of the job, which lies where its program starts."""
+
+    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:
+        """Whether it is an input, under a name that means nothing else to a program."""
+        return (inputs is None or text in inputs) and "/" not in text and self.suits(text, work)
+
+    def describe(self, inputs: Inputs) -> str:
+        """Say what fits, by name where the names are known."""
+        what = f"an input of this job{self.ending()}"
+        if inputs is None:
+            return what
+        good = [name for name in islice(inputs, MAX_SHOWN) if self.fits(name, inputs, Work())]
+        return f"{what}: {some(good, ' or ')}" if good else f"{what}: there is none"
+
+
+class OutputFile(Names, frozen=True, dict=True):
+    """A path to write to, beneath work/ or, with `../output/` before it, beneath output/."""
+
+    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002
+        """Whether it stays within the job's directory, under names that mean nothing else to a program."""
+        return self.suits(text.removeprefix("../output/"), work)
+
+    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+        """Say what fits."""
+        end = self.suffixes[0] if self.suffixes else ".txt"
+        return f"a path to write to{self.ending()}: out{end} or ../output/out{end}"
+
+
+def _char_class(value: object) -> str:
+    if not isinstance(value, str) or not value or not value.isprintable():
+        raise ValueError('must be printable characters and ranges of them in quotes, such as "A-Za-z0-9 .,-"')
+    _ranges(value)
+    return value
+
+
+def _ranges(chars: str) -> list[tuple[str, str]]:
+    """Read single characters and ranges; a dash is itself where it has nothing on one of its sides.
+
+    Raises:
+        ValueError: a range is the wrong way round.
+    """
+    found = re.findall(r"(.)-(.)|(.)", chars)
+    ranges = [(low or one, high or one) for low, high, one in found]
+    for low, high in ranges:
+        if low > high:
+            raise ValueError(f"has the range {low}-{high}, which must be the other way round")
+    return ranges
+
+
+class Text(Struct, frozen=True, dict=True):
+    """Some characters of a class, and nothing about what they mean."""
+
+    max_length: Annotated[int, Meta(ge=1, le=MAX_TEXT)]
+    chars: Annotated[str, Parse(_char_class)]
+    min_length: Annotated[int, Meta(ge=0, le=MAX_TEXT)] = 1
+
+    def __post_init__(self) -> None:
+        if self.min_length > self.max_length:
+            raise BadField("max_length", f"{self.max_length} is below min_length; nothing could fit")
+
+    @cached_property
+    def pattern(self) -> Pattern:
+        """The class, for RE2."""
+        ranges = "".join(f"\\x{{{ord(low):x}}}-\\x{{{ord(high):x}}}" for low, high in _ranges(self.chars))
+        return parse_pattern(f"[{ranges}]*")
+
+    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002
+        """Whether it is long and short enough and all of it is of the class."""
+        return self.min_length <= len(text) <= self.max_length and work.fits(self.pattern, text)
+
+    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+        """Say what fits."""
+        return f"{self.min_length} to {self.max_length} characters of {self.chars}"
+
+
+Kind = IntRange | FloatRange | Choice | Regex | InputFile | OutputFile | Text
+Words = Annotated[list[Annotated[str, Parse(_word)]], Meta(min_length=1, max_length=1000)]
+
+
+class Value(Struct, frozen=True, dict=True):
+    """What a value must be: exactly one of these."""
+
+    integer: IntRange | None = msgspec.field(name="int", default=None)
+    number: FloatRange | None = msgspec.field(name="float", default=None)
+    enum: Words | None = None
+    regex: Annotated[Pattern, Parse(parse_pattern)] | None = None
+    input: InputFile | None = None
+    output: OutputFile | None = None
+    text: Text | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
+        if len(given) != 1:
+            kinds = ", ".join(field.encode_name for field in msgspec.structs.fields(Value))
+            raise ValueError(f"has {len(given)} kinds of value; must be one of {kinds}")
+
+    @cached_property
+    def kind(self) -> Kind:
+        """The one that it is."""
+        if self.enum is not None:
+            return Choice(self.enum)
+        if self.regex is not None:
+            return Regex(self.regex)
+        kinds = (self.integer, self.number, self.input, self.output, self.text)
+        return next(kind for kind in kinds if kind is not None)
+
+    @property
+    def may_begin_with_dash(self) -> bool:
+        """Whether a value that is an argument of its own may begin with a dash all the same."""
+        return isinstance(self.kind, IntRange | FloatRange | Choice)
+
+
+def value_of(written: Value | Literal["input", "output"]) -> Value:
+    """Read the short notation."""
+    if isinstance(written, Value):
+        return written
+    return Value(input=InputFile()) if written == "input" else Value(output=OutputFile())

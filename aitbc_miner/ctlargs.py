@@ -1,0 +1,94 @@
+"""The command line of `aitbc-minerctl`: its verbs, and what may stand after each of them."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from aitbc_miner import __version__
+from aitbc_miner.jobs import State, valid_job_id
+
+SOCKET = "/run/aitbc-miner/control.sock"
+CONFIG = "/etc/aitbc/miner/config.yaml"
+SOCKET_VARIABLE = "AITBC_MINER_CONTROL__SOCKET"
+
+
+def parser() -> argparse.ArgumentParser:
+    """Make what reads the command line."""
+    top = argparse.ArgumentParser(prog="aitbc-minerctl", description="Ask and steer the running miner.")
+    top.add_argument("--version", action="version", version=f"aitbc-minerctl {__version__}")
+    top.add_argument(
+        "--socket",
+        type=Path,
+        metavar="PATH",
+        default=os.environ.get(SOCKET_VARIABLE) or SOCKET,
+        help=f"where the miner listens (default: ${SOCKET_VARIABLE}, else {SOCKET})",
+    )
+    as_json: dict[str, Any] = {"action": "store_true", "help": "print JSON instead of a page"}
+    top.add_argument("--json", default=False, **as_json)
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="COMMAND")
+    verbs.add_parser("status", help="the node on one screen")
+    verbs.add_parser("slots", help="every slot, and what enforces its limits")
+    jobs = verbs.add_parser("jobs", help="the jobs that this node holds")
+    states = ", ".join(State)
+    jobs.add_argument("--state", type=_state, metavar="STATE", help=f"only those in one state: {states}")
+    job = verbs.add_parser("job", help="all about one job")
+    logs = verbs.add_parser("logs", help="what a job has printed")
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the job has ended")
+    _add_history(verbs.add_parser("history", help="what jobs have come to, by slot, code and day"))
+    verbs.add_parser("drain", help="take no new jobs; those that are here go on")
+    verbs.add_parser("resume", help="take jobs again")
+    verbs.add_parser("reload", help="read slots.d anew; jobs that run go on")
+    cancel = verbs.add_parser("cancel", help="end a job that is in a slot")
+    retry = verbs.add_parser(
+        "retry", help="try a job that waits, or send a report that was refused, once more"
+    )
+    _add_allow(verbs.add_parser("allow", help="say whether a job may run a command, and if not, why"))
+    _add_sandbox(verbs.add_parser("sandbox", help="run a command as a job would be run (root only)"))
+    for verb in (job, logs, cancel, retry):
+        verb.add_argument("job_id", type=_job_id, metavar="ID", help="the job's id, as `jobs` shows it")
+    for verb in verbs.choices.values():
+        # Without a default, or it would undo a --json before the verb.
+        verb.add_argument("--json", default=argparse.SUPPRESS, **as_json)
+    return top
+
+
+def _add_history(verb: argparse.ArgumentParser) -> None:
+    how_far = "how far back, such as 12h or 30d (default: 7d)"
+    verb.add_argument("--since", type=_duration, metavar="TIME", default="7d", help=how_far)
+    verb.add_argument("--csv", action="store_true", help="print a line for each job")
+
+
+def _add_allow(verb: argparse.ArgumentParser) -> None:
+    known = "a file that the job has as an input, once for each (default: any name may be one)"
+    verb.add_argument("--input", dest="inputs", action="append", metavar="NAME", help=known)
+    verb.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
+
+
+def _add_sandbox(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--slot", required=True, metavar="NAME", help="the slot whose job it would be")
+    verb.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help=f"default: {CONFIG}")
+    verb.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
+
+
+def _state(text: str) -> State:
+    try:
+        return State(text.upper())
+    except ValueError:
+        states = ", ".join(State)
+        raise argparse.ArgumentTypeError(f"{text!r} is no state of a job; there are {states}") from None
+
+
+def _job_id(text: str) -> str:
+    if not valid_job_id(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no job id: 1 to 128 of A-Z a-z 0-9 . _ -")
+    return text
+
+
+def _duration(text: str) -> float:
+    from aitbc_miner.util.units import parse_duration  # noqa: PLC0415  # reads YAML, too
+
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text[:80]!r} {error}") from None
