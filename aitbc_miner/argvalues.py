@@ -107,8 +107,8 @@ class Regex(Struct, frozen=True):
 
 
 def _name_chars(value: object) -> str:
-    if not isinstance(value, str) or not value.isprintable() or set(value) & set("/\\:"):
-        raise ValueError(r"must be printable characters in quotes, and none of / \ :")
+    if not isinstance(value, str) or not value.isprintable() or set(value) & set("/\\:") or len(value) > 64:
+        raise ValueError(r"must be at most 64 printable characters in quotes, and none of / \ :")
     return value
 
 
@@ -161,7 +161,8 @@ class InputFile(Names, frozen=True, dict=True):
         what = f"an input of this job{self.ending()}"
         if inputs is None:
             return what
-        good = [name for name in islice(inputs, MAX_SHOWN) if self.fits(name, inputs, Work())]
+        work = Work()
+        good = [name for name in islice(inputs, MAX_SHOWN) if self.fits(name, inputs, work)]
         return f"{what}: {some(good, ' or ')}" if good else f"{what}: there is none"
 
 

@@ -69,9 +69,9 @@ YAML_BOMBS = {
     "laughs": b"a0: &a0 x\n"
     + b"".join(b"a%d: &a%d [%s]\n" % (n, n, b",".join([b"*a%d" % (n - 1)] * 9)) for n in range(1, 50)),
     "commas": b"slots: [" + b"a," * (YAML_SIZE // 2) + b"]",
-    "items": b"slots:\n" + b"-\n" * (YAML_SIZE // 2),
+    "items": b"slots:\n" + b"-\n" * (YAML_SIZE // 6),
     "keys": b"".join(b"k%d: 1\n" % n for n in range(YAML_SIZE // 9)),
-    "deep": b"[" * YAML_SIZE,
+    "deep": b"[" * (YAML_SIZE // 2),
     "anchors": b"".join(b"- &a%d x\n" % n for n in range(YAML_SIZE // 10)),
 }
 TEXT_BOMBS = {

@@ -122,7 +122,7 @@ def _pages() -> Iterator[Check]:
 
     def check(data: bytes) -> None:
         broken.clear()
-        with socket.create_connection((host, int(port)), timeout=10) as client:
+        with socket.create_connection((host, int(port)), timeout=60) as client:
             with contextlib.suppress(OSError):
                 client.sendall(data)
                 client.shutdown(socket.SHUT_WR)
