@@ -108,8 +108,9 @@ class Node:
             raise ConfinementError("cannot lay out the slots: " + "; ".join(map(str, faults)))
         self._identities = self._resolve([spec.name for spec in self._specs])
         self._cgroups = take_cgroups(config, found)
-        users = list(self._identities.jobs.values())
-        self._sandboxed, unsafe = find_sandbox(config, users[0] if users else None)
+        # Tried as a user who is not root, as jobs are; the slots' own may be known only when the GPUs are.
+        probe = next(iter(self._identities.jobs.values()), self._identities.service)
+        self._sandboxed, unsafe = find_sandbox(config, probe)
         if self._cgroups.parent not in {None, self._cgroups.home}:
             Group(self._cgroups.parent).create()
         self.notices = [*self._identities.missing, *self._cgroups.missing, *unsafe]

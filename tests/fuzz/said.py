@@ -236,7 +236,7 @@ def stream(name: str) -> SearchStrategy[bytes]:
         bodies.map(framed), bodies.map(framed), odd.map(lambda n: n.to_bytes(4, "big")), bodies
     )
     whole = st.lists(frames, min_size=1, max_size=3).map(b"".join)
-    return st.just(f"{name}\n".encode()).flatmap(lambda head: whole.map(head.__add__))
+    return whole.map(f"{name}\n".encode().__add__)
 
 
 # --- tasks and the fleet -----------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ TARGETS = (
         joined(mutated(ADDRESSES), mutated(words("", "", "a.bin", "-x", "..", "a/b"))),
         simply(_addresses),
     ),
-    Target("frames", st.sampled_from(sorted(LINES)).flatmap(stream), simply(_frames)),
+    Target("frames", st.one_of(*map(stream, sorted(LINES))), simply(_frames)),
     Target("reports", mutated(REPORTS, (b"\n", *JSON)), simply(_reports)),
     Target("handover", mutated(HANDOVERS, JSON), simply(_handover)),
     Target("redis", joined(mutated(words(1, 0, 100)), mutated(TASKS, HOSTILE)), simply(_redis)),
