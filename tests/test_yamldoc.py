@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Meta, Struct
 
@@ -318,6 +318,7 @@ VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.text() | VALUES.map(lambda value: msgspec.yaml.encode(value).decode()))
 def test_never_an_exception(text: str) -> None:
     faults: list[Fault] = []

@@ -64,7 +64,7 @@ def examples(files: str) -> Iterator[Example]:
     yield task("word statistics of a text", "word_statistics", path="README.md", more={"input": text}, top=3)
     yield task("Monte-Carlo pi on all cores of the slot", "monte_carlo_pi", samples=400_000, seed=7)
     yield task("hash a tree of inputs", "tree_hash", more={"input": {"inline": {"a": "1", "b": "2"}}})
-    yield cli("a program that fails", "sha256sum", "missing.txt", expected="E_EXIT")
+    yield cli("a program that fails", "gzip", "missing.txt", expected="E_EXIT")
     yield cli("a command that is not allowed", "rm", "-rf", "/", expected="E_DENY")
     yield cli("an argument that is not allowed", "sha256sum", "/etc/shadow", expected="E_DENY")
     yield cli("longer than its time", "sleep", "600", expected="E_TIMEOUT", timeout_s=2)

@@ -201,7 +201,7 @@ TROUBLE = {
     "ack": cli(),
     "progress": task("wait_for_release"),
     "result": cli(),
-    "fail": cli("missing"),
+    "fail": cli("missing", command="gzip"),
 }
 
 
