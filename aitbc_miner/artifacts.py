@@ -2,7 +2,9 @@
 
 The job may have left traps: links to the operator's files, FIFOs that block a reader, devices. So every
 component of a path is opened by descriptor and never through a link, and only a regular file with a single
-name is taken. What is taken gets a second name in `artifacts/`, owned by the process that uploads it.
+name is taken. (openat2(2) does that in one call; where nothing moves any more, one component after another is
+as good, and Python has it.) What is taken gets a second name in `artifacts/`, owned by the process that
+uploads it. A sparse file counts by its length, for that is what is hashed and sent.
 """
 
 import errno
@@ -21,7 +23,8 @@ from aitbc_miner.util import fs
 MB = 1_000_000
 CHUNK = 1 << 20
 MAX_DEPTH = 32
-MAX_NAME = 1024
+# Bytes of a path, and of each of its names.
+MAX_PATH, MAX_NAME = 1024, 255
 STAGE = "artifacts"
 # How many files and directories are looked at for each file that may be taken.
 ENTRIES_A_FILE = 10
@@ -153,11 +156,22 @@ def check_path(path: str) -> None:
         JobError: E_ARTIFACT, with the path.
     """
     parts = path.split("/")
-    if not path.isprintable() or len(path) > MAX_NAME or any(part in {"", ".", ".."} for part in parts):
+    if not _can_be_sent(path) or any(part in {"", ".", ".."} for part in parts):
         raise JobError(
             ErrorCode.E_ARTIFACT,
-            f"cannot collect {path[:200]!r}: not a plain relative path beneath the job's directory",
+            f"cannot collect {path[:200]!r}: not a plain relative path, or a name that cannot be sent",
         )
+
+
+def _can_be_sent(path: str) -> bool:
+    # Undecodable bytes are surrogates here and not printable either. How to escape a quote in the head of a
+    # part is agreed; with a backslash some escape, and for others it separates directories.
+    return (
+        path.isprintable()
+        and "\\" not in path
+        and len(path.encode()) <= MAX_PATH
+        and all(len(part.encode()) <= MAX_NAME for part in path.split("/"))
+    )
 
 
 def open_beneath(base: int, path: str, stack: ExitStack) -> int:
@@ -208,8 +222,7 @@ def walk(base: int, room: Iterator[object], prefix: str = "") -> Iterator[str]:
         entries = sorted(_within(scan, room), key=lambda entry: entry.name)
     for entry in entries:
         path = prefix + entry.name
-        if not entry.name.isprintable() or len(path) > MAX_NAME:
-            # Undecodable bytes are surrogates here and not printable either.
+        if not _can_be_sent(path):
             raise JobError(
                 ErrorCode.E_ARTIFACT, f"cannot collect {ascii(path)[:200]}: a name that cannot be sent"
             )

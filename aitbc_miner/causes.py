@@ -22,7 +22,8 @@ class Evidence(Struct, frozen=True):
     """What is known once nothing of the job runs any more. Bytes and seconds; None or empty: nobody counted.
 
     memory_events, pids_events: the files of the job's cgroup. file_at_limit: a file of the job that has
-    `file_max` bytes. disk_free_bytes, disk_free_files: what the job's user could still have written.
+    `file_max` bytes. excess: what it had too much of on disk. disk_free_bytes, disk_free_files: what the
+    job's user could still have written.
     """
 
     exit: ExitStatus
@@ -37,6 +38,7 @@ class Evidence(Struct, frozen=True):
     pids_max: int | None = None
     file_max: int | None = None
     file_at_limit: str | None = None
+    excess: str = ""
     disk_free_bytes: int | None = None
     disk_free_files: int | None = None
 
@@ -63,6 +65,8 @@ def _ended_by_us(why: str, evidence: Evidence) -> Verdict:
             return Verdict(ErrorCode.E_TIMEOUT, f"the job was ended after {after}: its time{limit} was over")
         case "disk":
             return Verdict(ErrorCode.E_DISK, "the job was ended: the disk of the workspace is full")
+        case "output":
+            return Verdict(ErrorCode.E_OUTPUT, f"the job was ended: {evidence.excess}")
         case "sandbox":
             said = f": {evidence.last_line}" if evidence.last_line else ""
             return Verdict(ErrorCode.E_SANDBOX, f"the job was not started: there was no sandbox for it{said}")

@@ -182,10 +182,15 @@ class CliRunner(Struct, frozen=True):
 
 
 class PythonRunner(Struct, frozen=True):
-    """Jobs that are Python tasks."""
+    """Jobs that are Python tasks.
+
+    `venv` is the virtual environment they run in (null: the miner's own), `preload` what a waiting process of
+    each slot imports ahead of them.
+    """
 
     enable: bool = True
     task_paths: tuple[Path, ...] = (Path("/usr/local/lib/aitbc/miner/tasks"),)
+    venv: Path | None = None
     preload: tuple[ModuleName, ...] = ()
 
 
@@ -197,7 +202,7 @@ class Runners(Struct, frozen=True):
 
 
 class Workspace(Struct, frozen=True):
-    """The directories of the jobs, how long they stay, and how much a job may deliver."""
+    """The directories of the jobs, how long they stay, and how much a job may write and deliver."""
 
     root: Path = Path("/var/lib/aitbc/miner/jobs")
     keep_success: Duration = 86_400.0
@@ -207,6 +212,8 @@ class Workspace(Struct, frozen=True):
     max_log_mb: Positive = 64
     max_artifacts_mb: Positive = 10_240
     max_artifacts: Positive = 1000
+    max_job_mb: Positive | None = 20_480
+    max_job_files: Positive | None = 200_000
 
 
 class Queue(Struct, frozen=True):

@@ -117,11 +117,11 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ErrorCode.E_OUTPUT: CodeInfo(
         Retry.FINAL,
         "the job wrote more than it was allowed to",
-        "raise max_output_mb of the allowlist entry if such output is wanted",
+        "raise max_output_mb of the allowlist entry, or what the message names, if such output is wanted",
     ),
     ErrorCode.E_ARTIFACT: CodeInfo(
         Retry.FINAL,
-        "a declared artifact is missing, too large, or not a plain file of the job's own",
+        "what is to be delivered is missing, too large, not a plain file of the job's own, or still in use",
         "nothing on this node; see logs/exec.log of the job for why it did not write it",
     ),
     ErrorCode.E_EXIT: CodeInfo(

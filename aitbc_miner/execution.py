@@ -7,12 +7,13 @@ time, is cancelled, or the supervisor goes away, which changes nothing for the j
 import os
 import select
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from math import inf
 
 from msgspec import Struct
 
 from aitbc_miner.channel import Channel, ChannelError
+from aitbc_miner.diskuse import DiskUse
 from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.messages import END_SIGNALS, CancelJob, JobProgress, Retune, Stop, ToWorker
@@ -39,11 +40,15 @@ class Delays(Struct, frozen=True):
 
 
 class Ending(Struct, frozen=True):
-    """How it went: the exit, why we ended it if we did, whether anything survived, and what it reported."""
+    """How it went: the exit, why we ended it if we did, whether anything survived, and what it reported.
+
+    `excess` says what it had too much of on disk, where that is why.
+    """
 
     exit: ExitStatus
     clean: bool
     reports: list[Report]
+    excess: str = ""
 
 
 class Supervision:
@@ -95,12 +100,16 @@ class Supervision:
                 self.retune(message)
         return messages
 
-    def wait(self, timeout_s: float | None = None) -> list[ToWorker]:
-        """Wait for messages, or for a signal, while no program runs; [] when the time is over."""
+    def wait(self, timeout_s: float | None = None, also: Iterable[int] = ()) -> list[ToWorker]:
+        """Wait for messages, or for a signal, while no program runs; [] when the time is over.
+
+        Or when one of the descriptors `also` can be read.
+        """
         poller = select.poll()
         if self.connected:
             poller.register(self.fileno(), self.events)
-        poller.register(self.woken, select.POLLIN)
+        for fd in (self.woken, *also):
+            poller.register(fd, select.POLLIN)
         ready = dict(poller.poll(None if timeout_s is None else timeout_s * 1000))
         if self.woken in ready:
             os.read(self.woken, READ_AT_ONCE)
@@ -152,6 +161,7 @@ class Execution:
         *,
         deadline: float | None,
         delays: Delays,
+        disk: DiskUse | None = None,
     ) -> None:
         self._job = job
         self._job_id = job_id
@@ -159,6 +169,8 @@ class Execution:
         self._log = log
         self._deadline = deadline
         self._delays = delays
+        self._disk = disk
+        self._excess = ""
         self._killed_for: str | None = None
         self._kill_at: float | None = None
         self._unkillable = False
@@ -187,9 +199,8 @@ class Execution:
         self._drain()
         self._reports += self._reader.finish()
         ended = ended or ExitStatus()
-        return Ending(
-            ExitStatus(ended.status, ended.signal, self._killed_for or ended.killed_for), clean, self._reports
-        )
+        how = ExitStatus(ended.status, ended.signal, self._killed_for or ended.killed_for)
+        return Ending(how, clean, self._reports, self._excess)
 
     def _turn(self, timeout_s: float) -> bool:
         if self._supervision.fileno() in self._sources:
@@ -211,7 +222,8 @@ class Execution:
     def _time_left(self) -> float:
         now = clock.now()
         # Now and then in any case, to reap what the job left to its subreaper, which is us.
-        return min(now + REAP_EVERY_S, self._deadline or inf, self._kill_at or inf) - now
+        look_at = self._disk.due if self._disk else inf
+        return min(now + REAP_EVERY_S, self._deadline or inf, self._kill_at or inf, look_at) - now
 
     def _enforce(self) -> None:
         now = clock.now()
@@ -224,6 +236,10 @@ class Execution:
                 self._end(why)
             elif self._log.disk_full:
                 self._end("disk")
+            elif self._disk and now >= self._disk.due and (excess := self._disk.look()):
+                self._excess = excess
+                # At once: in the time that it would have to end by itself it could write on.
+                self._end("output", grace=0.0)
         elif self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
             # What hangs in the kernel may hang there for ever: the job ends without it.
@@ -239,11 +255,11 @@ class Execution:
             patience = self._delays.notice if told else 0.0
             self._killed_for = self._supervision.why_end_within(patience, self._job_id)
 
-    def _end(self, why: str) -> None:
+    def _end(self, why: str, grace: float | None = None) -> None:
         self._killed_for = why
-        # A deadline in the past would keep the wait from waiting.
-        self._deadline = None
-        self._kill_at = clock.now() + self._delays.term_grace
+        # What is due in the past would keep the wait from waiting.
+        self._deadline = self._disk = None
+        self._kill_at = clock.now() + (self._delays.term_grace if grace is None else grace)
         self._job.terminate()
 
     def _pump(self, pipe: int) -> bool:

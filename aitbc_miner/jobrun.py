@@ -12,6 +12,7 @@ from aitbc_miner import reserve, workspace
 from aitbc_miner.artifacts import Caps, Collector, log_artifact
 from aitbc_miner.causes import Evidence, cause_of
 from aitbc_miner.cgroup import Group
+from aitbc_miner.diskuse import DiskUse
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.execution import Ending, Execution, Supervision
 from aitbc_miner.joblog import LOG_NAME, JobLog
@@ -23,10 +24,11 @@ from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, last_line, sh
 from aitbc_miner.sandbox import HOME
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import Job
-from aitbc_miner.starting import Surroundings, limits_for, start
+from aitbc_miner.starting import Started, Surroundings, limits_for, start
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
+from aitbc_miner.warming import Warm
 
 MIB = 1 << 20
 # Seconds between attempts to write an outcome that the disk does not take.
@@ -42,8 +44,11 @@ class JobRun:
         around: Surroundings,
         runners: Callable[[], dict[str, Runner]],
         supervision: Supervision,
+        take_warm: Callable[[Launch, Surroundings], Warm | None] = lambda *_: None,
     ) -> None:
         self._job = job
+        self._take_warm = take_warm
+        self._warm: Warm | None = None
         self._around = around
         self._runners = runners
         self._supervision = supervision
@@ -67,8 +72,13 @@ class JobRun:
             OSError: the outcome cannot be written, and the miner stops at once or the directory is gone.
         """
         with self._recording_failure():
-            manifest, runner, launch = self._prepare()
-            self._execute(manifest, launch)
+            try:
+                manifest, runner, launch = self._prepare()
+                self._execute(manifest, launch)
+            finally:
+                # Unless it has run the job.
+                if self._warm is not None:
+                    self._warm.end()
             self._judge(manifest, runner, launch)
             self._collect(manifest, launch)
         return self._finish()
@@ -136,8 +146,10 @@ class JobRun:
             # As the job sees them.
             paths = JobPaths(HOME if self._around.sandbox else self._job.path)
             launch = runner.plan(manifest, paths, self._around.spec, self._around.gpu_env)
-            workspace.prepare(self._job, self._around.runs_as, self._around.service)
-            if self._around.group is not None:
+            self._warm = self._take_warm(launch, self._around)
+            ahead = self._around.spec.name if self._warm else None
+            workspace.prepare(self._job, self._around.runs_as, self._around.service, ahead)
+            if self._around.group is not None and self._warm is None:
                 self._around.group.renew_job()
         return manifest, runner, launch
 
@@ -150,7 +162,8 @@ class JobRun:
             cap = self._around.config.workspace.max_log_mb * MIB
             log = JobLog(logs, cap, service.gid if service else None)
             try:
-                started = start(launch, self._job.path, self._around, stack)
+                disk = stack.enter_context(self._disk_use())
+                started = self._start(launch, stack)
                 with self._leaving_nothing(started.job):
                     pid = started.job.pid
                     self._supervision.send(JobStep(self._job.job_id, State.RUNNING, pid, deadline))
@@ -161,11 +174,23 @@ class JobRun:
                         log,
                         deadline=deadline,
                         delays=self._around.delays,
+                        disk=disk,
                     )
                     self._ending = execution.run(started.log, started.reports)
                     self._usage = started.job.usage()
             finally:
                 self._log = log.close()
+
+    def _start(self, launch: Launch, stack: ExitStack) -> Started:
+        warm, self._warm = self._warm, None
+        if warm is not None:
+            return warm.give(launch, stack)
+        return start(launch, self._job.path, self._around, stack)
+
+    def _disk_use(self) -> DiskUse:
+        kept = self._around.config.workspace
+        most_bytes = None if kept.max_job_mb is None else kept.max_job_mb * MIB
+        return DiskUse(self._job.fd, workspace.OF_JOB, most_bytes, kept.max_job_files)
 
     @contextmanager
     def _leaving_nothing(self, job: Job) -> Iterator[None]:
@@ -225,12 +250,16 @@ class JobRun:
             pids_events=group.events("pids.events") if group else {},
             pids_max=_limit_in_force(group, "pids.max"),
             file_max=file_max,
+            excess=self._ending.excess,
             file_at_limit=workspace.file_of_size(self._job.fd, suspect) if suspect else None,
             disk_free_bytes=free_bytes,
             disk_free_files=free_files,
         )
 
     def _collect(self, manifest: Manifest, launch: Launch) -> None:
+        if not self.clean:
+            # What is alive could change a file while it is read, and after.
+            raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect the output: {self._remains}")
         with self._step("collect", State.COLLECTING):
             own = self._around.config.workspace
             caps = Caps(own.max_artifacts, own.max_artifacts_mb * MIB, launch.max_output_bytes)

@@ -15,19 +15,26 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 from aitbc_miner.privileges import Identity
-from aitbc_miner.records import JobDir
+from aitbc_miner.records import PASSABLE, JobDir
 from aitbc_miner.util import fs
 
 OF_JOB = ("work", "output", "tmp")
+NEXT = ".next"
+"""Where, in `workspace.root`, those of a job are until there is one (`make_ahead`). No job has such an id."""
 # How much is looked at in search of a file: how much there is, and how deep, is the job's to decide.
 MAX_LOOKED_AT = 20_000
 MAX_DEPTH = 32
 
 
-def prepare(job: JobDir, runs_as: Identity | None, service: Identity | None) -> None:
+def prepare(
+    job: JobDir, runs_as: Identity | None, service: Identity | None, ahead: str | None = None
+) -> None:
     """Make the directories anew and put the inputs into work/.
+
+    Those that `make_ahead` has made for the slot `ahead` are taken, where it is named.
 
     Raises:
         OSError: the disk is full, or something in the job's directory is not what it should be.
@@ -36,14 +43,54 @@ def prepare(job: JobDir, runs_as: Identity | None, service: Identity | None) -> 
         # Of an earlier attempt that came no further than this.
         if fs.exists(job.fd, name):
             fs.remove_tree(job.fd, name)
-    for name in OF_JOB:
-        _make(job.fd, name, 0o700, runs_as)
+    if ahead is None:
+        for name in OF_JOB:
+            _make(job.fd, name, 0o700, runs_as)
+    else:
+        _take(job, ahead)
     _make(job.fd, "artifacts", 0o750, service)
     if not fs.exists(job.fd, "logs"):
         _make(job.fd, "logs", 0o750, None if service is None else _shown_to(service))
     with fs.directory("input", at=job.fd) as source, fs.directory("work", at=job.fd) as target:
         for name in sorted(os.listdir(source)):  # noqa: PTH208  # a descriptor
             _hand_over(source, name, target, runs_as, service)
+
+
+def make_ahead(root: Path, slot: str, runs_as: Identity | None) -> Path:
+    """Make the directories of the slot's next job, whichever that is; gives where they are.
+
+    Raises:
+        OSError: the disk is full, or something there is not what it should be.
+    """
+    with fs.directory(root) as at:
+        if not fs.exists(at, NEXT):
+            with suppress(FileExistsError):  # of another slot's worker, at the same moment
+                _make(at, NEXT, PASSABLE, None)
+        with fs.directory(NEXT, at=at) as below:
+            if fs.exists(below, slot):
+                fs.remove_tree(below, slot)
+            _make(below, slot, PASSABLE, None)
+            with fs.directory(slot, at=below) as place:
+                for name in OF_JOB:
+                    _make(place, name, 0o700, runs_as)
+    return root / NEXT / slot
+
+
+def remove_ahead(root: Path, slot: str) -> None:
+    """Remove what `make_ahead` has made, if it can be; the next one will try again."""
+    with suppress(OSError), fs.directory(root) as at, fs.directory(NEXT, at=at) as below:
+        fs.remove_tree(below, slot)
+
+
+def _take(job: JobDir, slot: str) -> None:
+    # What has them open or mounted goes on having them.
+    with (
+        fs.directory(job.path.parent) as at,
+        fs.directory(NEXT, at=at) as below,
+        fs.directory(slot, at=below) as place,
+    ):
+        for name in OF_JOB:
+            os.rename(name, name, src_dir_fd=place, dst_dir_fd=job.fd)
 
 
 def _shown_to(service: Identity) -> Identity:

@@ -6,6 +6,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -250,9 +251,11 @@ def test_a_job_that_replaced_its_own_directories_is_refused(job: Path, place: st
             ".",
             "..",
             "a\0b",
-            "x" * 1025,
+            "x" * 256,
+            "é" * 128,
+            "/".join(["x" * 200] * 6),
         ),
-        *("a\nb", "a\r\nContent-Type: x", "\ud800", "\udcff", "a\x1b[2J"),
+        *("a\nb", "a\r\nContent-Type: x", "\ud800", "\udcff", "a\x1b[2J", "..\\..\\x", "a\u202etxt"),
     ],
 )
 def test_a_declared_path_that_leads_out_or_cannot_be_sent_is_refused(job: Path, path: str) -> None:
@@ -263,14 +266,14 @@ def test_a_declared_path_that_leads_out_or_cannot_be_sent_is_refused(job: Path, 
     assert refused(job, path).code is ErrorCode.E_ARTIFACT
 
 
-@pytest.mark.parametrize("path", ["missing", "sub/missing", "output/missing", "x" * 300])
+@pytest.mark.parametrize("path", ["missing", "sub/missing", "output/missing", "x" * 200])
 def test_a_declared_file_that_is_missing_is_named(job: Path, path: str) -> None:
     error = refused(job, path)
     assert error.code is ErrorCode.E_ARTIFACT
     assert path in error.message
 
 
-@pytest.mark.parametrize("name", [b"a\nb", b"\xff\xfe", b"a\x1b[2J", b"a\rb", "a\u202eb".encode()])
+@pytest.mark.parametrize("name", [b"a\nb", b"\xff\xfe", b"a\x1b[2J", b"a\rb", "a\u202eb".encode(), b"a\\b"])
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_a_name_that_cannot_be_sent_is_refused_in_words_that_can(job: Path, name: bytes, kind: str) -> None:
     path = job / "output" / os.fsdecode(name)
@@ -347,6 +350,36 @@ def test_more_bytes_in_all_than_allowed_are_refused(job: Path, caps: Caps) -> No
     (job / "output/a").write_bytes(b"x" * 5)
     (job / "output/b").write_bytes(b"x" * 5)
     assert refused(job, caps=caps).code is ErrorCode.E_OUTPUT
+
+
+def test_a_directory_of_very_many_names_is_left_early(job: Path) -> None:
+    many = job / "output/many"
+    many.mkdir()
+    for number in range(20_000):
+        os.close(os.open(many / f"{number:0200}", os.O_CREAT))
+    tracemalloc.start()
+    error = refused(job, caps=Caps(files=20, bytes=100))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (error.code, "too many files" in error.message) == (ErrorCode.E_OUTPUT, True)
+    assert peak < 1 << 20
+
+
+def test_a_sparse_file_is_hashed_and_sent_as_what_it_seems(job: Path) -> None:
+    with (job / "output/holes").open("wb") as file:
+        file.truncate(CAPS.bytes)
+    taken = collect(job)["holes"]
+    assert (taken.bytes, taken.sha256) == (CAPS.bytes, hashlib.sha256(bytes(CAPS.bytes)).hexdigest())
+
+
+def test_names_that_some_take_for_one_stay_apart(job: Path) -> None:
+    # Of another case; of other characters that look, or are in some normal form, like dots and slashes.
+    names = ["A", "a", "e\u0301", "é", "\uff0e\uff0e", "\uff0e\uff0e\u2215etc", "\u2025", "...", "c%22", 'c"']
+    for name in names:
+        (job / "output" / name).write_text(name)
+    assert {path: (job / each.file).read_text() for path, each in collect(job).items()} == {
+        name: name for name in names
+    }
 
 
 def test_a_sparse_file_counts_by_its_length_and_is_not_read(job: Path) -> None:

@@ -1,7 +1,9 @@
 import contextlib
+import gzip
 import socket
 import ssl
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -14,7 +16,7 @@ import responses
 from requests_toolbelt import MultipartEncoder
 
 from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
-from aitbc_miner.coordinator.http import HttpClient, Reply, check, clean, decode, retry_after
+from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, Reply, check, clean, decode, retry_after
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util.clock import now
 
@@ -373,6 +375,19 @@ def test_a_compressed_reply_is_not_unpacked(peer: Start) -> None:
     reply = OK.replace(b"\r\n\r\n", b"\r\nContent-Encoding: gzip\r\n\r\n")
     with client(peer(answering(reply)).url) as http:
         assert http.call("POST", "/x", {}, doing="x").body == b"{}"
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "gzip, gzip"])
+def test_a_reply_that_would_unpack_to_much_more_does_not(peer: Start, coding: str) -> None:
+    bomb = gzip.compress(bytes(64 << 20), 1)
+    head = f"HTTP/1.1 200 OK\r\nContent-Encoding: {coding}\r\nContent-Length: {len(bomb)}\r\n\r\n"
+    with client(peer(answering(head.encode() + bomb)).url) as http:
+        tracemalloc.start()
+        reply = http.call("POST", "/x", {}, doing="x")
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert (reply.complete, reply.body) == (False, bomb[:MAX_REPLY])
+    assert peak < 8 << 20
 
 
 def test_an_upload_may_last_longer_than_the_timeout(peer: Start) -> None:

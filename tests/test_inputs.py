@@ -1,4 +1,5 @@
 import errno
+import gzip
 import hashlib
 import ipaddress
 import os
@@ -505,6 +506,28 @@ def test_chunks(server: Server, tmp_path: Path) -> None:
 
     assert fetched(server, tmp_path, page) == DATA
     assert len(server.requests) == 2
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_what_is_packed_is_taken_as_it_comes(server: Server, tmp_path: Path, length: bool) -> None:
+    bomb = gzip.compress(bytes(50 << 20))
+
+    def page(h: Handler) -> None:
+        h.send_response(200)
+        h.send_header("Content-Encoding", "gzip")
+        if length:
+            h.send_header("Content-Length", str(len(bomb)))
+        h.end_headers()
+        h.wfile.write(bomb)
+
+    server.pages["/x"] = page
+    fetch(tmp_path, f"{server.base}/x")
+    assert (tmp_path / "x").read_bytes() == bomb
+    assert server.requests[0][1]["Accept-Encoding"] == "identity"
+    # And it is its own bytes that are bounded.
+    low = InputLimits(max_bytes_each=len(bomb) - 1, max_bytes_total=1 << 30, timeout_s=20, stall_s=5)
+    (tmp_path / "x").unlink()
+    assert failure(tmp_path, f"{server.base}/x", limits=low).endswith(f"larger than {len(bomb) - 1} bytes")
 
 
 # Redirects
