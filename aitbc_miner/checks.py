@@ -17,14 +17,17 @@ from aitbc_miner.credentials import CredentialError, read_credential
 from aitbc_miner.gpu import GpuList
 from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
 from aitbc_miner.probe import NEEDED_CONTROLLERS, SlotCapability
+from aitbc_miner.runners.catalogue import Task, list_tasks
+from aitbc_miner.runners.interpreter import InterpreterError, cannot_import, find_interpreter
 from aitbc_miner.sampling import inventory
 from aitbc_miner.slots import Layout
 from aitbc_miner.slotspec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
 from aitbc_miner.topology import MachineFacts, read_machine
-from aitbc_miner.util.trust import distrust
+from aitbc_miner.util.trust import distrust_tree
 from aitbc_miner.util.units import format_cpus
 from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
 from aitbc_miner.util.yamltext import line_of
+from aitbc_miner.warming import NO_PRELOAD
 
 
 def machine_facts(gpus: GpuList) -> MachineFacts:
@@ -69,6 +72,7 @@ class Checker:
         self.warnings: list[str] = []
         self.slots: list[SlotSpec] = []
         self.commands: list[str] = []
+        self.tasks: list[Task] = []
 
     def check(self) -> None:
         """Check everything, however much of it is wrong."""
@@ -128,7 +132,10 @@ class Checker:
             else:
                 self._fault("cgroup.mode", str(error))
         try:
-            self.warnings += find_sandbox(self._config, None)[1]
+            sandboxed, missing = find_sandbox(self._config, None)
+            self.warnings += missing
+            if self._config.runners.python.preload and not sandboxed:
+                self.warnings.append(f"runners.python.preload has no effect: {NO_PRELOAD}")
         except ConfinementError as error:
             self._fault("sandbox.mode", str(error))
 
@@ -145,21 +152,40 @@ class Checker:
         if runners.python.enable:
             for directory in runners.python.task_paths:
                 self._check_task_path(directory)
+            self._check_tasks()
         if not (runners.cli.enable or runners.python.enable):
             self.warnings.append("no runner is enabled: this node can take no job")
 
     def _check_task_path(self, directory: Path) -> None:
         key = "runners.python.task_paths"
         try:
-            for path in [directory, *sorted(directory.glob("*.py"))]:
-                if problem := distrust(path):
-                    self._fault(key, f"cannot trust {path}: {problem}; mend that with chown or chmod")
-            if not directory.is_dir():
+            if directory.exists() and not directory.is_dir():
                 self._fault(key, f"{directory} is no directory; name one that holds tasks")
+            elif problem := distrust_tree(directory):
+                self._fault(key, f"cannot trust {directory}: {problem}; mend that with chown or chmod")
         except FileNotFoundError:
             self.warnings.append(f"{key}: {directory} is not there; it offers no tasks")
         except OSError as error:
             self._fault(key, f"cannot look at {directory}: {error.strerror}")
+
+    def _check_tasks(self) -> None:
+        """Have the tasks' own Python look at them, and at what it is to preload."""
+        python = self._config.runners.python
+        user = resolve("auto", self._config.privileges.service_user, []).service
+        try:
+            interpreter = find_interpreter(python.venv, user)
+        except InterpreterError as error:
+            self._fault("runners.python.venv", str(error))
+            return
+        self.tasks = list_tasks(python, user, interpreter)
+        broken = [task for task in self.tasks if task.info.error]
+        self.warnings += [f"task {task.info.name} ({task.file}): {task.info.error}" for task in broken]
+        key = "runners.python.preload"
+        try:
+            failed = cannot_import(interpreter, python.preload, user)
+        except InterpreterError as error:
+            failed = {", ".join(python.preload): str(error)}
+        self.warnings += [f"{key}: cannot import {name}: {why}" for name, why in failed.items()]
 
     def _check_credential(self, service: Identity | None) -> None:
         source = self._config.coordinator.auth_token

@@ -45,6 +45,7 @@ from aitbc_miner.messages import (
 from aitbc_miner.pages import serving
 from aitbc_miner.probe import SlotCapability, capabilities, probe_machine
 from aitbc_miner.registration import Registration, RegistrationError, connector
+from aitbc_miner.runners.catalogue import TaskWatch
 from aitbc_miner.sampling import GpuWatch, Sampler, Use, inventory
 from aitbc_miner.slot import SlotState
 from aitbc_miner.telemetry import Metrics, Snapshot, Upkeep
@@ -81,9 +82,10 @@ class HeartbeatProcess:
         registration: Registration,
         metrics: Metrics,
         gpus: GpuWatch,
+        tasks: TaskWatch,
         timing: Timing,
     ) -> None:
-        self._channel, self._line, self._config = channel, line, config
+        self._channel, self._line, self._config, self._tasks = channel, line, config, tasks
         self._registration, self._metrics, self._gpus, self._timing = registration, metrics, gpus, timing
         self._started = clock.now()
         rng = random.Random()  # noqa: S311  # spreads load, protects nothing
@@ -121,7 +123,13 @@ class HeartbeatProcess:
         poller = select.poll()
         for fileno, end in ends.items():
             poller.register(fileno, select.POLLIN | (select.POLLOUT if end.has_unsent else 0))
+        poller.register(self._tasks.fileno(), select.POLLIN)
         for fileno, events_ready in poller.poll(math.ceil(max(0.0, timeout_s) * 1000)):
+            if fileno == self._tasks.fileno():
+                self._tasks.seen()
+                self._registration.told = None
+                self._hurry_if_stale()
+                continue
             if events_ready & select.POLLOUT:
                 ends[fileno].flush()
             if events_ready & ~select.POLLOUT:
@@ -132,8 +140,7 @@ class HeartbeatProcess:
         match message:
             case Slots(slots=slots, queued=queued, accepting=accepting):
                 self._show(slots=tuple(slots), queued=len(queued), accepting=accepting)
-                if self._registration.token and self._stale():
-                    self._schedule.hurry(clock.now() + self._timing.settle)
+                self._hurry_if_stale()
             case JobDone():
                 self._metrics.count_job(message.code, message.timings)
             case Counted():
@@ -144,6 +151,10 @@ class HeartbeatProcess:
                 self._give_token(message.refused)
             case Stop():
                 self._stopping = True
+
+    def _hurry_if_stale(self) -> None:
+        if self._registration.token and self._stale():
+            self._schedule.hurry(clock.now() + self._timing.settle)
 
     def _give_token(self, refused: str | None) -> None:
         token = self._registration.token
@@ -180,7 +191,7 @@ class HeartbeatProcess:
         return bool(slots) and all(view.state not in UNSETTLED for view in slots)
 
     def _may_register(self) -> bool:
-        return self._registration.at > -math.inf or self._settled()
+        return self._registration.at > -math.inf or (self._settled() and self._tasks.told is not None)
 
     def _stale(self) -> bool:
         """Whether the coordinator was told of other slots or GPUs than there are now."""
@@ -236,6 +247,7 @@ class HeartbeatProcess:
             self._gpus.found,
             slots,
             sorted({runner for slot in slots for runner in slot.runners}),
+            tasks=self._tasks.told or (),
         )
         token = self._registration.register(payload, slots)
         log.info("registered", slots=len(slots))
@@ -350,7 +362,8 @@ def run_heartbeat(
     )
     registration = Registration(connector(config, environ, mask, early), mask, metrics)
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
-    process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, timing)
+    tasks = TaskWatch(config.runners.python)
+    process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, tasks, timing)
     upkeep = Upkeep(metrics, timing.sample, config.telemetry.textfile, config.heartbeat.interval_s)
     try:
         with upkeep, serving(config.telemetry.listen, metrics):

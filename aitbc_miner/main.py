@@ -14,7 +14,9 @@ from aitbc_miner.config import Config, Workspace, derive_node_id, load_config
 from aitbc_miner.doctor import diagnose
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from aitbc_miner.gpu import GpuList, GpuReader
+from aitbc_miner.privileges import resolve
 from aitbc_miner.probe import capabilities, probe_machine, render_page
+from aitbc_miner.runners.catalogue import Task, list_tasks, params_of, told
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out, read_slots, to_yaml
 from aitbc_miner.util.yamldoc import Fault
 
@@ -34,6 +36,8 @@ def main() -> int:
             return check(arguments.config)
         case "slots":
             return slots(suggest=arguments.suggest, path=arguments.config)
+        case "tasks":
+            return tasks(arguments.config, as_json=arguments.json)
     return doctor(arguments.config)
 
 
@@ -49,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("check", help="check the configuration and all that it names; changes nothing")
     slots_ = verbs.add_parser("slots", help="print the slots as YAML")
     slots_.add_argument("--suggest", action="store_true", help="a layout derived from the machine")
+    tasks_ = verbs.add_parser("tasks", help="list the Python tasks and their parameters")
+    tasks_.add_argument("--json", action="store_true", help="with the parameters as JSON schemas")
     verbs.add_parser("doctor", help="show what is missing on this machine, and how to mend it")
     for name, verb in verbs.choices.items():
         default = None if name == "probe" else CONFIG
@@ -89,7 +95,8 @@ def probe(path: Path | None, *, as_json: bool) -> int:
     machine = probe_machine((config.workspace if config else Workspace()).root)
     if as_json:
         node_id = config.node_id if config else derive_node_id()
-        payload = capabilities(node_id, machine, gpus, told_of(specs or derive_slots(facts), facts), runners)
+        slots_ = told_of(specs or derive_slots(facts), facts)
+        payload = capabilities(node_id, machine, gpus, slots_, runners, tasks=told(_tasks(config)))
         print(msgspec.json.format(msgspec.json.encode(payload), indent=2).decode())
     else:
         print(render_page(machine, gpus, runners))
@@ -111,6 +118,9 @@ def check(path: Path) -> int:
     print(f"ok: node {config.node_id}, coordinator {config.coordinator.base_url}")
     _say("ok:", f"{len(checker.slots)} slots: {_names(checker.slots)}")
     _say("ok:", f"{len(checker.commands)} commands allowed: {', '.join(checker.commands) or 'none'}")
+    _say(
+        "ok:", f"{len(checker.tasks)} tasks: {', '.join(task.info.name for task in checker.tasks) or 'none'}"
+    )
     return EXIT_OK
 
 
@@ -125,6 +135,23 @@ def slots(path: Path, *, suggest: bool) -> int:
             return _refuse(faults)
     print(to_yaml(specs or derive_slots(facts)), end="")
     return EXIT_OK
+
+
+def tasks(path: Path, *, as_json: bool) -> int:
+    """List the Python tasks and what they take; what is wrong with one stands beside it."""
+    config, faults, _ = load_config(path, os.environ)
+    if config is None:
+        return _refuse(faults)
+    found = _tasks(config)
+    if as_json:
+        shown = [{**msgspec.to_builtins(task.info), "file": str(task.file)} for task in found]
+        print(msgspec.json.format(msgspec.json.encode(shown), indent=2).decode())
+    else:
+        for task in found:
+            _say(task.info.name, task.info.error or task.info.description or str(task.file))
+            for name, kind in params_of(task.info):
+                print(f"    {name:16} {kind}")
+    return EXIT_FAILURE if any(task.info.error for task in found) else EXIT_OK
 
 
 def doctor(path: Path) -> int:
@@ -153,6 +180,13 @@ def _runners(config: Config | None) -> list[str]:
         return ["cli", "python"]
     runners = {"cli": config.runners.cli.enable, "python": config.runners.python.enable}
     return [name for name, enabled in runners.items() if enabled]
+
+
+def _tasks(config: Config | None) -> list[Task]:
+    if config is None or not config.runners.python.enable:
+        return []
+    # Read as the coordinator's are: by no root.
+    return list_tasks(config.runners.python, resolve("auto", config.privileges.service_user, []).service)
 
 
 def _names(specs: list[SlotSpec]) -> str:

@@ -42,6 +42,7 @@ from aitbc_miner.orphans import WorkerBook
 from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
 from aitbc_miner.queue_shared import open_shared
 from aitbc_miner.records import PASSABLE
+from aitbc_miner.runners.interpreter import find_interpreter
 from aitbc_miner.runnerset import RunnerSet
 from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slots import Layout, SlotPlan, make_offer
@@ -111,6 +112,9 @@ class Node:
         # Tried as a user who is not root, as jobs are; the slots' own may be known only when the GPUs are.
         probe = next(iter(self._identities.jobs.values()), self._identities.service)
         self._sandboxed, unsafe = find_sandbox(config, probe)
+        service, python = self._identities.service, config.runners.python
+        # Looked for where there is one of its own to go wrong: a node without it must not start, and say why.
+        self._interpreter = find_interpreter(python.venv if python.enable else None, service)
         if self._cgroups.parent not in {None, self._cgroups.home}:
             Group(self._cgroups.parent).create()
         self.notices = [*self._identities.missing, *self._cgroups.missing, *unsafe]
@@ -224,6 +228,7 @@ class Node:
             service=self._identities.service,
             gpu_env=gpu_env(gpu),
             sandboxed=self._sandboxed,
+            interpreter=self._interpreter,
             devices=gpu_devices(gpu),
         )
         if spec.gpu is not None and gpu is None:
@@ -289,7 +294,7 @@ def be_worker(settings: Settings, pipe: "Connection[Any, Any]") -> None:
         if source == "env":
             os.environ.pop(name, None)
     channel: Channel[ToWorker] = Channel(pipe, ToWorker)
-    Worker(settings, channel, RunnerSet(settings.config.runners)).run()
+    Worker(settings, channel, RunnerSet(settings.config.runners, settings.interpreter)).run()
 
 
 def adjust_slot(settings: Settings, pipe: "Connection[Any, Any]") -> None:

@@ -174,10 +174,12 @@ def capabilities(
     slots: Sequence[SlotCapability],
     runners: Sequence[str],
     tags: Iterable[str] = (),
+    tasks: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Return the capability payload, ready for JSON. A GPU that cannot be read is offered to nobody.
 
-    Everything else that is known stands under "machine", which other nodes' payloads do not have.
+    `tasks` are the Python tasks, with the JSON schemas of what they take (`catalogue.told`). Everything else
+    that is known stands under "machine", which other nodes' payloads do not have.
     """
     working = [gpu for gpu in gpus.gpus if not gpu.error]
     derived = [*(["debian"] if "debian" in machine.os_ids else []), *(["cuda"] if working else []), "cpu"]
@@ -187,24 +189,26 @@ def capabilities(
         "cpu": {"cores": machine.cores, "arch": machine.arch},
         "memory_mb": machine.memory_mb,
         "disk_free_mb": machine.disk_free_mb,
-        "gpu": [
-            {
-                "vendor": gpu.vendor,
-                "name": gpu.name,
-                "uuid": gpu.uuid,
-                "vram_mb": gpu.vram_mb,
-                "cuda": {"version": gpu.cuda, "driver": gpu.driver},
-            }
-            for gpu in working
-        ],
+        "gpu": [_told_of(gpu) for gpu in working],
         "runners": list(runners),
         "tags": list(dict.fromkeys([*derived, *tags])),
         "slots": [msgspec.to_builtins(slot) for slot in slots],
+        "tasks": list(tasks),
         "machine": {
             **msgspec.to_builtins(machine),
             "gpus": msgspec.to_builtins(gpus.gpus),
             "gpu_error": gpus.error,
         },
+    }
+
+
+def _told_of(gpu: GpuInfo) -> dict[str, Any]:
+    return {
+        "vendor": gpu.vendor,
+        "name": gpu.name,
+        "uuid": gpu.uuid,
+        "vram_mb": gpu.vram_mb,
+        "cuda": {"version": gpu.cuda, "driver": gpu.driver},
     }
 
 

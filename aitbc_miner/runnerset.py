@@ -6,6 +6,7 @@ from aitbc_miner.allowlist import Allowlist, load_allowlist
 from aitbc_miner.config import Runners
 from aitbc_miner.runners import Runner
 from aitbc_miner.runners.cli import CliRunner
+from aitbc_miner.runners.interpreter import Interpreter
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.util.log import events
 from aitbc_miner.util.yamldoc import Fault
@@ -16,8 +17,9 @@ Stamp = tuple[tuple[str, int, int], ...]
 class RunnerSet:
     """Gives the runners anew for each job. A changed allowlist is read again; a broken one is not used."""
 
-    def __init__(self, config: Runners) -> None:
+    def __init__(self, config: Runners, interpreter: Interpreter | None = None) -> None:
         self._config = config
+        self._interpreter = interpreter
         self._allowlist = Allowlist()
         self._stamp: Stamp | None = None
 
@@ -28,7 +30,8 @@ class RunnerSet:
             self._refresh()
             runners["cli"] = CliRunner(self._allowlist)
         if self._config.python.enable:
-            runners["python"] = PythonRunner(self._config.python.task_paths)
+            python = self._config.python
+            runners["python"] = PythonRunner(python.task_paths, self._interpreter, python.preload)
         return runners
 
     def _refresh(self) -> None:

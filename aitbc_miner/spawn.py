@@ -87,6 +87,10 @@ class Job:
             os.close(self.pidfd)
             self.pidfd = -1
 
+    def begin(self) -> None:
+        """Count its time from now on: so far it has waited for what to do."""
+        self._started = now()
+
     def poll(self) -> ExitStatus | None:
         """Return how the program ended, or None while it runs. Others of the job may still be alive.
 

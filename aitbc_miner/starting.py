@@ -82,8 +82,12 @@ class Started(Struct, frozen=True):
     reports: int | None
 
 
-def start(launch: Launch, directory: Path, around: Surroundings, stack: ExitStack) -> Started:
+def start(
+    launch: Launch, directory: Path, around: Surroundings, stack: ExitStack, stdin: int | None = None
+) -> Started:
     """Start a program in its slot; `stack` closes what was opened for it, and ends no process.
+
+    It reads `stdin`, or what the launch has for it.
 
     Raises:
         JobError: E_SANDBOX, it was not started.
@@ -93,7 +97,7 @@ def start(launch: Launch, directory: Path, around: Surroundings, stack: ExitStac
         # Only the job may hold the writing ends, or their end is never seen.
         log, log_end = _pipe(stack, ours)
         reports, reports_end = _pipe(stack, ours) if launch.reports else (None, None)
-        fds = {0: _stdin(launch.stdin, ours), 1: log_end, 2: log_end}
+        fds = {0: _stdin(launch.stdin, ours) if stdin is None else stdin, 1: log_end, 2: log_end}
         if reports_end is not None:
             fds[REPORT_FD] = reports_end
         enclosed = _enclose(launch, directory, around.sandbox, fds, stack)

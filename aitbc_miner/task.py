@@ -1,4 +1,4 @@
-"""What a Python task may use: report progress, find its directories, fail with a reason of its own.
+"""What a Python task may use: report progress, find its directories, fail with a reason, hear of its end.
 
 A task is a file `<name>.py` in one of the task paths with a function `run(...)`; see docs/tasks.md. Run by
 hand, the same functions work: progress goes to stderr, files go below the current directory.
@@ -9,14 +9,16 @@ is believed further than the job's own result.
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from msgspec import Struct
 
-__all__ = ["TaskError", "output_dir", "progress", "work_dir"]
+__all__ = ["TaskCancelled", "TaskError", "cancelled", "output_dir", "progress", "work_dir"]
 
 REPORT_VARIABLE = "AITBC_REPORT_FD"
 """Names the environment variable with the number of the descriptor that reports go to, as lines of JSON."""
@@ -52,6 +54,12 @@ class TaskFailure(Struct, frozen=True, tag="failure"):
 Report = Progress | TaskResult | TaskFailure
 
 
+class Preloaded(Struct, frozen=True, tag="preloaded"):
+    """A process that waits for its task has imported what it was to; `failed`: what it could not, and why."""
+
+    failed: dict[str, str] = {}
+
+
 class TaskError(Exception):
     """Raised by a task to fail with a code and a sentence of its own; the job's code is then E_TASK."""
 
@@ -59,6 +67,33 @@ class TaskError(Exception):
         super().__init__(f"{code}: {message}")
         self.code = code
         self.message = message
+
+
+class TaskCancelled(BaseException):  # says what happened, as KeyboardInterrupt does
+    """Raised in a task's main thread, wherever it is, when the job is to end: cancelled, or out of time.
+
+    No Exception, so that a task that goes on after errors does not go on after this one.
+    """
+
+
+# Set by the handler alone, and waited for by nobody, so that no thread can be in its lock then.
+_told_to_end = threading.Event()
+
+
+def cancelled() -> bool:
+    """Whether the job is to end: some seconds later it is killed. For threads, and for what cleans up."""
+    return _told_to_end.is_set()
+
+
+def hear_cancellation() -> None:
+    """Raise `TaskCancelled` at SIGTERM, once; for the process that runs the task."""
+
+    def end(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _told_to_end.set()
+        raise TaskCancelled
+
+    signal.signal(signal.SIGTERM, end)
 
 
 def progress(pct: float, note: str = "") -> None:
@@ -83,7 +118,7 @@ def output_dir() -> Path:
     return path
 
 
-def send(report: Report) -> None:
+def send(report: Report | Preloaded) -> None:
     """Write one report; for the process that runs the task.
 
     Raises:
@@ -107,7 +142,7 @@ class ReportReader:
         self._skipping = False
         self._progress = 0
         self._ended = False
-        self._decoder = msgspec.json.Decoder(Report)
+        self._decoder = msgspec.json.Decoder(Report | Preloaded)
 
     def feed(self, data: bytes) -> list[Report]:
         """Take the bytes that came and return the reports they complete."""
@@ -139,6 +174,9 @@ class ReportReader:
             report = self._decoder.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             self._note("something that is no report was left out")
+            return []
+        if isinstance(report, Preloaded):
+            # Of a process that got its task before it had said so: its log has it, too.
             return []
         if isinstance(report, Progress):
             self._progress += 1

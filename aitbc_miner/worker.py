@@ -25,6 +25,7 @@ from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import NEEDED_CONTROLLERS
 from aitbc_miner.records import JobDir, Records
 from aitbc_miner.runners import Runner
+from aitbc_miner.runners.interpreter import Interpreter
 from aitbc_miner.sandbox import Sandbox
 from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slotspec import SlotSpec
@@ -32,6 +33,7 @@ from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.starting import Surroundings, slot_sandbox
 from aitbc_miner.util.limits import plan_limits
 from aitbc_miner.util.log import events
+from aitbc_miner.warming import Warmer
 
 STARTABLE = frozenset({State.ACKED, State.RETRY_WAIT})
 
@@ -39,7 +41,8 @@ STARTABLE = frozenset({State.ACKED, State.RETRY_WAIT})
 class Settings(Struct, frozen=True):
     """What a worker needs to know.
 
-    group_parent: None where there is no cgroup2 to use. sandboxed: whether jobs are. devices: of the GPU.
+    group_parent: None where there is no cgroup2 to use. sandboxed: whether jobs are. interpreter: of Python
+    tasks; None: our own. devices: of the GPU.
     """
 
     config: Config
@@ -50,6 +53,7 @@ class Settings(Struct, frozen=True):
     service: Identity | None
     gpu_env: dict[str, str]
     sandboxed: bool = False
+    interpreter: Interpreter | None = None
     devices: tuple[Path, ...] = ()
     delays: Delays = Delays()
 
@@ -74,6 +78,7 @@ class Worker:
         self._runners = runners
         self._records = Records(settings.config.workspace.root)
         self._around: Surroundings | None = None
+        self._warmer = Warmer(runners, settings.spec.name)
         self._log = events("worker", slot=settings.spec.name)
 
     def run(self) -> None:
@@ -89,10 +94,19 @@ class Worker:
             return
         supervision.retune = self._retune
         supervision.send(WorkerReady(around.enforced))
+        try:
+            self._serve(around)
+        finally:
+            self._warmer.end()
+
+    def _serve(self, around: Surroundings) -> None:
+        supervision, warmer = self._supervision, self._warmer
         while supervision.connected and not supervision.stopping and not supervision.terminated:
-            for message in supervision.wait():
+            pause = warmer.tend(self._around or around)
+            for message in supervision.wait(pause, warmer.sources):
                 if isinstance(message, StartJob):
                     supervision.send(self._run_job(message.job_id, self._around or around))
+                    warmer.rest()
 
     def _set_up(self) -> Surroundings:
         settings = self._settings
@@ -161,7 +175,7 @@ class Worker:
         return ended
 
     def _run(self, job: JobDir, around: Surroundings) -> JobEnded:
-        run = JobRun(job, around, self._runners, self._supervision)
+        run = JobRun(job, around, self._runners, self._supervision, self._warmer.take)
         try:
             outcome, clean = run.run()
         except OSError as error:

@@ -180,7 +180,7 @@ def test_check_tells_all_faults_at_once_with_file_line_and_key(site: Site) -> No
         f"{site.allowlist}/bad.yaml:1: command.path:",
         f"{site.slots}/s.yaml:3: slots[1].gpu: this key is missing",
         f"{site.path}:{token}: coordinator.auth_token: cannot read the credential env:MINER_AUTH: it is emp",
-        f"runners.python.task_paths: cannot trust {site.tasks}/one.py",
+        f"runners.python.task_paths: cannot trust {site.tasks}: {site.tasks}/one.py",
     ):
         assert part in done.stderr
 

@@ -212,9 +212,13 @@ def test_version_1_only(tmp_path: Path) -> None:
 # ---- the capability payload --------------------------------------------------------------------------------
 
 
+TASKS = [{"name": "pi", "params": {}}]
+
+
 def test_payload_is_that_of_the_dialect() -> None:
     slot = SlotCapability("cpu0", "cpu", "0-3", 8192, {"memory": "cgroup", "cpu": "cgroup", "pids": "cgroup"})
-    payload = capabilities("node-1", machine(), GpuList([L4]), [slot], ["cli", "python"], ["eu", "cpu"])
+    kinds, tags = ["cli", "python"], ["eu", "cpu"]
+    payload = capabilities("node-1", machine(), GpuList([L4]), [slot], kinds, tags, TASKS)
     ours = payload.pop("machine")
     assert payload == {
         "node_id": "node-1",
@@ -242,6 +246,7 @@ def test_payload_is_that_of_the_dialect() -> None:
                 "enforced": {"memory": "cgroup", "cpu": "cgroup", "pids": "cgroup"},
             }
         ],
+        "tasks": [{"name": "pi", "params": {}}],
     }
     assert {"model", "threads", "numa", "os", "kernel", "tools", "cgroup"} <= set(ours)
     assert json.loads(json.dumps(ours))["gpus"][0]["compute_capability"] == "8.9"

@@ -26,7 +26,8 @@ class Launch(Struct, frozen=True):
 
     With `reports`, the worker reads a pipe whose writing end the program has as `spawn.REPORT_FD`. `stdin` is
     all that the program reads there; when empty, stdin is /dev/null. Limits that are None do not apply.
-    `binds` are what it reads of the machine besides /usr, for its sandbox.
+    `binds` are what it reads of the machine besides /usr, for its sandbox. With `may_wait`, a process that
+    was started ahead of it may run it, which needs no more than `stdin` for that.
     """
 
     argv: list[str]
@@ -36,6 +37,7 @@ class Launch(Struct, frozen=True):
     reports: bool = False
     stdin: bytes = b""
     binds: tuple[Path, ...] = ()
+    may_wait: bool = False
 
 
 class JobPaths(Struct, frozen=True):

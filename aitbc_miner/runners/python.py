@@ -2,8 +2,7 @@
 
 import re
 import stat
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -11,33 +10,34 @@ import msgspec
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Manifest
 from aitbc_miner.runners import JobPaths, Launch, Verdict, ended_badly, job_env, printable, shortest
+from aitbc_miner.runners.interpreter import Interpreter, find_interpreter
 from aitbc_miner.runners.task_child import MESSAGE_MAX, Order
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import REPORT_FD
 from aitbc_miner.task import REPORT_VARIABLE, Progress, Report, TaskFailure
 from aitbc_miner.util.nesting import MAX_NESTING, too_deep
-from aitbc_miner.util.trust import distrust
+from aitbc_miner.util.trust import distrust, distrust_tree
 
 TASK_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
-
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
-
-# With -I neither the job's directory nor its environment says what is imported. That leaves out PYTHONPATH
-# too, by which this package may have been found itself, so its place is told.
-_BOOT = f"import sys; sys.path.append({_PACKAGE_ROOT!r}); from aitbc_miner.runners import task_child; "
-_CHILD = ["-I", "-B", "-u", "-c", _BOOT + "sys.exit(task_child.main())"]
 
 # What a task can know better than we do. E_CANCELLED, for one, is for us alone to say.
 _CODES_OF_TASKS = frozenset({ErrorCode.E_TASK, ErrorCode.E_OOM, ErrorCode.E_VRAM})
 
 
 class PythonRunner:
-    """The runner `python`."""
+    """The runner `python`.
+
+    `interpreter` None: our own. `preload` is what `waiting` has imported ahead of its task.
+    """
 
     name = "python"
 
-    def __init__(self, task_paths: Sequence[Path]) -> None:
+    def __init__(
+        self, task_paths: Sequence[Path], interpreter: Interpreter | None = None, preload: Sequence[str] = ()
+    ) -> None:
         self.task_paths = task_paths
+        self.interpreter = interpreter or find_interpreter(None)
+        self.preload = preload
 
     def plan(self, manifest: Manifest, paths: JobPaths, slot: SlotSpec, gpu_env: Mapping[str, str]) -> Launch:
         """Find the task's file; its params are checked by the process that can see their annotations.
@@ -48,15 +48,30 @@ class PythonRunner:
         if not manifest.task:
             raise JobError(ErrorCode.E_MANIFEST, "cannot run the job: it has no task")
         file = find_task(manifest.task, self.task_paths)
-        order = Order(manifest.task, str(file), manifest.params)
+        env = job_env(manifest, paths, slot, gpu_env, slot.env)
         return Launch(
-            argv=[sys.executable, *_CHILD],
-            env=job_env(manifest, paths, slot, gpu_env, slot.env) | {REPORT_VARIABLE: str(REPORT_FD)},
+            argv=self.interpreter.command("task_child"),
+            env=env | {REPORT_VARIABLE: str(REPORT_FD)},
             max_runtime_s=shortest(manifest.timeout_s, slot.max_runtime_s),
             max_output_bytes=None,
             reports=True,
-            stdin=msgspec.json.encode(order),
-            binds=tuple(_needed(file)),
+            stdin=msgspec.json.encode(Order(manifest.task, str(file), manifest.params, env)),
+            binds=(*self.interpreter.needed(), *_outside_usr([file.parent])),
+            # What it asks for in its environment may matter to what is imported.
+            may_wait=bool(self.preload) and not manifest.env,
+        )
+
+    def waiting(self, paths: JobPaths, slot: SlotSpec, gpu_env: Mapping[str, str]) -> Launch:
+        """Say what to start ahead of a task, whose `stdin` it is then given."""
+        nothing = Manifest(job_id="", runner=self.name)
+        places = [path for path in self.task_paths if path.is_dir()]
+        return Launch(
+            argv=self.interpreter.command("task_child", *self.preload),
+            env=job_env(nothing, paths, slot, gpu_env, []) | {REPORT_VARIABLE: str(REPORT_FD)},
+            max_runtime_s=None,
+            max_output_bytes=None,
+            reports=True,
+            binds=(*self.interpreter.needed(), *_outside_usr(places)),
         )
 
     def verdict(self, exit: ExitStatus, reports: list[Report], log_tail: str) -> Verdict:  # noqa: A002
@@ -88,7 +103,8 @@ def find_task(name: str, task_paths: Sequence[Path]) -> Path:
             info = file.lstat()
             if not stat.S_ISREG(info.st_mode):
                 raise _denied(name, f"{file} is not a regular file")
-            problem = distrust(file)
+            # What lies beside it, it can import.
+            problem = distrust(file) or distrust_tree(directory)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
@@ -101,11 +117,8 @@ def find_task(name: str, task_paths: Sequence[Path]) -> Path:
     )
 
 
-def _needed(file: Path) -> Iterator[Path]:
-    """Give what the child reads: Python, the packages that it has, this one, and what is beside the task."""
-    for path in map(Path, dict.fromkeys((sys.base_prefix, sys.prefix, _PACKAGE_ROOT, str(file.parent)))):
-        if not path.is_relative_to("/usr"):
-            yield path
+def _outside_usr(paths: Sequence[Path]) -> list[Path]:
+    return [path for path in paths if not path.is_relative_to("/usr")]
 
 
 def _denied(name: str, reason: str) -> JobError:

@@ -1,16 +1,20 @@
 """The process a Python task runs in: reads what to run from stdin, runs it, reports what came of it.
 
+Its arguments are modules to import before it reads: it can be started ahead of its task, and wait there.
+
 It runs as the job's user within the job's limits, and is as little trusted as the task: everything it says is
 judged again by `runners/python.py`.
 """
 
+import importlib
 import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -18,40 +22,90 @@ import msgspec
 from msgspec import Struct
 
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.task import REPORT_VARIABLE, RESULT_MAX, TaskError, TaskFailure, TaskResult, send
+from aitbc_miner.task import (
+    REPORT_VARIABLE,
+    RESULT_MAX,
+    Preloaded,
+    TaskCancelled,
+    TaskError,
+    TaskFailure,
+    TaskResult,
+    hear_cancellation,
+    send,
+)
 
 MESSAGE_MAX = 2000
 
 
 class Order(Struct, frozen=True):
-    """What the child is told to do: `file` was found and judged by the miner."""
+    """What the child is told to do: `file` was found and judged by the miner, `env` is the job's."""
 
     task: str
     file: str
     params: dict[str, Any] = {}
+    env: dict[str, str] = {}
 
 
-class _Refused(Exception):  # noqa: N818  # says what happened, as StopIteration does
+class Refused(Exception):  # noqa: N818  # says what happened, as StopIteration does
     """The task cannot be run as asked, or came back with what cannot be sent."""
+
+
+class NoTaskError(Refused):
+    """The file is no task."""
 
 
 def main() -> int:
     """Run the task that stdin describes and return the exit status: 0 with a result, 1 with a failure."""
-    order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
+    if modules := sys.argv[1:]:
+        del sys.argv[1:]
+        send(Preloaded(preload(modules)))
+    if not (told := sys.stdin.buffer.read()):
+        return 0  # there will be no task: the worker has ended
+    order = msgspec.json.decode(told, type=Order)
     _close_stdin()
+    os.environ.update(order.env)
     # Programs that the task starts must not hold the pipe open after it has ended.
     os.set_inheritable(int(os.environ[REPORT_VARIABLE]), False)  # noqa: FBT003
+    try:
+        hear_cancellation()
+        return _carry_out(order)
+    except TaskCancelled:
+        return _end_cancelled(order.task)
+
+
+def _carry_out(order: Order) -> int:
     try:
         send(TaskResult(_result(order)))
     except Exception as error:  # noqa: BLE001  # whatever a task raises becomes its report
         failure = _failure(order.task, error)
         sys.stdout.flush()
-        if not isinstance(error, _Refused):
+        if not isinstance(error, Refused):
             traceback.print_exception(error)
         print(failure.message, file=sys.stderr)  # noqa: T201  # the job's log
         send(failure)
         return 1
     return 0
+
+
+def preload(modules: Sequence[str]) -> dict[str, str]:
+    """Import modules; gives those that cannot be, and why. A task that needs one will fail of it itself."""
+    failed: dict[str, str] = {}
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except (Exception, SystemExit) as error:  # noqa: BLE001  # the task may not need it
+            failed[name] = f"{type(error).__name__}: {error}"[:MESSAGE_MAX]
+            print(f"cannot preload {name}: {failed[name]}", file=sys.stderr)  # noqa: T201  # the job's log
+    return failed
+
+
+def _end_cancelled(task: str) -> int:
+    """End as a program does that takes no notice of SIGTERM, by which the worker knows it."""
+    sys.stdout.flush()
+    print(f"task {task}: cancelled", file=sys.stderr)  # noqa: T201  # the job's log
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGTERM)
+    return 1
 
 
 def _close_stdin() -> None:
@@ -61,25 +115,32 @@ def _close_stdin() -> None:
 
 
 def _result(order: Order) -> msgspec.Raw:
-    run = _load(order.task, Path(order.file))
+    run = load(order.task, Path(order.file))
     args, kwargs = bind_params(run, order.params)
     value = run(*args, **kwargs)
     try:
         encoded = msgspec.json.encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise _Refused(f"run() returned a value that cannot be written as JSON: {error}") from error
+        raise Refused(f"run() returned a value that cannot be written as JSON: {error}") from error
     if len(encoded) > RESULT_MAX:
         size = f"{len(encoded)} bytes of JSON, more than {RESULT_MAX}"
-        raise _Refused(f"run() returned {size}; write a file to output/ instead")
+        raise Refused(f"run() returned {size}; write a file to output/ instead")
     return msgspec.Raw(encoded)
 
 
-def _load(name: str, file: Path) -> Callable[..., Any]:
+def load(name: str, file: Path) -> Callable[..., Any]:
+    """Import a task's file and give its function.
+
+    Raises:
+        NoTaskError: there is none in it.
+        Refused: it has the name of something else.
+        Exception: whatever importing it raises.
+    """
     if name in sys.modules or name in sys.stdlib_module_names:
-        raise _Refused(f"a task cannot be called {name}, as a module already is; rename {file.name}")
+        raise Refused(f"a task cannot be called {name}, as a module already is; rename {file.name}")
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise _Refused(f"{file} is not a Python file")
+        raise Refused(f"{file} is not a Python file")
     # At the end: a file beside the task may help it, but not stand in for a module of Python or of ours.
     sys.path.append(str(file.parent))
     module = importlib.util.module_from_spec(spec)
@@ -87,7 +148,7 @@ def _load(name: str, file: Path) -> Callable[..., Any]:
     spec.loader.exec_module(module)
     run = getattr(module, "run", None)
     if not callable(run):
-        raise _Refused(f"{file} has no function run(); see docs/tasks.md")
+        raise NoTaskError(f"{file} has no function run(); see docs/tasks.md")
     return run  # type: ignore[no-any-return]
 
 
@@ -95,7 +156,7 @@ def bind_params(run: Callable[..., Any], params: Mapping[str, Any]) -> tuple[lis
     """Fit a job's params to a function's signature, each converted to what its annotation says.
 
     Raises:
-        _Refused: a parameter is missing, unknown, or not of its type.
+        Refused: a parameter is missing, unknown, or not of its type.
     """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -110,14 +171,14 @@ def bind_params(run: Callable[..., Any], params: Mapping[str, Any]) -> tuple[lis
         elif name in left:
             kwargs[name] = _converted(name, left.pop(name), parameter)
         elif parameter.default is parameter.empty:
-            raise _Refused(f"parameter {name!r} is missing; expected {_type_name(parameter)}")
+            raise Refused(f"parameter {name!r} is missing; expected {_type_name(parameter)}")
         else:
             kwargs[name] = parameter.default
         if parameter.kind is parameter.POSITIONAL_ONLY:
             args.append(kwargs.pop(name))
     if left and rest is None:
         known = ", ".join(signature.parameters) or "none"
-        raise _Refused(f"parameter {min(left)[:64]!r} is unknown; this task takes: {known}")
+        raise Refused(f"parameter {min(left)[:64]!r} is unknown; this task takes: {known}")
     if rest:
         kwargs |= {name: _converted(name, value, rest) for name, value in left.items()}
     return args, kwargs
@@ -129,9 +190,9 @@ def _converted(name: str, value: Any, parameter: inspect.Parameter) -> Any:
     try:
         return msgspec.convert(value, parameter.annotation)
     except msgspec.ValidationError as error:
-        raise _Refused(f"parameter {name[:64]!r}: {error}; expected {_type_name(parameter)}") from error
+        raise Refused(f"parameter {name[:64]!r}: {error}; expected {_type_name(parameter)}") from error
     except TypeError as error:
-        raise _Refused(f"parameter {name[:64]!r} has an annotation that JSON cannot fill: {error}") from error
+        raise Refused(f"parameter {name[:64]!r} has an annotation that JSON cannot fill: {error}") from error
 
 
 def _type_name(parameter: inspect.Parameter) -> str:
@@ -178,7 +239,7 @@ def _failure(task: str, error: Exception) -> TaskFailure:
         code = ErrorCode.E_VRAM
     elif isinstance(error, MemoryError):
         code = ErrorCode.E_OOM
-    told = isinstance(error, _Refused | TaskError)
+    told = isinstance(error, Refused | TaskError)
     text = str(error) or ("out of memory" if isinstance(error, MemoryError) else "")
     said = text if told else ": ".join(filter(None, (type(error).__name__, text)))
     return TaskFailure(code, f"task {task}: {said}"[:MESSAGE_MAX])

@@ -17,6 +17,10 @@ _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 _NOT_SHOWN = ("/proc", "/sys", "/dev", "/run", "/tmp", "/job", "/root", "/etc/aitbc", "/var/lib/aitbc")  # noqa: S108
 
 
+TREE_MAX = 10_000
+"""How many files `distrust_tree` looks at before it refuses."""
+
+
 def parse_bind(value: object) -> Path:
     """Read a directory or file that jobs may read besides what is in their sandbox.
 
@@ -56,6 +60,44 @@ def distrust(path: Path) -> str | None:
         if info.st_mode & 0o022 and not sticky and not stat.S_ISLNK(info.st_mode):
             return f"{step} can be written by others (mode {stat.S_IMODE(info.st_mode):04o})"
     return None
+
+
+def distrust_tree(top: Path) -> str | None:
+    """Say who else could change a directory, what leads to it, or anything in it, at any depth.
+
+    Unlike on the way to it, a sticky directory will not do here: anybody may add to it.
+
+    Raises:
+        OSError: something is missing or not readable, or there is too much to look at.
+    """
+    looked_at = 0
+    waiting = [top]
+    while waiting:
+        directory = waiting.pop()
+        mode = directory.stat().st_mode
+        if problem := distrust(directory):
+            return problem
+        if mode & 0o022:
+            return f"{directory} can be written by others (mode {stat.S_IMODE(mode):04o})"
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                looked_at += 1
+                if looked_at > TREE_MAX:
+                    raise OSError(f"more than {TREE_MAX} files in {top}; install packages elsewhere")
+                path = Path(entry.path)
+                if entry.is_dir():
+                    waiting.append(path)
+                elif not path.exists():
+                    return f"{path} leads nowhere, where others might make something"
+                elif problem := _distrust_entry(path, entry.stat(follow_symlinks=False)):
+                    return problem
+    return None
+
+
+def _distrust_entry(path: Path, info: os.stat_result) -> str | None:
+    # What leads here has been looked at. A link can lead anywhere, and goes the long way.
+    plain = not stat.S_ISLNK(info.st_mode) and not info.st_mode & 0o022
+    return None if plain and info.st_uid in {0, os.geteuid()} else distrust(path)
 
 
 def _steps(path: Path, max_links: int = 40) -> Iterator[tuple[Path, os.stat_result]]:
