@@ -2,8 +2,8 @@
 
 latency: a job's way in parts, from the coordinator's reply to the program's first instruction, and from its
 last instruction to the accepted result. throughput: no-op jobs through several slots. sandbox: what it costs
-to start a program in the sandbox. The program is a few lines of C that print the boot-time clock, the same
-clock as the mock coordinator's.
+to start a program in the sandbox. preload: what it saves a task that its modules are imported ahead. The
+program is a few lines of C that print the boot-time clock, the same clock as the mock coordinator's.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aitbc_miner.util import clock
+from tools.bench_preload import saved
 from tools.bench_sandbox import cost
 from tools.compiler import c_compiler
 from tools.local_node import LocalNode
@@ -38,8 +39,10 @@ NOOP = "noop"
 def main() -> int:
     """Run one benchmark and print its figures."""
     parser = argparse.ArgumentParser(prog="tools/bench", description=__doc__)
-    parser.add_argument("what", choices=["latency", "throughput", "sandbox", "all"], nargs="?", default="all")
-    parser.add_argument("--jobs", type=int, help="how many (100 for latency and sandbox, 500 for throughput)")
+    parser.add_argument(
+        "what", choices=["latency", "throughput", "sandbox", "preload", "all"], nargs="?", default="all"
+    )
+    parser.add_argument("--jobs", type=int, help="how many (100; 500 for throughput, 20 for preload)")
     parser.add_argument("--slots", type=int, default=4, help="slots for throughput (4)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="aitbc-bench-") as folder:
@@ -50,6 +53,8 @@ def main() -> int:
             throughput(program, arguments.jobs or 500, arguments.slots)
         if arguments.what in {"sandbox", "all"}:
             cost(arguments.jobs or 100)
+        if arguments.what in {"preload", "all"}:
+            saved(arguments.jobs or 20)
     return 0
 
 
