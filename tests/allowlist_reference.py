@@ -160,7 +160,8 @@ def _fits(value: Any, text: str, inputs: Sequence[str]) -> bool:
     if kind == "regex":
         return re.fullmatch(rule, text) is not None
     if kind == "int":
-        return text in {str(number) for number in range(rule["min"], rule["max"] + 1)}
+        numeral = re.fullmatch("-?[0-9]{1,20}", text, re.ASCII) and str(int(text)) == text
+        return bool(numeral) and rule["min"] <= int(text) <= rule["max"]
     if kind == "float":
         if not re.fullmatch(r"-?[0-9]+(\.[0-9]{1,15})?", text, re.ASCII) or re.match(r"-?0[0-9]", text):
             return False
