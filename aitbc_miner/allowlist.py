@@ -28,7 +28,7 @@ MAX_SECTIONS = 16
 
 
 def _program(value: object) -> str:
-    if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
+    if not isinstance(value, str) or not value.startswith("/") or not value.isprintable():
         raise ValueError("must be the absolute path of a program, such as /usr/bin/ffmpeg")
     if problem := _untrusted(value):
         raise ValueError(problem)

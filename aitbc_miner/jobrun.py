@@ -257,8 +257,9 @@ class JobRun:
         )
 
     def _collect(self, manifest: Manifest, launch: Launch) -> None:
-        if not self.clean:
-            # What is alive could change a file while it is read, and after.
+        if not self._ending.clean:
+            # What is alive could change a file while it is read, and after. (Others of its user have been
+            # killed and hang in the kernel: they do nothing more of their own, and cost the slot alone.)
             raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect the output: {self._remains}")
         with self._step("collect", State.COLLECTING):
             own = self._around.config.workspace

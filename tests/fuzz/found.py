@@ -4,6 +4,7 @@ FOUND: dict[str, tuple[bytes, ...]] = {
     "manifest": (
         b'{"job_id":"a","runner":"cli","command":"x","retry":{"on":["E_\\u001b' + b"A" * 5000 + b'"]}}',
     ),
+    "allowlist": (b"command: {path: /\xe2\x80\xa8usr/bin/env, name: tool}\n",),
     "config": (b"NODE_ID\0\n\x80\0\na: 1",),
     "slots": (
         *(

@@ -202,3 +202,13 @@ def test_a_task_with_numpy(make: Make, coordinator: MockCoordinator, preload: li
     if preload:
         wait_for(node, "numpy")
     assert done(coordinator, task="total", params={"n": 1000}) == [bool(preload), 499500]
+
+
+def test_other_limits_are_for_the_next_one(make: Make, coordinator: MockCoordinator) -> None:
+    node = make(MODULE)
+    first = wait_for(node)
+    node.write_slots([{"name": "cpu0", "kind": "cpu", "env": ["MORE"], "pids_max": 77}])
+    node.tell("reload")
+    wait_gone([first.pid])
+    since = began(wait_for(node))
+    assert done(coordinator)["began"] == since
