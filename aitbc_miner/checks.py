@@ -23,7 +23,7 @@ from aitbc_miner.sampling import inventory
 from aitbc_miner.slots import Layout
 from aitbc_miner.slotspec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
 from aitbc_miner.topology import MachineFacts, read_machine
-from aitbc_miner.util.trust import distrust_tree
+from aitbc_miner.util.trust import distrust, distrust_tree
 from aitbc_miner.util.units import format_cpus
 from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
 from aitbc_miner.util.yamltext import line_of
@@ -99,7 +99,7 @@ class Checker:
         self.slots = lay_out(read_slots(directory, self.faults), facts, self.faults, directory)
         found, warnings = check_slots(self.slots, facts, directory)
         self.faults += found
-        self.warnings += [*warnings, *self._disabled_runners()]
+        self.warnings += [*warnings, *self._disabled_runners(), *self._doubtful_binds()]
         if error := inventory(self._gpus).error:
             self.warnings.append(error)
         if not self.slots and len(self.faults) == before:
@@ -111,6 +111,18 @@ class Checker:
             if any(enabled.values()) and not any(enabled[name] for name in spec.runners):
                 names = " and ".join(spec.runners)
                 yield f"slot {spec.name} can take no job: runners.{names}.enable is false"
+
+    def _doubtful_binds(self) -> Iterator[str]:
+        for spec in self.slots:
+            for path in spec.binds:
+                try:
+                    problem = distrust(path)
+                except OSError as error:
+                    problem = (
+                        f"cannot look at it: {error.strerror}, and without it no job of the slot can start"
+                    )
+                if problem:
+                    yield f"slot {spec.name}: binds: {path}: {problem}"
 
     def _check_privileges(self) -> Identities | None:
         privileges = self._config.privileges
@@ -147,7 +159,8 @@ class Checker:
             self.warnings += map(str, warnings)
             for name, entry in allowlist.entries.items():
                 file = str(allowlist.files[name])
-                self.warnings += [str(Fault(file, None, "command", text)) for text in abuse.warnings(entry)]
+                texts = [*abuse.warnings(entry), *_hidden(Path(entry.command.path), entry.binds)]
+                self.warnings += [str(Fault(file, None, "command", text)) for text in texts]
             self.commands = sorted(allowlist.entries)
         if runners.python.enable:
             for directory in runners.python.task_paths:
@@ -224,6 +237,14 @@ def may_read(path: str, user: Identity) -> bool:
     command = ["/usr/bin/test", "-r", path]
     done = subprocess.run(command, user=user.uid, group=user.gid, extra_groups=[], check=False)
     return done.returncode == 0
+
+
+def _hidden(program: Path, binds: Sequence[Path]) -> Iterator[str]:
+    """Say so if a sandbox has this program nowhere."""
+    places = (Path("/usr"), *binds)
+    # Links such as /bin are there, too.
+    if not any(program.resolve().is_relative_to(place.resolve()) for place in places):
+        yield f"jobs do not see {program} in their sandbox; name its directory in `binds`"
 
 
 def slots_for(directory: Path, facts: MachineFacts) -> tuple[list[SlotSpec], list[Fault]]:

@@ -166,6 +166,31 @@ def test_check_says_ok_and_changes_nothing(site: Site) -> None:
     assert cgroups.parent is None or not cgroups.parent.exists()
 
 
+def test_check_warns_of_what_a_sandbox_would_not_have_or_others_could_change() -> None:
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:  # jobs may see what is there
+        Path(directory).chmod(0o755)
+        warns_of_binds(Site(Path(directory)))
+
+
+def warns_of_binds(site: Site) -> None:
+    program = site.root / "tool"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    (site.allowlist / "tool.yaml").write_text(f"command: {{path: {program}}}\n")
+    open_to_all = site.root / "open"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    binds = [str(site.root / "none"), str(open_to_all), "/usr/share"]
+    slot = {"name": "cpu0", "kind": "cpu", "binds": binds}
+    (site.slots / "s.yaml").write_text(yaml.safe_dump({"slots": [slot]}))
+    told = "\n".join(site.checker().warnings)
+    assert f"jobs do not see {program} in their sandbox" in told
+    assert f"slot cpu0: binds: {site.root / 'none'}: cannot look at it: No such file" in told
+    assert f"slot cpu0: binds: {open_to_all}: " in told
+    assert "/usr/share" not in told
+    assert "/usr/bin/true" not in told
+
+
 def test_check_tells_all_faults_at_once_with_file_line_and_key(site: Site) -> None:
     (site.allowlist / "bad.yaml").write_text("command: {path: relative}\n")
     (site.slots / "s.yaml").write_text(
