@@ -6,6 +6,7 @@ Each kind says whether a text fits, and describes what would.
 
 import re
 from collections.abc import Collection
+from decimal import Decimal
 from functools import cached_property
 from itertools import islice
 from typing import Annotated, Literal
@@ -65,7 +66,8 @@ class FloatRange(Struct, frozen=True):
         """Whether it is such a number. Without negative ones, nothing begins with a dash, not even -0."""
         if not _FLOAT.fullmatch(text) or (text.startswith("-") and self.min >= 0):
             return False
-        return self.min <= float(text) <= self.max
+        # As written: the nearest float of 60.000000000000001 is 60.
+        return Decimal(str(self.min)) <= Decimal(text) <= Decimal(str(self.max))
 
     def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
         """Say what fits."""

@@ -89,11 +89,14 @@ def hear_cancellation() -> None:
     """Raise `TaskCancelled` at SIGTERM, once; for the process that runs the task."""
 
     def end(_number: int, _frame: object) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # Not SIG_IGN, which programs that are started from here on would inherit.
+        signal.signal(signal.SIGTERM, lambda *_: None)
         _told_to_end.set()
         raise TaskCancelled
 
     signal.signal(signal.SIGTERM, end)
+    # A pool ends its processes with this signal, and waits until it has: no exception there may get lost.
+    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def progress(pct: float, note: str = "") -> None:

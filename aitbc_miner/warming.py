@@ -14,7 +14,6 @@ from contextlib import ExitStack, suppress
 import msgspec
 
 from aitbc_miner import workspace
-from aitbc_miner.errors import MinerError
 from aitbc_miner.runners import JobPaths, Launch, Runner
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.sandbox import HOME
@@ -168,14 +167,14 @@ class Warmer:
             warm.end()
 
     def _start(self, around: Surroundings) -> None:
-        runner = self._runners().get("python") if "python" in around.spec.runners else None
-        if not isinstance(runner, PythonRunner) or not runner.preload or around.sandbox is None:
+        if "python" not in around.spec.runners or around.sandbox is None:
             return
         try:
-            launch = runner.waiting(JobPaths(HOME), around.spec, around.gpu_env)
-            self._warm = Warm(launch, around)
-        except (MinerError, OSError) as error:
-            self._log.warning("cannot preload", reason=str(error))
+            runner = self._runners().get("python")
+            if isinstance(runner, PythonRunner) and runner.preload:
+                self._warm = Warm(runner.waiting(JobPaths(HOME), around.spec, around.gpu_env), around)
+        except Exception as error:  # noqa: BLE001  # whatever it is, jobs can do without
+            self._log.warning("cannot preload", reason=f"{error!a:.300}")
             self._fail()
 
     def _fail(self) -> None:

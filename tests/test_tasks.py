@@ -4,6 +4,7 @@ import hashlib
 import math
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Manifest
 from aitbc_miner.runners import JobPaths
 from aitbc_miner.runners.python import PythonRunner
-from aitbc_miner.task import Progress, output_dir, progress, work_dir
+from aitbc_miner.task import Progress, hear_cancellation, output_dir, progress, work_dir
 
 SHIPPED = Path(__file__).parents[1] / "etc" / "tasks"
 
@@ -49,6 +50,15 @@ def run(tmp_path: Path, paths: JobPaths) -> Run:
 
 def percents(ran: Ran) -> list[float]:
     return [report.pct for report in ran.reports if isinstance(report, Progress)]
+
+
+def test_a_fork_of_a_task_ends_as_a_pool_expects() -> None:
+    if (task := os.fork()) == 0:
+        hear_cancellation()
+        if os.fork() == 0:
+            os._exit(0 if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL else 1)
+        os._exit(os.waitstatus_to_exitcode(os.wait()[1]))
+    assert os.waitstatus_to_exitcode(os.waitpid(task, 0)[1]) == 0
 
 
 def test_word_statistics_counts_a_text(run: Run, paths: JobPaths) -> None:

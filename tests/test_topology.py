@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aitbc_miner.checks import machine_facts
@@ -196,6 +196,7 @@ WANTS = st.lists(st.builds(Want, st.none() | st.integers(1, 20), st.none() | st.
 
 
 @given(machines(), WANTS)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_what_holds_for_every_division(facts: MachineFacts, wants: list[Want]) -> None:
     parts = divide(wants, facts.cpus, facts)
     taken = [cpu for part in parts for cpu in part]
