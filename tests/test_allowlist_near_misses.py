@@ -157,6 +157,14 @@ def swap(draw: Draw, args: Args, _: str) -> Args:
     return new
 
 
+def move(draw: Draw, args: Args, _: str) -> Args:
+    """Put one or two elsewhere, such as an option with its value."""
+    at, count = place(draw, args), draw(st.integers(1, 2))
+    rest = args[:at] + args[at + count :]
+    to = place(draw, rest, end=True)
+    return rest[:to] + args[at : at + count] + rest[to:]
+
+
 def insert(draw: Draw, args: Args, sample: str) -> Args:
     own = [word for line in GOOD[sample] for word in line.split()]
     at = place(draw, args, end=True)
@@ -196,8 +204,8 @@ def add_a_rival(draw: Draw, args: Args, sample: str) -> Args:
 
 
 WAYS = [
-    *(change_a_character, drop, duplicate, duplicate_often, swap, insert),
-    *(glue, lead_astray, miscount, add_a_rival),
+    *(change_a_character, drop, duplicate, duplicate_often, swap, move),
+    *(insert, glue, lead_astray, miscount, add_a_rival),
 ]
 
 
