@@ -10,7 +10,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner import abuse
-from aitbc_miner.allowlist import load_allowlist
+from aitbc_miner.allowlist import Entry, load_allowlist
 from aitbc_miner.config import Config, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, offered_controllers
 from aitbc_miner.credentials import CredentialError, read_credential
@@ -28,6 +28,9 @@ from aitbc_miner.util.units import format_cpus
 from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
 from aitbc_miner.util.yamltext import line_of
 from aitbc_miner.warming import NO_PRELOAD
+
+# Directories that a sandbox has by itself, some of them as links.
+_PROGRAM_PLACES = ("/usr", "/bin", "/sbin", "/lib", "/lib64")
 
 
 def machine_facts(gpus: GpuList) -> MachineFacts:
@@ -159,7 +162,7 @@ class Checker:
             self.warnings += map(str, warnings)
             for name, entry in allowlist.entries.items():
                 file = str(allowlist.files[name])
-                texts = [*abuse.warnings(entry), *_hidden(Path(entry.command.path), entry.binds)]
+                texts = [*abuse.warnings(entry), *self._hidden(entry)]
                 self.warnings += [str(Fault(file, None, "command", text)) for text in texts]
             self.commands = sorted(allowlist.entries)
         if runners.python.enable:
@@ -168,6 +171,17 @@ class Checker:
             self._check_tasks()
         if not (runners.cli.enable or runners.python.enable):
             self.warnings.append("no runner is enabled: this node can take no job")
+
+    def _hidden(self, entry: Entry) -> Iterator[str]:
+        """Say so if jobs would not see the program in their sandbox."""
+        if self._config.sandbox.mode == "off":
+            return
+        program = Path(entry.command.path)
+        able = [spec for spec in self.slots if "cli" in spec.runners and entry.kind in {None, spec.kind}]
+        blind = [spec.name for spec in able if not _shows([*spec.binds, *entry.binds], program)]
+        if blind:
+            whose = "jobs" if len(blind) == len(able) else f"jobs of {' and '.join(blind)}"
+            yield f"{whose} do not see {program} in their sandbox; name its directory in `binds`"
 
     def _check_task_path(self, directory: Path) -> None:
         key = "runners.python.task_paths"
@@ -239,12 +253,13 @@ def may_read(path: str, user: Identity) -> bool:
     return done.returncode == 0
 
 
-def _hidden(program: Path, binds: Sequence[Path]) -> Iterator[str]:
-    """Say so if a sandbox has this program nowhere."""
-    places = (Path("/usr"), *binds)
-    # Links such as /bin are there, too.
-    if not any(program.resolve().is_relative_to(place.resolve()) for place in places):
-        yield f"jobs do not see {program} in their sandbox; name its directory in `binds`"
+def _shows(binds: Sequence[Path], program: Path) -> bool:
+    """Whether a sandbox has a program, where it is named and where links lead from there."""
+    places = [*map(Path, _PROGRAM_PLACES), *binds]
+    real = program.resolve()
+    return any(program.is_relative_to(place) for place in places) and any(
+        real.is_relative_to(place.resolve()) for place in places
+    )
 
 
 def slots_for(directory: Path, facts: MachineFacts) -> tuple[list[SlotSpec], list[Fault]]:

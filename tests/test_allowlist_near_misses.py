@@ -157,12 +157,16 @@ def swap(draw: Draw, args: Args, _: str) -> Args:
     return new
 
 
-def move(draw: Draw, args: Args, _: str) -> Args:
-    """Put one or two elsewhere, such as an option with its value."""
-    at, count = place(draw, args), draw(st.integers(1, 2))
-    rest = args[:at] + args[at + count :]
-    to = place(draw, rest, end=True)
-    return rest[:to] + args[at : at + count] + rest[to:]
+def move_an_option(draw: Draw, args: Args, _: str) -> Args:
+    """Put an option and what follows it, mostly its value, before another one."""
+    at, to = (draw(st.sampled_from(_dashed(args) or [0])) for _ in range(2))
+    taken, rest = args[at : at + 2], args[:at] + args[at + 2 :]
+    to = min(to, len(rest)) if to <= at else max(at, to - 2)
+    return rest[:to] + taken + rest[to:]
+
+
+def _dashed(args: Args) -> list[int]:
+    return [at for at, arg in enumerate(args) if arg.startswith("-")]
 
 
 def insert(draw: Draw, args: Args, sample: str) -> Args:
@@ -204,7 +208,7 @@ def add_a_rival(draw: Draw, args: Args, sample: str) -> Args:
 
 
 WAYS = [
-    *(change_a_character, drop, duplicate, duplicate_often, swap, move),
+    *(change_a_character, drop, duplicate, duplicate_often, swap, move_an_option),
     *(insert, glue, lead_astray, miscount, add_a_rival),
 ]
 

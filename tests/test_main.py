@@ -166,7 +166,10 @@ def test_check_says_ok_and_changes_nothing(site: Site) -> None:
     assert cgroups.parent is None or not cgroups.parent.exists()
 
 
-def test_check_warns_of_what_a_sandbox_would_not_have_or_others_could_change() -> None:
+def test_check_warns_of_what_a_sandbox_would_not_have_or_others_could_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(confinement, "why_not", lambda _: None)
     with tempfile.TemporaryDirectory(dir="/var/tmp") as directory:  # jobs may see what is there
         Path(directory).chmod(0o755)
         warns_of_binds(Site(Path(directory)))
@@ -177,18 +180,33 @@ def warns_of_binds(site: Site) -> None:
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     (site.allowlist / "tool.yaml").write_text(f"command: {{path: {program}}}\n")
+    link = site.root / "link"
+    link.symlink_to("/usr/bin/true")
+    (site.allowlist / "link.yaml").write_text(f"command: {{path: {link}}}\n")
+    (site.allowlist / "bin.yaml").write_text("command: {path: /bin/cat}\n")
     open_to_all = site.root / "open"
     open_to_all.mkdir()
     open_to_all.chmod(0o777)
     binds = [str(site.root / "none"), str(open_to_all), "/usr/share"]
     slot = {"name": "cpu0", "kind": "cpu", "binds": binds}
     (site.slots / "s.yaml").write_text(yaml.safe_dump({"slots": [slot]}))
+    site.keys["sandbox"] = {"mode": "required"}
     told = "\n".join(site.checker().warnings)
     assert f"jobs do not see {program} in their sandbox" in told
     assert f"slot cpu0: binds: {site.root / 'none'}: cannot look at it: No such file" in told
     assert f"slot cpu0: binds: {open_to_all}: " in told
     assert "/usr/share" not in told
-    assert "/usr/bin/true" not in told
+    assert f"jobs do not see {link} in their sandbox" in told
+    assert "see /usr/bin/true" not in told
+    assert "see /bin/cat" not in told
+    seeing = {"name": "cpu1", "kind": "cpu", "binds": [str(site.root)]}
+    (site.slots / "s.yaml").write_text(yaml.safe_dump({"slots": [slot, seeing]}))
+    assert f"jobs of cpu0 do not see {program}" in "\n".join(site.checker().warnings)
+    (site.slots / "s.yaml").write_text(yaml.safe_dump({"slots": [seeing]}))
+    assert "do not see" not in "\n".join(site.checker().warnings)
+    (site.slots / "s.yaml").write_text(yaml.safe_dump({"slots": [slot]}))
+    site.keys["sandbox"] = {"mode": "off"}
+    assert "do not see" not in "\n".join(site.checker().warnings)
 
 
 def test_check_tells_all_faults_at_once_with_file_line_and_key(site: Site) -> None:
