@@ -11,6 +11,8 @@ from typing import Protocol
 import re2  # type: ignore[import-untyped]  # google-re2 has no types of its own
 from msgspec import Struct
 
+from aitbc_miner.errors import brief
+
 MAX_WORK = 1_500_000
 """In units of about 5 ns at worst: one state of a pattern, tried on one byte of an argument."""
 STEP = 250
@@ -52,7 +54,7 @@ def parse_pattern(value: object) -> Pattern:
     except re2.error as error:
         reason = error.args[0]
         text = reason.decode(errors="replace") if isinstance(reason, bytes) else str(reason)
-        raise ValueError(f"must be a pattern in RE2 syntax: {text}") from error
+        raise ValueError(f"must be a pattern in RE2 syntax: {brief(text)}") from error
 
 
 class TooMuchWork(Exception):  # noqa: N818  # says what it is
@@ -108,9 +110,11 @@ class Objection(Struct, frozen=True):
 
 
 def some(values: Iterable[str], between: str = ", ", most: int = 12) -> str:
-    """Name a few of many."""
+    """Name a few of many, each of them in brief."""
     names = list(dict.fromkeys(values))
-    return between.join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+    return between.join(brief(name, 200) for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )
 
 
 def shown(args: Sequence[str], at: int) -> str:

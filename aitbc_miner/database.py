@@ -18,6 +18,9 @@ from aitbc_miner.util.system import boot_id
 
 BUSY_S = 10.0
 
+# SQLite quotes the file in what it says of it, and Python takes that for UTF-8.
+_BROKEN = (sqlite3.Error, UnicodeDecodeError)
+
 _STEADY = """
 CREATE TABLE IF NOT EXISTS steady (
     id INTEGER PRIMARY KEY CHECK (id = 1), value REAL NOT NULL, boot TEXT NOT NULL, at REAL NOT NULL
@@ -103,7 +106,7 @@ class Database:
 def _telling(doing: str) -> Iterator[None]:
     try:
         yield
-    except (sqlite3.Error, OSError) as error:
+    except (*_BROKEN, OSError) as error:
         raise DatabaseError(
             f"cannot {doing}: {error}; free space on its disk, or mend what is said"
         ) from error
@@ -114,7 +117,7 @@ def _open(path: Path) -> sqlite3.Connection:
         path.parent.mkdir(mode=0o750, parents=True, exist_ok=True)
         try:
             return _connect(path)
-        except sqlite3.DatabaseError as error:
+        except _BROKEN as error:
             if isinstance(error, sqlite3.OperationalError):
                 raise  # a full disk, a lock: nothing is wrong with the file
             _set_aside(path, error)
@@ -155,7 +158,7 @@ def _connect_read_only(path: Path) -> sqlite3.Connection:
         return sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
 
 
-def _set_aside(path: Path, error: sqlite3.Error) -> None:
+def _set_aside(path: Path, error: Exception) -> None:
     number = 1
     while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
         number += 1

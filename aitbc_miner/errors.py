@@ -14,10 +14,11 @@ class MinerError(Exception):
 
 
 def brief(error: object, most: int = 400) -> str:
-    """Give an error's text without its middle where it is long, for then it quotes what a stranger sent."""
+    """Give an error's text, which may quote a stranger: printable, and without its middle if it is long."""
     text = str(error)
     half = most // 2
-    return text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
+    short = text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
+    return "".join(char if char.isprintable() else "?" for char in short)
 
 
 class Retry(StrEnum):

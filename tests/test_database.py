@@ -1,5 +1,6 @@
 """The database file: transactions, the clock that goes on over boots, and what is broken."""
 
+import contextlib
 import sqlite3
 from pathlib import Path
 
@@ -84,6 +85,22 @@ def test_a_broken_file_is_set_aside(content: bytes, tmp_path: Path) -> None:
     with base.writing() as connection:
         connection.execute("CREATE TABLE t (x)")
     assert (tmp_path / "q.db.broken-1").read_bytes() == content
+
+
+def test_a_file_that_sqlite_cannot_quote_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    connection = sqlite3.connect(path, isolation_level=None)
+    connection.execute("CREATE TABLE t (x TEXT) STRICT")
+    connection.execute("PRAGMA writable_schema = 1")
+    connection.execute("UPDATE sqlite_schema SET name = CAST(x'80' AS TEXT), sql = 'CREATE TABLE'")
+    connection.close()
+    with (
+        pytest.raises(DatabaseError, match="cannot read"),
+        contextlib.closing(Database(path, read_only=True)),
+    ):
+        pass
+    Database(path).close()
+    assert path.with_name("a.db.broken-1").exists()
 
 
 def test_a_torn_file_is_set_aside(tmp_path: Path) -> None:

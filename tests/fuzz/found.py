@@ -4,7 +4,12 @@ FOUND: dict[str, tuple[bytes, ...]] = {
     "manifest": (
         b'{"job_id":"a","runner":"cli","command":"x","retry":{"on":["E_\\u001b' + b"A" * 5000 + b'"]}}',
     ),
-    "allowlist": (b"command: {path: /\xe2\x80\xa8usr/bin/env, name: tool}\n",),
+    "allowlist": (
+        b"command: {path: /\xe2\x80\xa8usr/bin/env, name: tool}\n",
+        b'command: {path: /usr/bin/env, name: tool}\nargs: [["[' + b"9" * 5000 + b'"]]\n',
+        b'command: {path: /usr/bin/env, name: tool}\nargs: [["' + b"B" * 5000 + b'"]]\n',
+    ),
+    "frames": (b'private\n\0\0\0\x11{"type":"\\u001f"}',),
     "config": (b"NODE_ID\0\n\x80\0\na: 1",),
     "slots": (
         *(
