@@ -16,13 +16,17 @@ from msgspec.structs import asdict, replace
 from aitbc_miner.jobs import Outcome, StateRecord
 
 if TYPE_CHECKING:  # the supervisor and the client have no use for SQLite
+    import sqlite3
+
     from aitbc_miner.database import Database
+    from aitbc_miner.receipts import Receipt
 
 KEEP_S = 90 * 86_400.0
 MESSAGE = 200
 OK = "OK"
 """In the place of a code, where there is none."""
 NO_DAY = "unknown"
+VERIFIED, UNVERIFIED = "verified", "unverified"
 REOPENED = "reopened"
 """In the place of what became of a report, as long as it is sent once more."""
 
@@ -33,7 +37,8 @@ _TABLES = (
         delivery TEXT NOT NULL, attempts INTEGER NOT NULL, finished_wall TEXT NOT NULL,
         finished REAL NOT NULL, wall_s REAL, cpu_s REAL, gpu_s REAL, peak_memory_bytes INTEGER,
         peak_vram_bytes INTEGER, read_bytes INTEGER, written_bytes INTEGER,
-        artifact_bytes INTEGER NOT NULL, artifacts INTEGER NOT NULL, swept INTEGER NOT NULL DEFAULT 0
+        artifact_bytes INTEGER NOT NULL, artifacts INTEGER NOT NULL, swept INTEGER NOT NULL DEFAULT 0,
+        units REAL, price REAL, receipt TEXT
     ) STRICT
     """,
     "CREATE INDEX IF NOT EXISTS accounts_finished ON accounts (finished)",
@@ -44,12 +49,17 @@ _TABLES = (
 )
 
 
+_ADDED = {"units": "REAL", "price": "REAL", "receipt": "TEXT"}
+"""Columns that databases of earlier versions lack."""
+
+
 class JobAccount(Struct, frozen=True):
     """What one job came to and cost; None where this machine cannot tell.
 
     `code` is None for a job that did what it was asked to. `delivery` is what became of its report:
     `accepted`, `superseded`, `refused` or `lost`. `finished` is on `Database.now`, None before it is entered;
-    `finished_wall` is only shown. Seconds and bytes; `cpu_s` is user and system together.
+    `finished_wall` is only shown. Seconds and bytes; `cpu_s` is user and system together. `units` and `price`
+    are what the coordinator's receipt says, and `receipt` is `verified` or `unverified`.
     """
 
     job_id: str
@@ -70,12 +80,16 @@ class JobAccount(Struct, frozen=True):
     written_bytes: int | None = None
     artifact_bytes: int = 0
     artifacts: int = 0
+    units: float | None = None
+    price: float | None = None
+    receipt: str | None = None
 
 
 class Total(Struct, frozen=True):
     """A sum over jobs: of one slot, code or day, or of all. Seconds, None where nobody could tell of any job.
 
-    `delivered_bytes` are those of artifacts whose report was accepted.
+    `delivered_bytes` are those of artifacts whose report was accepted. `receipts` counts those that verified,
+    `units` and `price` are what these say, `unverified` counts the others.
     """
 
     name: str
@@ -85,6 +99,10 @@ class Total(Struct, frozen=True):
     cpu_s: float | None = None
     gpu_s: float | None = None
     delivered_bytes: int = 0
+    receipts: int = 0
+    units: float | None = None
+    price: float | None = None
+    unverified: int = 0
 
     def plus(self, other: "Total") -> "Total":
         """Add another sum to this one."""
@@ -96,6 +114,10 @@ class Total(Struct, frozen=True):
             _sum(self.cpu_s, other.cpu_s),
             _sum(self.gpu_s, other.gpu_s),
             self.delivered_bytes + other.delivered_bytes,
+            self.receipts + other.receipts,
+            _sum(self.units, other.units),
+            _sum(self.price, other.price),
+            self.unverified + other.unverified,
         )
 
 
@@ -108,7 +130,9 @@ class Totals(Struct, frozen=True):
     days: list[Total] = []
 
 
-def account_of(outcome: Outcome, state: StateRecord, runner: str, delivery: str) -> JobAccount:
+def account_of(
+    outcome: Outcome, state: StateRecord, runner: str, delivery: str, receipt: "Receipt | None" = None
+) -> JobAccount:
     """Make the row of a job whose report is settled."""
     usage = outcome.usage
     return JobAccount(
@@ -129,9 +153,16 @@ def account_of(outcome: Outcome, state: StateRecord, runner: str, delivery: str)
         written_bytes=usage.written_bytes,
         artifact_bytes=sum(artifact.bytes for artifact in outcome.artifacts),
         artifacts=len(outcome.artifacts),
+        units=receipt.units if receipt else None,
+        price=receipt.price if receipt else None,
+        receipt=None if receipt is None else VERIFIED if receipt.verified else UNVERIFIED,
     )
 
 
+_RECEIPTS = (
+    "count(*) FILTER (WHERE receipt = 'verified'), sum(units) FILTER (WHERE receipt = 'verified'),"
+    " sum(price) FILTER (WHERE receipt = 'verified'), count(*) FILTER (WHERE receipt = 'unverified')"
+)
 _COLUMNS = JobAccount.__struct_fields__
 _LISTED = ", ".join(_COLUMNS)
 
@@ -145,6 +176,8 @@ class Accounts:
             with database.writing() as connection:
                 for statement in _TABLES:
                     connection.execute(statement)
+                for name in _ADDED.keys() - _columns(connection):
+                    connection.execute(f"ALTER TABLE accounts ADD COLUMN {name} {_ADDED[name]}")
 
     def enter(self, row: JobAccount) -> bool:
         """Enter a row and count its job; False, and nothing changes, when the job has one already.
@@ -166,6 +199,13 @@ class Accounts:
                     " WHERE job_id = ? AND delivery = ?",
                     (row.delivery, row.code, row.message, row.finished, row.job_id, REOPENED),
                 )
+                if row.receipt is not None:
+                    # The first one stands: a result that was counted twice there is still one job here.
+                    connection.execute(
+                        "UPDATE accounts SET units = ?, price = ?, receipt = ?"
+                        " WHERE job_id = ? AND receipt IS NULL",
+                        (row.units, row.price, row.receipt, row.job_id),
+                    )
             else:
                 connection.execute(
                     "INSERT INTO finished VALUES (?, 1) ON CONFLICT (code) DO UPDATE SET jobs = jobs + 1",
@@ -223,11 +263,12 @@ class Accounts:
     def totals(self, since_s: float | None = None) -> Totals:
         """Sum up the last so many seconds, or all."""
         with self._database.reading() as connection:
+            sums_of_receipts = _RECEIPTS if self._has_receipts(connection) else "0, NULL, NULL, 0"
             groups = connection.execute(
-                "SELECT coalesce(slot, ''), coalesce(code, ?), substr(finished_wall, 1, 10), count(*),"
+                "SELECT coalesce(slot, ''), coalesce(code, ?), substr(finished_wall, 1, 10), count(*),"  # noqa: S608
                 " count(*) FILTER (WHERE code IS NULL), count(code), sum(cpu_s), sum(gpu_s),"
-                " coalesce(sum(artifact_bytes) FILTER (WHERE delivery = 'accepted'), 0)"
-                " FROM accounts WHERE finished >= ? GROUP BY 1, 2, 3",
+                " coalesce(sum(artifact_bytes) FILTER (WHERE delivery = 'accepted'), 0),"
+                f" {sums_of_receipts} FROM accounts WHERE finished >= ? GROUP BY 1, 2, 3",
                 (OK, self._edge(since_s)),
             ).fetchall()
         sums: tuple[dict[str, Total], ...] = ({}, {}, {})
@@ -312,13 +353,22 @@ class Accounts:
                 kinds.append(found.fetchall())
         return [job_id for _, job_id in heapq.merge(*kinds)][:limit]
 
+    def _has_receipts(self, connection: "sqlite3.Connection") -> bool:
+        """Whether the database is of this version: who only looks cannot change it."""
+        return _columns(connection) >= _ADDED.keys()
+
     def _edge(self, ago_s: float | None) -> float:
         return -1.0 if ago_s is None else self._database.now() - ago_s
 
     def _select(self, rest: str, value: float | str) -> Iterator[JobAccount]:
         with self._database.reading() as connection:
-            for row in connection.execute(f"SELECT {_LISTED} FROM accounts {rest}", (value,)):  # noqa: S608
-                yield JobAccount(*row)
+            names = [name for name in _COLUMNS if name not in _ADDED or self._has_receipts(connection)]
+            for row in connection.execute(f"SELECT {', '.join(names)} FROM accounts {rest}", (value,)):  # noqa: S608
+                yield JobAccount(**dict(zip(names, row, strict=True)))
+
+
+def _columns(connection: "sqlite3.Connection") -> set[str]:
+    return {name for (name,) in connection.execute("SELECT name FROM pragma_table_info('accounts')")}
 
 
 def _sum(one: float | None, other: float | None) -> float | None:

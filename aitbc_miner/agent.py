@@ -13,14 +13,16 @@ from functools import partial
 
 from aitbc_miner import reserve
 from aitbc_miner.accounts import Accounts, account_of
+from aitbc_miner.assignments import Assignments
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import Coordinator, CoordinatorError, Gone, PulledJob, Refused, Unauthorized
 from aitbc_miner.database import Database
-from aitbc_miner.delivery import settle, take_back_refused, was_refused
+from aitbc_miner.delivery import settle
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.fleet import Fleet, Seen
 from aitbc_miner.fleetwatch import FleetWatch
+from aitbc_miner.idling import IdleWatch
 from aitbc_miner.intake import RESUMABLE
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import (
@@ -29,7 +31,6 @@ from aitbc_miner.messages import (
     JobSettled,
     PrivateLine,
     Recovered,
-    Retried,
     RetryJob,
     Slots,
     SpaceWanted,
@@ -38,10 +39,11 @@ from aitbc_miner.messages import (
     ToAgent,
 )
 from aitbc_miner.nodetoken import TokenLine
+from aitbc_miner.ondemand import OnDemand
 from aitbc_miner.progress import ProgressBook
 from aitbc_miner.pruning import Pruning
 from aitbc_miner.pulling import Puller
-from aitbc_miner.queue import Kind, RetryQueue
+from aitbc_miner.queue import RetryQueue
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.recovery import read_outcome, recover
 from aitbc_miner.reporting import Reporter
@@ -75,26 +77,24 @@ class Agent:
         reserve.ensure(config.workspace.root)
         database = Database(config.queue.path)
         self._accounts = Accounts(database)
-        self._bench = Workbench(
+        self._bench = bench = Workbench(
             config, channel, coordinator, self._token, self._accounts, SqliteQueue(database)
         )
         lease_s = config.queue.lease_s
-        self._fleet = Fleet(shared, config.node_id, lease_s, self._belongs) if shared else None
+        self._fleet = fleet = Fleet(shared, config.node_id, lease_s, self._belongs) if shared else None
         self._progress = ProgressBook(config.heartbeat.interval_s, PROGRESS_PAUSE_S)
-        self._reporter = Reporter(self._bench, self._fleet)
-        self._reruns = Reruns(self._bench, self._fleet, self._report)
-        self._taker = Taker(
-            self._bench, self._fleet, self._progress, self._stopping, self._conclude, self._enter
+        self._reporter = Reporter(bench, fleet, self._settled)
+        self._reruns = Reruns(bench, fleet, self._report)
+        self._demand = OnDemand(bench, fleet, self._reruns, self._reporter)
+        self._taker = Taker(bench, fleet, self._progress, self._stopping, self._conclude, self._enter)
+        room = self._taker.room
+        self._assignments = listed = Assignments(
+            bench, self._busy, self._ours, self._accept, self._repeat, self._end_unwanted
         )
-        self._puller = Puller(
-            self._bench, self._taker.room, self._known, self._accept, self._taker.troubled_until
-        )
-        self._watch = (
-            FleetWatch(self._bench, self._fleet, self._taker.room, self._lost, self._seen)
-            if self._fleet
-            else None
-        )
-        self._pruning = Pruning(self._bench)
+        self._puller = Puller(bench, room, self._known, self._accept, self._pulls_from, listed.hurry)
+        self._idle = IdleWatch(bench, lambda: self._puller.idle_since)
+        self._watch = FleetWatch(bench, fleet, room, self._lost, self._seen) if fleet else None
+        self._pruning = Pruning(bench)
 
     # --- the loop ------------------------------------------------------------------------------------------
 
@@ -109,11 +109,18 @@ class Agent:
             for part in self._parts():
                 part.start_due()
             self._start_progress()
+            self._token.tell_load(len(self._ours() | set(self._taker.ids())))
         self._bench.close()
 
-    def _parts(self) -> list[Taker | Puller | Reporter | FleetWatch | Pruning]:
+    def _parts(
+        self,
+    ) -> list[Taker | Puller | Reporter | Assignments | IdleWatch | FleetWatch | Pruning]:
         watch = [self._watch] if self._watch else []
-        return [self._taker, self._puller, self._reporter, self._pruning, *watch]
+        # Reports before pulls: a coordinator may count a job as under way until it has its report.
+        return [
+            *(self._taker, self._reporter, self._assignments, self._puller, self._idle, self._pruning),
+            *watch,
+        ]
 
     def _wait(self) -> None:
         poller = select.poll()
@@ -157,7 +164,7 @@ class Agent:
             case JobProgress():
                 self._progress.note(message.job_id, message.pct or 0.0, message.note, clock.now())
             case RetryJob():
-                self._retry(message.job_id)
+                self._demand.retry(message.job_id)
             case Swept() | SpaceWanted():
                 self._pruning.obey(message)
             case Stop():
@@ -199,7 +206,8 @@ class Agent:
                 # One that was given up on its way here came to nothing that anybody waits for.
                 nothing = Outcome(job_id=job_id, code=ErrorCode.E_CANCELLED, message=state.note or "")
                 outcome = job.outcome() or nothing
-            bench.book(account_of(outcome, state, state.runner, state.delivery or ""))
+                receipt = job.receipt()
+            bench.book(account_of(outcome, state, state.runner, state.delivery or "", receipt))
         except (MinerError, OSError) as error:
             # On a full disk, say; the next start does it.
             bench.warn("cannot enter job", error, job_id=job_id)
@@ -207,6 +215,24 @@ class Agent:
         bench.show(job_id, state.state, outcome=outcome)
 
     # --- jobs ----------------------------------------------------------------------------------------------
+
+    def _ours(self) -> set[str]:
+        """Name the jobs that are acknowledged and have no report yet."""
+        return {*self._progress.ids(), *self._reruns.ids()}
+
+    def _busy(self) -> set[str]:
+        return {*self._ours(), *self._taker.ids(), *self._reporter.newest()}
+
+    def _pulls_from(self) -> float:
+        """Say from when on to pull: what the coordinator takes for ours already comes first."""
+        if self._assignments.asked:
+            return self._taker.troubled_until()
+        return max(self._taker.troubled_until(), clock.now() + 60.0)
+
+    def _settled(self) -> None:
+        """Pull again, if the last time there was nothing: a report makes room on the other side, too."""
+        if self._puller.idle_since is not None:
+            self._puller.hurry()
 
     def _known(self) -> list[str]:
         return [*self._taker.ids(), *self._progress.ids(), *self._reruns.ids(), *self._reporter.newest()]
@@ -223,6 +249,7 @@ class Agent:
             if known:
                 self._repeat(job_id)
             return False
+        self._assignments.saw(job_id)
         self._taker.take(job_id, job)
         return True
 
@@ -257,6 +284,7 @@ class Agent:
         self._reruns.settle(job_id)
         if job_id not in self._reruns:
             self._progress.ended(job_id)
+        self._puller.hurry()
 
     def _report(self, job_id: str) -> None:
         self._progress.ended(job_id)
@@ -266,53 +294,6 @@ class Agent:
         for job_id in self._reruns.take_due():
             self._reruns.begun(job_id)
             self._taker.resume([job_id])
-
-    def _retry(self, job_id: str) -> None:
-        """Have a job tried, or its report sent, once more: the operator wants it."""
-        if job_id in self._reruns:
-            self._reruns.hurry(job_id)
-            self._channel.send(Retried(job_id, f"job {job_id} is tried again now"))
-        elif job_id in self._reporter:
-            self._reporter.hurry()
-            self._channel.send(Retried(job_id, f"the report of job {job_id} is sent again now"))
-        elif self._fleet is not None and not self._bench.records.known(job_id):
-            call = partial(self._fleet.requeue, job_id)
-            self._bench.start("queue", call, partial(self._requeued, job_id))
-        else:
-            self._channel.send(self._retry_dead(job_id))
-
-    def _retry_dead(self, job_id: str) -> Retried:
-        try:
-            with self._bench.records.open(job_id) as job:
-                state = job.state()
-                if not was_refused(state):
-                    why = "only what waits, or what the coordinator has refused, can be tried again"
-                    return Retried(
-                        job_id, f"cannot retry job {job_id}: it is {state.state}; {why}", done=False
-                    )
-                # First: what the books call settled is not even read at the next start.
-                self._bench.book_rest()
-                self._accounts.reopen(job_id)
-                take_back_refused(job)
-        except (MinerError, OSError) as error:
-            return Retried(job_id, f"cannot retry job {job_id}: {error}", done=False)
-        self._bench.start("queue", partial(self._bench.queue.remove, Kind.REPORT, job_id), lambda _: None)
-        self._bench.refused = max(0, self._bench.refused - 1)
-        self._reporter.add(job_id)
-        return Retried(job_id, f"the report of job {job_id}, which was refused, is sent once more")
-
-    def _requeued(self, job_id: str, future: Future[bool]) -> None:
-        try:
-            found = future.result()
-        except MinerError as error:
-            self._channel.send(Retried(job_id, f"cannot retry job {job_id}: {error}", done=False))
-            return
-        if found:
-            said = Retried(job_id, f"job {job_id} is due again for any node of the fleet")
-        else:
-            why = "neither this node nor the fleet's queue has it"
-            said = Retried(job_id, f"cannot retry job {job_id}: {why}", done=False)
-        self._channel.send(said)
 
     # --- the fleet -----------------------------------------------------------------------------------------
 
@@ -364,6 +345,10 @@ class Agent:
             if not isinstance(error, CoordinatorError):
                 self._bench.warn("progress not accepted", error, job_id=job_id)
             return
-        if wants_end and not self._taker.cancel(job_id):
+        if wants_end:
+            self._end_unwanted(by_coordinator(job_id))
+
+    def _end_unwanted(self, word: CancelJob) -> None:
+        if not self._taker.cancel(word.job_id):
             # The supervisor learns of a job when its inputs are there.
-            self._channel.send(by_coordinator(job_id))
+            self._channel.send(word)

@@ -63,6 +63,12 @@ def _ended_by_us(why: str, evidence: Evidence) -> Verdict:
             limit = "" if evidence.time_max_s is None else f" of {evidence.time_max_s:g} s"
             after = f"{evidence.usage.wall_s:.1f} s"
             return Verdict(ErrorCode.E_TIMEOUT, f"the job was ended after {after}: its time{limit} was over")
+        case "expired":
+            after = f"{evidence.usage.wall_s:.1f} s"
+            return Verdict(
+                ErrorCode.E_TIMEOUT,
+                f"the job was ended after {after}: {evidence.cancel_detail or 'it is too late'}",
+            )
         case "disk":
             return Verdict(ErrorCode.E_DISK, "the job was ended: the disk of the workspace is full")
         case "output":

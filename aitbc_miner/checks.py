@@ -20,6 +20,7 @@ from aitbc_miner.probe import NEEDED_CONTROLLERS, SlotCapability
 from aitbc_miner.runners.catalogue import Task, list_tasks
 from aitbc_miner.runners.interpreter import InterpreterError, cannot_import, find_interpreter
 from aitbc_miner.sampling import inventory
+from aitbc_miner.services import Service, read_services
 from aitbc_miner.slots import Layout
 from aitbc_miner.slotspec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
 from aitbc_miner.topology import MachineFacts, read_machine
@@ -76,6 +77,7 @@ class Checker:
         self.slots: list[SlotSpec] = []
         self.commands: list[str] = []
         self.tasks: list[Task] = []
+        self.services: list[Service] = []
 
     def check(self) -> None:
         """Check everything, however much of it is wrong."""
@@ -83,6 +85,8 @@ class Checker:
         identities = self._check_privileges()
         self._check_confinement()
         self._check_runners()
+        if self._config.coordinator.dialect == "aitbc-v1":
+            self._check_services()
         self._check_credential(identities.service if identities else None)
         self._check_workspace(passers=bool(identities and identities.jobs))
 
@@ -213,6 +217,20 @@ class Checker:
         except InterpreterError as error:
             failed = {", ".join(python.preload): str(error)}
         self.warnings += [f"{key}: cannot import {name}: {why}" for name, why in failed.items()]
+
+    def _check_services(self) -> None:
+        """Look whether there is what each service needs."""
+        directory = self._config.services_dir
+        self.services = read_services(directory, self.faults)
+        if not self.services:
+            self.warnings.append(f"services_dir: {directory} offers no service: every job is refused")
+        tasks = {task.info.name for task in self.tasks}
+        for service in self.services:
+            run = service.run
+            if run.command is not None and run.command not in self.commands:
+                self.warnings.append(f"service {service.name}: the allowlist has no command {run.command!r}")
+            if run.task is not None and run.task not in tasks:
+                self.warnings.append(f"service {service.name}: there is no task {run.task!r}")
 
     def _check_credential(self, service: Identity | None) -> None:
         source = self._config.coordinator.auth_token

@@ -36,6 +36,13 @@ ModuleName = Annotated[
         description="the name of a module, such as numpy or scipy.fft",
     ),
 ]
+ReceiptKey = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9_-]{43}\Z",
+        description="a public Ed25519 key as receipts name it, 43 of A-Z a-z 0-9 _ -",
+    ),
+]
 Mode = Literal["required", "auto"]
 ModeOrOff = Literal["required", "auto", "off"]
 
@@ -81,13 +88,6 @@ def _is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
-def _parse_dialect(value: object) -> str:
-    if value != "bootstrap":
-        also = "; aitbc-v1 is not in this version" if value == "aitbc-v1" else ""
-        raise ValueError(f"must be bootstrap{also}")
-    return "bootstrap"
-
-
 def _parse_ca_file(value: object) -> Path:
     path = absolute_path(value)
     if not path.is_file():
@@ -131,18 +131,25 @@ def _parse_socket(value: object) -> Path:
 
 
 class Coordinator(Struct, frozen=True):
-    """Where jobs come from. auth_token names the token's source, never the token."""
+    """Where jobs come from. auth_token names the token's source, never the token.
+
+    For aitbc-v1 alone: `price` is what this node wants at least for a unit, `share` its part of the calls
+    that the coordinator takes from one address, `receipt_keys` the keys that may sign receipts (empty: any).
+    """
 
     base_url: Annotated[str, Parse(_parse_base_url)]
     auth_token: Annotated[str, Parse(parse_source)]
-    dialect: Annotated[str, Parse(_parse_dialect)] = "bootstrap"
-    auth_scheme: Literal["bearer"] = "bearer"
+    dialect: Literal["bootstrap", "aitbc-v1"] = "bootstrap"
+    auth_scheme: Literal["bearer", "api_key"] = "bearer"
     tls_verify: bool = True
     ca_file: Annotated[Path, Parse(_parse_ca_file)] | None = None
     timeout_s: Seconds = 20.0
     poll_interval_s: Seconds = 3.0
     allow_http: bool = False
     region: Annotated[str, Meta(min_length=1, max_length=64)] | None = None
+    price: Annotated[float, Meta(ge=0, le=1_000_000)] | None = None
+    share: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    receipt_keys: tuple[ReceiptKey, ...] = ()
     max_manifest_kb: Annotated[int, Meta(ge=1, le=65_536)] = 256
     max_input_mb: MegaBytes = 10_240
     allow_private_inputs: bool = False
@@ -151,6 +158,10 @@ class Coordinator(Struct, frozen=True):
         if self.base_url.startswith("http:") and not self.allow_http and not _is_loopback(self.base_url):
             remedy = "use https, or set coordinator.allow_http: true on a network that you trust"
             raise BadField("base_url", f"is {self.base_url!r}, which sends the token unencrypted; {remedy}")
+        if self.dialect == "bootstrap" and self.auth_scheme != "bearer":
+            raise BadField(
+                "auth_scheme", f"is {self.auth_scheme}, which the dialect bootstrap has not; use bearer"
+            )
         if self.ca_file and not self.tls_verify:
             raise BadField("ca_file", "has no use while tls_verify is false; remove one of the two")
 
@@ -316,7 +327,8 @@ class Config(Struct, frozen=True):
     logging: Logging = Logging()
 
 
-_WITHOUT_EFFECT = (*("services_dir", "egress_dir", "secrets.pkcs11"),)
+_WITHOUT_EFFECT = ("egress_dir", "secrets.pkcs11")
+_AITBC_ONLY = ("services_dir", "coordinator.price", "coordinator.share", "coordinator.receipt_keys")
 
 
 def load_config(path: Path, environ: Mapping[str, str]) -> tuple[Config | None, list[Fault], list[str]]:
@@ -332,10 +344,14 @@ def load_config(path: Path, environ: Mapping[str, str]) -> tuple[Config | None, 
 
 
 def _warnings(config: Config) -> Iterator[str]:
-    defaults = Config(coordinator=config.coordinator)
+    there = config.coordinator
+    defaults = Config(Coordinator(there.base_url, there.auth_token, allow_http=True))
     for key in _WITHOUT_EFFECT:
         if _look_up(config, key) != _look_up(defaults, key):
             yield f"{key} has no effect in this version; it is accepted for later ones"
+    for key in _AITBC_ONLY if there.dialect != "aitbc-v1" else ():
+        if _look_up(config, key) != _look_up(defaults, key):
+            yield f"{key} has no effect: coordinator.dialect is {there.dialect}, which has no use for it"
 
 
 def _look_up(config: Struct, key: str) -> object:

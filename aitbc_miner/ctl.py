@@ -237,8 +237,9 @@ def _files(socket: Path, verb: str, job_id: str) -> Iterator[tuple[JobRow, dict[
 
 
 def _records(files: dict[str, BinaryIO]) -> dict[str, Any]:
-    """Read what is on record of a job: manifest, state and outcome, None for what is not there."""
-    return {name: _record(files.get(f"{name}.json"), name) for name in ("manifest", "state", "outcome")}
+    """Read what is on record of a job; None for what is not there."""
+    names = ("manifest", "state", "outcome", "receipt")
+    return {name: _record(files.get(f"{name}.json"), name) for name in names}
 
 
 def _record(file: BinaryIO | None, name: str) -> Any:

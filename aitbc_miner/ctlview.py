@@ -15,6 +15,7 @@ import msgspec
 from aitbc_miner.control import JobRow, Jobs, Judged, Problem, SlotStatus, Status
 from aitbc_miner.errors import CODES, ErrorCode
 from aitbc_miner.jobs import Outcome, State
+from aitbc_miner.receipts import Receipt
 
 WIDTH = 80
 LINES = 23
@@ -242,7 +243,7 @@ def _result(row: JobRow) -> str:
 
 
 def job_page(row: JobRow, records: Mapping[str, Any], paint: Paint) -> str:
-    """Show all about one job. `records` has its manifest, state and outcome as JSON has them, or None."""
+    """Show all about one job. `records` has its manifest, state, outcome and receipt as JSON, or None."""
     manifest = records["manifest"] if isinstance(records["manifest"], dict) else {}
     what = manifest.get("command") or manifest.get("task") or ""
     facts = [
@@ -260,6 +261,7 @@ def job_page(row: JobRow, records: Mapping[str, Any], paint: Paint) -> str:
     if message:
         facts.append(("message", message))
     facts += _outcome_facts(outcome) if outcome else []
+    facts += _receipt_facts(records.get("receipt"))
     lines = [f"{paint(row.job_id, 'bold')}  {paint(row.state, STATE_COLOURS.get(row.state, 'bold'))}"]
     lines += [line for label, text in facts for line in wrap(f"{label:{LABEL}}", text, width=100)]
     if outcome:
@@ -295,6 +297,25 @@ def _outcome_facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
         yield "limits", " ".join(f"{limit}={how}" for limit, how in sorted(outcome.enforced.items()))
     if outcome.result is not None:
         yield "result", msgspec.json.encode(outcome.result).decode()[:400]
+
+
+def _receipt_facts(value: object) -> Iterator[tuple[str, str]]:
+    try:
+        kept = msgspec.convert(value, Receipt) if value is not None else None
+    except msgspec.ValidationError:
+        return
+    if kept is None:
+        return
+    said = kept.receipt
+    signature = said.get("signature")
+    key = signature.get("key_id") if isinstance(signature, dict) else None
+    worth = f"{_amount(kept.units)} {said.get('unit_type') or 'units'}, price {_amount(kept.price)}"
+    checked = f"verified, signed by {key}" if kept.verified else f"NOT VERIFIED: {kept.why}"
+    yield "receipt", f"{str(said.get('receipt_id'))[:64]}: {worth}; {checked}"[:400]
+
+
+def _amount(amount: float | None) -> str:
+    return "?" if amount is None else f"{amount:.10g}"
 
 
 def _mebi(size: int | None) -> float | None:

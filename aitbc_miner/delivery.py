@@ -10,11 +10,13 @@ from collections.abc import Callable
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.coordinator import ArtifactChanged, Coordinator, Gone, Refused
+from aitbc_miner.coordinator import Coordinator, Gone, Refused, Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import FINAL, Outcome, State, StateRecord
 from aitbc_miner.messages import CancelJob, JobSettled
+from aitbc_miner.receipts import Receipt
 from aitbc_miner.records import OUTCOME, JobDir, RecordError, Records, pretty
+from aitbc_miner.serviceresult import FileChanged
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
@@ -28,13 +30,15 @@ OTHERS = frozenset({"lost", "handed_on"})
 class Delivered(Struct, frozen=True):
     """A report that is settled: `how` is `accepted`, `superseded` or `refused`; or `lost`, and none was sent.
 
-    `state` is the job's last one.
+    `state` is the job's last one. `beat`: the coordinator counts the job as ours until it hears from us.
     """
 
     job_id: str
     outcome: Outcome
     how: str
     state: StateRecord
+    receipt: Receipt | None = None
+    beat: bool = False
 
 
 def deliver(
@@ -59,59 +63,72 @@ def deliver(
             outcome = declare(job, JobSettled(job_id, "its record has no outcome"))
         # A repetition, asked for by a coordinator that has forgotten: it changes nothing here any more.
         state = job.state()
+        told = Told()
         if state.state in FINAL and state.delivery in OTHERS:
             how = state.delivery
         elif state.state in FINAL:
-            how = _send_again(coordinator, node_id, job, outcome)
+            how, told = _send_again(coordinator, node_id, job, outcome)
         elif not is_ours(state):
             how = "lost"
             job.move(State.UPLOADING)
             state = job.move(State.FAILED, delivery=how)
         else:
             # Once: each writing takes its part of what is set aside for a full disk.
-            if state.state is not State.UPLOADING:
+            if not (again := state.state is State.UPLOADING):
                 job.move(State.UPLOADING)
-            outcome, how = _send_or_refuse(coordinator, node_id, job, outcome)
+            outcome, how, told = _send_or_refuse(coordinator, node_id, job, outcome, again=again)
             state = job.move(State.DONE if outcome.ok else State.FAILED, delivery=how)
-    return Delivered(job_id, outcome, how, state)
+    return Delivered(job_id, outcome, how, state, told.receipt, told.beat or how == "superseded")
+
+
+def _keep(job: JobDir, receipt: Receipt | None) -> None:
+    try:
+        if receipt is not None:
+            job.write_receipt(receipt)
+    except OSError as error:
+        # The job is paid all the same; to have its result sent once more would be worse.
+        events("agent").error("receipt not kept", job_id=job.job_id, error=str(error))
 
 
 def _send_or_refuse(
-    coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome
-) -> tuple[Outcome, str]:
+    coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome, *, again: bool
+) -> tuple[Outcome, str, Told]:
     """Send a report; of a result that the coordinator will never take as it is, say that it could not be."""
     try:
-        return outcome, _send(coordinator, node_id, job, outcome)
-    except (Refused, ArtifactChanged) as error:
+        return outcome, *_send(coordinator, node_id, job, outcome, again=again)
+    except (Refused, FileChanged) as error:
         if not outcome.ok:
-            return outcome, "refused"
+            return outcome, "refused", Told()
         # What the job really came to is not lost with it: an operator may hand it over by other means.
         job.write(REFUSED, pretty(outcome))
         failed = replace(outcome, code=ErrorCode.E_UPLOAD, message=str(error))
         job.write_outcome(failed)
     try:
-        return failed, _send(coordinator, node_id, job, failed)
+        return failed, *_send(coordinator, node_id, job, failed, again=again)
     except Refused:
-        return failed, "refused"
+        return failed, "refused", Told()
 
 
-def _send_again(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome) -> str:
+def _send_again(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome) -> tuple[str, Told]:
     try:
-        return _send(coordinator, node_id, job, outcome)
-    except (Refused, ArtifactChanged):
-        return "refused"
+        return _send(coordinator, node_id, job, outcome, again=True)
+    except (Refused, FileChanged):
+        return "refused", Told()
 
 
-def _send(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome) -> str:
+def _send(
+    coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome, *, again: bool
+) -> tuple[str, Told]:
     try:
         if outcome.ok:
-            coordinator.result(job.job_id, outcome, job.path, f"result:{node_id}:{job.job_id}")
-        else:
-            coordinator.fail(job.job_id, outcome, f"fail:{node_id}:{job.job_id}")
+            key = f"result:{node_id}:{job.job_id}"
+            told = coordinator.result(job.job_id, outcome, job.path, key, again=again)
+            _keep(job, told.receipt)
+            return "accepted", told
+        return "accepted", coordinator.fail(job.job_id, outcome, f"fail:{node_id}:{job.job_id}", again=again)
     except Gone:
         # Already final there, or given to somebody else: nothing is left to say about it.
-        return "superseded"
-    return "accepted"
+        return "superseded", Told()
 
 
 def was_refused(record: StateRecord) -> bool:
@@ -146,7 +163,9 @@ def settle(records: Records, said: JobSettled | CancelJob) -> bool:
 
 def declare(job: JobDir, said: JobSettled | CancelJob) -> Outcome:
     """Write the outcome of a job that nobody works on any more and that has none: it says why."""
-    if isinstance(said, CancelJob):
+    if isinstance(said, CancelJob) and said.why == "expired":
+        code, message = ErrorCode.E_TIMEOUT, f"the job did not come to its turn in time: {said.detail}"
+    elif isinstance(said, CancelJob):
         code, message = ErrorCode.E_CANCELLED, f"the job was cancelled before it started: {said.detail}"
     elif said.code is not None:
         code, message = said.code, said.why
@@ -179,6 +198,7 @@ class Schedule:
         self._backoffs: dict[str, Backoff] = {}
         self._asked: dict[str, float] = {}
         self._running: set[str] = set()
+        self._open_at = 0.0
 
     def __len__(self) -> int:
         return len(self._backoffs)
@@ -205,6 +225,8 @@ class Schedule:
 
     def start_due(self, now: float, room: int) -> list[str]:
         """Take what is due, at most `room` of it."""
+        if now < self._open_at:
+            return []
         due = sorted((at, job_id) for job_id, at in self._due.items() if at <= now)[: max(0, room)]
         for _, job_id in due:
             del self._due[job_id]
@@ -226,6 +248,12 @@ class Schedule:
         self._asked[job_id] = now + (retry_after or 0.0)
         return pause
 
+    def paced(self, job_id: str, until: float) -> None:
+        """Send nothing before this time, nor this one, which was not tried and has not failed."""
+        self._running.discard(job_id)
+        self._due[job_id] = until
+        self._open_at = until
+
     def hurry(self, now: float) -> None:
         """Make all that waits due now, or when the coordinator asked for it."""
         self._due = {
@@ -239,4 +267,4 @@ class Schedule:
 
     def next_due(self) -> float | None:
         """When the next one is due."""
-        return min(self._due.values(), default=None)
+        return max(self._open_at, min(self._due.values())) if self._due else None

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import aitbc_miner
@@ -23,12 +23,12 @@ from aitbc_miner.control import (
 )
 from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.jobs import valid_job_id
-from aitbc_miner.messages import CoordinatorView, Deliveries, EndReason, Retried, RetryJob, Ticket
+from aitbc_miner.messages import CoordinatorView, Deliveries, EndReason, Retried, RetryJob, Starved, Ticket
 from aitbc_miner.slot import SlotState
 from aitbc_miner.slots import RunningSlot
 from aitbc_miner.util import clock, fs
 
-FILES = {"job": ("manifest.json", "state.json", "outcome.json"), "logs": ("logs/exec.log",)}
+FILES = {"job": ("manifest.json", "state.json", "outcome.json", "receipt.json"), "logs": ("logs/exec.log",)}
 # A child that died once and has run since then is no problem any more.
 DEATH_SHOWN_S = 600.0
 BAD = frozenset({SlotState.BACKOFF, SlotState.QUARANTINED})
@@ -65,6 +65,7 @@ class Desk:
         self.deliveries = Deliveries(0)
         self.gpu_error: str | None = None
         self.disk_problem: Problem | None = None
+        self.starved = Starved()
         self._deaths: dict[str, tuple[float, str]] = {}
 
     def take_changed(self) -> bool:
@@ -168,6 +169,7 @@ class Desk:
             )
         if self.disk_problem:
             problems.append(self.disk_problem)
+        problems += self._hunger()
         if self.gpu_error:
             problems.append(Problem(self.gpu_error, "check the driver with `nvidia-smi`"))
         for slot in self._slots.values():
@@ -177,6 +179,14 @@ class Desk:
         recent = clock.now() - DEATH_SHOWN_S
         problems += [Problem(f"{name} {how}") for name, (at, how) in self._deaths.items() if at > recent]
         return problems + [Problem(notice) for notice in self._notices]
+
+    def _hunger(self) -> Iterator[Problem]:
+        since = self.starved.since
+        if since is None or not self.accepting:
+            return
+        minutes = (clock.now() - since) / 60
+        yield Problem(f"no job has come for {minutes:.0f} minutes; the coordinator does not say why")
+        yield from (Problem("perhaps: " + cause) for cause in self.starved.causes)
 
 
 class RetryDesk:

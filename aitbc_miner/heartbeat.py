@@ -7,7 +7,7 @@ import math
 import os
 import random
 import select
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import psutil
@@ -20,7 +20,7 @@ from aitbc_miner.coordinator import (
     Busy,
     CoordinatorError,
     Heartbeat,
-    Refused,
+    Paced,
     Unauthorized,
     UnknownNode,
     Unreachable,
@@ -29,24 +29,27 @@ from aitbc_miner.credentials import Credential, CredentialError, digest
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu import GpuReader
 from aitbc_miner.messages import (
+    Beaten,
+    BeatWanted,
     CoordinatorView,
     Counted,
     Inventory,
     JobDone,
+    Load,
     NodeToken,
     NodeView,
     PrivateLine,
     Slots,
-    SlotView,
     Stop,
     ToHeartbeat,
     TokenWanted,
 )
 from aitbc_miner.pages import serving
-from aitbc_miner.probe import SlotCapability, capabilities, probe_machine
+from aitbc_miner.probe import capabilities, probe_machine
 from aitbc_miner.registration import Registration, RegistrationError, connector
+from aitbc_miner.reports import remedy_for, slot_report, told_of
 from aitbc_miner.runners.catalogue import TaskWatch
-from aitbc_miner.sampling import GpuWatch, Sampler, Use, inventory
+from aitbc_miner.sampling import GpuWatch, Sampler, inventory
 from aitbc_miner.slot import SlotState
 from aitbc_miner.telemetry import Metrics, Snapshot, Upkeep
 from aitbc_miner.util import clock
@@ -63,12 +66,14 @@ class Timing(Struct, frozen=True):
 
     slots_wait: how long the first registration waits for the slots to be set up. settle: how long a change of
     the slots may go on before it is told. sample: between two looks at what the slots use, and between two
-    savings of what was counted.
+    savings of what was counted. between_beats: the least between two heartbeats, however often they are
+    wanted.
     """
 
     slots_wait: float = 10.0
     settle: float = 1.0
     sample: float = 5.0
+    between_beats: float = 0.7
 
 
 class HeartbeatProcess:
@@ -96,7 +101,11 @@ class HeartbeatProcess:
         self._sample_due = self._started
         self._inventory: Inventory | None = None
         self._view: CoordinatorView | None = None
+        self._load = 0
+        self._beat_wanted = False
+        self._beaten_at = -math.inf
         self._stopping = False
+        self._leave = False
 
     def run(self) -> None:
         """Go on until the supervisor says Stop.
@@ -115,6 +124,8 @@ class HeartbeatProcess:
                 self._beat()
             # Between two beats, however close, what has come in is looked at.
             self._wait(min(due, self._sample_due) - clock.now())
+        if self._leave:
+            self._registration.leave()
 
     # --- what comes in -------------------------------------------------------------------------------------
 
@@ -149,8 +160,13 @@ class HeartbeatProcess:
                 self._show(node=message)
             case TokenWanted():
                 self._give_token(message.refused)
+            case Load():
+                self._load = message.inflight
+            case BeatWanted():
+                self._beat_wanted = True
+                self._schedule.hurry(max(clock.now(), self._beaten_at + self._timing.between_beats))
             case Stop():
-                self._stopping = True
+                self._stopping, self._leave = True, message.leave
 
     def _hurry_if_stale(self) -> None:
         if self._registration.token and self._stale():
@@ -195,7 +211,7 @@ class HeartbeatProcess:
 
     def _stale(self) -> bool:
         """Whether the coordinator was told of other slots or GPUs than there are now."""
-        return self._settled() and self._registration.told != _told_of(self._metrics.snapshot.slots)
+        return self._settled() and self._registration.told != told_of(self._metrics.snapshot.slots)
 
     def _beat(self) -> None:
         """Send a heartbeat, registering before if need be, and settle when the next one is due."""
@@ -208,12 +224,16 @@ class HeartbeatProcess:
             self._schedule.failed(clock.now(), longest_s)
         except CoordinatorError as caught:
             error = caught
-            asked_s = caught.retry_after if isinstance(caught, Busy) else None
+            asked_s = _asked(caught)
             self._schedule.failed(clock.now(), asked_s or 0.0)
         else:
             now = clock.now()
             self._schedule.succeeded(now)
             self._show(last_heartbeat=now)
+            self._beaten_at = now
+            if self._beat_wanted:
+                self._beat_wanted = False
+                self._line.send(Beaten())
         self._report(error)
 
     def _try_beat(self) -> None:
@@ -237,10 +257,10 @@ class HeartbeatProcess:
         except RegistrationError as error:
             # The node token may well outlive the operator's; as long as it serves, we go on with it.
             log.warning("slots-not-told", error=str(error))
-            self._registration.told = _told_of(self._metrics.snapshot.slots)
+            self._registration.told = told_of(self._metrics.snapshot.slots)
 
     def _register(self) -> None:
-        slots = _told_of(self._metrics.snapshot.slots)
+        slots = told_of(self._metrics.snapshot.slots)
         payload = capabilities(
             self._metrics.snapshot.node_id,
             probe_machine(self._config.workspace.root),
@@ -260,7 +280,10 @@ class HeartbeatProcess:
             load=os.getloadavg()[0],
             free_mb=psutil.virtual_memory().available >> 20,
             gpu_free=sum(view.free and view.offer.kind == "gpu" for view in snapshot.slots),
-            slots=[_slot_report(snapshot, view) for view in snapshot.slots],
+            slots=[slot_report(snapshot, view) for view in snapshot.slots],
+            # An agent that has just been started may not have counted yet what goes on.
+            inflight=max(self._load, sum(view.job_id is not None for view in snapshot.slots)),
+            accepting=snapshot.accepting and any(view.offers for view in snapshot.slots),
         )
 
     def _report(self, error: MinerError | None) -> None:
@@ -278,7 +301,7 @@ class HeartbeatProcess:
             since_wall=before.since_wall if before and before.reachable == reachable else clock.wall(),
             registered=self._registration.token is not None,
             error=told,
-            remedy=_remedy(error, self._config.coordinator.auth_token) if error else None,
+            remedy=remedy_for(error, self._config.coordinator.auth_token) if error else None,
         )
         if view == before:
             return
@@ -291,47 +314,15 @@ class HeartbeatProcess:
             log.info("coordinator-well")
 
 
-def _told_of(slots: Sequence[SlotView]) -> list[SlotCapability]:
-    return [
-        SlotCapability(
-            name=view.offer.name,
-            kind=view.offer.kind,
-            cpus=view.cpus or "",
-            memory_mb=view.offer.memory_mb,
-            enforced=view.enforced,
-            gpu=view.gpu,
-            runners=list(view.offer.runners),
-        )
-        for view in slots
-    ]
-
-
-def _slot_report(snapshot: Snapshot, view: SlotView) -> dict[str, Any]:
-    use, gpu = snapshot.uses.get(view.offer.name, Use()), snapshot.gpu_uses.get(view.offer.name)
-    report: dict[str, Any] = {
-        "name": view.offer.name,
-        "state": view.state,
-        "job_id": view.job_id,
-        "cpu_pct": use.cpu_pct,
-        "memory_mb": None if use.memory_bytes is None else use.memory_bytes >> 20,
-    }
-    if gpu and not gpu.error:
-        report |= {"vram_mb": gpu.vram_used_mb, "gpu_util": gpu.utilisation_pct}
-    return report
-
-
-def _remedy(error: MinerError, source: str) -> str:
+def _asked(error: CoordinatorError) -> float | None:
+    """Say how long to wait at least, where somebody has said so."""
     match error:
-        case RegistrationError(__cause__=Refused(status=404)):
-            return "check coordinator.base_url: nothing there takes registrations; mind its path"
-        case RegistrationError(__cause__=Refused()):
-            return "compare coordinator.base_url with what the coordinator's operator gave you, and ask them"
-        case RegistrationError():
-            return f"put the token that the coordinator gave you into {source} (coordinator.auth_token)"
-        case Unreachable():
-            return "check coordinator.base_url and this machine's network; the node keeps trying"
+        case Busy():
+            return error.retry_after
+        case Paced():
+            return error.wait_s
         case _:
-            return "nothing on this node; it keeps trying"
+            return None
 
 
 def run_heartbeat(

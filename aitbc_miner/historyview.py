@@ -44,6 +44,8 @@ def history_page(totals: Totals, since_s: float, paint: Paint) -> str:
     lines: list[str] = []
     for title, rows in (("SLOT", totals.slots), ("CODE", totals.codes), ("DAY (UTC)", totals.days)):
         lines += _table(title, rows, paint)
+    if totals.all.receipts or totals.all.unverified:
+        lines += _receipts(totals, paint)
     return "\n".join([*lines, paint(_row(totals.all, f"the last {since}"), "bold")])
 
 
@@ -52,6 +54,21 @@ def _table(title: str, rows: Sequence[Total], paint: Paint) -> Iterator[str]:
     yield paint(f"{title:{NAME}}{heads}{'DELIVERED':>11}", "dim")
     yield from (_row(row, row.name) for row in rows)
     yield ""
+
+
+def _receipts(totals: Totals, paint: Paint) -> Iterator[str]:
+    """Show what the coordinator has given receipts for, by day; the sums are of those that verified."""
+    heads = "".join(f"{head:>14}" for head in ("RECEIPTS", "UNITS", "PRICE", "FLAGGED"))
+    yield paint(f"{'DAY (UTC)':{NAME}}{heads}", "dim")
+    for day in [*(day for day in totals.days if day.receipts or day.unverified), totals.all]:
+        cells = (str(day.receipts), _amount(day.units), _amount(day.price), str(day.unverified or "-"))
+        row = pad("all" if day is totals.all else day.name, NAME) + "".join(f"{cell:>14}" for cell in cells)
+        yield paint(row, "bold") if day is totals.all else row
+    yield ""
+
+
+def _amount(amount: float | None) -> str:
+    return "-" if amount is None else f"{amount:.10g}"
 
 
 def _row(total: Total, name: str) -> str:

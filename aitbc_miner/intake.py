@@ -99,7 +99,7 @@ class Intake:
         self._records.create(job_id, pulled.raw or b"{}\n")
         if pulled.error is not None:
             with self._records.open(job_id) as job:
-                return self._refuse(job, JobError(ErrorCode.E_MANIFEST, str(pulled.error)))
+                return self._refuse(job, JobError(pulled.error.code, str(pulled.error)))
         return self.resume(job_id, offers, cancelled)
 
     def resume(self, job_id: str, offers: Sequence[Offer], cancelled: threading.Event) -> Taken:

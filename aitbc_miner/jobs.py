@@ -29,11 +29,17 @@ def valid_job_id(job_id: object) -> bool:
 
 
 class ManifestError(MinerError):
-    """A manifest is no manifest; `job_id` is the id it gave itself when that much could be read."""
+    """A manifest is no manifest; `job_id` is the id it gave itself when that much could be read.
 
-    def __init__(self, message: str, job_id: str | None = None) -> None:
+    `code` is what its job fails with.
+    """
+
+    def __init__(
+        self, message: str, job_id: str | None = None, code: ErrorCode = ErrorCode.E_MANIFEST
+    ) -> None:
         super().__init__(message)
         self.job_id = job_id
+        self.code = code
 
 
 class Requirements(Struct, frozen=True, forbid_unknown_fields=False):

@@ -121,6 +121,9 @@ def check(path: Path) -> int:
     _say(
         "ok:", f"{len(checker.tasks)} tasks: {', '.join(task.info.name for task in checker.tasks) or 'none'}"
     )
+    if config.coordinator.dialect == "aitbc-v1":
+        names = ", ".join(service.name for service in checker.services) or "none"
+        _say("ok:", f"{len(checker.services)} services: {names}")
     return EXIT_OK
 
 

@@ -14,14 +14,14 @@ from aitbc_miner.jobs import JOB_ID, Requirements, State
 
 # How a worker is told what `CancelJob.why` says when there is no channel to it. SIGTERM is also what systemd
 # sends to stop the slots: then the job is lost, and nobody has said that it is not wanted any more.
-END_SIGNALS = {"shutdown": signal.SIGTERM, "cancel": signal.SIGUSR1}
+END_SIGNALS = {"shutdown": signal.SIGTERM, "cancel": signal.SIGUSR1, "expired": signal.SIGUSR2}
 
 
 # What comes from a process that is not root is checked again by the one that is.
 JobId = Annotated[str, Meta(pattern=f"^{JOB_ID.pattern}\\Z")]
 
 
-EndReason = Literal["cancel", "shutdown", "timeout"]
+EndReason = Literal["cancel", "shutdown", "timeout", "expired"]
 
 
 class Message(Struct, frozen=True, tag=True):
@@ -139,7 +139,7 @@ class JobUpdate(Message, frozen=True):
 
 
 class CancelJob(Message, frozen=True):
-    """agent to supervisor to worker: end the job; `why` is `cancel` or `shutdown`.
+    """agent to supervisor to worker: end the job; `why` is `cancel`, `expired` or `shutdown`.
 
     supervisor to agent: a job that waited for a slot will get none.
     """
@@ -155,6 +155,13 @@ class Deliveries(Message, frozen=True):
     pending: int
     error: str | None = None
     refused: int = 0
+
+
+class Starved(Message, frozen=True):
+    """agent: each pull has come back empty since then, and what may be the causes; without, it is over."""
+
+    since: float | None = None
+    causes: list[str] = []
 
 
 class Sweepable(Message, frozen=True):
@@ -307,10 +314,17 @@ class Retune(Message, frozen=True):
 
 
 class Stop(Message, frozen=True):
-    """to all: end in good order. A worker finishes the job that it has, if any."""
+    """to all: end in good order. A worker finishes the job that it has, if any.
+
+    `leave`: no job of this node goes on meanwhile, so the coordinator may be told that it is gone.
+    """
+
+    leave: bool = False
 
 
-FromAgent = Recovered | JobReady | JobUpdate | CancelJob | Deliveries | Counted | Sweepable | Retried
+FromAgent = (
+    Recovered | JobReady | JobUpdate | CancelJob | Deliveries | Counted | Starved | Sweepable | Retried
+)
 FromHeartbeat = Inventory | CoordinatorView
 FromWorker = WorkerReady | Retuned | WorkerRefused | JobStep | JobProgress | JobEnded
 ToAgent = Slots | JobSettled | JobProgress | CancelJob | Swept | SpaceWanted | RetryJob | Stop
@@ -337,4 +351,18 @@ class NodeToken(Message, frozen=True):
         return "NodeToken(****)"
 
 
-PrivateLine = TokenWanted | NodeToken
+class Load(Message, frozen=True):
+    """agent: so many jobs are this node's to do now, wherever they are."""
+
+    inflight: Annotated[int, Meta(ge=0)]
+
+
+class BeatWanted(Message, frozen=True):
+    """agent: the coordinator should hear from us now."""
+
+
+class Beaten(Message, frozen=True):
+    """heartbeat: it has, since that was asked for."""
+
+
+PrivateLine = TokenWanted | NodeToken | Load | BeatWanted | Beaten

@@ -1,11 +1,14 @@
-"""The node token in the agent: it comes from the heartbeat, which alone can register, over a private line."""
+"""The agent's line to the heartbeat, which alone can register: the node token comes this way.
+
+The heartbeat is also told how much there is to do, and when the coordinator should hear of it.
+"""
 
 from collections.abc import Callable
 
 from aitbc_miner.channel import Channel
 from aitbc_miner.coordinator import Coordinator
 from aitbc_miner.credentials import digest
-from aitbc_miner.messages import NodeToken, PrivateLine, TokenWanted
+from aitbc_miner.messages import Beaten, BeatWanted, Load, NodeToken, PrivateLine, TokenWanted
 
 
 class TokenLine:
@@ -18,6 +21,7 @@ class TokenLine:
         self._coordinator = coordinator
         self._mask = mask
         self._token: str | None = None
+        self._load: int | None = None
 
     def __bool__(self) -> bool:
         return self._token is not None
@@ -35,15 +39,26 @@ class TokenLine:
         if self._token is not None:
             self._line.send(TokenWanted(refused=digest(self._token)))
 
+    def tell_load(self, inflight: int) -> None:
+        """Say how many jobs are ours to do, if that has changed."""
+        if inflight != self._load:
+            self._load = inflight
+            self._line.send(Load(inflight))
+
+    def want_beat(self) -> None:
+        """Have a heartbeat sent now."""
+        self._line.send(BeatWanted())
+
     def receive(self) -> bool:
-        """Use what has come; whether a token was among it.
+        """Use what has come; whether the coordinator may have more for us now: for a token, or a heartbeat.
 
         Raises:
             ChannelError: the heartbeat, or who started us, is gone.
         """
-        tokens = [word.token for word in self._line.receive() if isinstance(word, NodeToken)]
+        words = self._line.receive()
+        tokens = [word.token for word in words if isinstance(word, NodeToken)]
         for token in tokens:
             self._token = token
             self._mask(token)
             self._coordinator.use_token(token)
-        return bool(tokens)
+        return bool(tokens) or any(isinstance(word, Beaten) for word in words)

@@ -5,6 +5,7 @@ Only files and system calls that answer at once: the GPUs come from `gpu`, which
 
 import os
 import platform
+import re
 import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,7 @@ TOOLS = ("bwrap", "nft", "systemd-run", "nvidia-smi", "ffmpeg", "python3")
 NEEDED_CONTROLLERS = ("cpu", "memory", "pids")
 PAGE_WIDTH = 80
 LABEL_WIDTH = 11
+_TOOLKIT = re.compile(r'"cuda"\s*:\s*\{[^}]*"version"\s*:\s*"([\d.]+)"|CUDA Version ([\d.]+)')
 
 
 class CgroupFacts(Struct, frozen=True):
@@ -71,7 +73,10 @@ class Machine(Struct, frozen=True):
 
 
 class SlotCapability(Struct, frozen=True, omit_defaults=True):
-    """What the coordinator is told of a slot. `enforced` says for each limit what holds a job to it."""
+    """What the coordinator is told of a slot. `enforced` says for each limit what holds a job to it.
+
+    `offers`: whether it takes jobs, now or later.
+    """
 
     name: str
     kind: str
@@ -80,6 +85,7 @@ class SlotCapability(Struct, frozen=True, omit_defaults=True):
     enforced: dict[str, str]
     gpu: str | None = None
     runners: list[str] = []
+    offers: bool = True
 
 
 def probe_machine(workspace: Path, *, sysfs: Path = Path("/sys"), proc: Path = Path("/proc")) -> Machine:
@@ -133,6 +139,18 @@ def cgroup_facts(proc: Path = Path("/proc")) -> CgroupFacts:
         delegated=tuple(_read(own / "cgroup.subtree_control").split()),
         writable=os.access(own, os.W_OK | os.X_OK),
     )
+
+
+def cuda_toolkits(roots: Sequence[Path] = (Path("/usr/local"), Path("/usr/lib"))) -> tuple[str, ...]:
+    """Return the versions of the CUDA toolkits that are here, as "12.4.1", not what a driver could run."""
+    found: set[str] = set()
+    for root in roots:
+        for toolkit in root.glob("cuda*"):
+            text = _read(toolkit / "version.json") or _read(toolkit / "version.txt")
+            # One is JSON with a version of each part, the other a line "CUDA Version 10.2.89".
+            if match := _TOOLKIT.search(text):
+                found.add(match[1] or match[2])
+    return tuple(sorted(found))
 
 
 def _read(file: Path) -> str:

@@ -7,19 +7,24 @@ from functools import partial
 import msgspec
 
 from aitbc_miner.channel import ChannelError
-from aitbc_miner.coordinator import PulledJob, PullFilters
+from aitbc_miner.coordinator import Paced, PulledJob, PullFilters, Unreachable
 from aitbc_miner.messages import Offer
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.workbench import Workbench
 
 MAX_KNOWN = 1000
+MAX_UNREPORTED = 100
+"""Results that the coordinator has not taken yet, with which no more work is begun."""
+GROWTH = 1.5
+"""Of the pause between two pulls, with each that comes back empty."""
 
 
 class Puller:
     """Pulls one job at a time. `room` gives the free slots, `known` the jobs that we have.
 
     `accept` takes a job and says whether it was a new one. Nothing is pulled before the time `not_before`.
+    `lost` is told when a reply was, which may have brought a job.
     """
 
     def __init__(
@@ -29,14 +34,19 @@ class Puller:
         known: Callable[[], list[str]],
         accept: Callable[[PulledJob], bool],
         not_before: Callable[[], float],
+        lost: Callable[[], None],
     ) -> None:
         self._bench = bench
         self._room = room
         self._known = known
         self._accept = accept
         self._not_before = not_before
+        self._lost = lost
         self._pulling = False
         self._at = 0.0
+        self._empty = 0
+        self.idle_since: float | None = None
+        """Since when each pull has come back empty; None while there is work."""
         config = bench.config
         self._backoff = Backoff(config.coordinator.poll_interval_s, config.heartbeat.backoff.max_s)
 
@@ -45,8 +55,9 @@ class Puller:
         return max(self._at, self._not_before()) if self._may_pull() else None
 
     def hurry(self) -> None:
-        """Pull now."""
+        """Pull now: there may be work."""
         self._at = clock.now()
+        self._empty = 0
 
     def start_due(self) -> None:
         """Pull, if it is time."""
@@ -59,7 +70,9 @@ class Puller:
         self._bench.start("pull", partial(self._bench.coordinator.pull, filters), self._pulled)
 
     def _may_pull(self) -> bool:
-        return not self._pulling and bool(self._bench.token) and bool(self._room())
+        if self._pulling or not self._bench.token or self._bench.pending >= MAX_UNREPORTED:
+            return False
+        return bool(self._room())
 
     def _pulled(self, future: Future[PulledJob | None]) -> None:
         self._pulling = False
@@ -68,11 +81,25 @@ class Puller:
             is_new = job is not None and self._accept(job)
         except ChannelError:
             raise
+        except Paced as error:
+            self._at = clock.now() + error.wait_s
+            return
         except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
             wanted = self._bench.failed(error)
             self._bench.warn("pull failed", error)
             self._at = clock.now() + max(self._backoff.next(), wanted or 0.0)
+            if isinstance(error, Unreachable):
+                self._lost()
             return
         self._backoff.reset()
         self._bench.worked()
-        self._at = clock.now() + (0.0 if is_new else self._bench.config.coordinator.poll_interval_s)
+        self._at = clock.now() + (0.0 if is_new else self._pause())
+        self._empty = 0 if is_new else self._empty + 1
+        if is_new:
+            self.idle_since = None
+        elif self.idle_since is None:
+            self.idle_since = clock.now()
+
+    def _pause(self) -> float:
+        factor: float = min(GROWTH**self._empty, self._bench.coordinator.slowest)
+        return factor * self._bench.config.coordinator.poll_interval_s

@@ -22,6 +22,7 @@ from msgspec.structs import replace
 from aitbc_miner import reserve
 from aitbc_miner.errors import MinerError, brief
 from aitbc_miner.jobs import BROKEN, MOVES, Manifest, Outcome, State, StateRecord, valid_job_id
+from aitbc_miner.receipts import RECEIPT, Receipt
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.system import boot_id
 
@@ -36,6 +37,7 @@ BUILDING = "+new-"
 MAX_STATE = 1 << 16
 MAX_OUTCOME = 64 << 20
 MAX_MANIFEST = 64 << 20
+MAX_RECEIPT = 64 << 20
 
 
 class RecordError(MinerError):
@@ -110,6 +112,17 @@ class JobDir:
     def write_outcome(self, outcome: Outcome) -> None:
         """Write outcome.json durably: from here on the job has its one result."""
         self.write(OUTCOME, pretty(outcome))
+
+    def write_receipt(self, receipt: Receipt) -> None:
+        """Write receipt.json durably."""
+        self.write(RECEIPT, pretty(receipt))
+
+    def receipt(self) -> Receipt | None:
+        """Read receipt.json; None without one, or where it is broken: nothing depends on it."""
+        try:
+            return self._read(RECEIPT, Receipt, MAX_RECEIPT)
+        except RecordError:
+            return None
 
     def write(self, name: str, data: bytes) -> None:
         """Write a record durably, if need be with space that is set aside for that."""

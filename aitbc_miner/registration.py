@@ -5,13 +5,21 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from aitbc_miner.config import Config
-from aitbc_miner.coordinator import Coordinator, Heartbeat, Refused, Unauthorized, UnknownNode
+from aitbc_miner.coordinator import (
+    Coordinator,
+    CoordinatorError,
+    Heartbeat,
+    Refused,
+    Unauthorized,
+    UnknownNode,
+)
 from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.credentials import Credential, CredentialError, read_credential
 from aitbc_miner.errors import MinerError
 from aitbc_miner.probe import SlotCapability
 from aitbc_miner.telemetry import Metrics
 from aitbc_miner.util import clock
+from aitbc_miner.util.log import events
 
 
 class RegistrationError(MinerError):
@@ -74,6 +82,15 @@ class Registration:
             raise
         finally:
             self._metrics.count_heartbeat(sent=sent)
+
+    def leave(self) -> None:
+        """Say that this node is gone, as far as that can be said now."""
+        if self._client is None:
+            return
+        try:
+            self._client.leave()
+        except CoordinatorError as error:
+            events("heartbeat").warning("not signed off", error=str(error))
 
 
 def connector(

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 from functools import partial
 
 from aitbc_miner.accounts import account_of
+from aitbc_miner.coordinator import Paced
 from aitbc_miner.delivery import Delivered, Schedule, deliver
 from aitbc_miner.fleet import Fleet
 from aitbc_miner.jobs import Outcome, State, StateRecord
@@ -13,22 +14,25 @@ from aitbc_miner.recovery import read_outcome
 from aitbc_miner.util import clock
 from aitbc_miner.workbench import POOLS, Pool, Workbench
 
-# Reports larger than this have a pool of their own: none that is small waits for one that takes minutes.
+# Reports larger than this have a pool of their own: none that is small waits for one that takes minutes. So
+# have those of failures: where the coordinator takes only so many results a minute, they are no results.
 LARGE_BYTES = 8_000_000
 RETRY_MIN_S = 0.5
 
 
 class Reporter:
-    """Sends what `add` names until it is settled.
+    """Sends what `add` names until it is settled, and says so to `settled`.
 
     When to try next is kept in memory; what has failed is also noted in the queue, for after a restart.
     """
 
-    def __init__(self, bench: Workbench, fleet: Fleet | None) -> None:
+    def __init__(self, bench: Workbench, fleet: Fleet | None, settled: Callable[[], None]) -> None:
         self._bench = bench
         self._fleet = fleet
+        self._tell_settled = settled
         bounds = (RETRY_MIN_S, bench.config.heartbeat.backoff.max_s)
-        self._lanes: dict[Pool, Schedule] = {"report": Schedule(*bounds), "upload": Schedule(*bounds)}
+        pools: tuple[Pool, ...] = ("report", "upload", "fail")
+        self._lanes: dict[Pool, Schedule] = {pool: Schedule(*bounds) for pool in pools}
         self._before: dict[str, tuple[Task, float]] = {}
 
     def __len__(self) -> int:
@@ -63,7 +67,8 @@ class Reporter:
         outcome = read_outcome(self._bench.records, job_id)
         size = sum(artifact.bytes for artifact in outcome.artifacts) if outcome else 0
         task, due_s = self._before.pop(job_id, (None, 0.0))
-        lane = self._lanes["upload" if size > LARGE_BYTES else "report"]
+        failed = outcome is not None and not outcome.ok
+        lane = self._lanes["fail" if failed else "upload" if size > LARGE_BYTES else "report"]
         lane.add(job_id, clock.now() + due_s, task.attempts if task else 0)
         self._bench.show(job_id, State.UPLOADING, outcome=outcome)
         self._tell()
@@ -94,7 +99,7 @@ class Reporter:
         is_ours: Callable[[StateRecord], bool] = self._fleet.is_ours if self._fleet else lambda _: True
         delivered = deliver(bench.records, bench.coordinator, bench.config.node_id, job_id, is_ours)
         state = delivered.state
-        bench.book(account_of(delivered.outcome, state, state.runner, delivered.how))
+        bench.book(account_of(delivered.outcome, state, state.runner, delivered.how, delivered.receipt))
         if self._fleet:
             self._fleet.done(state)
         return delivered
@@ -103,6 +108,9 @@ class Reporter:
         bench = self._bench
         try:
             delivered = future.result()
+        except Paced as error:
+            lane.paced(job_id, clock.now() + error.wait_s)
+            return
         except Exception as error:  # noqa: BLE001  # one odd job must not end the agent, again and again
             pause = lane.failed(job_id, clock.now(), bench.failed(error))
             task = Task(Kind.REPORT, job_id, bench.config.node_id, lane.failures(job_id), 0, str(error))
@@ -113,7 +121,10 @@ class Reporter:
         lane.succeeded(job_id, clock.now())
         self.hurry()
         bench.error = None
+        if delivered.beat:
+            bench.token.want_beat()
         self._settled(delivered.outcome, delivered.how, had_failed=failures > 0)
+        self._tell_settled()
 
     def _settled(self, outcome: Outcome, how: str, *, had_failed: bool) -> None:
         bench, job_id = self._bench, outcome.job_id

@@ -76,7 +76,7 @@ class Stopping:
         for slot in self._slots:
             slot.stop()
         for keeper in self._keepers:
-            keeper.send(Stop())
+            keeper.send(Stop(leave=not holding and not self._slots.queue))
 
     def finished(self) -> bool:
         """Whether nobody is left who has to end."""

@@ -44,6 +44,7 @@ from aitbc_miner.messages import (
     Retried,
     Retuned,
     Slots,
+    Starved,
     Sweepable,
 )
 from aitbc_miner.orphans import WorkerBook, kill_strangers
@@ -245,6 +246,8 @@ class Supervisor:
             case Deliveries():
                 self._desk.deliveries = message
                 self._heartbeat.send(NodeView(message.pending, message.error))
+            case Starved():
+                self._desk.starved = message
             case Sweepable():
                 self._storage.sweep(message)
             case Retried():

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 from aitbc_miner.accounts import Accounts, JobAccount
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
-from aitbc_miner.coordinator import Busy, Coordinator, Unauthorized
+from aitbc_miner.coordinator import Busy, Coordinator, Unauthorized, UnknownNode
 from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import Outcome, State
@@ -22,7 +22,7 @@ from aitbc_miner.util.log import events
 
 T = TypeVar("T")
 
-Pool = Literal["pull", "intake", "report", "upload", "progress", "queue", "fleet"]
+Pool = Literal["pull", "intake", "report", "upload", "fail", "progress", "queue", "fleet", "assigned"]
 # How many calls of each kind may be under way. A slow upload must not keep a pull, an ack or another report
 # waiting. What is said to the queues is said in order.
 POOLS: dict[Pool, int] = {
@@ -30,9 +30,11 @@ POOLS: dict[Pool, int] = {
     "intake": 16,
     "report": 4,
     "upload": 2,
+    "fail": 2,
     "progress": 2,
     "queue": 1,
     "fleet": 1,
+    "assigned": 1,
 }
 
 
@@ -97,6 +99,9 @@ class Workbench:
         """Remember the last error for `status`; gives how long the coordinator asks to be left alone."""
         if isinstance(error, Unauthorized):
             self.token.refused()
+        if isinstance(error, UnknownNode):
+            # The answer to a heartbeat says whether that is so, and then the node registers again.
+            self.token.want_beat()
         self.error = str(error)
         self.tell()
         return error.retry_after if isinstance(error, Busy) else None

@@ -15,7 +15,7 @@ from test_intake import CONFIG, pulled
 from aitbc_miner.accounts import Accounts
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config, Queue, Workspace
-from aitbc_miner.coordinator import PulledJob, PullFilters
+from aitbc_miner.coordinator import PulledJob, PullFilters, Told
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Artifact, Outcome, State
@@ -83,13 +83,15 @@ class ScriptedCoordinator(MuteCoordinator):
         self._tell("progress", job_id)
         return self.wants_end
 
-    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
-        self.keys.append(idempotency_key)
+    def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:
+        self.keys.append(key)
         self._tell("result", job_id)
+        return Told()
 
-    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
-        self.keys.append(idempotency_key)
+    def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:
+        self.keys.append(key)
         self._tell("fail", job_id)
+        return Told()
 
 
 class Around:

@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from aitbc_miner.coordinator import Heartbeat, PulledJob, PullFilters
+from aitbc_miner.coordinator import Assignments, Heartbeat, PulledJob, PullFilters, Standing, Told
 from aitbc_miner.jobs import Outcome
 
 
 class MuteCoordinator:
     """Fails the test at every call."""
+
+    slowest = 1.0
 
     def use_token(self, token: str) -> None:
         raise AssertionError("not to be asked here")
@@ -28,8 +30,17 @@ class MuteCoordinator:
     def progress(self, job_id: str, pct: float, note: str) -> bool:
         raise AssertionError("not to be asked here")
 
-    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
+    def leave(self) -> None:
         raise AssertionError("not to be asked here")
 
-    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
+    def assignments(self) -> Assignments | None:
+        return None
+
+    def why_idle(self, standing: Standing) -> list[str]:
+        return []
+
+    def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:
+        raise AssertionError("not to be asked here")
+
+    def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:
         raise AssertionError("not to be asked here")

@@ -193,8 +193,10 @@ def test_a_refused_token_is_named_and_not_told(rig: Rig) -> None:
 # --- pulling -----------------------------------------------------------------------------------------------
 
 
-def test_the_coordinator_is_told_of_all_that_is_here(rig: Rig) -> None:
+def test_the_coordinator_is_told_of_all_that_is_here(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aitbc_miner.pulling.MAX_UNREPORTED", 2 * MAX_KNOWN)
     agent = rig.agent
+    agent._assignments.asked = True
     for number in range(MAX_KNOWN + 10):
         agent._reporter.add(f"old-{number}")
     agent._progress.began("runs", clock.now())

@@ -81,7 +81,7 @@ node_id: no/slash
 coordinator:
   base_url: ftp://c.example
   auth_token: hunter2hunter2
-  dialect: aitbc-v1
+  dialect: aitbc-v2
   timout_s: 5
   timeout_s: -1
   ca_file: /nonexistent/ca.pem
@@ -114,7 +114,7 @@ secret: {}
             ":4: coordinator.auth_token: is (hidden); "
             "must be env:NAME, file:/PATH or credential:NAME, never the token itself"
         ),
-        ":5: coordinator.dialect: is 'aitbc-v1'; must be bootstrap; aitbc-v1 is not in this version",
+        ":5: coordinator.dialect: is 'aitbc-v2'; must be one of bootstrap, aitbc-v1",
         ":6: coordinator.timout_s: unknown key; did you mean timeout_s?",
         f":7: coordinator.timeout_s: is -1; {whole}",
         (
@@ -222,7 +222,7 @@ secret: {}
         ),
         (
             coordinator(dialect="other"),
-            [":4: coordinator.dialect: is 'other'; must be bootstrap"],
+            [":4: coordinator.dialect: is 'other'; must be one of bootstrap, aitbc-v1"],
         ),
     ],
 )
@@ -412,9 +412,9 @@ workspace: {keep_success: 1h, keep_failed: 7d, min_free_mb: 1}
 sandbox: {mode: "off"}
 """
     _, _, warnings = load(tmp_path, GOOD + text)
-    named = ["services_dir", "secrets.pkcs11"]
     assert warnings == [
-        f"{key} has no effect in this version; it is accepted for later ones" for key in named
+        "secrets.pkcs11 has no effect in this version; it is accepted for later ones",
+        "services_dir has no effect: coordinator.dialect is bootstrap, which has no use for it",
     ]
 
 

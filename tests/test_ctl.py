@@ -359,7 +359,7 @@ def test_job_as_json_has_its_files_by_the_names_they_come_with(served: Served, t
     served.desk.says(Files(row(), list(files)), *files.values())
     done = run(served.path, "--json", "job", "j-1")
     value = json.loads(done.stdout)
-    assert list(value) == ["job", "manifest", "state", "outcome"]
+    assert list(value) == ["job", "manifest", "state", "outcome", "receipt"]
     assert value["manifest"] == {"job_id": "j-1", "x": "\x9b"}
     assert value["state"] is None
     assert value["job"]["state"] == "DONE"

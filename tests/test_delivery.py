@@ -18,6 +18,7 @@ from aitbc_miner.coordinator import (
     CoordinatorError,
     Gone,
     Refused,
+    Told,
     Unauthorized,
     Unreachable,
 )
@@ -58,12 +59,14 @@ class FakeCoordinator(MuteCoordinator):
         if answer is not None:
             raise answer
 
-    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
+    def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:
         assert (root / "state.json").exists()
-        self._answer(f"result {job_id}", idempotency_key, outcome)
+        self._answer(f"result {job_id}", key, outcome)
+        return Told()
 
-    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
-        self._answer(f"fail {job_id}", idempotency_key, outcome)
+    def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:
+        self._answer(f"fail {job_id}", key, outcome)
+        return Told()
 
 
 RESULT = ("result j1", f"result:{NODE}:j1")

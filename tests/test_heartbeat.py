@@ -26,6 +26,8 @@ from aitbc_miner.credentials import digest
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.heartbeat import Timing
 from aitbc_miner.messages import (
+    Beaten,
+    BeatWanted,
     CoordinatorView,
     Counted,
     Inventory,
@@ -430,3 +432,28 @@ def test_without_a_place_for_its_counts_the_heartbeat_goes_on(
         coordinator.wait("heartbeat", 5)
     assert [record.msg for record in log].count("metrics-unsaved") == 1
     assert str(tmp_path / FILE) in attrs(log, "metrics-unsaved")["error"]
+
+
+# --- when the agent wants it -------------------------------------------------------------------------------
+
+
+def test_a_beat_that_is_wanted_comes_at_once_and_is_told(
+    coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
+    with make_node(tmp_path, between_beats=0.0) as node:
+        node.supervisor.send(slots())
+        node.until(node.agent, NodeToken)
+        coordinator.wait("heartbeat", 1)
+        node.agent.send(BeatWanted())
+        node.until(node.agent, Beaten)
+        assert len(coordinator.of("heartbeat")) >= 2
+
+
+def test_a_beat_that_fails_is_not_told(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    with make_node(tmp_path, between_beats=0.0) as node:
+        node.supervisor.send(slots())
+        node.until(node.agent, NodeToken)
+        coordinator.beating += [(500, {}, "{}")] * 3
+        node.agent.send(BeatWanted())
+        node.until(node.agent, Beaten)
+        assert coordinator.beating == []

@@ -18,6 +18,7 @@ from aitbc_miner.coordinator import (
     Gone,
     PulledJob,
     Refused,
+    Told,
     Unreachable,
 )
 from aitbc_miner.database import Database
@@ -51,9 +52,10 @@ class FakeCoordinator(MuteCoordinator):
         if answer is not None:
             raise answer
 
-    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
+    def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:
         if self.refusal is not None:
             raise self.refusal
+        return Told()
 
 
 class Rig(NamedTuple):

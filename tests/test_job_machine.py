@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mute_coordinator import MuteCoordinator
 
-from aitbc_miner.coordinator import CoordinatorError, Gone, Refused
+from aitbc_miner.coordinator import CoordinatorError, Gone, Refused, Told
 from aitbc_miner.delivery import REFUSED, deliver, settle, take_back_refused
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import FINAL, MOVES, Outcome, RetryPolicy, State, StateRecord
@@ -54,11 +54,13 @@ class Answering(MuteCoordinator):
         if self.lost:
             raise CoordinatorError("cannot report: the reply was lost")
 
-    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
-        self._take(idempotency_key, outcome)
+    def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:
+        self._take(key, outcome)
+        return Told()
 
-    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
-        self._take(idempotency_key, outcome)
+    def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:
+        self._take(key, outcome)
+        return Told()
 
 
 class JobMachine(RuleBasedStateMachine):

@@ -31,8 +31,9 @@ LAYERS: list[dict[str, set[str]]] = [
         "agent": {
             *("agent", "workbench", "pulling", "taking", "intake", "progress", "reporting", "delivery"),
             *("reruns", "fleet", "fleetwatch", "pruning", "recovery", "nodetoken", "queue_shared"),
+            *("assignments", "idling", "ondemand"),
         },
-        "heartbeat": {"heartbeat", "registration"},
+        "heartbeat": {"heartbeat", "registration", "reports"},
     },
     {
         "coordinator": {"coordinator"},
@@ -42,7 +43,10 @@ LAYERS: list[dict[str, set[str]]] = [
         "inputs and artifacts": {"inputs", "artifacts", "joblog"},
     },
     {
-        "jobs": {"jobs", "records", "reserve", "messages", "slot", "placing", "retrying", "accounts"},
+        "jobs": {
+            *("jobs", "records", "reserve", "messages", "slot", "placing", "retrying", "accounts"),
+            *("services", "serviceresult", "receipts"),
+        },
         "queue": {"queue", "queue_sqlite", "queue_redis"},
     },
     {
@@ -170,7 +174,7 @@ def test_the_supervisor_loads_no_network_code() -> None:
 @pytest.mark.parametrize("module", SOURCES)
 def test_only_known_libraries_are_used(module: str) -> None:
     declared = {"cgroupspy", "re2", "msgspec", "pynvml", "prometheus_client", "psutil", "pyseccomp", "yaml"}
-    declared |= {"requests", "requests_toolbelt", "urllib3", "redis", "aitbc_miner"}
+    declared |= {"requests", "requests_toolbelt", "urllib3", "redis", "cryptography", "aitbc_miner"}
     roots = {target.partition(".")[0] for _, target in imports(parse(module))}
     assert roots - declared - sys.stdlib_module_names == set()
 

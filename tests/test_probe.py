@@ -16,6 +16,7 @@ from aitbc_miner.probe import (
     SlotCapability,
     capabilities,
     cgroup_facts,
+    cuda_toolkits,
     probe_machine,
     render_page,
 )
@@ -365,3 +366,32 @@ def test_page_of_gpus_read_through_nvml(tmp_path: Path) -> None:
     assert [f"GPU {index}" in shown for index in range(9)] == [True] * 8 + [False]
     assert shown["MIG 2"].startswith("NVIDIA Stub MIG 1g.10gb, 2.0 GiB, MIG-")
     assert "cannot read GPU 5: GPU is lost" in page
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({}, ()),
+        (
+            {"local/cuda-12.4/version.json": '{"cuda": {"name": "CUDA SDK", "version": "12.4.1"}}'},
+            ("12.4.1",),
+        ),
+        (
+            {
+                "local/cuda/version.json": '{"cuda" : {\n "name" : "CUDA SDK",\n "version" : "12.4.1"\n}}',
+                "local/cuda-12.4/version.json": '{"cuda": {"version": "12.4.1"}}',
+                "local/cuda-10.2/version.txt": "CUDA Version 10.2.89\n",
+                "lib/cuda/version.txt": "CUDA Version 11.8.0",
+            },
+            ("10.2.89", "11.8.0", "12.4.1"),
+        ),
+        ({"local/cuda/version.json": "{", "local/cuda-9/version.txt": "CUDA"}, ()),
+    ],
+)
+def test_the_toolkits_that_are_installed(
+    files: dict[str, str], found: tuple[str, ...], tmp_path: Path
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert cuda_toolkits([tmp_path / "local", tmp_path / "lib", tmp_path / "nowhere"]) == found

@@ -9,9 +9,9 @@ from agent_bench import OFFER, Desk, Time
 from test_intake import pulled
 
 from aitbc_miner.channel import ChannelError
-from aitbc_miner.coordinator import Busy, CoordinatorError, PulledJob, Unauthorized
+from aitbc_miner.coordinator import Busy, CoordinatorError, Paced, PulledJob, Unauthorized, Unreachable
 from aitbc_miner.messages import Deliveries, Offer, TokenWanted
-from aitbc_miner.pulling import MAX_KNOWN, Puller
+from aitbc_miner.pulling import MAX_KNOWN, MAX_UNREPORTED, Puller
 
 
 class Pulling(Desk):
@@ -24,8 +24,14 @@ class Pulling(Desk):
         self.accepted: list[PulledJob] = []
         self.is_new: bool | Exception = True
         self.not_before = 0.0
+        self.lost: list[bool] = []
         self.puller = Puller(
-            self.bench, lambda: self.room, lambda: self.known, self.accept, lambda: self.not_before
+            self.bench,
+            lambda: self.room,
+            lambda: self.known,
+            self.accept,
+            lambda: self.not_before,
+            lambda: self.lost.append(True),
         )
 
     def accept(self, job: PulledJob) -> bool:
@@ -150,3 +156,47 @@ def test_a_job_that_cannot_be_accepted_ends_nothing_but_a_lost_supervisor_does(d
     desk.puller.hurry()
     with pytest.raises(ChannelError):
         desk.pull()
+
+
+# --- the pace ----------------------------------------------------------------------------------------------
+
+
+def test_pauses_grow_while_there_is_nothing_as_far_as_the_coordinator_wants(
+    desk: Pulling, time: Time
+) -> None:
+    desk.coordinator.slowest = 4.0
+    pauses = []
+    for _ in range(8):
+        time.now = desk.puller.next_due() or 0.0
+        desk.pull()
+        pauses.append((desk.puller.next_due() or 0.0) - time.now)
+    every = desk.bench.config.coordinator.poll_interval_s
+    assert pauses[0] == pytest.approx(every)
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == pytest.approx(4.0 * every)
+    assert desk.puller.idle_since is not None
+    desk.puller.hurry()
+    assert desk.puller.next_due() == time.now
+
+
+def test_what_is_held_back_by_ourselves_is_no_failure(desk: Pulling, time: Time) -> None:
+    desk.coordinator.answers["pull"] = [Paced("slowly", 5.0)]
+    desk.pull()
+    assert desk.puller.next_due() == time.now + 5.0
+    assert desk.bench.error is None
+
+
+def test_a_lost_reply_may_have_brought_a_job(desk: Pulling, time: Time) -> None:
+    desk.coordinator.answers["pull"] = [Unreachable("lost"), CoordinatorError("500")]
+    desk.pull()
+    assert desk.lost == [True]
+    time.now = desk.puller.next_due() or 0.0
+    desk.pull()
+    assert desk.lost == [True]
+
+
+def test_with_too_many_results_waiting_no_more_work_is_begun(desk: Pulling) -> None:
+    desk.bench.pending = MAX_UNREPORTED
+    assert desk.puller.next_due() is None
+    desk.bench.pending -= 1
+    assert desk.puller.next_due() is not None

@@ -17,7 +17,7 @@ from aitbc_miner.queue import Kind, QueueError, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.records import JobDir
 from aitbc_miner.reporting import LARGE_BYTES, Reporter
-from aitbc_miner.workbench import POOLS
+from aitbc_miner.workbench import POOLS, Pool
 
 
 class Reporting(Desk):
@@ -25,7 +25,7 @@ class Reporting(Desk):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.reporter = Reporter(self.bench, None)
+        self.reporter = Reporter(self.bench, None, lambda: None)
 
     def ended(self, job_id: str, code: ErrorCode | None = None, *artifacts: Artifact) -> None:
         """Record a job that has come to its end."""
@@ -154,13 +154,16 @@ def test_it_is_the_size_of_all_artifacts_that_counts(desk: Reporting, size: int,
     assert {name: len(each) for name, each in desk.reporter._lanes.items() if len(each)} == {lane: 1}
 
 
-def test_no_more_small_ones_are_under_way_than_there_are_threads(desk: Reporting) -> None:
-    for number in range(POOLS["report"] + 3):
+@pytest.mark.parametrize(("pool", "code"), [("report", None), ("fail", ErrorCode.E_EXIT)])
+def test_no_more_small_ones_are_under_way_than_there_are_threads(
+    pool: Pool, code: ErrorCode | None, desk: Reporting
+) -> None:
+    for number in range(POOLS[pool] + 2):
         desk.coordinator.gates[f"j{number}"] = threading.Event()
-        desk.add(f"j{number}", ErrorCode.E_EXIT)
+        desk.add(f"j{number}", code)
     desk.reporter.start_due()
     desk.reporter.start_due()
-    desk.turn_until(lambda: len(desk.coordinator.told) == POOLS["report"])
+    desk.turn_until(lambda: len(desk.coordinator.told) == POOLS[pool])
     assert desk.reporter.next_due() is None
     for gate in desk.coordinator.gates.values():
         gate.set()
@@ -348,7 +351,7 @@ def test_a_job_without_a_readable_outcome_keeps_its_place(desk: Reporting) -> No
 def test_a_report_goes_only_for_a_job_that_is_ours(desk: Reporting, tmp_path: Path, time: Time) -> None:
     queue = FlakyQueue(Database(tmp_path / "shared.db"))
     fleet = Fleet(queue, NODE, 60.0)
-    desk.reporter = Reporter(desk.bench, fleet)
+    desk.reporter = Reporter(desk.bench, fleet, lambda: None)
     for job_id in ("ours", "theirs"):
         desk.record(job_id, State.ACKED, retry={"max_attempts": 2})
         with desk.bench.records.open(job_id) as job:
@@ -380,7 +383,7 @@ def test_a_report_waits_for_the_queue_when_the_lease_is_over(
 ) -> None:
     queue = FlakyQueue(Database(tmp_path / "shared.db"))
     fleet = Fleet(queue, NODE, 60.0)
-    desk.reporter = Reporter(desk.bench, fleet)
+    desk.reporter = Reporter(desk.bench, fleet, lambda: None)
     for job_id in ("early", "late"):
         desk.record(job_id, State.ACKED, retry={"max_attempts": 2})
         with desk.bench.records.open(job_id) as job:

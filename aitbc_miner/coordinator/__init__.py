@@ -13,6 +13,8 @@ from msgspec import Struct
 
 from aitbc_miner.errors import MinerError
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome
+from aitbc_miner.receipts import Receipt
+from aitbc_miner.serviceresult import FileChanged
 
 
 class CoordinatorError(MinerError):
@@ -41,6 +43,14 @@ class Busy(CoordinatorError):
         self.retry_after = retry_after
 
 
+class Paced(CoordinatorError):
+    """Nothing was sent: this node keeps below the coordinator's limits. It may be in `wait_s` seconds."""
+
+    def __init__(self, message: str, wait_s: float) -> None:
+        super().__init__(message)
+        self.wait_s = wait_s
+
+
 class _Final(CoordinatorError):
     retryable = False
 
@@ -57,18 +67,24 @@ class Gone(_Final):
     """The job is not ours, or is already final there: nothing is left to say about it."""
 
 
-class ArtifactChanged(MinerError):
+class ArtifactChanged(FileChanged):
     """A file is no longer the one that was collected: sending again cannot help."""
 
 
 class Heartbeat(Struct, frozen=True):
-    """How this node is: load average of one minute, free memory in MiB, free GPUs, each slot as a dict."""
+    """How this node is: load average of one minute, free memory in MiB, free GPUs, each slot as a dict.
+
+    `inflight` counts the jobs that it is at work on, those that wait for a slot included; `accepting`:
+    whether it takes more.
+    """
 
     node_id: str
     load: float
     free_mb: int
     gpu_free: int
     slots: list[dict[str, Any]] = []
+    inflight: int = 0
+    accepting: bool = True
 
 
 class PullFilters(Struct, frozen=True):
@@ -94,8 +110,43 @@ class PulledJob(Struct, frozen=True):
     error: ManifestError | None = None
 
 
+class Assignment(Struct, frozen=True):
+    """A job that the coordinator believes us to be at work on; in `left_s` seconds its time there is over."""
+
+    job_id: str
+    job: PulledJob
+    left_s: float | None = None
+
+
+class Assignments(Struct, frozen=True):
+    """All of them; not `complete` where there are too many to be told."""
+
+    jobs: list[Assignment]
+    complete: bool = True
+
+
+class Told(Struct, frozen=True):
+    """What the coordinator says to a report: its receipt, where it gives one.
+
+    `beat`: it does not take the job for ended before the next heartbeat.
+    """
+
+    receipt: Receipt | None = None
+    beat: bool = False
+
+
+class Standing(Struct, frozen=True):
+    """What this node knows that may explain why it gets no jobs: how many of its jobs have come to what."""
+
+    succeeded: int = 0
+    failed: int = 0
+
+
 class Coordinator(Protocol):
     """A coordinator. Every method raises CoordinatorError; each may be used from several threads."""
+
+    slowest: float
+    """By how much the pause between two pulls may grow as long as there is no job."""
 
     def use_token(self, token: str) -> None:
         """Use a node token that another process got by registering."""
@@ -105,8 +156,20 @@ class Coordinator(Protocol):
         """Make this node known; returns the node token, which later calls of this object use at once."""
         ...
 
+    def leave(self) -> None:
+        """Say that this node takes no more jobs and runs none: it stops."""
+        ...
+
     def heartbeat(self, report: Heartbeat) -> None:
         """Say how this node is. UnknownNode: register again."""
+        ...
+
+    def assignments(self) -> Assignments | None:
+        """Ask what we are believed to be at work on; None where a coordinator does not say."""
+        ...
+
+    def why_idle(self, standing: Standing) -> list[str]:
+        """Say why there may be no jobs for this node, as far as can be told; each "cause; remedy"."""
         ...
 
     def pull(self, filters: PullFilters) -> PulledJob | None:
@@ -124,13 +187,14 @@ class Coordinator(Protocol):
         """Say how far a job is, 0 to 100. True: the coordinator wants it cancelled."""
         ...
 
-    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
+    def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:
         """Deliver what a job made; artifacts are read below `root`, its directory.
 
-        Gone counts as delivered. Raises ArtifactChanged when a file is not the collected one.
+        `key` is the same for every try; `again`: there may have been one whose answer was lost. Gone counts
+        as delivered. Raises FileChanged when a file is not the collected one.
         """
         ...
 
-    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
-        """Report that a job failed. Gone counts as delivered."""
+    def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:
+        """Report that a job failed; `key` and `again` as above. Gone counts as delivered."""
         ...

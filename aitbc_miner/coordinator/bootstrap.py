@@ -16,14 +16,18 @@ from requests_toolbelt import MultipartEncoder
 
 from aitbc_miner.coordinator import (
     ArtifactChanged,
+    Assignments,
     CoordinatorError,
     Heartbeat,
     PulledJob,
     PullFilters,
+    Standing,
+    Told,
     Unauthorized,
     UnknownNode,
     Unreachable,
 )
+from aitbc_miner.coordinator.brokenjson import find_text
 from aitbc_miner.coordinator.http import HttpClient, Reply, check, clean, decode
 from aitbc_miner.errors import MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
@@ -36,8 +40,6 @@ LOG = "logs/exec.log"
 FINAL_THERE = frozenset({409, 410})
 
 _MEDIA_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(; ?[\w.+-]+=[\w.+-]+)*", re.ASCII)
-# A JSON string, a lone quote (a string cut off), punctuation, or anything else up to the next of these.
-_TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|"|[{}\[\],:]|[^"{}\[\],:\s]++', re.DOTALL)
 
 
 class BootstrapCoordinator:
@@ -45,6 +47,8 @@ class BootstrapCoordinator:
 
     `credential` is the operator's bootstrap token and `source` where it came from, as in `env:MINER_AUTH`.
     """
+
+    slowest = 1.0
 
     def __init__(
         self, http: HttpClient, *, node_id: str, credential: str, source: str, max_manifest_kb: int
@@ -76,10 +80,24 @@ class BootstrapCoordinator:
             raise Unreachable(f"cannot {doing}: garbage reply: no usable node_token in it") from error
         return str(token)
 
+    def leave(self) -> None:
+        """Say nothing: who sends no heartbeats is gone."""
+
+    def assignments(self) -> Assignments | None:
+        """None: the reply to a progress report says what this tells elsewhere."""
+        return None
+
+    def why_idle(self, _standing: Standing) -> list[str]:
+        """Say nothing: this coordinator is told what each slot could take."""
+        return []
+
     def heartbeat(self, report: Heartbeat) -> None:
         """POST /nodes/heartbeat."""
         doing = "send a heartbeat"
-        reply = self._http.call("POST", "/nodes/heartbeat", report, doing=doing)
+        payload = {
+            name: getattr(report, name) for name in ("node_id", "load", "free_mb", "gpu_free", "slots")
+        }
+        reply = self._http.call("POST", "/nodes/heartbeat", payload, doing=doing)
         if reply.status == 404:
             raise UnknownNode(f"cannot {doing}: the coordinator does not know node {report.node_id}")
         self._accepted(reply, doing)
@@ -113,7 +131,7 @@ class BootstrapCoordinator:
         body = self._accepted(reply, doing, FINAL_THERE)
         return isinstance(body, dict) and body.get("cancel") is True
 
-    def result(self, job_id: str, outcome: Outcome, root: Path, idempotency_key: str) -> None:
+    def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:  # noqa: ARG002  # its key tells it
         """POST /jobs/result: ids and metadata, then the artifacts, streamed; the log is always one."""
         doing = f"deliver the result of job {clean(job_id, 128)}"
         if all(artifact.file != LOG for artifact in outcome.artifacts):
@@ -130,13 +148,14 @@ class BootstrapCoordinator:
         ]
         form = MultipartEncoder(fields=[*fields, *files])
         try:
-            reply = self._http.call("POST", "/jobs/result", form, doing=doing, headers=_key(idempotency_key))
+            reply = self._http.call("POST", "/jobs/result", form, doing=doing, headers=_key(key))
         finally:
             for _, (_, file, _) in files:
                 file.close()
         self._accepted(reply, doing, FINAL_THERE)
+        return Told()
 
-    def fail(self, job_id: str, outcome: Outcome, idempotency_key: str) -> None:
+    def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:  # noqa: ARG002
         """POST /jobs/fail."""
         doing = f"report the failure of job {clean(job_id, 128)}"
         payload = {
@@ -147,8 +166,9 @@ class BootstrapCoordinator:
             "logs_ref": LOG,
             "metrics": {**_measured(outcome), "log_tail": _text(outcome.log.tail[-4096:])},
         }
-        reply = self._http.call("POST", "/jobs/fail", payload, doing=doing, headers=_key(idempotency_key))
+        reply = self._http.call("POST", "/jobs/fail", payload, doing=doing, headers=_key(key))
         self._accepted(reply, doing, FINAL_THERE)
+        return Told()
 
     def _accepted(self, reply: Reply, doing: str, gone: frozenset[int] = frozenset()) -> Any:
         if gone and reply.status == 404:
@@ -247,43 +267,10 @@ def _read_job(reply: Reply, bound: int, doing: str) -> PulledJob | None:
 
 
 def _unreadable(reply: Reply, why: str, doing: str) -> PulledJob:
-    job_id = _find_job_id(reply.body)
+    job_id = find_text(reply.body, ("job", "job_id"))
     if job_id is None:
         raise Unreachable(f"cannot {doing}: garbage reply: {why}")
     return PulledJob(b"", error=ManifestError(f"cannot read the manifest: {why}", job_id))
-
-
-def _find_job_id(body: bytes) -> str | None:
-    """Find `job.job_id` in JSON that is cut off, too deep or broken further on; None if it is not to be had.
-
-    Goes from token to token with a count of open brackets, so that nothing deep or long in it can hurt, and
-    so that a "job_id" inside the parameters of a job is not taken for its own.
-    """
-    depth, in_job = 0, False
-    before = last = b""
-    for match in _TOKENS.finditer(body):
-        token = match[0]
-        if depth == 0 and token != b"{":
-            return None
-        if token == b'"':
-            return None
-        if token in {b"{", b"["}:
-            depth += 1
-            in_job = in_job or (depth == 2 and token == b"{" and (before, last) == (b'"job"', b":"))
-        elif token in {b"}", b"]"}:
-            depth -= 1
-            in_job = in_job and depth >= 2
-        elif in_job and depth == 2 and (before, last) == (b'"job_id"', b":"):
-            return _string(token)
-        before, last = last, token
-    return None
-
-
-def _string(token: bytes) -> str | None:
-    try:
-        return msgspec.json.decode(token, type=str)[:256] or None
-    except (msgspec.DecodeError, UnicodeDecodeError):
-        return None
 
 
 class _CollectedFile:

@@ -41,13 +41,17 @@ _TOKEN = re.compile(r"[\x21-\x7e]{1,8192}")
 
 
 class Reply(Struct, frozen=True):
-    """An answer: HTTP status, body, whether that is all of it or cut at the bound, and two headers."""
+    """An answer: HTTP status, body, whether that is all of it or cut at the bound, and three headers.
+
+    `date` is when it was given, in seconds since 1970 by the clock of who gave it.
+    """
 
     status: int
     body: bytes = b""
     complete: bool = True
     retry_after: float | None = None
     location: str = ""
+    date: float | None = None
 
 
 class _DeadlineReader(io.RawIOBase):
@@ -186,27 +190,21 @@ class HttpClient:
         upload = isinstance(payload, MultipartEncoder)
         body = payload if upload or payload is None else msgspec.json.encode(payload)
         kind = {"Content-Type": payload.content_type if upload else "application/json"}
-        ours = self.authorization(self._token) if self._token else {}
+        ours = {**kind, **(self.authorization(self._token) if self._token else {})}
         try:
             with self._session().request(
                 method,
                 self._base_url + path,
                 params=params,
                 data=body,
-                headers={**kind, **ours, **(headers or {})},
+                headers={**ours, **(headers or {})},
                 timeout=self._timeout(upload=upload),
                 allow_redirects=False,
             ) as response:
                 content = _read(response.raw, max_bytes + 1)
         except (OSError, ValueError, urllib3.exceptions.HTTPError, http.client.HTTPException) as error:
             raise Unreachable(f"cannot {doing}: {self._cause(error)}") from error
-        return Reply(
-            response.status_code,
-            content[:max_bytes],
-            len(content) <= max_bytes,
-            retry_after(response.headers),
-            response.headers.get("Location", ""),
-        )
+        return _reply(response, content, max_bytes)
 
     def _timeout(self, *, upload: bool) -> Any:
         # requests takes urllib3's own kind of time-out too; its annotations do not say so.
@@ -236,6 +234,17 @@ class HttpClient:
         fitting = ((text, one) for kinds, text in _CAUSES for one in chain if isinstance(one, kinds))
         text, found = next(fitting, (_UNKNOWN, error))
         return clean(text.format(error=found, peer=self._peer, timeout=self._timeout_s), 300)
+
+
+def _reply(response: requests.Response, content: bytes, most: int) -> Reply:
+    return Reply(
+        response.status_code,
+        content[:most],
+        len(content) <= most,
+        retry_after(response.headers),
+        response.headers.get("Location", ""),
+        _seconds(response.headers.get("Date", "")),
+    )
 
 
 def _read(raw: Any, most: int) -> bytes:
@@ -294,16 +303,19 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     value = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"[0-9]{1,20}", value):
         return min(float(value), MAX_RETRY_AFTER_S)
+    due = _seconds(value)
+    if due is None:
+        return None
+    # By the coordinator's own clock where it tells us; ours may be wrong.
+    current = _seconds(headers.get("Date", ""))
+    return min(max(due - (time.time() if current is None else current), 0.0), MAX_RETRY_AFTER_S)
+
+
+def _seconds(date: str) -> float | None:
     try:
-        due = parsedate_to_datetime(value).timestamp()
+        return parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError):
         return None
-    try:
-        # By the coordinator's own clock where it tells us; ours may be wrong.
-        current = parsedate_to_datetime(headers.get("Date", "")).timestamp()
-    except (ValueError, OverflowError):
-        current = time.time()
-    return min(max(due - current, 0.0), MAX_RETRY_AFTER_S)
 
 
 def decode(reply: Reply, doing: str) -> Any:

@@ -1,0 +1,143 @@
+"""Compares what we are at work on with what the coordinator believes, where it says so.
+
+What it lists and we do not have is taken up: the reply to a poll was lost, or our disk was. What it does not
+list any more is not wanted: its client cancelled it. And the list says until when each job is wanted.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from aitbc_miner import coordinator
+from aitbc_miner.coordinator import Paced, PulledJob, Unauthorized
+from aitbc_miner.errors import MinerError
+from aitbc_miner.jobs import FINAL
+from aitbc_miner.messages import CancelJob, EndReason
+from aitbc_miner.util import clock
+from aitbc_miner.workbench import Workbench
+
+AGAIN_S = 5.0
+"""After a call that failed."""
+
+
+class Assignments:
+    """Asks at the start, at each interval, and when the reply to a poll may have been lost.
+
+    `busy` names all jobs that we have and that are not reported, `ours` those of them that are acknowledged
+    and have no outcome. `accept` takes a job up, `repeat` sends the report of one once more, `cancel` ends
+    one.
+    """
+
+    def __init__(
+        self,
+        bench: Workbench,
+        busy: Callable[[], set[str]],
+        ours: Callable[[], set[str]],
+        accept: Callable[[PulledJob], bool],
+        repeat: Callable[[str], None],
+        cancel: Callable[[CancelJob], None],
+    ) -> None:
+        self._bench = bench
+        self._busy, self._ours = busy, ours
+        self._accept, self._repeat, self._cancel = accept, repeat, cancel
+        self._every_s = bench.config.heartbeat.interval_s
+        self._at = 0.0
+        self._asking = False
+        self._told = True
+        self._seen: set[str] = set()
+        self._before: set[str] = set()
+        self._missing: set[str] = set()
+        self._ends: dict[str, float] = {}
+        self.asked = False
+        """Whether there was an answer, or none is to be had: what we have already comes before new work."""
+
+    def hurry(self) -> None:
+        """Ask now."""
+        self._at = clock.now()
+
+    def saw(self, job_id: str) -> None:
+        """Note that a job has come: a list that was made before does not know it."""
+        self._seen.add(job_id)
+
+    def next_due(self) -> float | None:
+        """When to ask, or to end a job whose time is over."""
+        due = [*self._ends.values()]
+        if self._bench.token and self._told and not self._asking:
+            due.append(self._at)
+        return min(due, default=None)
+
+    def start_due(self) -> None:
+        """Ask, if it is time, and end what is wanted no longer."""
+        now = clock.now()
+        for job_id in [job_id for job_id, end in self._ends.items() if end <= now]:
+            del self._ends[job_id]
+            self._end(job_id, "expired", "the coordinator waits for it no longer")
+        if not self._bench.token or not self._told or self._asking or now < self._at:
+            return
+        self._asking = True
+        self._before = self._ours()
+        self._seen = self._busy()
+        self._bench.start("assigned", self._bench.coordinator.assignments, self._answered)
+
+    def _answered(self, future: "Future[coordinator.Assignments | None]") -> None:
+        self._asking, self.asked = False, True
+        try:
+            told = future.result()
+        except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
+            wait_s = error.wait_s if isinstance(error, Paced) else self._bench.failed(error) or 0.0
+            self._at = clock.now() + max(wait_s, AGAIN_S)
+            if isinstance(error, Unauthorized) or not isinstance(error, Paced):
+                self._bench.warn("list of our jobs not had", error)
+            return
+        self._told = told is not None
+        if told is None:
+            return
+        self._at = clock.now() + self._every_s
+        listed = {each.job_id for each in told.jobs}
+        self._ends = {}
+        for each in told.jobs:
+            if each.job_id in self._ours() and each.left_s is not None:
+                self._ends[each.job_id] = clock.now() + each.left_s
+            elif each.job_id not in self._seen and each.job_id not in self._busy():
+                self._take_up(each.job_id, each.job)
+        if told.complete:
+            self._miss(self._before & self._ours() - listed)
+
+    def _take_up(self, job_id: str, job: PulledJob) -> None:
+        """Begin with a job that is new to us; of one that is done, the coordinator has not heard it."""
+        if not self._bench.records.known(job_id) and not self._bench.accounts.knows(job_id):
+            self._bench.log.warning("job taken up", job_id=job_id, cause="the coordinator lists it as ours")
+            self._accept(job)
+        elif self._is_final(job_id):
+            self._bench.log.warning(
+                "report repeated", job_id=job_id, cause="the coordinator has not heard it"
+            )
+            self._repeat(job_id)
+
+    def _is_final(self, job_id: str) -> bool:
+        try:
+            with self._bench.records.open(job_id) as job:
+                return job.state().state in FINAL
+        except (MinerError, OSError):
+            return False
+
+    def _miss(self, missing: set[str]) -> None:
+        """End what is missing from the list for the second time in a row; at the first, ask again at once."""
+        for job_id in missing & self._missing:
+            self._end(job_id, "cancel", "by the coordinator")
+        self._missing = missing - self._missing
+        if self._missing:
+            self.hurry()
+
+    def _end(self, job_id: str, why: EndReason, detail: str) -> None:
+        if job_id not in self._ours() or self._is_anothers(job_id):
+            return
+        self._bench.log.info("job not wanted any more", job_id=job_id, why=why)
+        self._cancel(CancelJob(job_id, why, detail))
+
+    def _is_anothers(self, job_id: str) -> bool:
+        """Whether the coordinator knows the job under the name of another node of our fleet."""
+        try:
+            with self._bench.records.open(job_id) as job:
+                return job.state().origin is not None
+        except (MinerError, OSError):
+            return True

@@ -1,0 +1,375 @@
+"""The `aitbc-v1` dialect: the AITBC coordinator-api as it is deployed, with its quirks.
+
+It has no leases, refuses no report and tells nobody of a cancellation. So this asks for the list of jobs that
+are taken for ours, paces itself below the coordinator's limits, and looks before it says a thing twice.
+"""
+
+import platform
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import msgspec
+from msgspec import Struct
+
+from aitbc_miner.coordinator import (
+    Assignment,
+    Assignments,
+    Busy,
+    CoordinatorError,
+    Gone,
+    Heartbeat,
+    PulledJob,
+    PullFilters,
+    Standing,
+    Told,
+    Unauthorized,
+    UnknownNode,
+    Unreachable,
+)
+from aitbc_miner.coordinator import aitbc_wire as wire
+from aitbc_miner.coordinator.http import HttpClient, Reply, check, clean, decode
+from aitbc_miner.coordinator.idleness import Known, why_idle
+from aitbc_miner.coordinator.limits import Limits
+from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.jobs import Outcome
+from aitbc_miner.receipts import Receipt, examine
+from aitbc_miner.serviceresult import result_object
+from aitbc_miner.services import ServiceBook
+from aitbc_miner.util import clock, fs
+
+LIMITS = {"register": 50, "heartbeat": 100, "poll": 100, "result": 50, "fail": 50, "jobs": 200, "leave": 50}
+"""Calls of each kind in 60 s that the coordinator takes from one address."""
+PAGE = 100
+MAX_PAGES = 10
+MAX_LIST = 8 << 20
+MAX_REPLY_TO_RESULT = 24 << 20
+"""A receipt repeats the job and its result, which may be 10 MiB each."""
+ENVELOPE = 8192
+REPORTS_S = 0.5
+"""How long a poll waits for reports on their way: until they are there, their slots count as taken."""
+MANIFEST = "manifest.json"
+MAX_MANIFEST = 64 << 20
+
+
+class Profile(Struct, frozen=True):
+    """What the operator says of this node to this coordinator, and what it knows of itself."""
+
+    node_id: str
+    source: str
+    auth_scheme: str
+    region: str | None = None
+    price: float | None = None
+    cuda: Sequence[str] = ()
+    receipt_keys: Sequence[str] = ()
+    max_job_kb: int = 256
+
+
+class AitbcCoordinator:
+    """A coordinator that speaks `aitbc-v1`; see `Coordinator` for what each method promises.
+
+    `credential` is the operator's API key or JSON web token, which serves as the node token, too.
+    """
+
+    slowest = 5.0
+
+    def __init__(
+        self, http: HttpClient, profile: Profile, credential: str, book: ServiceBook, limits: Limits
+    ) -> None:
+        self._http = http
+        self._profile = profile
+        self._book = book
+        self._limits = limits
+        self._credential = credential
+        self._miner_id = profile.node_id
+        self._bound = profile.max_job_kb * 1024
+        self._known = Known(region=profile.region, price=profile.price, cuda=bool(profile.cuda))
+        # Reports that certainly did not arrive, so that sending them once more cannot count twice.
+        self._unheard: set[str] = set()
+        self._fresh: set[str] = set()
+        self._on_their_way = 0
+        self._arrived = threading.Condition()
+
+    # --- this node -----------------------------------------------------------------------------------------
+
+    def use_token(self, token: str) -> None:
+        """Use the operator's credential. Raises MinerError if no header can hold it."""
+        self._http.set_token(token)
+        self._credential = token
+        claims = wire.claims_of(token) if self._profile.auth_scheme == "bearer" else None
+        # With a token the coordinator goes by what that says, and not by the name that we give.
+        self._miner_id = claims.sub if claims and claims.sub else self._profile.node_id
+
+    def register(self, capabilities: dict[str, Any]) -> str:
+        """POST /miners/register. The session token in its reply is accepted nowhere."""
+        doing = "register this node"
+        try:
+            self.use_token(self._credential)
+        except MinerError as error:
+            raise Unauthorized(
+                f"cannot {doing}: the credential from {self._profile.source}: {error}"
+            ) from None
+        models = sorted({model for service in self._book.services for model in service.models})
+        profile = self._profile
+        payload = wire.registration(
+            capabilities, cuda=profile.cuda, models=models, price=profile.price, region=profile.region
+        )
+        reply = self._call("register", "/miners/register", payload, doing)
+        if reply.status == 403:
+            raise Unauthorized(f"cannot {doing}: {self._why_denied(reply)}")
+        self._accepted(reply, doing)
+        return self._credential
+
+    def leave(self) -> None:
+        """DELETE /miners/ID: a node that is only silent counts as there for ever, and holds up all others."""
+        doing = "sign this node off"
+        reply = self._call("leave", f"/miners/{_segment(self._miner_id)}", None, doing, method="DELETE")
+        if reply.status != 404:
+            self._accepted(reply, doing)
+
+    def heartbeat(self, report: Heartbeat) -> None:
+        """POST /miners/heartbeat: the jobs under way that it names replace what was counted there."""
+        doing = "send a heartbeat"
+        reply = self._call(
+            "heartbeat", "/miners/heartbeat", wire.heartbeat(report, platform.machine()), doing
+        )
+        if reply.status == 404:
+            raise UnknownNode(f"cannot {doing}: the coordinator does not know miner {self._miner_id}")
+        self._accepted(reply, doing)
+
+    def why_idle(self, standing: Standing) -> list[str]:
+        """Name what is known to keep jobs from a node here."""
+        known = msgspec.structs.replace(
+            self._known,
+            resting=tuple(self._limits.resting()),
+            models=any(service.models for service in self._book.services),
+            services=tuple(service.name for service in self._book.services),
+        )
+        return why_idle(known, standing)
+
+    # --- jobs that come ------------------------------------------------------------------------------------
+
+    def pull(self, _filters: PullFilters) -> PulledJob | None:
+        """POST /miners/poll: with the reply the job is ours, whether we get it or not."""
+        doing = "pull a job"
+        with self._arrived:
+            self._arrived.wait_for(lambda: not self._on_their_way, REPORTS_S)
+        most = self._bound + ENVELOPE
+        reply = self._call("poll", "/miners/poll", {"max_wait_seconds": 0}, doing, most=most)
+        if reply.status == 204:
+            return None
+        if reply.status == 500:
+            raise UnknownNode(f"cannot {doing}: the coordinator answered 500, as it does to strangers")
+        self._checked(reply, doing)
+        job = wire.pulled_job(reply, most, self._manifest, doing)
+        job_id = job.manifest.job_id if job.manifest else job.error and job.error.job_id
+        self._fresh.add(str(job_id))
+        return job
+
+    def ack(self, job_id: str, holder: str | None = None) -> None:
+        """Say nothing of a job that was just pulled; of any other, look whether it is still in our list."""
+        if job_id in self._fresh:
+            self._fresh.discard(job_id)
+            return
+        state = self._state_of(job_id, f"ask for job {clean(job_id, 128)}", holder)
+        if state not in {"RUNNING", "QUEUED"}:
+            raise Gone(f"cannot accept job {clean(job_id, 128)}: it is {state or 'not known'} there", 404)
+
+    def progress(self, _job_id: str, _pct: float, _note: str) -> bool:
+        """Say nothing: who follows a job here is not told. That it is cancelled shows in `assignments`."""
+        return False
+
+    def assignments(self) -> Assignments:
+        """POST /miners/ID/jobs, page by page."""
+        doing = "ask for the list of our jobs"
+        found: list[Assignment] = []
+        complete = False
+        for reply, is_last in self._pages(doing, "RUNNING"):
+            if reply.complete:
+                found += wire.assigned_jobs(reply, self._manifest, doing)
+            else:
+                found += filter(None, [wire.oversized_assignment(reply, MAX_LIST)])
+            complete = is_last
+        return Assignments(found, complete)
+
+    # --- what came of them ---------------------------------------------------------------------------------
+
+    # Nobody there reads a key.
+    def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:  # noqa: ARG002
+        """POST /miners/JOB/result, which counts each time that it arrives."""
+        doing = f"deliver the result of job {clean(job_id, 128)}"
+        if again and self._settled(job_id, doing, "COMPLETED"):
+            return Told()
+        made = result_object(_manifest_in(root), outcome, root)
+        send = partial(self._call, "result", f"/miners/{job_id}/result", wire.result(made, outcome), doing)
+        reply = self._report(job_id, doing, lambda: send(most=MAX_REPLY_TO_RESULT))
+        return Told(self._receipt(reply, job_id))
+
+    def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:  # noqa: ARG002
+        """POST /miners/JOB/fail. A job that its client has cancelled would count as failed by it."""
+        doing = f"report the failure of job {clean(job_id, 128)}"
+        if outcome.code is ErrorCode.E_CANCELLED and self._state_of(job_id, doing) != "RUNNING":
+            raise Gone(f"cannot {doing}: its client has cancelled it", 404)
+        if again and self._settled(job_id, doing, "FAILED"):
+            return Told(beat=True)
+        send = partial(self._call, "fail", f"/miners/{_segment(job_id)}/fail", wire.failure(outcome), doing)
+        self._report(job_id, doing, send)
+        return Told(beat=True)
+
+    def _report(self, job_id: str, doing: str, send: Callable[[], Reply]) -> Reply:
+        """Send a report, and note whether it is certain that it did not count."""
+        with self._arrived:
+            self._on_their_way += 1
+        self._unheard.discard(job_id)
+        try:
+            reply = send()
+            if reply.status == 404:
+                self._gone(reply, doing)
+            self._accepted(reply, doing)
+        except Unreachable:
+            raise
+        except CoordinatorError as error:
+            if not _is_server_error(error):
+                self._unheard.add(job_id)
+            raise
+        finally:
+            with self._arrived:
+                self._on_their_way -= 1
+                self._arrived.notify_all()
+        return reply
+
+    def _settled(self, job_id: str, doing: str, state: str) -> bool:
+        """Whether a report whose answer was lost has counted all the same."""
+        return job_id not in self._unheard and self._state_of(job_id, doing) == state
+
+    def _gone(self, reply: Reply, doing: str) -> None:
+        """Take a 404 for what it says of the job, if it is the coordinator that says it."""
+        body = decode(reply, doing)
+        said = body.get("detail") if isinstance(body, dict) else None
+        if not isinstance(said, str) or said == "Not Found":
+            # Of a proxy, or of a path that is not there; taking its word would lose a result.
+            raise CoordinatorError(f"cannot {doing}: something answered 404 that is not about the job")
+        raise Gone(f"cannot {doing}: the coordinator does not know the job ({clean(said, 100)})", 404)
+
+    def _receipt(self, reply: Reply, job_id: str) -> Receipt | None:
+        try:
+            said = wire.receipt_in(reply)
+        except (ValueError, RecursionError) as error:
+            said = f"unreadable: {clean(str(error), 100)}"
+        if said is None:
+            return None
+        return examine(said, job_id, self._miner_id, self._profile.receipt_keys, clock.wall())
+
+    # --- what calls have in common -------------------------------------------------------------------------
+
+    def _manifest(self, job_id: str, payload: Any) -> dict[str, Any]:
+        return self._book.manifest(job_id, payload)
+
+    def _state_of(self, job_id: str, doing: str, miner_id: str | None = None) -> str | None:
+        """Say where the coordinator sees a job of ours; None if it is none, as one that was cancelled."""
+        # A state that there is not filters nothing.
+        for reply, _ in self._pages(doing, "ANY", miner_id):
+            if reply.complete:
+                known = wire.states(reply, doing)
+                if job_id in known:
+                    return known[job_id]
+            elif (found := wire.oversized_assignment(reply, MAX_LIST)) and found.job_id == job_id:
+                return "RUNNING"  # no outcome of ours is so large
+        return None
+
+    def _pages(self, doing: str, state: str, miner_id: str | None = None) -> Iterator[tuple[Reply, bool]]:
+        """Yield the pages of a list of jobs, the newest first, and of each whether it is the last.
+
+        One that is too large is asked for again in smaller ones, and yielded cut off if it is one job.
+        """
+        path = f"/miners/{_segment(miner_id or self._miner_id)}/jobs"
+        size, at = PAGE, 0
+        for _ in range(MAX_PAGES):
+            query = {"job_status": state, "limit": str(size), "offset": str(at)}
+            reply = self._call("jobs", path, None, doing, query=query, most=MAX_LIST)
+            self._checked(reply, doing)
+            if not reply.complete and size > 1:
+                size = max(1, size // 10)
+                continue
+            last = reply.complete and len(wire.states(reply, doing)) < size
+            yield reply, last
+            if last:
+                return
+            at += size
+
+    def _call(
+        self,
+        endpoint: str,
+        path: str,
+        payload: Any,
+        doing: str,
+        *,
+        method: str = "POST",
+        query: dict[str, str] | None = None,
+        most: int = 64 * 1024,
+    ) -> Reply:
+        """Make a call within the limits. Raises Paced, or Busy if the coordinator thinks otherwise."""
+        self._limits.take(endpoint)
+        named = {} if self._profile.auth_scheme == "bearer" else {"X-Miner-ID": self._profile.node_id}
+        reply = self._http.call(
+            method, path, payload, doing=doing, params=query, headers=named, max_bytes=most
+        )
+        if reply.status == 429:
+            # What it says of how long to wait is always the same and never so.
+            pause_s = self._limits.refused(endpoint)
+            raise Busy(
+                f"cannot {doing}: the coordinator takes no more such calls from this address this minute;"
+                " it is tried again; if several nodes share the address, set coordinator.share on each",
+                pause_s,
+            )
+        self._limits.answered(endpoint)
+        return reply
+
+    def _accepted(self, reply: Reply, doing: str) -> None:
+        """Raise unless this is the coordinator's yes. A page that answers all with 200 is none."""
+        self._checked(reply, doing)
+        if not reply.complete:
+            return  # a receipt beyond all bounds; a yes it is
+        if not isinstance(decode(reply, doing), dict):
+            raise Unreachable(f"cannot {doing}: garbage reply: no JSON object")
+
+    def _checked(self, reply: Reply, doing: str) -> None:
+        if reply.status == 401:
+            raise Unauthorized(f"cannot {doing}: {self._why_denied(reply)}")
+        check(reply, doing, self._profile.source)
+
+    def _why_denied(self, reply: Reply) -> str:
+        """Say which fault of the credential it is, as far as that can be told."""
+        used = f"the credential from {self._profile.source}"
+        if self._profile.auth_scheme == "api_key":
+            if wire.claims_of(self._credential):
+                return f"{used} is a JSON web token; set coordinator.auth_scheme: bearer"
+            return (
+                f"the coordinator does not accept {used} as an API key ({reply.status}); ask its operator"
+                " whether the key is listed there"
+            )
+        claims = wire.claims_of(self._credential)
+        if claims is None:
+            return f"{used} is no JSON web token; for an API key set coordinator.auth_scheme: api_key"
+        if claims.role != "miner":
+            return f"{used} has the role {clean(claims.role, 40)!r}; ask for a token with the role 'miner'"
+        if reply.status == 403:
+            return f"the coordinator answers 403 to {used}, whose role is right; see what is on the way"
+        return f"the coordinator does not accept {used}: {wire.doubt_about(claims)}"
+
+
+def _is_server_error(error: CoordinatorError) -> bool:
+    return type(error) is CoordinatorError
+
+
+def _segment(text: str) -> str:
+    return quote(text, safe="")
+
+
+def _manifest_in(root: Path) -> dict[str, Any]:
+    with fs.directory(root) as directory:
+        found = msgspec.json.decode(fs.read_bounded(directory, MANIFEST, MAX_MANIFEST))
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,227 @@
+"""What is said in the dialect `aitbc-v1`, as data: what we know in its words, and its words in ours. Pure."""
+
+import base64
+import binascii
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+from aitbc_miner.coordinator import Assignment, Heartbeat, PulledJob, Unreachable
+from aitbc_miner.coordinator.brokenjson import find_text
+from aitbc_miner.coordinator.http import Reply, clean
+from aitbc_miner.jobs import ManifestError, Outcome, decode_manifest
+from aitbc_miner.util.nesting import too_deep
+
+MAX_MESSAGE = 2000
+LOG_TAIL = 1000
+
+ToManifest = Callable[[str, Mapping[str, Any]], dict[str, Any]]
+"""Makes a manifest of a job's id and payload. Raises ManifestError."""
+
+
+class Claims(Struct, frozen=True):
+    """What a JSON web token says of its bearer; its signature is the coordinator's to check."""
+
+    sub: str = ""
+    role: str = ""
+    exp: float | None = None
+
+
+def claims_of(token: str) -> Claims | None:
+    """Read a JSON web token; None when it is none."""
+    parts = token.split(".")
+    try:
+        text = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
+        return msgspec.json.decode(text, type=Claims) if len(parts) == 3 else None
+    except (IndexError, binascii.Error, ValueError, msgspec.DecodeError, RecursionError):
+        return None
+
+
+def doubt_about(claims: Claims) -> str:
+    """Say why a token of a miner may be refused; the clock is ours, and may be wrong."""
+    if claims.exp is not None and claims.exp < time.time():
+        with suppress(ValueError, OverflowError, OSError):
+            end = datetime.fromtimestamp(claims.exp, UTC)
+            return f"it expired at {end:%Y-%m-%d %H:%M} UTC; ask for another"
+    return "it has been signed with another key, or is no longer valid; ask for another"
+
+
+# --- of ourselves ------------------------------------------------------------------------------------------
+
+
+def registration(
+    capabilities: Mapping[str, Any],
+    *,
+    cuda: Sequence[str],
+    models: Sequence[str],
+    price: float | None,
+    region: str | None,
+) -> dict[str, Any]:
+    """Say what this node can do: what the matcher reads, and beside it all that we say elsewhere.
+
+    `cuda` are the toolkits that are installed: a job's version is looked for within this text.
+    """
+    gpus = [
+        {"name": gpu["name"], "memory_mb": gpu["vram_mb"], "uuid": gpu["uuid"]} for gpu in capabilities["gpu"]
+    ]
+    read: dict[str, Any] = {"gpus": gpus, "models": list(models)}
+    if cuda:
+        read["cuda"] = " ".join(cuda)
+    if price is not None:
+        read["price"] = price
+    # Of 0 slots it would take that any number may come; of fewer, none.
+    concurrency = sum(slot.get("offers", True) for slot in capabilities["slots"]) or -1
+    return {"capabilities": {**capabilities, **read}, "concurrency": concurrency, "region": region}
+
+
+def heartbeat(report: Heartbeat, arch: str) -> dict[str, Any]:
+    """Say how this node is. Only one that is ONLINE holds jobs back from others of less reputation."""
+    return {
+        "inflight": report.inflight,
+        "status": "ONLINE" if report.accepting else "DRAINING",
+        "metadata": {
+            "load": report.load,
+            "free_mb": report.free_mb,
+            "gpu_free": report.gpu_free,
+            "slots": report.slots,
+        },
+        "architecture": arch,
+    }
+
+
+# --- of jobs that come -------------------------------------------------------------------------------------
+
+
+class _Job(Struct):
+    job_id: str
+    payload: dict[str, Any] = {}
+    state: str = ""
+    expires_at: str | None = None
+
+
+class _Page(Struct):
+    jobs: list[_Job]
+
+
+def pulled_job(reply: Reply, bound: int, to_manifest: ToManifest, doing: str) -> PulledJob:
+    """Read the reply to a poll.
+
+    Raises:
+        Unreachable: there is no job in it that has a name.
+    """
+    why = f"it is larger than {bound // 1024} KiB"
+    try:
+        if reply.complete:
+            return _in_our_words(msgspec.json.decode(reply.body, type=_Job), to_manifest)
+    except RecursionError:
+        why = "it is nested too deeply"
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        why = clean(str(error), 100)
+    if job_id := find_text(reply.body, ("job_id",)):
+        return _unreadable(job_id, why)
+    raise Unreachable(f"cannot {doing}: garbage reply: {why}")
+
+
+def assigned_jobs(reply: Reply, to_manifest: ToManifest, doing: str) -> list[Assignment]:
+    """Read a page of the list of our jobs.
+
+    Raises:
+        Unreachable: it cannot be read.
+    """
+    return [
+        Assignment(job.job_id, _in_our_words(job, to_manifest), _left(job.expires_at, reply.date))
+        for job in _page(reply, doing)
+        if job.state in {"", "RUNNING"}
+    ]
+
+
+def states(reply: Reply, doing: str) -> dict[str, str]:
+    """Read where the jobs of a page are; raises as `assigned_jobs`."""
+    return {job.job_id: job.state for job in _page(reply, doing)}
+
+
+def _page(reply: Reply, doing: str) -> list[_Job]:
+    try:
+        return msgspec.json.decode(reply.body, type=_Page).jobs
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise Unreachable(f"cannot {doing}: garbage reply: {clean(str(error), 100)}") from error
+
+
+def oversized_assignment(reply: Reply, bound: int) -> Assignment | None:
+    """Name the job of a page of one that is too large to be read."""
+    job_id = find_text(reply.body, ("jobs[]", "job_id"))
+    return (
+        Assignment(job_id, _unreadable(job_id, f"it is larger than {bound // 1024} KiB")) if job_id else None
+    )
+
+
+def _in_our_words(job: _Job, to_manifest: ToManifest) -> PulledJob:
+    """Make a manifest of a job; what cannot be one is kept as it came, with the reason."""
+    if too_deep(job.payload):
+        return _unreadable(job.job_id, "it is nested too deeply")
+    try:
+        made = to_manifest(job.job_id, job.payload)
+        return PulledJob(msgspec.json.encode(made), decode_manifest(made))
+    except ManifestError as error:
+        named = ManifestError(str(error), job.job_id, error.code)
+        return PulledJob(msgspec.json.encode({"job_id": job.job_id, "payload": job.payload}), error=named)
+
+
+def _unreadable(job_id: str, why: str) -> PulledJob:
+    raw = msgspec.json.encode({"job_id": job_id})
+    return PulledJob(raw, error=ManifestError(f"cannot read the job: {why}", job_id))
+
+
+def _left(expires_at: str | None, served: float | None) -> float | None:
+    """Say how long a job has; both times are the coordinator's, so that our clock may be wrong."""
+    try:
+        ends = datetime.fromisoformat(expires_at or "")
+    except ValueError:
+        return None
+    ends = ends if ends.tzinfo else ends.replace(tzinfo=UTC)
+    return None if served is None else ends.timestamp() - served
+
+
+# --- of what came of them ----------------------------------------------------------------------------------
+
+
+def result(made: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
+    """Report what a job made. The time that it took is what it is paid by."""
+    return {"result": made, "metrics": metrics(outcome)}
+
+
+def failure(outcome: Outcome) -> dict[str, Any]:
+    """Report that a job failed. Its client is shown the message alone, so the code stands in that, too."""
+    message = f"{outcome.code}: {outcome.message}"
+    if tail := clean(outcome.log.tail[-LOG_TAIL:], LOG_TAIL):
+        message += f" | the end of its log: {tail}"
+    return {
+        "error_code": outcome.code,
+        "error_message": clean(message, MAX_MESSAGE),
+        "metrics": metrics(outcome),
+    }
+
+
+def metrics(outcome: Outcome) -> dict[str, Any]:
+    """Say what a job has used; nothing of it is the job's own word."""
+    usage = outcome.usage
+    return {
+        "duration_ms": max(0, round(usage.wall_s * 1000)),
+        "attempt": outcome.attempt,
+        "slot": outcome.slot,
+        "cpu_s": None if usage.user_s is None else usage.user_s + (usage.system_s or 0.0),
+        "peak_memory_bytes": usage.peak_memory_bytes,
+        "versions": outcome.versions,
+    }
+
+
+def receipt_in(reply: Reply) -> object:
+    """Give the receipt in the reply to a result, its numbers as they stand there; None without one."""
+    body = json.loads(reply.body)
+    return body.get("receipt") if isinstance(body, dict) else None

@@ -1,0 +1,70 @@
+"""Tells the operator when there has been no job for long, and why as far as that can be told."""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+
+from aitbc_miner.accounts import OK
+from aitbc_miner.coordinator import Standing
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.messages import Starved
+from aitbc_miner.util import clock
+from aitbc_miner.workbench import Workbench
+
+STARVED_S = 300.0
+LOOK_S = 60.0
+_OURS = frozenset({ErrorCode.E_CANCELLED})
+"""Failures that cost no reputation: nobody reports them."""
+
+
+class IdleWatch:
+    """`since` says since when each pull has come back empty, None while there is work."""
+
+    def __init__(
+        self, bench: Workbench, since: Callable[[], float | None], *, starved_s: float = STARVED_S
+    ) -> None:
+        self._bench = bench
+        self._since = since
+        self._starved_s = starved_s
+        self._told = Starved()
+        self._asking = False
+        self._at = 0.0
+
+    def next_due(self) -> float | None:
+        """When to look next."""
+        since = self._since()
+        if since is None:
+            return None if self._told.since is None else clock.now()
+        return None if self._asking else max(self._at, since + self._starved_s)
+
+    def start_due(self) -> None:
+        """Look, if it is time; at once where there is work again."""
+        due = self.next_due()
+        if due is None or clock.now() < due:
+            return
+        if self._since() is None:
+            self._tell(Starved())
+            return
+        self._asking = True
+        self._bench.start("queue", self._why, self._found)
+
+    def _why(self) -> list[str]:
+        counts = self._bench.accounts.finished_counts()
+        failed = sum(jobs for code, jobs in counts.items() if code not in {OK, *_OURS})
+        return self._bench.coordinator.why_idle(Standing(counts.get(OK, 0), failed))
+
+    def _found(self, future: Future[list[str]]) -> None:
+        self._asking = False
+        self._at = clock.now() + LOOK_S
+        since = self._since()
+        try:
+            causes = future.result()
+        except Exception as error:  # noqa: BLE001  # it is a help and nothing depends on it
+            self._bench.warn("cannot say why there are no jobs", error)
+            return
+        if since is not None and causes:
+            self._tell(Starved(since, causes))
+
+    def _tell(self, said: Starved) -> None:
+        if said != self._told:
+            self._told = said
+            self._bench.channel.send(said)

@@ -1,0 +1,59 @@
+"""What the heartbeat process says of this node's slots, and of what is wrong with the coordinator."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from aitbc_miner.coordinator import Refused, Unreachable
+from aitbc_miner.errors import MinerError
+from aitbc_miner.messages import SlotView
+from aitbc_miner.probe import SlotCapability
+from aitbc_miner.registration import RegistrationError
+from aitbc_miner.sampling import Use
+from aitbc_miner.telemetry import Snapshot
+
+
+def told_of(slots: Sequence[SlotView]) -> list[SlotCapability]:
+    """Say what each slot is; a change of that is told to the coordinator anew."""
+    return [
+        SlotCapability(
+            name=view.offer.name,
+            kind=view.offer.kind,
+            cpus=view.cpus or "",
+            memory_mb=view.offer.memory_mb,
+            enforced=view.enforced,
+            gpu=view.gpu,
+            runners=list(view.offer.runners),
+            offers=view.offers,
+        )
+        for view in slots
+    ]
+
+
+def slot_report(snapshot: Snapshot, view: SlotView) -> dict[str, Any]:
+    """Say what a slot does now, and what its job uses of the machine."""
+    use, gpu = snapshot.uses.get(view.offer.name, Use()), snapshot.gpu_uses.get(view.offer.name)
+    report: dict[str, Any] = {
+        "name": view.offer.name,
+        "state": view.state,
+        "job_id": view.job_id,
+        "cpu_pct": use.cpu_pct,
+        "memory_mb": None if use.memory_bytes is None else use.memory_bytes >> 20,
+    }
+    if gpu and not gpu.error:
+        report |= {"vram_mb": gpu.vram_used_mb, "gpu_util": gpu.utilisation_pct}
+    return report
+
+
+def remedy_for(error: MinerError, source: str) -> str:
+    """Say what the operator can do; `source` is where the credential comes from."""
+    match error:
+        case RegistrationError(__cause__=Refused(status=404)):
+            return "check coordinator.base_url: nothing there takes registrations; mind its path"
+        case RegistrationError(__cause__=Refused()):
+            return "compare coordinator.base_url with what the coordinator's operator gave you, and ask them"
+        case RegistrationError():
+            return f"put the token that the coordinator gave you into {source} (coordinator.auth_token)"
+        case Unreachable():
+            return "check coordinator.base_url and this machine's network; the node keeps trying"
+        case _:
+            return "nothing on this node; it keeps trying"

@@ -1,0 +1,20 @@
+"""Counts the words of a short text that comes as a parameter, and names the most frequent ones."""
+
+import re
+from collections import Counter
+from typing import Annotated, Any
+
+from msgspec import Meta
+
+WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")  # noqa: RUF001  # both apostrophes are written in texts
+
+
+def run(text: str, top: Annotated[int, Meta(ge=0, le=1000)] = 10) -> dict[str, Any]:
+    """Count; equal counts in alphabetical order, so that the same text gives the same answer everywhere."""
+    words = WORD.findall(text.casefold())
+    counts = sorted(Counter(words).items(), key=lambda item: (-item[1], item[0]))
+    return {
+        "words": len(words),
+        "distinct": len(counts),
+        "top": [{"word": word, "count": count} for word, count in counts[:top]],
+    }

@@ -1,0 +1,77 @@
+"""What the operator is told when there are no jobs, and when."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from agent_bench import Desk, Time
+
+from aitbc_miner.coordinator import Standing
+from aitbc_miner.idling import STARVED_S, IdleWatch
+from aitbc_miner.messages import Starved
+
+
+class Idle(Desk):
+    """A watch on a puller that has been idle since `since`."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.since: float | None = None
+        self.causes = ["no region"]
+        self.standings: list[Standing] = []
+        self.coordinator.why_idle = self.why  # type: ignore[method-assign]
+        self.watch = IdleWatch(self.bench, lambda: self.since)
+
+    def why(self, standing: Standing) -> list[str]:
+        self.standings.append(standing)
+        return self.causes
+
+    def look(self) -> list[Starved]:
+        self.watch.start_due()
+        self.turn_until(lambda: not self.watch._asking)
+        return [each for each in self.said() if isinstance(each, Starved)]
+
+
+@pytest.fixture
+def time(monkeypatch: pytest.MonkeyPatch) -> Time:
+    return Time(monkeypatch)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, time: Time) -> Iterator[Idle]:
+    made = Idle(tmp_path)
+    yield made
+    made.close()
+
+
+def test_only_long_hunger_is_told_and_once(desk: Idle, time: Time) -> None:
+    assert desk.watch.next_due() is None
+    desk.since = time.now
+    assert desk.watch.next_due() == time.now + STARVED_S
+    time.now += STARVED_S - 1
+    assert desk.look() == []
+    time.now += 2
+    assert desk.look() == [Starved(desk.since, ["no region"])]
+    time.now += 3600
+    assert desk.look() == []
+    desk.causes = ["another"]
+    time.now += 3600
+    assert desk.look() == [Starved(desk.since, ["another"])]
+
+
+def test_work_ends_it_at_once(desk: Idle, time: Time) -> None:
+    desk.since = time.now
+    time.now += STARVED_S
+    assert desk.look() != []
+    desk.since = None
+    assert desk.watch.next_due() == time.now
+    assert desk.look() == [Starved()]
+    assert desk.watch.next_due() is None
+
+
+def test_a_coordinator_that_gives_no_causes_leaves_it_at_that(desk: Idle, time: Time) -> None:
+    desk.causes = []
+    desk.since = time.now
+    time.now += STARVED_S
+    assert desk.look() == []
+    assert desk.standings == [Standing(0, 0)]
