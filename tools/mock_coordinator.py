@@ -14,13 +14,10 @@ import argparse
 import inspect
 import json
 import signal
-import socket
 import sys
 import tempfile
-import threading
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from http.server import ThreadingHTTPServer
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -28,10 +25,12 @@ from typing import Any, Self, TypeVar
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import mock_faults
+from tools.mock_aitbc import KEY, MockAitbc
 from tools.mock_faults import Faults
 from tools.mock_handler import ROOT, Boundary, Desk, Handler, no_boundary
 from tools.mock_ledger import Ledger
 from tools.mock_records import Job, Rules
+from tools.mock_server import Listener
 
 T = TypeVar("T")
 
@@ -45,36 +44,6 @@ GET / shows nodes and jobs, GET /state.json the same for programs. Faults are sw
 Endpoints: register, heartbeat, pull, ack, progress, result, fail, files.
 
 """
-
-
-class _Server(ThreadingHTTPServer):
-    """Threads that are joined at the end, and connections that can be cut to get there."""
-
-    daemon_threads = False
-    request_queue_size = 128
-
-    def __init__(self, address: tuple[str, int], desk: Desk) -> None:
-        self.open: set[socket.socket] = set()
-        super().__init__(address, type("DeskHandler", (Handler,), {"desk": desk}))
-
-    def get_request(self) -> tuple[socket.socket, Any]:
-        connection, address = super().get_request()
-        self.open.add(connection)
-        return connection, address
-
-    def shutdown_request(self, request: Any) -> None:
-        self.open.discard(request)
-        super().shutdown_request(request)
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        # Clients that hang up are what a mock with faults is for; anything else is a defect of it.
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
-
-    def cut(self) -> None:
-        for connection in list(self.open):
-            with suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
 
 
 class MockCoordinator:
@@ -102,15 +71,14 @@ class MockCoordinator:
     ) -> None:
         self.ledger = Ledger(Rules(lease_s, silent_s, ignore_filters, repeat))
         self.faults = Faults()
-        self._address = (host, port)
         self._life = ExitStack()
-        self._server: _Server | None = None
-        self._thread: threading.Thread | None = None
         if out_dir is None:
             out_dir = Path(self._life.enter_context(tempfile.TemporaryDirectory(prefix="mock-coordinator-")))
         out_dir.mkdir(parents=True, exist_ok=True)
         self.out_dir = out_dir
-        self._desk = Desk(self.ledger, self.faults, bootstrap_token, files_dir, out_dir, verbose, boundary)
+        desk = Desk(self.ledger, self.faults, bootstrap_token, files_dir, out_dir, verbose, boundary)
+        handler = type("DeskHandler", (Handler,), {"desk": desk})
+        self._listener = Listener(host, port, handler, desk.stopping)
 
     def __enter__(self) -> Self:
         self.start()
@@ -122,7 +90,7 @@ class MockCoordinator:
     @property
     def root(self) -> str:
         """Where the page and the files are: `root + "/files/NAME"`."""
-        return f"http://{self._address[0]}:{self._address[1]}"
+        return self._listener.root
 
     @property
     def url(self) -> str:
@@ -135,24 +103,11 @@ class MockCoordinator:
         Raises:
             OSError: the port is taken.
         """
-        self._desk.stopping.clear()
-        self._server = _Server(self._address, self._desk)
-        self._address = (self._address[0], self._server.server_port)
-        self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.02,), name="mock-coordinator"
-        )
-        self._thread.start()
+        self._listener.start()
 
     def stop(self) -> None:
         """Stop listening and cut every connection."""
-        server, thread, self._server = self._server, self._thread, None
-        if server is None or thread is None:
-            return
-        self._desk.stopping.set()
-        server.shutdown()
-        thread.join()
-        server.cut()
-        server.server_close()
+        self._listener.stop()
 
     def close(self) -> None:
         """Stop, and delete what is temporary."""
@@ -257,7 +212,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--files", type=_folder, metavar="DIR", help="serve DIR at /files/ and, broken off once, at /flaky/")
     add("--out", type=Path, metavar="DIR", help="keep artifacts here (default: until it ends)")
-    add("--token", default="demo-token", help="the bootstrap token (default: demo-token); all here see it")
+    add("--token", help="the bootstrap token (default: demo-token); all here see it")
     add(
         "--lease-s",
         type=float,
@@ -269,22 +224,26 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--silent-s", type=float, metavar="N", help="queue an acked job again when its node is silent so long"
     )
     add("--ignore-filters", action="store_true", help="hand out jobs whether they fit the node or not")
+    add(
+        "--dialect",
+        choices=("bootstrap", "aitbc-v1"),
+        default="bootstrap",
+        help="which coordinator to be; of aitbc-v1, --token is the API key (default: demo-key-0123456789),"
+        " and --jobs has payloads (*.json)",
+    )
+    add("--receipts", action="store_true", help="aitbc-v1: give signed receipts, and print the key")
+    add("--no-rate-limits", action="store_true", help="aitbc-v1: take any number of calls")
     add("--repeat", action="store_true", help="answer every pull with the same job")
     add("--verbose", action="store_true", help="print every request on stderr")
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run until SIGTERM or SIGINT."""
-    options = _arguments(argv)
-    # Blocked before any thread starts, so that the signals wait for sigwait below.
-    endings = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, endings)
+def _mock(options: argparse.Namespace) -> MockCoordinator:
     host, port = options.listen
-    mock = MockCoordinator(
+    return MockCoordinator(
         port,
         host=host,
-        bootstrap_token=options.token,
+        bootstrap_token=options.token or "demo-token",
         lease_s=options.lease_s,
         silent_s=options.silent_s,
         ignore_filters=options.ignore_filters,
@@ -293,11 +252,34 @@ def main(argv: list[str] | None = None) -> int:
         out_dir=options.out,
         verbose=options.verbose,
     )
+
+
+def _double(options: argparse.Namespace) -> MockAitbc:
+    host, port = options.listen
+    return MockAitbc(
+        port,
+        host=host,
+        keys=(options.token or KEY,),
+        rate_limits=not options.no_rate_limits,
+        receipts=options.receipts,
+        verbose=options.verbose,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run until SIGTERM or SIGINT."""
+    options = _arguments(argv)
+    # Blocked before any thread starts, so that the signals wait for sigwait below.
+    endings = {signal.SIGTERM, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, endings)
+    mock = _double(options) if options.dialect == "aitbc-v1" else _mock(options)
     try:
         if options.jobs:
             mock.load(options.jobs)
         mock.start()
         print(f"listening on {mock.url}", flush=True)
+        if isinstance(mock, MockAitbc) and mock.receipt_key:
+            print(f"receipts are signed by {mock.receipt_key}", flush=True)
         signal.sigwait(endings)
     except (OSError, ValueError) as error:
         print(f"cannot run the mock coordinator: {error}", file=sys.stderr)

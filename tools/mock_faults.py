@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 from tools.mock_wire import FileSpan, Reply, Sending, error_reply
 
 ENDPOINTS = frozenset({"register", "heartbeat", "pull", "ack", "progress", "result", "fail", "files"})
+AITBC_ENDPOINTS = frozenset({"register", "heartbeat", "poll", "result", "fail", "jobs", "leave"})
 KINDS = frozenset(
     "refuse delay status drop_after truncate slow garbage huge redirect wrong_json deep_json empty".split()  # noqa: SIM905
 )
@@ -120,7 +121,8 @@ _BODIES: dict[str, Callable[[], bytes]] = {
 class Faults:
     """The faults that are set, per endpoint and in the order in which they will happen."""
 
-    def __init__(self) -> None:
+    def __init__(self, endpoints: frozenset[str] = ENDPOINTS) -> None:
+        self._endpoints = endpoints
         self._lock = threading.Lock()
         self._set: dict[str, list[tuple[Fault, int | None]]] = {}
 
@@ -130,8 +132,9 @@ class Faults:
         Raises:
             ValueError: no such endpoint, or no such fault.
         """
-        if endpoint not in ENDPOINTS:
-            raise ValueError(f"cannot set a fault on {endpoint!r}: not one of {', '.join(sorted(ENDPOINTS))}")
+        if endpoint not in self._endpoints:
+            known = ", ".join(sorted(self._endpoints))
+            raise ValueError(f"cannot set a fault on {endpoint!r}: not one of {known}")
         if times is not None and times < 1:
             raise ValueError(f"cannot set a fault {times} times: at least 1, or null for ever")
         fault = Fault.parse(kind)

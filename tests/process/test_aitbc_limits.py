@@ -1,0 +1,57 @@
+"""The coordinator's real limits, in real time: as much as they allow, and nothing lost to them."""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import requests
+from harness import Node, wait_settled
+from networks import KEY, Aitbc
+from tools.mock_aitbc import MockAitbc
+
+JOBS = 110
+PER_MINUTE = 50
+MINUTE_S = 60.0
+
+
+@pytest.fixture
+def double() -> Iterator[MockAitbc]:
+    with MockAitbc() as made:
+        yield made
+
+
+@pytest.fixture
+def node(double: MockAitbc) -> Iterator[Node]:
+    made = Aitbc(double).node(4)
+    yield made
+    made.clean_up()
+    shutil.rmtree(made.directory)
+
+
+def spend_the_minute(double: MockAitbc) -> None:
+    """Have another miner of our address use up all results of this minute, for jobs that nobody knows."""
+    headers = {"X-Api-Key": KEY, "X-Miner-ID": "another"}
+
+    def send(number: int) -> int:
+        url = f"{double.url}/miners/{number:032x}/result"
+        return requests.post(url, json={"result": {}}, headers=headers, timeout=20).status_code
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(send, range(PER_MINUTE))) == [404] * PER_MINUTE
+
+
+def test_results_at_the_pace_that_is_allowed_and_each_once(double: MockAitbc, node: Node) -> None:
+    """Some three minutes: one for what others have used up, two for the jobs."""
+    spend_the_minute(double)
+    jobs = [double.submit({"type": "script", "line": "true"}) for _ in range(JOBS)]
+    node.start()
+    double.wait(lambda _: all(double.job(job_id).state == "COMPLETED" for job_id in jobs), 400.0)
+    wait_settled(node)
+    assert [len(double.job(job_id).results) for job_id in jobs] == [1] * JOBS
+    assert [double.job(job_id).fails for job_id in jobs if double.job(job_id).fails] == []
+    assert len(double.strays()) == PER_MINUTE
+    times = sorted(double.job(job_id).results[0].at for job_id in jobs)
+    in_two_minutes = sum(at < times[0] + 2 * MINUTE_S for at in times)
+    assert in_two_minutes > 0.95 * 2 * PER_MINUTE
+    print(f"{in_two_minutes} of {2 * PER_MINUTE} results in two minutes, all in {times[-1] - times[0]:.1f} s")
