@@ -13,8 +13,8 @@ from msgspec.structs import replace
 
 from aitbc_miner.coordinator import CoordinatorError
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, StateRecord, decode_manifest
-from aitbc_miner.messages import Offer, Ticket
-from aitbc_miner.placing import fits
+from aitbc_miner.messages import Offer
+from aitbc_miner.placing import fits, ticket_for
 from aitbc_miner.queue import Kind, QueueError, RetryQueue, Task
 from aitbc_miner.records import JobDir, RecordError, Records
 from aitbc_miner.retrying import outlives_its_node
@@ -196,7 +196,7 @@ class Fleet:
                     seen.returned.append(task.job_id)
                 continue
             handover = _read(task)
-            ticket = handover and _ticket(handover[1])
+            ticket = handover and ticket_for(handover[1])
             offer = next((offer for offer in free if ticket and fits(ticket, offer)), None)
             if handover and offer and self._take(records, task, handover[0]):
                 free.remove(offer)
@@ -264,7 +264,3 @@ def _read(task: Task) -> tuple[Handover, Manifest] | None:
         events("agent").debug("task of the fleet not read", job_id=task.job_id, error=str(error))
         return None
     return (handover, manifest) if manifest.job_id == task.job_id else None
-
-
-def _ticket(manifest: Manifest) -> Ticket:
-    return Ticket(manifest.job_id, manifest.runner, manifest.requirements, manifest.priority)

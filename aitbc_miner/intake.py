@@ -28,7 +28,7 @@ from aitbc_miner.fleet import Fleet
 from aitbc_miner.inputs import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, State, StateRecord, decode_manifest
 from aitbc_miner.messages import Offer, Ticket
-from aitbc_miner.placing import refuse_hopeless
+from aitbc_miner.placing import refuse_hopeless, ticket_for
 from aitbc_miner.records import BUILDING, JobDir, RecordError, Records
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.backoff import Backoff
@@ -132,7 +132,7 @@ class Intake:
             QueueError, CoordinatorError: nobody says now whether it still is.
         """
         manifest = _read_manifest(job)
-        ticket = Ticket(job.job_id, manifest.runner, manifest.requirements, manifest.priority, clock.now())
+        ticket = ticket_for(manifest, clock.now())
         hopeless: JobError | None = None
         try:
             refuse_hopeless(ticket, offers)

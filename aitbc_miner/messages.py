@@ -29,17 +29,21 @@ class Message(Struct, frozen=True, tag=True):
 
 
 class Ticket(Struct, frozen=True):
-    """What the choice of a slot depends on. `received` orders jobs of the same priority."""
+    """What the choice of a slot depends on. `received` orders jobs of the same priority.
+
+    `egress` is the network policy that the job asks for; without one, any slot will do.
+    """
 
     job_id: JobId
     runner: str
     requirements: Requirements = Requirements()
     priority: int = 0
     received: float = 0.0
+    egress: str | None = None
 
 
 class Offer(Struct, frozen=True):
-    """What a slot has to give: threads, MiB of memory, MB of video memory, runners."""
+    """What a slot has to give: threads, MiB of memory, MB of video memory, runners, its network policy."""
 
     name: str
     kind: str
@@ -47,6 +51,7 @@ class Offer(Struct, frozen=True):
     memory_mb: int
     vram_mb: int = 0
     runners: tuple[str, ...] = ()
+    egress: str = "none"
 
 
 class SlotView(Struct, frozen=True):

@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 
 from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.jobs import Manifest
 from aitbc_miner.messages import Offer, Ticket
+
+
+def ticket_for(manifest: Manifest, received: float = 0.0) -> Ticket:
+    """Say what a job needs of a slot."""
+    asked = None if manifest.egress == "none" else manifest.egress
+    needs = manifest.requirements
+    return Ticket(manifest.job_id, manifest.runner, needs, manifest.priority, received, asked)
 
 
 def fits(ticket: Ticket, offer: Offer) -> bool:
@@ -12,6 +20,7 @@ def fits(ticket: Ticket, offer: Offer) -> bool:
     wants_gpu = needs.gpu or needs.vram_mb > 0
     return (
         ticket.runner in offer.runners
+        and ticket.egress in {None, offer.egress}
         and needs.cpu_threads <= offer.cpu_threads
         and needs.memory_mb <= offer.memory_mb
         and (not wants_gpu or (offer.kind == "gpu" and needs.vram_mb <= offer.vram_mb))
@@ -39,16 +48,24 @@ def room(free: Sequence[Offer], coming: Sequence[Ticket | None]) -> list[Offer]:
     return [offer for offer in free if offer.name not in taken]
 
 
-def _size(offer: Offer) -> tuple[bool, int, int, int, str]:
-    # A GPU slot is taken by a job without a GPU only when no CPU slot is free.
-    return (offer.kind == "gpu", offer.vram_mb, offer.memory_mb, offer.cpu_threads, offer.name)
+def _size(offer: Offer) -> tuple[bool, bool, int, int, int, str]:
+    # A GPU slot is taken by a job without a GPU only when no CPU slot is free; so is one with a network.
+    return (
+        offer.kind == "gpu",
+        offer.egress != "none",
+        offer.vram_mb,
+        offer.memory_mb,
+        offer.cpu_threads,
+        offer.name,
+    )
 
 
 def refuse_hopeless(ticket: Ticket, offers: Sequence[Offer]) -> None:
     """Raise when no slot of this node, busy or free, could ever take the job.
 
     Raises:
-        JobError: E_NOGPU when the GPU or its memory is what is missing, else E_NOSLOT.
+        JobError: E_NOGPU when the GPU or its memory is what is missing, E_EGRESS when the network policy is,
+            else E_NOSLOT.
     """
     if any(fits(ticket, offer) for offer in offers):
         return
@@ -69,6 +86,12 @@ def refuse_hopeless(ticket: Ticket, offers: Sequence[Offer]) -> None:
         raise JobError(
             ErrorCode.E_NOSLOT, f"cannot place the job: no slot here offers the runner {ticket.runner!r}"
         )
+    if ticket.egress is not None and all(offer.egress != ticket.egress for offer in able):
+        raise JobError(
+            ErrorCode.E_EGRESS,
+            f"cannot place the job: no slot here grants egress {ticket.egress!r:.80}; set `egress` of a slot",
+        )
+    able = [offer for offer in able if ticket.egress in {None, offer.egress}]
     threads = max(offer.cpu_threads for offer in able)
     memory = max(offer.memory_mb for offer in able)
     raise JobError(

@@ -296,4 +296,5 @@ def make_offer(spec: SlotSpec, *, threads: int, memory_bytes: int, vram_mb: int)
     by_quota = math.ceil(spec.cpu_max / 100) if spec.cpu_max else threads
     cpus = min(len(spec.cpus) if spec.cpus else threads, by_quota)
     memory = min(spec.memory_max or memory_bytes, memory_bytes)
-    return Offer(spec.name, spec.kind, max(1, cpus), memory // MIB, vram_mb, tuple(spec.runners))
+    runners = tuple(spec.runners)
+    return Offer(spec.name, spec.kind, max(1, cpus), memory // MIB, vram_mb, runners, spec.egress)

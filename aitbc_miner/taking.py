@@ -10,7 +10,7 @@ from aitbc_miner.fleet import Fleet
 from aitbc_miner.intake import Intake, Stopping, Taken
 from aitbc_miner.jobs import State, valid_job_id
 from aitbc_miner.messages import CancelJob, JobReady, Offer, Slots, Ticket
-from aitbc_miner.placing import room
+from aitbc_miner.placing import room, ticket_for
 from aitbc_miner.progress import ProgressBook
 from aitbc_miner.queue import QueueError
 from aitbc_miner.util import clock
@@ -98,8 +98,7 @@ class Taker:
             self._bench.log.warning("manifest refused", job_id=job_id, error=str(job.error))
         ticket = None
         if job.manifest:
-            manifest = job.manifest
-            ticket = Ticket(job_id, manifest.runner, manifest.requirements, manifest.priority, clock.now())
+            ticket = ticket_for(job.manifest, clock.now())
         self._start(job_id, partial(self._intake.take, job, job_id), ticket)
         self._bench.show(job_id, State.PULLED)
 

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.jobs import Requirements
+from aitbc_miner.jobs import Manifest, Requirements
 from aitbc_miner.messages import Offer, Ticket
-from aitbc_miner.placing import fits, place, refuse_hopeless
+from aitbc_miner.placing import fits, place, refuse_hopeless, ticket_for
 
 SMALL = Offer("small", "cpu", 1, 1000, runners=("cli",))
 LARGE = Offer("large", "cpu", 8, 16_000, runners=("cli", "python"))
@@ -218,3 +219,34 @@ def test_a_job_is_hopeless_exactly_when_no_slot_fits(jobs: list[Ticket], offers:
         assert caught.value.code in {ErrorCode.E_NOGPU, ErrorCode.E_NOSLOT}
         if caught.value.code is ErrorCode.E_NOGPU:
             assert job.requirements.gpu or job.requirements.vram_mb
+
+
+# --- the network -------------------------------------------------------------------------------------------
+
+OPEN = Offer("open", "cpu", 8, 16_000, runners=("cli",), egress="open")
+
+
+def test_a_job_that_wants_a_network_goes_where_there_is_one() -> None:
+    wants = replace(ticket("wants"), egress="open")
+    assert place([wants], [SMALL, LARGE, OPEN]) == [(wants, OPEN)]
+    assert place([wants], [SMALL, LARGE]) == []
+    does_not = ticket("not")
+    large = replace(OPEN, memory_mb=500)
+    assert dict(place([does_not, wants], [large, SMALL])) == {does_not: SMALL, wants: large}
+
+
+@pytest.mark.parametrize(("asked", "egress"), [(None, None), ("none", None), ("open", "open")])
+def test_what_a_manifest_asks_for(asked: str | None, egress: str | None) -> None:
+    manifest = Manifest("j", "cli", command="true", egress=asked, priority=3)
+    assert ticket_for(manifest, 7.0) == Ticket("j", "cli", Requirements(), 3, 7.0, egress)
+
+
+def test_a_network_that_no_slot_has_is_refused_for_that() -> None:
+    wants = replace(ticket("wants"), egress="open")
+    with pytest.raises(JobError) as error:
+        refuse_hopeless(wants, [SMALL, LARGE])
+    assert error.value.code is ErrorCode.E_EGRESS
+    refuse_hopeless(wants, [SMALL, OPEN])
+    with pytest.raises(JobError) as error:
+        refuse_hopeless(replace(wants, requirements=Requirements(memory_mb=20_000)), [LARGE, OPEN])
+    assert error.value.code is ErrorCode.E_NOSLOT
