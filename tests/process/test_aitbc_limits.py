@@ -17,8 +17,8 @@ from tools.mock_aitbc import MockAitbc
 JOBS = 110
 PER_MINUTE = 50
 MINUTE_S = 60.0
-# AITBC_MINER_FULL=1 has them as long as in the field.
-FULL = os.environ.get("AITBC_MINER_FULL") == "1"
+# AITBC_TEST_FULL=1 has them as long as in the field.
+FULL = os.environ.get("AITBC_TEST_FULL") == "1"
 AWAY_S, REFUSED_S = (60.0, 120.0) if FULL else (3.0, 5.0)
 
 
