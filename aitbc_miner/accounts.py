@@ -172,12 +172,14 @@ class Accounts:
 
     def __init__(self, database: "Database", *, read_only: bool = False) -> None:
         self._database = database
-        if not read_only:
-            with database.writing() as connection:
+        with database.reading() if read_only else database.writing() as connection:
+            if not read_only:
                 for statement in _TABLES:
                     connection.execute(statement)
                 for name in _ADDED.keys() - _columns(connection):
                     connection.execute(f"ALTER TABLE accounts ADD COLUMN {name} {_ADDED[name]}")
+            # Who only looks cannot change one of an earlier version.
+            self._has_receipts = _columns(connection) >= _ADDED.keys()
 
     def enter(self, row: JobAccount) -> bool:
         """Enter a row and count its job; False, and nothing changes, when the job has one already.
@@ -200,11 +202,12 @@ class Accounts:
                     (row.delivery, row.code, row.message, row.finished, row.job_id, REOPENED),
                 )
                 if row.receipt is not None:
-                    # The first one stands: a result that was counted twice there is still one job here.
+                    # Of those that verify the first one stands: a result that was counted twice there is
+                    # still one job here.
                     connection.execute(
                         "UPDATE accounts SET units = ?, price = ?, receipt = ?"
-                        " WHERE job_id = ? AND receipt IS NULL",
-                        (row.units, row.price, row.receipt, row.job_id),
+                        " WHERE job_id = ? AND receipt IS NOT ?",
+                        (row.units, row.price, row.receipt, row.job_id, VERIFIED),
                     )
             else:
                 connection.execute(
@@ -263,7 +266,7 @@ class Accounts:
     def totals(self, since_s: float | None = None) -> Totals:
         """Sum up the last so many seconds, or all."""
         with self._database.reading() as connection:
-            sums_of_receipts = _RECEIPTS if self._has_receipts(connection) else "0, NULL, NULL, 0"
+            sums_of_receipts = _RECEIPTS if self._has_receipts else "0, NULL, NULL, 0"
             groups = connection.execute(
                 "SELECT coalesce(slot, ''), coalesce(code, ?), substr(finished_wall, 1, 10), count(*),"  # noqa: S608
                 " count(*) FILTER (WHERE code IS NULL), count(code), sum(cpu_s), sum(gpu_s),"
@@ -353,18 +356,15 @@ class Accounts:
                 kinds.append(found.fetchall())
         return [job_id for _, job_id in heapq.merge(*kinds)][:limit]
 
-    def _has_receipts(self, connection: "sqlite3.Connection") -> bool:
-        """Whether the database is of this version: who only looks cannot change it."""
-        return _columns(connection) >= _ADDED.keys()
-
     def _edge(self, ago_s: float | None) -> float:
         return -1.0 if ago_s is None else self._database.now() - ago_s
 
     def _select(self, rest: str, value: float | str) -> Iterator[JobAccount]:
+        # Those that were added are the last ones, and have defaults.
+        listed = _LISTED if self._has_receipts else ", ".join(_COLUMNS[: -len(_ADDED)])
         with self._database.reading() as connection:
-            names = [name for name in _COLUMNS if name not in _ADDED or self._has_receipts(connection)]
-            for row in connection.execute(f"SELECT {', '.join(names)} FROM accounts {rest}", (value,)):  # noqa: S608
-                yield JobAccount(**dict(zip(names, row, strict=True)))
+            for row in connection.execute(f"SELECT {listed} FROM accounts {rest}", (value,)):  # noqa: S608
+                yield JobAccount(*row)
 
 
 def _columns(connection: "sqlite3.Connection") -> set[str]:

@@ -306,16 +306,19 @@ def _receipt_facts(value: object) -> Iterator[tuple[str, str]]:
         return
     if kept is None:
         return
-    said = kept.receipt
-    signature = said.get("signature")
+    said = {name: value for name, value in kept.receipt.items() if isinstance(value, str)}
+    signature = kept.receipt.get("signature")
     key = signature.get("key_id") if isinstance(signature, dict) else None
-    worth = f"{_amount(kept.units)} {said.get('unit_type') or 'units'}, price {_amount(kept.price)}"
-    checked = f"verified, signed by {key}" if kept.verified else f"NOT VERIFIED: {kept.why}"
-    yield "receipt", f"{str(said.get('receipt_id'))[:64]}: {worth}; {checked}"[:400]
+    # A line of its own: no text of the receipt's can push it out of sight, or be taken for it.
+    yield "receipt", f"verified, signed by {key}" if kept.verified else f"NOT VERIFIED: {kept.why}"
+    unit = said.get("unit_type", "units")[:40]
+    number = said.get("receipt_id", "none")[:64]
+    yield "worth", f"{amount(kept.units)} {unit}, price {amount(kept.price)}; receipt {number}"
 
 
-def _amount(amount: float | None) -> str:
-    return "?" if amount is None else f"{amount:.10g}"
+def amount(number: float | None) -> str:
+    """Write what a receipt says of units or price."""
+    return "-" if number is None else f"{number:.8g}"
 
 
 def _mebi(size: int | None) -> float | None:

@@ -85,7 +85,7 @@ def _keep(job: JobDir, receipt: Receipt | None) -> None:
     try:
         if receipt is not None:
             job.write_receipt(receipt)
-    except OSError as error:
+    except (OSError, ValueError, RecordError) as error:
         # The job is paid all the same; to have its result sent once more would be worse.
         events("agent").error("receipt not kept", job_id=job.job_id, error=str(error))
 

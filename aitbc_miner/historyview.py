@@ -9,7 +9,7 @@ from typing import BinaryIO
 import msgspec
 
 from aitbc_miner.accounts import JobAccount, Total, Totals
-from aitbc_miner.ctlview import Paint, duration, pad, visible
+from aitbc_miner.ctlview import Paint, amount, duration, pad, visible
 
 COLUMNS = tuple(name for name in JobAccount.__struct_fields__ if name != "finished")
 """All but the node's own time, which means nothing to anybody else."""
@@ -57,18 +57,14 @@ def _table(title: str, rows: Sequence[Total], paint: Paint) -> Iterator[str]:
 
 
 def _receipts(totals: Totals, paint: Paint) -> Iterator[str]:
-    """Show what the coordinator has given receipts for, by day; the sums are of those that verified."""
+    """Show what the coordinator has given receipts for, by day; only FLAGGED counts what did not verify."""
     heads = "".join(f"{head:>14}" for head in ("RECEIPTS", "UNITS", "PRICE", "FLAGGED"))
     yield paint(f"{'DAY (UTC)':{NAME}}{heads}", "dim")
     for day in [*(day for day in totals.days if day.receipts or day.unverified), totals.all]:
-        cells = (str(day.receipts), _amount(day.units), _amount(day.price), str(day.unverified or "-"))
+        cells = (str(day.receipts), amount(day.units), amount(day.price), str(day.unverified or "-"))
         row = pad("all" if day is totals.all else day.name, NAME) + "".join(f"{cell:>14}" for cell in cells)
         yield paint(row, "bold") if day is totals.all else row
     yield ""
-
-
-def _amount(amount: float | None) -> str:
-    return "-" if amount is None else f"{amount:.10g}"
 
 
 def _row(total: Total, name: str) -> str:

@@ -1,6 +1,6 @@
 """A coordinator's signed word that a job was done and what it is worth: checked, and kept as it came. Pure.
 
-What is signed is the receipt as JSON: members that are null are left out at every depth, keys are sorted,
+What is signed is the receipt as JSON: what is null is left out at every depth, of lists too, keys are sorted,
 there is no space, and what is not ASCII is escaped; without the members that are added after signing. Numbers
 have to be decoded by Python's own `json`, which is what the coordinator writes them with: then they are
 written again as they came, 1.0 as 1.0 and 1 as 1.
@@ -9,6 +9,7 @@ written again as they came, 1.0 as 1.0 and 1 as 1.
 import base64
 import json
 from collections.abc import Collection, Mapping
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
@@ -23,7 +24,8 @@ RECEIPT = "receipt.json"
 MAX_BYTES = 24 << 20
 """A receipt repeats the job and its result."""
 MAX_AMOUNT = 1e15
-MAX_TEXT = 200
+MAX_TEXT, MAX_MEMBERS = 200, 50
+"""What is kept of a receipt that cannot be kept whole."""
 
 _ADDED_LATER = frozenset(
     {
@@ -60,28 +62,27 @@ def examine(
     try:
         if kept is receipt:
             why = _fault(kept, job_id, provider, trusted_keys)
-    except (ValueError, TypeError, RecursionError, OverflowError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         why = f"it cannot be checked: {type(error).__name__}"
     units, price = _amount(kept.get("units")), _amount(kept.get("price"))
     return Receipt(kept, not why, why, units, price, received_wall)
 
 
-def canonical(receipt: Mapping[str, Any], *, nulls_in_lists: bool = False) -> bytes:
-    """Give the bytes that are signed; whether nulls within lists are left out, too, is not said anywhere."""
+def canonical(receipt: Mapping[str, Any]) -> bytes:
+    """Give the bytes that are signed. Raises as `json.dumps` where JSON cannot say it."""
     signed = {
         name: value
         for name, value in receipt.items()
         if name not in _ADDED_LATER and not name.startswith("reinvest_")
     }
-    left = _without_none(signed, nulls_in_lists)
-    return json.dumps(left, sort_keys=True, separators=(",", ":")).encode()
+    return json.dumps(_without_none(signed), sort_keys=True, separators=(",", ":")).encode()
 
 
-def _without_none(value: Any, nulls_in_lists: bool) -> Any:  # noqa: FBT001
+def _without_none(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_none(one, nulls_in_lists) for name, one in value.items() if one is not None}
+        return {name: _without_none(one) for name, one in value.items() if one is not None}
     if isinstance(value, list):
-        return [_without_none(one, nulls_in_lists) for one in value if nulls_in_lists or one is not None]
+        return [_without_none(one) for one in value if one is not None]
     return value
 
 
@@ -93,30 +94,31 @@ def _bounded(receipt: object) -> dict[str, Any]:
                 return receipt
         except (ValueError, TypeError, OverflowError, RecursionError):
             pass  # it has a number or a text that cannot be written down
-        return {str(name)[:MAX_TEXT]: value for name, value in list(receipt.items())[:50] if _is_short(value)}
+        short = ((name, value) for name, value in receipt.items() if _is_short(name) and _is_short(value))
+        return {str(name): value for name, value in islice(short, MAX_MEMBERS)}
     return {"receipt": receipt if _is_short(receipt) else type(receipt).__name__}
 
 
 def _is_short(value: object) -> bool:
     if isinstance(value, str):
-        return len(value) <= MAX_TEXT
+        # What cannot be printed may be half a character, which no file can hold.
+        return len(value) <= MAX_TEXT and value.isprintable()
     return value is None or (isinstance(value, int | float) and abs(value) <= MAX_AMOUNT)
 
 
 def _fault(receipt: Mapping[str, Any], job_id: str, provider: str, trusted_keys: Collection[str]) -> str:
+    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
 
     signature = receipt.get("signature")
     if not isinstance(signature, dict) or signature.get("alg") != "Ed25519":
         return "it bears no Ed25519 signature"
-    key = str(signature.get("key_id", ""))
+    key = signature.get("key_id")
     try:
-        public, signed = Ed25519PublicKey.from_public_bytes(_raw(key)), _raw(str(signature.get("sig", "")))
-    except ValueError:
+        public, signed = Ed25519PublicKey.from_public_bytes(_raw(key)), _raw(signature.get("sig"))
+    except (ValueError, TypeError, UnsupportedAlgorithm):
         return "its signature or the key in it cannot be read"
-    if not any(
-        _verifies(public, signed, canonical(receipt, nulls_in_lists=nulls)) for nulls in (False, True)
-    ):
+    if not _verifies(public, signed, canonical(receipt)):
         return "its signature is not of what it says"
     if trusted_keys and key not in trusted_keys:
         return "its key is none of coordinator.receipt_keys"
@@ -137,8 +139,14 @@ def _verifies(public: "Ed25519PublicKey", signature: bytes, message: bytes) -> b
     return True
 
 
-def _raw(text: str) -> bytes:
-    return base64.b64decode(text + "=" * (-len(text) % 4), altchars=b"-_", validate=True)
+def _raw(text: object) -> bytes:
+    """Decode base64url without padding. Raises ValueError for another spelling of the same bytes, too."""
+    if not isinstance(text, str):
+        raise TypeError("no text")
+    raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
+    if base64.urlsafe_b64encode(raw).decode().rstrip("=") != text:
+        raise ValueError("not as it is written there")
+    return raw
 
 
 def _amount(value: object) -> float | None:

@@ -114,8 +114,10 @@ class JobDir:
         self.write(OUTCOME, pretty(outcome))
 
     def write_receipt(self, receipt: Receipt) -> None:
-        """Write receipt.json durably."""
-        self.write(RECEIPT, pretty(receipt))
+        """Write receipt.json durably, unless there is one that has verified: it is the one in the books."""
+        kept = self.receipt()
+        if kept is None or not kept.verified:
+            self.write(RECEIPT, pretty(receipt))
 
     def receipt(self) -> Receipt | None:
         """Read receipt.json; None without one, or where it is broken: nothing depends on it."""

@@ -10,6 +10,7 @@ from aitbc_miner.accounts import Accounts, JobAccount, Total, Totals, account_of
 from aitbc_miner.database import Database, DatabaseError
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord, Usage
+from aitbc_miner.receipts import Receipt
 from aitbc_miner.util import clock
 
 DAY = 86_400.0
@@ -63,7 +64,8 @@ def test_a_row_comes_back_as_it_was_entered(accounts: Accounts) -> None:
         ErrorCode.E_OOM,
         message="too much\nof it \x00",
         finished=7.5,
-        **{name: number for number, name in enumerate(JobAccount.__struct_fields__[9:], 11)},
+        **{name: number for number, name in enumerate(JobAccount.__struct_fields__[9:-1], 11)},
+        receipt="verified",
     )
     bare = row("j2", slot=None, finished=8.0)
     enter(accounts, whole, bare)
@@ -253,6 +255,123 @@ def test_totals(accounts: Accounts, time: Time) -> None:
     assert accounts.totals(since_s=0.0) == Totals()
 
 
+def test_receipts_are_added_up_and_those_that_do_not_verify_apart(accounts: Accounts) -> None:
+    good: dict[str, Any] = {"receipt": "verified"}
+    enter(
+        accounts,
+        row("j1", **good, units=1.5, price=0.25),
+        row("j2", **good, units=2.0, price=0.5),
+        row("j3", **good, units=None, price=None, finished_wall="2026-07-02T00:00:00Z"),
+        row("j4", receipt="unverified", units=1000.0, price=1000.0),
+        row("j5"),
+    )
+    totals = accounts.totals()
+    assert totals.all == Total("all", 5, 5, receipts=3, units=3.5, price=0.75, unverified=1)
+    assert totals.days == [
+        Total("2026-07-01", 4, 4, receipts=2, units=3.5, price=0.75, unverified=1),
+        Total("2026-07-02", 1, 1, receipts=1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kept"),
+    [
+        (None, ("verified", 1.0), ("verified", 1.0)),
+        (("unverified", 1.0), ("verified", 2.0), ("verified", 2.0)),
+        (("verified", 1.0), ("verified", 2.0), ("verified", 1.0)),
+        (("verified", 1.0), ("unverified", 2.0), ("verified", 1.0)),
+        (("verified", 1.0), None, ("verified", 1.0)),
+    ],
+)
+def test_a_job_has_one_receipt_however_often_its_result_was_sent(
+    accounts: Accounts,
+    first: tuple[str, float] | None,
+    second: tuple[str, float] | None,
+    kept: tuple[str, float],
+) -> None:
+    for number, given in enumerate((first, second)):
+        receipt, units = given or (None, None)
+        assert accounts.enter(row("j1", receipt=receipt, units=units)) == (number == 0)
+    found = accounts.of("j1")
+    assert found is not None
+    assert (found.receipt, found.units) == kept
+    assert accounts.totals().all.receipts == 1
+    assert accounts.finished_counts() == {"OK": 1}
+
+
+def test_a_report_that_was_sent_once_more_brings_its_receipt(accounts: Accounts) -> None:
+    enter(accounts, row("j1", ErrorCode.E_UPLOAD, delivery="refused"))
+    accounts.reopen("j1")
+    assert not accounts.enter(row("j1", receipt="verified", price=0.5))
+    found = accounts.of("j1")
+    assert found is not None
+    assert (found.code, found.delivery, found.receipt, found.price) == (None, "accepted", "verified", 0.5)
+
+
+# --- a database of an earlier version ----------------------------------------------------------------------
+
+BEFORE_RECEIPTS = """
+    CREATE TABLE accounts (
+        job_id TEXT PRIMARY KEY, slot TEXT, runner TEXT NOT NULL, code TEXT, message TEXT NOT NULL,
+        delivery TEXT NOT NULL, attempts INTEGER NOT NULL, finished_wall TEXT NOT NULL,
+        finished REAL NOT NULL, wall_s REAL, cpu_s REAL, gpu_s REAL, peak_memory_bytes INTEGER,
+        peak_vram_bytes INTEGER, read_bytes INTEGER, written_bytes INTEGER,
+        artifact_bytes INTEGER NOT NULL, artifacts INTEGER NOT NULL, swept INTEGER NOT NULL DEFAULT 0
+    ) STRICT;
+    CREATE INDEX accounts_finished ON accounts (finished);
+    CREATE INDEX accounts_held ON accounts (code IS NULL, finished) WHERE NOT swept;
+    CREATE TABLE finished (code TEXT PRIMARY KEY, jobs INTEGER NOT NULL) STRICT;
+    INSERT INTO finished VALUES ('OK', 7);
+    INSERT INTO accounts VALUES ('old', 'cpu0', 'cli', NULL, '', 'accepted', 1, '2026-07-01T10:00:00Z',
+        1.0, 2.0, 3.0, NULL, 4, NULL, 5, 6, 7, 8, 1);
+"""
+OLD = row(
+    "old",
+    finished=1.0,
+    wall_s=2.0,
+    cpu_s=3.0,
+    peak_memory_bytes=4,
+    read_bytes=5,
+    written_bytes=6,
+    artifact_bytes=7,
+    artifacts=8,
+)
+
+
+@pytest.fixture
+def earlier(database: Database) -> Database:
+    """Give a database as nodes made it that knew of no receipts."""
+    with database.writing() as connection:
+        for statement in BEFORE_RECEIPTS.split(";"):
+            connection.execute(statement)
+    return database
+
+
+def test_an_earlier_database_is_brought_up_to_date_once(earlier: Database) -> None:
+    for _ in range(2):
+        accounts = Accounts(earlier)
+        assert list(accounts.rows()) == [OLD]
+        assert accounts.settled() == set(), "of what else it knows nothing is lost"
+    enter(accounts, row("new", receipt="verified", price=0.5, finished=2.0))
+    assert ids(Accounts(earlier).rows()) == ["old", "new"]
+    assert accounts.totals().all == Total("all", 2, 2, 0, 3.0, None, 7, 1, None, 0.5)
+    assert accounts.finished_counts() == {"OK": 8}
+
+
+def test_who_only_looks_reads_an_earlier_database_as_it_is(earlier: Database) -> None:
+    with earlier.reading() as connection:
+        before = connection.execute("SELECT sql FROM sqlite_schema").fetchall()
+    looking = Accounts(Database(earlier.path, read_only=True), read_only=True)
+    assert looking.there
+    assert list(looking.rows()) == looking.latest(5) == [looking.of("old")] == [OLD]
+    assert looking.totals().all == Total("all", 1, 1, 0, 3.0, None, 7)
+    with earlier.reading() as connection:
+        assert connection.execute("SELECT sql FROM sqlite_schema").fetchall() == before
+        # Who looked before goes on looking after it was brought up to date.
+    Accounts(earlier)
+    assert list(looking.rows()) == [OLD]
+
+
 # --- making one --------------------------------------------------------------------------------------------
 
 
@@ -273,3 +392,13 @@ def test_a_row_of_a_job_that_was_in_no_slot() -> None:
     made = account_of(outcome, StateRecord("j1", State.FAILED, slot="cpu3"), "cli", "superseded")
     assert (made.code, made.slot, made.cpu_s, made.gpu_s, made.artifacts) == ("E_LOST", "cpu3", None, None, 0)
     assert len(made.message) == 200
+
+
+@pytest.mark.parametrize(("verified", "shown"), [(True, "verified"), (False, "unverified")])
+def test_a_row_has_what_the_receipt_says(*, verified: bool, shown: str) -> None:
+    state = StateRecord("j1", State.DONE)
+    receipt = Receipt({"units": 1.5}, verified, "", 1.5, None)
+    made = account_of(Outcome("j1"), state, "cli", "accepted", receipt)
+    assert (made.receipt, made.units, made.price) == (shown, 1.5, None)
+    made = account_of(Outcome("j1"), state, "cli", "accepted")
+    assert (made.receipt, made.units, made.price) == (None, None, None)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import responses
 from agent_bench import Time
-from aitbc_miner.services import ServiceBook
 
 from aitbc_miner.coordinator import (
     Busy,
@@ -29,6 +28,7 @@ from aitbc_miner.coordinator.http import HttpClient
 from aitbc_miner.coordinator.limits import Limits
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import LogInfo, Outcome, Usage
+from aitbc_miner.services import ServiceBook
 
 URL = "http://127.0.0.1:8203/v1"
 KEY = "demo-key-0123456789"
@@ -307,6 +307,22 @@ def test_a_job_that_makes_the_list_unreadable_is_refused_by_name(
         "1&offset=0",
         "1&offset=1",
     ]
+
+
+@pytest.mark.parametrize("odd", ["1e999", '"\\ud800"', "[" * 5000 + "]" * 5000, "-", "tru"])
+def test_a_job_that_cannot_be_read_hides_no_other(
+    odd: str, wire: responses.RequestsMock, there: AitbcCoordinator
+) -> None:
+    text = json.dumps(listed(view(), view(job_id="b" * 32)))
+    first, _, rest = text.partition('"a b a"')
+    say(wire, "/miners/n1/jobs", f"{first}{odd}{rest}")
+    try:
+        found = there.assignments()
+    except Unreachable:
+        # What is no JSON at all, or too deep to be passed over; then it is asked for again.
+        assert odd != "1e999"
+        return
+    assert [(each.job_id, each.job.error is None) for each in found.jobs] == [(JOB, False), ("b" * 32, True)]
 
 
 @pytest.mark.parametrize("state", ["COMPLETED", "CANCELED", "EXPIRED", None])

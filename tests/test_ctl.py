@@ -367,6 +367,41 @@ def test_job_as_json_has_its_files_by_the_names_they_come_with(served: Served, t
     assert done.stdout.isascii()
 
 
+def shown_receipt(receipt: object, **more: object) -> list[str]:
+    value = {"receipt": receipt, "verified": False, "version": 1, **more}
+    known = {"manifest": None, "state": None, "outcome": None, "receipt": value}
+    return job_page(row(), known, plain).splitlines()
+
+
+def test_a_receipt_that_verified_is_shown_with_what_it_is_worth() -> None:
+    said = {"receipt_id": "b" * 32, "unit_type": "gpu_seconds", "signature": {"key_id": "K" * 43}}
+    page = shown_receipt(said, verified=True, units=1.5, price=0.03)
+    assert f"receipt     verified, signed by {'K' * 43}" in page
+    assert f"worth       1.5 gpu_seconds, price 0.03; receipt {'b' * 32}" in page
+
+
+def test_a_receipt_that_did_not_verify_says_so_whatever_stands_in_it() -> None:
+    lie = "1 unit\nreceipt     verified, signed by me\n\x1b[2J" + "x" * 500
+    said = {"receipt_id": lie, "unit_type": lie, "signature": {"key_id": lie}}
+    page = shown_receipt(said, why="it is for another job")
+    assert "receipt     NOT VERIFIED: it is for another job" in page
+    assert sum(line.startswith("receipt") for line in page) == 1
+    assert "x" * 20 not in "".join(page), "nor can it fill the screen"
+    assert "\x1b" not in "".join(page)
+    assert max(map(len, page)) <= 100
+
+
+@pytest.mark.parametrize("said", [{}, {"unit_type": [1], "receipt_id": {"x": 1}, "signature": 7}])
+def test_a_receipt_without_anything_in_it(said: object) -> None:
+    assert "worth       - units, price -; receipt none" in shown_receipt(said, why="it bears no signature")
+
+
+@pytest.mark.parametrize("value", [[], {"receipt": 5}, {"version": 2}, "text"])
+def test_a_receipt_that_is_no_record_of_ours_is_left_out(value: object) -> None:
+    known = {"manifest": None, "state": None, "outcome": None, "receipt": value}
+    assert "receipt" not in job_page(row(), known, plain)
+
+
 @pytest.mark.parametrize("broken", [b"", b"{", b'"\xff"', b"[" * 100_000, b"5"])
 def test_job_with_broken_records_still_shows_the_rest(served: Served, tmp_path: Path, broken: bytes) -> None:
     files = records(tmp_path, manifest=broken, outcome=broken)

@@ -52,10 +52,11 @@ def open_descriptors() -> int:
 
 def test_the_records_that_are_there_come_along(site: Site) -> None:
     (site.job / "manifest.json").write_text("{}")
+    (site.job / "receipt.json").write_text("[]")
     answer, fds = site.ask(Request("job", "j1"))
     assert isinstance(answer, Files)
-    assert answer.names == ["manifest.json"]
-    assert [os.read(fd, 10) for fd in fds] == [b"{}"]
+    assert answer.names == ["manifest.json", "receipt.json"]
+    assert [os.read(fd, 10) for fd in fds] == [b"{}", b"[]"]
     for fd in fds:
         os.close(fd)
 

@@ -270,6 +270,36 @@ def test_the_page() -> None:
     assert history_page(Totals(), 90.0, plain) == "no job has ended in the last 90s"
 
 
+def test_receipts_have_a_table_of_their_own_where_there_are_any() -> None:
+    assert "RECEIPTS" not in history_page(TOTALS, WEEK, plain)
+    days = [
+        Total("2026-07-01", 3, 3, receipts=2, units=93_784.25, price=12_345_678.125),
+        Total("2026-07-02", 1, 1, unverified=1),
+        Total("2026-07-03", 9, 9),
+    ]
+    whole = Total("all", 13, 13, receipts=2, units=1.23456789e15, price=1.23456789e-5, unverified=1)
+    page = history_page(Totals(whole, days=days), WEEK, plain).splitlines()
+    assert max(map(len, page)) == 80
+    start = next(number for number, line in enumerate(page) if "RECEIPTS" in line)
+    assert [line.split() for line in page[start : start + 5]] == [
+        ["DAY", "(UTC)", "RECEIPTS", "UNITS", "PRICE", "FLAGGED"],
+        ["2026-07-01", "2", "93784.25", "12345678", "-"],
+        ["2026-07-02", "0", "-", "-", "1"],
+        ["all", "2", "1.2345679e+15", "1.2345679e-05", "1"],
+        [],
+    ]
+
+
+def test_programs_get_what_receipts_say() -> None:
+    rows = [row("j1", receipt="verified", units=1.5, price=0.25), row("j2")]
+    first, second = csv.DictReader(io.StringIO("\n".join(csv_lines(rows))))
+    assert (first["receipt"], first["units"], first["price"]) == ("verified", "1.5", "0.25")
+    assert (second["receipt"], second["units"], second["price"]) == ("", "", "")
+    document = json.loads("\n".join(json_lines(WEEK, Totals(Total("all", receipts=1, price=0.25)), rows)))
+    assert (document["totals"]["all"]["price"], document["totals"]["all"]["unverified"]) == (0.25, 0)
+    assert (document["jobs"][0]["price"], document["jobs"][1]["receipt"]) == (0.25, None)
+
+
 def test_csv_has_a_line_for_each_job_whatever_their_messages_are() -> None:
     rows = [
         row("j1", message=EVIL, cpu_s=1.5),

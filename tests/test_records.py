@@ -11,6 +11,7 @@ import pytest
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ArtifactSpec, Outcome, State, StateRecord
+from aitbc_miner.receipts import RECEIPT, Receipt
 from aitbc_miner.records import MANIFEST, OUTCOME, STATE, JobDir, RecordError, Records
 from aitbc_miner.util import fs
 
@@ -483,3 +484,57 @@ def test_a_link_is_no_directory_but_something(tmp_path: Path) -> None:
         with fs.directory("real", at=fd) as below:
             assert names(f"/proc/self/fd/{below}") == []
         assert [fs.exists(fd, name) for name in ("real", "nowhere", "gone")] == [True, True, False]
+
+
+# --- receipts ----------------------------------------------------------------------------------------------
+
+
+def test_a_receipt_comes_back_as_it_came(records: Records) -> None:
+    records.create("j1", RAW)
+    said = {
+        "units": 1.0,
+        "n": 1,
+        "big": 2**70,
+        "far": 1e22,
+        "text": "Grüße \x1b",
+        "none": None,
+        "list": [None],
+    }
+    receipt = Receipt(said, True, "", 1.0, None, "2026-07-01T10:00:00Z")
+    with records.open("j1") as job:
+        assert job.receipt() is None
+        job.write_receipt(receipt)
+        assert job.receipt() == receipt
+        assert repr((job.receipt() or receipt).receipt) == repr(said), "1.0 is not 1"
+
+
+def test_the_receipt_that_verified_first_stands(records: Records) -> None:
+    records.create("j1", RAW)
+    bad, good = Receipt({"n": 1}, False, "because"), Receipt({"n": 2}, True)
+    with records.open("j1") as job:
+        for given, kept in ((bad, bad), (good, good), (bad, good), (Receipt({"n": 3}, True), good)):
+            job.write_receipt(given)
+            assert job.receipt() == kept
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b'{"receipt":{},"verified":true,"version":2}', b"\xff"]
+)
+def test_a_broken_receipt_is_none_and_can_be_written_anew(records: Records, content: bytes) -> None:
+    records.create("j1", RAW)
+    (records.root / "j1" / RECEIPT).write_bytes(content)
+    with records.open("j1") as job:
+        assert job.receipt() is None
+        job.write_receipt(Receipt({}, True))
+        assert job.receipt() == Receipt({}, True)
+
+
+@pytest.mark.parametrize("call", range(3))
+def test_a_crash_while_a_receipt_is_kept_leaves_it_or_none(records: Records, call: int) -> None:
+    records.create("j1", RAW)
+    with records.open("j1") as job:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            cut_at(monkeypatch, call)
+            with pytest.raises(Cut):
+                job.write_receipt(Receipt({"n": 1}, True))
+        assert job.receipt() in (None, Receipt({"n": 1}, True))

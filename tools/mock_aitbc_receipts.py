@@ -68,7 +68,9 @@ def _first(*values: Any) -> Any:
 def _without_null(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_null(one) for name, one in value.items() if one is not None}
-    return [_without_null(one) for one in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_without_null(one) for one in value if one is not None]
+    return value
 
 
 def _text(data: bytes) -> str:

@@ -7,6 +7,7 @@ are taken for ours, paces itself below the coordinator's limits, and looks befor
 import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -165,8 +166,8 @@ class AitbcCoordinator:
             raise UnknownNode(f"cannot {doing}: the coordinator answered 500, as it does to strangers")
         self._checked(reply, doing)
         job = wire.pulled_job(reply, most, self._manifest, doing)
-        job_id = job.manifest.job_id if job.manifest else job.error and job.error.job_id
-        self._fresh.add(str(job_id))
+        if job.manifest is not None:
+            self._fresh.add(job.manifest.job_id)
         return job
 
     def ack(self, job_id: str, holder: str | None = None) -> None:
@@ -273,7 +274,7 @@ class AitbcCoordinator:
         # A state that there is not filters nothing.
         for reply, _ in self._pages(doing, "ANY", miner_id):
             if reply.complete:
-                known = wire.states(reply, doing)
+                known = dict(wire.states(reply, doing))
                 if job_id in known:
                     return known[job_id]
             elif (found := wire.oversized_assignment(reply, MAX_LIST)) and found.job_id == job_id:
@@ -370,6 +371,8 @@ def _segment(text: str) -> str:
 
 
 def _manifest_in(root: Path) -> dict[str, Any]:
-    with fs.directory(root) as directory:
+    """Read what the result is to be made of; without it, it is what the job has left for delivery."""
+    found: object = None
+    with suppress(OSError, msgspec.DecodeError, UnicodeDecodeError), fs.directory(root) as directory:
         found = msgspec.json.decode(fs.read_bounded(directory, MANIFEST, MAX_MANIFEST))
     return found if isinstance(found, dict) else {}

@@ -20,6 +20,7 @@ from aitbc_miner.util.nesting import too_deep
 
 MAX_MESSAGE = 2000
 LOG_TAIL = 1000
+_UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 ToManifest = Callable[[str, Mapping[str, Any]], dict[str, Any]]
 """Makes a manifest of a job's id and payload. Raises ManifestError."""
@@ -105,8 +106,14 @@ class _Job(Struct):
     expires_at: str | None = None
 
 
+class _State(Struct):
+    job_id: str
+    state: str = ""
+
+
 class _Page(Struct):
-    jobs: list[_Job]
+    # Each for itself: one that cannot be read must not hide the others.
+    jobs: list[msgspec.Raw]
 
 
 def pulled_job(reply: Reply, bound: int, to_manifest: ToManifest, doing: str) -> PulledJob:
@@ -134,22 +141,37 @@ def assigned_jobs(reply: Reply, to_manifest: ToManifest, doing: str) -> list[Ass
     Raises:
         Unreachable: it cannot be read.
     """
-    return [
-        Assignment(job.job_id, _in_our_words(job, to_manifest), _left(job.expires_at, reply.date))
-        for job in _page(reply, doing)
-        if job.state in {"", "RUNNING"}
-    ]
+    found: list[Assignment] = []
+    for raw in _page(reply, doing):
+        try:
+            job = msgspec.json.decode(raw, type=_Job)
+        except _UNREADABLE as error:
+            if job_id := find_text(raw, ("job_id",)):
+                found.append(Assignment(job_id, _unreadable(job_id, clean(str(error), 100))))
+        else:
+            if job.state in {"", "RUNNING"}:
+                left_s = _left(job.expires_at, reply.date)
+                found.append(Assignment(job.job_id, _in_our_words(job, to_manifest), left_s))
+    return found
 
 
-def states(reply: Reply, doing: str) -> dict[str, str]:
+def states(reply: Reply, doing: str) -> list[tuple[str, str]]:
     """Read where the jobs of a page are; raises as `assigned_jobs`."""
-    return {job.job_id: job.state for job in _page(reply, doing)}
+    found: list[tuple[str, str]] = []
+    for raw in _page(reply, doing):
+        try:
+            job = msgspec.json.decode(raw, type=_State)
+        except _UNREADABLE:
+            found.append((find_text(raw, ("job_id",)) or "", find_text(raw, ("state",)) or ""))
+        else:
+            found.append((job.job_id, job.state))
+    return found
 
 
-def _page(reply: Reply, doing: str) -> list[_Job]:
+def _page(reply: Reply, doing: str) -> list[bytes]:
     try:
-        return msgspec.json.decode(reply.body, type=_Page).jobs
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        return [bytes(raw) for raw in msgspec.json.decode(reply.body, type=_Page).jobs]
+    except _UNREADABLE as error:
         raise Unreachable(f"cannot {doing}: garbage reply: {clean(str(error), 100)}") from error
 
 

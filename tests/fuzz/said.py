@@ -1,6 +1,8 @@
 """What others say: a coordinator, agent and worker over their pipes, `aitbc-minerctl`, tasks, the fleet."""
 
+import base64
 import contextlib
+import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -8,6 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import msgspec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
@@ -29,6 +33,8 @@ from aitbc_miner.jobs import (
     valid_job_id,
 )
 from aitbc_miner.queue import Kind, Task
+from aitbc_miner.receipts import MAX_AMOUNT, Receipt, canonical, examine
+from aitbc_miner.records import pretty
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.task import LINE_MAX, Progress, Report, ReportReader
 from aitbc_miner.util.nesting import too_deep
@@ -114,6 +120,38 @@ def _see_pulled(job: PulledJob) -> None:
         return
     assert job.manifest is not None
     assert not too_deep(msgspec.json.decode(job.raw))
+
+
+def _signed() -> dict[str, Any]:
+    """Make a receipt that verifies."""
+    key = Ed25519PrivateKey.from_private_bytes(bytes(32))
+    receipt = {
+        "job_id": "job-1",
+        "provider": "node-1",
+        "units": 1.5,
+        "price": 1,
+        "metadata": {"n": [None, 1e22]},
+    }
+    public = key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw)
+    parts = {"key_id": public, "sig": key.sign(canonical(receipt))}
+    spelled = {name: base64.urlsafe_b64encode(part).decode().rstrip("=") for name, part in parts.items()}
+    return {**receipt, "signature": {"alg": "Ed25519", **spelled}, "zk_status": "none", "tee_quote": None}
+
+
+SIGNED = _signed()
+
+
+def _receipt(data: bytes) -> None:
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return
+    with only(size=len(data)):
+        found = examine(value, "job-1", "node-1")
+        assert not found.verified or canonical(value) == canonical(SIGNED)
+        assert all(0 <= (amount or 0) <= MAX_AMOUNT for amount in (found.units, found.price))
+        fit_to_print(found.why or "none")
+        msgspec.json.decode(pretty(found), type=Receipt)
 
 
 def _headers(data: bytes) -> None:
@@ -317,6 +355,7 @@ TARGETS = (
         ),
         _replies,
     ),
+    Target("receipt", mutated(st.just(json.dumps(SIGNED).encode()), (b"NaN", *JSON)), simply(_receipt)),
     Target("headers", joined(mutated(DATES), mutated(DATES)), simply(_headers)),
     Target("token", mutated(words("t" * 40, "x", "a b")), simply(_token)),
     Target(

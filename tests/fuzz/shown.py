@@ -26,6 +26,7 @@ from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
 from aitbc_miner.errors import JobError
 from aitbc_miner.jobs import Artifact, Outcome, State
+from aitbc_miner.receipts import Receipt
 from aitbc_miner.runners import last_line, printable
 from aitbc_miner.util.log import MASK, Formatter
 from fuzz.engine import Check, Target, directory, only, raw, simply
@@ -79,9 +80,9 @@ def _shown(pieces: list[bytes]) -> str:
 
 
 def _job_page(data: bytes) -> None:
-    names = ("manifest", "state", "outcome")
+    names = ("manifest", "state", "outcome", "receipt")
     files: Any = {
-        f"{name}.json": io.BytesIO(part) for name, part in zip(names, parted(data, 3, b"\0\n"), strict=True)
+        f"{name}.json": io.BytesIO(part) for name, part in zip(names, parted(data, 4, b"\0\n"), strict=True)
     }
     with only(size=len(data)), contextlib.redirect_stderr(io.StringIO()) as told:
         records = ctl._records(files)
@@ -221,6 +222,7 @@ OUTCOMES = encoded(Outcome, job_id=st.just("job-1")).map(
         replace(msgspec.json.decode(raw_outcome, type=Outcome), job_id="job-1")
     )
 )
+RECEIPTS = encoded(Receipt)
 LINES = words(
     "[31mred\x1b[0m",
     "a\rb",
@@ -240,7 +242,13 @@ TARGETS = (
     Target("terminal", mutated(st.lists(LINES, max_size=4).map(b"\n".join)), simply(_terminal)),
     Target(
         "job-page",
-        joined(mutated(MANIFESTS, JSON), st.just(b"null"), mutated(OUTCOMES, JSON), by=b"\0\n"),
+        joined(
+            mutated(MANIFESTS, JSON),
+            st.just(b"null"),
+            mutated(OUTCOMES, JSON),
+            mutated(RECEIPTS, JSON),
+            by=b"\0\n",
+        ),
         simply(_job_page),
     ),
     Target(
