@@ -143,6 +143,7 @@ class AitbcHandler(BaseHTTPRequestHandler):
         except Missing as error:
             return json_reply({"detail": str(error)}, 404)
         except Invalid as error:
+            self.desk.ledger.forgive(endpoint, self.client_address[0])
             return self._invalid(error)
         except Broken:
             error_body = {"type": "internal_error", "message": "Internal server error", "status_code": 500}

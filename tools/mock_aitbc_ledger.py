@@ -129,6 +129,12 @@ class AitbcLedger:
             taken.append(at)
             return True
 
+    def forgive(self, endpoint: str, address: str) -> None:
+        """Count a call no longer: what does not fit is not let in."""
+        with self._lock:
+            if taken := self._taken[endpoint, address]:
+                taken.pop()
+
     def note_call(self, call: AitbcCall) -> None:
         """Enter a request."""
         with self._change():

@@ -18,7 +18,7 @@ from tools.mock_aitbc import MockAitbc
 from tools.mock_coordinator import MockCoordinator
 
 ETC = Path(__file__).parents[2] / "etc"
-SLOTS = [
+SLOTS: list[dict[str, Any]] = [
     {"name": "cpu0", "kind": "cpu"},
     {"name": "net0", "kind": "cpu", "egress": "open", "runners": ["python"]},
 ]
