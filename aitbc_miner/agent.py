@@ -95,6 +95,7 @@ class Agent:
         self._idle = IdleWatch(bench, lambda: self._puller.idle_since)
         self._watch = FleetWatch(bench, fleet, room, self._lost, self._seen) if fleet else None
         self._pruning = Pruning(bench)
+        self._just_ended: set[str] = set()
 
     # --- the loop ------------------------------------------------------------------------------------------
 
@@ -229,10 +230,11 @@ class Agent:
             return self._taker.troubled_until()
         return max(self._taker.troubled_until(), clock.now() + 60.0)
 
-    def _settled(self) -> None:
-        """Pull again, if the last time there was nothing: a report makes room on the other side, too."""
-        if self._puller.idle_since is not None:
+    def _settled(self, job_id: str) -> None:
+        """Pull again, if the last time there was nothing: the report makes room on the other side, too."""
+        if job_id in self._just_ended and self._puller.idle_since is not None:
             self._puller.hurry()
+        self._just_ended.discard(job_id)
 
     def _known(self) -> list[str]:
         return [*self._taker.ids(), *self._progress.ids(), *self._reruns.ids(), *self._reporter.newest()]
@@ -284,6 +286,7 @@ class Agent:
         self._reruns.settle(job_id)
         if job_id not in self._reruns:
             self._progress.ended(job_id)
+            self._just_ended.add(job_id)
         self._puller.hurry()
 
     def _report(self, job_id: str) -> None:

@@ -26,7 +26,7 @@ class Reporter:
     When to try next is kept in memory; what has failed is also noted in the queue, for after a restart.
     """
 
-    def __init__(self, bench: Workbench, fleet: Fleet | None, settled: Callable[[], None]) -> None:
+    def __init__(self, bench: Workbench, fleet: Fleet | None, settled: Callable[[str], None]) -> None:
         self._bench = bench
         self._fleet = fleet
         self._tell_settled = settled
@@ -124,7 +124,7 @@ class Reporter:
         if delivered.beat:
             bench.token.want_beat()
         self._settled(delivered.outcome, delivered.how, had_failed=failures > 0)
-        self._tell_settled()
+        self._tell_settled(job_id)
 
     def _settled(self, outcome: Outcome, how: str, *, had_failed: bool) -> None:
         bench, job_id = self._bench, outcome.job_id

@@ -25,7 +25,7 @@ class Reporting(Desk):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.reporter = Reporter(self.bench, None, lambda: None)
+        self.reporter = Reporter(self.bench, None, lambda _: None)
 
     def ended(self, job_id: str, code: ErrorCode | None = None, *artifacts: Artifact) -> None:
         """Record a job that has come to its end."""
@@ -351,7 +351,7 @@ def test_a_job_without_a_readable_outcome_keeps_its_place(desk: Reporting) -> No
 def test_a_report_goes_only_for_a_job_that_is_ours(desk: Reporting, tmp_path: Path, time: Time) -> None:
     queue = FlakyQueue(Database(tmp_path / "shared.db"))
     fleet = Fleet(queue, NODE, 60.0)
-    desk.reporter = Reporter(desk.bench, fleet, lambda: None)
+    desk.reporter = Reporter(desk.bench, fleet, lambda _: None)
     for job_id in ("ours", "theirs"):
         desk.record(job_id, State.ACKED, retry={"max_attempts": 2})
         with desk.bench.records.open(job_id) as job:
@@ -383,7 +383,7 @@ def test_a_report_waits_for_the_queue_when_the_lease_is_over(
 ) -> None:
     queue = FlakyQueue(Database(tmp_path / "shared.db"))
     fleet = Fleet(queue, NODE, 60.0)
-    desk.reporter = Reporter(desk.bench, fleet, lambda: None)
+    desk.reporter = Reporter(desk.bench, fleet, lambda _: None)
     for job_id in ("early", "late"):
         desk.record(job_id, State.ACKED, retry={"max_attempts": 2})
         with desk.bench.records.open(job_id) as job:

@@ -21,8 +21,7 @@ from tools.mock_aitbc_ledger import AitbcLedger
 from tools.mock_aitbc_receipts import Signer
 from tools.mock_aitbc_records import AitbcCall, AitbcJob, Miner, Said
 from tools.mock_faults import AITBC_ENDPOINTS, Faults
-from tools.mock_handler import Boundary, no_boundary
-from tools.mock_server import Listener
+from tools.mock_server import Boundary, Listener, no_boundary
 
 T = TypeVar("T")
 KEY = "demo-key-0123456789"

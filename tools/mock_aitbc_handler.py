@@ -11,16 +11,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from functools import partial
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from aitbc_miner.util.clock import now
 from tools.mock_aitbc_ledger import AitbcLedger, Broken, Missing
 from tools.mock_aitbc_records import CONSTRAINTS, AitbcCall, AitbcJob
-from tools.mock_faults import DROPPED, REFUSED, Faults
-from tools.mock_handler import Boundary
-from tools.mock_wire import Body, Refusal, Reply, Sending, json_reply
+from tools.mock_faults import Faults
+from tools.mock_server import Boundary, FaultyHandler
+from tools.mock_wire import Body, Refusal, Reply, json_reply
 
 MAX_BODY = 10 << 20
 SCANNERS = re.compile("sqlmap|nmap|nikto|burp", re.IGNORECASE)
@@ -67,61 +67,27 @@ class Invalid(Exception):  # noqa: N818  # says what it is
         self.name = name
 
 
-class AitbcHandler(BaseHTTPRequestHandler):
+class AitbcHandler(FaultyHandler):
     """One connection; `desk` is set in a subclass, because socketserver makes the instances."""
 
     desk: AitbcDesk
-    protocol_version = "HTTP/1.1"
-    server_version = "mock-coordinator"
-    sys_version = ""
-    disable_nagle_algorithm = True
-
-    def do_GET(self) -> None:
-        """Answer a GET."""
-        self._serve("GET")
-
-    def do_POST(self) -> None:
-        """Answer a POST."""
-        self._serve("POST")
-
-    def do_PUT(self) -> None:
-        """Answer a PUT."""
-        self._serve("PUT")
-
-    def do_DELETE(self) -> None:
-        """Answer a DELETE."""
-        self._serve("DELETE")
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the name is the base class's
-        """Print a request, if asked to."""
-        if self.desk.verbose:
-            super().log_message(format, *args)
 
     # Every request.
 
-    def _serve(self, method: str) -> None:
+    def serve(self, method: str) -> None:
+        """Answer a request."""
         at = now()
         target = urlsplit(self.path)
         self.query = {name: values[-1] for name, values in parse_qs(target.query).items()}
         self.parts = [unquote(part) for part in target.path.split("/")[1:]]
         self.body = Body(self.rfile, self.headers)
-        self.served = time.monotonic()
+        served = time.monotonic()
         endpoint, call, role = self._route(method)
-        port = self.client_address[1]
-        fault = REFUSED if self.desk.boundary(endpoint, "before", port) else self.desk.faults.take(endpoint)
-        reply = Reply()
-        if fault:
-            self.desk.stopping.wait(fault.delay_s)
-        if fault is None or fault.after:
-            reply = self._answer(endpoint, call, role)
-            fault = DROPPED if self.desk.boundary(endpoint, "after", port) else fault
-        if fault:
-            reply = fault.spoil(reply, "http://localhost/elsewhere")
-        if fault is None or fault.name != "refuse" or fault.after:
-            self.body.drain()
-        told = dict(self.headers.items())
-        self.desk.ledger.note_call(AitbcCall(at, endpoint, reply.status, str(fault) if fault else None, told))
-        self._send(reply)
+        reply, fault = self.with_faults(endpoint, partial(self._answer, endpoint, call, role))
+        self.desk.ledger.note_call(AitbcCall(at, endpoint, reply.status, fault, dict(self.headers.items())))
+        took = f"{time.monotonic() - served:.6f}"
+        named = self.headers.get("X-Request-ID") or secrets.token_hex(8)
+        self.send(reply, {"x-request-id": named, "x-process-time": took})
 
     def _route(self, method: str) -> tuple[str, Callable[[], Reply], str]:
         """Find the call: its name for limits and faults, its method, and the role that it needs."""
@@ -157,27 +123,6 @@ class AitbcHandler(BaseHTTPRequestHandler):
         said = {"code": "VALIDATION_ERROR", "message": "Request validation failed", "status": 422}
         body = {"error": {**said, "details": details}, "timestamp": time.time(), "request_id": None}
         return json_reply(body, 422)
-
-    def _send(self, reply: Reply) -> None:
-        if reply.sending is not Sending.WHOLE:
-            self.close_connection = True
-        if reply.sending is Sending.NOTHING:
-            return
-        self.send_response(reply.status)
-        for name, value in reply.headers.items():
-            self.send_header(name, value)
-        self.send_header("x-request-id", self.headers.get("X-Request-ID") or secrets.token_hex(8))
-        self.send_header("x-process-time", f"{time.monotonic() - self.served:.6f}")
-        if reply.status != 204:
-            self.send_header("Content-Type", reply.content_type)
-            if reply.sending is not Sending.ENDLESS:
-                self.send_header("Content-Length", str(reply.length))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if reply.status != 204:
-            for block in reply.blocks(self.desk.stopping.wait):
-                self.wfile.write(block)
 
     # What requests have in common.
 

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tools import mock_faults
 from tools.mock_aitbc import KEY, MockAitbc
 from tools.mock_faults import Faults
-from tools.mock_handler import ROOT, Boundary, Desk, Handler, no_boundary
+from tools.mock_handler import ROOT, Desk, Handler
 from tools.mock_ledger import Ledger
 from tools.mock_records import Job, Rules
-from tools.mock_server import Listener
+from tools.mock_server import Boundary, Listener, no_boundary
 
 T = TypeVar("T")
 

