@@ -9,8 +9,8 @@ from concurrent.futures import Future
 
 from aitbc_miner import coordinator
 from aitbc_miner.coordinator import Paced, PulledJob, Unauthorized
-from aitbc_miner.errors import MinerError
-from aitbc_miner.jobs import FINAL
+from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.jobs import FINAL, ManifestError
 from aitbc_miner.messages import CancelJob, EndReason
 from aitbc_miner.util import clock
 from aitbc_miner.workbench import Workbench
@@ -98,7 +98,8 @@ class Assignments:
             if each.job_id in self._ours() and each.left_s is not None:
                 self._ends[each.job_id] = clock.now() + each.left_s
             elif each.job_id not in self._seen and each.job_id not in self._busy():
-                self._take_up(each.job_id, each.job)
+                is_late = each.left_s is not None and each.left_s <= 0
+                self._take_up(each.job_id, _too_late(each.job_id, each.job) if is_late else each.job)
         if told.complete:
             self._miss(self._before & self._ours() - listed)
 
@@ -141,3 +142,9 @@ class Assignments:
                 return job.state().origin is not None
         except (MinerError, OSError):
             return True
+
+
+def _too_late(job_id: str, job: PulledJob) -> PulledJob:
+    """Give a job that nobody waits for any more as one that cannot be run: only its client must be told."""
+    why = "cannot run the job: its time was over when this node heard of it"
+    return PulledJob(job.raw, error=ManifestError(why, job_id, ErrorCode.E_TIMEOUT))

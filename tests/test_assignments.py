@@ -10,7 +10,8 @@ from test_intake import pulled
 from aitbc_miner.assignments import AGAIN_S, Assignments
 from aitbc_miner.coordinator import Assignment, Busy, Paced, PulledJob, Unreachable
 from aitbc_miner.coordinator import Assignments as Told
-from aitbc_miner.jobs import State
+from aitbc_miner.errors import ErrorCode
+from aitbc_miner.jobs import ManifestError, State
 from aitbc_miner.messages import CancelJob
 
 
@@ -24,6 +25,7 @@ class Compared(Desk):
         self.ours: set[str] = set()
         self.reporting: set[str] = set()
         self.accepted: list[str] = []
+        self.refused: list[ManifestError] = []
         self.repeated: list[str] = []
         self.cancelled: list[CancelJob] = []
         self.meanwhile: list[str] = []
@@ -46,8 +48,11 @@ class Compared(Desk):
         return self.told
 
     def accept(self, job: PulledJob) -> bool:
-        assert job.manifest
-        self.accepted.append(job.manifest.job_id)
+        if job.error:
+            self.refused.append(job.error)
+        else:
+            assert job.manifest
+            self.accepted.append(job.manifest.job_id)
         return True
 
     def lists(self, *job_ids: str, complete: bool = True, left_s: float | None = None) -> None:
@@ -80,6 +85,14 @@ def test_a_job_that_we_never_heard_of_is_taken_up(desk: Compared) -> None:
     desk.ask()
     assert desk.accepted == ["lost"]
     assert desk.list.asked
+
+
+def test_a_job_whose_time_is_over_is_not_begun(desk: Compared) -> None:
+    desk.lists("late", left_s=-5.0)
+    desk.ask()
+    assert desk.accepted == []
+    (error,) = desk.refused
+    assert (error.job_id, error.code) == ("late", ErrorCode.E_TIMEOUT)
 
 
 @pytest.mark.parametrize("reporting", [False, True])
