@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from harness import WAIT_S, Node, until, wait_gone, wait_settled
 from networks import KEY, Aitbc, network
-from tools.mock_aitbc import MockAitbc
 
 from aitbc_miner.util import clock
 from tools.local_node import wait_until
+from tools.mock_aitbc import MockAitbc
 
 Maker = Callable[..., Node]
 # So that what is asked for at once is told from what comes in its turn.
