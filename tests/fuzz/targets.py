@@ -1,9 +1,8 @@
 """The table of targets."""
 
-from fuzz import kept, said, shown, wire, written
+from fuzz import foreign, kept, said, shown, wire, written
 from fuzz.engine import Target
 
 TARGETS: dict[str, Target] = {
-    target.name: target
-    for target in (*said.TARGETS, *written.TARGETS, *kept.TARGETS, *shown.TARGETS, *wire.TARGETS)
+    target.name: target for module in (said, foreign, written, kept, shown, wire) for target in module.TARGETS
 }
