@@ -1,38 +1,45 @@
-"""A strict double of the AITBC coordinator-api on a loopback port, as it was observed, and its faults.
+"""A strict double of the AITBC coordinator as it is deployed: its dialect, limits and traps, and faults.
 
 In a test:
 
     with MockAitbc() as mock:
         job_id = mock.submit({"type": "wordstats", "text": "a b a"})
-        ...                                 # a node with coordinator.dialect aitbc-v1 and base_url = mock.url
+        ...                                       # a node with coordinator.base_url = mock.url
         mock.wait(lambda ledger: ledger.job(job_id).state == "COMPLETED", timeout=10)
 
-By hand: `python tools/mock_coordinator.py --dialect aitbc-v1`.
+By hand: `python tools/mock_coordinator.py --dialect aitbc-v1 --listen 127.0.0.1:8203 --jobs DIR`.
 """
 
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from tools.mock_aitbc_handler import AitbcDesk, AitbcHandler, make_token
+from tools.mock_aitbc_auth import Gate
+from tools.mock_aitbc_handler import AitbcDesk, AitbcHandler
 from tools.mock_aitbc_ledger import AitbcLedger
-from tools.mock_aitbc_receipts import Signer
-from tools.mock_aitbc_records import AitbcCall, AitbcJob, Miner, Said
+from tools.mock_aitbc_records import AitbcJob, AitbcReport, Miner
+from tools.mock_aitbc_wire import Windows
+from tools.mock_exchange import Boundary, no_boundary
 from tools.mock_faults import AITBC_ENDPOINTS, Faults
-from tools.mock_server import Boundary, Listener, no_boundary
+from tools.mock_records import Call
+from tools.mock_server import MockServer
+
+if TYPE_CHECKING:
+    from tools.mock_aitbc_receipts import Signer
 
 T = TypeVar("T")
 KEY = "demo-key-0123456789"
+OF_JOB = frozenset({"payload", "constraints", "ttl_seconds", "payment_amount", "job_id"})
 
 
-class MockAitbc:
-    """A coordinator for one test or demo; a context manager, or `start` and `close`.
+class MockAitbc(MockServer):
+    """A coordinator of the dialect `aitbc-v1` for one test or demo.
 
-    Port 0 takes a free one and keeps it over `stop` and `start`, which play an outage: the database stays.
-    `keys` are the API keys of miners. The limits are those of one address, in `window_s` seconds.
+    `keys` are the API keys of miners; `window_s` is how long a minute of its limits is.
+    With `receipts`, each result is answered with one that `receipt_key` has signed. `boundary` is asked
+    around each call: see `mock_exchange.Boundary`.
     """
+
+    api = "/v1"
 
     def __init__(  # noqa: PLR0913  each has a default and is given by name
         self,
@@ -47,36 +54,23 @@ class MockAitbc:
         verbose: bool = False,
         boundary: Boundary = no_boundary,
     ) -> None:
-        signer = Signer() if receipts else None
+        signer = _signer() if receipts else None
         self.receipt_key = signer.key_id if signer else None
-        self.ledger = AitbcLedger(signer, window_s, rate_limits=rate_limits)
-        self.faults = Faults(AITBC_ENDPOINTS)
-        self._secret = jwt_secret
-        desk = AitbcDesk(self.ledger, self.faults, keys, jwt_secret, verbose, boundary)
-        handler = type("AitbcDeskHandler", (AitbcHandler,), {"desk": desk})
-        self._listener = Listener(host, port, handler, desk.stopping)
+        self.ledger = AitbcLedger(signer.receipt if signer else None)
+        self._gate = Gate(keys, jwt_secret)
+        desk = AitbcDesk(
+            ledger=self.ledger,
+            faults=Faults(AITBC_ENDPOINTS),
+            gate=self._gate,
+            windows=Windows(window_s) if rate_limits else None,
+            verbose=verbose,
+            boundary=boundary,
+        )
+        super().__init__((host, port), AitbcHandler, desk)
 
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def url(self) -> str:
-        """The API root, what a node has as `coordinator.base_url`."""
-        return self._listener.root + "/v1"
-
-    def start(self) -> None:
-        """Listen; OSError when the port is taken."""
-        self._listener.start()
-
-    def stop(self) -> None:
-        """Stop listening and cut every connection."""
-        self._listener.stop()
-
-    close = stop
+    def token(self, sub: str = "node-1", role: str = "miner", ttl_s: float = 3600) -> str:
+        """Return a JSON web token; one of the role `client` is for the calls of clients."""
+        return self._gate.token(sub, role, ttl_s)
 
     def submit(
         self,
@@ -87,78 +81,55 @@ class MockAitbc:
         payment_amount: float | None = None,
         job_id: str | None = None,
     ) -> str:
-        """Queue a job as a client does, and return its id."""
-        return self.ledger.submit(payload, constraints or {}, ttl_seconds, payment_amount, job_id)
+        """Queue a job and return its id; ValueError when that is taken, or a constraint is none."""
+        return self.ledger.submit(
+            job_id, ttl_seconds, constraints or {}, payload=payload, payment_amount=payment_amount
+        )
 
-    def load(self, folder: Path) -> list[str]:
-        """Queue each file of a directory (*.json), by name: a payload, or an object with `payload` in it.
-
-        Raises:
-            ValueError: a file is no JSON object, with its name.
-        """
-        jobs: list[str] = []
-        for path in sorted(folder.glob("*.json")):
-            try:
-                said = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"cannot load job {path}: {error}") from error
-            if not isinstance(said, dict):
-                raise ValueError(f"cannot load job {path}: it is not an object")  # noqa: TRY004  a bad value
-            job: dict[str, Any] = said if isinstance(said.get("payload"), dict) else {"payload": said}
-            jobs.append(
-                self.submit(
-                    job["payload"],
-                    constraints=job.get("constraints"),
-                    ttl_seconds=job.get("ttl_seconds", 900),
-                    payment_amount=job.get("payment_amount"),
-                )
-            )
-        return jobs
+    def cancel(self, job_id: str) -> bool:
+        """Cancel a job as its client does; False when it is over."""
+        return self.ledger.cancel(job_id)
 
     def job(self, job_id: str) -> AitbcJob:
         """Return a job as the database has it; KeyError when there is none."""
         return self.ledger.job(job_id)
 
     def jobs(self) -> dict[str, AitbcJob]:
-        """Return all jobs."""
+        """Return all jobs, oldest first."""
         return self.ledger.jobs()
 
     def miners(self) -> dict[str, Miner]:
         """Return all miners."""
         return self.ledger.miners()
 
-    def strays(self) -> list[Said]:
+    def strays(self) -> list[AitbcReport]:
         """Return the reports on jobs that were not known."""
         return self.ledger.strays()
 
-    def calls(self, endpoint: str | None = None) -> list[AitbcCall]:
-        """Return the requests, of one endpoint or of all."""
+    def calls(self, endpoint: str | None = None) -> list[Call]:
+        """Return the requests, of one endpoint or of all, oldest first."""
         return self.ledger.calls(endpoint)
-
-    def cancel(self, job_id: str) -> bool:
-        """Cancel a job as its client; False when it is over."""
-        return self.ledger.cancel(job_id)
-
-    def wipe(self) -> None:
-        """Begin with an empty database: no miners, no jobs."""
-        self.ledger.wipe(jobs=True)
 
     def forget_miners(self) -> None:
         """Forget all miners, and no job."""
-        self.ledger.wipe(jobs=False)
+        self.ledger.forget_miners()
 
-    def token(self, sub: str = "node-1", role: str = "miner", ttl_s: float = 3600) -> str:
-        """Make a JSON web token of this coordinator."""
-        return make_token({"sub": sub, "role": role, "exp": time.time() + ttl_s}, self._secret)
+    def wipe(self) -> None:
+        """Begin with an empty database: no miners, no jobs. Limits know no difference."""
+        self.ledger.wipe()
 
     def wait(self, predicate: Callable[[AitbcLedger], T], timeout: float = 10.0) -> T:
         """Return the predicate's value as soon as it is true; TimeoutError after `timeout` seconds."""
         return self.ledger.wait(predicate, timeout)
 
-    def fault(self, endpoint: str, kind: str, times: int | None = None) -> None:
-        """Make calls go wrong as `mock_faults` describes; ValueError for what it does not know."""
-        self.faults.add(endpoint, kind, times)
+    def _load(self, job: dict[str, Any]) -> str:
+        # A payload that stands alone, or a job that has one.
+        whole = isinstance(job.get("payload"), dict) and job.keys() <= OF_JOB
+        return self.submit(**job) if whole else self.submit(job)
 
-    def clear_faults(self) -> None:
-        """Let everything work again."""
-        self.faults.clear()
+
+def _signer() -> "Signer":
+    # So that all but receipts works with the standard library alone.
+    from tools.mock_aitbc_receipts import Signer  # noqa: PLC0415
+
+    return Signer()

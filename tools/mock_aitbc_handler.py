@@ -1,311 +1,217 @@
-"""The double's HTTP side: authentication, the four shapes of errors, and one method for each call."""
+"""The HTTP side of the double of the AITBC coordinator: one method for each of its calls."""
 
-import base64
-import binascii
-import hashlib
-import hmac
-import json
-import re
+import platform
 import secrets
-import threading
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import SplitResult, unquote
 
 from aitbc_miner.util.clock import now
-from tools.mock_aitbc_ledger import AitbcLedger, Broken, Missing
-from tools.mock_aitbc_records import CONSTRAINTS, AitbcCall, AitbcJob
-from tools.mock_faults import Faults
-from tools.mock_server import Boundary, FaultyHandler
-from tools.mock_wire import Body, Refusal, Reply, json_reply
-
-MAX_BODY = 10 << 20
-SCANNERS = re.compile("sqlmap|nmap|nikto|burp", re.IGNORECASE)
-
-
-# Its name for limits and faults, the method here, the role that it needs; `*` stands for an id.
-_ROUTES = (
-    ("health", "_health", "", r"GET /health"),
-    ("page", "_state", "", r"GET /"),
-    ("register", "_register", "miner", r"POST /v1/miners/register"),
-    ("heartbeat", "_heartbeat", "miner", r"POST /v1/miners/heartbeat"),
-    ("poll", "_poll", "miner", r"POST /v1/miners/poll"),
-    ("result", "_result", "miner", r"POST /v1/miners/[*]/result"),
-    ("fail", "_fail", "miner", r"POST /v1/miners/[*]/fail"),
-    ("jobs", "_list", "miner", r"POST /v1/miners/[*]/jobs"),
-    ("earnings", "_earnings", "miner", r"POST /v1/miners/[*]/earnings"),
-    ("unused", "_broken", "miner", r"POST /v1/miners/[*]/jobs/[^/]+/(complete|fail)"),
-    ("leave", "_register", "miner", r"PUT /v1/miners/[*]/capabilities"),
-    ("leave", "_leave", "miner", r"DELETE /v1/miners/[*]"),
-    ("submit", "_submit", "client", r"POST /v1/jobs"),
-    ("cancel", "_cancel", "client", r"POST /v1/jobs/[*]/cancel"),
-    ("read", "_read", "client", r"GET /v1/jobs/[*](/result)?"),
+from tools.mock_aitbc_auth import Gate
+from tools.mock_aitbc_ledger import AitbcLedger, broken
+from tools.mock_aitbc_pages import page, state_reply
+from tools.mock_aitbc_records import CONSTRAINTS, AitbcReport
+from tools.mock_aitbc_wire import (
+    MAX_LENGTH,
+    ROUTES,
+    SCANNERS,
+    Route,
+    Windows,
+    check,
+    error_body,
+    read_body,
+    read_query,
+    role_for,
+    say,
 )
+from tools.mock_exchange import Desk, Exchange
+from tools.mock_wire import Refusal, Reply
+
+LOOPBACK = "127.0.0.1"
 
 
-@dataclass(frozen=True)
-class AitbcDesk:
-    """What every request needs."""
+@dataclass(frozen=True, kw_only=True)
+class AitbcDesk(Desk):
+    """What requests need of this dialect; without `windows` there are no limits."""
 
     ledger: AitbcLedger
-    faults: Faults
-    keys: tuple[str, ...]
-    jwt_secret: str
-    verbose: bool
-    boundary: Boundary
-    stopping: threading.Event = field(default_factory=threading.Event)
+    gate: Gate
+    windows: Windows | None
 
 
-class Invalid(Exception):  # noqa: N818  # says what it is
-    """A 422: which field of the body, and what is wrong with it."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(message)
-        self.name = name
-
-
-class AitbcHandler(FaultyHandler):
-    """One connection; `desk` is set in a subclass, because socketserver makes the instances."""
+class AitbcHandler(Exchange):
+    """One connection."""
 
     desk: AitbcDesk
+    credentials = ("Authorization", "X-Api-Key")
+
+    def do_PUT(self) -> None:  # noqa: N802  the name is the base class's idea
+        """Answer a PUT."""
+        self._serve("PUT")
+
+    def do_DELETE(self) -> None:  # noqa: N802
+        """Answer a DELETE."""
+        self._serve("DELETE")
 
     # Every request.
 
-    def serve(self, method: str) -> None:
-        """Answer a request."""
-        at = now()
-        target = urlsplit(self.path)
-        self.query = {name: values[-1] for name, values in parse_qs(target.query).items()}
-        self.parts = [unquote(part) for part in target.path.split("/")[1:]]
-        self.body = Body(self.rfile, self.headers)
-        served = time.monotonic()
-        endpoint, call, role = self._route(method)
-        reply, fault = self.with_faults(endpoint, partial(self._answer, endpoint, call, role))
-        self.desk.ledger.note_call(AitbcCall(at, endpoint, reply.status, fault, dict(self.headers.items())))
-        took = f"{time.monotonic() - served:.6f}"
-        named = self.headers.get("X-Request-ID") or secrets.token_hex(8)
-        self.send(reply, {"x-request-id": named, "x-process-time": took})
+    def _route(self, method: str, target: SplitResult) -> tuple[str, Callable[[], Reply]]:
+        self.request_id = self.headers.get("X-Request-ID") or secrets.token_hex(16)
+        own = {
+            ("GET", "/"): ("page", lambda: page(self.desk.ledger)),
+            ("GET", "/state.json"): ("page", lambda: state_reply(self.desk.ledger, self.desk.faults)),
+            ("POST", "/_faults"): ("_faults", self._faults),
+            ("GET", "/elsewhere"): ("elsewhere", self._elsewhere),
+            ("POST", "/elsewhere"): ("elsewhere", self._elsewhere),
+            ("GET", "/health"): ("health", self._health),
+        }
+        if (method, target.path) in own:
+            return own[method, target.path]
+        path = unquote(target.path)
+        found = [(route, match) for route in ROUTES if (match := route.path.fullmatch(path))]
+        for route, match in found:
+            if route.method == method:
+                return route.endpoint, partial(self._admit, route, path, *match.groups())
+        return "unknown", partial(self._unknown, path, known=bool(found))
 
-    def _route(self, method: str) -> tuple[str, Callable[[], Reply], str]:
-        """Find the call: its name for limits and faults, its method, and the role that it needs."""
-        asked = (
-            f"{method} /{'/'.join('*' if number == 2 else part for number, part in enumerate(self.parts))}"
-        )
-        for endpoint, name, role, pattern in _ROUTES:
-            if re.fullmatch(pattern, asked if "*" in pattern else f"{method} /{'/'.join(self.parts)}"):
-                return endpoint, getattr(self, name), role
-        return "unknown", self._unknown, "miner"
+    def _refused(self, refusal: Refusal) -> Reply:
+        return error_body(refusal, self.target.path, self.request_id)
 
-    def _answer(self, endpoint: str, call: Callable[[], Reply], role: str) -> Reply:
-        try:
-            self._guard()
-            self.miner = self._identity(role) if role else ""
-            if not self.desk.ledger.allowed(endpoint, self.client_address[0]):
-                return json_reply({"detail": "Rate limit exceeded"}, 429, Retry_After="60")
-            return call()
-        except Missing as error:
-            return json_reply({"detail": str(error)}, 404)
-        except Invalid as error:
-            self.desk.ledger.forgive(endpoint, self.client_address[0])
-            return self._invalid(error)
-        except Broken:
-            error_body = {"type": "internal_error", "message": "Internal server error", "status_code": 500}
-            return json_reply({"error": {**error_body, "path": self.path}}, 500)
-        except Refusal as error:
-            more = {"WWW_Authenticate": "Bearer"} if error.status == 401 else {}
-            return json_reply({"detail": error.message}, error.status, **more)
+    def _always(self) -> dict[str, str]:
+        return {"x-request-id": self.request_id, "x-process-time": f"{now() - self.arrived:.6f}"}
 
-    def _invalid(self, error: Invalid) -> Reply:
-        details = [{"field": f"body.{error.name}", "message": str(error), "code": "invalid"}]
-        said = {"code": "VALIDATION_ERROR", "message": "Request validation failed", "status": 422}
-        body = {"error": {**said, "details": details}, "timestamp": time.time(), "request_id": None}
-        return json_reply(body, 422)
-
-    # What requests have in common.
-
-    def _guard(self) -> None:
+    def _answer(self, call: Callable[[], Reply]) -> Reply:
+        length = self.headers.get("Content-Length", "")
         if SCANNERS.search(self.headers.get("User-Agent", "")):
-            raise Refusal(403, "", "Access denied")
-        length = self.headers.get("Content-Length", "0")
-        if length.isdigit() and int(length) > MAX_BODY:
-            raise Refusal(413, "", "Request body too large")
+            return self._refused(Refusal(403, "http", "Access denied"))
+        if length.isdigit() and int(length) > MAX_LENGTH:
+            return self._refused(Refusal(413, "http", "Request body too large"))
+        return super()._answer(call)
 
-    def _identity(self, role: str) -> str:
-        """Say who calls. A bearer token decides alone, whatever stands beside it."""
-        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        if scheme.lower() == "bearer":
-            claims = read_token(token.strip(), self.desk.jwt_secret)
-            if claims is None:
-                raise Refusal(401, "", "Invalid token")
-            if claims.get("role") != role:
-                raise Refusal(403, "", "Forbidden")
-            return str(claims.get("sub"))
-        key = self.headers.get("X-Api-Key")
-        if key is None:
-            raise Refusal(401, "", "Authentication required")
-        if key not in self.desk.keys:
-            raise Refusal(401, "", "Invalid API key")
-        if role != "miner":
-            raise Refusal(403, "", "Forbidden")
-        return self.headers.get("X-Miner-ID") or key
+    def _admit(self, route: Route, path: str, *named: str) -> Reply:
+        # In this order: what is refused for one reason is not counted by the next.
+        self.caller = self.desk.gate.caller(self._bearer(), self.headers, role_for(path))
+        self.sent: Any = read_body(self.body, self.headers) if route.body is not None else {}
+        asked = check(self.sent, route.body or {}, "body")
+        asked |= read_query(self.target.query, route.query)
+        if self.desk.windows and route.limit is not None:
+            self.desk.windows.enter(route.name, route.limit, self._address())
+        return self._calls()[route.name](asked, *named)
 
-    def _json(self) -> dict[str, Any]:
-        text = self.body.text(64 << 20)
-        try:
-            # Anything else than JSON is not even looked at.
-            said = json.loads(text) if self.headers.get_content_type() == "application/json" else None
-        except (ValueError, RecursionError):
-            said = None
-        if not isinstance(said, dict):
-            raise Invalid("", "Input should be a valid dictionary")
-        return said
+    def _address(self) -> str:
+        """Return the address that limits go by; a proxy on this machine is believed about it."""
+        hops = [hop.strip() for hop in self.headers.get("X-Forwarded-For", "").split(",")]
+        address: str = self.client_address[0]
+        told = [hop for hop in hops if hop not in {"", LOOPBACK}]
+        return told[-1] if told and address == LOOPBACK else address
 
-    # The miner's calls.
+    def _calls(self) -> dict[str, Callable[..., Reply]]:
+        return {
+            "register": self._register,
+            "heartbeat": self._heartbeat,
+            "poll": self._poll,
+            "result": self._result,
+            "fail": self._fail,
+            "jobs": self._jobs,
+            "earnings": self._earnings,
+            "capabilities": self._capabilities,
+            "leave": self._leave,
+            "complete": self._complete,
+            "broken_fail": self._broken_fail,
+            "submit": self._submit,
+            "job": self._job,
+            "job_result": self._job_result,
+            "cancel": self._cancel,
+        }
 
-    def _register(self) -> Reply:
-        said = self._json()
-        _need(said, "capabilities", dict)
-        _need(said, "concurrency", int, 1)
-        _need(said, "region", str, None)
-        self.desk.ledger.register(self.miner, said)
-        return json_reply({"status": "ok", "session_token": secrets.token_hex(16)})
+    # A miner's calls.
 
-    def _heartbeat(self) -> Reply:
-        said = self._json()
-        _need(said, "inflight", int, 0)
-        _need(said, "status", str, "ONLINE")
-        _need(said, "metadata", dict, {})
-        self.desk.ledger.heartbeat(self.miner, said)
-        return json_reply({"status": "ok"})
+    def _register(self, asked: dict[str, Any]) -> Reply:
+        self.desk.ledger.register(self.caller, asked, self.sent)
+        return say({"status": "ok", "session_token": secrets.token_hex(16)})
 
-    def _poll(self) -> Reply:
-        said = self._json()
-        _need(said, "max_wait_seconds", int, 15)
-        job = self.desk.ledger.poll(self.miner)
+    def _heartbeat(self, asked: dict[str, Any]) -> Reply:
+        self.desk.ledger.heartbeat(self.caller, asked, self.sent)
+        return say({"status": "ok"})
+
+    def _poll(self, _asked: dict[str, Any]) -> Reply:
+        job = self.desk.ledger.poll(self.caller)
         if job is None:
             return Reply(204)
-        return json_reply({"job_id": job.job_id, "payload": job.payload, "constraints": job.constraints})
+        return say({"job_id": job.job_id, "payload": job.payload, "constraints": job.constraints})
 
-    def _result(self) -> Reply:
-        said = self._json()
-        _need(said, "result", dict)
-        _need(said, "metrics", dict, {})
-        receipt = self.desk.ledger.result(self.parts[2], self.miner, said)
-        return json_reply({"status": "ok", "receipt": receipt})
+    def _result(self, _asked: dict[str, Any], job_id: str) -> Reply:
+        receipt = self.desk.ledger.result(self._report("result", job_id))
+        return say({"status": "ok", "receipt": receipt})
 
-    def _fail(self) -> Reply:
-        said = self._json()
-        _need(said, "error_code", str)
-        _need(said, "error_message", str)
-        _need(said, "metrics", dict, {})
-        self.desk.ledger.fail(self.parts[2], self.miner, said)
-        return json_reply({"status": "ok"})
+    def _fail(self, _asked: dict[str, Any], job_id: str) -> Reply:
+        self.desk.ledger.fail(self._report("fail", job_id))
+        return say({"status": "ok"})
 
-    def _list(self) -> Reply:
-        state, limit = self.query.get("job_status", ""), int(self.query.get("limit", "20"))
-        offset, miner = int(self.query.get("offset", "0")), self.parts[2]
-        jobs, total = self.desk.ledger.listed(miner, state, limit, offset)
-        body = {"jobs": [_view(job) for job in jobs], "total": total, "limit": limit, "offset": offset}
-        return json_reply({**body, "miner_id": miner})
+    def _report(self, kind: Any, job_id: str) -> AitbcReport:
+        called = self.headers.get("X-Request-ID")
+        return AitbcReport(kind, job_id, self.arrived, self.caller, self.sent, called)
 
-    def _leave(self) -> Reply:
-        self.desk.ledger.leave(self.parts[2])
-        return json_reply({"miner_id": self.parts[2], "status": "deregistered"})
+    def _jobs(self, asked: dict[str, Any], miner_id: str) -> Reply:
+        found = self.desk.ledger.assigned_to(miner_id, asked["job_status"])
+        limit, offset = asked["limit"], asked["offset"]
+        views = [job.view() for job in found[offset : offset + limit]]
+        about = {"total": len(found), "limit": limit, "offset": offset, "miner_id": miner_id}
+        return say({"jobs": views, **about})
 
-    def _broken(self) -> Reply:
-        return json_reply({"detail": "Internal server error"}, 500)
+    def _earnings(self, _asked: dict[str, Any], miner_id: str) -> Reply:
+        return say({"miner_id": miner_id, "total_earnings": 0.0, "completed_jobs": 0})
 
-    # The client's calls, and the page.
+    def _capabilities(self, asked: dict[str, Any], _miner_id: str) -> Reply:
+        # Of whoever calls, and not of the one that the path names.
+        return self._register(asked)
 
-    def _submit(self) -> Reply:
-        said = self._json()
-        _need(said, "payload", dict)
-        _need(said, "constraints", dict, {})
-        _need(said, "ttl_seconds", int, 900)
-        asked = {
-            name: value for name, value in (said.get("constraints") or {}).items() if name in CONSTRAINTS
-        }
+    def _leave(self, _asked: dict[str, Any], miner_id: str) -> Reply:
+        self.desk.ledger.leave(miner_id)
+        return say({"miner_id": miner_id, "status": "deregistered"})
+
+    def _complete(self, _asked: dict[str, Any], _miner_id: str, job_id: str) -> Reply:
+        self.desk.ledger.complete(job_id)
+        raise broken()
+
+    def _broken_fail(self, _asked: dict[str, Any], _miner_id: str, _job_id: str) -> Reply:
+        raise broken()
+
+    # A client's calls.
+
+    def _submit(self, asked: dict[str, Any]) -> Reply:
+        known = {name: value for name, value in asked["constraints"].items() if name in CONSTRAINTS}
         job_id = self.desk.ledger.submit(
-            said["payload"], asked, said.get("ttl_seconds", 900), said.get("payment_amount"), None
+            None,
+            asked["ttl_seconds"],
+            known,
+            payload=asked["payload"],
+            client=self.caller,
+            payment_amount=asked["payment_amount"],
         )
-        return json_reply(_view(self.desk.ledger.read(job_id)), 201)
+        return say(self.desk.ledger.job(job_id).view(), 201)
 
-    def _cancel(self) -> Reply:
-        if not self.desk.ledger.cancel(self.parts[2]):
-            raise Refusal(409, "", "job not cancelable")
-        return json_reply(_view(self.desk.ledger.read(self.parts[2])))
+    def _job(self, _asked: dict[str, Any], job_id: str) -> Reply:
+        return say(self.desk.ledger.read(job_id).view())
 
-    def _read(self) -> Reply:
-        job = self.desk.ledger.read(self.parts[2])
-        if self.parts[3:] != ["result"]:
-            return json_reply(_view(job))
-        if job.result is None or job.state != "COMPLETED":
-            raise Refusal(425, "", "job not ready")
-        return json_reply({"result": job.result, "receipt": job.receipt})
+    def _job_result(self, _asked: dict[str, Any], job_id: str) -> Reply:
+        job = self.desk.ledger.read(job_id)
+        if job.state != "COMPLETED" or job.result is None:
+            raise Refusal(425, "http", "job not ready")
+        return say({"result": job.result, "receipt": job.receipt})
+
+    def _cancel(self, _asked: dict[str, Any], job_id: str) -> Reply:
+        if not self.desk.ledger.cancel(job_id):
+            raise Refusal(409, "http", "job not cancelable")
+        return self._job(_asked, job_id)
+
+    # Beside them.
 
     def _health(self) -> Reply:
-        return json_reply({"status": "ok", "env": "test", "python_version": "3"})
+        return say({"status": "ok", "env": "test", "python_version": platform.python_version()})
 
-    def _earnings(self) -> Reply:
-        return json_reply({"total": 0, "jobs": 0})
-
-    def _state(self) -> Reply:
-        ledger = self.desk.ledger
-        miners = {
-            name: {"status": one.status, "inflight": one.inflight, "concurrency": one.concurrency}
-            for name, one in ledger.miners().items()
-        }
-        return json_reply({"miners": miners, "jobs": [_view(job) for job in ledger.jobs().values()]})
-
-    def _unknown(self) -> Reply:
-        raise Refusal(404, "", "Not Found")
-
-
-def _view(job: AitbcJob) -> dict[str, Any]:
-    return {
-        "job_id": job.job_id,
-        "state": job.state,
-        "payload": job.payload,
-        "assigned_miner_id": job.assigned_miner_id,
-        "requested_at": job.requested_at.replace(tzinfo=None).isoformat(),
-        "expires_at": job.expires_at.replace(tzinfo=None).isoformat(),
-        "error": job.error,
-    }
-
-
-def _need(said: dict[str, Any], name: str, kind: type, default: Any = Ellipsis) -> None:
-    if name not in said:
-        if default is Ellipsis:
-            raise Invalid(name, "Field required")
-        return
-    value = said[name]
-    if not isinstance(value, kind) and not (value is None and default is None):
-        raise Invalid(name, f"Input should be a valid {kind.__name__}")
-
-
-def make_token(claims: dict[str, Any], secret: str) -> str:
-    """Sign a JSON web token (HS256)."""
-    parts = [_b64(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims)]
-    sig = hmac.digest(secret.encode(), ".".join(parts).encode(), hashlib.sha256)
-    return ".".join([*parts, _b64(sig)])
-
-
-def read_token(token: str, secret: str) -> dict[str, Any] | None:
-    """Check a JSON web token; None when it is none, has expired, or was signed with another secret."""
-    head, _, sig = token.rpartition(".")
-    wanted = _b64(hmac.digest(secret.encode(), head.encode(), hashlib.sha256))
-    if not hmac.compare_digest(wanted.encode(), sig.encode()):
-        return None
-    try:
-        text = head.partition(".")[2]
-        claims: dict[str, Any] = json.loads(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
-    except (ValueError, binascii.Error):
-        return None
-    return claims if claims.get("exp", 0) > time.time() else None
-
-
-def _b64(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+    def _unknown(self, path: str, *, known: bool) -> Reply:
+        self.desk.gate.caller(self._bearer(), self.headers, role_for(path))
+        raise Refusal(405, "http", "Method Not Allowed") if known else Refusal(404, "http", "Not Found")

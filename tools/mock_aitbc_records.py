@@ -1,12 +1,15 @@
-"""What the double of the AITBC coordinator knows, as records that are replaced and never changed.
+"""What the double of the AITBC coordinator knows, as records: jobs, miners and reports; who can take what.
 
-Times named `at` are seconds of the boot-time clock; `requested_at` and `expires_at` are of the day, as that
-coordinator has them.
+They are frozen and replaced, never changed. Times named `at` are seconds of the boot-time clock;
+`requested_at` and `expires_at` are of the day, as that coordinator has them.
 """
 
 from dataclasses import dataclass, field
-from datetime import datetime
-from typing import Any
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any, Literal, TypeGuard
+
+from tools.mock_records import Handout, Message
 
 CONSTRAINTS: dict[str, Any] = {
     "gpu": None,
@@ -25,62 +28,82 @@ CONSTRAINTS: dict[str, Any] = {
     "confidential": False,
     "required_enclave_measurement": None,
 }
-LIMITS = {
-    "register": 50,
-    "heartbeat": 100,
-    "poll": 100,
-    "result": 50,
-    "fail": 50,
-    "jobs": 200,
-    "leave": 50,
-    "earnings": 200,
-    "submit": 50,
-    "cancel": 50,
-    "read": 200,
-}
+DECIMALS = ("max_price", "auto_reinvest_pct", "min_bond_amount")
+BOND_FROM = 10
+
+
+class AitbcState(StrEnum):
+    """Where a job is, in that coordinator's words."""
+
+    QUEUED = "QUEUED"
+    RUNNING = "RUNNING"
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"
+    CANCELED = "CANCELED"
+    EXPIRED = "EXPIRED"
+
+
+OPEN = frozenset({AitbcState.QUEUED, AitbcState.RUNNING})
 
 
 @dataclass(frozen=True)
-class Said:
-    """One report, heartbeat or registration that was taken."""
+class AitbcReport:
+    """A result or a failure as it arrived; `request_id` is what the caller called the request, if it did."""
 
+    kind: Literal["result", "fail"]
+    job_id: str
     at: float
     miner: str
-    payload: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Assigned:
-    """One time that a job was handed out."""
-
-    at: float
-    miner: str
+    body: dict[str, Any]
+    request_id: str | None = None
 
 
 @dataclass(frozen=True)
 class AitbcJob:
-    """A job and all that happened to it; `results` and `fails` are those that counted, which is each."""
+    """A job and all that happened to it. Each of `results` and `fails` has counted: none is ever refused."""
 
     job_id: str
-    number: int
     payload: dict[str, Any]
     constraints: dict[str, Any]
     requested_at: datetime
     expires_at: datetime
+    client: str = "demo-client"
     payment_amount: float | None = None
-    state: str = "QUEUED"
+    state: AitbcState = AitbcState.QUEUED
     assigned_miner_id: str | None = None
     result: dict[str, Any] | None = None
     error: str | None = None
     receipt: dict[str, Any] | None = None
-    assigned: tuple[Assigned, ...] = ()
-    results: tuple[Said, ...] = ()
-    fails: tuple[Said, ...] = ()
+    assigned: tuple[Handout, ...] = ()
+    results: tuple[AitbcReport, ...] = ()
+    fails: tuple[AitbcReport, ...] = ()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether whoever reads it now finds it expired."""
+        return self.state in OPEN and datetime.now(UTC) > self.expires_at
+
+    @property
+    def needs_bond(self) -> bool:
+        """Whether it is for miners with a bond alone, of which there are none here."""
+        return bool(self.constraints["bond_required"]) or (self.payment_amount or 0) >= BOND_FROM
+
+    def view(self) -> dict[str, Any]:
+        """Return what clients and miners are shown of it; times are UTC and do not say so."""
+        return {
+            "job_id": self.job_id,
+            "state": self.state,
+            "payload": self.payload,
+            "assigned_miner_id": self.assigned_miner_id,
+            "requested_at": self.requested_at.replace(tzinfo=None).isoformat(),
+            "expires_at": self.expires_at.replace(tzinfo=None).isoformat(),
+            "error": self.error,
+        }
 
 
 @dataclass(frozen=True)
 class Miner:
-    """A miner and what it said of itself."""
+    """A miner and what it said of itself; registrations and heartbeats as they were sent."""
 
     miner_id: str
     status: str = "ONLINE"
@@ -91,52 +114,72 @@ class Miner:
     metadata: dict[str, Any] = field(default_factory=dict)
     completed: int = 0
     failed: int = 0
-    registrations: tuple[Said, ...] = ()
-    heartbeats: tuple[Said, ...] = ()
+    registrations: tuple[Message, ...] = ()
+    heartbeats: tuple[Message, ...] = ()
 
     @property
-    def free(self) -> bool:
-        """Whether it has room, as the dispatcher sees it: of 0, any number may run."""
+    def has_room(self) -> bool:
+        """Whether it may be given one job more: of 0 any number, of fewer none."""
         return self.concurrency == 0 or self.inflight < self.concurrency
 
     @property
     def reputation(self) -> float:
-        """What it says of itself before all else, then what came of its jobs; new ones have 0.5."""
-        for said in (self.metadata, self.capabilities):
-            if isinstance(said.get("reputation_score"), int | float):
-                return float(said["reputation_score"])
-        if not self.completed and not self.failed:
+        """What it says of itself, before all else; then the trust in it."""
+        for told in (self.metadata, self.capabilities):
+            if is_number(score := told.get("reputation_score")):
+                return float(score)
+        return self.trust
+
+    @property
+    def trust(self) -> float:
+        """What came of its jobs, from 0 to 1; close to the figures measured for jobs of 0.1 s."""
+        ended = self.completed + self.failed
+        if not ended:
             return 0.5
-        # As measured, roughly: one failure costs far more than a success brings.
-        score: float = 0.5 + 0.17 * (1 - 0.6**self.completed) - 0.19 * min(2, self.failed)
-        return max(0.0, score)
-
-    def can(self, job: AitbcJob) -> bool:
-        """Whether it has what a job asks for; a bond it never has."""
-        asked, has = job.constraints, self.capabilities
-        gpus = [gpu for gpu in has.get("gpus") or [] if isinstance(gpu, dict)]
-        return all(
-            (
-                asked["region"] in {None, self.region},
-                asked["gpu"] is None or any(gpu.get("name") == asked["gpu"] for gpu in gpus),
-                not asked["min_vram_gb"]
-                or any(asked["min_vram_gb"] * 1024 <= gpu.get("memory_mb", 0) for gpu in gpus),
-                asked["cuda"] is None or asked["cuda"] in str(has.get("cuda") or ""),
-                set(asked["models"] or []) <= set(has.get("models") or []),
-                asked["max_price"] is None
-                or ("price" in has and float(asked["max_price"]) >= float(has["price"])),
-                asked["min_reputation"] is None or asked["min_reputation"] <= self.reputation,
-                not asked["bond_required"] and (job.payment_amount or 0) < 10,
-            )
-        )
+        best: float = 0.69 - 0.088 / max(1, self.completed) ** 0.8
+        return 0.311 + (best - 0.311) * self.completed / ended
 
 
-@dataclass(frozen=True)
-class AitbcCall:
-    """One request."""
+def is_number(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number of JSON's."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
-    at: float
-    endpoint: str
-    status: int
-    fault: str | None
-    headers: dict[str, str]
+
+def asked_of(constraints: dict[str, Any]) -> dict[str, Any]:
+    """Return all constraints that there are, with decimals as the text that they are handed out as.
+
+    Raises:
+        ValueError: there is no such constraint, with its name.
+    """
+    if unknown := sorted(constraints.keys() - CONSTRAINTS.keys()):
+        raise ValueError(f"cannot submit a job with constraint {unknown[0]!r}: there is none of that name")
+    asked = {**CONSTRAINTS, **constraints}
+    return {
+        name: str(value) if name in DECIMALS and value is not None else value for name, value in asked.items()
+    }
+
+
+def fits(job: AitbcJob, miner: Miner) -> bool:
+    """Whether the matcher finds that the miner has all that the job asks for."""
+    asked, has = job.constraints, miner.capabilities
+    gpus = [gpu for gpu in _list(has.get("gpus")) if isinstance(gpu, dict)]
+    wanted, vram, cuda = asked["gpu"], asked["min_vram_gb"], has.get("cuda")
+    most, price = asked["max_price"], has.get("price")
+    return (
+        asked["region"] in {None, miner.region}
+        and (wanted is None or any(gpu.get("name") == wanted for gpu in gpus))
+        and (vram is None or any(vram * 1024 <= _number(gpu.get("memory_mb")) for gpu in gpus))
+        and (asked["cuda"] is None or (isinstance(cuda, str) and asked["cuda"] in cuda))
+        and all(model in _list(has.get("models")) for model in asked["models"] or ())
+        and (most is None or (is_number(price) and float(most) >= float(price)))
+        and (asked["min_reputation"] is None or asked["min_reputation"] <= miner.reputation)
+        and not job.needs_bond
+    )
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _number(value: Any) -> float:
+    return float(value) if is_number(value) else 0.0

@@ -1,4 +1,4 @@
-"""A coordinator to try the miner against: the whole `bootstrap` dialect on a loopback port, and its faults.
+"""A coordinator to try the miner against: a dialect on a loopback port, and its faults.
 
 In a test or a demo:
 
@@ -7,30 +7,32 @@ In a test or a demo:
         ...                                       # a node with coordinator.base_url = mock.url
         mock.wait(lambda ledger: ledger.job("j-1").state == "done", timeout=10)
 
+This is the dialect `bootstrap`; `mock_aitbc` has the other one, `aitbc-v1`.
+
 By hand: `python tools/mock_coordinator.py --listen 127.0.0.1:8000 --jobs DIR`, then look at http://127.0.0.1:8000/.
 """
 
 import argparse
 import inspect
-import json
 import signal
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 # So that it also runs as a script, from anywhere.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tools import mock_faults
 from tools.mock_aitbc import KEY, MockAitbc
+from tools.mock_exchange import Boundary, no_boundary
 from tools.mock_faults import Faults
-from tools.mock_handler import ROOT, Desk, Handler
+from tools.mock_handler import ROOT, BootstrapDesk, Handler
 from tools.mock_ledger import Ledger
 from tools.mock_records import Job, Rules
-from tools.mock_server import Boundary, Listener, no_boundary
+from tools.mock_server import MockServer
 
 T = TypeVar("T")
 
@@ -38,21 +40,31 @@ EPILOG = """\
 GET / shows nodes and jobs, GET /state.json the same for programs. Faults are switched on with POST /_faults:
 
     curl -H 'Content-Type: application/json' http://HOST:PORT/_faults \\
-      -d '{"endpoint": "pull", "kind": "status:503:5", "times": 3}'     without times for ever
+      -d '{"endpoint": "result", "kind": "status:503:5", "times": 3}'     without times for ever
     curl -H 'Content-Type: application/json' http://HOST:PORT/_faults -d '{"clear": true}'
 
-Endpoints: register, heartbeat, pull, ack, progress, result, fail, files.
+Endpoints of bootstrap: register, heartbeat, pull, ack, progress, result, fail, files.
+Endpoints of aitbc-v1: register, heartbeat, poll, result, fail, jobs (a miner's list), leave, client.
+
+aitbc-v1 does as the AITBC coordinator was seen to do, limits and traps included. Its clients' calls (POST
+/v1/jobs, GET /v1/jobs/ID, GET /v1/jobs/ID/result, POST /v1/jobs/ID/cancel) take the token that it prints.
 
 """
+DIALECTS = ("bootstrap", "aitbc-v1")
+OF_DIALECT = {
+    "bootstrap": ("files", "out", "lease_s", "silent_s", "ignore_filters", "repeat"),
+    "aitbc-v1": ("receipts", "no_rate_limits"),
+}
 
 
-class MockCoordinator:
-    """A coordinator for one test or demo; a context manager, or `start` and `close`.
+class MockCoordinator(MockServer):
+    """A coordinator of the dialect `bootstrap` for one test or demo.
 
-    Port 0 takes a free one and keeps it over `stop` and `start`, which play an outage: the ledger stays.
     Without `out_dir`, artifacts go into a directory that ends with it. `boundary` is asked around each call:
-    see `mock_handler.Boundary`. See `Rules` for the other arguments.
+    see `mock_exchange.Boundary`. See `Rules` for the other arguments.
     """
+
+    api = ROOT
 
     def __init__(  # noqa: PLR0913  each has a default and is given by name
         self,
@@ -70,48 +82,25 @@ class MockCoordinator:
         boundary: Boundary = no_boundary,
     ) -> None:
         self.ledger = Ledger(Rules(lease_s, silent_s, ignore_filters, repeat))
-        self.faults = Faults()
         self._life = ExitStack()
         if out_dir is None:
             out_dir = Path(self._life.enter_context(tempfile.TemporaryDirectory(prefix="mock-coordinator-")))
         out_dir.mkdir(parents=True, exist_ok=True)
         self.out_dir = out_dir
-        desk = Desk(self.ledger, self.faults, bootstrap_token, files_dir, out_dir, verbose, boundary)
-        handler = type("DeskHandler", (Handler,), {"desk": desk})
-        self._listener = Listener(host, port, handler, desk.stopping)
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def root(self) -> str:
-        """Where the page and the files are: `root + "/files/NAME"`."""
-        return self._listener.root
-
-    @property
-    def url(self) -> str:
-        """The API root, what a node has as `coordinator.base_url`."""
-        return self.root + ROOT
-
-    def start(self) -> None:
-        """Listen.
-
-        Raises:
-            OSError: the port is taken.
-        """
-        self._listener.start()
-
-    def stop(self) -> None:
-        """Stop listening and cut every connection."""
-        self._listener.stop()
+        desk = BootstrapDesk(
+            ledger=self.ledger,
+            faults=Faults(),
+            bootstrap_token=bootstrap_token,
+            files_dir=files_dir,
+            out_dir=out_dir,
+            verbose=verbose,
+            boundary=boundary,
+        )
+        super().__init__((host, port), Handler, desk)
 
     def close(self) -> None:
         """Stop, and delete what is temporary."""
-        self.stop()
+        super().close()
         self._life.close()
 
     def submit(self, manifest: dict[str, Any]) -> str:
@@ -121,15 +110,6 @@ class MockCoordinator:
     def submit_raw(self, value: bytes, *, whole_reply: bool = False) -> str:
         """Queue bytes to send verbatim as the job of a pull reply, or as all of it; returns their id."""
         return self.ledger.submit_raw(value, whole_reply=whole_reply)
-
-    def load(self, folder: Path) -> list[str]:
-        """Queue every manifest of a directory (*.json, *.yaml, *.yml), by name.
-
-        Raises:
-            ValueError: a file is no manifest, with its name.
-        """
-        files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".yaml", ".yml"})
-        return [self.submit(_read_manifest(path)) for path in files]
 
     def cancel(self, job_id: str) -> None:
         """Cancel a job; the node that runs it learns so at its next progress note."""
@@ -143,34 +123,8 @@ class MockCoordinator:
         """Return the predicate's value as soon as it is true; TimeoutError after `timeout` seconds."""
         return self.ledger.wait(predicate, timeout)
 
-    def fault(self, endpoint: str, kind: str, times: int | None = None) -> None:
-        """Make calls go wrong as `mock_faults` describes; ValueError for what it does not know."""
-        self.faults.add(endpoint, kind, times)
-
-    def clear_faults(self) -> None:
-        """Let everything work again."""
-        self.faults.clear()
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8")
-    try:
-        manifest = json.loads(text) if path.suffix == ".json" else _yaml(text)
-        json.dumps(manifest)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"cannot load job {path}: {error}") from error
-    if not isinstance(manifest, dict):
-        raise ValueError(f"cannot load job {path}: it is not an object")  # noqa: TRY004  a bad value in a file
-    return manifest
-
-
-def _yaml(text: str) -> object:
-    import yaml  # noqa: PLC0415  so that all but YAML works with the standard library alone
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+    def _load(self, job: dict[str, Any]) -> str:
+        return self.submit(job)
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -191,54 +145,68 @@ def _folder(text: str) -> Path:
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="A coordinator to try the miner against (bootstrap dialect).",
+        description="A coordinator to try the miner against.",
         epilog=EPILOG + inspect.cleandoc(mock_faults.__doc__ or ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
+    add("--dialect", choices=DIALECTS, default=DIALECTS[0], help="what it speaks (default: bootstrap)")
     add(
         "--listen",
         type=_address,
         default="127.0.0.1:0",
         metavar="HOST:PORT",
-        help="port 0 takes a free one (default)",
+        help="port 0: a free one (default)",
     )
     add(
         "--jobs",
         type=_folder,
         metavar="DIR",
-        help="queue the manifests in DIR (*.json, *.yaml), read once, at the start;"
-        " one without job_id becomes job-0001 and so on",
+        help="queue the jobs in DIR (*.json, *.yaml), read once, at the start: manifests, of which"
+        " one without job_id becomes job-0001 and so on; of aitbc-v1 payloads, or objects with payload and,"
+        " as wanted, constraints, ttl_seconds, payment_amount, job_id",
     )
+    add(
+        "--token",
+        metavar="TEXT",
+        help="the bootstrap token (default: demo-token), of aitbc-v1 the API key"
+        f" (default: {KEY}); all here see it",
+    )
+    add("--verbose", action="store_true", help="print every request on stderr")
+    _add_bootstrap(parser.add_argument_group("bootstrap"))
+    add = parser.add_argument_group("aitbc-v1").add_argument
+    add(
+        "--receipts",
+        action="store_true",
+        help="answer results with receipts signed by a key that is printed",
+    )
+    add("--no-rate-limits", action="store_true", help="take any number of calls a minute")
+    options = parser.parse_args(argv)
+    others = [name for dialect, names in OF_DIALECT.items() if dialect != options.dialect for name in names]
+    for name in others:
+        if getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is not for dialect {options.dialect}")
+    return options
+
+
+def _add_bootstrap(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
     add("--files", type=_folder, metavar="DIR", help="serve DIR at /files/ and, broken off once, at /flaky/")
     add("--out", type=Path, metavar="DIR", help="keep artifacts here (default: until it ends)")
-    add("--token", help="the bootstrap token (default: demo-token); all here see it")
     add(
         "--lease-s",
         type=float,
         default=30.0,
         metavar="N",
-        help="queue a job again when it is not acked in time",
+        help="queue a job again that is not acked in time",
     )
-    add(
-        "--silent-s", type=float, metavar="N", help="queue an acked job again when its node is silent so long"
-    )
+    silent = "queue an acked job again when its node is silent so long"
+    add("--silent-s", type=float, metavar="N", help=silent)
     add("--ignore-filters", action="store_true", help="hand out jobs whether they fit the node or not")
-    add(
-        "--dialect",
-        choices=("bootstrap", "aitbc-v1"),
-        default="bootstrap",
-        help="which coordinator to be; of aitbc-v1, --token is the API key (default: demo-key-0123456789),"
-        " and --jobs has payloads (*.json)",
-    )
-    add("--receipts", action="store_true", help="aitbc-v1: give signed receipts, and print the key")
-    add("--no-rate-limits", action="store_true", help="aitbc-v1: take any number of calls")
     add("--repeat", action="store_true", help="answer every pull with the same job")
-    add("--verbose", action="store_true", help="print every request on stderr")
-    return parser.parse_args(argv)
 
 
-def _mock(options: argparse.Namespace) -> MockCoordinator:
+def _bootstrap(options: argparse.Namespace) -> MockCoordinator:
     host, port = options.listen
     return MockCoordinator(
         port,
@@ -254,7 +222,7 @@ def _mock(options: argparse.Namespace) -> MockCoordinator:
     )
 
 
-def _double(options: argparse.Namespace) -> MockAitbc:
+def _aitbc(options: argparse.Namespace) -> MockAitbc:
     host, port = options.listen
     return MockAitbc(
         port,
@@ -272,14 +240,14 @@ def main(argv: list[str] | None = None) -> int:
     # Blocked before any thread starts, so that the signals wait for sigwait below.
     endings = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, endings)
-    mock = _double(options) if options.dialect == "aitbc-v1" else _mock(options)
+    mock = _aitbc(options) if options.dialect == "aitbc-v1" else _bootstrap(options)
     try:
         if options.jobs:
             mock.load(options.jobs)
         mock.start()
         print(f"listening on {mock.url}", flush=True)
-        if isinstance(mock, MockAitbc) and mock.receipt_key:
-            print(f"receipts are signed by {mock.receipt_key}", flush=True)
+        if isinstance(mock, MockAitbc):
+            _tell(mock)
         signal.sigwait(endings)
     except (OSError, ValueError) as error:
         print(f"cannot run the mock coordinator: {error}", file=sys.stderr)
@@ -287,6 +255,12 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         mock.close()
     return 0
+
+
+def _tell(mock: MockAitbc) -> None:
+    print(f"token of a client, for a day: {mock.token('demo-client', 'client', 86400)}", flush=True)
+    if mock.receipt_key:
+        print(f"receipts are signed by {mock.receipt_key}", flush=True)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,10 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tools.mock_wire import FileSpan, Reply, Sending, error_reply
+from tools.mock_wire import FileSpan, Refusal, Reply, Sending
 
 ENDPOINTS = frozenset({"register", "heartbeat", "pull", "ack", "progress", "result", "fail", "files"})
-AITBC_ENDPOINTS = frozenset({"register", "heartbeat", "poll", "result", "fail", "jobs", "leave"})
+AITBC_ENDPOINTS = frozenset({"register", "heartbeat", "poll", "result", "fail", "jobs", "leave", "client"})
 KINDS = frozenset(
     "refuse delay status drop_after truncate slow garbage huge redirect wrong_json deep_json empty".split()  # noqa: SIM905
 )
@@ -71,8 +71,11 @@ class Fault:
         """How long to wait before the call is carried out, in seconds."""
         return float(self.argument) if self.name == "delay" else 0.0
 
-    def spoil(self, reply: Reply, elsewhere: str) -> Reply:
-        """Return what is sent in the place of `reply`; `elsewhere` is where a bare redirect leads."""
+    def spoil(self, reply: Reply, elsewhere: str, refused: Callable[[Refusal], Reply]) -> Reply:
+        """Return what is sent in the place of `reply`.
+
+        `elsewhere` is where a bare redirect leads, `refused` how the dialect words an error.
+        """
         match self.name:
             case "delay":
                 return reply
@@ -85,7 +88,7 @@ class Fault:
             case "huge":
                 return Reply(sending=Sending.ENDLESS)
             case "status":
-                return _status(self.argument)
+                return refused(_status(self.argument))
             case "redirect":
                 return Reply(302, headers={"Location": self.argument or elsewhere})
         return Reply(200, _BODIES[self.name]() if self.name in _BODIES else b"")
@@ -100,13 +103,13 @@ def _slow(reply: Reply, byte_s: float) -> Reply:
     return replace(reply, body=body, sending=Sending.SLOW, byte_s=byte_s)
 
 
-def _status(argument: str) -> Reply:
+def _status(argument: str) -> Refusal:
     status, _, retry_after = argument.partition(":")
     code = int(status)
     if not retry_after and code in {429, 503}:
         retry_after = "1"
-    reply = error_reply(code, "fault", f"this {code} was asked for as a fault")
-    return replace(reply, headers={"Retry-After": retry_after}) if retry_after else reply
+    headers = {"Retry_After": retry_after} if retry_after else {}
+    return Refusal(code, "fault", f"this {code} was asked for as a fault", **headers)
 
 
 _BODIES: dict[str, Callable[[], bytes]] = {

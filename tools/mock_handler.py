@@ -1,74 +1,36 @@
 """The mock coordinator's HTTP side: one method for each call of the `bootstrap` dialect."""
 
 import secrets
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs
 
-from aitbc_miner.util.clock import now
-from tools.mock_faults import Faults
+from tools.mock_exchange import Desk, Exchange
 from tools.mock_ledger import Ledger
 from tools.mock_pages import file_reply, page, state_reply
-from tools.mock_records import Call, Progress, Report, Verdict
-from tools.mock_server import Boundary, FaultyHandler, no_boundary
-from tools.mock_wire import (
-    Body,
-    Form,
-    Refusal,
-    Reply,
-    Sending,
-    error_reply,
-    json_object,
-    json_reply,
-    receive_form,
-)
+from tools.mock_records import Progress, Report, Verdict
+from tools.mock_wire import Form, Refusal, Reply, Sending, json_object, json_reply, receive_form, text_member
 
 ROOT = "/api/v1"
 
 
-@dataclass(frozen=True)
-class Desk:
-    """What every request needs: the ledger, the faults, the token of registrations, and the folders."""
+@dataclass(frozen=True, kw_only=True)
+class BootstrapDesk(Desk):
+    """What requests need of this dialect: the token of registrations, and the folders."""
 
     ledger: Ledger
-    faults: Faults
     bootstrap_token: str
     files_dir: Path | None
     out_dir: Path
-    verbose: bool = False
-    boundary: Boundary = no_boundary
-    stopping: threading.Event = field(default_factory=threading.Event)
     cut: set[str] = field(default_factory=set)
 
 
-class Handler(FaultyHandler):
-    """One connection; `desk` is set in a subclass, because socketserver makes the instances."""
+class Handler(Exchange):
+    """One connection."""
 
-    desk: Desk
-
-    # Every request.
-
-    def serve(self, method: str) -> None:
-        """Answer a request."""
-        self.arrived = now()
-        self.target = urlsplit(self.path)
-        self.body = Body(self.rfile, self.headers)
-        endpoint, call = self._route(method, self.target)
-        reply, fault = self.with_faults(endpoint, partial(self._answer, call))
-        self.desk.ledger.note_call(
-            Call(
-                self.arrived,
-                endpoint,
-                reply.status,
-                fault,
-                "Authorization" in self.headers,
-            )
-        )
-        self.send(reply)
+    desk: BootstrapDesk
 
     def _route(self, method: str, target: SplitResult) -> tuple[str, Callable[[], Reply]]:
         posts = {
@@ -96,43 +58,30 @@ class Handler(FaultyHandler):
             return "files", self._file
         return "unknown", self._unknown
 
-    def _answer(self, call: Callable[[], Reply]) -> Reply:
-        try:
-            return call()
-        except Refusal as refusal:
-            return error_reply(refusal.status, refusal.code, refusal.message)
-
     # What requests have in common.
-
-    def _bearer(self) -> str:
-        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        return token.strip() if scheme.lower() == "bearer" else ""
 
     def _node(self, named: object = None) -> str:
         """Return which node is calling, by its token; a body that names a node must name the same."""
-        node_id = self.desk.ledger.node_of(self._bearer())
+        node_id = self.desk.ledger.node_of(self._bearer() or "")
         if node_id is None:
             raise Refusal(401, "bad_token", "this call needs the node token of a registration")
         if named not in {None, node_id}:
             raise Refusal(403, "other_node", "the token is another node's")
         return node_id
 
-    def _json(self) -> dict[str, Any]:
-        return json_object(self.body.text(), "the request")
-
     # The calls.
 
     def _register(self) -> Reply:
-        if not secrets.compare_digest(self._bearer().encode(), self.desk.bootstrap_token.encode()):
+        if not secrets.compare_digest((self._bearer() or "").encode(), self.desk.bootstrap_token.encode()):
             raise Refusal(401, "bad_token", "registration needs the bootstrap token")
         payload = self._json()
-        node_id = _text(payload, "node_id")
+        node_id = text_member(payload, "node_id")
         return json_reply({"node_token": self.desk.ledger.register(node_id, payload)})
 
     def _heartbeat(self) -> Reply:
         node_id = self._node()
         payload = self._json()
-        named = _text(payload, "node_id")
+        named = text_member(payload, "node_id")
         if named not in self.desk.ledger.nodes():
             raise Refusal(404, "unknown_node", f"node {named[:128]!r} is not registered")
         self._node(named)
@@ -144,7 +93,7 @@ class Handler(FaultyHandler):
         asked = self._json()
         filters = asked.get("filters") or {}
         _check_filters(filters)
-        job = self.desk.ledger.pull(self._node(_text(asked, "node_id")), filters)
+        job = self.desk.ledger.pull(self._node(text_member(asked, "node_id")), filters)
         return Reply(200, job.reply) if job else json_reply({"job": None})
 
     def _ack(self) -> Reply:
@@ -152,7 +101,7 @@ class Handler(FaultyHandler):
         asked = self._json()
         query = {name: values[-1] for name, values in parse_qs(self.target.query).items()}
         for name in ("job_id", "node_id"):
-            if query.get(name) != _text(asked, name):
+            if query.get(name) != text_member(asked, name):
                 raise Refusal(400, "bad_request", f"{name} must be the same in the body and the query string")
         holder = asked.get("from")
         holder = holder if isinstance(holder, str) else None
@@ -166,7 +115,7 @@ class Handler(FaultyHandler):
         if isinstance(pct, bool) or not isinstance(pct, int | float) or not isinstance(note, str | None):
             raise Refusal(400, "bad_request", "pct must be a number, note a string or null")
         progress = Progress(self.arrived, pct, note or "", self.headers.get("Idempotency-Key"))
-        cancelled = self.desk.ledger.note_progress(_text(asked, "job_id"), node_id, progress)
+        cancelled = self.desk.ledger.note_progress(text_member(asked, "job_id"), node_id, progress)
         return json_reply({"cancel": True} if cancelled else {})
 
     def _result(self) -> Reply:
@@ -174,8 +123,8 @@ class Handler(FaultyHandler):
         form = receive_form(self.body, self.headers.get("Content-Type", ""), self.desk.out_dir)
         keep = False
         try:
-            self._node(_text(form.fields, "node_id"))
-            job_id = _text(form.fields, "job_id")
+            self._node(text_member(form.fields, "node_id"))
+            job_id = text_member(form.fields, "job_id")
             metadata = json_object(form.fields.get("metadata", ""), "field 'metadata'")
             verdict = self._report("result", job_id, node_id, metadata, form)
             keep = verdict is Verdict.ACCEPTED
@@ -187,8 +136,8 @@ class Handler(FaultyHandler):
     def _fail(self) -> Reply:
         node_id = self._node()
         body = self._json()
-        _text(body, "error_code")
-        _text(body, "error_msg")
+        text_member(body, "error_code")
+        text_member(body, "error_msg")
         job_id = body.get("job_id")
         verdict = self._report("fail", job_id if isinstance(job_id, str) else "", node_id, body, None)
         return json_reply({verdict.value: True})
@@ -224,32 +173,8 @@ class Handler(FaultyHandler):
             raise Refusal(400, "bad_request", "`to` must be printable ASCII")
         return Reply(302, headers={"Location": to})
 
-    def _elsewhere(self) -> Reply:
-        return json_reply({})
-
-    def _faults(self) -> Reply:
-        # No page of another site can make a browser send this type here without asking first.
-        if self.headers.get_content_type() != "application/json":
-            raise Refusal(415, "bad_request", "send Content-Type: application/json")
-        asked = self._json()
-        try:
-            if asked.get("clear"):
-                self.desk.faults.clear()
-            else:
-                self.desk.faults.add(_text(asked, "endpoint"), _text(asked, "kind"), asked.get("times"))
-        except (ValueError, TypeError) as error:
-            raise Refusal(400, "bad_fault", str(error)) from error
-        return json_reply({"faults": self.desk.faults.as_list()})
-
     def _unknown(self) -> Reply:
         raise Refusal(404, "not_found", f"nothing at {self.target.path[:128]!r}")
-
-
-def _text(source: dict[str, Any], name: str) -> str:
-    value = source.get(name)
-    if not isinstance(value, str) or not value:
-        raise Refusal(400, "bad_request", f"{name} must be a string that is not empty")
-    return value
 
 
 def _check_filters(filters: object) -> None:

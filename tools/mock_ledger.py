@@ -5,18 +5,13 @@ All of it is behind one lock; the records in `mock_records` that it hands out ne
 
 import json
 import secrets
-import threading
 from bisect import insort
-from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from aitbc_miner.util.clock import now
 from tools.mock_records import (
     FINAL,
-    Call,
     Handout,
     Job,
     Message,
@@ -29,17 +24,16 @@ from tools.mock_records import (
     fits,
     peek_manifest,
 )
+from tools.mock_watched import Watched
 from tools.mock_wire import Refusal
 
-T = TypeVar("T")
 
-
-class Ledger:
+class Ledger(Watched):
     """All nodes and jobs. Every method may be called from any thread."""
 
     def __init__(self, rules: Rules) -> None:
+        super().__init__()
         self.rules = rules
-        self._lock = threading.Condition(threading.RLock())
         self._jobs: dict[str, Job] = {}
         self._queue: list[tuple[int, int, str]] = []
         self._out: set[str] = set()
@@ -47,7 +41,6 @@ class Ledger:
         self._tokens: dict[str, str] = {}
         self._keys: dict[str, str] = {}
         self._strays: list[Report] = []
-        self._calls: deque[Call] = deque(maxlen=100_000)
 
     # What tests look at.
 
@@ -74,29 +67,6 @@ class Ledger:
         """Return the reports on jobs that are not known here."""
         with self._lock:
             return list(self._strays)
-
-    def calls(self, endpoint: str | None = None) -> list[Call]:
-        """Return the requests, of one endpoint or of all, oldest first."""
-        with self._lock:
-            return [call for call in self._calls if endpoint in {None, call.endpoint}]
-
-    def wait(self, predicate: "Callable[[Ledger], T]", timeout: float) -> T:
-        """Return what the predicate returns as soon as that is true; it must make no calls, the lock is held.
-
-        Raises:
-            TimeoutError: it did not become true in `timeout` seconds, with where each job is.
-        """
-        deadline = now() + timeout
-        with self._lock:
-            while True:
-                self._expire()
-                if value := predicate(self):
-                    return value
-                left = deadline - now()
-                if left <= 0:
-                    where = {job.job_id: job.state.value for job in self._jobs.values()}
-                    raise TimeoutError(f"cannot wait longer than {timeout} s; jobs: {where}")
-                self._lock.wait(min([left, *self._expiries()]))
 
     # What tests and sources of jobs do.
 
@@ -232,26 +202,10 @@ class Ledger:
             raise Refusal(400, "bad_report", complaint)
         return verdict
 
-    def note_call(self, call: Call) -> None:
-        """Enter a request."""
-        with self._change():
-            self._calls.append(call)
-
     # How.
 
-    @contextmanager
-    def _now(self) -> Iterator[None]:
-        with self._lock:
-            self._expire()
-            yield
-
-    @contextmanager
-    def _change(self) -> Iterator[None]:
-        with self._now():
-            try:
-                yield
-            finally:
-                self._lock.notify_all()
+    def _where(self) -> dict[str, str]:
+        return {job.job_id: job.state.value for job in self._jobs.values()}
 
     def _add(self, job: Job) -> str:
         self._jobs[job.job_id] = job

@@ -72,11 +72,19 @@ def page(ledger: Ledger) -> Reply:
         )
         for node in ledger.nodes().values()
     ]
-    tables = _table("Nodes", ("node", "registered", "heartbeats", "last heartbeat"), nodes)
-    tables += _table("Jobs", ("job", "state", "node", "handed out", "progress", "error", "artifacts"), jobs)
+    return tables_reply(
+        table("Nodes", ("node", "registered", "heartbeats", "last heartbeat"), nodes),
+        table("Jobs", ("job", "state", "node", "handed out", "progress", "error", "artifacts"), jobs),
+    )
+
+
+def tables_reply(*tables: str) -> Reply:
+    """Return a page of tables."""
     # A job's author and a node both choose text that is shown here, so nothing on this page may run.
     policy = {"Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'"}
-    return Reply(200, PAGE.format(tables=tables).encode(errors="replace"), "text/html; charset=utf-8", policy)
+    return Reply(
+        200, PAGE.format(tables="".join(tables)).encode(errors="replace"), "text/html; charset=utf-8", policy
+    )
 
 
 def _last_progress(job: Job) -> str:
@@ -88,7 +96,8 @@ def _files(job: Job) -> str:
     return ", ".join(f"{each.path} ({each.bytes} bytes, sha256 {each.sha256[:12]}…)" for each in artifacts)
 
 
-def _table(title: str, heads: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
+def table(title: str, heads: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
+    """Return a table in HTML, its cells as text and cut short."""
     lines = ["".join(f"<th>{head}</th>" for head in heads)]
     lines += ["".join(f"<td>{escape(str(cell)[:500])}</td>" for cell in row) for row in rows]
     return f"<h2>{title}</h2><table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"

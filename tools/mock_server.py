@@ -1,122 +1,15 @@
-"""What both mocks serve with: requests that may go wrong as asked for, on a port that outlives an outage."""
+"""What every mock coordinator is to a test: a server on a port, its faults, and the jobs of a directory."""
 
+import json
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Protocol
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from tools.mock_faults import DROPPED, REFUSED, Faults
-from tools.mock_wire import Body, Reply, Sending
-
-Boundary = Callable[[str, str, int], bool]
-"""Asked `before` a call is carried out and `after` it, before the answer: the endpoint, which of the two, and
-the caller's port. True hangs up there, without an answer."""
-
-
-def no_boundary(_endpoint: str, _side: str, _port: int) -> bool:
-    """Let every call be."""
-    return False
-
-
-class FaultyDesk(Protocol):
-    """What a handler needs to make calls go wrong."""
-
-    @property
-    def faults(self) -> Faults:
-        """The faults that are set."""
-        ...
-
-    @property
-    def verbose(self) -> bool:
-        """Whether to print each request."""
-        ...
-
-    @property
-    def boundary(self) -> Boundary:
-        """Whom to ask around each call."""
-        ...
-
-    @property
-    def stopping(self) -> threading.Event:
-        """Set when the server does not listen any more."""
-        ...
-
-
-class FaultyHandler(BaseHTTPRequestHandler):
-    """One connection, whose calls go wrong as its desk wants; `body` is that of the request under way."""
-
-    desk: FaultyDesk
-    body: Body
-    protocol_version = "HTTP/1.1"
-    server_version = "mock-coordinator"
-    sys_version = ""
-    disable_nagle_algorithm = True
-
-    def do_GET(self) -> None:
-        """Answer a GET."""
-        self.serve("GET")
-
-    def do_POST(self) -> None:
-        """Answer a POST."""
-        self.serve("POST")
-
-    def do_PUT(self) -> None:
-        """Answer a PUT."""
-        self.serve("PUT")
-
-    def do_DELETE(self) -> None:
-        """Answer a DELETE."""
-        self.serve("DELETE")
-
-    def serve(self, method: str) -> None:
-        """Answer a request."""
-        raise NotImplementedError(method)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the name is the base class's
-        """Print a request, if asked to."""
-        if self.desk.verbose:
-            super().log_message(format, *args)
-
-    def with_faults(self, endpoint: str, answer: Callable[[], Reply]) -> tuple[Reply, str | None]:
-        """Carry a call out, or not, as the faults want; gives what is to be sent, and the fault."""
-        port = self.client_address[1]
-        fault = REFUSED if self.desk.boundary(endpoint, "before", port) else self.desk.faults.take(endpoint)
-        reply = Reply()
-        if fault:
-            self.desk.stopping.wait(fault.delay_s)
-        if fault is None or fault.after:
-            reply = answer()
-            fault = DROPPED if self.desk.boundary(endpoint, "after", port) else fault
-        if fault:
-            host, port = self.connection.getsockname()[:2]
-            other = "localhost" if host == "127.0.0.1" else host
-            reply = fault.spoil(reply, f"http://{other}:{port}/elsewhere")
-        if fault is None or fault.name != "refuse" or fault.after:
-            self.body.drain()
-        return reply, str(fault) if fault else None
-
-    def send(self, reply: Reply, more: Mapping[str, str] | None = None) -> None:
-        """Send a reply, as much of it and as fast as it wants, with further headers."""
-        if reply.sending is not Sending.WHOLE:
-            self.close_connection = True
-        if reply.sending is Sending.NOTHING:
-            return
-        self.send_response(reply.status)
-        for name, value in {**reply.headers, **(more or {})}.items():
-            self.send_header(name, value)
-        if reply.status != 204:
-            self.send_header("Content-Type", reply.content_type)
-            if reply.sending is not Sending.ENDLESS:
-                self.send_header("Content-Length", str(reply.length))
-        if self.close_connection:
-            self.send_header("Connection", "close")
-        self.end_headers()
-        if reply.status != 204:
-            for block in reply.blocks(self.desk.stopping.wait):
-                self.wfile.write(block)
+from tools.mock_exchange import Desk, Exchange
 
 
 class _Server(ThreadingHTTPServer):
@@ -125,9 +18,9 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = False
     request_queue_size = 128
 
-    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+    def __init__(self, address: tuple[str, int], handler: type[Exchange], desk: Desk) -> None:
         self.open: set[socket.socket] = set()
-        super().__init__(address, handler)
+        super().__init__(address, type("DeskHandler", (handler,), {"desk": desk}))
 
     def get_request(self) -> tuple[socket.socket, Any]:
         connection, address = super().get_request()
@@ -149,28 +42,49 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
 
-class Listener:
-    """Serves with a handler; port 0 takes a free one. `stopping` is set while it does not listen."""
+class MockServer:
+    """A context manager, or `start` and `close`.
 
-    def __init__(
-        self, host: str, port: int, handler: type[BaseHTTPRequestHandler], stopping: threading.Event
-    ) -> None:
-        self.address = (host, port)
+    Port 0 takes a free one and keeps it over `stop` and `start`, which play an outage: the ledger stays.
+    """
+
+    api: ClassVar[str]
+    """The path below which the API is."""
+
+    def __init__(self, address: tuple[str, int], handler: type[Exchange], desk: Desk) -> None:
+        self.faults = desk.faults
+        self._address = address
         self._handler = handler
-        self._stopping = stopping
+        self._desk = desk
         self._server: _Server | None = None
         self._thread: threading.Thread | None = None
 
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     @property
     def root(self) -> str:
-        """The address as a URL without a path."""
-        return f"http://{self.address[0]}:{self.address[1]}"
+        """Where the page is, and whatever else is beside the API."""
+        return f"http://{self._address[0]}:{self._address[1]}"
+
+    @property
+    def url(self) -> str:
+        """The API root, what a node has as `coordinator.base_url`."""
+        return self.root + self.api
 
     def start(self) -> None:
-        """Listen; OSError when the port is taken."""
-        self._stopping.clear()
-        self._server = _Server(self.address, self._handler)
-        self.address = (self.address[0], self._server.server_port)
+        """Listen.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        self._desk.stopping.clear()
+        self._server = _Server(self._address, self._handler, self._desk)
+        self._address = (self._address[0], self._server.server_port)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.02,), name="mock-coordinator"
         )
@@ -181,8 +95,54 @@ class Listener:
         server, thread, self._server = self._server, self._thread, None
         if server is None or thread is None:
             return
-        self._stopping.set()
+        self._desk.stopping.set()
         server.shutdown()
         thread.join()
         server.cut()
         server.server_close()
+
+    def close(self) -> None:
+        """Stop for good."""
+        self.stop()
+
+    def fault(self, endpoint: str, kind: str, times: int | None = None) -> None:
+        """Make calls go wrong as `mock_faults` describes; ValueError for what it does not know."""
+        self.faults.add(endpoint, kind, times)
+
+    def clear_faults(self) -> None:
+        """Let everything work again."""
+        self.faults.clear()
+
+    def load(self, folder: Path) -> list[str]:
+        """Queue the job of every file of a directory (*.json, *.yaml, *.yml), by name.
+
+        Raises:
+            ValueError: a file holds no job, with its name.
+        """
+        files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".yaml", ".yml"})
+        return [self._load(_read_job(path)) for path in files]
+
+    def _load(self, job: dict[str, Any]) -> str:
+        """Queue a job as a file has it, and return its id."""
+        raise NotImplementedError
+
+
+def _read_job(path: Path) -> dict[str, Any]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        job = json.loads(text) if path.suffix == ".json" else _yaml(text)
+        json.dumps(job)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"cannot load job {path}: {error}") from error
+    if not isinstance(job, dict):
+        raise ValueError(f"cannot load job {path}: it is not an object")  # noqa: TRY004  a bad value in a file
+    return job
+
+
+def _yaml(text: str) -> object:
+    import yaml  # noqa: PLC0415  so that all but YAML works with the standard library alone
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error

@@ -24,11 +24,12 @@ ENDLESS_BYTES = 1024**3
 class Refusal(Exception):  # noqa: N818  not every refusal is an error: 409 is an answer
     """A call that is answered with an HTTP error status."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
+        self.headers = headers
 
 
 def json_object(text: str | bytes, what: str) -> dict[str, Any]:
@@ -43,6 +44,14 @@ def json_object(text: str | bytes, what: str) -> dict[str, Any]:
         raise Refusal(400, "bad_json", f"cannot read {what}: not JSON: {error}") from error
     if not isinstance(value, dict):
         raise Refusal(400, "bad_json", f"cannot read {what}: {type(value).__name__} is not an object")
+    return value
+
+
+def text_member(source: dict[str, Any], name: str) -> str:
+    """Return a member that must be a string with something in it; Refusal (400) if it is not."""
+    value = source.get(name)
+    if not isinstance(value, str) or not value:
+        raise Refusal(400, "bad_request", f"{name} must be a string that is not empty")
     return value
 
 

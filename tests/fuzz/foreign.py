@@ -99,9 +99,7 @@ def _replies() -> Iterator[Check]:
         (where / "logs").mkdir()
         (where / "logs" / "exec.log").write_bytes(b"log")
         profile = Profile("n", "env:X", "api_key", max_job_kb=4)
-        limits = _Free(
-            where / "calls", dict.fromkeys(("register", "heartbeat", "poll", "result", "fail"), 9)
-        )
+        limits = _Free(where / "calls", dict.fromkeys(("register", "heartbeat", "poll", "result", "fail"), 9))
         there = AitbcCoordinator(http, profile, "c" * 16, ServiceBook(where), limits)
 
         def check(data: bytes) -> None:

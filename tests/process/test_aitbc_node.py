@@ -1,5 +1,6 @@
 """A node at the AITBC coordinator: its quirks, one by one, in whole nodes."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -80,7 +81,8 @@ def test_what_ran_when_the_disk_was_lost_is_taken_up(double: MockAitbc, node_of:
     pid = node.running("j")
     node.stop(signal.SIGKILL)
     for left in node.processes():
-        os.kill(left, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(left, signal.SIGKILL)
     wait_gone([pid, *node.processes()])
     shutil.rmtree(node.jobs)
     shutil.rmtree(node.directory / "state")

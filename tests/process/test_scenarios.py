@@ -1,5 +1,6 @@
 """What every coordinator may expect of a node, whatever its dialect: the same scenarios against each."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -45,7 +46,8 @@ def kill_everything(node: Node) -> None:
     """Kill all that belongs to the node at once, jobs and workers too, as a power cut would."""
     pids = node.processes()
     for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     assert node.process is not None
     node.process.wait(WAIT_S)
     wait_gone(pids)
