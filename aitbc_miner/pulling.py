@@ -44,6 +44,7 @@ class Puller:
         self._lost = lost
         self._pulling = False
         self._at = 0.0
+        self._closed_until = 0.0
         self._empty = 0
         self.idle_since: float | None = None
         """Since when each pull has come back empty; None while there is work."""
@@ -52,10 +53,10 @@ class Puller:
 
     def next_due(self) -> float | None:
         """When to pull next; None as long as nothing may be pulled."""
-        return max(self._at, self._not_before()) if self._may_pull() else None
+        return max(self._at, self._closed_until, self._not_before()) if self._may_pull() else None
 
     def hurry(self) -> None:
-        """Pull now: there may be work."""
+        """Pull now, or when the coordinator lets us: there may be work."""
         self._at = clock.now()
         self._empty = 0
 
@@ -82,12 +83,13 @@ class Puller:
         except ChannelError:
             raise
         except Paced as error:
-            self._at = clock.now() + error.wait_s
+            self._closed_until = clock.now() + error.wait_s
             return
         except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
             wanted = self._bench.failed(error)
             self._bench.warn("pull failed", error)
-            self._at = clock.now() + max(self._backoff.next(), wanted or 0.0)
+            self._at = clock.now() + self._backoff.next()
+            self._closed_until = clock.now() + (wanted or 0.0)
             if isinstance(error, Unreachable):
                 self._lost()
             return

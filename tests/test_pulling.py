@@ -200,3 +200,13 @@ def test_with_too_many_results_waiting_no_more_work_is_begun(desk: Pulling) -> N
     assert desk.puller.next_due() is None
     desk.bench.pending -= 1
     assert desk.puller.next_due() is not None
+
+
+@pytest.mark.parametrize("error", [Busy("busy", 9.0), Paced("slowly", 9.0)], ids=repr)
+def test_nothing_shortens_the_time_for_which_the_coordinator_asks(
+    error: Exception, desk: Pulling, time: Time
+) -> None:
+    desk.coordinator.answers["pull"] = [error]
+    desk.pull()
+    desk.puller.hurry()
+    assert desk.puller.next_due() == time.now + 9.0
