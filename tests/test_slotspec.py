@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -483,6 +483,7 @@ def test_derived_layouts(cpus: int, gpus: int, layout: dict[str, int]) -> None:
     assert {spec.name: len(spec.cpus or ()) for spec in derive_slots(facts)} == layout
 
 
+@settings(deadline=None)
 @given(st.sets(st.integers(0, 300), min_size=1), st.integers(0, 10), st.integers(64 << 20, 1 << 43))
 def test_a_derived_layout_fits_and_reads_back(cpus: set[int], gpus: int, memory: int) -> None:
     ids: list[tuple[str, ...]] = [(str(i), f"GPU-{i}") for i in range(gpus)]
