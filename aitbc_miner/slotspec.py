@@ -20,13 +20,17 @@ from aitbc_miner.util.yamltext import line_of
 
 MIB = 1 << 20
 _RATES = ("rbps", "wbps", "riops", "wiops")
+_BYTES = ("swap_max", "rbps", "wbps", "as", "core", "data", "fsize", "memlock", "msgqueue", "stack")
+"""Those of the rates and limits that are bytes; the others are numbers of things, or seconds."""
+_LEAST_BYTES = 64 << 10
 _RLIMITS = ("as", "core", "cpu", "data", "fsize", "memlock", "msgqueue", "nofile", "nproc", "stack")
 
 
 def _parse_memory(value: object) -> int:
     size = parse_size(value)
     if size < MIB:
-        raise ValueError("must be at least 1M; add a unit, such as 16G")
+        guess = f"did you mean {value}G or {value}M?" if str(value).isdecimal() else "such as 16G"
+        raise ValueError(f"must be at least 1M; add a unit: {guess}")
     return size
 
 
@@ -134,15 +138,26 @@ def read_slots(directory: Path, faults: list[Fault]) -> list[SlotSpec]:
     for path, file in _read_files(directory, faults):
         for index, spec in enumerate(file.slots):
             if spec.name in places:
-                line = line_of(path, ["slots", index, "name"])
                 message = (
                     f"{spec.name!r} is also the name of a slot in {places[spec.name]}; rename one of them"
                 )
-                faults.append(Fault(str(path), line, f"slots[{index}].name", message))
+                faults.append(_at(path, index, ["name"], message))
                 continue
             places[spec.name] = path
+            for steps, message in _without_unit(spec):
+                faults.append(_at(path, index, steps, message))
             specs.append(SlotSpec(**msgspec.structs.asdict(spec)))
     return specs
+
+
+def _without_unit(spec: SlotKeys) -> Iterator[tuple[list[str], str]]:
+    """Yield the way to what was written without its unit, for nobody means so few bytes, and the remedy."""
+    sizes = [(["swap_max"], spec.swap_max or 0)]
+    sizes += [(["rlimits", name], n) for name, n in spec.rlimits.items()]
+    sizes += [(["io_max", path, name], n) for path, rates in spec.io_max.items() for name, n in rates.items()]
+    for steps, size in sizes:
+        if steps[-1] in _BYTES and 0 < size < _LEAST_BYTES:
+            yield steps, f"is {size} bytes; must be 0, or at least 64K: did you mean {size}G or {size}M?"
 
 
 def _read_files(directory: Path, faults: list[Fault]) -> Iterator[tuple[Path, SlotFile]]:
@@ -183,13 +198,20 @@ def check_slots(
 
 
 def _fault(directory: Path | None, slot: str, steps: Sequence[str], message: str) -> Fault:
-    key = steps[0] + "".join(f".{step}" if step.isidentifier() else f"[{step!r}]" for step in steps[1:])
     for path, file in _read_files(directory, []) if directory else ():
         for index, other in enumerate(file.slots):
             if other.name == slot:
-                line = line_of(path, ["slots", index, *steps])
-                return Fault(str(path), line, f"slots[{index}].{key}", message)
-    return Fault(f"slot {slot}", None, key, message)
+                return _at(path, index, steps, message)
+    return Fault(f"slot {slot}", None, _key(steps), message)
+
+
+def _at(path: Path, index: int, steps: Sequence[str], message: str) -> Fault:
+    line = line_of(path, ["slots", index, *steps])
+    return Fault(str(path), line, f"slots[{index}].{_key(steps)}", message)
+
+
+def _key(steps: Sequence[str]) -> str:
+    return steps[0] + "".join(f".{step}" if step.isidentifier() else f"[{step!r}]" for step in steps[1:])
 
 
 def lay_out(

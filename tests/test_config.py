@@ -133,7 +133,7 @@ secret: {}
         f":14: workspace.root: is 'jobs'; {absolute}",
         (
             ":14: workspace.keep_success: is '1y'; "
-            "must be a duration: seconds, or a number with s, m, h, d or w, such as 24h"
+            "must be a duration: a number with its unit (s, m, h, d or w), such as 24h"
         ),
         ":14: workspace.max_log_mb: is 0; must be a whole number of at least 1 and at most 2147483648",
         ":15: queue.backend: is 'postgres'; must be one of sqlite, redis",
@@ -361,6 +361,44 @@ def test_overrides(tmp_path: Path) -> None:
     assert config.heartbeat.backoff.min_s == 1
     assert config.runners.python.task_paths == (Path("/a"), Path("/b"))
     assert config.workspace.keep_failed == 172_800
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("node_id", "12345", "12345"),
+        ("node_id", "NO", "NO"),
+        ("coordinator.region", "NO", "NO"),
+        ("coordinator.region", "1e3", "1e3"),
+        ("coordinator.region", "a: b", "a: b"),
+        ("coordinator.region", "null", None),
+        ("coordinator.base_url", "https://[::1]:8443", "https://[::1]:8443"),
+        ("telemetry.listen", "[::]:9464", "[::]:9464"),
+        ("telemetry.listen", "null", "127.0.0.1:9464"),
+        ("telemetry.textfile", "/x/#1.prom", Path("/x/#1.prom")),
+        ("coordinator.tls_verify", "NO", False),
+        ("coordinator.price", "0.5", 0.5),
+        ("sandbox.mode", "off", "off"),
+        ("workspace.max_job_mb", "null", None),
+        ("workspace.max_job_mb", "", 20_480),
+        ("workspace.keep_success", "0", 0.0),
+        ("logging.level", " ", "info"),
+        ("runners.python.preload", "", ()),
+        ("runners.python.preload", "null", ()),
+    ],
+)
+def test_the_text_of_an_override_is_the_value(tmp_path: Path, key: str, text: str, value: object) -> None:
+    """For a key with one value, whatever YAML would make of it; empty is the default, over the file's too."""
+    file = GOOD + "logging: {level: debug}\nworkspace: {max_job_mb: 7}\n"
+    config: object = good(tmp_path, file, {"AITBC_MINER_" + key.replace(".", "__").upper(): text})
+    for name in key.split("."):
+        config = getattr(config, name)
+    assert config == value
+
+
+def test_an_empty_override_of_a_key_without_a_default(tmp_path: Path) -> None:
+    (fault,) = faults_of(tmp_path, GOOD, {"AITBC_MINER_COORDINATOR__BASE_URL": ""})
+    assert "__BASE_URL: coordinator.base_url: is empty, and this key has no default; must be" in fault
 
 
 def test_faulty_overrides(tmp_path: Path) -> None:

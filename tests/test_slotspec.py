@@ -69,6 +69,17 @@ def test_the_sample_shows_every_key() -> None:
         assert f" {field.name}:" in SAMPLE.read_text()
 
 
+def test_bytes_without_their_unit_are_refused_with_what_was_meant(tmp_path: Path) -> None:
+    limits = "swap_max: 2, rlimits: {fsize: 20480, nofile: 64, core: 0}, io_max: {/: {wbps: 200, wiops: 200}}"
+    (tmp_path / "a.yaml").write_text(f"slots:\n- {{name: a, kind: cpu, {limits}}}\n")
+    faults: list[Fault] = []
+    read_slots(tmp_path, faults)
+    assert [str(fault).removeprefix(f"{tmp_path}/a.yaml:2: slots[0].") for fault in faults] == [
+        f"{key}: is {size} bytes; must be 0, or at least 64K: did you mean {size}G or {size}M?"
+        for key, size in (("swap_max", 2), ("rlimits.fsize", 20480), ("io_max['/'].wbps", 200))
+    ]
+
+
 def test_defaults() -> None:
     specs, faults = one()
     assert faults == []
@@ -101,7 +112,7 @@ def test_defaults() -> None:
             {"cpu_weight": 0},
             "cpu_weight: is 0; must be a whole number of at least 1 and at most 10000 or null",
         ),
-        ({"memory_max": 16}, "memory_max: is 16; must be at least 1M; add a unit, such as 16G"),
+        ({"memory_max": 16}, "memory_max: is 16; must be at least 1M; add a unit: did you mean 16G or 16M?"),
         (
             {"memory_max": "1G", "memory_high": "2G"},
             "memory_high: 2G is above memory_max (1G); it must not be, or the job dies before it is slowed",

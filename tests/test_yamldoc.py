@@ -276,7 +276,7 @@ def test_faulty_overrides_name_the_variable(tmp_path: Path) -> None:
     environ = {
         "AITBC_MINER_NEEDED": "many",
         "AITBC_MINER_NEEDDED": "1",
-        "AITBC_MINER_SECTION__MODE": "{a: ",
+        "AITBC_MINER_SECTION__NAMES": "[a",
         "AITBC_MINER_SECTION__FLAG": "true",
         "AITBC_MINER_": "1",
     }
@@ -287,10 +287,20 @@ def test_faulty_overrides_name_the_variable(tmp_path: Path) -> None:
         str(by_file["AITBC_MINER_NEEDED"]) == "AITBC_MINER_NEEDED: needed: is 'many'; must be a whole number"
     )
     assert by_file["AITBC_MINER_NEEDDED"].message == "unknown variable; did you mean AITBC_MINER_NEEDED?"
-    assert by_file["AITBC_MINER_SECTION__MODE"].line is None
+    assert by_file["AITBC_MINER_SECTION__NAMES"].line is None
     assert str(by_file[str(path)]) == f"{path}:2: section: is a list; must be a mapping of keys to values"
     assert "unknown variable" in by_file["AITBC_MINER_"].message
+    # Whole, and none of it taken for a piece of the value.
+    shown = "is not valid YAML: expected ',' or ']', but got '<stream end>'"
+    assert by_file["AITBC_MINER_SECTION__NAMES"].message == shown
     assert len(faults) == 5
+
+
+def test_a_yaml_error_quotes_no_piece_of_the_file() -> None:
+    assert faults_of("mode: !hunter2!x y") == [":1: is not valid YAML: found undefined tag handle this"]
+    assert faults_of("names: {a, b") == [
+        ":1: is not valid YAML: expected ',' or '}', but got '<stream end>'",
+    ]
 
 
 def test_a_contradiction_with_an_override_names_the_variable(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ _MAX_SIZE = (1 << 63) - 1
 _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,9})?)\s*(s|m|h|d|w)?", re.ASCII)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 _MAX_DURATION = 36_525 * 86_400
+_A_DURATION = "must be a duration: a number with its unit (s, m, h, d or w), such as 24h"
 _PERCENT = re.compile(r"(\d{1,7})\s*%", re.ASCII)
 _CPU_RANGE = re.compile(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", re.ASCII)
 
@@ -42,13 +43,17 @@ def format_size(size: int) -> str:
 
 
 def parse_duration(value: object) -> float:
-    """Return seconds from "24h", "7d", "90s" or a plain number of seconds."""
-    seconds = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if isinstance(value, str) and (match := _DURATION.fullmatch(value.strip())):
-        seconds = float(Fraction(match[1]) * _SECONDS[match[2] or "s"])
+    """Return seconds from "24h", "7d" or "90s"; 0 needs no unit, for it is the same in each."""
+    text = str(value).strip() if type(value) in {int, float, str} else ""
+    match = _DURATION.fullmatch(text)
+    seconds = float(Fraction(match[1]) * _SECONDS[match[2] or "s"]) if match else math.nan
+    if match and seconds and not match[2]:
+        # The larger it is, the likelier it was meant as seconds.
+        guess = f"{text}s" if seconds >= 3600 else f"{text}h or {text}s"
+        raise ValueError(f"{_A_DURATION}; did you mean {guess}?")
     if not 0 <= seconds <= _MAX_DURATION:
-        raise ValueError("must be a duration: seconds, or a number with s, m, h, d or w, such as 24h")
-    return float(seconds)
+        raise ValueError(_A_DURATION)
+    return seconds
 
 
 def format_duration(seconds: float) -> str:

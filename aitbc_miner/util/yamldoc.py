@@ -5,17 +5,16 @@ field may carry `Parse(function)` in `Annotated` where YAML holds another notati
 struct's `__post_init__` may raise `BadField` or `ValueError` to check keys against each other.
 """
 
-import difflib
-import enum
 import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union
+from typing import Annotated, Any, Literal, TypeVar, Union
 
 import msgspec
+from msgspec.structs import FieldInfo
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from aitbc_miner.util.yamltext import (
@@ -24,8 +23,25 @@ from aitbc_miner.util.yamltext import (
     compose,
     construct_scalar,
     empty_mapping,
+    encodes,
     read_text,
+    resolve_scalar,
 )
+from aitbc_miner.util.yamltypes import (
+    Parse,
+    absolute_path,
+    allowed,
+    bare_type,
+    describe,
+    is_struct,
+    limits_of,
+    members_of,
+    nearest,
+    node_kind,
+    parser_of,
+)
+
+__all__ = ["BadField", "Fault", "Parse", "absolute_path", "decode_text", "describe", "read_document"]
 
 T = TypeVar("T")
 
@@ -50,12 +66,6 @@ class Fault(msgspec.Struct, frozen=True):
         text = ": ".join(part for part in (place, self.key, self.message) if part)
         # What is wrong with a file may be what is in it.
         return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-
-
-class Parse(NamedTuple):
-    """Marks a field whose YAML value is read by `function`, which raises ValueError("must be ...")."""
-
-    function: Callable[[object], object]
 
 
 class BadField(ValueError):  # noqa: N818  # says what it names: a field, not a failure of ours
@@ -102,87 +112,6 @@ def _decode(
     return typing.cast("T", result) if len(faults) == before else None
 
 
-def _arguments(type_: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the type itself."""
-    if typing.get_origin(type_) in {Union, types.UnionType}:
-        return typing.get_args(type_)
-    return (type_,)
-
-
-def _bare(type_: Any) -> Any:
-    return typing.get_args(type_)[0] if typing.get_origin(type_) is Annotated else type_
-
-
-def _is_struct(type_: Any) -> bool:
-    return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
-
-
-def _node_kind(type_: Any) -> type[Node]:
-    """Say which kind of YAML node a type is written as."""
-    bare = _bare(type_)
-    if any(isinstance(extra, Parse) for extra in typing.get_args(type_)):
-        return ScalarNode
-    if _is_struct(bare) or typing.get_origin(bare) is dict or bare is dict:
-        return MappingNode
-    if (typing.get_origin(bare) or bare) in {list, tuple, set, frozenset}:
-        return SequenceNode
-    return ScalarNode
-
-
-def _parser(type_: Any) -> Callable[[object], object] | None:
-    own = next((extra.function for extra in typing.get_args(type_) if isinstance(extra, Parse)), None)
-    return absolute_path if own is None and _bare(type_) is Path else own
-
-
-def absolute_path(value: object) -> Path:
-    """Read an absolute path; raises ValueError otherwise."""
-    if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
-        raise ValueError("must be an absolute path, such as /var/lib/aitbc")
-    return Path(value)
-
-
-def describe(type_: Any) -> str:
-    """Say in words what a type allows, to be put after "must be"."""
-    members = [member for member in _arguments(type_) if member is not types.NoneType]
-    if len(members) < len(_arguments(type_)):
-        return " or ".join([*map(describe, members), "null"])
-    if len(members) > 1:
-        return " or ".join(map(describe, members))
-    bare = _bare(type_)
-    if typing.get_origin(bare) is Literal:
-        return _one_of(typing.get_args(bare))
-    if isinstance(bare, type) and issubclass(bare, enum.Enum):
-        return _one_of([member.value for member in bare])
-    if _node_kind(type_) is not ScalarNode:
-        return "a mapping of keys to values" if _node_kind(type_) is MappingNode else "a list"
-    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
-    metas = [extra for extra in typing.get_args(type_) if isinstance(extra, msgspec.Meta)]
-    if described := [meta.description for meta in metas if meta.description]:
-        return described[0]
-    limits = [limit for meta in metas for limit in _limits(meta)]
-    return " ".join([words.get(bare, getattr(bare, "__name__", str(bare))), " and ".join(limits)]).strip()
-
-
-def _one_of(values: typing.Iterable[object]) -> str:
-    options = [str(value) for value in values]
-    return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
-
-
-def _limits(meta: msgspec.Meta) -> Iterator[str]:
-    words = {
-        "ge": "of at least",
-        "gt": "above",
-        "le": "at most",
-        "lt": "below",
-        "min_length": "of length at least",
-        "max_length": "of length at most",
-        "pattern": "that matches",
-    }
-    for name, word in words.items():
-        if (limit := getattr(meta, name)) is not None:
-            yield f"{word} {limit}"
-
-
 class _Walk:
     """One pass over a node tree; `value` returns `_BAD` for whatever it has already reported."""
 
@@ -196,37 +125,37 @@ class _Walk:
         return _BAD
 
     def value(self, node: Node, type_: Any, key: str) -> object:
-        members = _arguments(type_)
+        members = members_of(type_)
         if node.tag == _NULL and types.NoneType in members:
             return None
         if isinstance(node, MappingNode | SequenceNode) and not node.tag.endswith((":map", ":seq")):
             return self.fault(node, key, NO_TAGS)
-        if _bare(type_) is Any and not isinstance(node, ScalarNode):
+        if bare_type(type_) is Any and not isinstance(node, ScalarNode):
             members = (dict[str, Any] if isinstance(node, MappingNode) else list[Any],)
         members = tuple(member for member in members if member is not types.NoneType)
-        if node.tag == _NULL and len(members) == 1 and _is_struct(_bare(members[0])):
+        if node.tag == _NULL and len(members) == 1 and is_struct(bare_type(members[0])):
             # "section:" with all its keys commented out means its defaults.
             node = empty_mapping(node.start_mark)
-        fitting = [member for member in members if _node_kind(member) is type(node)]
+        fitting = [member for member in members if node_kind(member) is type(node)]
         if not fitting:
-            return self.fault(node, key, f"is {_kind(node)}; {_allowed(type_)}")
+            return self.fault(node, key, f"is {_kind(node)}; {allowed(type_)}")
         if not isinstance(node, MappingNode | SequenceNode):
             return self._scalar(node, Union[tuple(fitting)], type_, key)  # noqa: UP007  # built at run time
         chosen = fitting[0]
-        result = self._container(node, _bare(chosen), key)
+        result = self._container(node, bare_type(chosen), key)
         return result if result is _BAD else self._sized(node, chosen, result, key)
 
     def _container(self, node: MappingNode | SequenceNode, bare: Any, key: str) -> object:
         if isinstance(node, SequenceNode):
             return self._list(node, bare, key)
-        return self._struct(node, bare, key) if _is_struct(bare) else self._dict(node, bare, key)
+        return self._struct(node, bare, key) if is_struct(bare) else self._dict(node, bare, key)
 
     def _sized(self, node: Node, type_: Any, value: Any, key: str) -> object:
         for extra in typing.get_args(type_) if typing.get_origin(type_) is Annotated else ():
             if isinstance(extra, msgspec.Meta):
                 low, high = extra.min_length or 0, extra.max_length
                 if len(value) < low or (high is not None and len(value) > high):
-                    limits = " and ".join(_limits(extra))
+                    limits = " and ".join(limits_of(extra))
                     return self.fault(node, key, f"has {len(value)} entries; must be {limits}")
         return value
 
@@ -238,7 +167,7 @@ class _Walk:
         except YamlTextError as error:
             return self.fault(node, key, error.message)
         try:
-            if parse := _parser(type_):
+            if parse := parser_of(type_):
                 return parse(value)
             # NaN passes every range check, because it compares as neither less nor more.
             finite = not isinstance(value, float) or math.isfinite(value)
@@ -277,10 +206,10 @@ class _Walk:
                 values[field.name] = self.value(child, field.type, _join(key, name))
                 places[field.name] = child
             else:
-                self.fault(key_node, _join(key, name), f"unknown key; {_nearest(name, fields)}")
+                self.fault(key_node, _join(key, name), f"unknown key; {nearest(name, fields)}")
         for name, field in fields.items():
             if field.required and field.name not in values:
-                message = f"this key is missing; {_allowed(field.type)}"
+                message = f"this key is missing; {allowed(field.type)}"
                 values[field.name] = self.fault(node, _join(key, name), message)
         if any(value is _BAD for value in values.values()):
             return _BAD
@@ -306,54 +235,74 @@ class _Walk:
     def override(self, root: Node, type_: Any, environ: Mapping[str, str]) -> None:
         """Put the values of AITBC_MINER_<SECTION>__<KEY> into the tree, where `value` then judges them."""
         given = {name: text for name, text in environ.items() if name.startswith(ENV_PREFIX)}
-        known = {ENV_PREFIX + "__".join(path).upper(): path for path in _paths(type_)} if given else {}
+        known = {ENV_PREFIX + "__".join(path).upper(): (path, field) for path, field in _paths(type_)}
         for variable, text in sorted(given.items()):
             if variable not in known:
-                message = f"unknown variable; {_nearest(variable, known)}"
+                message = f"unknown variable; {nearest(variable, known)}"
                 self.faults.append(Fault(variable, None, "", message))
                 continue
+            path, field = known[variable]
             try:
-                node = compose(text, variable)
+                node = _given(text, field, variable)
             except YamlTextError as error:
-                self.faults.append(Fault(variable, None, ".".join(known[variable]), error.message))
+                self.faults.append(Fault(variable, None, ".".join(path), error.message))
+                continue
+            if node is None and field.required:
+                message = f"is empty, and this key has no default; {allowed(field.type)}"
+                self.faults.append(Fault(variable, None, ".".join(path), message))
             else:
-                _graft(root, known[variable], node)
+                _graft(root, path, node)
 
 
-def _paths(type_: Any) -> Iterator[tuple[str, ...]]:
+def _given(text: str, field: FieldInfo, variable: str) -> Node | None:
+    """Read the value of a variable: of a key with one value the text is that. None is the key's default."""
+    members = members_of(field.type)
+    plain = text.strip()
+    if not plain or (plain == "null" and types.NoneType not in members):
+        return None
+    mark = compose("", variable).start_mark
+    if plain == "null":
+        return ScalarNode(_NULL, plain, mark, mark)
+    if any(node_kind(member) is not ScalarNode for member in members):
+        return compose(text, variable)
+    if not encodes(text):
+        raise YamlTextError("is not valid UTF-8")
+    words = any(_is_text(member) for member in members)
+    scalar = ScalarNode(_TEXT, text if words else plain, mark, mark)
+    return scalar if words else resolve_scalar(scalar)
+
+
+def _is_text(type_: Any) -> bool:
+    """Whether a value is taken as it is written, whatever number or truth value it may look like."""
+    bare = bare_type(type_)
+    return bare is str or parser_of(type_) is not None or typing.get_origin(bare) is Literal
+
+
+def _paths(type_: Any) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
     for field in msgspec.structs.fields(type_):
-        bare = _bare(field.type)
-        if _is_struct(bare):
-            yield from ((field.encode_name, *rest) for rest in _paths(bare))
+        bare = bare_type(field.type)
+        if is_struct(bare):
+            yield from (((field.encode_name, *path), leaf) for path, leaf in _paths(bare))
         else:
-            yield (field.encode_name,)
+            yield (field.encode_name,), field
 
 
-def _graft(node: Node, path: tuple[str, ...], value: Node) -> None:
+def _graft(node: Node, path: tuple[str, ...], value: Node | None) -> None:
+    """Put a value into the tree, or None: take what is there away, for the default."""
     for depth, name in enumerate(path):
         if not isinstance(node, MappingNode):
             return  # the walk reports that this section is no mapping
         pairs = node.value
         at = next((i for i, (key, _) in enumerate(pairs) if key.value == name), len(pairs))
         known = pairs[at] if at < len(pairs) else (None, None)
-        key = known[0] or ScalarNode(_TEXT, name, value.start_mark, value.end_mark)
+        mark = node.start_mark if value is None else value.start_mark
+        key = known[0] or ScalarNode(_TEXT, name, mark, mark)
         if depth == len(path) - 1:
-            child = value
-        elif known[1] is None or known[1].tag == _NULL:
-            child = empty_mapping(node.start_mark)
-        else:
-            child = known[1]
-        pairs[at : at + 1] = [(key, child)]
-        node = child
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    options = sorted(known)
-    if near := difflib.get_close_matches(name, options, n=1):
-        return f"did you mean {near[0]}?"
-    if len(options) > 24:
-        return "remove it"
-    return f"must be {_one_of(options)}"
+            pairs[at : at + 1] = [] if value is None else [(key, value)]
+            return
+        if known[1] is None or known[1].tag == _NULL:
+            pairs[at : at + 1] = [(key, empty_mapping(node.start_mark))]
+        node = pairs[at][1]
 
 
 def _join(key: str, name: str) -> str:
@@ -368,15 +317,6 @@ def _kind(node: Node) -> str:
     if isinstance(node, ScalarNode):
         return "a single value"
     return "a mapping" if isinstance(node, MappingNode) else "a list"
-
-
-def _allowed(type_: Any) -> str:
-    if parse := _parser(_arguments(type_)[0]):
-        try:
-            parse(object())  # what none accepts, so that it says what it does accept
-        except ValueError as error:
-            return str(error)
-    return f"must be {describe(type_)}"
 
 
 def _shown(node: Node, key: str) -> str:

@@ -41,12 +41,13 @@ class _Loader(yaml.SafeLoader):
             raise YamlTextError(f"is nested more than {_MAX_DEPTH} levels deep", line)
         node = super().compose_node(parent, index)
         self.depth -= 1
-        if isinstance(node, ScalarNode) and not _encodes(node.value):
+        if isinstance(node, ScalarNode) and not encodes(node.value):
             raise YamlTextError("has half a character (\\ud800 to \\udfff); remove it", line)
         return node
 
 
-def _encodes(text: str) -> bool:
+def encodes(text: str) -> bool:
+    """Whether a text has no half characters, as of bytes that are no UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -135,12 +136,20 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
     if r"'\t'" in (error.problem or ""):
         return "is indented with a tab; use spaces"
     # The parser may quote a piece of the file, which may be a piece of a secret.
-    problem = re.sub(r"'(?!<)[^']{4,}'|'<.*?>'", _unquoted, error.problem or "cannot be read")
+    problem = re.sub(r"'[^']*'|\"[^\"]*\"", _unless_text, error.problem or "cannot be read")
     return f"is not valid YAML: {problem}"
 
 
-def _unquoted(match: re.Match[str]) -> str:
-    return match[0] if match[0].startswith("'<") else "this"
+def _unless_text(match: re.Match[str]) -> str:
+    """Keep what is quoted of the grammar (',' or '<stream end>'); what may be a piece of the file is this."""
+    inside = match[0][1:-1]
+    return match[0] if len(inside) < 4 or re.fullmatch(r"<[a-z -]+>", inside) else "this"
+
+
+def resolve_scalar(node: ScalarNode) -> ScalarNode:
+    """Give a scalar the tag that its text has where it is written without quotes."""
+    tag = yaml.SafeLoader("").resolve(ScalarNode, node.value, (True, False))  # type: ignore[no-untyped-call]
+    return ScalarNode(tag, node.value, node.start_mark, node.end_mark)
 
 
 def construct_scalar(node: Node) -> str | int | float | bool | None:

@@ -1,0 +1,123 @@
+"""What a type allows: as which kind of YAML node it is written, who reads it, and in words."""
+
+import difflib
+import enum
+import types
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Union
+
+import msgspec
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+
+class Parse(NamedTuple):
+    """Marks a field whose YAML value is read by `function`, which raises ValueError("must be ...")."""
+
+    function: Callable[[object], object]
+
+
+def members_of(type_: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type itself."""
+    if typing.get_origin(type_) in {Union, types.UnionType}:
+        return typing.get_args(type_)
+    return (type_,)
+
+
+def bare_type(type_: Any) -> Any:
+    """Return the type without its annotations."""
+    return typing.get_args(type_)[0] if typing.get_origin(type_) is Annotated else type_
+
+
+def is_struct(type_: Any) -> bool:
+    """Whether it is one of our structs."""
+    return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
+
+
+def node_kind(type_: Any) -> type[Node]:
+    """Say which kind of YAML node a type is written as."""
+    bare = bare_type(type_)
+    if any(isinstance(extra, Parse) for extra in typing.get_args(type_)):
+        return ScalarNode
+    if is_struct(bare) or typing.get_origin(bare) is dict or bare is dict:
+        return MappingNode
+    if (typing.get_origin(bare) or bare) in {list, tuple, set, frozenset}:
+        return SequenceNode
+    return ScalarNode
+
+
+def parser_of(type_: Any) -> Callable[[object], object] | None:
+    """Return what reads the value, if it has a notation of its own."""
+    own = next((extra.function for extra in typing.get_args(type_) if isinstance(extra, Parse)), None)
+    return absolute_path if own is None and bare_type(type_) is Path else own
+
+
+def absolute_path(value: object) -> Path:
+    """Read an absolute path; raises ValueError otherwise."""
+    if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
+        raise ValueError("must be an absolute path, such as /var/lib/aitbc")
+    return Path(value)
+
+
+def describe(type_: Any) -> str:
+    """Say in words what a type allows, to be put after "must be"."""
+    members = [member for member in members_of(type_) if member is not types.NoneType]
+    if len(members) < len(members_of(type_)):
+        return " or ".join([*map(describe, members), "null"])
+    if len(members) > 1:
+        return " or ".join(map(describe, members))
+    bare = bare_type(type_)
+    if typing.get_origin(bare) is Literal:
+        return _one_of(typing.get_args(bare))
+    if isinstance(bare, type) and issubclass(bare, enum.Enum):
+        return _one_of([member.value for member in bare])
+    if node_kind(type_) is not ScalarNode:
+        return "a mapping of keys to values" if node_kind(type_) is MappingNode else "a list"
+    words = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+    metas = [extra for extra in typing.get_args(type_) if isinstance(extra, msgspec.Meta)]
+    if described := [meta.description for meta in metas if meta.description]:
+        return described[0]
+    limits = [limit for meta in metas for limit in limits_of(meta)]
+    return " ".join([words.get(bare, getattr(bare, "__name__", str(bare))), " and ".join(limits)]).strip()
+
+
+def _one_of(values: typing.Iterable[object]) -> str:
+    options = [str(value) for value in values]
+    return options[0] if len(options) == 1 else f"one of {', '.join(options)}"
+
+
+def limits_of(meta: msgspec.Meta) -> Iterator[str]:
+    """Yield the limits of a value in words."""
+    words = {
+        "ge": "of at least",
+        "gt": "above",
+        "le": "at most",
+        "lt": "below",
+        "min_length": "of length at least",
+        "max_length": "of length at most",
+        "pattern": "that matches",
+    }
+    for name, word in words.items():
+        if (limit := getattr(meta, name)) is not None:
+            yield f"{word} {limit}"
+
+
+def nearest(name: str, known: typing.Iterable[str]) -> str:
+    """Say what an unknown name was probably meant to be."""
+    options = sorted(known)
+    if near := difflib.get_close_matches(name, options, n=1):
+        return f"did you mean {near[0]}?"
+    if len(options) > 24:
+        return "remove it"
+    return f"must be {_one_of(options)}"
+
+
+def allowed(type_: Any) -> str:
+    """Say what a value must be."""
+    if parse := parser_of(members_of(type_)[0]):
+        try:
+            parse(object())  # what none accepts, so that it says what it does accept
+        except ValueError as error:
+            return str(error)
+    return f"must be {describe(type_)}"
