@@ -99,7 +99,7 @@ def _fork(main: Main, end: "Connection[Any, Any]", keep: Iterable[int]) -> int:
         except BaseException:  # noqa: BLE001  # the child's last act; nothing may return into the supervisor
             traceback.print_exc()
         finally:
-            sys.stderr.flush()
+            # Nothing before it: whatever that raised would unwind through the supervisor's own code.
             os._exit(status)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

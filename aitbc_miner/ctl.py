@@ -54,6 +54,7 @@ from aitbc_miner.errors import (
 from aitbc_miner.historyview import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.jobs import FINAL, State
 from aitbc_miner.util import clock
+from aitbc_miner.util.inherited import begin_command
 
 TIMEOUT_S = 5.0
 POLL_S = 0.25
@@ -73,6 +74,12 @@ class CtlError(MinerError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def start() -> int:
+    """Be the program `aitbc-minerctl`, however it was started."""
+    begin_command()
+    return main()
 
 
 def main() -> int:
@@ -358,4 +365,4 @@ class TextWriter:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

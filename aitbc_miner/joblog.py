@@ -24,6 +24,7 @@ class JobLog:
         self._fd = os.open(LOG_NAME, flags, 0o640, dir_fd=logs_fd)
         try:
             _refuse_shared(os.fstat(self._fd))
+            os.fchmod(self._fd, 0o640)
             if reader is not None:
                 os.fchown(self._fd, -1, reader)
         except OSError:

@@ -18,15 +18,36 @@ from aitbc_miner.privileges import resolve
 from aitbc_miner.probe import capabilities, probe_machine, render_page
 from aitbc_miner.runners.catalogue import Task, list_tasks, params_of, told
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out, read_slots, to_yaml
+from aitbc_miner.util.inherited import begin_command, begin_node
 from aitbc_miner.util.yamldoc import Fault
 
 CONFIG = Path("/etc/aitbc/miner/config.yaml")
 WIDTH = 100
 
 
+def start() -> int:
+    """Be the program `aitbc-miner`, however it was started."""
+    begin_command()
+    arguments = _parser().parse_args()
+    if arguments.verb == "run":
+        try:
+            arguments.config = arguments.config.absolute()
+        except FileNotFoundError:
+            print(
+                f"cannot find {arguments.config}: the current directory is gone; name the whole path",
+                file=sys.stderr,
+            )
+            return EXIT_CONFIG
+        begin_node("from aitbc_miner.main import start; sys.exit(start())")
+    return _obey(arguments)
+
+
 def main() -> int:
     """Run one command and give the exit status."""
-    arguments = _parser().parse_args()
+    return _obey(_parser().parse_args())
+
+
+def _obey(arguments: argparse.Namespace) -> int:
     match arguments.verb:
         case "run":
             return run(arguments.config)
@@ -212,4 +233,4 @@ def _say(label: str, text: str, width: int = WIDTH) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(start())

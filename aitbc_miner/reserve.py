@@ -102,6 +102,7 @@ def fill(root: Path, mib: int) -> None:
             os.mkdir(NAME, 0o750, dir_fd=at)
         with fs.directory(NAME, at=at) as pieces:
             if os.geteuid() == 0:
+                os.fchmod(pieces, 0o750)
                 os.fchown(pieces, owner.st_uid, owner.st_gid)
             there = set(os.listdir(pieces))  # noqa: PTH208  # a descriptor
             wanted = [f"{n:06}" for n in range(number)]

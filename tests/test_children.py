@@ -3,6 +3,7 @@
 import errno
 import os
 import signal
+import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,15 @@ def test_a_fork_that_fails_is_tried_again_later(monkeypatch: pytest.MonkeyPatch)
     kept.child.kill()
     wait_until(lambda: os.waitid(os.P_PID, kept.child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), 10)
     assert kept.died() == "was killed by SIGKILL"
+
+
+def test_a_child_that_can_say_nothing_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_pipe: "Connection[Any, Any]") -> None:
+        raise ValueError("a defect")
+
+    monkeypatch.setattr(sys, "stderr", None)
+    child: Child[FromWorker] = Child("worker", fail, FromWorker)
+    assert child.reap() == "ended with exit status 1"
 
 
 def test_a_child_ended_by_a_signal_without_a_name_is_told_by_number() -> None:

@@ -38,8 +38,10 @@ def directory(path: Path | str, *, at: int | None = None) -> Iterator[int]:
 
 
 def make_file(dir_fd: int, name: str, mode: int) -> int:
-    """Make a file, which must not be there, and give it open for writing."""
-    return os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+    """Make a file, which must not be there, and give it open for writing; no umask changes its mode."""
+    fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=dir_fd)
+    os.fchmod(fd, mode)
+    return fd
 
 
 def write_durably(
