@@ -59,6 +59,8 @@ from aitbc_miner.util.log import events
 log = events("heartbeat")
 
 UNSETTLED = frozenset({SlotState.STOPPED, SlotState.STARTING})
+SILENT_BEATS = 3
+"""For so many intervals at most a coordinator may ask to hear nothing of us."""
 
 
 class Timing(Struct, frozen=True):
@@ -215,17 +217,18 @@ class HeartbeatProcess:
 
     def _beat(self) -> None:
         """Send a heartbeat, registering before if need be, and settle when the next one is due."""
-        longest_s = self._config.heartbeat.backoff.max_s
+        pause = self._config.heartbeat
         error: MinerError | None = None
         try:
             self._try_beat()
         except RegistrationError as caught:
             error = caught
-            self._schedule.failed(clock.now(), longest_s)
+            self._schedule.failed(clock.now(), pause.backoff.max_s)
         except CoordinatorError as caught:
             error = caught
-            asked_s = _asked(caught)
-            self._schedule.failed(clock.now(), asked_s or 0.0)
+            # Who is silent for long is taken for dead, whatever was asked. It is asked in whole seconds.
+            longest_s = max(SILENT_BEATS * pause.interval_s, 2.0)
+            self._schedule.failed(clock.now(), min(_asked(caught), longest_s))
         else:
             now = clock.now()
             self._schedule.succeeded(now)
@@ -314,15 +317,15 @@ class HeartbeatProcess:
             log.info("coordinator-well")
 
 
-def _asked(error: CoordinatorError) -> float | None:
+def _asked(error: CoordinatorError) -> float:
     """Say how long to wait at least, where somebody has said so."""
     match error:
         case Busy():
-            return error.retry_after
+            return error.retry_after or 0.0
         case Paced():
             return error.wait_s
         case _:
-            return None
+            return 0.0
 
 
 def run_heartbeat(

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from aitbc_miner.coordinator import Refused, Unreachable
+from aitbc_miner.coordinator import CoordinatorError, Refused, Unreachable
 from aitbc_miner.errors import MinerError
 from aitbc_miner.messages import SlotView
 from aitbc_miner.probe import SlotCapability
@@ -47,7 +47,7 @@ def slot_report(snapshot: Snapshot, view: SlotView) -> dict[str, Any]:
 def remedy_for(error: MinerError, source: str) -> str:
     """Say what the operator can do; `source` is where the credential comes from."""
     match error:
-        case RegistrationError(__cause__=Refused(status=404)):
+        case CoordinatorError(status=404) | RegistrationError(__cause__=Refused(status=404)):
             return "check coordinator.base_url: nothing there takes registrations; mind its path"
         case RegistrationError(__cause__=Refused()):
             return "compare coordinator.base_url with what the coordinator's operator gave you, and ask them"

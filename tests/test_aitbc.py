@@ -411,7 +411,9 @@ def test_what_was_refused_for_now_did_not_count(
     assert len(wire.calls) == 3, "nobody was asked for the job's state"
 
 
-@pytest.mark.parametrize(("status", "asks"), [(500, True), (502, True), (401, False), (503, False)])
+@pytest.mark.parametrize(
+    ("status", "asks"), [(500, True), (502, True), (401, False), (503, True), (400, True)]
+)
 def test_after_an_error_of_the_server_nobody_knows(
     status: int, asks: bool, wire: responses.RequestsMock, there: AitbcCoordinator, root: Path
 ) -> None:
@@ -427,7 +429,7 @@ def test_after_an_error_of_the_server_nobody_knows(
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
-        ({"detail": "job not found"}, Gone),
+        ({"detail": "job not found"}, Refused),
         ({"detail": "Not Found"}, CoordinatorError),
         ("<html>", CoordinatorError),
         ("{}", CoordinatorError),
@@ -439,7 +441,7 @@ def test_only_the_coordinator_can_say_that_a_job_is_unknown(
     say(wire, RESULT, body, 404)
     with pytest.raises(kind) as error:
         there.result(JOB, DONE, root, "key")
-    assert isinstance(error.value, Gone) == (kind is Gone)
+    assert type(error.value) is kind
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b'"ok"'])

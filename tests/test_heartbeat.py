@@ -274,6 +274,16 @@ def test_a_wish_to_wait_is_obeyed(coordinator: FakeCoordinator, tmp_path: Path) 
         node.view(reachable=True, registered=True, error=None)
 
 
+def test_a_wish_to_wait_for_an_hour_silences_no_heartbeat(
+    coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
+    coordinator.beating = [(200, {}, "{}"), (503, {"Retry-After": "3600"}, "{}")]
+    with make_node(tmp_path) as node:
+        node.supervisor.send(slots())
+        coordinator.wait("heartbeat", 4)
+        node.view(reachable=True, registered=True, error=None)
+
+
 @pytest.mark.parametrize(
     ("answer", "reachable"),
     [

@@ -18,9 +18,16 @@ from aitbc_miner.serviceresult import FileChanged
 
 
 class CoordinatorError(MinerError):
-    """A call failed. "cannot pull a job: cause"; worth another try later unless `retryable` is false."""
+    """A call failed. "cannot pull a job: cause"; worth another try later unless `retryable` is false.
+
+    `status` is the HTTP status that says so, where it is one.
+    """
 
     retryable = True
+
+    def __init__(self, message: str, status: int = 0) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Unreachable(CoordinatorError):
@@ -36,10 +43,13 @@ class UnknownNode(CoordinatorError):
 
 
 class Busy(CoordinatorError):
-    """The coordinator asks for patience: `retry_after` seconds, at most an hour; None if it did not say."""
+    """The coordinator asks for patience: `retry_after` seconds, as far as it may; None if it did not say.
 
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
+    It does so with HTTP `status` 429 or 503.
+    """
+
+    def __init__(self, message: str, retry_after: float | None = None, status: int = 503) -> None:
+        super().__init__(message, status)
         self.retry_after = retry_after
 
 
@@ -54,13 +64,9 @@ class Paced(CoordinatorError):
 class _Final(CoordinatorError):
     retryable = False
 
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
-
 
 class Refused(_Final):
-    """The coordinator will not take this request, now or later: HTTP `status` 4xx."""
+    """The coordinator itself says that it will not take this: HTTP `status` 4xx. Final if it goes on so."""
 
 
 class Gone(_Final):
@@ -179,7 +185,7 @@ class Coordinator(Protocol):
     def ack(self, job_id: str, holder: str | None = None) -> None:
         """Accept a pulled job, or one that another node of our fleet, the `holder`, could not finish.
 
-        Gone: it is no longer ours and must not be run.
+        Gone: it is no longer ours and must not be run. Refused: it is not had now.
         """
         ...
 

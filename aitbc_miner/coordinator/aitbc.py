@@ -23,16 +23,17 @@ from aitbc_miner.coordinator import (
     CoordinatorError,
     Gone,
     Heartbeat,
+    Paced,
     PulledJob,
     PullFilters,
+    Refused,
     Standing,
     Told,
     Unauthorized,
-    UnknownNode,
-    Unreachable,
 )
 from aitbc_miner.coordinator import aitbc_wire as wire
-from aitbc_miner.coordinator.http import HttpClient, Reply, check, clean, decode
+from aitbc_miner.coordinator.answers import AITBC, check, confirm, decode
+from aitbc_miner.coordinator.http import HttpClient, Reply, clean
 from aitbc_miner.coordinator.idleness import Known, why_idle
 from aitbc_miner.coordinator.limits import Limits
 from aitbc_miner.errors import ErrorCode, MinerError
@@ -121,7 +122,7 @@ class AitbcCoordinator:
         reply = self._call("register", "/miners/register", payload, doing)
         if reply.status == 403:
             raise Unauthorized(f"cannot {doing}: {self._why_denied(reply)}")
-        self._accepted(reply, doing)
+        self._answer("register", reply, doing)
         return self._credential
 
     def leave(self) -> None:
@@ -129,7 +130,7 @@ class AitbcCoordinator:
         doing = "sign this node off"
         reply = self._call("leave", f"/miners/{_segment(self._miner_id)}", None, doing, method="DELETE")
         if reply.status != 404:
-            self._accepted(reply, doing)
+            self._answer("leave", reply, doing)
 
     def heartbeat(self, report: Heartbeat) -> None:
         """POST /miners/heartbeat: the jobs under way that it names replace what was counted there."""
@@ -137,9 +138,7 @@ class AitbcCoordinator:
         reply = self._call(
             "heartbeat", "/miners/heartbeat", wire.heartbeat(report, platform.machine()), doing
         )
-        if reply.status == 404:
-            raise UnknownNode(f"cannot {doing}: the coordinator does not know miner {self._miner_id}")
-        self._accepted(reply, doing)
+        self._answer("heartbeat", reply, doing)
 
     def why_idle(self, standing: Standing) -> list[str]:
         """Name what is known to keep jobs from a node here."""
@@ -160,11 +159,9 @@ class AitbcCoordinator:
             self._arrived.wait_for(lambda: not self._on_their_way, REPORTS_S)
         most = self._bound + ENVELOPE
         reply = self._call("poll", "/miners/poll", {"max_wait_seconds": 0}, doing, most=most)
+        self._check("poll", reply, doing)
         if reply.status == 204:
             return None
-        if reply.status == 500:
-            raise UnknownNode(f"cannot {doing}: the coordinator answered 500, as it does to strangers")
-        self._checked(reply, doing)
         job = wire.pulled_job(reply, most, self._manifest, doing)
         if job.manifest is not None:
             self._fresh.add(job.manifest.job_id)
@@ -206,7 +203,7 @@ class AitbcCoordinator:
             return Told()
         made = result_object(_manifest_in(root), outcome, root)
         send = partial(self._call, "result", f"/miners/{job_id}/result", wire.result(made, outcome), doing)
-        reply = self._report(job_id, doing, lambda: send(most=MAX_REPLY_TO_RESULT))
+        reply = self._report("result", job_id, doing, lambda: send(most=MAX_REPLY_TO_RESULT))
         return Told(self._receipt(reply, job_id))
 
     def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:  # noqa: ARG002
@@ -217,23 +214,19 @@ class AitbcCoordinator:
         if again and self._settled(job_id, doing, "FAILED"):
             return Told(beat=True)
         send = partial(self._call, "fail", f"/miners/{_segment(job_id)}/fail", wire.failure(outcome), doing)
-        self._report(job_id, doing, send)
+        self._report("fail", job_id, doing, send)
         return Told(beat=True)
 
-    def _report(self, job_id: str, doing: str, send: Callable[[], Reply]) -> Reply:
+    def _report(self, call: str, job_id: str, doing: str, send: Callable[[], Reply]) -> Reply:
         """Send a report, and note whether it is certain that it did not count."""
         with self._arrived:
             self._on_their_way += 1
         self._unheard.discard(job_id)
         try:
             reply = send()
-            if reply.status == 404:
-                self._gone(reply, doing)
-            self._accepted(reply, doing)
-        except Unreachable:
-            raise
+            self._answer(call, reply, doing)
         except CoordinatorError as error:
-            if not _is_server_error(error):
+            if _was_not_heard(error):
                 self._unheard.add(job_id)
             raise
         finally:
@@ -245,15 +238,6 @@ class AitbcCoordinator:
     def _settled(self, job_id: str, doing: str, state: str) -> bool:
         """Whether a report whose answer was lost has counted all the same."""
         return job_id not in self._unheard and self._state_of(job_id, doing) == state
-
-    def _gone(self, reply: Reply, doing: str) -> None:
-        """Take a 404 for what it says of the job, if it is the coordinator that says it."""
-        body = decode(reply, doing)
-        said = body.get("detail") if isinstance(body, dict) else None
-        if not isinstance(said, str) or said == "Not Found":
-            # Of a proxy, or of a path that is not there; taking its word would lose a result.
-            raise CoordinatorError(f"cannot {doing}: something answered 404 that is not about the job")
-        raise Gone(f"cannot {doing}: the coordinator does not know the job ({clean(said, 100)})", 404)
 
     def _receipt(self, reply: Reply, job_id: str) -> Receipt | None:
         try:
@@ -291,7 +275,7 @@ class AitbcCoordinator:
         for _ in range(MAX_PAGES):
             query = {"job_status": state, "limit": str(size), "offset": str(at)}
             reply = self._call("jobs", path, None, doing, query=query, most=MAX_LIST)
-            self._checked(reply, doing)
+            self._check("jobs", reply, doing)
             if not reply.complete and size > 1:
                 size = max(1, size // 10)
                 continue
@@ -325,22 +309,21 @@ class AitbcCoordinator:
                 f"cannot {doing}: the coordinator takes no more such calls from this address this minute;"
                 " it is tried again; if several nodes share the address, set coordinator.share on each",
                 pause_s,
+                429,
             )
         self._limits.answered(endpoint)
         return reply
 
-    def _accepted(self, reply: Reply, doing: str) -> None:
+    def _answer(self, call: str, reply: Reply, doing: str) -> None:
         """Raise unless this is the coordinator's yes. A page that answers all with 200 is none."""
-        self._checked(reply, doing)
-        if not reply.complete:
-            return  # a receipt beyond all bounds; a yes it is
-        if not isinstance(decode(reply, doing), dict):
-            raise Unreachable(f"cannot {doing}: garbage reply: no JSON object")
+        self._check(call, reply, doing)
+        # A receipt beyond all bounds cuts off what comes behind the yes.
+        confirm(AITBC.calls[call], decode(reply, doing) if reply.complete else wire.head(reply), doing)
 
-    def _checked(self, reply: Reply, doing: str) -> None:
+    def _check(self, call: str, reply: Reply, doing: str) -> None:
         if reply.status == 401:
             raise Unauthorized(f"cannot {doing}: {self._why_denied(reply)}")
-        check(reply, doing, self._profile.source)
+        check(reply, AITBC.calls[call], AITBC, doing, self._profile.source)
 
     def _why_denied(self, reply: Reply) -> str:
         """Say which fault of the credential it is, as far as that can be told."""
@@ -362,8 +345,12 @@ class AitbcCoordinator:
         return f"the coordinator does not accept {used}: {wire.doubt_about(claims)}"
 
 
-def _is_server_error(error: CoordinatorError) -> bool:
-    return type(error) is CoordinatorError
+def _was_not_heard(error: CoordinatorError) -> bool:
+    """Whether it is certain that a report has not counted: it was not sent, or not even looked at."""
+    match error:
+        case Busy(status=429) | Refused(status=422) | Paced() | Unauthorized():
+            return True
+    return False
 
 
 def _segment(text: str) -> str:

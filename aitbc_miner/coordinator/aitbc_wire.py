@@ -13,6 +13,7 @@ import msgspec
 from msgspec import Struct
 
 from aitbc_miner.coordinator import Assignment, Heartbeat, PulledJob, Unreachable
+from aitbc_miner.coordinator.answers import AITBC, confirm
 from aitbc_miner.coordinator.brokenjson import find_text
 from aitbc_miner.coordinator.http import Reply, clean
 from aitbc_miner.jobs import ManifestError, Outcome, decode_manifest
@@ -114,6 +115,7 @@ class _State(Struct):
 class _Page(Struct):
     # Each for itself: one that cannot be read must not hide the others.
     jobs: list[msgspec.Raw]
+    error: Any = None
 
 
 def pulled_job(reply: Reply, bound: int, to_manifest: ToManifest, doing: str) -> PulledJob:
@@ -170,7 +172,10 @@ def states(reply: Reply, doing: str) -> list[tuple[str, str]]:
 
 def _page(reply: Reply, doing: str) -> list[bytes]:
     try:
-        return [bytes(raw) for raw in msgspec.json.decode(reply.body, type=_Page).jobs]
+        page = msgspec.json.decode(reply.body, type=_Page)
+        # Whatever is wrong with its database, it says so with 200 and an empty list.
+        confirm(AITBC.calls["jobs"], {"jobs": page.jobs, "error": page.error}, doing)
+        return [bytes(raw) for raw in page.jobs]
     except _UNREADABLE as error:
         raise Unreachable(f"cannot {doing}: garbage reply: {clean(str(error), 100)}") from error
 
@@ -241,6 +246,11 @@ def metrics(outcome: Outcome) -> dict[str, Any]:
         "peak_memory_bytes": usage.peak_memory_bytes,
         "versions": outcome.versions,
     }
+
+
+def head(reply: Reply) -> dict[str, str | None]:
+    """Give what a reply that is cut off says before its receipt."""
+    return {"status": find_text(reply.body, ("status",))}
 
 
 def receipt_in(reply: Reply) -> object:

@@ -17,18 +17,17 @@ from requests_toolbelt import MultipartEncoder
 from aitbc_miner.coordinator import (
     ArtifactChanged,
     Assignments,
-    CoordinatorError,
     Heartbeat,
     PulledJob,
     PullFilters,
     Standing,
     Told,
     Unauthorized,
-    UnknownNode,
     Unreachable,
 )
+from aitbc_miner.coordinator.answers import BOOTSTRAP, answer, check, confirm
 from aitbc_miner.coordinator.brokenjson import find_text
-from aitbc_miner.coordinator.http import HttpClient, Reply, check, clean, decode
+from aitbc_miner.coordinator.http import HttpClient, Reply, clean
 from aitbc_miner.errors import MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
 from aitbc_miner.util import fs
@@ -36,8 +35,7 @@ from aitbc_miner.util.nesting import too_deep
 
 ENVELOPE = 4096  # room around the manifest in the reply to a pull
 LOG = "logs/exec.log"
-# A 404 is among them only when the coordinator itself says it: see `_accepted`.
-FINAL_THERE = frozenset({409, 410})
+NODE_TOKEN = "the node token"  # noqa: S105  # what it is called
 
 _MEDIA_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(; ?[\w.+-]+=[\w.+-]+)*", re.ASCII)
 
@@ -71,14 +69,13 @@ class BootstrapCoordinator:
         except MinerError as error:
             raise Unauthorized(f"cannot {doing}: {used}: {error}; see coordinator.auth_token") from None
         reply = self._http.call("POST", "/nodes/register", capabilities, doing=doing, headers=bearer)
-        check(reply, doing, f"{used}, coordinator.auth_token", denied=frozenset({401, 403}))
-        body = decode(reply, doing)
-        token = body.get("node_token") if isinstance(body, dict) else None
+        body = self._answer("register", reply, doing, f"{used}, coordinator.auth_token")
+        token = str(body["node_token"])
         try:
-            self._http.set_token(token if isinstance(token, str) else "")
+            self._http.set_token(token)
         except MinerError as error:
             raise Unreachable(f"cannot {doing}: garbage reply: no usable node_token in it") from error
-        return str(token)
+        return token
 
     def leave(self) -> None:
         """Say nothing: who sends no heartbeats is gone."""
@@ -98,9 +95,7 @@ class BootstrapCoordinator:
             name: getattr(report, name) for name in ("node_id", "load", "free_mb", "gpu_free", "slots")
         }
         reply = self._http.call("POST", "/nodes/heartbeat", payload, doing=doing)
-        if reply.status == 404:
-            raise UnknownNode(f"cannot {doing}: the coordinator does not know node {report.node_id}")
-        self._accepted(reply, doing)
+        self._answer("heartbeat", reply, doing)
 
     def pull(self, filters: PullFilters) -> PulledJob | None:
         """POST /jobs/pull."""
@@ -112,7 +107,7 @@ class BootstrapCoordinator:
             doing=doing,
             max_bytes=self._max_manifest + ENVELOPE,
         )
-        check(reply, doing, "the node token")
+        check(reply, BOOTSTRAP.calls["pull"], BOOTSTRAP, doing, NODE_TOKEN)
         return None if reply.status == 204 else _read_job(reply, self._max_manifest, doing)
 
     def ack(self, job_id: str, holder: str | None = None) -> None:
@@ -121,15 +116,14 @@ class BootstrapCoordinator:
         ids = {"job_id": job_id, "node_id": self._node_id} | ({"from": holder} if holder else {})
         key = _key(f"ack:{self._node_id}:{job_id}")
         reply = self._http.call("POST", "/jobs/ack", ids, doing=doing, params=ids, headers=key)
-        self._accepted(reply, doing, FINAL_THERE)
+        self._answer("ack", reply, doing)
 
     def progress(self, job_id: str, pct: float, note: str) -> bool:
         """POST /jobs/progress. No Idempotency-Key: a remembered reply would hide a later wish to cancel."""
         doing = f"report the progress of job {clean(job_id, 128)}"
         payload = {"job_id": job_id, "pct": pct, "note": note}
         reply = self._http.call("POST", "/jobs/progress", payload, doing=doing)
-        body = self._accepted(reply, doing, FINAL_THERE)
-        return isinstance(body, dict) and body.get("cancel") is True
+        return self._answer("progress", reply, doing).get("cancel") is True
 
     def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:  # noqa: ARG002  # its key tells it
         """POST /jobs/result: ids and metadata, then the artifacts, streamed; the log is always one."""
@@ -152,7 +146,7 @@ class BootstrapCoordinator:
         finally:
             for _, (_, file, _) in files:
                 file.close()
-        self._accepted(reply, doing, FINAL_THERE)
+        self._answer("result", reply, doing)
         return Told()
 
     def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:  # noqa: ARG002
@@ -167,28 +161,11 @@ class BootstrapCoordinator:
             "metrics": {**_measured(outcome), "log_tail": _text(outcome.log.tail[-4096:])},
         }
         reply = self._http.call("POST", "/jobs/fail", payload, doing=doing, headers=_key(key))
-        self._accepted(reply, doing, FINAL_THERE)
+        self._answer("fail", reply, doing)
         return Told()
 
-    def _accepted(self, reply: Reply, doing: str, gone: frozenset[int] = frozenset()) -> Any:
-        if gone and reply.status == 404:
-            # A proxy that has lost the coordinator answers 404, too; taking its word would lose a result.
-            if not _is_own_error(reply):
-                raise CoordinatorError(f"cannot {doing}: something answered 404 that is not the coordinator")
-            gone |= {404}
-        # A body that is neither empty nor JSON comes from something in between, such as a login page that
-        # answers everything with 200. Taking it for a yes would lose a result.
-        check(reply, doing, "the node token", gone=gone)
-        return decode(reply, doing)
-
-
-def _is_own_error(reply: Reply) -> bool:
-    """Whether the body is an error as this dialect writes it: a JSON object with a member `error`."""
-    try:
-        body = msgspec.json.decode(reply.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return False
-    return isinstance(body, dict) and "error" in body
+    def _answer(self, call: str, reply: Reply, doing: str, credential: str = NODE_TOKEN) -> dict[str, Any]:
+        return answer(reply, BOOTSTRAP.calls[call], BOOTSTRAP, doing, credential)
 
 
 def _key(key: str) -> dict[str, str]:
@@ -239,13 +216,16 @@ def _metadata(outcome: Outcome) -> dict[str, Any]:
 
 class _PullReply(Struct):
     job: Raw = Raw(b"")
+    error: Any = None
 
 
 def _read_job(reply: Reply, bound: int, doing: str) -> PulledJob | None:
     """Read the reply to a pull: a bad job fails if it can be named, else the pull does."""
     try:
-        raw = bytes(msgspec.json.decode(reply.body, type=_PullReply).job) if reply.complete else b""
+        said = msgspec.json.decode(reply.body, type=_PullReply) if reply.complete else _PullReply()
+        raw = bytes(said.job)
         if raw == b"null":
+            confirm(BOOTSTRAP.calls["pull"], {"error": said.error}, doing)
             return None
         if not reply.complete or len(raw) > bound:
             return _unreadable(reply, f"it is larger than {bound // 1024} KiB", doing)

@@ -27,7 +27,7 @@ from requests_toolbelt import MultipartEncoder
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
+from aitbc_miner.coordinator import Unreachable
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util.clock import now
 
@@ -316,58 +316,3 @@ def _seconds(date: str) -> float | None:
         return parsedate_to_datetime(date).timestamp()
     except (ValueError, OverflowError):
         return None
-
-
-def decode(reply: Reply, doing: str) -> Any:
-    """Decode a JSON body; None if it is empty. Raises Unreachable for garbage."""
-    if not reply.complete:
-        raise Unreachable(f"cannot {doing}: garbage reply: larger than {len(reply.body) // 1024} KiB")
-    try:
-        return msgspec.json.decode(reply.body) if reply.body else None
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise Unreachable(f"cannot {doing}: garbage reply: {clean(str(error), 100)}") from error
-
-
-def check(
-    reply: Reply,
-    doing: str,
-    credential: str,
-    *,
-    gone: frozenset[int] = frozenset(),
-    denied: frozenset[int] = frozenset({401}),
-) -> None:
-    """Raise what the status means; 2xx passes.
-
-    `credential` says which one was used; `gone` and `denied` are the statuses for Gone and Unauthorized.
-    """
-    status, said = reply.status, _said(reply)
-    if 200 <= status < 300:
-        return
-    if 300 <= status < 400:
-        raise Unreachable(
-            f"cannot {doing}: the coordinator answered {status}, a redirect to"
-            f" {clean(reply.location.partition('?')[0], 120) or 'nowhere'}, which is not followed;"
-            " set coordinator.base_url to the final address"
-        )
-    if status in gone:
-        raise Gone(f"cannot {doing}: the job is not ours any more ({said})", status)
-    if status in denied:
-        raise Unauthorized(f"cannot {doing}: the coordinator does not accept {credential} ({said})")
-    if status in {429, 503}:
-        wait = "" if reply.retry_after is None else f"; it asks to wait {reply.retry_after:.0f} s"
-        raise Busy(f"cannot {doing}: the coordinator is busy ({said}){wait}", reply.retry_after)
-    # What answers 403 is as often a filter on the way, or a credential that has just expired.
-    if status in {403, 408, 425} or not 400 <= status < 500:
-        raise CoordinatorError(f"cannot {doing}: the coordinator answered {said}")
-    raise Refused(f"cannot {doing}: the coordinator refuses it ({said})", status)
-
-
-def _said(reply: Reply) -> str:
-    """Return the status and, shortened, what an error body says in `error.message` or in `detail`."""
-    try:
-        body = msgspec.json.decode(reply.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return str(reply.status)
-    error = body.get("error", body.get("detail")) if isinstance(body, dict) else None
-    message = error.get("message") if isinstance(error, dict) else error
-    return f"{reply.status}: {clean(message, 200)}" if isinstance(message, str) else str(reply.status)

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from hypothesis import strategies as st
 
 from aitbc_miner.coordinator import CoordinatorError
-from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, decode
-from aitbc_miner.coordinator.http import check as judge
+from aitbc_miner.coordinator.answers import AITBC, BOOTSTRAP, answer
+from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient
 from aitbc_miner.errors import JobError
 from aitbc_miner.inputs import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Inputs, Manifest
@@ -70,12 +70,12 @@ def _coordinator() -> Iterator[Check]:
 
         def check(data: bytes) -> None:
             server.answer = data
+            dialect = AITBC if len(data) % 2 else BOOTSTRAP
             with only(CoordinatorError, size=100_000 + len(data)):
                 reply = http.call("POST", "/x", {}, doing="ask")
                 assert len(reply.body) <= MAX_REPLY
                 assert reply.retry_after is None or 0 <= reply.retry_after <= 3600
-                judge(reply, "ask", "the token")
-                decode(reply, "ask")
+                answer(reply, dialect.calls["result"], dialect, "ask", "the token")
 
         try:
             yield check
