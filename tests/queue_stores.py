@@ -16,6 +16,7 @@ from aitbc_miner.queue import Claim, Kind, RetryQueue, Task
 from aitbc_miner.queue_redis import RedisQueue
 from aitbc_miner.queue_sqlite import SqliteQueue
 
+BACKENDS = ["sqlite", pytest.param("redis", marks=pytest.mark.needs("redis-server"))]
 RUN, REPORT = Kind.RUN, Kind.REPORT
 LEASE_S = 60.0
 DEAD_MAX = 20
@@ -78,10 +79,11 @@ class RedisStore:
 
 
 @contextmanager
-def open_store(kind: str, directory: Path, server: RedisServer) -> Iterator[SqliteStore | RedisStore]:
-    """Make an empty store, "sqlite" or "redis", and close all its queues at the end."""
+def open_store(kind: str, directory: Path, server: RedisServer | None) -> Iterator[SqliteStore | RedisStore]:
+    """Make an empty store, one of BACKENDS, and close all its queues at the end."""
     with ExitStack() as stack:
         if kind == "redis":
+            assert server is not None
             yield RedisStore(server, stack)
         else:
             yield SqliteStore(directory / f"queue{next(_numbers)}.db", stack)

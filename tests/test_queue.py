@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
-from queue_stores import DEAD_MAX, LEASE_S, REPORT, RUN, Store, claimed, open_store, report, run, together
+from queue_stores import (
+    BACKENDS,
+    DEAD_MAX,
+    LEASE_S,
+    REPORT,
+    RUN,
+    Store,
+    claimed,
+    open_store,
+    report,
+    run,
+    together,
+)
 from redis_server import RedisServer, redis_server
 
 from aitbc_miner.database import Database
@@ -20,8 +32,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
         yield running
 
 
-@pytest.fixture(params=["sqlite", "redis"])
-def store(request: pytest.FixtureRequest, server: RedisServer, tmp_path: Path) -> Iterator[Store]:
+@pytest.fixture(params=BACKENDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    server = request.getfixturevalue("server") if request.param == "redis" else None
     with open_store(request.param, tmp_path, server) as opened:
         yield opened
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 from msgspec import Struct
 from msgspec.structs import replace
-from queue_stores import open_store
+from queue_stores import BACKENDS, open_store
 from redis_server import RedisServer, redis_server
 
 from aitbc_miner.queue import Kind, RetryQueue, Task
@@ -226,8 +226,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
         yield running
 
 
-@pytest.mark.parametrize("kind", ["sqlite", "redis"])
-def test_any_history(kind: str, server: RedisServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_any_history(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    server = request.getfixturevalue("server") if kind == "redis" else None
+
     def open_queues(stack: ExitStack) -> tuple[list[RetryQueue], Callable[[float], None]]:
         store = stack.enter_context(open_store(kind, tmp_path, server))
         return [store.queue(), store.queue()], store.advance

@@ -15,6 +15,8 @@ from redis_server import RedisServer, redis_server
 from aitbc_miner.queue import QueueError
 from aitbc_miner.queue_redis import RedisQueue
 
+pytestmark = pytest.mark.needs("redis-server")
+
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
@@ -201,7 +203,7 @@ def test_redis_refuses_a_bad_address_without_quoting_it(url: str) -> None:
 
 def test_redis_that_is_not_there_is_named_by_its_address() -> None:
     queue = RedisQueue("redis://127.0.0.1:1/0", "my-word", "gone")
-    with pytest.raises(QueueError, match=r"cannot write the queue at 127\.0\.0\.1:1: .*refused") as caught:
+    with pytest.raises(QueueError, match=r"cannot write the queue at 127\.0\.0\.1:1: ") as caught:
         queue.put(run(), 0)
     assert "my-word" not in "".join(traceback.format_exception(caught.value))
     queue.close()

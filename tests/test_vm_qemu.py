@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tools import vm_cache, vm_qemu
+from tools import debian, vm_qemu
 from tools.local_node import wait_until
 from tools.vm_cache import LabError
 
@@ -136,7 +136,7 @@ exec 3>"$output" 4>"$power"
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Stand in for QEMU; the file given says what it does once it runs."""
-    monkeypatch.setattr(vm_qemu, "SEARCH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(debian, "SEARCH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("FAKE_PID", str(tmp_path / "pid"))
     monkeypatch.setattr(vm_qemu, "STOPPING_S", 0.1)
     monkeypatch.setattr(vm_qemu, "ENDING_S", 0.1)
@@ -204,7 +204,7 @@ def test_time_runs_out_over_all_boots(fake: Path) -> None:
 def test_what_is_written_goes_over_the_image_and_not_into_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(vm_cache, "SEARCH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(debian, "SEARCH", f"{tmp_path}:{os.environ['PATH']}")
     (tmp_path / "qemu-img").write_text('#!/bin/sh\nfor last; do :; done\necho "$@" >"$last"\n')
     (tmp_path / "qemu-img").chmod(0o755)
     with contextlib.ExitStack() as stack:
@@ -228,7 +228,7 @@ from pathlib import Path
 from tools import vm_lab, vm_qemu
 # A shell that started these tests in the background has Ctrl-C ignored, and that is inherited.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-vm_qemu.SEARCH = sys.argv[1] + ":" + vm_qemu.SEARCH
+vm_qemu.debian.SEARCH = sys.argv[1] + ":" + vm_qemu.debian.SEARCH
 def session(chosen, release):
     with contextlib.ExitStack() as stack:
         vm_qemu.run(Path(sys.argv[1]), vm_qemu.Files.make(stack), 600.0)

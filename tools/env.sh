@@ -37,12 +37,41 @@ find_python() {
       return 0
     fi
   done
-  say "cannot set up: no python3 of version 3.11 or later with venv that others may run;"
-  say "on Debian: apt-get install python3 python3-venv"
   return 1
 }
 
-# ensure_venv EXTRA: an environment in .venv with the package and, if named, its extra.
+# ensure_packages USE...: what of Debian the command needs, by the list in tools/debian.py. Root gets it installed;
+# another user is told the one line, and whatever needs none of it runs.
+ensure_packages() {
+  local missing=() line
+  if ! find_python >/dev/null; then
+    line="apt-get install --no-install-recommends python3 python3-venv"
+    if [ "$(id -u)" = 0 ]; then apt_install python3 python3-venv; fi
+    if ! find_python >/dev/null; then
+      say "cannot set up: no python3 of version 3.11 or later with venv that others may run; as root: $line"
+      exit 1
+    fi
+  fi
+  mapfile -t missing < <("$(find_python)" "$root/tools/debian.py" "$@")
+  [ ${#missing[@]} -gt 0 ] || return 0
+  if [ "$(id -u)" = 0 ]; then
+    apt_install "${missing[@]}"
+  else
+    say "not installed: ${missing[*]}. What needs them is left out; to leave nothing out, as root:"
+    say "  apt-get install --no-install-recommends ${missing[*]}"
+  fi
+}
+
+apt_install() {
+  say "installing Debian's $*"
+  if ! { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@"; } >&2; then
+    say "cannot set up: cannot install $*, see above"
+    exit 1
+  fi
+}
+
+# ensure_venv EXTRA: an environment in .venv with the package and, if named, what its extra needs, in the versions and
+# with the hashes of tools/locks.
 ensure_venv() {
   venv=$root/.venv
   made "$1" && return 0
@@ -63,7 +92,7 @@ pip_install() {
 made() {
   python=$(find_python) || exit 1
   base=$("$python" -c 'import sys; print(sys.version, sys._base_executable)')
-  wanted="$base $(cat "$root/setup.cfg")"
+  wanted="$base $(cat "$root/setup.cfg" "$root"/tools/locks/*)"
   stamp=$venv/.made-for-$1
   [ -e "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ]
 }
@@ -78,10 +107,34 @@ make_venv() {
     "$python" -m venv --clear "$venv"
     printf '%s' "$base" >"$venv/.made-by"
   fi
-  pip_install --editable "$root${1:+[$1]}"
+  pip_install --require-hashes --requirement "$root/tools/locks/build.lock"
+  pip_install --require-hashes --no-build-isolation --requirement "$root/tools/locks/${1:-run}.lock"
+  pip_install --no-deps --no-build-isolation --editable "$root"
   if [ "$1" = test ] && [ -z "$(command -v cc gcc clang)" ]; then
     say "no C compiler here: installing one (ziglang) into the environment, for the stub of the GPU library"
-    pip_install ziglang
+    pip_install --require-hashes --requirement "$root/tools/locks/compiler.lock"
   fi
   printf '%s' "$wanted" >"$stamp"
+}
+
+# ensure_versions newest|lowest: an environment of its own, with the versions at that end of setup.cfg's bounds. Upper
+# bounds do not count for the newest: a release beyond them is to be seen here before anybody else sees it.
+ensure_versions() {
+  local change
+  case ${1:-} in
+    newest) change='s/,<[^,]*//' ;;
+    lowest) change='s/>=([^,]+).*/==\1/' ;;
+    *)
+      say "unknown versions: ${1:-none}; --versions newest, or --versions lowest"
+      exit 2
+      ;;
+  esac
+  venv=$root/.venv-$1
+  say "making a virtual environment with the $1 versions in $venv (a minute)"
+  "$(find_python)" -m venv --clear "$venv"
+  sed -nE '/^(install_requires|test) =/,/^([^ ]|$)/ s/^    //p' "$root/setup.cfg" | sed -E "$change" >"$venv/requirements"
+  pip_install --require-hashes --requirement "$root/tools/locks/build.lock"
+  pip_install --no-build-isolation --requirement "$venv/requirements"
+  pip_install --no-deps --no-build-isolation --editable "$root"
+  "$venv/bin/python" -m pip list --disable-pip-version-check --format freeze | paste -sd ' '
 }

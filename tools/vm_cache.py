@@ -5,7 +5,6 @@ import ctypes
 import fcntl
 import getpass
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -17,10 +16,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+from tools import debian
+
 EX_UNAVAILABLE = 69
-KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
-# An ordinary user's PATH has no sbin, where Debian keeps mke2fs.
-SEARCH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
 # Room for a whole Debian: /tmp may be in memory.
 BIG = "/var/tmp"
 PR_SET_PDEATHSIG = 1
@@ -39,24 +37,6 @@ def say(message: str) -> None:
     print(f"vm: {message}", file=sys.stderr, flush=True)
 
 
-def missing_packages(*, root: bool) -> list[str]:
-    """Name the Debian packages that this machine lacks; an ordinary user needs more than root does."""
-    programs = {
-        "qemu-system-x86": "qemu-system-x86_64",
-        "qemu-utils": "qemu-img",
-        "mmdebstrap": "mmdebstrap",
-        "e2fsprogs": "mke2fs",
-    }
-    if not root:
-        programs["uidmap"] = "newuidmap"
-    missing = [package for package, program in programs.items() if not shutil.which(program, path=SEARCH)]
-    if not KEYRING.exists():
-        missing.append("debian-archive-keyring")
-    if importlib.util.find_spec("ensurepip") is None:
-        missing.append("python3-venv")
-    return missing
-
-
 def require_packages() -> None:
     """See that all is installed that the laboratory needs.
 
@@ -64,8 +44,8 @@ def require_packages() -> None:
         LabError: something is not; the message is the command that mends it.
     """
     root = os.geteuid() == 0
-    if missing := missing_packages(root=root):
-        remedy = f"apt-get install {' '.join(missing)}"
+    if missing := debian.missing("vm") if root else debian.missing("vm", "user"):
+        remedy = f"{debian.INSTALL} {' '.join(missing)}"
         raise LabError(
             f"cannot make a virtual machine: packages are missing; as root: {remedy}", EX_UNAVAILABLE
         )
@@ -147,7 +127,7 @@ def call(command: list[str], *, keep: Sequence[int] = (), **changes: str) -> Non
     Raises:
         LabError: it failed; the message ends with the last it said.
     """
-    environment = {**os.environ, "PATH": SEARCH, "LC_ALL": "C.UTF-8", **changes}
+    environment = {**os.environ, "PATH": debian.SEARCH, "LC_ALL": "C.UTF-8", **changes}
     # It led here, and would lead pip to take this checkout for something installed.
     environment.pop("PYTHONPATH", None)
     # Not a pipe: mmdebstrap could not even clean up after itself, with nobody to tell.

@@ -1,36 +1,28 @@
 """How the images of the laboratory are made: the one list of packages, the recipe, and the wheels."""
 
-import configparser
 import contextlib
 import fcntl
 import os
 import re
 import shlex
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.vm_cache import BIG, call, digest, entry, say
+from tools.vm_cache import BIG, LabError, call, digest, entry, say
 
 
 class Release(NamedTuple):
-    """A Debian, the Python that it has, and what requirements ask of that one alone.
-
-    pip judges conditions such as `python_full_version < "3.11.3"` by the Python that it runs on, not by the
-    one that it fetches for.
-    """
+    """A Debian and the Python that it has."""
 
     number: str
     codename: str
     python: str
-    besides: tuple[str, ...] = ()
 
 
-RELEASES = {
-    "12": Release("12", "bookworm", "3.11", ("async-timeout >=4.0.3",)),
-    "13": Release("13", "trixie", "3.13"),
-}
+RELEASES = {"12": Release("12", "bookworm", "3.11.2"), "13": Release("13", "trixie", "3.13.5")}
 PACKAGES = (
     "bubblewrap", "dbus", "e2fsprogs", "iproute2", "kmod", "linux-image-cloud-amd64", "nftables", "passwd",
     "procps", "python3", "python3-venv", "systemd", "systemd-sysv", "time", "udev",
@@ -38,7 +30,9 @@ PACKAGES = (
 )  # fmt: skip
 IMAGE_SIZE = "4G"
 # Checks that are made on the host: the machine only runs tests.
-NOT_IN_GUEST = re.compile(r"jsonschema|mypy|numpy|ruff|pytest-cov|types-")
+NOT_IN_GUEST = re.compile(
+    r"jsonschema|mypy|numpy|ruff|pytest-cov|types-|ast-serialize|librt|pathspec|rpds-py"
+)
 # Published as source only; it is plain Python, so that the host's wheel of it fits every release.
 SOURCE_ONLY = "cgroupspy"
 
@@ -83,34 +77,61 @@ MASKED = (
 )  # fmt: skip
 
 
-def requirements(checkout: Path) -> tuple[list[str], list[str]]:
-    """Give what the package needs to run, and what its tests need in the machine, as setup.cfg has them."""
-    parser = configparser.ConfigParser()
-    parser.read(checkout / "setup.cfg")
-    runtime = _lines(parser["options"]["install_requires"])
-    tests = _lines(parser["options.extras_require"]["test"])
-    return runtime, [requirement for requirement in tests if not NOT_IN_GUEST.match(requirement)]
+class Locked(NamedTuple):
+    """A package as tools/locks have it; `text` is what pip is told, with the hashes."""
+
+    name: str
+    version: str
+    text: str
 
 
-def _lines(text: str) -> list[str]:
-    return [line.strip() for line in text.splitlines() if line.strip()]
+LOCKED = re.compile(
+    r"^(?P<name>[a-z0-9-]+)==(?P<version>[^ ;]+)"
+    r"(?: ; python_full_version (?P<than><|>=) '(?P<bound>[0-9.]+)')?"
+    r" (?P<hashes>(?:\\\n +--hash=\S+ ?)+)",
+    re.MULTILINE,
+)
+
+
+def requirements(checkout: Path, release: Release) -> list[Locked]:
+    """Give what the package and its tests need in the machine, as the lock file has it for that Python.
+
+    pip would judge the conditions by the Python that it runs on, not by the one that it fetches for.
+    """
+    text = (checkout / "tools" / "locks" / "test.lock").read_text()
+    found = list(LOCKED.finditer(text))
+    if len(found) != text.count("=="):
+        raise LabError("cannot read tools/locks/test.lock: a line of another form; see LOCKED in vm_image.py")
+    return [
+        Locked(each["name"], each["version"], f"{each['name']}=={each['version']} {each['hashes']}\n")
+        for each in found
+        if _holds(each, release.python) and not NOT_IN_GUEST.match(each["name"])
+    ]
+
+
+def _holds(locked: re.Match[str], python: str) -> bool:
+    if locked["bound"] is None:
+        return True
+    ours, bound = (tuple(map(int, version.split("."))) for version in (python, locked["bound"]))
+    return ours < bound if locked["than"] == "<" else ours >= bound
 
 
 def host_python(cache: Path) -> str:
     """Give a Python with pip and setuptools: Debian's own has neither."""
-    name = f"host-python-{digest(sys.version, sys.executable)}"
+    lock = Path(__file__).with_name("locks") / "build.lock"
+    name = f"host-python-{digest(sys.version, sys.executable, lock.read_text())}"
 
     def build(directory: Path) -> None:
         call([sys.executable, "-m", "venv", str(directory)])
-        python = directory / "bin" / "python"
-        call([str(python), "-m", "pip", "install", "--upgrade", "pip", "setuptools>=70.1", "wheel"])
+        pip = [str(directory / "bin" / "python"), "-m", "pip"]
+        call([*pip, "install", "--require-hashes", f"--requirement={lock}"])
 
     return str(entry(cache, name, build) / "bin" / "python")
 
 
 def wheelhouse(cache: Path, release: Release, checkout: Path) -> Path:
     """Give a directory with the wheels of all requirements, for the release's Python."""
-    runtime, tests = requirements(checkout)
+    locked = requirements(checkout, release)
     # The newest C library that Debian 12 can serve.
     platforms = [f"--platform=manylinux_2_{minor}_x86_64" for minor in range(36, 4, -1)]
     old_names = [f"--platform=manylinux{year}_x86_64" for year in ("2014", "2010", "1")]
@@ -122,17 +143,24 @@ def wheelhouse(cache: Path, release: Release, checkout: Path) -> Path:
         *old_names,
         "--platform=any",
     ]
-    source_only = [requirement for requirement in runtime if requirement.startswith(SOURCE_ONLY)]
 
     def build(directory: Path) -> None:
         say(f"fetching the wheels for Debian {release.number}")
-        pip = [host_python(cache), "-m", "pip"]
-        call([*pip, "wheel", "--no-deps", f"--wheel-dir={directory}", *source_only])
-        place = [f"--dest={directory}", f"--find-links={directory}"]
-        call([*pip, "download", *target, *place, *runtime, *tests, *release.besides])
+        source = [each for each in locked if each.name == SOURCE_ONLY]
+        _fetch(cache, source, "wheel", f"--wheel-dir={directory}", "--no-build-isolation")
+        _fetch(
+            cache, [each for each in locked if each not in source], "download", f"--dest={directory}", *target
+        )
 
-    name = f"wheels-{release.number}-{digest(runtime, tests, target, release.besides)}"
-    return entry(cache, name, build)
+    return entry(cache, f"wheels-{release.number}-{digest(locked, target)}", build)
+
+
+def _fetch(cache: Path, locked: list[Locked], *command: str) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".lock") as file:
+        file.write("".join(each.text for each in locked))
+        file.flush()
+        pip = [host_python(cache), "-m", "pip"]
+        call([*pip, *command, "--no-deps", "--require-hashes", f"--requirement={file.name}"])
 
 
 def project_wheel(cache: Path, sources: Path, target: Path) -> None:
@@ -144,8 +172,8 @@ def project_wheel(cache: Path, sources: Path, target: Path) -> None:
 
 def image(cache: Path, release: Release, checkout: Path) -> Path:
     """Give a directory with `root.img` (a sparse ext4), `vmlinuz` and `initrd` of the release."""
-    runtime, tests = requirements(checkout)
-    hooks = (prepare_script(), finish_script([*runtime, *tests]))
+    needed = [f"{each.name}=={each.version}" for each in requirements(checkout, release)]
+    hooks = (prepare_script(), finish_script(needed))
     key = digest(release, PACKAGES, hooks, IMAGE_SIZE)
 
     def build(directory: Path) -> None:

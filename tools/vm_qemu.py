@@ -19,7 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
-from tools.vm_cache import BIG, SEARCH, LabError, call, die_with_parent, say
+from tools import debian
+from tools.vm_cache import BIG, LabError, call, die_with_parent, say
 
 NO_STATUS = 125
 TIMED_OUT = 124
@@ -250,7 +251,7 @@ def _qemu(
     with subprocess.Popen(
         command,
         bufsize=0,
-        env={**os.environ, "PATH": SEARCH},
+        env={**os.environ, "PATH": debian.SEARCH},
         stdin=subprocess.PIPE if quiet else None,
         stdout=subprocess.DEVNULL if quiet else None,
         pass_fds=[*(file.fileno() for file in files), *keep],

@@ -24,6 +24,7 @@ from tools import mock_records
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 
+pytestmark = pytest.mark.needs("redis-server")
 LEASE_S = 2
 POLICY = {"max_attempts": 3}
 SMALL = [{"name": "cpu0", "kind": "cpu", "memory_max": "64M"}]

@@ -1,0 +1,56 @@
+"""What of Debian this project's commands need beyond python3: the one list, and what of it is not here.
+
+As a program: names the packages that are missing for the given uses, one a line.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+# An ordinary user's PATH has no sbin, where Debian keeps some of these.
+SEARCH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"))
+INSTALL = "apt-get install --no-install-recommends"
+
+
+class Need(NamedTuple):
+    """A program or file, the package that brings it, and for what it is needed, as words."""
+
+    what: str
+    package: str
+    uses: str
+
+
+# demo: tools/demo; test: tools/test; vm: tools/vm and tools/test --vm; user: the same, but not as root.
+NEEDS = (
+    Need("bwrap", "bubblewrap", "demo test"),
+    Need("/usr/bin/time", "time", "demo test"),
+    Need("redis-server", "redis-server", "test"),
+    Need("/usr/bin/ffmpeg", "ffmpeg", "test"),
+    Need("/usr/bin/convert", "imagemagick", "test"),
+    Need("qemu-system-x86_64", "qemu-system-x86", "vm"),
+    Need("qemu-img", "qemu-utils", "vm"),
+    Need("mmdebstrap", "mmdebstrap", "vm"),
+    Need("mke2fs", "e2fsprogs", "vm"),
+    Need("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring", "vm"),
+    Need("newuidmap", "uidmap", "user"),
+)
+
+
+def missing(*uses: str) -> list[str]:
+    """Name the packages that this machine lacks for any of these uses."""
+    wanted = [need for need in NEEDS if set(uses) & set(need.uses.split())]
+    absent = [need.package for need in wanted if not _is_there(need.what)]
+    if importlib.util.find_spec("ensurepip") is None:
+        absent.append("python3-venv")
+    return list(dict.fromkeys(absent))
+
+
+def _is_there(what: str) -> bool:
+    return Path(what).exists() if what.startswith("/") else shutil.which(what, path=SEARCH) is not None
+
+
+if __name__ == "__main__":
+    print("\n".join(missing(*sys.argv[1:])))
