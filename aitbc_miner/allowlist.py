@@ -18,6 +18,7 @@ from aitbc_miner.arggrammar import judge_sections
 from aitbc_miner.argpatterns import Objection, Pattern, judge_groups, parse_pattern, shown, some
 from aitbc_miner.argrules import MAX_RULES, Names, Operand, Option, Section
 from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.trust import distrust, may_be_set, parse_bind
 from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
 from aitbc_miner.util.yamltext import line_of
@@ -281,14 +282,12 @@ def load_allowlist(dirs: Sequence[Path], faults: list[Fault], warnings: list[Fau
 def _files(dirs: Sequence[Path], faults: list[Fault], warnings: list[Fault]) -> list[Path]:
     files: list[Path] = []
     for directory in dirs:
-        try:
-            # Path.glob would hide that a directory is missing or closed.
-            files += sorted(path for path in directory.iterdir() if path.match("[!.]*.yaml"))
-        except FileNotFoundError:
+        if not directory.exists():
             problem = "this directory is not there; it allows no commands"
             warnings.append(Fault(str(directory), None, "", problem))
-        except OSError as error:
-            faults.append(Fault(str(directory), None, "", f"cannot read this directory: {error.strerror}"))
+        elif found := drop_ins(directory, faults):
+            warnings += found.warnings()
+            files += found.files
     return files
 
 

@@ -24,6 +24,7 @@ from aitbc_miner.services import Service, read_services
 from aitbc_miner.slots import Layout
 from aitbc_miner.slotspec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
 from aitbc_miner.topology import MachineFacts, read_machine
+from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.trust import distrust, distrust_tree
 from aitbc_miner.util.units import format_cpus
 from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
@@ -103,10 +104,12 @@ class Checker:
         directory = self._config.slots_dir
         facts = machine_facts(self._gpus)
         before = len(self.faults)
-        self.slots = lay_out(read_slots(directory, self.faults), facts, self.faults, directory)
+        strange: list[Fault] = []
+        specs = read_slots(directory, self.faults, strange)
+        self.slots = lay_out(specs, facts, self.faults, directory)
         found, warnings = check_slots(self.slots, facts, directory)
         self.faults += found
-        self.warnings += [*warnings, *self._disabled_runners(), *self._doubtful_binds()]
+        self.warnings += [*map(str, strange), *warnings, *self._disabled_runners(), *self._doubtful_binds()]
         if error := inventory(self._gpus).error:
             self.warnings.append(error)
         if not self.slots and len(self.faults) == before:
@@ -194,6 +197,8 @@ class Checker:
                 self._fault(key, f"{directory} is no directory; name one that holds tasks")
             elif problem := distrust_tree(directory):
                 self._fault(key, f"cannot trust {directory}: {problem}; mend that with chown or chmod")
+            elif found := drop_ins(directory, self.faults, suffix=".py"):
+                self.warnings += [str(one) for one in found.warnings(".py") if not Path(one.file).is_dir()]
         except FileNotFoundError:
             self.warnings.append(f"{key}: {directory} is not there; it offers no tasks")
         except OSError as error:
@@ -221,7 +226,9 @@ class Checker:
     def _check_services(self) -> None:
         """Look whether there is what each service needs."""
         directory = self._config.services_dir
-        self.services = read_services(directory, self.faults)
+        strange: list[Fault] = []
+        self.services = read_services(directory, self.faults, strange)
+        self.warnings += map(str, strange)
         if not self.services:
             self.warnings.append(f"services_dir: {directory} offers no service: every job is refused")
         tasks = {task.info.name for task in self.tasks}
@@ -238,7 +245,7 @@ class Checker:
             self.warnings.append(f"{source} cannot be checked here: systemd shows it to the service alone")
             return
         try:
-            read_credential(source, self._environ)
+            read_credential(source, self._environ, [service.uid] if service else [])
         except CredentialError as error:
             self._fault("coordinator.auth_token", str(error))
             return

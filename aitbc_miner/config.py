@@ -16,10 +16,13 @@ import msgspec
 from msgspec import Meta, Struct
 
 from aitbc_miner.credentials import parse_source
+from aitbc_miner.util.trust import refusal
 from aitbc_miner.util.units import Duration
 from aitbc_miner.util.yamldoc import BadField, Fault, Parse, absolute_path, read_document
 
 MACHINE_ID = Path("/etc/machine-id")
+SLOTS_DIR = Path("/etc/aitbc/miner/slots.d")
+"""Where no other is set, and where no file need be: the slots are derived from the machine then."""
 _NODE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _LISTEN = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", re.ASCII)
 
@@ -92,6 +95,8 @@ def _parse_ca_file(value: object) -> Path:
     path = absolute_path(value)
     if not path.is_file():
         raise ValueError("must be an existing file with CA certificates in PEM form; there is none")
+    if untrusted := refusal(path):
+        raise ValueError(untrusted)
     return path
 
 
@@ -312,7 +317,7 @@ class Config(Struct, frozen=True):
     node_id: Annotated[str, Parse(_parse_node_id)] = msgspec.field(default_factory=derive_node_id)
     heartbeat: Heartbeat = Heartbeat()
     runners: Runners = Runners()
-    slots_dir: Path = Path("/etc/aitbc/miner/slots.d")
+    slots_dir: Path = SLOTS_DIR
     services_dir: Path = Path("/etc/aitbc/miner/services.d")
     egress_dir: Path = Path("/etc/aitbc/miner/egress.d")
     workspace: Workspace = Workspace()

@@ -4,11 +4,12 @@ import hashlib
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Never
 
 from aitbc_miner.errors import MinerError
+from aitbc_miner.util.trust import refusal
 
 MAX_BYTES = 64 * 1024
 _ENV = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
@@ -59,8 +60,10 @@ def parse_source(value: object) -> str:
     raise ValueError("must be env:NAME, file:/PATH or credential:NAME, never the token itself")
 
 
-def read_credential(source: str, environ: Mapping[str, str]) -> Credential:
+def read_credential(source: str, environ: Mapping[str, str], owners: Collection[int] = ()) -> Credential:
     """Read the token that `source` names; `environ` has the variables and CREDENTIALS_DIRECTORY.
+
+    `owners` are user ids that may own its file, besides root and our own.
 
     Raises:
         CredentialError: the source is none, is missing, open to others, empty, too large or not plain text.
@@ -75,6 +78,8 @@ def read_credential(source: str, environ: Mapping[str, str]) -> Credential:
             raise _error(source, f"the variable is not set; set {name} or name another source")
     elif kind == "file":
         value = _read_file(source, Path(name), private=True)
+        if untrusted := refusal(Path(name), owners):
+            raise _error(source, untrusted)
     else:
         directory = environ.get("CREDENTIALS_DIRECTORY")
         if not directory:

@@ -50,11 +50,11 @@ class RunnerSet:
 
 
 def _stamp(directories: list[Path]) -> Stamp:
-    """Tell one state of the files from another: names, times and sizes."""
+    """Tell one state of the files from another: names, times of changes (of modes, too) and sizes."""
     found: list[tuple[str, int, int]] = []
     for directory in directories:
         try:
-            entries = sorted(directory.iterdir())
+            entries = [directory, *sorted(directory.iterdir())]
         except OSError:
             continue
         for path in entries:
@@ -62,5 +62,5 @@ def _stamp(directories: list[Path]) -> Stamp:
                 info = path.stat()
             except OSError:
                 continue
-            found.append((str(path), info.st_mtime_ns, info.st_size))
+            found.append((str(path), info.st_ctime_ns, info.st_size))
     return tuple(found)

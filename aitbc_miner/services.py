@@ -17,7 +17,7 @@ from aitbc_miner.argpatterns import Pattern, parse_pattern
 from aitbc_miner.errors import ErrorCode, brief
 from aitbc_miner.jobs import ArtifactSpec, ManifestError, RetryPolicy
 from aitbc_miner.serviceresult import RESERVED, Source
-from aitbc_miner.util.trust import distrust
+from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
 from aitbc_miner.util.yamltext import line_of
 
@@ -164,11 +164,14 @@ def _fields_in(key: str, template: Any) -> Iterator[str]:
 # --- the files ---------------------------------------------------------------------------------------------
 
 
-def read_services(directory: Path, faults: list[Fault]) -> list[Service]:
+def read_services(directory: Path, faults: list[Fault], warnings: list[Fault] | None = None) -> list[Service]:
     """Read all of services.d; what is wrong goes to `faults`, and its service is left out."""
     services: list[Service] = []
     taken: dict[str, Path] = {}
-    for path in _files(directory, faults):
+    found = drop_ins(directory, faults)
+    if found and warnings is not None:
+        warnings += found.warnings()
+    for path in found.files if found else ():
         service = read_document(path, Service, faults)
         if service is None:
             continue
@@ -181,26 +184,6 @@ def read_services(directory: Path, faults: list[Fault]) -> list[Service]:
         taken |= dict.fromkeys(kinds, path)
         services.append(service)
     return services
-
-
-def _files(directory: Path, faults: list[Fault]) -> Iterator[Path]:
-    try:
-        paths = sorted(path for path in directory.iterdir() if path.match("[!.]*.yaml"))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        faults.append(Fault(str(directory), None, "", f"cannot read this directory: {error.strerror}"))
-        return
-    for path in paths:
-        try:
-            problem = distrust(path)
-        except OSError as error:
-            problem = str(error.strerror)
-        if problem:
-            message = f"cannot trust this file: {problem}; mend that with chown or chmod"
-            faults.append(Fault(str(path), None, "", message))
-        else:
-            yield path
 
 
 class ServiceBook:
@@ -223,7 +206,8 @@ class ServiceBook:
         try:
             paths = sorted(self._directory.iterdir())
             return [
-                (path.name, (info := path.stat()).st_mtime_ns, info.st_size, info.st_ino) for path in paths
+                (path.name, (info := path.stat()).st_ctime_ns, info.st_size, info.st_ino)
+                for path in (self._directory, *paths)
             ]
         except OSError as error:
             return error.errno

@@ -10,9 +10,11 @@ import yaml
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from aitbc_miner.config import SLOTS_DIR
 from aitbc_miner.fitting import misfits, shared_cpus
 from aitbc_miner.layout import Want, cores_of, divide, memory_nodes
 from aitbc_miner.topology import MachineFacts
+from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.trust import parse_bind
 from aitbc_miner.util.units import AUTO, CpuList, Percent, Size, format_cpus, format_size, parse_size
 from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
@@ -98,7 +100,7 @@ class SlotKeys(Struct, frozen=True):
     ionice: IoNice | None = None
     rlimits: dict[Annotated[str, _one_of(_RLIMITS)], Size] = {}
     max_runtime_s: Annotated[float, Meta(gt=0, le=31_536_000)] | None = 86_400.0
-    egress: SlotName = "none"
+    egress: Literal["none", "open"] = "none"
     runners: Annotated[list[Literal["cli", "python"]], Meta(min_length=1)] = msgspec.field(
         default_factory=lambda: ["cli", "python"]
     )
@@ -126,27 +128,44 @@ class SlotSpec(SlotKeys, frozen=True):
 
 
 class SlotFile(Struct, frozen=True):
-    """The content of one file of slots.d."""
+    """The content of one file of slots.d: slots, or that they are to be derived from the machine."""
 
-    slots: list[SlotKeys]
+    slots: list[SlotKeys] = []
+    derive: bool = False
+
+    def __post_init__(self) -> None:
+        if self.derive and self.slots:
+            raise BadField("derive", "is true, but there are `slots`; keep one of the two")
+        if not (self.derive or self.slots):
+            raise BadField("slots", f"there is no slot in it; describe one, or {DERIVE}")
 
 
-def read_slots(directory: Path, faults: list[Fault]) -> list[SlotSpec]:
-    """Read all of slots.d and append what is wrong to `faults`. Without the directory there are none."""
+DERIVE = "write `derive: true` instead of `slots` to have all of the machine rented out"
+
+
+def read_slots(directory: Path, faults: list[Fault], warnings: list[Fault] | None = None) -> list[SlotSpec]:
+    """Read all of slots.d and append what is wrong to `faults`.
+
+    None without a fault means that the slots are to be derived from the machine. That is so where a file says
+    it, and where nothing was ever said: the default directory is not there, or holds no file.
+    """
     places: dict[str, Path] = {}
     specs: list[SlotSpec] = []
-    for path, file in _read_files(directory, faults):
+    derived: list[Path] = []
+    for path, file in _read_files(directory, faults, warnings):
+        derived += [path] if file.derive else []
         for index, spec in enumerate(file.slots):
             if spec.name in places:
-                message = (
-                    f"{spec.name!r} is also the name of a slot in {places[spec.name]}; rename one of them"
-                )
-                faults.append(_at(path, index, ["name"], message))
+                other = f"is also the name of a slot in {places[spec.name]}; rename one of them"
+                faults.append(_at(path, index, ["name"], f"{spec.name!r} {other}"))
                 continue
             places[spec.name] = path
             for steps, message in _without_unit(spec):
                 faults.append(_at(path, index, steps, message))
             specs.append(SlotSpec(**msgspec.structs.asdict(spec)))
+    for path in derived if specs else ():
+        message = f"is true, but {next(iter(places.values()))} has slots; keep one of the two"
+        faults.append(Fault(str(path), line_of(path, ["derive"]), "derive", message))
     return specs
 
 
@@ -160,15 +179,21 @@ def _without_unit(spec: SlotKeys) -> Iterator[tuple[list[str], str]]:
             yield steps, f"is {size} bytes; must be 0, or at least 64K: did you mean {size}G or {size}M?"
 
 
-def _read_files(directory: Path, faults: list[Fault]) -> Iterator[tuple[Path, SlotFile]]:
-    try:
-        paths = sorted(path for path in directory.iterdir() if path.suffix == ".yaml")
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        faults.append(Fault(str(directory), None, "", f"cannot read this directory: {error.strerror}"))
-        return
-    for path in paths:
+def _read_files(
+    directory: Path, faults: list[Fault], warnings: list[Fault] | None = None
+) -> Iterator[tuple[Path, SlotFile]]:
+    before = len(faults)
+    found = drop_ins(directory, faults)
+    if found and warnings is not None:
+        warnings += found.warnings()
+    if not (found and found.files) and len(faults) == before:
+        missing = "this directory is not there" if found is None else "no file here ends in .yaml"
+        if directory != SLOTS_DIR or not (found is None or found.empty):
+            message = f"{missing}, so there would be no slot; describe one in a file here, or {DERIVE}"
+            if found and found.strange:
+                message += f"; not read: {', '.join(path.name for path in found.strange)}"
+            faults.append(Fault(str(directory), None, "", message))
+    for path in found.files if found else ():
         if file := read_document(path, SlotFile, faults):
             yield path, file
 

@@ -244,12 +244,18 @@ def test_a_missing_program_is_a_warning_and_denied_until_it_is_there(load: Load,
 
 def test_a_missing_directory_is_a_warning_and_other_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "README").write_text("not yaml: [")
-    (tmp_path / ".hidden.yaml").write_text("not yaml: [")
+    for name in (".hidden.yaml", ".#lock.yaml", "#saved.yaml#", "ls.yaml~", "ls.yaml.dpkg-old"):
+        (tmp_path / name).write_text("not yaml: [")
+    (tmp_path / "ls.yml").write_text("not yaml: [")
     faults: list[Fault] = []
     warnings: list[Fault] = []
     allowlist = load_allowlist([tmp_path / "none", tmp_path], faults, warnings)
     assert not faults
-    assert [warning.file for warning in warnings] == [str(tmp_path / "none")]
+    assert [(Path(warning.file).name, warning.message) for warning in warnings] == [
+        ("none", "this directory is not there; it allows no commands"),
+        ("README", "this is not read, because it does not end in .yaml; rename or remove it"),
+        ("ls.yml", "this is not read, because it does not end in .yaml; rename it to ls.yaml"),
+    ]
     assert "there are: none" in denial(allowlist, "ls")
 
 

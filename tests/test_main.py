@@ -58,6 +58,8 @@ class Site:
         }
 
     def write(self) -> Path:
+        if not any(self.slots.iterdir()):
+            (self.slots / "slots.yaml").write_text("derive: true\n")
         self.path.write_text(yaml.safe_dump(self.keys, sort_keys=False))
         return self.path
 
@@ -240,10 +242,49 @@ def test_slots_are_compared_with_the_gpus_that_are_there(site: Site) -> None:
     assert "GPU 1 fell off" in one.warnings
 
 
-def test_without_slots_they_are_derived(site: Site) -> None:
+def test_slots_are_derived_where_a_file_says_so(site: Site) -> None:
     checker = site.checker(GpuList([GpuInfo(0, uuid="GPU-1", name="A")]))
     assert not checker.faults
     assert "gpu0" in [spec.name for spec in checker.slots]
+
+
+def test_the_machine_is_not_rented_out_by_mistake(site: Site) -> None:
+    (site.slots / "slots.yml").write_text("slots: [{name: a, kind: cpu}]\n")
+    checker = site.checker()
+    assert "no file here ends in .yaml, so there would be no slot" in fault_texts(checker)
+    assert "not read: slots.yml" in fault_texts(checker)
+    assert any("slots.yml: this is not read" in warning for warning in checker.warnings)
+    assert not checker.slots
+
+
+def test_files_that_others_can_write_are_not_obeyed(site: Site) -> None:
+    """An allowlist directory of mode 0777 let a stranger's entry in."""
+    site.allowlist.chmod(0o777)
+    (site.slots / "s.yaml").write_text("slots: [{name: a, kind: cpu}]\n")
+    (site.slots / "s.yaml").chmod(0o664)
+    checker = site.checker()
+    assert not checker.commands
+    mend = "mend that with chown or chmod"
+    assert [str(fault) for fault in checker.faults] == [
+        f"{site.slots}/s.yaml: cannot trust this file: {site.slots}/s.yaml can be written by others "
+        f"(mode 0664); {mend}",
+        f"{site.allowlist}: cannot trust this directory: {site.allowlist} can be written by others "
+        f"(mode 0777); {mend}",
+    ]
+    site.write().chmod(0o666)
+    config, faults, _ = load_config(site.path, {})
+    assert config is None
+    assert "config.yaml: cannot trust this file" in str(faults[0])
+
+
+def test_a_ca_file_that_others_can_write(site: Site) -> None:
+    ca = site.root / "ca.pem"
+    ca.touch()
+    ca.chmod(0o666)
+    site.keys["coordinator"]["ca_file"] = str(ca)
+    _, faults, _ = load_config(site.write(), {})
+    assert "coordinator.ca_file: " in str(faults[0])
+    assert "cannot trust this file" in str(faults[0])
 
 
 def test_a_fault_of_an_overridden_key_names_the_variable(site: Site) -> None:

@@ -178,10 +178,63 @@ def test_every_fault_of_a_directory(tmp_path: Path) -> None:
     ]
 
 
-def test_no_directory_has_no_slots(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "fault"),
+    [
+        (None, "this directory is not there, so there would be no slot"),
+        ({}, "no file here ends in .yaml, so there would be no slot"),
+        ({"slots.yml": "slots: [{name: a, kind: cpu}]"}, "; not read: slots.yml"),
+        ({"s.yaml~": "", ".s.yaml.swp": "", "s.yaml.sample": ""}, "no file here ends in .yaml"),
+        (
+            {"s.yaml": "slots: []"},
+            "s.yaml:1: slots: there is no slot in it; describe one, or write `derive: true`",
+        ),
+        ({"s.yaml": ""}, "s.yaml:1: slots: there is no slot in it"),
+        (
+            {"s.yaml": "derive: true\nslots: [{name: a, kind: cpu}]"},
+            "s.yaml:1: derive: is true, but there are",
+        ),
+        (
+            {"a.yaml": "slots: [{name: a, kind: cpu}]", "b.yaml": "derive: true"},
+            "b.yaml:1: derive: is true, but ",
+        ),
+        (
+            {"s.yaml": "slots: [{name: a, kind: cpu, egress: lan}]"},
+            "egress: is 'lan'; must be one of none, open",
+        ),
+    ],
+)
+def test_no_machine_is_rented_out_by_mistake(
+    tmp_path: Path, files: dict[str, str] | None, fault: str
+) -> None:
+    directory = tmp_path / "slots.d"
+    for name, text in (files or {}).items():
+        directory.mkdir(exist_ok=True)
+        (directory / name).write_text(text)
+    if files == {}:
+        directory.mkdir()
     faults: list[Fault] = []
-    assert read_slots(tmp_path / "nope", faults) == []
+    read_slots(directory, faults)
+    assert [fault in str(found) for found in faults] == [True], faults
+
+
+def test_the_machine_is_derived_where_nothing_was_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aitbc_miner.slotspec.SLOTS_DIR", tmp_path / "slots.d")
+    faults: list[Fault] = []
+    assert read_slots(tmp_path / "slots.d", faults) == []
+    (tmp_path / "slots.d").mkdir()
+    (tmp_path / "slots.d" / "slots.yaml.sample").write_text("not: read")
+    assert read_slots(tmp_path / "slots.d", faults) == []
     assert faults == []
+    (tmp_path / "slots.d" / "slots.yaml.off").write_text("slots: [{name: a, kind: cpu}]")
+    assert read_slots(tmp_path / "slots.d", faults) == []
+    assert len(faults) == 1
+
+
+def test_a_file_where_a_directory_should_be(tmp_path: Path) -> None:
+    faults: list[Fault] = []
     (tmp_path / "file").touch()
     assert read_slots(tmp_path / "file", faults) == []
     assert list(map(str, faults)) == [f"{tmp_path}/file: cannot read this directory: Not a directory"]
@@ -528,12 +581,12 @@ SPECS = st.builds(
     ionice=st.none() | st.builds(IoNice, st.sampled_from(["idle", "best-effort"]), st.integers(0, 7)),
     rlimits=st.dictionaries(st.sampled_from(["core", "nofile"]), st.integers(0, 1 << 40)),
     max_runtime_s=st.none() | st.integers(1, 9999).map(float),
-    egress=st.sampled_from(["none", "open", "no"]),
+    egress=st.sampled_from(["none", "open"]),
     runners=st.sampled_from([["cli"], ["python"], ["cli", "python"]]),
     env=st.lists(st.sampled_from(["A", "null", "yes"])),
 )
 
 
-@given(st.lists(SPECS, max_size=3))
+@given(st.lists(SPECS, min_size=1, max_size=3))
 def test_what_is_written_reads_back(specs: list[SlotSpec]) -> None:
     assert read(to_yaml(specs)) == (specs, [])

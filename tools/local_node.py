@@ -71,7 +71,7 @@ class LocalNode:
 
     def write_slots(self, slots: list[dict[str, Any]]) -> None:
         """Write slots.d."""
-        (self.directory / "slots.d" / "slots.yaml").write_text(yaml.safe_dump({"slots": slots}))
+        _write(self.directory / "slots.d" / "slots.yaml", {"slots": slots} if slots else {"derive": True})
 
     def write_config(self, base_url: str, **changes: Any) -> None:
         """Write config.yaml; `changes` replace keys within its sections."""
@@ -101,7 +101,7 @@ class LocalNode:
         }
         for section, values in changes.items():
             config[section] = {**config[section], **values} if isinstance(values, dict) else values
-        self.config.write_text(yaml.safe_dump(config))
+        _write(self.config, config)
 
     def launch(self) -> None:
         """Start the node, and do not wait for anything."""
@@ -164,6 +164,12 @@ class LocalNode:
                     os.kill(pid, signal.SIGKILL)
         if not self._keep:
             shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _write(path: Path, value: object) -> None:
+    path.write_text(yaml.safe_dump(value))
+    # Whatever the umask is: what others can write is not obeyed.
+    path.chmod(0o644)
 
 
 def wait_until(condition: Any, timeout: float, pause: float = 0.02) -> Any:

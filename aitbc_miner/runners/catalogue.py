@@ -127,7 +127,7 @@ _UNREAD = f"not looked into: all tasks together took longer than {ALL_S:g} s"
 def _names(task_paths: Sequence[Path]) -> list[tuple[str, Path]]:
     files: dict[str, Path] = {}
     for directory in task_paths:
-        for file in sorted(directory.glob("*.py")):
+        for file in sorted(directory.glob("[!.#]*.py")):
             if TASK_NAME.fullmatch(file.stem):
                 files.setdefault(file.stem, file)
     return sorted(files.items())[:TASKS_MAX]

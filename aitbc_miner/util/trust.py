@@ -3,7 +3,7 @@
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 # What loaders, shells and interpreters obey, and what the node itself sets.
@@ -42,8 +42,8 @@ def may_be_set(name: str) -> bool:
     return bool(_ENV_NAME.fullmatch(name)) and not _RESERVED.fullmatch(name)
 
 
-def distrust(path: Path) -> str | None:
-    """Say who else could change what `path` leads to; None when nobody but root and this user can.
+def distrust(path: Path, also: Collection[int] = ()) -> str | None:
+    """Say who else could change what `path` leads to; None when nobody but root, this user and `also` can.
 
     Every step the kernel takes is looked at, links and their targets included: whoever can write one of the
     directories on the way decides what is found at its end. Sticky directories, such as /tmp, are fine, since
@@ -52,7 +52,7 @@ def distrust(path: Path) -> str | None:
     Raises:
         OSError: a step is missing or not readable.
     """
-    trusted = {0, os.geteuid()}
+    trusted = {0, os.geteuid(), *also}
     for step, info in _steps(path.absolute()):
         if info.st_uid not in trusted:
             return f"{step} belongs to user id {info.st_uid}"
@@ -62,10 +62,46 @@ def distrust(path: Path) -> str | None:
     return None
 
 
-def distrust_tree(top: Path) -> str | None:
-    """Say who else could change a directory, what leads to it, or anything in it, at any depth.
+def distrust_directory(path: Path) -> str | None:
+    """Say who else could change a directory, what leads to it, or what is in it.
 
     Unlike on the way to it, a sticky directory will not do here: anybody may add to it.
+
+    Raises:
+        OSError: it is missing or not readable.
+    """
+    mode = path.stat().st_mode
+    if problem := distrust(path):
+        return problem
+    return f"{path} can be written by others (mode {stat.S_IMODE(mode):04o})" if mode & 0o022 else None
+
+
+def distrust_place(path: Path) -> str | None:
+    """Say who else could put something at `path`, where there may be nothing yet, or change what is there.
+
+    Raises:
+        OSError: a step is not readable.
+    """
+    try:
+        return distrust(path)
+    except FileNotFoundError:
+        if path.is_symlink():
+            return f"{path} leads nowhere, where others might make something"
+        return distrust(next(step for step in path.absolute().parents if os.path.lexists(step)))
+
+
+def refusal(path: Path, also: Collection[int] = ()) -> str | None:
+    """Say why a file that decides about what root or jobs do is not to be obeyed, and what mends that."""
+    try:
+        problem = distrust_directory(path) if path.is_dir() else distrust(path, also)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    what = "directory" if path.is_dir() else "file"
+    return f"cannot trust this {what}: {problem}; mend that with chown or chmod" if problem else None
+
+
+def distrust_tree(top: Path) -> str | None:
+    """Say who else could change a directory, what leads to it, or anything in it, at any depth.
 
     Raises:
         OSError: something is missing or not readable, or there is too much to look at.
@@ -74,11 +110,8 @@ def distrust_tree(top: Path) -> str | None:
     waiting = [top]
     while waiting:
         directory = waiting.pop()
-        mode = directory.stat().st_mode
-        if problem := distrust(directory):
+        if problem := distrust_directory(directory):
             return problem
-        if mode & 0o022:
-            return f"{directory} can be written by others (mode {stat.S_IMODE(mode):04o})"
         with os.scandir(directory) as entries:
             for entry in entries:
                 looked_at += 1
@@ -87,6 +120,8 @@ def distrust_tree(top: Path) -> str | None:
                 path = Path(entry.path)
                 if entry.is_dir():
                     waiting.append(path)
+                elif entry.name.startswith(".#") and entry.is_symlink():
+                    continue  # the lock of an editor, which leads nowhere and which no program reads
                 elif not path.exists():
                     return f"{path} leads nowhere, where others might make something"
                 elif problem := _distrust_entry(path, entry.stat(follow_symlinks=False)):

@@ -17,6 +17,7 @@ import msgspec
 from msgspec.structs import FieldInfo
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
+from aitbc_miner.util.trust import refusal
 from aitbc_miner.util.yamltext import (
     NO_TAGS,
     YamlTextError,
@@ -81,6 +82,8 @@ def read_document(
 ) -> T | None:
     """Read a YAML file as `type_`; append what is wrong to `faults` and then return None.
 
+    Such files decide about what root and jobs do, so one that others could change is not obeyed.
+
     Variables of `env_overrides` called AITBC_MINER_<SECTION>__<KEY> take the place of the file's values;
     others without that prefix are ignored, so the whole environment may be given.
     """
@@ -88,6 +91,9 @@ def read_document(
         text = read_text(path)
     except YamlTextError as error:
         faults.append(Fault(str(path), None, "", error.message))
+        return None
+    if untrusted := refusal(path):
+        faults.append(Fault(str(path), None, "", untrusted))
         return None
     return _decode(text, type_, faults, str(path), env_overrides or {})
 

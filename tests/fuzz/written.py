@@ -131,7 +131,7 @@ def _slots() -> Iterator[Check]:
             faults: list[Fault] = []
             with only(size=len(data)):
                 specs = read_slots(where, faults)
-                if not faults:
+                if specs and not faults:
                     _see_laid_out(where, specs)
                 _see_faults(faults)
 
