@@ -3,6 +3,9 @@
 A frame is four bytes of length (big-endian) and one JSON value. Nothing here ever blocks: what cannot be
 written yet waits in a bounded buffer, what has not arrived whole yet waits for the rest. So a stopped or
 malicious peer costs its own channel and nobody's time.
+
+What a less trusted peer can make us keep or do has its bounds here (length of a message, how much in a
+second) and in `messages.py` (how many of each thing); one that exceeds them is not listened to any more.
 """
 
 import os
@@ -21,10 +24,41 @@ HEADER = 4
 MAX_FRAME = 4 << 20
 MAX_UNSENT = 16 << 20
 READ_AT_ONCE = 1 << 16
+KIB = 1 << 10
 
 
 class ChannelError(MinerError):
     """The peer is gone, does not read, or sent something that is no message: this channel is over."""
+
+
+class ExcessError(ChannelError):
+    """The peer exceeds what it may say, or have us keep: it is to be ended, and the operator told."""
+
+
+class Allowance:
+    """How much a peer may say: `burst` messages at once, and `per_s` in each second ever after.
+
+    A message of more than one KiB counts as so many. Ours say a hundredth of that, but for the start, when
+    the agent tells of each job on the disk.
+    """
+
+    def __init__(self, burst: float = 50_000, per_s: float = 2_000) -> None:
+        self._burst, self._per_s = burst, per_s
+        self._left, self._at = burst, clock.now()
+
+    def spend(self, length: int) -> None:
+        """Take a message of that length off.
+
+        Raises:
+            ExcessError: there is not so much left.
+        """
+        now = clock.now()
+        self._left = min(self._burst, self._left + (now - self._at) * self._per_s) - (1 + length // KIB)
+        self._at = now
+        if self._left < 0:
+            raise ExcessError(
+                f"it said more than {self._burst:.0f} messages or KiB at once and {self._per_s:.0f} a second"
+            )
 
 
 class HasFileno(Protocol):
@@ -42,10 +76,18 @@ class HasFileno(Protocol):
 class Channel(Generic[T]):
     """One end of a stream of messages; `incoming` is the type (a union of tagged structs) it accepts."""
 
-    def __init__(self, end: HasFileno, incoming: Any, *, max_frame: int = MAX_FRAME) -> None:
+    def __init__(
+        self,
+        end: HasFileno,
+        incoming: Any,
+        *,
+        max_frame: int = MAX_FRAME,
+        allowance: Allowance | None = None,
+    ) -> None:
         self._end = end
         self._decoder: msgspec.json.Decoder[T] = msgspec.json.Decoder(incoming)
         self._max_frame = max_frame
+        self._allowance = allowance
         self._received = bytearray()
         self._unsent: deque[memoryview] = deque()
         self._unsent_bytes = 0
@@ -122,14 +164,16 @@ class Channel(Generic[T]):
         while len(self._received) - start >= HEADER:
             length = int.from_bytes(self._received[start : start + HEADER], "big")
             if length > self._max_frame:
-                raise ChannelError(f"cannot receive: a message of {length} bytes; at most {self._max_frame}")
+                raise ExcessError(f"cannot receive: a message of {length} bytes; at most {self._max_frame}")
             end = start + HEADER + length
             if len(self._received) < end:
                 break
+            if self._allowance:
+                self._allowance.spend(length)
             try:
                 messages.append(self._decoder.decode(self._received[start + HEADER : end]))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise ChannelError(f"cannot receive: not a message: {brief(error)}") from error
+                raise ExcessError(f"cannot receive: not a message: {brief(error)}") from error
             start = end
         del self._received[:start]
         return messages

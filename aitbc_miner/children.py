@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from aitbc_miner.channel import Channel, ChannelError
+from aitbc_miner.channel import Allowance, Channel, ChannelError, ExcessError
 from aitbc_miner.control import Source
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util import clock
@@ -34,26 +34,37 @@ class Child(Generic[T]):
         self.pid = _fork(main, theirs, keep)
         theirs.close()
         self.pidfd = os.pidfd_open(self.pid)
-        self.channel: Channel[T] = Channel(ours, incoming)
+        self.channel: Channel[T] = Channel(ours, incoming, allowance=Allowance())
         self.started = clock.now()
         self.heard = True
+        self._fault = ""
 
     def receive(self) -> list[T]:
         """Take what it says. One that is gone or talks nonsense is ended, and not listened to any more."""
         try:
             self.channel.flush()
             return self.channel.receive()
+        except ExcessError as error:
+            self.end(str(error))
         except ChannelError as error:
             events("supervisor").debug("child not heard", child=self.name, error=str(error))
             self.heard = False
             self.kill()
-            return []
+        return []
+
+    def end(self, fault: str) -> None:
+        """End it for what it said, which is told, and listen to it no more."""
+        events("supervisor").error("child ended by us", child=self.name, fault=fault)
+        self._fault = self._fault or fault
+        self.heard = False
+        self.kill()
 
     def send(self, message: Any) -> None:
         """Tell it something; a child that does not read its messages is ended."""
         try:
             self.channel.send(message)
-        except ChannelError:
+        except ChannelError as error:
+            self._fault = self._fault or str(error)
             self.kill()
 
     def sources(self, hear: Callable[[], None], gone: Callable[[], None]) -> dict[int, Source]:
@@ -77,6 +88,8 @@ class Child(Generic[T]):
         os.close(self.pidfd)
         self.channel.close()
         code = os.waitstatus_to_exitcode(status)
+        if self._fault and code == -signal.SIGKILL:
+            return f"was ended by the supervisor: {self._fault}"
         return f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit status {code}"
 
 

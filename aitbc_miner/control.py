@@ -33,6 +33,8 @@ MAX_CLIENTS = 32
 CLIENT_TIMEOUT_S = 5.0
 # For an answer that has to wait for something.
 LATER_S = 60.0
+# What is asked may take this long in one turn of the loop, and the rest waits for the next.
+TURN_S = 0.02
 SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module does not name it
 # As much as Python's getsockopt can take: 256 groups. Who is in more is refused, not let in.
 MAX_GROUPS = 1024
@@ -174,12 +176,12 @@ class ControlServer:
     """
 
     def __init__(self, path: Path, answer: Callable[[Request, Later], Reply | None]) -> None:
-        self._answer = answer
-        self._path = path
+        self._answer, self._path = answer, path
         self._clients: dict[int, Client] = {}
         # Once, for whatever keeps the groups (a directory server) may let a question wait.
         self._readers, self._writers = group_ids(READERS), group_ids(WRITERS)
         self._listener = _listen(path, self._readers)
+        self._turn_ends: float | None = None
 
     def close(self) -> None:
         """Drop all clients and remove the socket."""
@@ -191,6 +193,7 @@ class ControlServer:
 
     def sources(self) -> dict[int, Source]:
         """Give what to wait for: descriptor to what to call, and for which of poll's events."""
+        self._turn_ends = None
         own: dict[int, Source] = {self._listener.fileno(): (self._accept, select.POLLIN)}
         for fd, client in self._clients.items():
             # One that was answered is not listened to any more, however much it has to say.
@@ -221,6 +224,9 @@ class ControlServer:
         client = self._clients.get(fd)
         if client is None:
             return  # dropped for another one, after it had been heard
+        self._turn_ends = self._turn_ends or clock.now() + TURN_S
+        if not client.closing and clock.now() > self._turn_ends:
+            return
         try:
             client.channel.flush()
             if not client.closing:

@@ -29,6 +29,7 @@ LONGEST_S = 1e9
 
 MOST = 2**53
 """What a float holds exactly, which is what Prometheus makes of it. More than that is not counted."""
+MAX_LABELS = 200
 Count = Annotated[int, Meta(ge=0, le=MOST)]
 Bound = Annotated[str, Meta(pattern=r"^(\d+\.\d+|\+Inf)\Z")]
 
@@ -52,6 +53,7 @@ class Totals(Struct, forbid_unknown_fields=True):
     def count(self, name: str, label: str, n: int) -> None:
         """Add to a counter."""
         row = self.counters.setdefault(name, {})
+        label = label if label in row or len(row) < MAX_LABELS else "other"
         row[label] = min(MOST, row.get(label, 0) + n)
 
     def observe(self, name: str, label: str, more: Durations) -> None:

@@ -31,6 +31,7 @@ from aitbc_miner.util import clock, fs
 FILES = {"job": ("manifest.json", "state.json", "outcome.json", "receipt.json"), "logs": ("logs/exec.log",)}
 # A child that died once and has run since then is no problem any more.
 DEATH_SHOWN_S = 600.0
+MAX_ASKED = 100
 BAD = frozenset({SlotState.BACKOFF, SlotState.QUARANTINED})
 
 
@@ -202,6 +203,8 @@ class RetryDesk:
             return Refusal(
                 f"cannot retry: {request.job_id!r:.200} is no job's id; see `aitbc-minerctl jobs`"
             ), []
+        if len(self._asked) >= MAX_ASKED:
+            return Refusal(f"cannot retry: the agent has not answered for {MAX_ASKED} other jobs yet"), []
         self._asked.setdefault(request.job_id, []).append(later)
         self._tell(RetryJob(request.job_id))
         return None

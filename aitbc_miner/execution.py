@@ -23,6 +23,8 @@ from aitbc_miner.util import clock
 
 READ_AT_ONCE = 1 << 16
 REAP_EVERY_S = 1.0
+# Between two words on how far a job is: each costs the supervisor and the agent something.
+PROGRESS_EVERY_S = 0.2
 # A shell whose program was ended by a signal exits with its number and this.
 BY_SIGNAL = 128
 
@@ -179,6 +181,8 @@ class Execution:
         self._pipes: set[int] = set()
         self._reader = ReportReader()
         self._reports: list[Report] = []
+        self._progress: Progress | None = None
+        self._progress_at = 0.0
 
     def run(self, log_pipe: int, report_pipe: int | None) -> Ending:
         """Wait for the end, which is also when nothing more can be done. Closes neither pipe."""
@@ -223,10 +227,15 @@ class Execution:
         now = clock.now()
         # Now and then in any case, to reap what the job left to its subreaper, which is us.
         look_at = self._disk.due if self._disk else inf
-        return min(now + REAP_EVERY_S, self._deadline or inf, self._kill_at or inf, look_at) - now
+        tell_at = self._progress_at if self._progress else inf
+        return min(now + REAP_EVERY_S, self._deadline or inf, self._kill_at or inf, look_at, tell_at) - now
 
     def _enforce(self) -> None:
         now = clock.now()
+        if self._progress and now >= self._progress_at:
+            self._progress_at = now + PROGRESS_EVERY_S
+            said, self._progress = self._progress, None
+            self._supervision.send(JobProgress(self._job_id, said.pct, said.note))
         if self._killed_for is None:
             overdue = self._deadline is not None and now >= self._deadline
             # What has ended in its last moment has ended in time.
@@ -270,15 +279,11 @@ class Execution:
 
     def _read_reports(self, pipe: int) -> bool:
         data = os.read(pipe, READ_AT_ONCE)
-        last: Progress | None = None
         for report in self._reader.feed(data):
             if isinstance(report, Progress):
-                last = report
+                self._progress = report
             else:
                 self._reports.append(report)
-        if last is not None:
-            # What came before it in the same breath is out of date, and could fill the supervisor's pipe.
-            self._supervision.send(JobProgress(self._job_id, last.pct, last.note))
         return bool(data)
 
     def _obey(self) -> bool:

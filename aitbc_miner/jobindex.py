@@ -4,9 +4,10 @@ from collections import Counter, OrderedDict
 
 from msgspec.structs import replace
 
+from aitbc_miner.channel import ExcessError
 from aitbc_miner.control import JobRow
 from aitbc_miner.jobs import FINAL, State
-from aitbc_miner.messages import JobEnded, JobUpdate
+from aitbc_miner.messages import MAX_LINE, MAX_UNFINISHED, JobEnded, JobUpdate
 
 KEPT = 2000
 
@@ -16,6 +17,7 @@ class JobIndex:
 
     def __init__(self) -> None:
         self._rows: OrderedDict[str, JobRow] = OrderedDict()
+        self._final: OrderedDict[str, None] = OrderedDict()
         self.finished: Counter[str] = Counter()
         self.unreported: set[str] = set()
 
@@ -28,7 +30,11 @@ class JobIndex:
         return [row for row in self._rows.values() if state in {None, row.state}]
 
     def update(self, said: JobUpdate) -> bool:
-        """Take in what the agent says; True when it is the end of a job that was in no slot to the end."""
+        """Take in what the agent says; True when it is the end of a job that was in no slot to the end.
+
+        Raises:
+            ExcessError: it knows more jobs without an end than there can be.
+        """
         old = self._rows.get(said.job_id, JobRow(said.job_id, said.state))
         # An earlier attempt of a job that was tried again may have failed.
         ends = said.state in FINAL | {State.UPLOADING}
@@ -66,13 +72,18 @@ class JobIndex:
     def settled(self, job_id: str) -> None:
         """Note that nobody works on a job any more: its report is next, whether the agent knows it or not."""
         old = self._rows.get(job_id)
-        if old is None or old.state not in FINAL:
+        if (old is None or old.state not in FINAL) and len(self.unreported) < MAX_UNFINISHED:
             self.unreported.add(job_id)
 
     def _put(self, row: JobRow) -> None:
-        self._rows[row.job_id] = row
-        if len(self._rows) > KEPT:
-            for job_id, old in self._rows.items():
-                if old.state in FINAL:
-                    del self._rows[job_id]
-                    break
+        self._rows[row.job_id] = replace(row, message=row.message[:MAX_LINE])
+        if row.state in FINAL:
+            self._final[row.job_id] = None
+        else:
+            self._final.pop(row.job_id, None)
+        if self._final and len(self._rows) > KEPT:
+            del self._rows[self._final.popitem(last=False)[0]]
+        if len(self._rows) > KEPT + MAX_UNFINISHED:
+            # The next agent tells of those that there are.
+            self._rows = OrderedDict((job_id, self._rows[job_id]) for job_id in self._final)
+            raise ExcessError(f"it told of more than {MAX_UNFINISHED} jobs without an end")

@@ -17,6 +17,18 @@ from aitbc_miner.jobs import JOB_ID, Requirements, State
 END_SIGNALS = {"shutdown": signal.SIGTERM, "cancel": signal.SIGUSR1, "expired": signal.SIGUSR2}
 
 
+MAX_WAITING = 5_000
+"""Jobs that the agent may have wait for a slot."""
+MAX_UNFINISHED = 5_000
+"""Jobs without an end that the agent may have us know."""
+MAX_SWEEPABLE = 20_000
+"""Directories that the agent may have wait to be removed."""
+MAX_LINE = 500
+"""Characters of what a job came to that are kept for `jobs`; the whole is in its record."""
+
+Short = Annotated[str, Meta(max_length=256)]
+
+
 # What comes from a process that is not root is checked again by the one that is.
 JobId = Annotated[str, Meta(pattern=f"^{JOB_ID.pattern}\\Z")]
 
@@ -35,11 +47,11 @@ class Ticket(Struct, frozen=True):
     """
 
     job_id: JobId
-    runner: str
+    runner: Short
     requirements: Requirements = Requirements()
     priority: int = 0
     received: float = 0.0
-    egress: str | None = None
+    egress: Annotated[str, Meta(max_length=4096)] | None = None
 
 
 class Offer(Struct, frozen=True):
@@ -91,7 +103,7 @@ class FoundJob(Struct, frozen=True):
 
     job_id: JobId
     state: State
-    slot: str | None
+    slot: Short | None
     worker_pid: int | None
     worker_start: int | None
     deadline: float | None = None
@@ -120,7 +132,7 @@ class CoordinatorView(Message, frozen=True):
 class Recovered(Message, frozen=True):
     """agent: it has read the records; these jobs were started and have no outcome yet."""
 
-    started: list[FoundJob]
+    started: Annotated[list[FoundJob], Meta(max_length=MAX_WAITING)]
 
 
 class JobReady(Message, frozen=True):
@@ -134,11 +146,11 @@ class JobUpdate(Message, frozen=True):
 
     job_id: JobId
     state: State
-    runner: str = ""
+    runner: Short = ""
     code: ErrorCode | None = None
     message: str = ""
-    slot: str | None = None
-    since_wall: str = ""
+    slot: Short | None = None
+    since_wall: Short = ""
     wall_s: float | None = None
     artifacts: int = 0
 

@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from aitbc_miner.agent import Agent
 from aitbc_miner.allowing import judge
 from aitbc_miner.cgroup import CgroupError, Group
-from aitbc_miner.channel import Channel
+from aitbc_miner.channel import Allowance, Channel
 from aitbc_miner.checks import read_layout, slots_for
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
@@ -254,7 +254,7 @@ class Node:
 
     def _be_agent(self, pipe: "Connection[Any, Any]") -> None:
         channel: Channel[ToAgent] = Channel(pipe, ToAgent)
-        line: Channel[PrivateLine] = Channel(self._agent_end, PrivateLine)
+        line: Channel[PrivateLine] = Channel(self._agent_end, PrivateLine, allowance=Allowance())
         early = credential_of_root(self._config.queue.password or "", os.environ)
         self._become_service()
         shared = open_shared(self._config, os.environ, self._mask, early)
@@ -262,7 +262,7 @@ class Node:
 
     def _be_heartbeat(self, pipe: "Connection[Any, Any]") -> None:
         channel: Channel[ToHeartbeat] = Channel(pipe, ToHeartbeat)
-        line: Channel[PrivateLine] = Channel(self._heartbeat_end, PrivateLine)
+        line: Channel[PrivateLine] = Channel(self._heartbeat_end, PrivateLine, allowance=Allowance())
         early = credential_of_root(self._config.coordinator.auth_token, os.environ)
         self._become_service()
         run_heartbeat(channel, line, self._config, self._config.node_id, os.environ, self._mask, early=early)

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 
 from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.channel import ExcessError
 from aitbc_miner.errors import JobError
-from aitbc_miner.messages import FoundJob, Stop, Ticket
+from aitbc_miner.messages import MAX_WAITING, FoundJob, Stop, Ticket
 from aitbc_miner.orphans import WorkerBook, end_worker
 from aitbc_miner.placing import place, refuse_hopeless
 from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Event, Retire, Slot, SlotState, Tick, Unretire
@@ -41,6 +42,8 @@ class SlotSet:
         self._log = events("supervisor")
         self.slots: dict[str, RunningSlot] = {}
         self.queue: dict[str, Ticket] = {}
+        # Whether there are jobs in the queue that perhaps no slot will ever take.
+        self.unjudged = False
 
     def __iter__(self) -> Iterator[RunningSlot]:
         return iter(list(self.slots.values()))
@@ -122,14 +125,22 @@ class SlotSet:
     # --- jobs ----------------------------------------------------------------------------------------------
 
     def enqueue(self, ticket: Ticket) -> bool:
-        """Take in a job that wants a slot; False when it has one."""
+        """Take in a job that wants a slot; False when it has one.
+
+        Raises:
+            ExcessError: more jobs wait than can be.
+        """
         if self.of(ticket.job_id) is not None:
             return False
         self.queue[ticket.job_id] = ticket
+        self.unjudged = True
+        if len(self.queue) > MAX_WAITING:
+            raise ExcessError(f"it had more than {MAX_WAITING} jobs wait for a slot")
         return True
 
     def refuse_hopeless(self) -> list[tuple[str, JobError]]:
         """Take waiting jobs that no slot will ever take out of the queue, and give each with the reason."""
+        self.unjudged = False
         offers = [slot.plan.offer for slot in self if slot.offers]
         refused: list[tuple[str, JobError]] = []
         for ticket in list(self.queue.values()):
@@ -145,6 +156,8 @@ class SlotSet:
         if not self.queue:
             return
         free = [slot.plan.offer for slot in self if slot.free]
+        if not free:
+            return
         for ticket, offer in place(list(self.queue.values()), free):
             del self.queue[ticket.job_id]
             self.slots[offer.name].feed(Assign(ticket.job_id))

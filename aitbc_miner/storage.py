@@ -12,10 +12,11 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from aitbc_miner import reserve
+from aitbc_miner.channel import ExcessError
 from aitbc_miner.children import Errands, Main
 from aitbc_miner.config import Workspace
 from aitbc_miner.control import Problem
-from aitbc_miner.messages import Retuned, SpaceWanted, Sweepable, Swept
+from aitbc_miner.messages import MAX_SWEEPABLE, Retuned, SpaceWanted, Sweepable, Swept
 from aitbc_miner.sweeping import Sweep, sweep
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
@@ -64,8 +65,16 @@ class Storage:
         return self.short is not before
 
     def sweep(self, named: Sweepable) -> None:
-        """Have the directories of these jobs removed, as soon as there is a child to do it."""
-        (self._early if named.early else self._to_sweep).update(dict.fromkeys(named.job_ids))
+        """Have the directories of these jobs removed, as soon as there is a child to do it.
+
+        Raises:
+            ExcessError: there are more than there can be; the next agent names those that are there.
+        """
+        waiting = self._early if named.early else self._to_sweep
+        waiting.update(dict.fromkeys(named.job_ids))
+        if len(waiting) > MAX_SWEEPABLE:
+            waiting.clear()
+            raise ExcessError(f"it named more than {MAX_SWEEPABLE} directories to be removed")
 
     @property
     def _least(self) -> int:

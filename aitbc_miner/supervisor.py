@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from msgspec import Struct
 
 from aitbc_miner.allowing import Examiner
+from aitbc_miner.channel import ExcessError
 from aitbc_miner.children import Errands, Keeper, Main
 from aitbc_miner.config import Config
 from aitbc_miner.control import ControlServer, Request, Source
@@ -107,6 +108,7 @@ class Supervisor:
         self._index = JobIndex()
         self._dirty = False
         self._told: list[Slot] = []
+        self._untold: set[Keeper[Any]] = set()
         self._retries = RetryDesk(self._agent.send)
         self._storage = Storage(parts.config.workspace, self._errands, self._agent.send)
         self._desk = Desk(
@@ -179,6 +181,9 @@ class Supervisor:
         if not self._stopping.told:
             self._slots.tick()
         if self._stopping.mode is None:
+            # Once for all that have come, for each goes through all that wait.
+            if self._slots.unjudged:
+                self._refuse_hopeless()
             self._slots.place()
         self._stopping.proceed()
         if clock.now() - self._ticked >= TICK_S:
@@ -195,16 +200,23 @@ class Supervisor:
         self._desk.disk_problem = self._storage.problem
 
     def _tell(self) -> None:
-        """Tell agent and heartbeat of the slots, when they have changed."""
+        """Tell agent and heartbeat of the slots, when they have changed.
+
+        One that has not read what it was told before is told only the latest, when it has.
+        """
         rules = self._slots.rules
-        if not (self._dirty or self._desk.take_changed() or rules != self._told):
-            return
+        if self._desk.take_changed() or self._dirty or rules != self._told:
+            self._untold = {self._agent, self._heartbeat}
         self._dirty = False
         self._told = rules
+        ready = {k for k in self._untold if k.child is None or not k.child.channel.has_unsent}
+        if not ready:
+            return
+        self._untold -= ready
         accepting = self._desk.accepting and not self._storage.short and self._stopping.mode is None
         view = Slots([slot.view() for slot in self._slots], list(self._slots.queue), accepting)
-        self._agent.send(view)
-        self._heartbeat.send(view)
+        for keeper in ready:
+            keeper.send(view)
 
     def _own_children(self) -> set[int]:
         own = {keeper.child.pid for keeper in (self._agent, self._heartbeat) if keeper.child}
@@ -237,7 +249,6 @@ class Supervisor:
                 self._begin()
             case JobReady():
                 self._dirty |= self._slots.enqueue(message.ticket)
-                self._refuse_hopeless()
             case JobUpdate():
                 if self._index.update(message):
                     self._heartbeat.send(JobDone(message.code))
@@ -257,8 +268,12 @@ class Supervisor:
 
     def _guarded(self, keeper: Keeper[Any], take: Callable[[M], None], message: M) -> None:
         """Take a message. Whatever is wrong with it costs the child that sent it, and never this process."""
+        if keeper.child is None or not keeper.child.heard:
+            return
         try:
             take(message)
+        except ExcessError as error:
+            keeper.child.end(str(error))
         except Exception:  # noqa: BLE001  # a defect; it is told, and the node goes on
             self._log.error("message not taken", child=keeper.name, exc_info=True)
             if keeper.child:

@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.channel import HEADER, MAX_UNSENT, READ_AT_ONCE, Channel, ChannelError
+from aitbc_miner.channel import (
+    HEADER,
+    MAX_UNSENT,
+    READ_AT_ONCE,
+    Allowance,
+    Channel,
+    ChannelError,
+    ExcessError,
+)
 from aitbc_miner.jobs import State
 from aitbc_miner.messages import (
     CancelJob,
@@ -32,7 +40,7 @@ DEADLINE_S = 30.0
 
 
 @contextlib.contextmanager
-def connected(incoming: Any = FromWorker, **options: int) -> Iterator[Pair]:
+def connected(incoming: Any = FromWorker, **options: Any) -> Iterator[Pair]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield Channel(ours, incoming, **options), theirs
@@ -281,3 +289,30 @@ def test_a_token_shows_in_no_text_of_its_message() -> None:
     message = NodeToken("top-secret")
     assert "top-secret" not in f"{message} {message!r} {[message]}"
     assert msgspec.json.decode(msgspec.json.encode(message), type=NodeToken).token == "top-secret"
+
+
+# --- how much a peer may say -------------------------------------------------------------------------------
+
+
+def test_who_says_too_much_at_once_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = clock.now()
+    monkeypatch.setattr(clock, "now", lambda: now)
+    with connected(allowance=Allowance(burst=10, per_s=5)) as (channel, there):
+        there.sendall(frame(MESSAGES[0]) * 10)
+        assert len(channel.receive()) == 10
+        now += 1.0
+        there.sendall(frame(MESSAGES[0]) * 5)
+        assert len(channel.receive()) == 5, "five more in the next second"
+        there.sendall(frame(MESSAGES[0]))
+        with pytest.raises(
+            ExcessError, match=r"^it said more than 10 messages or KiB at once and 5 a second$"
+        ):
+            channel.receive()
+
+
+def test_a_long_message_counts_by_its_length() -> None:
+    allowance = Allowance(burst=100, per_s=0.001)
+    allowance.spend(90 << 10)
+    allowance.spend(1)
+    with pytest.raises(ExcessError):
+        allowance.spend(20 << 10)

@@ -363,3 +363,13 @@ def test_whatever_happens_nothing_goes_back(
         final = scrape(metrics)
     assert_not_behind(final, shown)
     assert final.get(("aitbc_miner_jobs_total", "OK"), 0) <= done
+
+
+def test_labels_that_somebody_makes_up_are_counted_together() -> None:
+    totals = Totals()
+    for n in range(module.MAX_LABELS + 50):
+        totals.count("retries", f"label{n}", 1)
+    totals.count("retries", "label7", 1)
+    assert len(totals.counters["retries"]) == module.MAX_LABELS + 1
+    assert totals.counters["retries"]["other"] == 50
+    assert totals.counters["retries"]["label7"] == 2

@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from aitbc_miner.channel import ExcessError
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Requirements, State
-from aitbc_miner.messages import FoundJob, Ticket
+from aitbc_miner.messages import MAX_WAITING, FoundJob, Ticket
 from aitbc_miner.orphans import WorkerBook
 from aitbc_miner.slot import Assign, Ended, Slot, SlotState
 from aitbc_miner.slots import Outcomes, SlotPlan, make_offer
@@ -87,3 +88,10 @@ def test_a_job_of_an_unknown_worker_is_settled(site: Site) -> None:
     job = FoundJob("j1", State.RUNNING, "a", 1, 1)
     site.slots.take_up(job, lambda *_: pytest.fail("nothing to adopt"))
     assert site.settled == ["j1"]
+
+
+def test_too_many_jobs_that_wait_are_an_excess(site: Site) -> None:
+    for n in range(MAX_WAITING):
+        site.slots.enqueue(ticket(f"j{n}", 1))
+    with pytest.raises(ExcessError, match="5000 jobs wait"):
+        site.slots.enqueue(ticket("one-more", 1))

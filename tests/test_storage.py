@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from aitbc_miner import reserve, storage
+from aitbc_miner.channel import ExcessError
 from aitbc_miner.children import Errands, Main
 from aitbc_miner.config import Workspace
-from aitbc_miner.messages import SpaceWanted, Sweepable, Swept
+from aitbc_miner.messages import MAX_SWEEPABLE, SpaceWanted, Sweepable, Swept
 from aitbc_miner.storage import AGAIN_S, MIB, Storage
 from aitbc_miner.sweeping import Sweep
 from aitbc_miner.util import clock
@@ -206,3 +207,10 @@ def test_a_disk_that_is_gone_is_said(site: Site, monkeypatch: pytest.MonkeyPatch
     assert not site.storage.tick()
     assert site.storage.problem is not None
     assert "Input/output error" in site.storage.problem.what
+
+
+def test_too_many_directories_to_remove_are_an_excess(site: Site) -> None:
+    for n in range(MAX_SWEEPABLE // 1000):
+        site.storage.sweep(Sweepable([f"j{n}-{m}" for m in range(1000)]))
+    with pytest.raises(ExcessError, match="20000 directories"):
+        site.storage.sweep(Sweepable(["one-more"]))
