@@ -1,7 +1,7 @@
 """The machine's NVIDIA GPUs, asked through NVML without ever trusting it to answer.
 
 A call into NVML can hang in the driver for ever, and then not even SIGKILL ends the caller. So it is made in
-a child process only (`serve`); `GpuReader` waits for that with a deadline and leaves it behind if it must.
+a child process only (`nvml.py`); `GpuReader` waits for that with a deadline and leaves it behind if it must.
 """
 
 import contextlib
@@ -9,15 +9,15 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Self, TypeAlias
 
 import msgspec
 from msgspec import Struct
 
 from aitbc_miner.errors import MinerError
-from aitbc_miner.gpunodes import CAPABILITIES, mig_capabilities, numa_node_of
+from aitbc_miner.gpunodes import numa_node_of
 from aitbc_miner.util import clock
 
 MAX_REPLY_BYTES = 4 * 2**20
@@ -32,22 +32,24 @@ class MigInstance(Struct, frozen=True):
 
     uuid: str
     name: str
-    vram_mb: int
+    vram_mb: int | None
     capabilities: tuple[int, ...] = ()
 
 
 class GpuInfo(Struct, frozen=True):
     """What does not change about a GPU while the driver is loaded. With an `error`, only `index` is certain.
 
-    `vram_mb` is in MiB, 0 where the GPU has none of its own; `cuda` is the newest version that the driver
-    supports; `pci_bus_id` is written as in sysfs (0000:01:00.0); `minor` is that of /dev/nvidia<minor>.
+    What it does not tell is empty or None, and named in `odd` where it should have been told. `vram_mb` is in
+    MiB, with `unified` the machine's own memory; `cuda` is the newest version that the driver supports;
+    `pci_bus_id` is written as in sysfs (0000:01:00.0); `minor` is that of /dev/nvidia<minor>.
     """
 
     index: int
     vendor: str = "nvidia"
     name: str = ""
     uuid: str = ""
-    vram_mb: int = 0
+    vram_mb: int | None = None
+    unified: bool = False
     driver: str = ""
     cuda: str = ""
     compute_capability: str | None = None
@@ -56,15 +58,19 @@ class GpuInfo(Struct, frozen=True):
     pci_bus_id: str = ""
     numa_node: int | None = None
     minor: int | None = None
+    odd: list[str] = []
     error: str | None = None
 
 
 class GpuUsage(Struct, frozen=True):
-    """What a GPU or MIG instance does now; None for what it does not tell. MiB, percent, Celsius, watts."""
+    """What a GPU or MIG instance does now; None for what it does not tell. MiB, percent, Celsius, watts.
+
+    A GPU that does not tell its UUID is named by its index.
+    """
 
     uuid: str
-    vram_used_mb: int = 0
-    vram_total_mb: int = 0
+    vram_used_mb: int | None = None
+    vram_total_mb: int | None = None
     utilisation_pct: int | None = None
     temperature_c: int | None = None
     power_w: float | None = None
@@ -79,7 +85,7 @@ class GpuList(Struct, frozen=True):
     missing: bool = False
 
 
-class _Reply(Struct, frozen=True):
+class Reply(Struct, frozen=True):
     """One line from the child. With an `error` the child is of no more use."""
 
     gpus: list[GpuInfo] = []
@@ -87,145 +93,6 @@ class _Reply(Struct, frozen=True):
     error: str | None = None
     missing: bool = False
 
-
-# ---- the child ---------------------------------------------------------------------------------------------
-
-
-def serve() -> None:
-    """Answer requests (`list` or `usage`, one a line on stdin) with a JSON line each, until stdin ends."""
-    # Whatever the driver's library prints must not end up between our replies.
-    with os.fdopen(os.dup(1), "wb", buffering=0) as replies:
-        os.dup2(2, 1)
-        nvml = _Nvml()
-        failed = nvml.start()
-        for line in sys.stdin:
-            reply = failed or nvml.answer(line.strip())
-            replies.write(msgspec.json.encode(reply) + b"\n")
-            if reply.error:
-                return
-
-
-class _Nvml:
-    """The questions to NVML. Only `serve` may make one: each call here may never return."""
-
-    def __init__(self) -> None:
-        import pynvml  # noqa: PLC0415  # has no business in the process that asks us
-
-        self._nvml = pynvml
-        self._error: type[Exception] = pynvml.NVMLError
-
-    def start(self) -> _Reply | None:
-        """Load and start NVML; return what to tell if that fails."""
-        try:
-            self._nvml.nvmlInit()
-        except self._nvml.NVMLError_LibraryNotFound:
-            return _Reply(error=NO_LIBRARY, missing=True)
-        except self._error as error:
-            return _Reply(error=f"cannot start NVML: {error}; see nvidia-smi and dmesg")
-        return None
-
-    def answer(self, request: str) -> _Reply:
-        """Ask every GPU; what is wrong with one of them is in its own entry."""
-        try:
-            indexes = range(self._nvml.nvmlDeviceGetCount())
-            if request == "list":
-                driver, cuda = str(self._nvml.nvmlSystemGetDriverVersion()), self._cuda_version()
-                return _Reply(gpus=[self._info(index, driver, cuda) for index in indexes])
-            return _Reply(usage=[entry for index in indexes for entry in self._usages(index)])
-        except self._error as error:
-            return _Reply(error=f"cannot find the GPUs: {error}; see nvidia-smi and dmesg")
-
-    def _cuda_version(self) -> str:
-        number = int(self._optional(self._nvml.nvmlSystemGetCudaDriverVersion_v2) or 0)
-        return f"{number // 1000}.{number % 1000 // 10}" if number else ""
-
-    def _info(self, index: int, driver: str, cuda: str) -> GpuInfo:
-        nvml = self._nvml
-        try:
-            gpu = nvml.nvmlDeviceGetHandleByIndex(index)
-            pci = nvml.nvmlDeviceGetPciInfo(gpu)
-            capability = self._optional(nvml.nvmlDeviceGetCudaComputeCapability, gpu)
-            parts = self._mig_handles(gpu)
-            minor = self._optional(nvml.nvmlDeviceGetMinorNumber, gpu)
-            return GpuInfo(
-                index=index,
-                name=str(nvml.nvmlDeviceGetName(gpu)),
-                uuid=str(nvml.nvmlDeviceGetUUID(gpu)),
-                vram_mb=self._vram(gpu)[1],
-                driver=driver,
-                cuda=cuda,
-                compute_capability=f"{capability[0]}.{capability[1]}" if capability else None,
-                mig=[self._mig_info(part, minor) for part in parts or []],
-                mig_enabled=parts is not None,
-                pci_bus_id=f"{pci.domain:04x}:{pci.bus:02x}:{pci.device:02x}.0",
-                minor=minor,
-            )
-        except (self._error, UnicodeDecodeError) as error:
-            return GpuInfo(index=index, driver=driver, cuda=cuda, error=_gpu_error(index, error))
-
-    def _mig_info(self, part: Any, minor: int | None) -> MigInstance:
-        nvml = self._nvml
-        name, uuid = nvml.nvmlDeviceGetName(part), nvml.nvmlDeviceGetUUID(part)
-        own = self._optional(nvml.nvmlDeviceGetGpuInstanceId, part)
-        compute = self._optional(nvml.nvmlDeviceGetComputeInstanceId, part)
-        numbers = mig_capabilities(CAPABILITIES, minor, own, compute)
-        return MigInstance(str(uuid), str(name), self._vram(part)[1], numbers)
-
-    def _usages(self, index: int) -> list[GpuUsage]:
-        """Return the usage of a GPU, then of each of its MIG instances, which tell their memory only."""
-        nvml, uuid = self._nvml, ""
-        try:
-            gpu = nvml.nvmlDeviceGetHandleByIndex(index)
-            uuid = str(nvml.nvmlDeviceGetUUID(gpu))
-            rates = self._optional(nvml.nvmlDeviceGetUtilizationRates, gpu)
-            milliwatts = self._optional(nvml.nvmlDeviceGetPowerUsage, gpu)
-            whole = GpuUsage(
-                uuid,
-                *self._vram(gpu),
-                utilisation_pct=None if rates is None else int(rates.gpu),
-                temperature_c=self._optional(nvml.nvmlDeviceGetTemperature, gpu, nvml.NVML_TEMPERATURE_GPU),
-                power_w=None if milliwatts is None else milliwatts / 1000,
-            )
-            parts = self._mig_handles(gpu) or []
-            return [
-                whole,
-                *(GpuUsage(str(nvml.nvmlDeviceGetUUID(part)), *self._vram(part)) for part in parts),
-            ]
-        except (self._error, UnicodeDecodeError) as error:
-            return [GpuUsage(uuid, error=_gpu_error(index, error))]
-
-    def _vram(self, handle: Any) -> tuple[int, int]:
-        """Return used and total video memory in MiB."""
-        memory = self._optional(self._nvml.nvmlDeviceGetMemoryInfo, handle)
-        return (int(memory.used) >> 20, int(memory.total) >> 20) if memory else (0, 0)
-
-    def _mig_handles(self, gpu: Any) -> list[Any] | None:
-        """Return the handles of the GPU's MIG instances, or None where MIG is off."""
-        mode = self._optional(self._nvml.nvmlDeviceGetMigMode, gpu)
-        if mode is None or mode[0] == 0:
-            return None
-        handles = []
-        for place in range(self._nvml.nvmlDeviceGetMaxMigDeviceCount(gpu)):
-            # The places are numbered with gaps: an instance keeps its place when another one is destroyed.
-            with contextlib.suppress(self._nvml.NVMLError_NotFound):
-                handles.append(self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, place))
-        return handles
-
-    def _optional(self, call: Callable[..., Any], *args: object) -> Any:
-        """Return what the call says, or None where this GPU, driver or user has no such thing to tell."""
-        nvml = self._nvml
-        absent = (nvml.NVMLError_NotSupported, nvml.NVMLError_FunctionNotFound, nvml.NVMLError_NoPermission)
-        try:
-            return call(*args)
-        except absent:
-            return None
-
-
-def _gpu_error(index: int, error: Exception) -> str:
-    return f"cannot read GPU {index}: {error}; see nvidia-smi and dmesg"
-
-
-# ---- the parent --------------------------------------------------------------------------------------------
 
 Usages: TypeAlias = list[GpuUsage]  # GpuReader has a method called `list`
 
@@ -255,7 +122,7 @@ class GpuReader:
         self._first_pause_s, self._max_pause_s = pause_s, max_pause_s
         self._pause_s = 0.0
         self._not_before = 0.0
-        self._failure = _Reply()
+        self._failure = Reply()
         self._child: subprocess.Popen[bytes] | None = None
         self._ended: subprocess.Popen[bytes] | None = None
         self._uuids: Sequence[str] = ()
@@ -294,7 +161,7 @@ class GpuReader:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._ended.wait(1.0)
 
-    def _ask(self, request: str, deadline_s: float) -> _Reply:
+    def _ask(self, request: str, deadline_s: float) -> Reply:
         deadline = clock.now() + deadline_s
         if clock.now() < self._not_before:
             return self._failure
@@ -302,7 +169,7 @@ class GpuReader:
             self._child = self._child or self._start_child()
             reply = _exchange(self._child, request, deadline)
         except (MinerError, OSError) as error:
-            reply = _Reply(error=f"cannot ask NVML: {error}")
+            reply = Reply(error=f"cannot ask NVML: {error}")
         if reply.error:
             self._fail(reply)
         else:
@@ -325,7 +192,7 @@ class GpuReader:
             start_new_session=True,
         )
 
-    def _fail(self, reply: _Reply) -> None:
+    def _fail(self, reply: Reply) -> None:
         self._end_child()
         doubled = min(max(self._first_pause_s, self._pause_s * 2), self._max_pause_s)
         self._pause_s = self._max_pause_s if reply.missing else doubled
@@ -345,11 +212,11 @@ class GpuReader:
 def _child_command() -> Sequence[str]:
     # Isolated (-I), so that neither the environment nor the current directory can slip a module in; the place
     # of our own package is then unknown unless it is installed.
-    start = "import sys; sys.path.append(sys.argv[1]); from aitbc_miner.gpu import serve; serve()"
+    start = "import sys; sys.path.append(sys.argv[1]); from aitbc_miner.nvml import serve; serve()"
     return [sys.executable, "-I", "-c", start, str(Path(__file__).resolve().parents[1])]
 
 
-def _exchange(child: subprocess.Popen[bytes], request: str, deadline: float) -> _Reply:
+def _exchange(child: subprocess.Popen[bytes], request: str, deadline: float) -> Reply:
     """Send one request and return its reply.
 
     Raises:
@@ -361,7 +228,7 @@ def _exchange(child: subprocess.Popen[bytes], request: str, deadline: float) -> 
     child.stdin.write(request.encode() + b"\n")
     line = _read_line(child.stdout.fileno(), deadline)
     try:
-        return msgspec.json.decode(line, type=_Reply)
+        return msgspec.json.decode(line, type=Reply)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MinerError(f"its process answered {line[:60]!r}: {error}") from error
 
@@ -381,7 +248,3 @@ def _read_line(source: int, deadline: float) -> bytes:
         if len(received) > MAX_REPLY_BYTES:
             raise MinerError(f"its process answered more than {MAX_REPLY_BYTES} bytes")
     return received
-
-
-if __name__ == "__main__":
-    serve()

@@ -4,6 +4,7 @@ import contextlib
 from pathlib import Path
 
 CAPABILITIES = Path("/proc/driver/nvidia/capabilities")
+CARDS = Path("/proc/driver/nvidia/gpus")
 
 
 def mig_capabilities(place: Path, minor: int | None, own: int | None, compute: int | None) -> tuple[int, ...]:
@@ -18,6 +19,15 @@ def mig_capabilities(place: Path, minor: int | None, own: int | None, compute: i
             fields = dict(line.split(": ") for line in file.read_text().splitlines())
             numbers.append(int(fields["DeviceFileMinor"]))
     return tuple(numbers)
+
+
+def minor_of(place: Path, pci_bus_id: str) -> int | None:
+    """Give the number of the node /dev/nvidia<minor> of a card, where NVML does not."""
+    try:
+        lines = (place / pci_bus_id / "information").read_text().splitlines()
+        return int(next(line.split(":")[1] for line in lines if line.startswith("Device Minor:")))
+    except (OSError, ValueError, StopIteration):
+        return None
 
 
 def numa_node_of(sysfs: Path, pci_bus_id: str) -> int | None:

@@ -88,6 +88,7 @@ class SlotView(Struct, frozen=True):
 class GpuFact(Struct, frozen=True):
     """A GPU or MIG instance that a slot can be given: all its names, its memory in MB, its NUMA node.
 
+    vram_mb: 0 where it is not known. unified: it is the machine's.
     minor: the number of its node /dev/nvidia<minor>. capabilities: those of its nodes in /dev/nvidia-caps.
     """
 
@@ -96,6 +97,7 @@ class GpuFact(Struct, frozen=True):
     numa_node: int | None = None
     minor: int | None = None
     capabilities: tuple[int, ...] = ()
+    unified: bool = False
 
 
 class FoundJob(Struct, frozen=True):

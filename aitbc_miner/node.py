@@ -212,12 +212,12 @@ class Node:
         self, spec: SlotSpec, gpus: list[GpuFact], user: Identity | None, problem: str | None
     ) -> SlotPlan:
         gpu = next((gpu for gpu in gpus if spec.gpu is not None and str(spec.gpu) in gpu.ids), None)
-        offer = make_offer(
-            spec,
-            threads=len(self._facts.cpus),
-            memory_bytes=self._facts.memory_bytes,
-            vram_mb=gpu.vram_mb if gpu else 0,
-        )
+        memory = self._facts.memory_bytes
+        vram_mb = gpu.vram_mb if gpu else 0
+        if gpu and gpu.unified:
+            # What of the machine's memory may be used at all bounds it, too.
+            vram_mb = min(vram_mb, memory >> 20)
+        offer = make_offer(spec, threads=len(self._facts.cpus), memory_bytes=memory, vram_mb=vram_mb)
         parent = self._cgroups.parent
         settings = Settings(
             config=self._config,

@@ -225,7 +225,7 @@ def _told_of(gpu: GpuInfo) -> dict[str, Any]:
         "vendor": gpu.vendor,
         "name": gpu.name,
         "uuid": gpu.uuid,
-        "vram_mb": gpu.vram_mb,
+        **({} if gpu.vram_mb is None else {"vram_mb": gpu.vram_mb}),
         "cuda": {"version": gpu.cuda, "driver": gpu.driver},
     }
 
@@ -269,7 +269,9 @@ def _wrapped(label: str, text: str) -> str:
     )
 
 
-def _size(mebibytes: int) -> str:
+def _size(mebibytes: int | None) -> str:
+    if mebibytes is None:
+        return "memory unknown"
     for unit, factor in (("TiB", 1 << 20), ("GiB", 1 << 10)):
         if mebibytes >= factor:
             return f"{mebibytes / factor:.1f} {unit}"
@@ -282,12 +284,12 @@ def _gpu_facts(gpu: GpuInfo) -> list[tuple[str, str]]:
         return [(label, "broken")]
     facts = [
         gpu.name,
-        _size(gpu.vram_mb),
+        _size(gpu.vram_mb) + (" of the machine's memory" if gpu.unified else ""),
         gpu.uuid,
         f"compute capability {gpu.compute_capability}" if gpu.compute_capability else "",
-        f"driver {gpu.driver}",
+        f"driver {gpu.driver}" if gpu.driver else "",
         f"CUDA {gpu.cuda}" if gpu.cuda else "",
-        f"PCI {gpu.pci_bus_id}",
+        f"PCI {gpu.pci_bus_id}" if gpu.pci_bus_id else "",
         f"NUMA node {gpu.numa_node}" if gpu.numa_node is not None else "",
         "MIG on" if gpu.mig_enabled else "",
     ]
@@ -315,6 +317,7 @@ def _faults(machine: Machine, gpus: GpuList, runners: Sequence[str]) -> list[str
     absent = [name for name in NEEDED_CONTROLLERS if name not in cgroup.controllers]
     unified = "boot with systemd.unified_cgroup_hierarchy=1"
     faults = [gpus.error or "", *(gpu.error or "" for gpu in gpus.gpus)]
+    faults += [f"GPU {gpu.index} does not tell its {', '.join(gpu.odd)}" for gpu in gpus.gpus if gpu.odd]
     if not gpus.gpus and not gpus.error:
         faults.append("no NVIDIA GPU: GPU slots are not possible")
     if not runners:

@@ -153,7 +153,7 @@ class GpuWatch:
     def use_of(self, name: str | None) -> GpuUsage | None:
         """Give the use of a GPU or MIG instance by its UUID, or of a GPU by its index."""
         uuid = next((gpu.uuid for gpu in self.found.gpus if name == str(gpu.index)), name)
-        return self.uses.get(uuid or "")
+        return self.uses.get(uuid or name or "")
 
 
 def inventory(found: GpuList) -> Inventory:
@@ -166,10 +166,12 @@ def inventory(found: GpuList) -> Inventory:
         if gpu.mig_enabled:
             # The GPU itself runs nothing then, only its instances do.
             facts += [
-                GpuFact((part.uuid,), part.vram_mb, gpu.numa_node, gpu.minor, part.capabilities)
+                GpuFact((part.uuid,), part.vram_mb or 0, gpu.numa_node, gpu.minor, part.capabilities)
                 for part in gpu.mig
             ]
         elif not gpu.error:
-            facts.append(GpuFact((gpu.uuid, str(gpu.index)), gpu.vram_mb, gpu.numa_node, gpu.minor))
+            ids = tuple(filter(None, (gpu.uuid, str(gpu.index))))
+            facts.append(GpuFact(ids, gpu.vram_mb or 0, gpu.numa_node, gpu.minor, unified=gpu.unified))
     errors = [None if found.missing else found.error, *(gpu.error for gpu in found.gpus)]
+    errors += [f"GPU {gpu.index} does not tell its {', '.join(gpu.odd)}" for gpu in found.gpus if gpu.odd]
     return Inventory(facts, "; ".join(filter(None, errors)) or None)

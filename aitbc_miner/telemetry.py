@@ -124,6 +124,7 @@ def _slot_health(snapshot: Snapshot, view: SlotView) -> SlotHealth:
     name = view.offer.name
     use = snapshot.uses.get(name, Use())
     gpu = snapshot.gpu_uses.get(name)
+    vram_mb = gpu.vram_used_mb if gpu else None
     return SlotHealth(
         name=name,
         kind=view.offer.kind,
@@ -131,7 +132,7 @@ def _slot_health(snapshot: Snapshot, view: SlotView) -> SlotHealth:
         job_id=view.job_id,
         cpu_pct=use.cpu_pct,
         memory_bytes=use.memory_bytes,
-        vram_bytes=None if gpu is None or gpu.error else gpu.vram_used_mb << 20,
+        vram_bytes=None if vram_mb is None else vram_mb << 20,
     )
 
 

@@ -8,7 +8,10 @@
  *   NVML_STUB_LOST=1          this GPU has fallen off the bus
  *   NVML_STUB_HANG=function   this function never returns
  *   NVML_STUB_CRASH=function  this function takes the process down
- *   NVML_STUB_FAIL=function:3 this function returns that error
+ *   NVML_STUB_FAIL=function:3 this function returns that error; several with commas between
+ *   NVML_STUB_ONES=function   this function sets every bit of its answer; several with commas between
+ *   NVML_STUB_SAME=1          all GPUs tell the same UUID
+ *   NVML_STUB_ONLY=1          FAIL and ONES are for this GPU alone, and its MIG instances
  *   NVML_STUB_NOISE=1         print to stdout at the start
  */
 #define _GNU_SOURCE
@@ -47,15 +50,31 @@ __attribute__((constructor)) static void read_settings(void) {
     fclose(file);
 }
 
+/* What is set for a function in a list such as `one:3,two:4`, without a colon 1; 0 if it is not there. */
+static int listed(const char *name, const char *function, const struct device *device) {
+    const char *only = setting("NVML_STUB_ONLY");
+    if (*only && (!device || device->gpu != (unsigned)atoi(only))) return 0;
+    size_t length = strlen(function);
+    for (const char *item = setting(name); *item; item += strcspn(item, ","), item += *item == ',') {
+        if (strncmp(item, function, length)) continue;
+        if (item[length] == ':') return atoi(item + length + 1);
+        if (!item[length] || item[length] == ',') return 1;
+    }
+    return 0;
+}
+
 /* What happens in every function before it does its work. */
-static int enter(const char *function) {
+static int enter(const char *function, const struct device *device) {
     if (!strcmp(setting("NVML_STUB_HANG"), function)) for (;;) pause();
     if (!strcmp(setting("NVML_STUB_CRASH"), function)) abort();
-    const char *fail = setting("NVML_STUB_FAIL");
-    size_t length = strlen(function);
-    return !strncmp(fail, function, length) && fail[length] == ':' ? atoi(fail + length + 1) : OK;
+    return listed("NVML_STUB_FAIL", function, device);
 }
-#define ENTER do { int code = enter(__func__); if (code) return code; } while (0)
+#define ENTER do { int code = enter(__func__, NULL); if (code) return code; } while (0)
+#define ANSWER(device, answer, size) do { \
+        int code = enter(__func__, device); \
+        if (code) return code; \
+        if (listed("NVML_STUB_ONES", __func__, device)) { memset(answer, 0xff, size); return OK; } \
+    } while (0)
 
 int nvmlInitWithFlags(unsigned flags) {
     (void)flags;
@@ -69,14 +88,14 @@ int nvmlShutdown(void) { return OK; }
 const char *nvmlErrorString(int code) { (void)code; return "an error of the stub"; }
 
 int nvmlSystemGetDriverVersion(char *text, unsigned size) {
-    ENTER;
+    ANSWER(NULL, text, size);
     snprintf(text, size, "545.23.06");
     return OK;
 }
 
-int nvmlSystemGetCudaDriverVersion_v2(int *version) { ENTER; *version = 12030; return OK; }
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { ANSWER(NULL, version, sizeof *version); *version = 12030; return OK; }
 
-int nvmlDeviceGetCount_v2(unsigned *count) { ENTER; *count = atoi(setting("NVML_STUB_GPUS")); return OK; }
+int nvmlDeviceGetCount_v2(unsigned *count) { ANSWER(NULL, count, sizeof *count); *count = atoi(setting("NVML_STUB_GPUS")); return OK; }
 
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, struct device **device) {
     ENTER;
@@ -85,11 +104,11 @@ int nvmlDeviceGetHandleByIndex_v2(unsigned index, struct device **device) {
     if (*lost && index == (unsigned)atoi(lost)) return LOST;
     gpus[index] = (struct device){index, -1};
     *device = &gpus[index];
-    return OK;
+    return listed("NVML_STUB_FAIL", __func__, *device);
 }
 
 int nvmlDeviceGetName(struct device *device, char *text, unsigned size) {
-    ENTER;
+    ANSWER(device, text, size);
     if (device->mig >= 0) { snprintf(text, size, "NVIDIA Stub MIG 1g.10gb"); return OK; }
     const char *name = setting("NVML_STUB_NAMES");
     for (unsigned skip = device->gpu; skip && strchr(name, '|'); skip--) name = strchr(name, '|') + 1;
@@ -99,54 +118,52 @@ int nvmlDeviceGetName(struct device *device, char *text, unsigned size) {
 }
 
 int nvmlDeviceGetUUID(struct device *device, char *text, unsigned size) {
-    ENTER;
-    int mig = device->mig + 1;
-    snprintf(text, size, "%s-%08x-0000-0000-0000-%012x", mig ? "MIG" : "GPU", device->gpu, mig);
+    ANSWER(device, text, size);
+    int mig = device->mig + 1, gpu = *setting("NVML_STUB_SAME") ? 0 : device->gpu;
+    snprintf(text, size, "%s-%08x-0000-0000-0000-%012x", mig ? "MIG" : "GPU", gpu, mig);
     return OK;
 }
 
 int nvmlDeviceGetMemoryInfo(struct device *device, struct memory *memory) {
-    ENTER;
+    ANSWER(device, memory, sizeof *memory);
     unsigned long long mib = device->mig < 0 ? 16384 : 2048, used = 512 + device->gpu;
     *memory = (struct memory){mib << 20, (mib - used) << 20, used << 20};
     return OK;
 }
 
 int nvmlDeviceGetMinorNumber(struct device *device, unsigned *minor) {
-    ENTER;
+    ANSWER(device, minor, sizeof *minor);
     *minor = device->gpu;
     return OK;
 }
 
 int nvmlDeviceGetGpuInstanceId(struct device *device, unsigned *id) {
-    ENTER;
+    ANSWER(device, id, sizeof *id);
     *id = device->mig + 1;
     return OK;
 }
 
 int nvmlDeviceGetComputeInstanceId(struct device *device, unsigned *id) {
-    (void)device;
-    ENTER;
+    ANSWER(device, id, sizeof *id);
     *id = 0;
     return OK;
 }
 
 int nvmlDeviceGetPciInfo_v3(struct device *device, struct pci *pci) {
-    ENTER;
+    ANSWER(device, pci, sizeof *pci);
     *pci = (struct pci){.domain = 0, .bus = 0x40 + device->gpu, .device = 0};
     return OK;
 }
 
 int nvmlDeviceGetCudaComputeCapability(struct device *device, int *major, int *minor) {
-    (void)device;
-    ENTER;
+    ANSWER(device, major, sizeof *major);
     *major = 8;
     *minor = 9;
     return OK;
 }
 
 int nvmlDeviceGetUtilizationRates(struct device *device, struct utilization *rates) {
-    ENTER;
+    ANSWER(device, rates, sizeof *rates);
     if (device->gpu == 0 && *setting("NVML_STUB_MIG")) return NOT_SUPPORTED;
     *rates = (struct utilization){50 + device->gpu, 20};
     return OK;
@@ -154,27 +171,26 @@ int nvmlDeviceGetUtilizationRates(struct device *device, struct utilization *rat
 
 int nvmlDeviceGetTemperature(struct device *device, unsigned sensor, unsigned *celsius) {
     (void)sensor;
-    ENTER;
+    ANSWER(device, celsius, sizeof *celsius);
     *celsius = 60 + device->gpu;
     return OK;
 }
 
 int nvmlDeviceGetPowerUsage(struct device *device, unsigned *milliwatts) {
-    ENTER;
+    ANSWER(device, milliwatts, sizeof *milliwatts);
     *milliwatts = 250500 + device->gpu;
     return OK;
 }
 
 int nvmlDeviceGetMigMode(struct device *device, unsigned *current, unsigned *pending) {
-    ENTER;
+    ANSWER(device, current, sizeof *current);
     if (!*setting("NVML_STUB_MIG")) return NOT_SUPPORTED;
     *current = *pending = device->gpu == 0;
     return OK;
 }
 
 int nvmlDeviceGetMaxMigDeviceCount(struct device *device, unsigned *count) {
-    (void)device;
-    ENTER;
+    ANSWER(device, count, sizeof *count);
     *count = MIG_PLACES;
     return OK;
 }
@@ -185,5 +201,5 @@ int nvmlDeviceGetMigDeviceHandleByIndex(struct device *device, unsigned place, s
     if (place % 2 == 0 || number >= (unsigned)atoi(setting("NVML_STUB_MIG")) || number >= MAX_MIG) return NOT_FOUND;
     parts[number] = (struct device){device->gpu, (int)number};
     *part = &parts[number];
-    return OK;
+    return listed("NVML_STUB_FAIL", __func__, device);
 }

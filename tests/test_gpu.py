@@ -3,13 +3,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import psutil
 import pytest
 from nvml_stub import NvmlStub, no_library
 
 from aitbc_miner import gpu
 from aitbc_miner.gpu import GpuReader, MigInstance
-from aitbc_miner.gpunodes import mig_capabilities
+from aitbc_miner.gpunodes import mig_capabilities, minor_of
+from aitbc_miner.sampling import inventory
 from aitbc_miner.util import clock
 
 # How much longer than its deadline a call may take on a busy machine before that counts as "not in time".
@@ -132,14 +134,130 @@ def test_what_a_gpu_cannot_tell_is_none_but_a_real_error_is_told(tmp_path: Path)
     assert "GPU requires restart" in str(entry.error)
 
 
-def test_a_name_that_is_no_text_is_an_error_of_that_gpu_only(tmp_path: Path) -> None:
+def test_a_name_that_is_no_text_is_absent(tmp_path: Path) -> None:
     stub = NvmlStub(tmp_path)
     with (tmp_path / "nvml_stub.conf").open("wb") as settings:
         settings.write(b"NVML_STUB_GPUS=2\nNVML_STUB_NAMES=\xff\xfe|good\n")
     with GpuReader(environ=stub.environ) as reader:
         bad, good = reader.list(LONG_S).gpus
-    assert "cannot read GPU 0" in str(bad.error)
-    assert (good.name, good.error) == ("good", None)
+    assert (bad.name, bad.error, bad.vram_mb) == ("", None, 16384)
+    assert [text.split(" (")[0] for text in bad.odd] == ["name"]
+    assert (good.name, good.error, good.odd) == ("good", None, [])
+
+
+FIELDS = {
+    "nvmlDeviceGetName": "name",
+    "nvmlDeviceGetUUID": "uuid",
+    "nvmlDeviceGetMemoryInfo": "vram_mb",
+    "nvmlDeviceGetPciInfo_v3": "pci_bus_id",
+    "nvmlDeviceGetMinorNumber": "minor",
+    "nvmlDeviceGetCudaComputeCapability": "compute_capability",
+    "nvmlDeviceGetMigMode": "mig_enabled",
+}
+
+
+@pytest.mark.parametrize("how", ["fail", "ones"])
+@pytest.mark.parametrize(("function", "field"), FIELDS.items())
+def test_one_bad_answer_takes_that_field_alone(tmp_path: Path, how: str, function: str, field: str) -> None:
+    """An unknown error, or every bit set: 17,592,186,044,415 MB of video memory were offered."""
+    stub = NvmlStub(tmp_path, gpus=2)
+    with GpuReader(environ=stub.environ) as reader:
+        good = reader.list(LONG_S).gpus
+    stub.set(gpus=2, only=0, **{how: function + (":999" if how == "fail" else "")})
+    with GpuReader(environ=stub.environ) as reader:
+        found = reader.list(LONG_S)
+        usage = reader.usage(LONG_S)
+    assert found.error is None
+    assert found.gpus[1] == good[1]
+    bad = found.gpus[0]
+    assert len(bad.odd) == 1, bad
+    assert not getattr(bad, field)
+    assert bad == msgspec.structs.replace(good[0], **{field: getattr(bad, field)}, odd=bad.odd)
+    (fact, other) = inventory(found).gpus
+    assert str(bad.index) in fact.ids
+    assert fact.vram_mb == (0 if field == "vram_mb" else 16384)
+    assert other.vram_mb == 16384
+    assert "GPU 0 does not tell its " in str(inventory(found).error)
+    assert [entry.error for entry in usage] == [None, None]
+    assert usage[0].vram_total_mb == (None if field == "vram_mb" else 16384)
+
+
+@pytest.mark.parametrize(
+    ("function", "field"),
+    [
+        ("nvmlDeviceGetPowerUsage", "power_w"),
+        ("nvmlDeviceGetTemperature", "temperature_c"),
+        ("nvmlDeviceGetUtilizationRates", "utilisation_pct"),
+    ],
+)
+def test_a_figure_that_makes_no_sense_is_absent(tmp_path: Path, function: str, field: str) -> None:
+    stub = NvmlStub(tmp_path)
+    for setting in ({"ones": function}, {"fail": f"{function}:999"}):
+        stub.set(**setting)
+        with GpuReader(environ=stub.environ) as reader:
+            (entry,) = reader.usage(LONG_S)
+        assert getattr(entry, field) is None
+        assert (entry.error, entry.vram_used_mb) == (None, 512)
+
+
+def test_what_the_driver_does_not_tell_of_itself_takes_no_card(tmp_path: Path) -> None:
+    stub = NvmlStub(
+        tmp_path, gpus=2, fail="nvmlSystemGetDriverVersion:999,nvmlSystemGetCudaDriverVersion_v2:999"
+    )
+    with GpuReader(environ=stub.environ) as reader:
+        found = reader.list(LONG_S)
+    assert [(info.driver, info.cuda, info.vram_mb) for info in found.gpus] == [("", "", 16384)] * 2
+
+
+def test_a_number_of_gpus_that_makes_no_sense(tmp_path: Path) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path, ones="nvmlDeviceGetCount_v2").environ) as reader:
+        assert "cannot find the GPUs: 4294967295 makes no sense" in str(reader.list(LONG_S).error)
+
+
+@pytest.mark.parametrize(
+    ("settings", "parts"),
+    [
+        ({"ones": "nvmlDeviceGetMaxMigDeviceCount"}, 2),
+        ({"fail": "nvmlDeviceGetMaxMigDeviceCount:999"}, 2),
+        ({"fail": "nvmlDeviceGetMigDeviceHandleByIndex:999"}, 0),
+        ({"ones": "nvmlDeviceGetGpuInstanceId,nvmlDeviceGetComputeInstanceId"}, 2),
+    ],
+)
+def test_mig_instances_stand_by_themselves(tmp_path: Path, settings: dict[str, str], parts: int) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path, gpus=2, mig=2, **settings).environ) as reader:
+        found = reader.list(LONG_S)
+        usage = reader.usage(LONG_S)
+    assert (found.error, [info.error for info in found.gpus]) == (None, [None, None])
+    assert [len(info.mig) for info in found.gpus] == [parts, 0]
+    assert found.gpus[1].vram_mb == 16384
+    assert len(usage) == parts + 2
+
+
+def test_unified_memory_is_the_machines(tmp_path: Path) -> None:
+    """NVML has no memory to tell of on Grace and Jetson: the card uses the machine's."""
+    with GpuReader(environ=NvmlStub(tmp_path, fail="nvmlDeviceGetMemoryInfo:3").environ) as reader:
+        (info,) = reader.list(LONG_S).gpus
+        (use,) = reader.usage(LONG_S)
+    whole = psutil.virtual_memory().total >> 20
+    assert (info.vram_mb, info.unified, info.odd) == (whole, True, [])
+    assert use.vram_total_mb == whole
+    assert 0 < (use.vram_used_mb or 0) <= whole
+    assert inventory(gpu.GpuList([info])).gpus[0].unified
+
+
+def test_a_uuid_that_two_cards_tell_names_neither(tmp_path: Path) -> None:
+    with GpuReader(environ=NvmlStub(tmp_path, gpus=2, same=1).environ) as reader:
+        found = reader.list(LONG_S)
+    assert [fact.ids for fact in inventory(found).gpus] == [("0",), ("1",)]
+    assert "another card tells the same" in str(inventory(found).error)
+
+
+def test_the_minor_number_of_a_card_is_also_in_a_file(tmp_path: Path) -> None:
+    place = tmp_path / "0000:40:00.0"
+    place.mkdir()
+    (place / "information").write_text("Model: \t\t NVIDIA L4\nDevice Minor: \t 7\n")
+    assert minor_of(tmp_path, "0000:40:00.0") == 7
+    assert minor_of(tmp_path, "") is None
 
 
 def test_output_of_the_library_does_not_disturb(tmp_path: Path) -> None:

@@ -54,7 +54,7 @@ LAYERS: list[dict[str, set[str]]] = [
             *("config", "credentials", "slotspec"),
             *("allowlist", "abuse", "argrules", "arggrammar", "argvalues", "argpatterns"),
         },
-        "discovery": {"probe", "gpu", "gpunodes", "privileges"},
+        "discovery": {"probe", "gpu", "nvml", "gpunodes", "privileges"},
         "channel": {"channel"},
         "database": {"database"},
     },

@@ -57,6 +57,9 @@ def doubt_about(claims: Claims) -> str:
 # --- of ourselves ------------------------------------------------------------------------------------------
 
 
+_GPU_KEYS = {"name": "name", "memory_mb": "vram_mb", "uuid": "uuid"}
+
+
 def registration(
     capabilities: Mapping[str, Any],
     *,
@@ -69,9 +72,7 @@ def registration(
 
     `cuda` are the toolkits that are installed: a job's version is looked for within this text.
     """
-    gpus = [
-        {"name": gpu["name"], "memory_mb": gpu["vram_mb"], "uuid": gpu["uuid"]} for gpu in capabilities["gpu"]
-    ]
+    gpus = [{ours: gpu[its] for ours, its in _GPU_KEYS.items() if its in gpu} for gpu in capabilities["gpu"]]
     read: dict[str, Any] = {"gpus": gpus, "models": list(models)}
     if cuda:
         read["cuda"] = " ".join(cuda)

@@ -1,0 +1,289 @@
+"""The child process that asks NVML. A call may never return, so `gpu.py` waits for it with a deadline.
+
+A driver answers some questions with an error, or with nonsense (all bits set). Each answer stands by itself:
+what is not told or cannot be is absent, and all else of the card and of the others is told.
+"""
+
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from msgspec.structs import replace
+
+from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuUsage, MigInstance, Reply
+from aitbc_miner.gpunodes import CAPABILITIES, CARDS, mig_capabilities, minor_of
+
+MAX_GPUS = 1024
+MAX_PARTS = 64
+# Far above any card: 16 TiB, 10 kW.
+_MAX_BYTES = 1 << 44
+_MAX_MILLIWATTS = 10_000_000
+_UUID = re.compile(r"[A-Za-z][A-Za-z0-9._:/-]{0,127}")
+
+Memory = tuple[int | None, int | None]
+"""Used and in all, in MiB."""
+
+
+def serve() -> None:
+    """Answer requests (`list` or `usage`, one a line on stdin) with a JSON line each, until stdin ends."""
+    # Whatever the driver's library prints must not end up between our replies.
+    with os.fdopen(os.dup(1), "wb", buffering=0) as replies:
+        os.dup2(2, 1)
+        nvml = _Nvml()
+        failed = nvml.start()
+        for line in sys.stdin:
+            reply = failed or nvml.answer(line.strip())
+            replies.write(msgspec.json.encode(reply) + b"\n")
+            if reply.error:
+                return
+
+
+class _Nvml:
+    """The questions to NVML."""
+
+    def __init__(self) -> None:
+        import pynvml  # noqa: PLC0415  # has no business in the process that asks us
+
+        self._nvml = pynvml
+        self._error: type[Exception] = pynvml.NVMLError
+
+    def start(self) -> Reply | None:
+        """Load and start NVML; return what to tell if that fails."""
+        try:
+            self._nvml.nvmlInit()
+        except self._nvml.NVMLError_LibraryNotFound:
+            return Reply(error=NO_LIBRARY, missing=True)
+        except self._error as error:
+            return Reply(error=f"cannot start NVML: {error}; see nvidia-smi and dmesg")
+        return None
+
+    def answer(self, request: str) -> Reply:
+        """Ask every GPU; what is wrong with one of them is in its own entry."""
+        try:
+            count = _within(0, MAX_GPUS)(self._nvml.nvmlDeviceGetCount())
+        except (self._error, ValueError) as error:
+            return Reply(error=f"cannot find the GPUs: {error}; see nvidia-smi and dmesg")
+        cards = [_Card(self._nvml, index) for index in range(count)]
+        if request == "list":
+            driver, cuda = self._versions()
+            return Reply(gpus=_distinct([card.info(driver, cuda) for card in cards]))
+        return Reply(usage=[entry for card in cards for entry in card.usages()])
+
+    def _versions(self) -> tuple[str, str]:
+        nvml, ask = self._nvml, _Answers(self._nvml)
+        number = ask("", nvml.nvmlSystemGetCudaDriverVersion_v2, read=_within(1000, 1_000_000)) or 0
+        cuda = f"{number // 1000}.{number % 1000 // 10}" if number else ""
+        return ask("", nvml.nvmlSystemGetDriverVersion, read=_text) or "", cuda
+
+
+class _Answers:
+    """Asks about one card, and keeps in `odd` what it failed to tell or told senselessly."""
+
+    def __init__(self, nvml: Any) -> None:
+        self._nvml = nvml
+        self._absent = tuple(
+            getattr(nvml, f"NVMLError_{name}")
+            for name in ("NotSupported", "FunctionNotFound", "NoPermission")
+        )
+        self._fatal = (nvml.NVMLError_GpuIsLost, nvml.NVMLError_ResetRequired)
+        self.odd: list[str] = []
+
+    def __call__(self, what: str, call: Callable[..., Any], *args: object, read: Callable[[Any], Any]) -> Any:
+        """Give the answer as `read` takes it, or None.
+
+        Raises:
+            NVMLError: the card is lost, or must be reset: nothing that it says would matter.
+        """
+        try:
+            return read(call(*args))
+        except self._fatal:
+            raise
+        except self._absent:
+            return None
+        except Exception as error:  # noqa: BLE001  # also what is no text, and what the binding makes of nonsense
+            self.odd.append(f"{what} ({error})")
+            return None
+
+    def memory(self, handle: Any) -> tuple[Memory, bool]:
+        """Ask for the memory, and whether it is the machine's own, as where a card has none (Grace)."""
+
+        def ask() -> tuple[Memory, bool]:
+            try:
+                return _memory(self._nvml.nvmlDeviceGetMemoryInfo(handle)), False
+            except self._nvml.NVMLError_NotSupported:
+                return _memory_of_machine(), True
+
+        said: tuple[Memory, bool] | None = self("memory", ask, read=lambda both: both)
+        return said or ((None, None), False)
+
+
+class _Card:
+    """One GPU, by its index."""
+
+    def __init__(self, nvml: Any, index: int) -> None:
+        self._nvml = nvml
+        self._index = index
+        self._ask = _Answers(nvml)
+
+    def info(self, driver: str, cuda: str) -> GpuInfo:
+        """Say what does not change about it."""
+        nvml, ask = self._nvml, self._ask
+        try:
+            gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
+            capability = ask(
+                "compute capability", nvml.nvmlDeviceGetCudaComputeCapability, gpu, read=_version
+            )
+            place = ask("PCI address", nvml.nvmlDeviceGetPciInfo, gpu, read=_pci) or ""
+            minor = ask("minor number", nvml.nvmlDeviceGetMinorNumber, gpu, read=_within(0, 1 << 20))
+            minor = minor_of(CARDS, place) if minor is None else minor
+            parts = self._parts(gpu)
+            (_, total), unified = ask.memory(gpu)
+            return GpuInfo(
+                index=self._index,
+                name=ask("name", nvml.nvmlDeviceGetName, gpu, read=_text) or "",
+                uuid=ask("UUID", nvml.nvmlDeviceGetUUID, gpu, read=_uuid) or "",
+                vram_mb=total,
+                unified=unified,
+                driver=driver,
+                cuda=cuda,
+                compute_capability=capability,
+                mig=[told for part in parts or [] if (told := self._part(part, minor))],
+                mig_enabled=parts is not None,
+                pci_bus_id=place,
+                minor=minor,
+                odd=ask.odd,
+            )
+        except self._nvml.NVMLError as error:
+            return GpuInfo(index=self._index, driver=driver, cuda=cuda, error=_gpu_error(self._index, error))
+
+    def _part(self, part: Any, minor: int | None) -> MigInstance | None:
+        nvml, ask = self._nvml, self._ask
+        uuid = ask("UUID of a MIG instance", nvml.nvmlDeviceGetUUID, part, read=_uuid)
+        if uuid is None:
+            return None  # it has no other name
+        name = ask("name of a MIG instance", nvml.nvmlDeviceGetName, part, read=_text) or ""
+        own = ask("", nvml.nvmlDeviceGetGpuInstanceId, part, read=_within(0, 1 << 20))
+        compute = ask("", nvml.nvmlDeviceGetComputeInstanceId, part, read=_within(0, 1 << 20))
+        (_, total), _ = ask.memory(part)
+        return MigInstance(uuid, name, total, mig_capabilities(CAPABILITIES, minor, own, compute))
+
+    def usages(self) -> list[GpuUsage]:
+        """Say what it does now, and of each of its MIG instances, which tell their memory only."""
+        nvml, ask, name = self._nvml, self._ask, str(self._index)
+        try:
+            gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
+            name = ask("", nvml.nvmlDeviceGetUUID, gpu, read=_uuid) or name
+            milliwatts = ask("", nvml.nvmlDeviceGetPowerUsage, gpu, read=_within(0, _MAX_MILLIWATTS))
+            heat = (nvml.nvmlDeviceGetTemperature, gpu, nvml.NVML_TEMPERATURE_GPU)
+            whole = GpuUsage(
+                name,
+                *ask.memory(gpu)[0],
+                utilisation_pct=ask("", nvml.nvmlDeviceGetUtilizationRates, gpu, read=_utilisation),
+                temperature_c=ask("", *heat, read=_within(0, 200)),
+                power_w=None if milliwatts is None else milliwatts / 1000,
+            )
+            parts = [
+                GpuUsage(uuid, *ask.memory(part)[0])
+                for part in self._parts(gpu) or []
+                if (uuid := ask("", nvml.nvmlDeviceGetUUID, part, read=_uuid))
+            ]
+        except nvml.NVMLError as error:
+            return [GpuUsage(name, error=_gpu_error(self._index, error))]
+        return [whole, *parts]
+
+    def _parts(self, gpu: Any) -> list[Any] | None:
+        """Return the handles of the MIG instances, or None where MIG is off."""
+        nvml, ask = self._nvml, self._ask
+        if not ask("MIG mode", nvml.nvmlDeviceGetMigMode, gpu, read=lambda mode: _within(0, 1)(mode[0])):
+            return None
+        most = ask("MIG", nvml.nvmlDeviceGetMaxMigDeviceCount, gpu, read=_within(0, MAX_PARTS))
+
+        def part(place: int) -> Any:
+            try:
+                return nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, place)
+            except nvml.NVMLError_NotFound:
+                # The places are numbered with gaps: an instance keeps its place when another is destroyed.
+                return None
+
+        places = range(MAX_PARTS // 4 if most is None else most)
+        return [found for place in places if (found := ask("MIG", part, place, read=lambda one: one))]
+
+
+def _distinct(gpus: list[GpuInfo]) -> list[GpuInfo]:
+    """Take away the UUIDs that two cards or instances tell: they name none of them."""
+    told = Counter(uuid for gpu in gpus for uuid in (gpu.uuid, *(part.uuid for part in gpu.mig)) if uuid)
+    return [
+        replace(
+            gpu,
+            uuid=gpu.uuid if told[gpu.uuid] == 1 else "",
+            mig=[part for part in gpu.mig if told[part.uuid] == 1],
+            odd=[*gpu.odd, *(["UUID (another card tells the same)"] if told[gpu.uuid] > 1 else [])],
+        )
+        for gpu in gpus
+    ]
+
+
+def _within(low: int, high: int) -> Callable[[Any], int]:
+    def read(value: Any) -> int:
+        number = int(value)
+        if not low <= number <= high:
+            raise ValueError(f"{number} makes no sense")
+        return number
+
+    return read
+
+
+def _text(value: Any) -> str:
+    text = (value.decode() if isinstance(value, bytes) else str(value)).strip()
+    if not text or not text.isprintable():
+        raise ValueError("no readable text")
+    return text[:128]
+
+
+def _uuid(value: Any) -> str:
+    text = _text(value)
+    if not _UUID.fullmatch(text):
+        raise ValueError(f"{text[:40]!a} makes no sense")
+    return text
+
+
+def _version(value: Any) -> str:
+    major, minor = map(_within(0, 999), value)
+    return f"{major}.{minor}"
+
+
+def _utilisation(rates: Any) -> int:
+    return _within(0, 100)(rates.gpu)
+
+
+def _pci(pci: Any) -> str:
+    domain, bus, device = (
+        _within(0, most)(value)
+        for value, most in ((pci.domain, (1 << 32) - 2), (pci.bus, 255), (pci.device, 31))
+    )
+    return f"{domain:04x}:{bus:02x}:{device:02x}.0"
+
+
+def _memory(said: Any) -> Memory:
+    total = _within(1 << 20, _MAX_BYTES)(said.total)
+    used = int(said.used)
+    return used >> 20 if 0 <= used <= total else None, total >> 20
+
+
+def _memory_of_machine() -> Memory:
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, free = (int(fields[name].split()[0]) >> 10 for name in ("MemTotal", "MemAvailable"))
+    return total - free, total
+
+
+def _gpu_error(index: int, error: Exception) -> str:
+    return f"cannot read GPU {index}: {error}; see nvidia-smi and dmesg"
+
+
+if __name__ == "__main__":
+    serve()
