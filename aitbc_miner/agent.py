@@ -5,6 +5,7 @@ a few others and come back as a callback in this one. The process is not root an
 from outside.
 """
 
+import itertools
 import select
 import threading
 from collections.abc import Callable
@@ -40,12 +41,13 @@ from aitbc_miner.messages import (
 )
 from aitbc_miner.nodetoken import TokenLine
 from aitbc_miner.ondemand import OnDemand
+from aitbc_miner.persisting import Persisting
 from aitbc_miner.progress import ProgressBook
 from aitbc_miner.pruning import Pruning
 from aitbc_miner.pulling import Puller
 from aitbc_miner.queue import RetryQueue
 from aitbc_miner.queue_sqlite import SqliteQueue
-from aitbc_miner.recovery import read_outcome, recover
+from aitbc_miner.recovery import Found, read_outcome, recover, recover_rest
 from aitbc_miner.reporting import Reporter
 from aitbc_miner.reruns import Reruns
 from aitbc_miner.taking import Taker, by_coordinator, id_of
@@ -96,6 +98,8 @@ class Agent:
         self._watch = FleetWatch(bench, fleet, room, self._lost, self._seen) if fleet else None
         self._pruning = Pruning(bench)
         self._just_ended: set[str] = set()
+        # Jobs of which it is not known yet how far they have come.
+        self._unread: set[str] = set()
 
     # --- the loop ------------------------------------------------------------------------------------------
 
@@ -115,12 +119,13 @@ class Agent:
 
     def _parts(
         self,
-    ) -> list[Taker | Puller | Reporter | Assignments | IdleWatch | FleetWatch | Pruning]:
+    ) -> list[Taker | Puller | Reporter | Assignments | IdleWatch | FleetWatch | Pruning | Persisting]:
         watch = [self._watch] if self._watch else []
         # Reports before pulls: a coordinator may count a job as under way until it has its report.
         return [
             *(self._taker, self._reporter, self._assignments, self._puller, self._idle, self._pruning),
             *watch,
+            self._bench.persisting,
         ]
 
     def _wait(self) -> None:
@@ -180,6 +185,11 @@ class Agent:
             bench.show_row(row)
         found = recover(bench.records, self._accounts.settled())
         self._reporter.recovered()
+        self._go_on(found)
+
+    def _go_on(self, found: Found) -> None:
+        """Go on with each job that was found where it was, and later with those that could not be read."""
+        bench = self._bench
         for job_id in found.finished:
             self._enter(job_id)
         if self._fleet:
@@ -197,6 +207,16 @@ class Agent:
             bench.count("broken_records")
         self._channel.send(Recovered(found.started))
         bench.tell()
+        self._unread = set(found.unread)
+        if found.unread:
+            what = f"read the records of {len(found.unread)} jobs, such as {next(iter(found.unread))}"
+            bench.persisting.do(what, partial(self._read_rest, found))
+
+    def _read_rest(self, before: Found) -> None:
+        found = recover_rest(self._bench.records, before)
+        if found.unread.keys() == before.unread.keys():
+            raise OSError(next(iter(found.unread.values())))
+        self._go_on(found)
 
     def _enter(self, job_id: str) -> None:
         """Enter a job in the books that is settled and not there: it was just given up, or the node died."""
@@ -219,7 +239,7 @@ class Agent:
 
     def _ours(self) -> set[str]:
         """Name the jobs that are acknowledged and have no report yet."""
-        return {*self._progress.ids(), *self._reruns.ids()}
+        return {*self._progress.ids(), *self._reruns.ids(), *self._unread}
 
     def _busy(self) -> set[str]:
         return {*self._ours(), *self._taker.ids(), *self._reporter.newest()}
@@ -237,7 +257,8 @@ class Agent:
         self._just_ended.discard(job_id)
 
     def _known(self) -> list[str]:
-        return [*self._taker.ids(), *self._progress.ids(), *self._reruns.ids(), *self._reporter.newest()]
+        parts = (self._taker.ids(), self._progress.ids(), self._reruns.ids(), self._unread)
+        return [*itertools.chain(*parts), *self._reporter.newest()]
 
     def _accept(self, job: PulledJob) -> bool:
         """Begin to take a pulled job in; False when it brought no new work."""
@@ -257,7 +278,7 @@ class Agent:
 
     def _repeat(self, job_id: str) -> None:
         """Run a job that is here already never again; if it has a report, send that again."""
-        busy = (self._taker, self._progress, self._reruns, self._reporter)
+        busy = (self._taker, self._progress, self._reruns, self._reporter, self._unread)
         if not any(job_id in part for part in busy) and read_outcome(self._bench.records, job_id):
             self._reporter.add(job_id)
 
@@ -268,6 +289,9 @@ class Agent:
             return
         self._taker.forget(said.job_id)
         self._reruns.drop(said.job_id)
+        self._bench.persisting.do(f"settle job {said.job_id}", partial(self._settle_now, said))
+
+    def _settle_now(self, said: JobSettled | CancelJob) -> None:
         if settle(self._bench.records, said):
             self._conclude(said.job_id)
 
@@ -283,6 +307,9 @@ class Agent:
 
     def _conclude(self, job_id: str) -> None:
         """Have a job that has an outcome reported or tried again."""
+        self._bench.persisting.do(f"decide about job {job_id}", partial(self._decide, job_id))
+
+    def _decide(self, job_id: str) -> None:
         self._reruns.settle(job_id)
         if job_id not in self._reruns:
             self._progress.ended(job_id)

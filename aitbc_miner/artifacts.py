@@ -58,11 +58,12 @@ class Collector:
         """
         try:
             with fs.directory(STAGE, at=self._job_fd) as stage:
+                fs.empty(stage)  # of a try that came no further
                 for spec in specs:
                     self._take_declared(spec, stage)
                 self._take_output(stage)
         except OSError as error:
-            if error.errno not in SHUT:
+            if error.errno not in SHUT or (error.errno == errno.EACCES and os.geteuid() == 0):
                 raise
             # A job that runs as our own user can close its directories to us, or replace them.
             raise JobError(
@@ -110,6 +111,8 @@ class Collector:
             # Through the descriptor: it is this very file that gets the name, whatever the path says now.
             os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=stage, follow_symlinks=True)
         except OSError as error:
+            if fs.may_pass(error):
+                raise
             raise JobError(ErrorCode.E_ARTIFACT, f"cannot keep {path!r}: {error.strerror}") from error
         if self._owner:
             os.fchown(fd, *self._owner)
@@ -193,6 +196,8 @@ def open_beneath(base: int, path: str, stack: ExitStack) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
+        if fs.may_pass(error) and (error.errno != errno.EACCES or os.geteuid() == 0):
+            raise
         cause = {errno.ELOOP: "a link", errno.ENOTDIR: "a link or no directory"}.get(
             error.errno or 0, error.strerror
         )

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,12 +31,15 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner.errors import MinerError
+from aitbc_miner.util import fs
 from aitbc_miner.util.clock import now
 
 LIMITS = ("cpu", "cpuset", "memory", "pids", "io")
 """What can be limited; each is the name of its controller too."""
 RETRY_S = 0.005
 """Between two tries at something that the kernel gives no event for."""
+TRIES = 3
+"""Of a file of a group: only a want of descriptors or memory keeps it from being read or written."""
 
 
 class CgroupError(MinerError):
@@ -159,9 +163,7 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         """
         path = self.path / os.fsdecode(name)
         try:
-            # Without O_CREAT and O_TRUNC, so that a missing file is reported as missing.
-            with os.fdopen(os.open(path, os.O_WRONLY), "wb", buffering=0) as file:
-                file.write(str(value).encode())
+            fs.tried_again(lambda: _write(path, str(value).encode()), TRIES)
         except OSError as error:
             raise CgroupError(f"cannot write {value!r} to {path}: {error.strerror}") from error
 
@@ -171,6 +173,18 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
     def has(self, name: str) -> bool:
         """Whether the group has this file."""
         return (self.path / name).exists()
+
+    def get_property(self, filename: bytes) -> str:
+        """Read one of the group's files, again if that fails for want of a descriptor, say."""
+        text: str = fs.tried_again(partial(super().get_property, filename), TRIES)
+        return text
+
+    def figure(self, key: str) -> Any:
+        """Read a property that only tells how much; None also where it cannot be read."""
+        try:
+            return self.get_content(key)
+        except OSError:
+            return None
 
     def get_content(self, key: str) -> Any:
         """Read a property of this class by its name; None where the kernel has no such file."""
@@ -270,28 +284,34 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
 
     def cpu_usage(self) -> CpuUsage | None:
         """CPU time since the group was made, including that of processes that have ended."""
-        usec = self.get_content("cpu_stat")
+        usec = self.figure("cpu_stat")
         if not usec:
             return None
         return CpuUsage(usec["user_usec"] / 1e6, usec["system_usec"] / 1e6, usec["usage_usec"] / 1e6)
 
     def memory_current(self) -> int | None:
         """Bytes in use now, page cache included."""
-        used: int | None = self.get_content("memory_current_bytes")
+        used: int | None = self.figure("memory_current_bytes")
         return used
 
     def memory_peak(self) -> int | None:
         """Return the most bytes ever in use since the group was made. Linux 5.19 and later."""
-        used: int | None = self.get_content("memory_peak_bytes")
+        used: int | None = self.figure("memory_peak_bytes")
         return used
 
     def io_bytes(self) -> tuple[int, int] | None:
         """Bytes read from and written to block devices since the group was made."""
-        text: str | None = self.get_content("io_stat")
+        text: str | None = self.figure("io_stat")
         if text is None:
             return None
         read, written = (sum(map(int, re.findall(rf"\b{key}=(\d+)", text))) for key in ("rbytes", "wbytes"))
         return read, written
+
+
+def _write(path: Path, data: bytes) -> None:
+    # Without O_CREAT and O_TRUNC, so that a missing file is reported as missing.
+    with os.fdopen(os.open(path, os.O_WRONLY), "wb", buffering=0) as file:
+        file.write(data)
 
 
 def enable(group: Group, names: list[str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import msgspec
 
 from aitbc_miner.errors import MinerError, brief
-from aitbc_miner.util import clock
+from aitbc_miner.util import clock, fs
 
 T = TypeVar("T")
 
@@ -132,6 +132,8 @@ class Channel(Generic[T]):
             except BlockingIOError:
                 return
             except OSError as error:
+                if fs.may_pass(error):
+                    return
                 raise ChannelError(f"cannot send: {error.strerror}") from error
             self._unsent_bytes -= sent
             if sent == len(self._unsent[0]):
@@ -152,6 +154,8 @@ class Channel(Generic[T]):
         except BlockingIOError:
             return []
         except OSError as error:
+            if fs.may_pass(error):
+                return []
             raise ChannelError(f"cannot receive: {error.strerror}") from error
         if not data:
             raise ChannelError("cannot receive: the peer is gone")

@@ -58,9 +58,7 @@ def deliver(
         RecordError, OSError: the record cannot be read or written.
     """
     with records.open(job_id) as job:
-        outcome = job.outcome()
-        if outcome is None:
-            outcome = declare(job, JobSettled(job_id, "its record has no outcome"))
+        outcome = _outcome_of(job, JobSettled(job_id, "its record has no outcome"))
         # A repetition, asked for by a coordinator that has forgotten: it changes nothing here any more.
         state = job.state()
         told = Told()
@@ -149,16 +147,27 @@ def take_back_refused(job: JobDir) -> bool:
 
 
 def settle(records: Records, said: JobSettled | CancelJob) -> bool:
-    """See to it that a job which nobody works on has an outcome; False if it is reported already."""
+    """See to it that a job which nobody works on has an outcome; False if it is reported already.
+
+    Raises:
+        OSError: that cannot be done now.
+    """
     try:
         with records.open(said.job_id) as job:
             if job.state().state in FINAL:
                 return False
             if not job.has_outcome():
-                declare(job, said)
-    except (RecordError, OSError) as error:
+                _outcome_of(job, said)
+    except RecordError as error:
         events("agent").error("cannot settle job", job_id=said.job_id, error=str(error))
     return True
+
+
+def _outcome_of(job: JobDir, said: JobSettled | CancelJob) -> Outcome:
+    """Give the outcome of a job that nobody works on any more, or say what became of one without."""
+    if not job.has_outcome():
+        job.rescue_outcome()
+    return job.outcome() or declare(job, said)
 
 
 def declare(job: JobDir, said: JobSettled | CancelJob) -> Outcome:

@@ -177,6 +177,9 @@ class Desk:
             if slot.rules.state in BAD:
                 reason = slot.rules.reason or "unknown"
                 problems.append(Problem(f"slot {slot.name}: {reason}", "it is tried again by itself"))
+            elif slot.trouble:
+                what = f"slot {slot.name}: {slot.trouble}"
+                problems.append(Problem(what, "nothing is lost: it is tried again until it works"))
         recent = clock.now() - DEATH_SHOWN_S
         problems += [Problem(f"{name} {how}") for name, (at, how) in self._deaths.items() if at > recent]
         return problems + [Problem(notice) for notice in self._notices]

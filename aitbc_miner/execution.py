@@ -8,18 +8,33 @@ import os
 import select
 import signal
 from collections.abc import Callable, Iterable
+from functools import partial
 from math import inf
+from typing import TypeVar
 
 from msgspec import Struct
 
 from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.diskuse import DiskUse
+from aitbc_miner.errors import MinerError
 from aitbc_miner.joblog import JobLog
-from aitbc_miner.jobs import ExitStatus
-from aitbc_miner.messages import END_SIGNALS, CancelJob, JobProgress, Retune, Stop, ToWorker
+from aitbc_miner.jobs import ExitStatus, State
+from aitbc_miner.messages import (
+    END_SIGNALS,
+    CancelJob,
+    JobProgress,
+    JobStep,
+    JobTrouble,
+    Retune,
+    Stop,
+    ToWorker,
+)
 from aitbc_miner.spawn import Job
 from aitbc_miner.task import Progress, Report, ReportReader
-from aitbc_miner.util import clock
+from aitbc_miner.util import clock, fs
+from aitbc_miner.util.log import events
+
+T = TypeVar("T")
 
 READ_AT_ONCE = 1 << 16
 REAP_EVERY_S = 1.0
@@ -27,6 +42,20 @@ REAP_EVERY_S = 1.0
 PROGRESS_EVERY_S = 0.2
 # A shell whose program was ended by a signal exits with its number and this.
 BY_SIGNAL = 128
+# Seconds between attempts at what this machine's own trouble keeps from being done, and how often a disk that
+# says that it is full is asked while a job can still be given back.
+RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
+FULL_TRIES = 4
+
+
+def is_full(error: BaseException | None) -> bool:
+    """Whether a disk without room is what was met."""
+    return isinstance(error, OSError) and error.errno in fs.FULL
+
+
+def _is_refusal(error: OSError | MinerError) -> bool:
+    # What is shut to us by its owner stays shut, where somebody has judged that already.
+    return isinstance(error, MinerError) and isinstance(error.__cause__, PermissionError)
 
 
 class Delays(Struct, frozen=True):
@@ -123,6 +152,39 @@ class Supervision:
         while not self.must_end(job_id) and (left := until - clock.now()) > 0:
             self.wait(left)
 
+    def patiently(self, job_id: str, doing: str, call: Callable[[], T], *, over: bool = False) -> T:
+        """Call, and call again for as long as this machine's own trouble is in the way; say so meanwhile.
+
+        `over`: the job's program has ended. What it has done is not thrown away: a full disk is waited for,
+        too, and only a miner that stops at once ends that.
+
+        Raises:
+            OSError: it is no such trouble, the job is to end, or the disk is full.
+        """
+        failures = 0
+        while True:
+            try:
+                done = call()
+            except (OSError, MinerError) as error:
+                failures += 1
+                cause = error if isinstance(error, OSError) else error.__cause__
+                full = is_full(cause) and failures >= FULL_TRIES and not over
+                to_end = self.must_end(job_id) if over else self.why_end(job_id)
+                if full or to_end or not fs.may_pass(cause) or _is_refusal(error):
+                    raise
+                if failures == 1:
+                    said = f"cannot {doing}: {error}"
+                    events("worker").error("tried until it can be done", job_id=job_id, error=said)
+                    self.send(JobTrouble(job_id, said))
+                    if over:
+                        # So that nobody takes us for a worker that hangs: the job itself is over.
+                        self.send(JobStep(job_id, State.COLLECTING))
+            else:
+                if failures:
+                    self.send(JobTrouble(job_id, ""))
+                return done
+            self.pause(min(RETRY_MIN_S * 2 ** min(failures - 1, 8), RETRY_MAX_S), job_id)
+
     def why_end(self, job_id: str) -> str | None:
         """Say why somebody wants the job to end, if anybody does."""
         cancel = self.cancelled.get(job_id)
@@ -198,7 +260,7 @@ class Execution:
             self._turn(self._time_left())
             self._enforce()
         # The program is gone; what it left in the background is not part of the job any more.
-        clean = not self._unkillable and self._job.kill_all(self._delays.kill)
+        clean = not self._unkillable and self._kill_all()
         self._notice(ended)
         self._drain()
         self._reports += self._reader.finish()
@@ -252,7 +314,11 @@ class Execution:
         elif self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
             # What hangs in the kernel may hang there for ever: the job ends without it.
-            self._unkillable = not self._job.kill_all(self._delays.kill)
+            self._unkillable = not self._kill_all()
+
+    def _kill_all(self) -> bool:
+        kill = partial(self._job.kill_all, self._delays.kill)
+        return self._supervision.patiently(self._job_id, "kill what is left of the job", kill, over=True)
 
     def _notice(self, ended: ExitStatus | None) -> None:
         """See whether a program that failed was told to end, by somebody who was quicker than we are.

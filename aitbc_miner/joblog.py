@@ -4,8 +4,10 @@ import errno
 import os
 import stat
 from collections import deque
+from contextlib import suppress
 
 from aitbc_miner.jobs import LogInfo
+from aitbc_miner.util import fs
 
 TAIL = 4096
 LOG_NAME = "exec.log"
@@ -53,20 +55,19 @@ class JobLog:
         """Make the log durable and say what became of it."""
         if self._dropped:
             self._put(f"[{self._dropped} bytes were dropped]\n".encode())
-        try:
-            os.fsync(self._fd)
-        except OSError:
-            self.disk_full = True
-        size = os.fstat(self._fd).st_size
+        with suppress(OSError):
+            fs.tried_again(lambda: os.fsync(self._fd))
+        size = fs.tried_again(lambda: os.fstat(self._fd)).st_size
         os.close(self._fd)
         tail = b"".join(self._tail)[-TAIL:]
         return LogInfo(bytes=size, dropped=self._dropped, tail=tail.decode("utf-8", "replace"))
 
     def _put(self, data: bytes) -> int:
         try:
-            return os.write(self._fd, data)
-        except OSError:
-            self.disk_full = True
+            # Not for long: whoever writes has a job to look after. What is dropped is counted.
+            return fs.tried_again(lambda: os.write(self._fd, data), 3)
+        except OSError as error:
+            self.disk_full = self.disk_full or error.errno in fs.FULL
             return 0
 
     def _remember(self, data: bytes) -> None:

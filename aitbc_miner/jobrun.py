@@ -1,11 +1,13 @@
 """One job in its slot, in one direction: prepare → run → judge → collect → outcome on disk."""
 
-import errno
+import itertools
 import os
 import platform
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import TypeVar
 
 import aitbc_miner
 from aitbc_miner import reserve, workspace
@@ -14,7 +16,7 @@ from aitbc_miner.causes import Evidence, cause_of
 from aitbc_miner.cgroup import Group
 from aitbc_miner.diskuse import DiskUse
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
-from aitbc_miner.execution import Ending, Execution, Supervision
+from aitbc_miner.execution import FULL_TRIES, Ending, Execution, Supervision, is_full
 from aitbc_miner.joblog import LOG_NAME, JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Manifest, Outcome, State, Usage
 from aitbc_miner.leftovers import clear_user, named
@@ -30,9 +32,9 @@ from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
 from aitbc_miner.warming import Warm
 
+T = TypeVar("T")
+
 MIB = 1 << 20
-# Seconds between attempts to write an outcome that the disk does not take.
-RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
 
 
 class JobRun:
@@ -99,11 +101,11 @@ class JobRun:
         try:
             yield
         except JobError as error:
-            code = ErrorCode.E_DISK if _is_full(error.__cause__) else error.code
+            code = ErrorCode.E_DISK if is_full(error.__cause__) else error.code
             self._verdict = Verdict(code, error.message)
         except OSError as error:
-            code = ErrorCode.E_DISK if _is_full(error) else ErrorCode.E_INTERNAL
-            self._verdict = Verdict(code, f"cannot run the job: {error}")
+            code = ErrorCode.E_DISK if is_full(error) else ErrorCode.E_INTERNAL
+            self._verdict = self._why_ended() or Verdict(code, f"cannot run the job: {error}")
         except MinerError as error:
             self._verdict = Verdict(ErrorCode.E_INTERNAL, str(error))
         except Exception as error:  # noqa: BLE001  # a defect that the job has found costs the job, not the slot
@@ -120,23 +122,39 @@ class JobRun:
         finally:
             self._timings[name] = round(clock.now() - began, 6)
 
+    def _why_ended(self) -> Verdict | None:
+        """Say why the job is not gone on with, where somebody wants it to end."""
+        if (why := self._supervision.why_end(self._job.job_id)) is None:
+            return None
+        return cause_of(Evidence(ExitStatus(killed_for=why), cancel_detail=self._cancel_detail()))
+
+    def _cancel_detail(self) -> str:
+        cancel = self._supervision.cancelled.get(self._job.job_id)
+        return cancel.detail if cancel else ""
+
+    def _patiently(self, doing: str, call: Callable[[], T], *, over: bool = False) -> T:
+        return self._supervision.patiently(self._job.job_id, doing, call, over=over)
+
     def _record(self, state: State, deadline: float | None) -> None:
         own = os.getpid()
         slot = self._around.spec.name
-        start = process_start(own)
+        over = state is State.COLLECTING
+        start = self._patiently("look at our own process", lambda: process_start(own), over=over)
         changes = {"slot": slot, "worker_pid": own, "worker_start": start, "deadline": deadline}
         if state is State.RUNNING:
             # Written before the program starts: from here on only its own policy lets the job run again.
             changes["started"] = True
-        self._job.move(state, **changes)
-        self._supervision.send(JobStep(self._job.job_id, state, deadline=deadline))
+        # Made once: a write may fail when the new state stands already, which cannot follow itself.
+        after = self._patiently("read the job's state", lambda: self._job.after(state, **changes), over=over)
+        self._patiently("write the job's state", lambda: self._job.write_state(after), over=over)
+        self._supervision.send(JobStep(self._job.job_id, state))
 
     # --- the steps, in their order -------------------------------------------------------------------------
 
     def _prepare(self) -> tuple[Manifest, Runner, Launch]:
         with self._step("prepare", State.PREP):
-            manifest = self._job.manifest()
-            runner = self._runners().get(manifest.runner)
+            manifest = self._patiently("read the manifest", self._job.manifest)
+            runner = self._patiently("read what may run", self._runners).get(manifest.runner)
             if runner is None or manifest.runner not in self._around.spec.runners:
                 raise JobError(
                     ErrorCode.E_DENY,
@@ -145,27 +163,39 @@ class JobRun:
             _refuse_unmet(manifest, self._around.spec)
             # As the job sees them.
             paths = JobPaths(HOME if self._around.sandbox else self._job.path)
-            launch = runner.plan(manifest, paths, self._around.spec, self._around.gpu_env)
+            plan = partial(runner.plan, manifest, paths, self._around.spec, self._around.gpu_env)
+            launch = self._patiently("see whether the job may run", plan)
             self._warm = self._take_warm(launch, self._around)
-            ahead = self._around.spec.name if self._warm else None
-            workspace.prepare(self._job, self._around.runs_as, self._around.service, ahead)
-            if self._around.group is not None and self._warm is None:
-                self._around.group.renew_job()
+            self._patiently("make the job's directories", self._make_directories)
+            users = self._around.runs_as, self._around.service
+            self._patiently("take the inputs", lambda: workspace.hand_over(self._job, *users))
         return manifest, runner, launch
+
+    def _make_directories(self) -> None:
+        around, warm, self._warm = self._around, self._warm, None
+        try:
+            workspace.prepare(self._job, around.runs_as, around.service, around.spec.name if warm else None)
+        except OSError:
+            # What it was to have may be half moved by now; the next try goes without.
+            if warm is not None:
+                warm.end()
+            raise
+        if around.group is not None and warm is None:
+            around.group.renew_job()
+        self._warm = warm
 
     def _execute(self, manifest: Manifest, launch: Launch) -> None:
         limit = self._time_limit(manifest, launch)
         deadline = None if limit is None else clock.now() + limit
         with self._step("run", State.RUNNING, deadline), ExitStack() as stack:
-            logs = stack.enter_context(fs.directory("logs", at=self._job.fd))
-            service = self._around.service
-            cap = self._around.config.workspace.max_log_mb * MIB
-            log = JobLog(logs, cap, service.gid if service else None)
+            log = self._patiently("make the job's log", self._open_log)
             try:
                 disk = stack.enter_context(self._disk_use())
-                started = self._start(launch, stack)
+                started = self._patiently("start the job", lambda: self._start(launch, stack))
                 with self._leaving_nothing(started.job):
                     pid = started.job.pid
+                    # Its time is its own: however long it has taken to start it.
+                    deadline = None if limit is None else clock.now() + limit
                     self._supervision.send(JobStep(self._job.job_id, State.RUNNING, pid, deadline))
                     execution = Execution(
                         started.job,
@@ -181,11 +211,27 @@ class JobRun:
             finally:
                 self._log = log.close()
 
+    def _open_log(self) -> JobLog:
+        service = self._around.service
+        cap = self._around.config.workspace.max_log_mb * MIB
+        with fs.directory("logs", at=self._job.fd) as logs:
+            return JobLog(logs, cap, service.gid if service else None)
+
     def _start(self, launch: Launch, stack: ExitStack) -> Started:
         warm, self._warm = self._warm, None
-        if warm is not None:
-            return warm.give(launch, stack)
-        return start(launch, self._job.path, self._around, stack)
+        with ExitStack() as ours:
+            if warm is None:
+                started = start(launch, self._job.path, self._around, ours)
+            else:
+                try:
+                    started = warm.give(launch, ours)
+                except OSError:
+                    warm.end()
+                    if self._around.group is not None:
+                        self._around.group.renew_job()
+                    raise
+            stack.push(ours.pop_all())
+        return started
 
     def _disk_use(self) -> DiskUse:
         kept = self._around.config.workspace
@@ -204,7 +250,8 @@ class JobRun:
             raise
         finally:
             self._remains = f"what job {self._job.job_id} has left behind is not known"
-            self._remains = self._left_behind(job)
+            look = partial(self._left_behind, job)
+            self._remains = self._patiently("see what the job has left behind", look, over=True)
 
     def _left_behind(self, job: Job) -> str:
         runs_as, most = self._around.runs_as, self._around.delays.kill
@@ -222,7 +269,10 @@ class JobRun:
 
     def _judge(self, manifest: Manifest, runner: Runner, launch: Launch) -> None:
         """Say why it ended: by our own record of kills, then the kernel's counters, then its exit."""
-        self._verdict = cause_of(self._evidence(manifest, launch)) or runner.verdict(
+        evidence = self._patiently(
+            "see why the job ended", lambda: self._evidence(manifest, launch), over=True
+        )
+        self._verdict = cause_of(evidence) or runner.verdict(
             self._ending.exit, self._ending.reports, self._log.tail
         )
         if self._verdict.code is not None:
@@ -230,7 +280,6 @@ class JobRun:
 
     def _evidence(self, manifest: Manifest, launch: Launch) -> Evidence:
         ended = self._ending.exit
-        cancel = self._supervision.cancelled.get(self._job.job_id)
         group = self._around.group.job if self._around.group else None
         rlimits = limits_for(launch, self._around.limits).rlimits
         file_max = rlimits.get(resource.RLIMIT_FSIZE)
@@ -241,7 +290,7 @@ class JobRun:
         return Evidence(
             exit=ended,
             usage=self._usage,
-            cancel_detail=cancel.detail if cancel else "",
+            cancel_detail=self._cancel_detail(),
             last_line=last_line(self._log.tail),
             time_max_s=self._time_limit(manifest, launch),
             cpu_max_s=rlimits.get(resource.RLIMIT_CPU),
@@ -266,10 +315,19 @@ class JobRun:
             caps = Caps(own.max_artifacts, own.max_artifacts_mb * MIB, launch.max_output_bytes)
             service = self._around.service
             owner = (service.uid, service.gid) if service else None
-            self._artifacts = [
-                *log_artifact(self._job.fd, f"logs/{LOG_NAME}"),
-                *Collector(self._job.fd, caps, owner).collect(manifest.artifacts),
-            ]
+
+            def collect() -> list[Artifact]:
+                try:
+                    logs = log_artifact(self._job.fd, f"logs/{LOG_NAME}")
+                    return [*logs, *Collector(self._job.fd, caps, owner).collect(manifest.artifacts)]
+                except OSError as error:
+                    if is_full(error):
+                        # A second name takes little, but takes something; a file of tmpfs, for one.
+                        workspace.make_room(self._job.fd, ("tmp",))
+                        reserve.release(own.root, caps.files)
+                    raise
+
+            self._artifacts = self._patiently("collect the output", collect, over=True)
 
     def _finish(self) -> tuple[Outcome, bool]:
         self._timings["total"] = round(clock.now() - self._began, 6)
@@ -287,19 +345,18 @@ class JobRun:
 
     def _write(self, outcome: Outcome) -> None:
         """Write the outcome, when the disk takes it."""
-        pause = RETRY_MIN_S
-        while True:
+        refusals = itertools.count(1)
+
+        def write() -> None:
             try:
-                return self._job.write_outcome(outcome)
+                self._job.write_outcome(outcome)
             except OSError as error:
-                if error.errno == errno.ENOENT or self._supervision.must_end(self._job.job_id):
-                    raise
-                if pause == RETRY_MIN_S:
-                    self._events.error("cannot write outcome", error=str(error), note="tried until it can be")
-                    # So that nobody takes us for a worker that hangs: the job itself is over.
-                    self._supervision.send(JobStep(self._job.job_id, State.COLLECTING))
-            self._supervision.pause(pause, self._job.job_id)
-            pause = min(2 * pause, RETRY_MAX_S)
+                if is_full(error) and next(refusals) == FULL_TRIES:
+                    # Perhaps it is full of what the job itself has left, which nobody gets any more.
+                    workspace.make_room(self._job.fd)
+                raise
+
+        self._patiently("write the job's outcome", write, over=True)
 
     def _outcome(self) -> Outcome:
         ok = self._verdict.code is None
@@ -319,10 +376,6 @@ class JobRun:
             versions={"aitbc_miner": aitbc_miner.__version__, "python": platform.python_version()},
             finished_wall=clock.wall(),
         )
-
-
-def _is_full(error: BaseException | None) -> bool:
-    return isinstance(error, OSError) and error.errno in fs.FULL
 
 
 def _refuse_unmet(manifest: Manifest, spec: SlotSpec) -> None:

@@ -241,6 +241,13 @@ class JobStep(Message, frozen=True):
     deadline: float | None = None
 
 
+class JobTrouble(Message, frozen=True):
+    """worker: what keeps it from going on with its job, until it says so again with nothing in `what`."""
+
+    job_id: str
+    what: str
+
+
 class JobProgress(Message, frozen=True):
     """worker to supervisor to agent: the task's own word on how far it is."""
 
@@ -345,7 +352,7 @@ FromAgent = (
     Recovered | JobReady | JobUpdate | CancelJob | Deliveries | Counted | Starved | Sweepable | Retried
 )
 FromHeartbeat = Inventory | CoordinatorView
-FromWorker = WorkerReady | Retuned | WorkerRefused | JobStep | JobProgress | JobEnded
+FromWorker = WorkerReady | Retuned | WorkerRefused | JobStep | JobTrouble | JobProgress | JobEnded
 ToAgent = Slots | JobSettled | JobProgress | CancelJob | Swept | SpaceWanted | RetryJob | Stop
 ToHeartbeat = Slots | JobDone | NodeView | Counted | Stop
 ToWorker = StartJob | CancelJob | Retune | Stop

@@ -57,6 +57,7 @@ class JobDir:
 
         Raises:
             RecordError: it is missing or broken.
+            OSError: it cannot be read now, whatever it is; so for each record.
         """
         return self._read(MANIFEST, Manifest, MAX_MANIFEST)
 
@@ -66,10 +67,7 @@ class JobDir:
         Raises:
             RecordError: it is missing, or too large.
         """
-        try:
-            return fs.read_bounded(self.fd, MANIFEST, MAX_MANIFEST)
-        except OSError as error:
-            raise RecordError(f"cannot read {self.path / MANIFEST}: {error}") from error
+        return self._bytes(MANIFEST, MAX_MANIFEST)
 
     def state(self) -> StateRecord:
         """Read state.json.
@@ -91,6 +89,28 @@ class JobDir:
         """Whether the job's result stands."""
         return fs.exists(self.fd, OUTCOME)
 
+    def rescue_outcome(self) -> bool:
+        """Give its name to an outcome that its writer, dead by now, has written but not named; True if so.
+
+        It counts if it is whole, and of the attempt that is under way. (A state needs none of this: the one
+        before is as true, and the step that it was to tell of is taken again.)
+        """
+        aside = fs.unfinished(OUTCOME)
+        try:
+            found = self._of_this(aside, Outcome, MAX_OUTCOME)
+        except (RecordError, PermissionError):
+            return False  # none; or not whole, for what is whole is ours to read
+        if self.has_outcome() or found.attempt != self.state().attempt:
+            return False
+        fd = os.open(aside, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.rename(aside, OUTCOME, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+        os.fsync(self.fd)
+        return True
+
     def move(self, to: State, **changes: Any) -> StateRecord:
         """Write the next state, durably.
 
@@ -98,10 +118,14 @@ class JobDir:
             RecordError: the present state cannot be read, or `to` may not follow it.
             OSError: the disk is full or broken.
         """
+        return self.write_state(self.after(to, **changes))
+
+    def after(self, to: State, **changes: Any) -> StateRecord:
+        """Give what the next state is to be. Raises as `move`."""
         old = self.state()
         if to not in MOVES[old.state]:
             raise RecordError(f"cannot move job {self.job_id} from {old.state} to {to}: not a legal step")
-        return self.write_state(replace(old, state=to, **changes))
+        return replace(old, state=to, **changes)
 
     def write_state(self, record: StateRecord) -> StateRecord:
         """Write state.json durably, stamped with now."""
@@ -155,9 +179,18 @@ class JobDir:
         return record
 
     def _read(self, name: str, type_: type[T], limit: int) -> T:
+        data = self._bytes(name, limit)
         try:
-            return msgspec.json.decode(fs.read_bounded(self.fd, name, limit), type=type_)
-        except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            return msgspec.json.decode(data, type=type_)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise RecordError(f"cannot read {self.path / name}: {brief(error)}") from error
+
+    def _bytes(self, name: str, limit: int) -> bytes:
+        try:
+            return fs.read_bounded(self.fd, name, limit)
+        except OSError as error:
+            if fs.may_pass(error):
+                raise
             raise RecordError(f"cannot read {self.path / name}: {brief(error)}") from error
 
 
@@ -178,12 +211,15 @@ class Records:
 
         Raises:
             RecordError: the id is no job id, or there is no such job here.
+            OSError: that cannot be told now.
         """
         if not valid_job_id(job_id):
             raise RecordError(f"cannot open job {job_id[:80]!r}: not a job id")
         try:
             fd = os.open(self.root / job_id, fs.DIRECTORY)
         except OSError as error:
+            if fs.may_pass(error):
+                raise
             raise RecordError(f"cannot open job {job_id}: {error.strerror}") from error
         try:
             yield JobDir(self.root, job_id, fd)
@@ -191,8 +227,15 @@ class Records:
             os.close(fd)
 
     def known(self, job_id: str) -> bool:
-        """Whether this job was ever taken here and its record is still kept."""
-        return valid_job_id(job_id) and (self.root / job_id / STATE).exists()
+        """Whether this job was ever taken here and its record is still kept.
+
+        Raises:
+            OSError: that cannot be told now.
+        """
+        try:
+            return valid_job_id(job_id) and bool((self.root / job_id / STATE).stat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def create(self, job_id: str, manifest: bytes, *, state: State = State.PULLED, **more: Any) -> None:
         """Record a job that is new here: its manifest as it came, and its state with what `more` says.
@@ -231,16 +274,19 @@ class Records:
                 if valid_job_id(entry.name) and entry.is_dir(follow_symlinks=False)
             )
 
-    def scan(self, skip: Container[str] = ()) -> Iterator[tuple[str, StateRecord | RecordError]]:
+    def scan(self, skip: Container[str] = ()) -> Iterator[tuple[str, StateRecord | RecordError | OSError]]:
         """Go through all jobs but those to skip: id, and the state or why it cannot be read."""
         for name in self.ids():
-            if name in skip:
-                continue
-            try:
-                with self.open(name) as job:
-                    yield name, job.state()
-            except RecordError as error:
-                yield name, error
+            if name not in skip:
+                yield name, self.state_of(name)
+
+    def state_of(self, job_id: str) -> StateRecord | RecordError | OSError:
+        """Give the state of a job, or why it cannot be read: RecordError for good, OSError for now."""
+        try:
+            with self.open(job_id) as job:
+                return job.state()
+        except (RecordError, OSError) as error:
+            return error
 
     def set_aside(self, job_id: str, file: str | None = None) -> Path:
         """Move a job's directory, or one file of it, to where broken records are kept; gives its new path.

@@ -4,6 +4,7 @@ A record that cannot be read is set aside, and what is left of its job is report
 """
 
 from collections.abc import Container
+from functools import partial
 
 import msgspec
 from msgspec import Struct
@@ -11,7 +12,7 @@ from msgspec import Struct
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import BROKEN, FINAL, Outcome, State, StateRecord
 from aitbc_miner.messages import FoundJob
-from aitbc_miner.records import MANIFEST, MAX_MANIFEST, OUTCOME, STATE, JobDir, RecordError, Records
+from aitbc_miner.records import OUTCOME, STATE, JobDir, RecordError, Records
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 
@@ -21,7 +22,8 @@ STARTED = frozenset({State.PREP, State.RUNNING, State.COLLECTING})
 class Found(Struct, frozen=True):
     """The jobs on disk, by what they need. `ended` have an outcome of which nobody was told yet.
 
-    `finished` are delivered. `leases` are the tokens of those that a fleet shares.
+    `finished` are delivered. `leases` are the tokens of those that a fleet shares. `unread` are those that
+    this machine's own trouble kept from being read, and why.
     """
 
     finished: list[str] = []
@@ -31,26 +33,49 @@ class Found(Struct, frozen=True):
     to_retry: list[str] = []
     started: list[FoundJob] = []
     leases: dict[str, str] = {}
+    unread: dict[str, str] = {}
     broken: int = 0
 
 
 def recover(records: Records, settled: Container[str] = ()) -> Found:
     """Read the records of all jobs but the `settled`, and set those aside that are broken."""
-    found = Found()
-    broken = 0
     records.remove_unfinished()
-    for job_id, record in records.scan(settled):
-        if isinstance(record, RecordError):
-            broken += 1
-            if _salvage(records, job_id, record):
-                found.to_deliver.append(job_id)
-            continue
+    found = Found()
+    return _recover(records, [job_id for job_id in records.ids() if job_id not in settled], found)
+
+
+def recover_rest(records: Records, before: Found) -> Found:
+    """Read the records once more that could not be read before."""
+    return _recover(records, list(before.unread), Found())
+
+
+def _recover(records: Records, job_ids: list[str], found: Found) -> Found:
+    broken = 0
+    for job_id in job_ids:
         try:
-            _sort(records, record, found)
+            broken += fs.tried_again(partial(_recover_one, records, job_id, found))
         except (RecordError, OSError) as error:
-            broken += 1
-            _sort_without_outcome(records, record, found, error)
+            events("agent").error("record not read", job_id=job_id, error=str(error))
+            found.unread[job_id] = str(error)
     return msgspec.structs.replace(found, broken=broken)
+
+
+def _recover_one(records: Records, job_id: str, found: Found) -> bool:
+    """Sort one job in; True when something of it is broken."""
+    record = records.state_of(job_id)
+    if isinstance(record, OSError):
+        raise record
+    if isinstance(record, RecordError):
+        if _salvage(records, job_id, record):
+            found.to_deliver.append(job_id)
+        return True
+    try:
+        _sort(records, record, found)
+    except RecordError as error:
+        _set_aside(records, job_id, OUTCOME, error)
+        _sort(records, record, found)
+        return True
+    return False
 
 
 def _sort(records: Records, record: StateRecord, found: Found) -> None:
@@ -80,35 +105,23 @@ def _sort(records: Records, record: StateRecord, found: Found) -> None:
         found.to_resume.append(job_id)
 
 
-def _sort_without_outcome(records: Records, record: StateRecord, found: Found, error: Exception) -> None:
-    try:
-        _set_aside(records, record.job_id, OUTCOME, error)
-        _sort(records, record, found)
-    except (RecordError, OSError) as second:
-        # On a full or broken disk. Nothing is said of the job before the next start.
-        events("agent").error("broken record stays", job_id=record.job_id, error=str(second))
-
-
 def _salvage(records: Records, job_id: str, error: RecordError) -> bool:
     """Deal with a job whose state cannot be read; True when it has a report to be sent.
 
     A result that stands is delivered. Of anything else nobody can say how far it has come, so it is lost.
     What is no job at all is only set aside.
     """
-    try:
-        with records.open(job_id) as job:
-            outcome = _if_readable(job)
-            is_job = outcome is not None or _manifest_of(job) is not None
-            if is_job:
-                # First: whatever comes in between, the next start finds an outcome that stands.
-                outcome = outcome or _declare_lost(records, job)
-                _set_aside(records, job_id, STATE, error)
-                state = StateRecord(job_id=job_id, state=State.UPLOADING, slot=outcome.slot, started=True)
-                job.write_state(state)
-                return True
-        _set_aside(records, job_id, None, error)
-    except (RecordError, OSError) as second:
-        events("agent").error("broken record stays", job_id=job_id, error=str(second))
+    with records.open(job_id) as job:
+        outcome = _if_readable(job)
+        is_job = outcome is not None or _manifest_of(job) is not None
+        if is_job:
+            # First: whatever comes in between, the next start finds an outcome that stands.
+            outcome = outcome or _declare_lost(records, job)
+            _set_aside(records, job_id, STATE, error)
+            state = StateRecord(job_id=job_id, state=State.UPLOADING, slot=outcome.slot, started=True)
+            job.write_state(state)
+            return True
+    _set_aside(records, job_id, None, error)
     return False
 
 
@@ -139,9 +152,8 @@ def _if_readable(job: JobDir) -> Outcome | None:
 def _manifest_of(job: JobDir) -> bytes | None:
     """Give the manifest as it came, if it is one; a directory without is nothing that we were handed."""
     try:
-        raw = fs.read_bounded(job.fd, MANIFEST, MAX_MANIFEST)
-        said = msgspec.json.decode(raw)
-    except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        said = msgspec.json.decode(raw := job.raw_manifest())
+    except (RecordError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return raw if isinstance(said, dict) and said.get("job_id") == job.job_id else None
 
@@ -151,6 +163,8 @@ def read_outcome(records: Records, job_id: str) -> Outcome | None:
     try:
         with records.open(job_id) as job:
             return job.outcome()
-    except (RecordError, OSError) as error:
+    except RecordError as error:
         events("agent").error("broken record", job_id=job_id, error=str(error))
-        return None
+    except OSError as error:
+        events("agent").error("record not read", job_id=job_id, error=str(error))
+    return None

@@ -69,7 +69,7 @@ class Reruns:
             self._bench.show(job_id, State.RETRY_WAIT)
 
     def settle(self, job_id: str) -> None:
-        """Decide about a job whose attempt is over; its outcome is on disk."""
+        """Decide about a job whose attempt is over; its outcome is on disk. Raises OSError: not now."""
         try:
             with self._bench.records.open(job_id) as job:
                 outcome = job.outcome()
@@ -77,7 +77,7 @@ class Reruns:
                 if outcome is not None and where is Where.HERE:
                     self._again(job, outcome, most)
                     return
-        except (RecordError, OSError) as error:
+        except RecordError as error:
             # Whatever it is, to try to report it is never wrong.
             self._bench.warn("cannot decide about job", error, job_id=job_id)
             where = None

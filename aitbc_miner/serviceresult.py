@@ -35,6 +35,16 @@ class FileChanged(MinerError):  # noqa: N818  # says what happened
     """A file cannot be sent as it was collected: trying again cannot help."""
 
 
+class FileUnread(MinerError):  # noqa: N818  # says what happened
+    """A file cannot be read now: this machine's trouble, which tells nothing about the file."""
+
+
+def unsendable(file: str, error: OSError) -> MinerError:
+    """Say why a file cannot be sent, and whether that may pass."""
+    kind = FileUnread if fs.may_pass(error) else FileChanged
+    return kind(f"cannot send {_printable(file)[:200]}: {error.strerror or error}")
+
+
 class Source(Struct, frozen=True):
     """Where one member of the result comes from: what the task returned, or a file, or the log.
 
@@ -134,4 +144,4 @@ def _read(root: Path, file: str, most: int) -> bytes:
         with fs.directory(root) as directory, os.fdopen(fs.open_below(directory, file), "rb") as opened:
             return opened.read(most)
     except OSError as error:
-        raise FileChanged(f"cannot send {_printable(file)}: {error.strerror or error}") from error
+        raise unsendable(file, error) from error

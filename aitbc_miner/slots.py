@@ -18,6 +18,7 @@ from aitbc_miner.messages import (
     JobEnded,
     JobProgress,
     JobStep,
+    JobTrouble,
     Offer,
     Retune,
     Retuned,
@@ -107,6 +108,7 @@ class RunningSlot:
         self.adopted: int | None = None
         self.enforced: dict[str, str] = {}
         self.note = ""
+        self.trouble = ""
         # False when the worker could not do what it was told of the plan, so that it can be told again.
         self._tuned = True
         self._outcomes = outcomes
@@ -134,7 +136,7 @@ class RunningSlot:
             job_id=rules.job_id,
             job_state=rules.job_state,
             since=rules.since,
-            reason=rules.reason or self.note or ("leaves after its job" if leaving else None),
+            reason=rules.reason or self.trouble or self.note or ("leaves after its job" if leaving else None),
             enforced=self.enforced,
             cgroup=str(self.plan.group) if self.plan.group else None,
             job_pid=rules.job_pid,
@@ -217,6 +219,8 @@ class RunningSlot:
             case JobStep():
                 self.feed(Step(message.job_id, message.state, message.pid, message.deadline))
                 self._outcomes.stepped(message, self.name)
+            case JobTrouble():
+                self.trouble = message.what
             case JobProgress():
                 self._outcomes.progress(message)
             case JobEnded() if message.job_id == self.rules.job_id:
@@ -232,6 +236,7 @@ class RunningSlot:
         self.hear()
         how = self.child.reap()
         self.child = None
+        self.trouble = ""
         self._log.debug("worker gone", how=how)
         self.feed(Died(how))
 

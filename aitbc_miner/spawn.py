@@ -42,6 +42,9 @@ _SYS_CLONE3 = 435
 # Above all numbers that a program is given.
 _HIGH = 20
 
+# What a child that was to be the program can lack through no fault of the program or of its limits.
+_SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN})
+
 Steps = list[tuple[str, Callable[[], object]]]
 
 
@@ -328,7 +331,8 @@ def _fork(steps: Steps, group: Group | None, enclosed: int | None) -> Job:
             os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
             job.poll()
             job.close()
-            raise _StepError(failure.decode("utf-8", "replace"))
+            number, _, why = failure.decode("utf-8", "replace").partition(" ")
+            raise OSError(int(number), why) if int(number) in _SCARCE else _StepError(why)
         return job
 
 
@@ -340,8 +344,12 @@ def _run_child(steps: Steps, failure_fd: int) -> NoReturn:
         for name, step in steps:  # noqa: B007  # the name is for the report below
             step()
     except Exception as error:  # noqa: BLE001  # reported to the parent, which raises it
+        number = (error.errno or 0) if isinstance(error, OSError) else 0
+        if name == "exec" and number == errno.ENOMEM:
+            number = 0  # the slot's own limits may leave no room for the program
         cause = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        os.write(failure_fd, f"{name}: {cause or type(error).__name__}".encode("utf-8", "replace"))
+        said = f"{number} {name}: {cause or type(error).__name__}"
+        os.write(failure_fd, said.encode("utf-8", "replace"))
     finally:
         # Whatever happened, this copy of the worker must not go on as a second worker.
         os._exit(127)

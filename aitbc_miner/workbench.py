@@ -14,6 +14,7 @@ from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import Counted, Deliveries, JobUpdate, ToAgent
 from aitbc_miner.nodetoken import TokenLine
+from aitbc_miner.persisting import Persisting
 from aitbc_miner.queue import RetryQueue
 from aitbc_miner.records import Records
 from aitbc_miner.util import clock
@@ -62,6 +63,7 @@ class Workbench:
         self.error: str | None = None
         # Apart, for a coordinator that answers makes the fleet's queue no better.
         self.queue_error: str | None = None
+        self.persisting = Persisting(self.tell)
         self.pending = 0
         self.refused = 0
         self._unbooked: deque[JobAccount] = deque()
@@ -119,7 +121,8 @@ class Workbench:
 
     def tell(self) -> None:
         """Tell the supervisor how it goes."""
-        self.channel.send(Deliveries(self.pending, self.error or self.queue_error, self.refused))
+        error = self.error or self.queue_error or self.persisting.trouble
+        self.channel.send(Deliveries(self.pending, error, self.refused))
 
     def count(self, name: Literal["broken_records", "retries", "deliveries"], label: str = "") -> None:
         """Add one to a metric."""

@@ -6,6 +6,8 @@ network. The job it has is written in the job's directory; it outlives its super
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -165,8 +167,10 @@ class Worker:
     def _run_job(self, job_id: str, around: Surroundings) -> JobEnded:
         """Run a job and say what came of it, whatever it does: a worker that dies costs the slot."""
         try:
-            with self._records.open(job_id) as job:
-                ended = _refuse(job) or self._run(job, around)
+            with ExitStack() as stack:
+                begin = partial(self._begin, job_id, around, stack)
+                run = self._supervision.patiently(job_id, "read the job's record", begin)
+                ended = run if isinstance(run, JobEnded) else self._run(job_id, run)
         except Exception as error:  # noqa: BLE001  # without an outcome the agent declares the job lost
             self._log.exception("job failed without an outcome", job_id=job_id)
             ended = JobEnded(job_id, ErrorCode.E_INTERNAL, f"cannot run the job: {error!a:.300}")
@@ -174,15 +178,19 @@ class Worker:
         self._log.info("job ended", job_id=job_id, code=ended.code or "OK", message=ended.message)
         return ended
 
-    def _run(self, job: JobDir, around: Surroundings) -> JobEnded:
-        run = JobRun(job, around, self._runners, self._supervision, self._warmer.take)
+    def _begin(self, job_id: str, around: Surroundings, stack: ExitStack) -> JobRun | JobEnded:
+        """Open the job's directory, which `stack` closes, and say how it ended if it is not to be started."""
+        job = stack.enter_context(self._records.open(job_id))
+        return _refuse(job) or JobRun(job, around, self._runners, self._supervision, self._warmer.take)
+
+    def _run(self, job_id: str, run: JobRun) -> JobEnded:
         try:
             outcome, clean = run.run()
         except OSError as error:
-            message = f"cannot write the outcome of job {job.job_id}: {error}"
-            self._log.error("no outcome", job_id=job.job_id, error=str(error))
-            return JobEnded(job.job_id, ErrorCode.E_INTERNAL, message, clean=run.clean, remains=run.remains)
-        return JobEnded(job.job_id, outcome.code, outcome.message, outcome.timings, clean, run.remains)
+            message = f"cannot write the outcome of job {job_id}: {error}"
+            self._log.error("no outcome", job_id=job_id, error=str(error))
+            return JobEnded(job_id, ErrorCode.E_INTERNAL, message, clean=run.clean, remains=run.remains)
+        return JobEnded(job_id, outcome.code, outcome.message, outcome.timings, clean, run.remains)
 
 
 def _refuse(job: JobDir) -> JobEnded | None:

@@ -32,7 +32,7 @@ MAX_DEPTH = 32
 def prepare(
     job: JobDir, runs_as: Identity | None, service: Identity | None, ahead: str | None = None
 ) -> None:
-    """Make the directories anew and put the inputs into work/.
+    """Make the directories anew; `hand_over` then puts the inputs into work/. Both may be tried again.
 
     Those that `make_ahead` has made for the slot `ahead` are taken, where it is named.
 
@@ -49,8 +49,11 @@ def prepare(
     else:
         _take(job, ahead)
     _make(job.fd, "artifacts", 0o750, service)
-    if not fs.exists(job.fd, "logs"):
-        _make(job.fd, "logs", 0o750, None if service is None else _shown_to(service))
+    _make(job.fd, "logs", 0o750, None if service is None else _shown_to(service), kept=True)
+
+
+def hand_over(job: JobDir, runs_as: Identity | None, service: Identity | None) -> None:
+    """Move the inputs into work/. Raises OSError: one of them is not what it should be."""
     with fs.directory("input", at=job.fd) as source, fs.directory("work", at=job.fd) as target:
         for name in sorted(os.listdir(source)):  # noqa: PTH208  # a descriptor
             _hand_over(source, name, target, runs_as, service)
@@ -76,6 +79,13 @@ def make_ahead(root: Path, slot: str, runs_as: Identity | None) -> Path:
     return root / NEXT / slot
 
 
+def make_room(job_fd: int, names: tuple[str, ...] = OF_JOB) -> None:
+    """Remove what a job has left and nobody is to get: on a disk without room its outcome comes first."""
+    for name in names:
+        with suppress(OSError):
+            fs.remove_tree(job_fd, name)
+
+
 def remove_ahead(root: Path, slot: str) -> None:
     """Remove what `make_ahead` has made, if it can be; the next one will try again."""
     with suppress(OSError), fs.directory(root) as at, fs.directory(NEXT, at=at) as below:
@@ -98,8 +108,9 @@ def _shown_to(service: Identity) -> Identity:
     return Identity(os.geteuid(), service.gid, service.name)
 
 
-def _make(at: int, name: str, mode: int, owner: Identity | None) -> None:
-    os.mkdir(name, mode, dir_fd=at)
+def _make(at: int, name: str, mode: int, owner: Identity | None, *, kept: bool = False) -> None:
+    with suppress(*([FileExistsError] if kept else [])):
+        os.mkdir(name, mode, dir_fd=at)
     with fs.directory(name, at=at) as fd:
         os.fchmod(fd, mode)
         if owner:
@@ -117,7 +128,9 @@ def _hand_over(
     try:
         info = os.fstat(fd)
         fetched = stat.S_ISREG(info.st_mode) and info.st_nlink == 1
-        if not fetched or (service is not None and info.st_uid != service.uid):
+        # Ours already where an earlier try came no further: nobody but root can make it so.
+        owners = {each.uid for each in (service, runs_as) if each is not None}
+        if not fetched or (service is not None and info.st_uid not in owners):
             raise OSError(errno.EPERM, "not a file that was fetched for this job", name)
         if runs_as is not None:
             os.fchown(fd, runs_as.uid, runs_as.gid)
@@ -131,7 +144,7 @@ def room_left(job_fd: int, spent: tuple[int, int]) -> tuple[int, int | None]:
 
     `spent` of each came free by writing records on a disk that was full already (`reserve.spent`).
     """
-    disk = os.statvfs(job_fd)
+    disk = fs.tried_again(lambda: os.statvfs(job_fd))
     size = max(0, disk.f_bavail * disk.f_frsize - spent[0])
     # Without a number of files, as on btrfs, none are "free" either.
     return size, max(0, disk.f_favail - spent[1]) if disk.f_files else None

@@ -1,7 +1,9 @@
 """From a file that a job has left to the bytes on the line: no name and no type gets out of its place."""
 
 import contextlib
+import errno
 import json
+import os
 import re
 import threading
 from collections.abc import Iterator
@@ -14,9 +16,11 @@ from hypothesis import strategies as st
 
 from aitbc_miner.artifacts import Caps, Collector, check_path
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
+from aitbc_miner.coordinator.bootstrap import _log as unsent_log
 from aitbc_miner.coordinator.http import HttpClient
 from aitbc_miner.errors import JobError
 from aitbc_miner.jobs import Artifact, ArtifactSpec, Outcome
+from aitbc_miner.serviceresult import FileUnread, result_object
 from aitbc_miner.util import fs
 
 HEAD = re.compile(rb'Content-Disposition: form-data; name="artifact"; filename="[^"\r\n\\]+"')
@@ -92,6 +96,29 @@ def assert_in_their_places(line: Line, count: int) -> None:
         assert HEAD.fullmatch(disposition), disposition
         assert TYPE.fullmatch(kind), kind
     assert not [name for name, _ in line.heads if name.lower().startswith("x-")]
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.ENOMEM, errno.EACCES])
+def test_a_file_that_cannot_be_read_now_has_not_changed(
+    line: Line, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs/exec.log").write_text("said")
+    (tmp_path / "a").write_text("data")
+
+    def fails(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "open_below", fails)
+        with pytest.raises(FileUnread, match="cannot send"):
+            line.send([Artifact("a", "a", 4, "0" * 64)], tmp_path)
+        with pytest.raises(FileUnread, match="logs"):
+            unsent_log(tmp_path)
+        with pytest.raises(FileUnread, match="cannot send"):
+            result_object({"service": {"result": {"text": {"log": True}}}}, Outcome("j"), tmp_path)
+    line.send([Artifact("a", "a", 4, "0" * 64)], tmp_path)
+    assert b"\r\ndata\r\n" in line.body
 
 
 def test_what_a_job_has_called_its_files_and_their_types(line: Line, tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord
 from aitbc_miner.messages import CancelJob, JobSettled
 from aitbc_miner.queue import QueueError
-from aitbc_miner.records import JobDir, RecordError, Records
+from aitbc_miner.records import JobDir, RecordError, Records, pretty
+from aitbc_miner.serviceresult import FileUnread
+from aitbc_miner.util import fs
 
 NODE = "node-1"
 GOOD = Outcome(job_id="j1", artifacts=[Artifact("a", "artifacts/0000", 1, "0" * 64)])
@@ -385,6 +387,56 @@ def test_a_job_that_is_settled_gets_an_outcome_unless_it_has_one(records: Record
     assert kept(records) == before
 
 
+def unnamed(records: Records, outcome: Outcome, cut: int | None = None) -> Path:
+    """Leave an outcome as a writer does that is killed right before it gives it its name, or before that."""
+    path = records.root / "j1" / fs.unfinished("outcome.json")
+    path.write_bytes(pretty(outcome)[:cut])
+    return path
+
+
+@pytest.mark.parametrize("by", ["its worker's end", "its report"])
+def test_an_outcome_that_is_whole_and_has_no_name_yet_counts(records: Records, by: str) -> None:
+    whole = replace(GOOD, result={"answer": 42})
+    left = unnamed(records, whole)
+    if by == "its report":
+        deliver(records, FakeCoordinator(), NODE, "j1")
+    else:
+        assert settle(records, JobSettled("j1", "its worker was killed"))
+    assert kept(records)[2] == whole
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("fault", ["cut", "of another job", "of another attempt", "a link", "empty"])
+def test_an_outcome_without_a_name_that_is_not_whole_or_not_this_ones_does_not_count(
+    records: Records, fault: str
+) -> None:
+    match fault:
+        case "cut" | "empty":
+            unnamed(records, GOOD, -2 if fault == "cut" else 0)
+        case "of another job":
+            unnamed(records, replace(GOOD, job_id="j2"))
+        case "of another attempt":
+            unnamed(records, replace(GOOD, attempt=2))
+        case _:
+            unnamed(records, GOOD).rename(records.root / "elsewhere")
+            (records.root / "j1" / fs.unfinished("outcome.json")).symlink_to(records.root / "elsewhere")
+    settle(records, JobSettled("j1", "its worker was killed"))
+    outcome = kept(records)[2]
+    assert outcome is not None
+    assert outcome.code is ErrorCode.E_LOST
+
+
+def test_a_file_that_cannot_be_read_now_is_sent_later(records: Records) -> None:
+    finished(records, GOOD)
+    coordinator = FakeCoordinator(FileUnread("cannot send out: Too many open files"))
+    with pytest.raises(FileUnread):
+        deliver(records, coordinator, NODE, "j1")
+    state, delivery, outcome = kept(records)
+    assert outcome is not None
+    assert (state, delivery, outcome.code) == (State.UPLOADING, None, None)
+    assert deliver(records, coordinator, NODE, "j1").how == "accepted"
+
+
 def test_a_job_that_cannot_be_settled_is_told_of_all_the_same(
     records: Records, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -417,9 +469,7 @@ def test_reports_of_several_jobs_can_be_sent_at_once(records: Records) -> None:
     for thread in threads:
         thread.join(30)
     assert {
-        record.state
-        for job_id, record in records.scan()
-        if job_id in ids and not isinstance(record, RecordError)
+        record.state for job_id, record in records.scan() if job_id in ids and isinstance(record, StateRecord)
     } == {State.DONE}
     assert len(set(coordinator.calls)) == len(ids)
 

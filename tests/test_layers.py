@@ -31,7 +31,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "agent": {
             *("agent", "workbench", "pulling", "taking", "intake", "progress", "reporting", "delivery"),
             *("reruns", "fleet", "fleetwatch", "pruning", "recovery", "nodetoken", "queue_shared"),
-            *("assignments", "idling", "ondemand"),
+            *("assignments", "idling", "ondemand", "persisting"),
         },
         "heartbeat": {"heartbeat", "registration", "reports"},
     },

@@ -15,7 +15,8 @@ from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import BROKEN, Outcome, State, StateRecord
 from aitbc_miner.records import MANIFEST, OUTCOME, STATE, RecordError, Records
-from aitbc_miner.recovery import Found, read_outcome, recover
+from aitbc_miner.recovery import Found, read_outcome, recover, recover_rest
+from aitbc_miner.util import fs
 
 S = State
 GOOD = Outcome("j1", result={"answer": 42})
@@ -271,10 +272,38 @@ def test_a_disk_that_takes_nothing_ends_no_start(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", full)
         found = recover(records)
-    assert (places(found), found.broken) == ({"to_resume": ["a"]}, 1)
-    assert caplog.records[-1].getMessage() == "broken record stays"
+    assert (places(found), list(found.unread)) == ({"to_resume": ["a"]}, ["j1"])
+    assert caplog.records[-1].getMessage() == "record not read"
     # With space again it is dealt with.
-    assert "j1" in {job_id for ids in places(recover(records)).values() for job_id in ids}
+    assert "j1" in {job_id for ids in places(recover_rest(records, found)).values() for job_id in ids}
+
+
+@pytest.mark.parametrize("name", [STATE, OUTCOME, MANIFEST])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES, errno.ENOMEM])
+def test_what_cannot_be_read_now_is_not_broken(
+    records: Records, name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left(records, "j1", S.ACKED, S.PREP, S.RUNNING, outcome=GOOD)
+    if name == MANIFEST:  # which is read only where the state is broken
+        (records.root / "j1" / STATE).write_bytes(b"{")
+        (records.root / "j1" / OUTCOME).unlink()
+    read = fs.read_bounded
+
+    def fails(dir_fd: int, asked: str, limit: int) -> bytes:
+        if asked == name:
+            raise OSError(number, os.strerror(number), name)
+        return read(dir_fd, asked, limit)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fs, "read_bounded", fails)
+        found = recover(records)
+        again = recover_rest(records, found)
+    assert [(places(each), list(each.unread), each.broken) for each in (found, again)] == [
+        ({}, ["j1"], 0)
+    ] * 2
+    assert aside(records) == []
+    place = "to_deliver" if name == MANIFEST else "ended"
+    assert places(recover_rest(records, again)) == {place: ["j1"]}
 
 
 class Cut(BaseException):

@@ -115,17 +115,19 @@ def test_what_is_not_there_is_reported(alone: Judging) -> None:
     assert alone.reported == ["j1", "j2"]
 
 
-def test_a_full_disk_has_a_failure_reported_and_not_forgotten(
-    alone: Judging, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_costs_a_job_no_attempt(alone: Judging, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     alone.record("j1", *RAN, **THRICE)
     alone.conclude("j1", E.E_LOST)
-    monkeypatch.setattr(JobDir, "write_state", full)
+    with monkeypatch.context() as patch:
+        patch.setattr(JobDir, "write_state", full)
+        with pytest.raises(OSError, match="No space left"):  # the agent does it again, `Persisting`
+            alone.reruns.settle("j1")
+    assert (alone.reported, alone.reruns.ids()) == ([], [])
     alone.reruns.settle("j1")
-    assert (alone.reported, alone.reruns.ids()) == (["j1"], [])
+    assert (alone.reported, alone.reruns.ids()) == ([], ["j1"])
 
 
 # --- another attempt here ----------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.jobs import BROKEN, FINAL, State
+from aitbc_miner.jobs import BROKEN, FINAL, State, StateRecord
 from aitbc_miner.records import RecordError, Records
 from tools import mock_records
 from tools.fault_jobs import Kind
@@ -95,7 +95,7 @@ def check_records(root: Path, mock: MockCoordinator) -> Iterator[Finding]:
         yield Finding("broken", f"set aside: {entry.name}")
     records = Records(root)
     for job_id, found in records.scan():
-        if isinstance(found, RecordError):
+        if not isinstance(found, StateRecord):
             yield Finding("broken", str(found))
             continue
         job = mock.job(job_id)

@@ -39,7 +39,7 @@ from aitbc_miner.coordinator.limits import Limits
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import Outcome
 from aitbc_miner.receipts import Receipt, examine
-from aitbc_miner.serviceresult import result_object
+from aitbc_miner.serviceresult import FileUnread, result_object, unsendable
 from aitbc_miner.services import ServiceBook
 from aitbc_miner.util import clock, fs
 
@@ -360,6 +360,13 @@ def _segment(text: str) -> str:
 def _manifest_in(root: Path) -> dict[str, Any]:
     """Read what the result is to be made of; without it, it is what the job has left for delivery."""
     found: object = None
-    with suppress(OSError, msgspec.DecodeError, UnicodeDecodeError), fs.directory(root) as directory:
-        found = msgspec.json.decode(fs.read_bounded(directory, MANIFEST, MAX_MANIFEST))
+    try:
+        with fs.directory(root) as directory:
+            raw = fs.read_bounded(directory, MANIFEST, MAX_MANIFEST)
+    except OSError as error:
+        if isinstance(why := unsendable(MANIFEST, error), FileUnread):
+            raise why from error
+        return {}
+    with suppress(msgspec.DecodeError, UnicodeDecodeError):
+        found = msgspec.json.decode(raw)
     return found if isinstance(found, dict) else {}

@@ -4,7 +4,6 @@ import hashlib
 import os
 import re
 import stat
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -30,6 +29,7 @@ from aitbc_miner.coordinator.brokenjson import find_text
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
 from aitbc_miner.errors import MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
+from aitbc_miner.serviceresult import FileUnread, unsendable
 from aitbc_miner.util import fs
 from aitbc_miner.util.nesting import too_deep
 
@@ -272,7 +272,10 @@ class _CollectedFile:
                 self._fd = self._open()
             data = os.read(self._fd, self.len if size < 0 else min(size, self.len))
         except OSError as error:
-            raise self._changed(error.strerror or str(error)) from error
+            why = unsendable(self._file, error)
+            raise (
+                why if isinstance(why, FileUnread) else self._changed(error.strerror or str(error))
+            ) from error
         if self.len and size and not data:
             raise self._changed(f"it is {self.len} bytes shorter than when it was collected")
         self.len -= len(data)
@@ -301,8 +304,12 @@ class _CollectedFile:
 def _log(root: Path) -> Artifact:
     """Describe the log of a job that was not collected; an empty one where there is none to be had."""
     size, digest = 0, hashlib.sha256()
-    with suppress(OSError), os.fdopen(_open_below(root, LOG), "rb") as file:
-        size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256")
+    try:
+        with os.fdopen(_open_below(root, LOG), "rb") as file:
+            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256")
+    except OSError as error:
+        if isinstance(why := unsendable(LOG, error), FileUnread):
+            raise why from error
     return Artifact(LOG, LOG, size, digest.hexdigest(), "text/plain")
 
 

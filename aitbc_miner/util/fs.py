@@ -8,19 +8,50 @@ import contextlib
 import errno
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from aitbc_miner.util import clock
+
+T = TypeVar("T")
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """What a write is refused with by a disk, or an owner's share of it, that has no room."""
+OF_THE_FILE = frozenset(
+    {
+        *(errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EPERM),
+        *(errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EXDEV, errno.EMLINK, errno.EFBIG),
+        *(errno.ENOTEMPTY, errno.ESRCH, errno.EBADF, errno.EPIPE, errno.ECONNRESET, errno.ENOEXEC),
+    }
+)
+"""What tells of the file that is asked for. All else is this machine's own trouble, whoever meets it."""
 # How many subdirectories of one are kept in mind: how many there are was a stranger's to decide.
 NAMES_AT_ONCE = 1000
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether this is trouble of this machine, such as a want of descriptors or a disk that fails.
+
+    It says nothing about the file, and may be over in a moment: whatever was to be done is tried again.
+    """
+    return isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE
+
+
+def tried_again(call: Callable[[], T], times: int = 5) -> T:
+    """Call, and after trouble that may pass again, with pauses of well under a second in all."""
+    for pause in [0.01 * 3**n for n in range(times - 1)]:
+        try:
+            return call()
+        except OSError as error:
+            if not may_pass(error):
+                raise
+        time.sleep(pause)
+    return call()
 
 
 @contextmanager
@@ -59,25 +90,31 @@ def write_durably(
     Raises:
         OSError: the disk is full or broken; the old file is untouched then.
     """
-    temporary = f".{name}.new"
+    temporary = unfinished(name)
     # Made anew: what is there was left by a crash, or is a trap with another name or a reader somewhere else.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary, dir_fd=dir_fd)
     fd = make(dir_fd, temporary, mode)
     try:
+        if os.geteuid() == 0:
+            # Whoever owns the directory reads on when it is his turn; root needs no permission for its own.
+            # First: what is whole can be read by him, also if we come no further than that.
+            owner = os.fstat(dir_fd)
+            os.fchown(fd, owner.st_uid, owner.st_gid)
         with os.fdopen(fd, "wb", closefd=False) as file:
             file.write(data)
         os.ftruncate(fd, len(data))
-        if os.geteuid() == 0:
-            # Whoever owns the directory reads on when it is his turn; root needs no permission for its own.
-            owner = os.fstat(dir_fd)
-            os.fchown(fd, owner.st_uid, owner.st_gid)
         os.fsync(fd)
     finally:
         os.close(fd)
     os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
     # Without this the rename itself may be lost, and the old file come back.
     os.fsync(dir_fd)
+
+
+def unfinished(name: str) -> str:
+    """Say what `write_durably` calls a file before it gets its name."""
+    return f".{name}.new"
 
 
 def read_bounded(dir_fd: int, name: str, limit: int) -> bytes:

@@ -1,10 +1,15 @@
 """A real worker and what must not end it: full disks, defects, jobs that were started before."""
 
+import builtins
 import errno
+import io
+import itertools
+import multiprocessing
 import os
 import signal
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import psutil
 import pytest
 from bench import Bench, Prepare, Shell
 
+from aitbc_miner import execution
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.execution import Execution
 from aitbc_miner.jobs import ExitStatus, Outcome, State
@@ -78,7 +84,7 @@ def test_finished_work_waits_for_a_full_disk(bench: Bench) -> None:
     assert outcome is not None
     assert ended == JobEnded("j1", None, "", outcome.timings)
     assert [artifact.path for artifact in outcome.artifacts] == ["logs/exec.log", "x"]
-    assert bench.log.read_text().count("cannot write outcome") == 1
+    assert bench.log.read_text().count("tried until it can be done") == 1
     bench.assert_works()
 
 
@@ -96,7 +102,7 @@ def test_a_worker_that_waits_for_the_disk_gives_up_when_the_miner_stops_at_once(
     bench.assert_works()
 
 
-@pytest.mark.parametrize(("where", "what"), [(JobDir, "move"), (os, "link"), (os, "rename")])
+@pytest.mark.parametrize(("where", "what"), [(JobDir, "write_state"), (os, "mkdir"), (os, "rename")])
 def test_a_disk_that_is_full_on_the_way_is_the_verdict(bench: Bench, where: object, what: str) -> None:
     real = getattr(where, what)
 
@@ -112,6 +118,62 @@ def test_a_disk_that_is_full_on_the_way_is_the_verdict(bench: Bench, where: obje
     outcome = bench.outcome("j1")
     assert outcome is not None
     assert (outcome.code, outcome.artifacts) == (ErrorCode.E_DISK, [])
+
+
+# --- trouble of this machine that passes -------------------------------------------------------------------
+
+
+class Trouble:
+    """Has the n-th call of a name fail in the worker, once; `n` is what is still to come, 0: none fails."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.left = multiprocessing.Value("i", 0)
+        self.name = ""
+
+    def __call__(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(execution, "RETRY_MIN_S", 0.001)
+        for module, name in [
+            (os, self.name),
+            *([(builtins, "open"), (io, "open")] if self.name == "open" else []),
+        ]:
+            patch.setattr(module, name, partial(self._call, getattr(module, name)))
+
+    def _call(self, real: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
+        if self.left.value > 0:
+            self.left.value -= 1
+            if self.left.value == 0:
+                raise OSError(self.number, os.strerror(self.number))
+        return real(*arguments, **more)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("open", errno.EMFILE),
+        *((name, errno.EIO) for name in ("mkdir", "rename", "fsync", "link", "fchown", "fchmod", "fstat")),
+        *((name, errno.ENOSPC) for name in ("mkdir", "rename", "link", "write")),
+        *((name, errno.ENOMEM) for name in ("fork", "pipe2", "scandir", "listdir", "statvfs", "pidfd_open")),
+    ],
+)
+def test_a_call_that_fails_once_costs_no_job(bench: Bench, name: str, number: int) -> None:
+    trouble = Trouble(number)
+    trouble.name = name
+    bench.start(trouble)
+    for n in itertools.count(1):
+        bench.submit(f"j{n}", "echo hello; echo x > ../output/x", artifacts=[{"path": "x"}])
+        (bench.root / f"j{n}" / "input" / "in").touch()
+        trouble.left.value = n
+        ended = bench.run(f"j{n}")
+        hit, trouble.left.value = trouble.left.value == 0, 0
+        outcome = bench.outcome(f"j{n}")
+        assert outcome is not None, n
+        assert (ended.code, outcome.code, ended.clean) == (None, None, True), (n, ended)
+        assert [artifact.path for artifact in outcome.artifacts] == ["logs/exec.log", "x"], n
+        assert (bench.root / f"j{n}" / "work" / "in").exists(), n
+        if not hit:
+            break
+    assert n > 1, "nothing was hit"
 
 
 # --- jobs that must not be started -------------------------------------------------------------------------
@@ -156,7 +218,7 @@ def test_a_job_that_is_not_there_costs_nothing(bench: Bench, job_id: str) -> Non
 
 
 @pytest.mark.parametrize("step", ["runners", "plan", "verdict"])
-@pytest.mark.parametrize("error", [ValueError("bad \udcff"), RecursionError("deep"), OSError(5, "broken")])
+@pytest.mark.parametrize("error", [ValueError("bad \udcff"), RecursionError("deep"), OSError(22, "broken")])
 def test_what_nobody_expected_is_the_jobs_end_and_not_the_workers(
     bench: Bench, step: str, error: Exception
 ) -> None:
@@ -251,7 +313,8 @@ def test_the_supervisor_is_told_when_the_job_will_be_ended(bench: Bench) -> None
     bench.send(StartJob("j1"))
     heard = bench.until(lambda message: isinstance(message, JobEnded))
     steps = [each for each in heard if isinstance(each, JobStep)]
-    told = {step.deadline for step in steps if step.state is State.RUNNING}
+    # Its time begins when it has started.
+    told = {step.deadline for step in steps if step.state is State.RUNNING and step.pid is not None}
     assert len(told) == 1
     deadline = told.pop()
     assert deadline is not None
