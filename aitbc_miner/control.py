@@ -27,7 +27,7 @@ from aitbc_miner.util import clock
 
 READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs", "history", "allow"})
 WRITE_VERBS = frozenset({"drain", "resume", "cancel", "retry", "reload"})
-READERS, WRITERS = "aitbc", "aitbc-admin"
+READERS, WRITERS = "aitbc-view", "aitbc-admin"  # not the service's group, which reads the token
 MAX_REQUEST = 256 * 1024
 MAX_CLIENTS = 32
 CLIENT_TIMEOUT_S = 5.0

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from aitbc_miner import __version__
 from aitbc_miner.jobs import State, valid_job_id
+from aitbc_miner.util.build import build
 
 SOCKET = "/run/aitbc-miner/control.sock"
 CONFIG = "/etc/aitbc/miner/config.yaml"
@@ -16,7 +16,7 @@ SOCKET_VARIABLE = "AITBC_MINER_CONTROL__SOCKET"
 def parser() -> argparse.ArgumentParser:
     """Make what reads the command line."""
     top = argparse.ArgumentParser(prog="aitbc-minerctl", description="Ask and steer the running miner.")
-    top.add_argument("--version", action="version", version=f"aitbc-minerctl {__version__}")
+    top.add_argument("--version", action="version", version=f"aitbc-minerctl {build()}")
     top.add_argument(
         "--socket",
         type=Path,

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import aitbc_miner
 from aitbc_miner.config import Config
 from aitbc_miner.control import (
     Answer,
@@ -27,6 +26,7 @@ from aitbc_miner.messages import CoordinatorView, Deliveries, EndReason, Retried
 from aitbc_miner.slot import SlotState
 from aitbc_miner.slots import RunningSlot
 from aitbc_miner.util import clock, fs
+from aitbc_miner.util.build import build
 
 FILES = {"job": ("manifest.json", "state.json", "outcome.json", "receipt.json"), "logs": ("logs/exec.log",)}
 # A child that died once and has run since then is no problem any more.
@@ -59,6 +59,7 @@ class Desk:
         self._cancel = cancel
         self._others = others
         self._began = clock.now()
+        self._build = build()
         self._changed = False
         self.accepting = True
         self.stopping = False
@@ -138,7 +139,7 @@ class Desk:
         slots = [SlotStatus(slot.view(), now - slot.rules.since) for slot in self._slots.values()]
         return Status(
             node_id=self._config.node_id,
-            version=aitbc_miner.__version__,
+            version=self._build,
             pid=os.getpid(),
             up_s=now - self._began,
             accepting=self.accepting,

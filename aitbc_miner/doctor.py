@@ -9,7 +9,7 @@ from pathlib import Path
 from msgspec import Struct
 
 from aitbc_miner.checks import machine_facts
-from aitbc_miner.config import Config
+from aitbc_miner.config import Config, Privileges
 from aitbc_miner.confinement import offered_controllers
 from aitbc_miner.control import READERS, WRITERS
 from aitbc_miner.gpu import GpuList
@@ -49,7 +49,7 @@ def diagnose(
         yield Finding("config", there=False, detail=shown, remedy=f"aitbc-miner check --config {path}")
     yield _root(config)
     yield _users(config)
-    yield _groups(config)
+    yield _groups()
     yield _cgroup2(config, machine)
     yield _sandbox(config)
     found = machine.tools.get("nft")
@@ -72,7 +72,7 @@ def _wants_users(config: Config | None) -> bool:
 
 
 def _users(config: Config | None) -> Finding:
-    service = config.privileges.service_user if config else READERS
+    service = config.privileges.service_user if config else Privileges().service_user
     specs = read_slots(config.slots_dir, []) if config else []
     names = [service, *(job_user(spec.name) for spec in specs or derive_slots(machine_facts(GpuList())))]
     absent = [name for name in names if not _known(pwd.getpwnam, name)]
@@ -81,12 +81,10 @@ def _users(config: Config | None) -> Finding:
     return Finding("users", not absent, detail, remedy, required=_wants_users(config))
 
 
-def _groups(config: Config | None) -> Finding:
-    # The service's own group comes with its user.
-    service = config.privileges.service_user if config else READERS
-    absent = [name for name in (READERS, WRITERS) if name != service and not _known(grp.getgrnam, name)]
+def _groups() -> Finding:
+    absent = [name for name in (READERS, WRITERS) if not _known(grp.getgrnam, name)]
     remedy = "; ".join(f"groupadd --system {name}" for name in absent)
-    detail = f"no such group: {', '.join(absent)}; only root can steer the miner" if absent else "there"
+    detail = f"no such group: {', '.join(absent)}; only root can look and steer" if absent else "there"
     return Finding("groups", not absent, detail, remedy, required=False)
 
 

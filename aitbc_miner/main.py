@@ -8,7 +8,6 @@ from pathlib import Path
 
 import msgspec
 
-from aitbc_miner import __version__
 from aitbc_miner.checks import Checker, machine_facts, told_of
 from aitbc_miner.config import Config, Workspace, derive_node_id, load_config
 from aitbc_miner.doctor import diagnose
@@ -18,6 +17,7 @@ from aitbc_miner.privileges import resolve
 from aitbc_miner.probe import capabilities, probe_machine, render_page
 from aitbc_miner.runners.catalogue import Task, list_tasks, params_of, told
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out, read_slots, to_yaml
+from aitbc_miner.util.build import build
 from aitbc_miner.util.inherited import begin_command, begin_node
 from aitbc_miner.util.yamldoc import Fault
 
@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="aitbc-miner", description="Rent out this machine: run the jobs that a coordinator hands out."
     )
-    parser.add_argument("--version", action="version", version=f"aitbc-miner {__version__}")
+    parser.add_argument("--version", action="version", version=f"aitbc-miner {build()}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
     verbs.add_parser("run", help="run the node in the foreground, until it is told to stop")
     probe_ = verbs.add_parser("probe", help="show what this machine has")

@@ -387,7 +387,7 @@ def test_what_is_no_socket_is_not_removed(node: Node) -> None:
 
 
 def known_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = {"aitbc": 7001, "aitbc-admin": 7002}
+    ids = {"aitbc-view": 7001, "aitbc-admin": 7002}
 
     def getgrnam(name: str) -> grp.struct_group:
         if name not in ids:
@@ -423,7 +423,7 @@ def test_groups_are_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(2):
             answer_to(node, Request("status"))
         node.server.close()
-    assert asked == ["aitbc", "aitbc-admin"]
+    assert asked == ["aitbc-view", "aitbc-admin"]
 
 
 def test_the_kernel_tells_who_is_on_the_other_end() -> None:

@@ -23,6 +23,7 @@ from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
 from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import probe_machine
 from aitbc_miner.slotspec import SlotFile
+from aitbc_miner.util.build import build
 from aitbc_miner.util.yamldoc import decode_text
 
 DEADLINE_S = 30.0
@@ -104,7 +105,7 @@ def fault_texts(checker: Checker) -> str:
 
 def test_version() -> None:
     done = run("--version")
-    assert (done.returncode, done.stdout) == (0, "aitbc-miner 0.1.0\n")
+    assert (done.returncode, done.stdout) == (0, f"aitbc-miner {build()}\n")
 
 
 @pytest.mark.parametrize("words", [[], ["fly"], ["run", "now"], ["check", "--json"]])
