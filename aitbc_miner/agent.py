@@ -52,6 +52,7 @@ from aitbc_miner.reporting import Reporter
 from aitbc_miner.reruns import Reruns
 from aitbc_miner.taking import Taker, by_coordinator, id_of
 from aitbc_miner.util import clock
+from aitbc_miner.util.web import Proxy
 from aitbc_miner.workbench import Workbench
 
 # How many of the jobs that are done `jobs` knows after a start.
@@ -71,6 +72,7 @@ class Agent:
         coordinator: Coordinator,
         mask: Callable[[str], None],
         shared: RetryQueue | None = None,
+        input_proxy: Proxy | None = None,
     ) -> None:
         self._channel = channel
         self._stopping = threading.Event()
@@ -80,7 +82,7 @@ class Agent:
         database = Database(config.queue.path)
         self._accounts = Accounts(database)
         self._bench = bench = Workbench(
-            config, channel, coordinator, self._token, self._accounts, SqliteQueue(database)
+            config, channel, coordinator, self._token, self._accounts, SqliteQueue(database), input_proxy
         )
         lease_s = config.queue.lease_s
         self._fleet = fleet = Fleet(shared, config.node_id, lease_s, self._belongs) if shared else None

@@ -4,27 +4,33 @@ The structs below are the list of keys and their defaults; etc/config.yaml expla
 """
 
 import hashlib
-import ipaddress
 import re
 import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
 
 import msgspec
 from msgspec import Meta, Struct
 
+from aitbc_miner.configvalues import (
+    is_loopback,
+    parse_base_url,
+    parse_ca_file,
+    parse_listen,
+    parse_proxy,
+    parse_redis_url,
+    parse_socket,
+    parse_textfile,
+)
 from aitbc_miner.credentials import parse_source
-from aitbc_miner.util.trust import refusal
 from aitbc_miner.util.units import Duration
-from aitbc_miner.util.yamldoc import BadField, Fault, Parse, absolute_path, read_document
+from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
 
 MACHINE_ID = Path("/etc/machine-id")
 SLOTS_DIR = Path("/etc/aitbc/miner/slots.d")
 """Where no other is set, and where no file need be: the slots are derived from the machine then."""
 _NODE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_LISTEN = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", re.ASCII)
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 MegaBytes = Annotated[int, Meta(ge=0, le=2**31)]
@@ -68,73 +74,6 @@ def _parse_node_id(value: object) -> str:
     return value
 
 
-def _parse_base_url(value: object) -> str:
-    try:
-        url = urlsplit(value if isinstance(value, str) else "")
-        good = url.scheme in {"http", "https"} and url.hostname and url.port != 0
-    except ValueError:  # a port that is no number, an IPv6 address that is none
-        good = False
-    if not isinstance(value, str) or not good or re.search(r"[\s\x00-\x1f\\]", value):
-        raise ValueError("must be an http or https address, such as https://coordinator.example/api/v1")
-    if "@" in url.netloc or url.query or url.fragment:
-        raise ValueError(
-            "must be without user, password, ? and #; the token belongs in coordinator.auth_token"
-        )
-    return value.rstrip("/")
-
-
-def _is_loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _parse_ca_file(value: object) -> Path:
-    path = absolute_path(value)
-    if not path.is_file():
-        raise ValueError("must be an existing file with CA certificates in PEM form; there is none")
-    if untrusted := refusal(path):
-        raise ValueError(untrusted)
-    return path
-
-
-def _parse_listen(value: object) -> str:
-    match = _LISTEN.fullmatch(value) if isinstance(value, str) else None
-    if not match or int(match[1]) > 65_535:
-        raise ValueError("must be host:port, such as 127.0.0.1:9464 or [::1]:9464")
-    return match[0]
-
-
-def _parse_textfile(value: object) -> Path:
-    path = absolute_path(value)
-    if path.suffix != ".prom":
-        raise ValueError("must end in .prom: node_exporter reads no other file")
-    return path
-
-
-def _parse_redis_url(value: object) -> str:
-    try:
-        url = urlsplit(value if isinstance(value, str) else "")
-        where = url.path if url.scheme == "unix" else url.hostname
-        good = url.scheme in {"redis", "rediss", "unix"} and bool(where) and url.port != 0
-    except ValueError:  # a port that is no number
-        good = False
-    if not isinstance(value, str) or not good or re.search(r"[\s\x00-\x1f\\]", value):
-        raise ValueError("must be redis://HOST:PORT/N, rediss://HOST:PORT/N (TLS) or unix:///PATH?db=N")
-    if "@" in url.netloc:
-        raise ValueError("must be without user and password; name the source of that in queue.password")
-    return value
-
-
-def _parse_socket(value: object) -> Path:
-    path = absolute_path(value)
-    if len(bytes(path)) > 107:  # sizeof(sun_path) - 1, see unix(7)
-        raise ValueError("must be a path of at most 107 bytes, because it names a socket")
-    return path
-
-
 class Coordinator(Struct, frozen=True):
     """Where jobs come from. auth_token names the token's source, never the token.
 
@@ -142,12 +81,13 @@ class Coordinator(Struct, frozen=True):
     that the coordinator takes from one address, `receipt_keys` the keys that may sign receipts (empty: any).
     """
 
-    base_url: Annotated[str, Parse(_parse_base_url)]
+    base_url: Annotated[str, Parse(parse_base_url)]
     auth_token: Annotated[str, Parse(parse_source)]
     dialect: Literal["bootstrap", "aitbc-v1"] = "bootstrap"
     auth_scheme: Literal["bearer", "api_key"] = "bearer"
     tls_verify: bool = True
-    ca_file: Annotated[Path, Parse(_parse_ca_file)] | None = None
+    ca_file: Annotated[Path, Parse(parse_ca_file)] | None = None
+    connect_timeout_s: Seconds = 10.0
     timeout_s: Seconds = 20.0
     poll_interval_s: Seconds = 3.0
     allow_http: bool = False
@@ -158,9 +98,11 @@ class Coordinator(Struct, frozen=True):
     max_manifest_kb: Annotated[int, Meta(ge=1, le=65_536)] = 256
     max_input_mb: MegaBytes = 10_240
     allow_private_inputs: bool = False
+    proxy: Annotated[str, Parse(parse_proxy)] | None = None
+    proxy_auth: Annotated[str, Parse(parse_source)] | None = None
 
     def __post_init__(self) -> None:
-        if self.base_url.startswith("http:") and not self.allow_http and not _is_loopback(self.base_url):
+        if self.base_url.startswith("http:") and not self.allow_http and not self._stays_here():
             remedy = "use https, or set coordinator.allow_http: true on a network that you trust"
             raise BadField("base_url", f"is {self.base_url!r}, which sends the token unencrypted; {remedy}")
         if self.dialect == "bootstrap" and self.auth_scheme != "bearer":
@@ -169,6 +111,25 @@ class Coordinator(Struct, frozen=True):
             )
         if self.ca_file and not self.tls_verify:
             raise BadField("ca_file", "has no use while tls_verify is false; remove one of the two")
+        _check_proxy(self)
+
+    def _stays_here(self) -> bool:
+        return is_loopback(self.base_url) and not self.proxy
+
+
+class Inputs(Struct, frozen=True):
+    """How inputs are fetched. A `proxy` looks their addresses up, so that this node cannot check them."""
+
+    proxy: Annotated[str, Parse(parse_proxy)] | None = None
+    proxy_auth: Annotated[str, Parse(parse_source)] | None = None
+
+    def __post_init__(self) -> None:
+        _check_proxy(self)
+
+
+def _check_proxy(section: Coordinator | Inputs) -> None:
+    if section.proxy_auth and not section.proxy:
+        raise BadField("proxy_auth", "has no use without proxy; set that, or remove this")
 
 
 class Backoff(Struct, frozen=True):
@@ -241,7 +202,7 @@ class Queue(Struct, frozen=True):
 
     backend: Literal["sqlite", "redis"] = "sqlite"
     path: Path = Path("/var/lib/aitbc/miner/queue.db")
-    url: Annotated[str, Parse(_parse_redis_url)] | None = None
+    url: Annotated[str, Parse(parse_redis_url)] | None = None
     password: Annotated[str, Parse(parse_source)] | None = None
     lease_s: Annotated[float, Meta(ge=1, le=86_400)] = 60.0
     max_attempts: Positive = 5
@@ -292,14 +253,14 @@ class Telemetry(Struct, frozen=True):
     `textfile` gets the metrics as well, for node_exporter's textfile collector; its name must end in .prom.
     """
 
-    listen: Annotated[str, Parse(_parse_listen)] = "127.0.0.1:9464"
-    textfile: Annotated[Path, Parse(_parse_textfile)] | None = None
+    listen: Annotated[str, Parse(parse_listen)] = "127.0.0.1:9464"
+    textfile: Annotated[Path, Parse(parse_textfile)] | None = None
 
 
 class Control(Struct, frozen=True):
     """Where aitbc-minerctl finds the daemon."""
 
-    socket: Annotated[Path, Parse(_parse_socket)] = Path("/run/aitbc-miner/control.sock")
+    socket: Annotated[Path, Parse(parse_socket)] = Path("/run/aitbc-miner/control.sock")
 
 
 class Logging(Struct, frozen=True):
@@ -320,6 +281,7 @@ class Config(Struct, frozen=True):
     slots_dir: Path = SLOTS_DIR
     services_dir: Path = Path("/etc/aitbc/miner/services.d")
     egress_dir: Path = Path("/etc/aitbc/miner/egress.d")
+    inputs: Inputs = Inputs()
     workspace: Workspace = Workspace()
     queue: Queue = Queue()
     privileges: Privileges = Privileges()
@@ -330,6 +292,12 @@ class Config(Struct, frozen=True):
     telemetry: Telemetry = Telemetry()
     control: Control = Control()
     logging: Logging = Logging()
+
+    def sources(self) -> list[str]:
+        """Name where the operator's secrets are, as `env:NAME`."""
+        there, inputs = self.coordinator, self.inputs
+        named = (there.auth_token, there.proxy_auth, inputs.proxy_auth, self.queue.password)
+        return [source for source in named if source]
 
 
 _WITHOUT_EFFECT = ("egress_dir", "secrets.pkcs11")

@@ -55,6 +55,7 @@ from aitbc_miner.telemetry import Metrics, Snapshot, Upkeep
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff, Schedule
 from aitbc_miner.util.log import events
+from aitbc_miner.util.web import Proxy
 
 log = events("heartbeat")
 
@@ -332,11 +333,11 @@ def run_heartbeat(
     channel: Channel[ToHeartbeat],
     line: Channel[PrivateLine],
     config: Config,
-    node_id: str,
     environ: Mapping[str, str],
     mask: Callable[[str], None],
     *,
     early: Credential | None = None,
+    proxy: Proxy | None = None,
     timing: Timing | None = None,
 ) -> None:
     """Be the heartbeat process, after the fork, until Stop comes or one of the other processes is gone.
@@ -347,14 +348,14 @@ def run_heartbeat(
     timing = timing or Timing()
     metrics = Metrics(
         Snapshot(
-            node_id=node_id,
+            node_id=config.node_id,
             coordinator=config.coordinator.base_url,
             interval_s=config.heartbeat.interval_s,
             started=clock.now(),
         ),
         config.queue.path.parent,
     )
-    registration = Registration(connector(config, environ, mask, early), mask, metrics)
+    registration = Registration(connector(config, environ, mask, early, proxy), mask, metrics)
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
     tasks = TaskWatch(config.runners.python)
     process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, tasks, timing)

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import http.client
 import io
-import ipaddress
 import os
 import re
 import secrets
@@ -20,18 +19,33 @@ import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import unquote_to_bytes, urljoin
 
 from msgspec import Struct
-from urllib3.util import Url, parse_url
+from urllib3.util import parse_url
+from urllib3.util.ssltransport import SSLTransport
 
+from aitbc_miner.credentials import CredentialError
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
+from aitbc_miner.inputurls import check_names, name_of, parse, redirected, refuse, shown
 from aitbc_miner.jobs import InputUrl, Manifest
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.clock import now
+from aitbc_miner.util.neighbours import forbidden
+from aitbc_miner.util.web import (
+    Address,
+    Dialer,
+    Proxy,
+    ProxyRefused,
+    Response,
+    TooMuch,
+    certificate_fault,
+    look_up,
+    tls_context,
+    tunnel,
+)
 
 READ = 256 * 1024
 POLL_S = 0.25  # how soon a cancelled job stops waiting
@@ -39,11 +53,7 @@ BACKOFF_S = (0.1, 8.0)
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
-# Metadata services outside the ranges of `_forbidden`: Alibaba, Oracle, Azure, AWS and Google on IPv6.
-_METADATA = ["100.100.100.200", "192.0.0.192", "168.63.129.16", "fd00:ec2::254", "fd20:ce::254"]
 _HEADERS = {"User-Agent": "aitbc-miner", "Accept-Encoding": "identity", "Connection": "close"}
-_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 
@@ -54,6 +64,7 @@ class InputLimits(Struct, frozen=True):
     max_bytes_total: int
     timeout_s: float
     stall_s: float
+    connect_s: float = 10.0
     max_redirects: int = 5
     attempts: int = 4
 
@@ -70,19 +81,21 @@ def fetch_inputs(
     cancelled: Callable[[], bool] = lambda: False,
     allow_private: bool = False,
     wait: Callable[[float], None] = time.sleep,
+    proxy: Proxy | None = None,
 ) -> None:
     """Write all inputs of a job into an existing, empty directory, for their owner alone.
 
-    `cancelled` is asked at least every quarter of a second, but for looking a name up and connecting, which
-    last until the resolver or `stall_s` gives up. Content encodings are not undone.
+    `cancelled` is asked at least every quarter of a second, but for looking a name up and TLS handshakes,
+    which last until the resolver or `connect_s` gives up. Content encodings are not undone. Through a
+    `proxy`, only addresses that are numbers can be checked: it looks up the names.
 
     Raises:
         JobError: E_INPUT naming the input and the cause, E_DISK when the disk is full, E_CANCELLED.
     """
     urls = [InputUrl(item) if isinstance(item, str) else item for item in manifest.input.urls]
-    names = [*manifest.input.inline, *(_name(item) for item in urls)]
-    _check_names(names)
-    run = _Run(limits, cancelled, wait, allow_private, now() + limits.timeout_s)
+    names = [*manifest.input.inline, *(name_of(item) for item in urls)]
+    check_names(names)
+    run = _Run(limits, cancelled, wait, allow_private, now() + limits.timeout_s, proxy=proxy)
     try:
         for name, text in manifest.input.inline.items():
             data = text.encode("utf-8", "replace")
@@ -107,53 +120,6 @@ def _create(path: Path) -> BinaryIO:
     return open(fd, "wb")  # noqa: PTH123  # a descriptor, not a path
 
 
-def _refuse(message: str) -> JobError:
-    return JobError(ErrorCode.E_INPUT, message)
-
-
-def _name(item: InputUrl) -> str:
-    """Return the name of an input: its own, or the last part of the URL's path, percent-decoded."""
-    part = (_parse(item.url).path or "").rpartition("/")[2]
-    return unquote_to_bytes(part).decode("utf-8", "surrogateescape") if item.name is None else item.name
-
-
-def _check_names(names: list[str]) -> None:
-    for place, name in enumerate(names):
-        if fault := _name_fault(name) or ("it is there twice" if name in names[:place] else None):
-            raise _refuse(f"cannot take input {name[:80]!a}: {fault}")
-
-
-def _name_fault(name: str) -> str | None:
-    if not name:
-        return "it has no name; give it one with 'name'"
-    if name in {".", ".."} or "/" in name:
-        return "a name must not be a path"
-    if name.startswith("-"):
-        return "a name must not begin with a dash, programs would take it for an option"
-    if any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 for c in name):
-        return "a name must be UTF-8 without control characters"
-    return "a name must not be longer than 255 bytes" if len(name.encode()) > 255 else None
-
-
-def _parse(url: str, base: str = "") -> Url:
-    """Parse an address and bring it into the form that is sent. Raises JobError for what is never fetched."""
-    try:
-        parsed = parse_url(urljoin(base, url))
-    except ValueError as error:
-        raise _refuse(f"cannot fetch {_shown(url)}: it is not a URL") from error
-    if parsed.scheme not in {"http", "https"}:
-        raise _refuse(f"cannot fetch {_shown(url)}: only http and https addresses are fetched")
-    if not parsed.host or parsed.auth:
-        raise _refuse(f"cannot fetch {_shown(parsed.url)}: an address needs a host and no user name")
-    return parsed
-
-
-def _shown(url: str) -> str:
-    """Return an address as it may be shown: query and password are often secrets."""
-    plain = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0])
-    return "".join(c if c.isprintable() else "?" for c in plain[:200])
-
-
 @dataclass
 class _Run:
     """One fetch_inputs: its bounds, and what is used up of them."""
@@ -165,10 +131,13 @@ class _Run:
     deadline: float
     fetched: int = 0
 
+    proxy: Proxy | None = None
+    dialer: Dialer = field(default_factory=Dialer)
+
     @functools.cached_property
     def tls(self) -> ssl.SSLContext:
         """The system's certificates, read when first needed: that takes tens of milliseconds."""
-        return ssl.create_default_context()
+        return tls_context()
 
     def patience(self) -> float:
         """Seconds that one step may block. Raises JobError when the job is cancelled or time is up."""
@@ -176,7 +145,7 @@ class _Run:
             raise JobError(ErrorCode.E_CANCELLED, "cannot fetch the inputs: the job was cancelled")
         left = self.deadline - now()
         if left <= 0:
-            raise _refuse(f"cannot fetch the inputs: not complete after {self.limits.timeout_s:g} s")
+            raise refuse(f"cannot fetch the inputs: not complete after {self.limits.timeout_s:g} s")
         return min(left, self.limits.stall_s)
 
     def pause(self, delay: float) -> None:
@@ -189,10 +158,10 @@ class _Run:
     def claim(self, what: str, got: int, size: int, cap: float) -> None:
         """Check that `size` more bytes are within all bounds, for an input that has `got` already."""
         if got + size > cap:
-            raise _refuse(f"cannot take input {what}: it is larger than {int(cap)} bytes")
+            raise refuse(f"cannot take input {what}: it is larger than {int(cap)} bytes")
         if self.fetched + got + size > self.limits.max_bytes_total:
             total = self.limits.max_bytes_total
-            raise _refuse(f"cannot take input {what}: all inputs together are larger than {total} bytes")
+            raise refuse(f"cannot take input {what}: all inputs together are larger than {total} bytes")
 
 
 class _Transfer:
@@ -247,7 +216,7 @@ def _fetch(item: InputUrl, name: str, into: Path, run: _Run) -> None:
             _persist(item, transfer, run)
         digest = transfer.sha256.hexdigest()
         if item.sha256 and digest != item.sha256.lower():
-            raise _refuse(f"cannot take input {name}: its sha256 is {digest}, not {item.sha256}")
+            raise refuse(f"cannot take input {name}: its sha256 is {digest}, not {item.sha256}")
         part.rename(into / name)
     finally:
         part.unlink(missing_ok=True)
@@ -268,22 +237,24 @@ def _persist(item: InputUrl, transfer: _Transfer, run: _Run) -> None:
                 failures, furthest = 1, transfer.got
                 backoff.reset()
             if failures >= run.limits.attempts:
-                raise _refuse(f"cannot fetch {_shown(item.url)}: {error} ({failures} attempts)") from error
+                raise refuse(f"cannot fetch {shown(item.url)}: {error} ({failures} attempts)") from error
             run.pause(backoff.next())
 
 
 def _attempt(url: str, transfer: _Transfer, run: _Run) -> None:
     asked = transfer.headers()
     for _ in range(run.limits.max_redirects + 1):
-        with _network(), contextlib.closing(_connection(url, run)) as connection:
-            connection.request("GET", _parse(url).request_uri, headers=_HEADERS | asked)
+        with _network(), contextlib.ExitStack() as stack:
+            connection, target, more = _connection(url, run)
+            stack.callback(connection.close)
+            connection.request("GET", target, headers=_HEADERS | asked | more)
             with connection.getresponse() as reply:
                 if reply.status not in REDIRECTS:
                     _check_status(reply, url, transfer, resumed=bool(asked))
                     _receive(reply, transfer, run)
                     return
-        url = _redirected(url, reply.headers.get("Location", ""))
-    raise _refuse(f"cannot fetch {_shown(url)}: more than {run.limits.max_redirects} redirects")
+        url = redirected(url, reply.headers.get("Location", ""))
+    raise refuse(f"cannot fetch {shown(url)}: more than {run.limits.max_redirects} redirects")
 
 
 @contextlib.contextmanager
@@ -292,20 +263,19 @@ def _network() -> Iterator[None]:
     try:
         yield
     except ssl.SSLCertVerificationError as error:
-        raise _Broken(f"its TLS certificate is not trusted: {error.verify_message}") from error
+        raise _Broken(f"its TLS certificate {certificate_fault(error).cause}") from error
     except TimeoutError as error:
         raise _Broken("the server does not answer, or has stopped sending") from error
     except OSError as error:
         raise _Broken((error.strerror or "the server closed the connection").lower()) from error
+    except CredentialError as error:
+        raise _Broken("the credential of this node's proxy cannot be read") from error
+    except ProxyRefused as error:
+        raise _Broken(f"this node's proxy does not let it pass: {error}") from error
+    except TooMuch as error:
+        raise _Broken(f"the reply is not usable: {error}") from error
     except (http.client.HTTPException, UnicodeError) as error:
         raise _Broken("the reply is not HTTP, or was cut short") from error
-
-
-def _redirected(url: str, location: str) -> str:
-    target = _parse(location, url)
-    if _parse(url).scheme == "https" != target.scheme:
-        raise _refuse(f"cannot fetch {_shown(url)}: it redirects from https to {_shown(target.url)}")
-    return target.url
 
 
 def _check_status(reply: http.client.HTTPResponse, url: str, transfer: _Transfer, *, resumed: bool) -> None:
@@ -316,10 +286,10 @@ def _check_status(reply: http.client.HTTPResponse, url: str, transfer: _Transfer
         if reply.status == 416 or not transfer.continues(reply):
             transfer.restart()
             raise _Broken("the server cannot go on where the transfer broke off")
-    elif reply.status in RETRIED:
+    elif reply.status in RETRIED or reply.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         raise _Broken(f"the server answered {reply.status}")
     else:
-        raise _refuse(f"cannot fetch {_shown(url)}: the server answered {reply.status}")
+        raise refuse(f"cannot fetch {shown(url)}: the server answered {reply.status}")
 
 
 def _receive(reply: http.client.HTTPResponse, transfer: _Transfer, run: _Run) -> None:
@@ -358,41 +328,71 @@ class _Reader(io.RawIOBase):
         super().close()
 
 
-class _Response(http.client.HTTPResponse):
+class _Response(Response):
     def __init__(self, sock: socket.socket, *args: Any, run: _Run, **kwargs: Any) -> None:
         super().__init__(sock, *args, **kwargs)
         self.fp = io.BufferedReader(_Reader(sock, self.fp, run))
 
 
-def _connection(url: str, run: _Run) -> http.client.HTTPConnection:
-    """Connect to the host of a URL at an address that is permitted; nothing is sent to any other."""
-    parsed = _parse(url)
+def _connection(url: str, run: _Run) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
+    """Connect to a URL's host, or to the proxy; with it, what to ask for there, and with which headers more.
+
+    Without a proxy the address is one that is permitted, and nothing is sent to any other.
+    """
+    parsed = parse(url)
     host, secure = str(parsed.host).strip("[]"), parsed.scheme == "https"
-    connection = http.client.HTTPConnection(host, parsed.port or (443 if secure else 80))
+    port = parsed.port or (443 if secure else 80)
+    connection = http.client.HTTPConnection(host, port)
     connection.response_class = functools.partial(_Response, run=run)  # type: ignore[assignment]
-    sock = _connect(host, connection.port, run)
-    connection.sock = run.tls.wrap_socket(sock, server_hostname=host) if secure else sock
-    return connection
+    dial = functools.partial(
+        run.dialer.connect, timeout_s=min(run.patience(), run.limits.connect_s), tick=run.patience
+    )
+    permit = functools.partial(_permitted, host, run)
+    asked, more = parsed.request_uri, {}
+    if run.proxy is None:
+        name = host if secure else None
+        connection.sock = dial(host, port, finish=lambda sock: _secured(sock, name, run), permit=permit)
+    else:
+        with contextlib.suppress(socket.gaierror):  # a name, which the proxy looks up
+            permit(look_up(host, port, flags=socket.AI_NUMERICHOST))
+        connection.sock = _through(run.proxy, dial, host if secure else None, port, run)
+        if not secure:
+            asked, more = f"http://{parsed.netloc}{asked}", run.proxy.headers()
+    connection.sock.settimeout(run.patience())
+    return connection, asked, more
 
 
-def _connect(host: str, port: int, run: _Run) -> socket.socket:
-    found = [str(one[4][0]) for one in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    allowed = [one for one in found if not _forbidden(one, allow_private=run.allow_private)]
+def _permitted(host: str, run: _Run, found: list[Address]) -> list[Address]:
+    allowed = [one for one in found if not forbidden(one.sockaddr[0], allow_private=run.allow_private)]
     if not allowed:
-        raise _refuse(f"cannot fetch from {host}: jobs may not reach its address {found[0]}")
-    for address in allowed[:-1]:
-        with contextlib.suppress(OSError):
-            return socket.create_connection((address, port), run.patience())
-    return socket.create_connection((allowed[-1], port), run.patience())
+        raise refuse(f"cannot fetch from {host}: jobs may not reach its address {found[0].sockaddr[0]}")
+    return allowed
 
 
-def _forbidden(address: str, *, allow_private: bool) -> bool:
-    """Whether an input must not be fetched from this address, looking through IPv4 wrapped into IPv6."""
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(ip, ipaddress.IPv6Address):
-        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo[1] if ip.teredo else None)
-        ip = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in _NAT64 else inner or ip
-    if ip.is_link_local or ip.is_multicast or ip.is_unspecified or str(ip) in _METADATA:
-        return True
-    public = ip.is_global and (ip.version == 4 or ip in _PUBLIC_V6)
-    return not public and not allow_private
+def _secured(sock: Any, host: str | None, run: _Run) -> Any:
+    """Shake hands over a connection, which may be TLS already: to a proxy. Without a host, do nothing."""
+    if host is None:
+        return sock
+    if isinstance(sock, ssl.SSLSocket):
+        return SSLTransport(sock, run.tls, server_hostname=host)
+    return run.tls.wrap_socket(sock, server_hostname=host)
+
+
+def _through(proxy: Proxy, dial: Callable[..., Any], host: str | None, port: int, run: _Run) -> Any:
+    """Connect to the proxy, and for https through it to the host."""
+    at = parse_url(proxy.url)
+    secure = at.scheme == "https"
+    name = str(at.host).strip("[]")
+    sock = dial(
+        name,
+        at.port or (443 if secure else 80),
+        finish=lambda it: _secured(it, name if secure else None, run),
+    )
+    try:
+        if host is not None:
+            sock.settimeout(run.patience())
+            tunnel(sock, host, port, proxy)
+        return _secured(sock, host, run)
+    except BaseException:
+        sock.close()
+        raise

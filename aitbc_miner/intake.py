@@ -33,6 +33,7 @@ from aitbc_miner.records import BUILDING, JobDir, RecordError, Records
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
+from aitbc_miner.util.web import Proxy
 
 MB = 1_000_000
 RESUMABLE = frozenset({State.PULLED, State.ACKED, State.RETRY_WAIT})
@@ -83,7 +84,9 @@ class Intake:
         unauthorized: Callable[[], None],
         acked: Callable[[str, str], None],
         fleet: Fleet | None = None,
+        proxy: Proxy | None = None,
     ) -> None:
+        self._proxy = proxy
         self._config = config
         self._records = records
         self._coordinator = coordinator
@@ -230,6 +233,7 @@ class Intake:
             limits=InputLimits(int(most), int(most), INPUTS_TIMEOUT_S, STALL_S),
             cancelled=lambda: cancelled.is_set() or self._stopping.is_set(),
             allow_private=self._config.coordinator.allow_private_inputs,
+            proxy=self._proxy,
         )
 
     def _refuse(self, job: JobDir, error: JobError) -> Taken:

@@ -20,7 +20,7 @@ from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
 from aitbc_miner.control import Request
-from aitbc_miner.coordinator.connect import connect
+from aitbc_miner.coordinator.connect import connect, proxy_of
 from aitbc_miner.credentials import credential_of_root
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.heartbeat import run_heartbeat
@@ -54,6 +54,7 @@ from aitbc_miner.topology import read_machine
 from aitbc_miner.util import fs, log
 from aitbc_miner.util.notify import Notifier
 from aitbc_miner.util.system import drop_privileges
+from aitbc_miner.util.web import Proxy
 from aitbc_miner.worker import Settings, Worker
 
 
@@ -256,16 +257,28 @@ class Node:
         channel: Channel[ToAgent] = Channel(pipe, ToAgent)
         line: Channel[PrivateLine] = Channel(self._agent_end, PrivateLine, allowance=Allowance())
         early = credential_of_root(self._config.queue.password or "", os.environ)
+        proxy, input_proxy = self._proxies()
         self._become_service()
         shared = open_shared(self._config, os.environ, self._mask, early)
-        Agent(channel, line, self._config, connect(self._config, None), self._mask, shared).run()
+        coordinator = connect(self._config, None, proxy)
+        Agent(channel, line, self._config, coordinator, self._mask, shared, input_proxy).run()
 
     def _be_heartbeat(self, pipe: "Connection[Any, Any]") -> None:
         channel: Channel[ToHeartbeat] = Channel(pipe, ToHeartbeat)
         line: Channel[PrivateLine] = Channel(self._heartbeat_end, PrivateLine, allowance=Allowance())
         early = credential_of_root(self._config.coordinator.auth_token, os.environ)
+        proxy, _ = self._proxies()
         self._become_service()
-        run_heartbeat(channel, line, self._config, self._config.node_id, os.environ, self._mask, early=early)
+        config, mask = self._config, self._mask
+        run_heartbeat(channel, line, config, os.environ, mask, early=early, proxy=proxy)
+
+    def _proxies(self) -> tuple[Proxy | None, Proxy | None]:
+        """Make the coordinator's proxy and that of inputs, while we can read all credentials."""
+        there, inputs = self._config.coordinator, self._config.inputs
+        return (
+            proxy_of(there.proxy, there.proxy_auth, os.environ, self._mask),
+            proxy_of(inputs.proxy, inputs.proxy_auth, os.environ, self._mask),
+        )
 
     def _read_history(self, request: Request, memory: int, pipe: "Connection[Any, Any]") -> None:
         """Read the history in a child: what the service writes into its database, root does not parse."""
@@ -289,7 +302,7 @@ class Node:
 def be_worker(settings: Settings, pipe: "Connection[Any, Any]") -> None:
     """Be a slot's worker, after the fork."""
     # The operator's secrets are none of its business, nor of what it starts.
-    for secret in (settings.config.coordinator.auth_token, settings.config.queue.password or ""):
+    for secret in settings.config.sources():
         source, _, name = secret.partition(":")
         if source == "env":
             os.environ.pop(name, None)

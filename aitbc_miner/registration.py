@@ -20,6 +20,7 @@ from aitbc_miner.probe import SlotCapability
 from aitbc_miner.telemetry import Metrics
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
+from aitbc_miner.util.web import Proxy
 
 
 class RegistrationError(MinerError):
@@ -94,7 +95,11 @@ class Registration:
 
 
 def connector(
-    config: Config, environ: Mapping[str, str], mask: Callable[[str], None], early: Credential | None = None
+    config: Config,
+    environ: Mapping[str, str],
+    mask: Callable[[str], None],
+    early: Credential | None = None,
+    proxy: Proxy | None = None,
 ) -> Callable[[], Coordinator]:
     """Give the `connect` of a Registration: reads the configured credential, and makes a client with it.
 
@@ -104,6 +109,6 @@ def connector(
     def make() -> Coordinator:
         credential = early or read_credential(config.coordinator.auth_token, environ)
         mask(credential.reveal())
-        return connect(config, credential)
+        return connect(config, credential, proxy)
 
     return make

@@ -46,6 +46,7 @@ class Taker:
             unauthorized=lambda: bench.background.post(bench.token.refused),
             acked=lambda job_id, runner: bench.background.post(partial(self._acked, job_id, runner)),
             fleet=fleet,
+            proxy=bench.input_proxy,
         )
         self._view: Slots | None = None
         self._unplaced: dict[str, Ticket | None] = {}

@@ -20,6 +20,7 @@ from aitbc_miner.records import Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.background import Background
 from aitbc_miner.util.log import events
+from aitbc_miner.util.web import Proxy
 
 T = TypeVar("T")
 
@@ -50,6 +51,7 @@ class Workbench:
         token: TokenLine,
         accounts: Accounts,
         queue: RetryQueue,
+        input_proxy: Proxy | None = None,
     ) -> None:
         self.config = config
         self.channel = channel
@@ -57,6 +59,7 @@ class Workbench:
         self.token = token
         self.accounts = accounts
         self.queue = queue
+        self.input_proxy = input_proxy
         self.records = Records(config.workspace.root)
         self.background = Background()
         self.log = events("agent")

@@ -10,6 +10,7 @@ from typing import Any, Self, TypeVar
 
 import requests
 import responses
+from msgspec.structs import replace
 from nvml_stub import no_library
 
 from aitbc_miner import config as settings
@@ -89,7 +90,7 @@ class Node:
         self._theirs = (theirs, their_line)
         channel: Channel[ToHeartbeat] = Channel(theirs, ToHeartbeat)
         line: Channel[PrivateLine] = Channel(their_line, PrivateLine)
-        arguments = (channel, line, config, "node-1", environ, self.secrets.append)
+        arguments = (channel, line, replace(config, node_id="node-1"), environ, self.secrets.append)
         self.thread = threading.Thread(target=run_heartbeat, args=arguments, kwargs={"timing": timing})
 
     def __enter__(self) -> Self:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 import pytest
 from test_coordinator_http import CERTIFICATE
 
-from aitbc_miner import inputs
+from aitbc_miner import inputs, inputurls
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.inputs import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Inputs, InputUrl, Manifest
@@ -559,10 +559,10 @@ def test_redirects_that_are_not_followed(server: Server, tmp_path: Path, locatio
 
 def test_no_redirect_from_https_to_http() -> None:
     with pytest.raises(JobError) as caught:
-        inputs._redirected("https://h/a?k=1", "http://i/b?k=2")
+        inputurls.redirected("https://h/a?k=1", "http://i/b?k=2")
     assert caught.value.message == "cannot fetch https://h/a: it redirects from https to http://i/b"
-    assert inputs._redirected("https://h/a", "/b") == "https://h/b"
-    assert inputs._redirected("http://h/a", "https://h/b") == "https://h/b"
+    assert inputurls.redirected("https://h/a", "/b") == "https://h/b"
+    assert inputurls.redirected("http://h/a", "https://h/b") == "https://h/b"
 
 
 # TLS
@@ -584,14 +584,16 @@ def test_a_trusted_certificate(server: Server, tmp_path: Path, monkeypatch: pyte
     assert (tmp_path / "x").read_bytes() == DATA
     # The certificate is for 127.0.0.1 only.
     said = failure(tmp_path, f"{base.replace('127.0.0.1', 'localhost')}/x")
-    assert "/x: its TLS certificate is not trusted: Hostname mismatch, certificate is not valid for" in said
+    assert (
+        "/x: its TLS certificate is for another name (Hostname mismatch, certificate is not valid for" in said
+    )
 
 
 def test_an_untrusted_certificate(server: Server, tmp_path: Path) -> None:
     base = tls_server(server, tmp_path / "pem")
     said = failure(tmp_path, f"{base}/x")
     assert said == (
-        f"cannot fetch {base}/x: its TLS certificate is not trusted: self-signed certificate (4 attempts)"
+        f"cannot fetch {base}/x: its TLS certificate is not trusted (self-signed certificate) (4 attempts)"
     )
     assert server.requests == []
 
@@ -635,43 +637,3 @@ def test_the_connection_goes_to_the_address_that_was_checked(
     fetch(tmp_path, f"http://rebinding.test:{port}/x")
     assert lookups == ["rebinding.test"]
     assert server.requests[0][1]["Host"] == f"rebinding.test:{port}"
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        *(
-            "169.254.169.254",
-            "169.254.0.1",
-            "fe80::1%eth0",
-            "100.100.100.200",
-            "168.63.129.16",
-            "192.0.0.192",
-        ),
-        *("fd00:ec2::254", "0.0.0.0", "::", "224.0.0.1", "ff02::1", "::ffff:169.254.169.254"),
-        *("64:ff9b::a9fe:a9fe", "2002:a9fe:a9fe::1"),
-    ],
-)
-def test_addresses_that_are_never_reached(address: str) -> None:
-    assert inputs._forbidden(address, allow_private=True)
-    assert inputs._forbidden(address, allow_private=False)
-
-
-@pytest.mark.parametrize(
-    "address",
-    [
-        *("127.0.0.1", "127.8.8.8", "10.1.2.3", "172.16.0.1", "192.168.1.1", "100.64.0.1", "198.18.0.1"),
-        *("240.0.0.1", "255.255.255.255", "::1", "fc00::1", "fd12::1", "fec0::1", "::127.0.0.1"),
-        *("::ffff:10.0.0.1", "64:ff9b::a00:1", "64:ff9b:1::a00:1", "2002:a00:1::", "2001:db8::1"),
-    ],
-)
-def test_addresses_that_must_be_allowed(address: str) -> None:
-    assert inputs._forbidden(address, allow_private=False)
-    assert not inputs._forbidden(address, allow_private=True)
-
-
-@pytest.mark.parametrize(
-    "address", ["8.8.8.8", "1.1.1.1", "2606:4700::1111", "::ffff:8.8.8.8", "64:ff9b::808:808"]
-)
-def test_public_addresses(address: str) -> None:
-    assert not inputs._forbidden(address, allow_private=False)

@@ -40,7 +40,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "control socket": {"control", "history"},
         "telemetry": {"telemetry", "pages", "counters", "sampling"},
         "running jobs": {"runners", "runnerset", "sandbox", "spawn", "syscalls", "leftovers", "task"},
-        "inputs and artifacts": {"inputs", "artifacts", "joblog"},
+        "inputs and artifacts": {"inputs", "inputurls", "artifacts", "joblog"},
     },
     {
         "jobs": {
@@ -51,7 +51,7 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "configuration": {
-            *("config", "credentials", "slotspec"),
+            *("config", "configvalues", "credentials", "slotspec"),
             *("allowlist", "abuse", "argrules", "arggrammar", "argvalues", "argpatterns"),
         },
         "discovery": {"probe", "gpu", "nvml", "gpunodes", "privileges"},

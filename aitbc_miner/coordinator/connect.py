@@ -1,21 +1,50 @@
 """Makes the client for the configured coordinator; the one place that knows all dialects."""
 
+from collections.abc import Callable, Mapping
+
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import Coordinator
 from aitbc_miner.coordinator.aitbc import LIMITS, AitbcCoordinator, Profile
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient
 from aitbc_miner.coordinator.limits import Limits
-from aitbc_miner.credentials import Credential
+from aitbc_miner.credentials import Credential, credential_of_root, read_credential
 from aitbc_miner.probe import cuda_toolkits
 from aitbc_miner.services import ServiceBook
+from aitbc_miner.util.web import Proxy
 
 
-def connect(config: Config, credential: Credential | None) -> Coordinator:
+def proxy_of(
+    url: str | None, source: str | None, environ: Mapping[str, str], mask: Callable[[str], None]
+) -> Proxy | None:
+    """Make a proxy of its address and the source of its credential; None without an address.
+
+    Its credential is read when it is used, but for one that only root can read, which is read here.
+    """
+    if url is None or source is None:
+        return Proxy(url) if url else None
+    early = credential_of_root(source, environ)
+
+    def reveal() -> str:
+        text = (early or read_credential(source, environ)).reveal()
+        mask(text)
+        return text
+
+    return Proxy(url, reveal)
+
+
+def connect(config: Config, credential: Credential | None, proxy: Proxy | None = None) -> Coordinator:
     """Make a client. Without a credential it cannot register, and is given a node token instead."""
     settings = config.coordinator
-    verify = str(settings.ca_file) if settings.ca_file else settings.tls_verify
-    http = HttpClient(settings.base_url, settings.timeout_s, verify=verify, auth_scheme=settings.auth_scheme)
+    http = HttpClient(
+        settings.base_url,
+        settings.timeout_s,
+        connect_s=settings.connect_timeout_s,
+        verify=settings.tls_verify,
+        ca_file=settings.ca_file,
+        auth_scheme=settings.auth_scheme,
+        proxy=proxy,
+    )
     token = credential.reveal() if credential else ""
     source = credential.source if credential else settings.auth_token
     if settings.dialect == "aitbc-v1":

@@ -4,17 +4,20 @@
 stall rather than time out, and errors an operator can read. No redirect is followed: it would get the token.
 """
 
+import codecs
 import http.client
-import io
 import re
 import socket
 import ssl
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from http.cookiejar import DefaultCookiePolicy
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,19 +25,26 @@ import msgspec
 import requests
 import urllib3
 from msgspec import Struct
-from requests.adapters import HTTPAdapter
 from requests_toolbelt import MultipartEncoder
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from aitbc_miner.coordinator import Unreachable
+from aitbc_miner.coordinator.transport import Adapter, Session
+from aitbc_miner.credentials import CredentialError
 from aitbc_miner.errors import MinerError
-from aitbc_miner.util.clock import now
+from aitbc_miner.util.web import (
+    Dialer,
+    NoConnection,
+    NoHandshake,
+    Proxy,
+    TlsFault,
+    TooMuch,
+    certificate_fault,
+    speaks_no_tls,
+    tls_context,
+)
 
 MAX_REPLY = 64 * 1024
 MAX_RETRY_AFTER_S = 3600.0
-UPLOAD_READ = 1 << 20  # requests' own 16 KiB make an upload several times slower
-UPLOAD_PIECE = 64 * 1024  # what must get through within one time-out: 3 KiB/s at 20 s
 UPLOAD_REPLY_S = 60.0  # the coordinator may want to store what it got before it answers
 
 _TOKEN = re.compile(r"[\x21-\x7e]{1,8192}")
@@ -54,98 +64,42 @@ class Reply(Struct, frozen=True):
     date: float | None = None
 
 
-class _DeadlineReader(io.RawIOBase):
-    """Reads a socket until its time-out is used up once: the socket's own starts anew with every byte."""
-
-    def __init__(self, sock: socket.socket, held: io.BufferedReader) -> None:
-        super().__init__()
-        self._sock = sock
-        self._held = held  # its reference keeps the socket open when the connection lets go of it
-        self._deadline = now() + (sock.gettimeout() or 0.0)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        left = self._deadline - now()
-        if left <= 0:
-            raise TimeoutError("timed out")
-        self._sock.settimeout(left)
-        return self._sock.recv_into(buffer)
-
-    def close(self) -> None:
-        if not self.closed:
-            self._held.close()
-        super().close()
-
-
-class _Response(http.client.HTTPResponse):
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
-        self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp))
-
-
-class _Http(HTTPConnection):
-    response_class = _Response
-
-    def send(self, data: Any) -> None:
-        """Send in pieces: a socket's time-out is for all of one `sendall`, too little for a slow line."""
-        if not isinstance(data, bytes):
-            super().send(data)
-            return
-        view = memoryview(data)
-        for start in range(0, len(view), UPLOAD_PIECE):
-            super().send(view[start : start + UPLOAD_PIECE])
-
-
-class _Https(_Http, HTTPSConnection):
-    pass
-
-
-class _HttpPool(HTTPConnectionPool):
-    ConnectionCls = _Http
-
-
-class _HttpsPool(HTTPSConnectionPool):
-    ConnectionCls = _Https
-
-
-class _Adapter(HTTPAdapter):
-    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        super().init_poolmanager(*args, blocksize=UPLOAD_READ, **kwargs)
-        self.poolmanager.pool_classes_by_scheme = {"http": _HttpPool, "https": _HttpsPool}
-
-
-class _Session(requests.Session):
-    def get_redirect_target(self, resp: requests.Response) -> str | None:  # noqa: ARG002  # as its base has it
-        """Know of none: even to follow no redirect, requests reads all of its body and parses its goal."""
-        return None
+class Packed(ValueError):  # noqa: N818  # says what is wrong with it
+    """A reply in a Content-Encoding that we cannot undo."""
 
 
 class HttpClient:
     """Calls below one base URL, each with a deadline. May be used from several threads.
 
-    `timeout_s` bounds connecting (to each address of the name), sending, and then the whole reply. Looking
-    the name up has the resolver's own time-outs. `verify` is true, false, or a file of CA certificates.
-    `auth_scheme` is `bearer` or `api_key`.
+    `connect_s` bounds connecting, over all addresses of the name and with the TLS handshake; `timeout_s` each
+    piece that is sent, and the whole reply. Looking the name up has the resolver's own time-outs. `ca_file`
+    has the only certificates to trust, instead of the system's. `auth_scheme` is `bearer` or `api_key`.
     """
 
     def __init__(
         self,
         base_url: str,
         timeout_s: float,
-        verify: bool | str = True,  # noqa: FBT001, FBT002  # as requests has it
+        *,
+        connect_s: float | None = None,
+        verify: bool = True,
+        ca_file: Path | None = None,
         user_agent: str = "aitbc-miner",
         auth_scheme: str = "bearer",
+        proxy: Proxy | None = None,
     ) -> None:
         self._base_url = base_url.rstrip("/")
         self._timeout_s = timeout_s
+        self._connect_s = timeout_s if connect_s is None else connect_s
         self._verify = verify
+        self._ca_file = ca_file
         self._user_agent = user_agent
         self._auth_scheme = auth_scheme
+        self._proxy = proxy
         self._token: str | None = None
         self._local = threading.local()
-        self._sessions: weakref.WeakSet[requests.Session] = weakref.WeakSet()
+        self._dialer = Dialer()
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._peer = urlsplit(base_url).netloc.rpartition("@")[2]
         if verify is False:
             # The operator decided so; urllib3 would repeat its warning on stderr.
@@ -189,8 +143,9 @@ class HttpClient:
         """
         upload = isinstance(payload, MultipartEncoder)
         body = payload if upload or payload is None else msgspec.json.encode(payload)
-        kind = {"Content-Type": payload.content_type if upload else "application/json"}
-        ours = {**kind, **(self.authorization(self._token) if self._token else {})}
+        ours = {"Content-Type": payload.content_type if upload else "application/json"}
+        ours |= self.authorization(self._token) if self._token else {}
+        answer_s = max(self._timeout_s, UPLOAD_REPLY_S) if upload else self._timeout_s
         try:
             with self._session().request(
                 method,
@@ -198,34 +153,38 @@ class HttpClient:
                 params=params,
                 data=body,
                 headers={**ours, **(headers or {})},
-                timeout=self._timeout(upload=upload),
+                timeout=(self._connect_s, answer_s),
                 allow_redirects=False,
             ) as response:
-                content = _read(response.raw, max_bytes + 1)
+                content = _unpacked(_read(response.raw, max_bytes + 1), response.headers, max_bytes)
+        except CredentialError as error:
+            raise Unreachable(f"cannot {doing}: {error}") from error
         except (OSError, ValueError, urllib3.exceptions.HTTPError, http.client.HTTPException) as error:
+            self._start_anew()
             raise Unreachable(f"cannot {doing}: {self._cause(error)}") from error
+        self._check_proxy(response.status_code, doing)
         return _reply(response, content, max_bytes)
 
-    def _timeout(self, *, upload: bool) -> Any:
-        # requests takes urllib3's own kind of time-out too; its annotations do not say so.
-        if upload:
-            return urllib3.Timeout(connect=self._timeout_s, read=max(self._timeout_s, UPLOAD_REPLY_S))
-        return urllib3.Timeout(total=self._timeout_s)
-
-    def _session(self) -> requests.Session:
-        session: requests.Session | None = getattr(self._local, "session", None)
+    def _session(self) -> Session:
+        session: Session | None = getattr(self._local, "session", None)
         if session is None:
-            session = _Session()
-            session.trust_env = False  # no proxies, netrc or CA files from the environment
-            session.stream = True
-            session.verify = self._verify
-            session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-            session.headers.update({"User-Agent": self._user_agent, "Accept-Encoding": "identity"})
-            session.mount("http://", _Adapter())
-            session.mount("https://", _Adapter())
+            context = tls_context(self._ca_file, verify=self._verify)
+            adapter = Adapter(self._dialer, context, self._timeout_s, self._proxy)
+            session = Session(adapter, self._proxy, self._user_agent, verify=self._verify)
             self._local.session = session
             self._sessions.add(session)
         return session
+
+    def _check_proxy(self, status: int, doing: str) -> None:
+        if self._proxy and status == HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
+            self._start_anew()
+            raise Unreachable(f"cannot {doing}: {_PROXY.format(proxy=self._proxy, error='it answered 407')}")
+
+    def _start_anew(self) -> None:
+        """Have the next call ask another address first, and read the proxy's credential once more."""
+        self._dialer.blame()
+        if self._proxy:
+            del self._local.session
 
     def _cause(self, error: BaseException) -> str:
         """Say in words what went wrong, from the innermost error that says something."""
@@ -233,13 +192,23 @@ class HttpClient:
         chain = [one for one in _chain(error) if not isinstance(one, requests.RequestException)]
         fitting = ((text, one) for kinds, text in _CAUSES for one in chain if isinstance(one, kinds))
         text, found = next(fitting, (_UNKNOWN, error))
-        return clean(text.format(error=found, peer=self._peer, timeout=self._timeout_s), 300)
+        fault: TlsFault | None = None
+        if isinstance(found, ssl.SSLCertVerificationError):
+            fault = certificate_fault(found, "coordinator.ca_file")
+        elif isinstance(found, ssl.SSLError) and speaks_no_tls(found):
+            text = _NO_TLS
+        elif self._proxy and str(found).startswith("Tunnel connection failed"):
+            text = _PROXY
+        at_proxy = self._proxy and any(isinstance(one, urllib3.exceptions.ProxyError) for one in chain)
+        values = {"peer": self._proxy if at_proxy else self._peer, "proxy": self._proxy, "fault": fault}
+        times = {"timeout": self._timeout_s, "connect": self._connect_s}
+        return clean(text.format(error=found, **values, **times), 600)
 
 
 def _reply(response: requests.Response, content: bytes, most: int) -> Reply:
     return Reply(
         response.status_code,
-        content[:most],
+        content[:most].removeprefix(codecs.BOM_UTF8),
         len(content) <= most,
         retry_after(response.headers),
         response.headers.get("Location", ""),
@@ -253,6 +222,22 @@ def _read(raw: Any, most: int) -> bytes:
     if len(content) < most and raw.length_remaining:
         raise http.client.IncompleteRead(content, raw.length_remaining)
     return content
+
+
+def _unpacked(content: bytes, headers: Mapping[str, str], most: int) -> bytes:
+    """Undo a packing that nobody asked for, up to the bound. Raises Packed for one that we do not know."""
+    coding = headers.get("Content-Encoding", "").strip().lower()
+    if coding in {"", "identity"} or not content or len(content) > most:
+        return content
+    if coding not in {"gzip", "x-gzip", "deflate"}:
+        raise Packed(coding)
+    for kind in (zlib.MAX_WBITS | 32, -zlib.MAX_WBITS):
+        unpacker = zlib.decompressobj(kind)
+        with suppress(zlib.error):
+            unpacked = unpacker.decompress(content, most + 1)
+            if unpacker.eof or len(unpacked) > most:
+                return unpacked
+    return content  # some say that it is packed, and it is not
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
@@ -270,9 +255,11 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 # The first row that any error of the chain fits is what an operator can do something about.
 _CAUSES: list[tuple[tuple[type[BaseException], ...], str]] = [
+    ((ssl.SSLCertVerificationError,), "the TLS certificate of {peer} {fault.cause}; {fault.remedy}"),
+    ((NoConnection,), "no connection to {peer} within {connect:g} s"),
     (
-        (ssl.SSLCertVerificationError,),
-        "the TLS certificate of {peer} is not trusted ({error.verify_message}); see coordinator.ca_file",
+        (NoHandshake,),
+        "{peer} takes the connection, but answers no TLS handshake within {connect:g} s; is it http there?",
     ),
     ((ssl.SSLError,), "TLS with {peer} failed ({error.reason})"),
     ((socket.gaierror,), "the name of {peer} cannot be looked up ({error.strerror})"),
@@ -283,12 +270,18 @@ _CAUSES: list[tuple[tuple[type[BaseException], ...], str]] = [
         "the reply of {peer} was cut short",
     ),
     ((ConnectionError,), "{peer} closed the connection without a reply"),
+    ((TooMuch,), "garbage reply from {peer}: {error}"),
+    ((Packed,), "garbage reply from {peer}: it is packed as {error}, which was not asked for"),
     (
         (http.client.HTTPException, urllib3.exceptions.ProtocolError),
         "garbage reply from {peer}: it is not HTTP",
     ),
     ((OSError,), "{error}"),
 ]
+_NO_TLS = (
+    "TLS with {peer} failed (what answers speaks no TLS): it is probably http there; see coordinator.base_url"
+)
+_PROXY = "{proxy} does not let us pass ({error}); see coordinator.proxy and coordinator.proxy_auth"
 _UNKNOWN = "{error.__class__.__name__} from {peer}"
 
 

@@ -22,7 +22,7 @@ from aitbc_miner.coordinator import CoordinatorError, Heartbeat, PulledJob, Pull
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, Reply, retry_after
 from aitbc_miner.errors import JobError, MinerError
-from aitbc_miner.inputs import _check_names, _name, _parse, _shown
+from aitbc_miner.inputurls import check_names, name_of, parse, shown
 from aitbc_miner.jobs import (
     ExitStatus,
     InputUrl,
@@ -191,11 +191,11 @@ def _token(data: bytes) -> None:
 
 def _addresses(data: bytes) -> None:
     url, name = (part.decode("utf-8", "surrogateescape") for part in parted(data, 2))
-    fit_to_print(f"x{_shown(url)}")
+    fit_to_print(f"x{shown(url)}")
     with only(JobError, size=len(data)):
-        _parse(url, "https://a.example/b/c")
-        _check_names([_name(InputUrl(url, name or None)), "other"])
-        named = _name(InputUrl(url, name or None))
+        parse(url, "https://a.example/b/c")
+        check_names([name_of(InputUrl(url, name or None)), "other"])
+        named = name_of(InputUrl(url, name or None))
         assert "/" not in named
         assert named not in {"", ".", ".."}
         os.fsencode(named)

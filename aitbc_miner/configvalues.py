@@ -1,0 +1,98 @@
+"""What values of the configuration must be, beyond their type; each function says it in a ValueError."""
+
+import ipaddress
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from aitbc_miner.util.trust import refusal
+from aitbc_miner.util.yamldoc import absolute_path
+
+_LISTEN = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", re.ASCII)
+
+
+def parse_base_url(value: object) -> str:
+    """Check the address of an API."""
+    try:
+        url = urlsplit(value if isinstance(value, str) else "")
+        good = url.scheme in {"http", "https"} and url.hostname and url.port != 0
+    except ValueError:  # a port that is no number, an IPv6 address that is none
+        good = False
+    if not isinstance(value, str) or not good or re.search(r"[\s\x00-\x1f\\]", value):
+        raise ValueError("must be an http or https address, such as https://coordinator.example/api/v1")
+    if "@" in url.netloc or url.query or url.fragment:
+        raise ValueError(
+            "must be without user, password, ? and #; the token belongs in coordinator.auth_token"
+        )
+    return value.rstrip("/")
+
+
+def is_loopback(url: str) -> bool:
+    """Whether an address is one of this machine alone."""
+    host = urlsplit(url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def parse_ca_file(value: object) -> Path:
+    """Check the path of a file with certificates, which must be there."""
+    path = absolute_path(value)
+    if not path.is_file():
+        raise ValueError("must be an existing file with CA certificates in PEM form; there is none")
+    if untrusted := refusal(path):
+        raise ValueError(untrusted)
+    return path
+
+
+def parse_listen(value: object) -> str:
+    """Check host:port."""
+    match = _LISTEN.fullmatch(value) if isinstance(value, str) else None
+    if not match or int(match[1]) > 65_535:
+        raise ValueError("must be host:port, such as 127.0.0.1:9464 or [::1]:9464")
+    return match[0]
+
+
+def parse_textfile(value: object) -> Path:
+    """Check the path of a file for node_exporter."""
+    path = absolute_path(value)
+    if path.suffix != ".prom":
+        raise ValueError("must end in .prom: node_exporter reads no other file")
+    return path
+
+
+def parse_redis_url(value: object) -> str:
+    """Check the address of a Redis."""
+    try:
+        url = urlsplit(value if isinstance(value, str) else "")
+        where = url.path if url.scheme == "unix" else url.hostname
+        good = url.scheme in {"redis", "rediss", "unix"} and bool(where) and url.port != 0
+    except ValueError:  # a port that is no number
+        good = False
+    if not isinstance(value, str) or not good or re.search(r"[\s\x00-\x1f\\]", value):
+        raise ValueError("must be redis://HOST:PORT/N, rediss://HOST:PORT/N (TLS) or unix:///PATH?db=N")
+    if "@" in url.netloc:
+        raise ValueError("must be without user and password; name the source of that in queue.password")
+    return value
+
+
+def parse_proxy(value: object) -> str:
+    """Check the address of an HTTP proxy."""
+    try:
+        url = parse_base_url(value)
+    except ValueError:
+        url = ""
+    if not url or urlsplit(url).path:
+        raise ValueError(
+            "must be http://HOST:PORT or https://HOST:PORT; the source of user and password is proxy_auth"
+        )
+    return url
+
+
+def parse_socket(value: object) -> Path:
+    """Check the path of a socket."""
+    path = absolute_path(value)
+    if len(bytes(path)) > 107:  # sizeof(sun_path) - 1, see unix(7)
+        raise ValueError("must be a path of at most 107 bytes, because it names a socket")
+    return path

@@ -1,0 +1,139 @@
+"""How HTTP to the coordinator goes through `requests`: our own connections, deadlines, pieces and proxies."""
+
+import io
+import socket
+import ssl
+from http.cookiejar import DefaultCookiePolicy
+from typing import Any, cast
+
+import requests
+from requests.adapters import HTTPAdapter
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+from aitbc_miner.util.clock import now
+from aitbc_miner.util.web import Dialer, Proxy, Response
+
+UPLOAD_READ = 1 << 20  # requests' own 16 KiB make an upload several times slower
+UPLOAD_PIECE = 64 * 1024  # what must get through within one time-out: 3 KiB/s at 20 s
+
+
+class _DeadlineReader(io.RawIOBase):
+    """Reads a socket until its time-out is used up once: the socket's own starts anew with every byte."""
+
+    def __init__(self, sock: socket.socket, held: io.BufferedReader) -> None:
+        super().__init__()
+        self._sock = sock
+        self._held = held  # its reference keeps the socket open when the connection lets go of it
+        self._deadline = now() + (sock.gettimeout() or 0.0)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._deadline - now()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        self._sock.settimeout(left)
+        return self._sock.recv_into(buffer)
+
+    def close(self) -> None:
+        if not self.closed:
+            self._held.close()
+        super().close()
+
+
+class _Response(Response):
+    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
+        super().__init__(sock, *args, **kwargs)
+        self.fp = io.BufferedReader(_DeadlineReader(sock, self.fp))
+
+
+class _Http(HTTPConnection):
+    response_class = _Response
+    dialer: Dialer
+    answer_s: float
+
+    def _new_conn(self) -> socket.socket:
+        return self.dialer.connect(self._dns_host, self.port, float(self.timeout or 0.0))
+
+    def send(self, data: Any) -> None:
+        """Send in pieces: a socket's time-out is for all of one `sendall`, too little for a slow line."""
+        if self.sock:
+            self.sock.settimeout(self.answer_s)
+        if not isinstance(data, bytes):
+            super().send(data)
+            return
+        view = memoryview(data)
+        for start in range(0, len(view), UPLOAD_PIECE):
+            super().send(view[start : start + UPLOAD_PIECE])
+
+
+class _Https(_Http, HTTPSConnection):
+    def connect(self) -> None:
+        """Leave the handshake to the dialer, which has further addresses; but not one behind a proxy."""
+        if self.proxy:
+            super().connect()
+            return
+        context = cast("ssl.SSLContext", self.ssl_context)
+        self.sock = self.dialer.connect(
+            self._dns_host,
+            self.port,
+            float(self.timeout or 0.0),
+            finish=lambda sock: context.wrap_socket(sock, server_hostname=self._dns_host.strip("[]")),
+        )
+        self.is_verified = context.verify_mode == ssl.CERT_REQUIRED
+
+
+class Adapter(HTTPAdapter):
+    """Has requests use connections of ours: `dialer` makes them, `context` says whom to trust."""
+
+    def __init__(self, dialer: Dialer, context: ssl.SSLContext, answer_s: float, proxy: Proxy | None) -> None:
+        own = {"dialer": dialer, "answer_s": answer_s}
+        http_, https = type("_OwnHttp", (_Http,), own), type("_OwnHttps", (_Https,), own)
+        self._pools = {
+            "http": type("_HttpPool", (HTTPConnectionPool,), {"ConnectionCls": http_}),
+            "https": type("_HttpsPool", (HTTPSConnectionPool,), {"ConnectionCls": https}),
+        }
+        self._context = context
+        self._proxy = proxy
+        super().__init__()
+
+    def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+        """Have what is made without a proxy be ours."""
+        super().init_poolmanager(*args, blocksize=UPLOAD_READ, ssl_context=self._context, **kwargs)
+        self.poolmanager.pool_classes_by_scheme = self._pools
+
+    def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
+        """Have the proxy reached with what reaches the coordinator."""
+        manager = super().proxy_manager_for(
+            proxy, blocksize=UPLOAD_READ, ssl_context=self._context, proxy_ssl_context=self._context, **kwargs
+        )
+        manager.pool_classes_by_scheme = self._pools
+        return manager
+
+    def proxy_headers(self, _proxy: Any) -> dict[str, str]:
+        """Give what the proxy alone is to see."""
+        return self._proxy.headers() if self._proxy else {}
+
+    def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
+        """Do nothing: the context knows whom to trust. requests would add its own certificates."""
+
+
+class Session(requests.Session):
+    """Takes nothing from the environment (proxies, netrc, CA files), keeps no cookie, follows nothing."""
+
+    def __init__(self, adapter: Adapter, proxy: Proxy | None, user_agent: str, *, verify: bool) -> None:
+        super().__init__()
+        self.trust_env = False
+        self.stream = True
+        self.verify = verify
+        self.proxies = {"http": proxy.url, "https": proxy.url} if proxy else {}
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
+        self.headers.update({"User-Agent": user_agent, "Accept-Encoding": "identity"})
+        self.mount("http://", adapter)
+        self.mount("https://", adapter)
+
+    def get_redirect_target(self, resp: requests.Response) -> str | None:  # noqa: ARG002  # as its base has it
+        """Know of none: even to follow no redirect, requests reads all of its body and parses its goal."""
+        return None

@@ -1,0 +1,66 @@
+"""What an input may be called, and which addresses are fetched at all. Pure."""
+
+import re
+from urllib.parse import unquote_to_bytes, urljoin
+
+from urllib3.util import Url, parse_url
+
+from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.jobs import InputUrl
+
+
+def refuse(message: str) -> JobError:
+    """Make the error of an input that is not taken."""
+    return JobError(ErrorCode.E_INPUT, message)
+
+
+def name_of(item: InputUrl) -> str:
+    """Return the name of an input: its own, or the last part of the URL's path, percent-decoded."""
+    part = (parse(item.url).path or "").rpartition("/")[2]
+    return unquote_to_bytes(part).decode("utf-8", "surrogateescape") if item.name is None else item.name
+
+
+def check_names(names: list[str]) -> None:
+    """Raise JobError unless all may be names of files in one directory."""
+    for place, name in enumerate(names):
+        if fault := _name_fault(name) or ("it is there twice" if name in names[:place] else None):
+            raise refuse(f"cannot take input {name[:80]!a}: {fault}")
+
+
+def _name_fault(name: str) -> str | None:
+    if not name:
+        return "it has no name; give it one with 'name'"
+    if name in {".", ".."} or "/" in name:
+        return "a name must not be a path"
+    if name.startswith("-"):
+        return "a name must not begin with a dash, programs would take it for an option"
+    if any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 for c in name):
+        return "a name must be UTF-8 without control characters"
+    return "a name must not be longer than 255 bytes" if len(name.encode()) > 255 else None
+
+
+def parse(url: str, base: str = "") -> Url:
+    """Parse an address and bring it into the form that is sent. Raises JobError for what is never fetched."""
+    try:
+        parsed = parse_url(urljoin(base, url))
+    except ValueError as error:
+        raise refuse(f"cannot fetch {shown(url)}: it is not a URL") from error
+    if parsed.scheme not in {"http", "https"}:
+        raise refuse(f"cannot fetch {shown(url)}: only http and https addresses are fetched")
+    if not parsed.host or parsed.auth:
+        raise refuse(f"cannot fetch {shown(parsed.url)}: an address needs a host and no user name")
+    return parsed
+
+
+def shown(url: str) -> str:
+    """Return an address as it may be shown: query and password are often secrets."""
+    plain = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0])
+    return "".join(c if c.isprintable() else "?" for c in plain[:200])
+
+
+def redirected(url: str, location: str) -> str:
+    """Give where a redirect leads. Raises JobError for one that is not followed."""
+    target = parse(location, url)
+    if parse(url).scheme == "https" != target.scheme:
+        raise refuse(f"cannot fetch {shown(url)}: it redirects from https to {shown(target.url)}")
+    return target.url
