@@ -358,7 +358,6 @@ def _connection(url: str, run: _Run) -> tuple[http.client.HTTPConnection, str, d
         connection.sock = _through(run.proxy, dial, host if secure else None, port, run)
         if not secure:
             asked, more = f"http://{parsed.netloc}{asked}", run.proxy.headers()
-    connection.sock.settimeout(run.patience())
     return connection, asked, more
 
 
