@@ -74,6 +74,14 @@ def _parse_node_id(value: object) -> str:
     return value
 
 
+class GiveUp(Struct, frozen=True):
+    """When it is believed that the coordinator refuses a job or a report, and when that is tried anew."""
+
+    refusals: Annotated[int, Meta(ge=1, le=1000)] = 5
+    over_s: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
+    again_s: Annotated[float, Meta(gt=0, le=31_536_000)] = 86_400.0
+
+
 class Coordinator(Struct, frozen=True):
     """Where jobs come from. auth_token names the token's source, never the token.
 
@@ -97,6 +105,7 @@ class Coordinator(Struct, frozen=True):
     receipt_keys: tuple[ReceiptKey, ...] = ()
     max_manifest_kb: Annotated[int, Meta(ge=1, le=65_536)] = 256
     max_input_mb: MegaBytes = 10_240
+    give_up: GiveUp = GiveUp()
     allow_private_inputs: bool = False
     proxy: Annotated[str, Parse(parse_proxy)] | None = None
     proxy_auth: Annotated[str, Parse(parse_source)] | None = None

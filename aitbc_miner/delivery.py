@@ -10,6 +10,7 @@ from collections.abc import Callable
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aitbc_miner.config import GiveUp
 from aitbc_miner.coordinator import Coordinator, Gone, Refused, Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import FINAL, Outcome, State, StateRecord
@@ -20,11 +21,15 @@ from aitbc_miner.serviceresult import FileChanged
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
+from aitbc_miner.util.system import boot_id
 
 # The outcome of a job whose result the coordinator would not take; outcome.json says E_UPLOAD then.
 REFUSED = "outcome.refused.json"
 # Jobs of a fleet whose report is another node's to send, however often they are handed to this one.
 OTHERS = frozenset({"lost", "handed_on"})
+GIVE_UP = GiveUp()
+# While the result is sent once more of a job of which the coordinator has heard that it could not be.
+CALLED_FAILED = "called_failed"
 
 
 class Delivered(Struct, frozen=True):
@@ -47,6 +52,7 @@ def deliver(
     node_id: str,
     job_id: str,
     is_ours: Callable[[StateRecord], bool] = lambda _: True,
+    give_up: GiveUp = GIVE_UP,
 ) -> Delivered:
     """Send one job's report and record that it was accepted.
 
@@ -54,7 +60,7 @@ def deliver(
     that `is_ours` denies has been taken over by another node, which reports it.
 
     Raises:
-        CoordinatorError, QueueError: not accepted now; try again.
+        CoordinatorError, QueueError: not accepted now; try again. So is a refusal before `give_up`.
         RecordError, OSError: the record cannot be read or written.
     """
     with records.open(job_id) as job:
@@ -74,7 +80,9 @@ def deliver(
             # Once: each writing takes its part of what is set aside for a full disk.
             if not (again := state.state is State.UPLOADING):
                 job.move(State.UPLOADING)
-            outcome, how, told = _send_or_refuse(coordinator, node_id, job, outcome, again=again)
+            outcome, how, told = _send_or_refuse(coordinator, node_id, job, outcome, give_up, again=again)
+            if how == "superseded" and outcome.ok and state.delivery == CALLED_FAILED:
+                outcome = _as_failed(job, outcome, "the coordinator keeps to what it was told before")
             state = job.move(State.DONE if outcome.ok else State.FAILED, delivery=how)
     return Delivered(job_id, outcome, how, state, told.receipt, told.beat or how == "superseded")
 
@@ -89,22 +97,33 @@ def _keep(job: JobDir, receipt: Receipt | None) -> None:
 
 
 def _send_or_refuse(
-    coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome, *, again: bool
+    coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome, give_up: GiveUp, *, again: bool
 ) -> tuple[Outcome, str, Told]:
-    """Send a report; of a result that the coordinator will never take as it is, say that it could not be."""
+    """Send a report; of a result that the coordinator will not take as it is, say that it could not be."""
     try:
         return outcome, *_send(coordinator, node_id, job, outcome, again=again)
     except (Refused, FileChanged) as error:
+        if isinstance(error, Refused):
+            # On disk: a node that is often started anew must come to an end, too.
+            refusals = job.state().refusals.another(clock.now(), boot_id())
+            job.move(State.UPLOADING, refusals=refusals)
+            if refusals.times < give_up.refusals or refusals.over_s < give_up.over_s:
+                raise
         if not outcome.ok:
             return outcome, "refused", Told()
-        # What the job really came to is not lost with it: an operator may hand it over by other means.
-        job.write(REFUSED, pretty(outcome))
-        failed = replace(outcome, code=ErrorCode.E_UPLOAD, message=str(error))
-        job.write_outcome(failed)
+        failed = _as_failed(job, outcome, str(error))
     try:
         return failed, *_send(coordinator, node_id, job, failed, again=again)
     except Refused:
         return failed, "refused", Told()
+
+
+def _as_failed(job: JobDir, outcome: Outcome, why: str) -> Outcome:
+    """Write that a result could not be delivered. It is kept beside that, to be sent once more."""
+    job.write(REFUSED, pretty(outcome))
+    failed = replace(outcome, code=ErrorCode.E_UPLOAD, message=why)
+    job.write_outcome(failed)
+    return failed
 
 
 def _send_again(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome) -> tuple[str, Told]:
@@ -129,17 +148,18 @@ def _send(
         return "superseded", Told()
 
 
-def was_refused(record: StateRecord) -> bool:
-    """Whether the coordinator refused the job's report, so that it may be sent once more."""
-    return record.state is State.FAILED and record.delivery == "refused"
+def was_refused(job: JobDir) -> bool:
+    """Whether the job's report, or its result, was not taken, so that it may be sent once more."""
+    state = job.state()
+    return state.state is State.FAILED and (state.delivery == "refused" or fs.exists(job.fd, REFUSED))
 
 
 def take_back_refused(job: JobDir) -> bool:
     """Have a report that was refused sent once more, as it was at first; False when it was not refused."""
-    if not was_refused(job.state()):
+    if not was_refused(job):
         return False
     # The state first: a crash in between leaves the report of the refusal, which is sent then.
-    job.move(State.UPLOADING, delivery=None)
+    job.move(State.UPLOADING, delivery=None if job.state().delivery == "refused" else CALLED_FAILED)
     if fs.exists(job.fd, REFUSED):
         os.rename(REFUSED, OUTCOME, src_dir_fd=job.fd, dst_dir_fd=job.fd)
         os.fsync(job.fd)
@@ -249,12 +269,17 @@ class Schedule:
         self._asked.pop(job_id, None)
         self.hurry(now)
 
-    def failed(self, job_id: str, now: float, retry_after: float | None = None) -> float:
-        """Try this one again later; gives the pause in seconds."""
+    def failed(
+        self, job_id: str, now: float, retry_after: float | None = None, *, alone: bool = False
+    ) -> float:
+        """Try this one again later; gives the pause in seconds.
+
+        `alone`: it is this one that is not wanted, so that the success of another means nothing for it.
+        """
         self._running.discard(job_id)
         pause = max(self._backoffs[job_id].next(), retry_after or 0.0)
         self._due[job_id] = now + pause
-        self._asked[job_id] = now + (retry_after or 0.0)
+        self._asked[job_id] = now + (pause if alone else retry_after or 0.0)
         return pause
 
     def paced(self, job_id: str, until: float) -> None:

@@ -168,7 +168,7 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ErrorCode.E_UPLOAD: CodeInfo(
         Retry.HERE,
         "the result could not be handed to the coordinator",
-        "see the message for why; it is not sent again, and what the job made stays in its directory",
+        "see the message for why; `aitbc-minerctl retry ID` sends it once more, and the node once a day",
     ),
     ErrorCode.E_INTERNAL: CodeInfo(
         Retry.HERE,

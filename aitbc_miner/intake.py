@@ -121,17 +121,16 @@ class Intake:
                 return self._refuse(job, error)
             except (Gone, _NeverOurs):
                 self._forget(job)
-            except (Refused, _TakenOver) as error:
+            except _TakenOver as error:
                 # It must not run here, and there is nobody to tell.
-                how = "lost" if isinstance(error, _TakenOver) else "superseded"
-                job.move(State.FAILED, delivery=how, note=str(error))
+                job.move(State.FAILED, delivery="lost", note=str(error))
         return Taken(job_id, gone=True)
 
     def _take_in(self, job: JobDir, offers: Sequence[Offer], cancelled: threading.Event) -> Ticket:
         """Check, acknowledge, fetch; check also what was acknowledged before: the slots may be others now.
 
         Raises:
-            JobError: it cannot be done here. Gone, Refused, _NeverOurs, _TakenOver: it is not ours.
+            JobError: it cannot be done here. Gone, _NeverOurs, _TakenOver: it is not ours.
             QueueError, CoordinatorError: nobody says now whether it still is.
         """
         manifest = _read_manifest(job)
@@ -180,26 +179,36 @@ class Intake:
             self._coordinator.ack(*_ack_ids(state))
         except Gone as error:
             raise _TakenOver("another node of the fleet has done it") from error
+        except Refused as error:
+            # Whatever it has against the question; a report is answered for itself.
+            events("agent").warning("question not answered", job_id=state.job_id, error=str(error))
 
     def _acknowledge(self, job: JobDir, runner: str) -> None:
         backoff = Backoff(0.5, self._config.heartbeat.backoff.max_s)
         ids = _ack_ids(job.state())
         since: float | None = None
+        refusals, give_up = 0, self._config.coordinator.give_up
         while True:
             try:
                 self._coordinator.ack(*ids)
+            except Gone:
+                raise
             except CoordinatorError as error:
-                if not error.retryable:
-                    raise
                 # Only a coordinator that can be reached says something about the job with its refusal.
                 since = None if isinstance(error, Unreachable) else since or clock.now()
-                if since is not None and clock.now() - since > ACK_GIVE_UP_S:
+                refusals += isinstance(error, Refused)
+                for_s = clock.now() - since if since is not None else 0.0
+                refused = refusals >= give_up.refusals and for_s >= give_up.over_s
+                if refused or for_s > ACK_GIVE_UP_S or (isinstance(error, Refused) and error.status == 404):
                     events("agent").warning("job given up", job_id=job.job_id, error=str(error))
                     raise _NeverOurs from error
+                pause_s = backoff.next()
                 if isinstance(error, Unauthorized):
+                    # Another token may be there at any moment.
                     self._unauthorized()
+                    pause_s = min(pause_s, self._config.coordinator.poll_interval_s)
                 asked = error.retry_after if isinstance(error, Busy) else None
-                if self._stopping.wait(max(backoff.next(), asked or 0.0)):
+                if self._stopping.wait(max(pause_s, asked or 0.0)):
                     raise Stopping from error
             else:
                 job.move(State.ACKED, runner=runner)

@@ -179,12 +179,26 @@ MOVES: dict[State, frozenset[State]] = {
 }
 
 
+class Refusals(Struct, frozen=True):
+    """How often a job's report was refused, over how many seconds; `at` is the boot time of the last one."""
+
+    times: int = 0
+    over_s: float = 0.0
+    at: float = 0.0
+    boot_id: str = ""
+
+    def another(self, now: float, boot_id: str) -> "Refusals":
+        """Count one more. The time between two of them counts where one boot has seen both."""
+        between_s = now - self.at if self.boot_id == boot_id else 0.0
+        return Refusals(self.times + 1, self.over_s + max(0.0, between_s), now, boot_id)
+
+
 class StateRecord(Struct, frozen=True):
     """state.json: where the job is now. Boot times are seconds of the boot-time clock, with the boot's id.
 
     `attempt` is the one under way or to come. `started`: the program was, in this or an earlier attempt.
     `lease` is the token of our hold on it where a fleet shares its jobs, see `fleet.py`, and `origin` the
-    node that it was taken over from. `delivery` is what became of its report.
+    node that it was taken over from. `delivery` is what became of its report, `refusals` how it fared before.
     """
 
     job_id: str
@@ -203,6 +217,7 @@ class StateRecord(Struct, frozen=True):
     origin: str | None = None
     runner: str = ""
     delivery: str | None = None
+    refusals: Refusals = Refusals()
     note: str | None = None
 
 

@@ -3,11 +3,9 @@
 from concurrent.futures import Future
 from functools import partial
 
-from aitbc_miner.delivery import take_back_refused, was_refused
 from aitbc_miner.errors import MinerError
 from aitbc_miner.fleet import Fleet
 from aitbc_miner.messages import Retried
-from aitbc_miner.queue import Kind
 from aitbc_miner.reporting import Reporter
 from aitbc_miner.reruns import Reruns
 from aitbc_miner.workbench import Workbench
@@ -42,23 +40,14 @@ class OnDemand:
     def _retry_dead(self, job_id: str) -> Retried:
         bench = self._bench
         try:
+            if self._reporter.take_back(job_id):
+                return Retried(job_id, f"the report of job {job_id}, which was refused, is sent once more")
             with bench.records.open(job_id) as job:
-                state = job.state()
-                if not was_refused(state):
-                    why = "only what waits, or what the coordinator has refused, can be tried again"
-                    return Retried(
-                        job_id, f"cannot retry job {job_id}: it is {state.state}; {why}", done=False
-                    )
-                # First: what the books call settled is not even read at the next start.
-                bench.book_rest()
-                bench.accounts.reopen(job_id)
-                take_back_refused(job)
+                state = job.state().state
         except (MinerError, OSError) as error:
             return Retried(job_id, f"cannot retry job {job_id}: {error}", done=False)
-        bench.start("queue", partial(bench.queue.remove, Kind.REPORT, job_id), lambda _: None)
-        bench.refused = max(0, bench.refused - 1)
-        self._reporter.add(job_id)
-        return Retried(job_id, f"the report of job {job_id}, which was refused, is sent once more")
+        why = "only what waits, or what the coordinator has refused, can be tried again"
+        return Retried(job_id, f"cannot retry job {job_id}: it is {state}; {why}", done=False)
 
     def _requeued(self, job_id: str, future: Future[bool]) -> None:
         try:

@@ -5,13 +5,15 @@ from concurrent.futures import Future
 from functools import partial
 
 from aitbc_miner.accounts import account_of
-from aitbc_miner.coordinator import Paced
-from aitbc_miner.delivery import Delivered, Schedule, deliver
+from aitbc_miner.coordinator import Paced, Refused
+from aitbc_miner.delivery import Delivered, Schedule, deliver, take_back_refused, was_refused
+from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.fleet import Fleet
 from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.queue import Kind, QueueError, Task
 from aitbc_miner.recovery import read_outcome
 from aitbc_miner.util import clock
+from aitbc_miner.util.system import boot_id
 from aitbc_miner.workbench import POOLS, Pool, Workbench
 
 # Reports larger than this have a pool of their own: none that is small waits for one that takes minutes. So
@@ -24,6 +26,7 @@ class Reporter:
     """Sends what `add` names until it is settled, and says so to `settled`.
 
     When to try next is kept in memory; what has failed is also noted in the queue, for after a restart.
+    What was refused for good is tried anew now and then, and after a reboot.
     """
 
     def __init__(self, bench: Workbench, fleet: Fleet | None, settled: Callable[[str], None]) -> None:
@@ -34,6 +37,8 @@ class Reporter:
         pools: tuple[Pool, ...] = ("report", "upload", "fail")
         self._lanes: dict[Pool, Schedule] = {pool: Schedule(*bounds) for pool in pools}
         self._before: dict[str, tuple[Task, float]] = {}
+        self._give_up = bench.config.coordinator.give_up
+        self._anew: dict[str, float] = {}
 
     def __len__(self) -> int:
         return sum(map(len, self._lanes.values()))
@@ -49,18 +54,42 @@ class Reporter:
         """Read when reports that an earlier run of the node could not deliver are due."""
         try:
             waiting = self._bench.queue.waiting(Kind.REPORT, self._bench.config.node_id)
+            dead = self._bench.queue.dead()
         except QueueError as error:
             self._bench.warn("times of reports not read", error)
             return
-        self._bench.refused = self._count_dead()
+        self._bench.refused = len(dead)
+        self._anew = {task.job_id: self._due_anew(task.job_id) for task in dead if task.kind is Kind.REPORT}
         self._before = {task.job_id: (task, max(0.0, due_s)) for task, due_s in waiting}
 
-    def _count_dead(self) -> int:
+    def _due_anew(self, job_id: str) -> float:
+        """Say when a refused report is to be sent once more; of one that another boot has seen: now."""
         try:
-            return len(self._bench.queue.dead())
-        except QueueError as error:
-            self._bench.warn("refused reports not counted", error)
-            return 0
+            with self._bench.records.open(job_id) as job:
+                state = job.state()
+        except (MinerError, OSError):
+            return clock.now()
+        return clock.now() if state.boot_id != boot_id() else state.since + self._give_up.again_s
+
+    def take_back(self, job_id: str) -> bool:
+        """Have a report sent once more that was refused; False if it was not.
+
+        Raises:
+            MinerError, OSError: it cannot be now, or there is no such job any more.
+        """
+        bench = self._bench
+        with bench.records.open(job_id) as job:
+            if not was_refused(job):
+                return False
+            # First: what the books call settled is not even read at the next start.
+            bench.book_rest()
+            bench.accounts.reopen(job_id)
+            take_back_refused(job)
+        self._anew.pop(job_id, None)
+        self._note(partial(bench.queue.remove, Kind.REPORT, job_id))
+        bench.refused = max(0, bench.refused - 1)
+        self.add(job_id)
+        return True
 
     def add(self, job_id: str) -> None:
         """Have the job's outcome, which is on disk, delivered."""
@@ -83,12 +112,20 @@ class Reporter:
         if not self._bench.token:
             return None
         waiting = [lane for pool, lane in self._lanes.items() if lane.running < POOLS[pool]]
-        return min((due for lane in waiting if (due := lane.next_due()) is not None), default=None)
+        dues = [due for lane in waiting if (due := lane.next_due()) is not None]
+        return min([*dues, *self._anew.values()], default=None)
 
     def start_due(self) -> None:
         """Send what is due."""
         if not self._bench.token:
             return
+        for job_id in [job_id for job_id, at in self._anew.items() if at <= clock.now()]:
+            # Where that is not possible, its directory is gone; or the next start does it.
+            del self._anew[job_id]
+            try:
+                self.take_back(job_id)
+            except (MinerError, OSError) as error:
+                self._bench.warn("refused report not sent anew", error, job_id=job_id)
         for pool, lane in self._lanes.items():
             for job_id in lane.start_due(clock.now(), POOLS[pool] - lane.running):
                 self._bench.start(pool, partial(self._deliver, job_id), partial(self._ended, lane, job_id))
@@ -97,7 +134,8 @@ class Reporter:
         """Deliver and enter it in the books; runs in a thread."""
         bench = self._bench
         is_ours: Callable[[StateRecord], bool] = self._fleet.is_ours if self._fleet else lambda _: True
-        delivered = deliver(bench.records, bench.coordinator, bench.config.node_id, job_id, is_ours)
+        node_id = bench.config.node_id
+        delivered = deliver(bench.records, bench.coordinator, node_id, job_id, is_ours, self._give_up)
         state = delivered.state
         bench.book(account_of(delivered.outcome, state, state.runner, delivered.how, delivered.receipt))
         if self._fleet:
@@ -112,7 +150,8 @@ class Reporter:
             lane.paced(job_id, clock.now() + error.wait_s)
             return
         except Exception as error:  # noqa: BLE001  # one odd job must not end the agent, again and again
-            pause = lane.failed(job_id, clock.now(), bench.failed(error))
+            alone = isinstance(error, Refused)
+            pause = lane.failed(job_id, clock.now(), bench.failed(error), alone=alone)
             task = Task(Kind.REPORT, job_id, bench.config.node_id, lane.failures(job_id), 0, str(error))
             self._note(partial(bench.queue.put, task, pause))
             bench.warn("report not accepted", error, job_id=job_id, again_in_s=round(pause, 1))
@@ -130,7 +169,8 @@ class Reporter:
         bench, job_id = self._bench, outcome.job_id
         bench.log.info("report accepted", job_id=job_id, code=outcome.code or "OK", how=how)
         bench.count("deliveries", how)
-        if how == "refused":
+        if how == "refused" or (outcome.code is ErrorCode.E_UPLOAD and how != "superseded"):
+            self._anew[job_id] = clock.now() + self._give_up.again_s
             reason = f"the coordinator refuses it: {outcome.message}"
             task = Task(Kind.REPORT, job_id, bench.config.node_id, 1, 0, reason)
             self._note(partial(bench.queue.bury, task))

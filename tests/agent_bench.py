@@ -14,7 +14,7 @@ from test_intake import CONFIG, pulled
 
 from aitbc_miner.accounts import Accounts
 from aitbc_miner.channel import Channel
-from aitbc_miner.config import Config, Queue, Workspace
+from aitbc_miner.config import Config, GiveUp, Queue, Workspace
 from aitbc_miner.coordinator import PulledJob, PullFilters, Told
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
@@ -155,7 +155,14 @@ def config_in(directory: Path) -> Config:
     """Give a configuration whose files are all below a directory."""
     root = directory / "jobs"
     root.mkdir(exist_ok=True)
-    return replace(CONFIG, node_id=NODE, workspace=Workspace(root), queue=Queue(path=directory / "queue.db"))
+    coordinator = replace(CONFIG.coordinator, give_up=GiveUp(refusals=1, over_s=0.0))
+    return replace(
+        CONFIG,
+        coordinator=coordinator,
+        node_id=NODE,
+        workspace=Workspace(root),
+        queue=Queue(path=directory / "queue.db"),
+    )
 
 
 class Desk(Around):

@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from mute_coordinator import MuteCoordinator
 
+from aitbc_miner import delivery
+from aitbc_miner.config import GiveUp
 from aitbc_miner.coordinator import (
     ArtifactChanged,
     Busy,
+    Coordinator,
     CoordinatorError,
     Gone,
     Refused,
@@ -23,11 +26,11 @@ from aitbc_miner.coordinator import (
     Unreachable,
 )
 from aitbc_miner.delivery import (
+    CALLED_FAILED,
     REFUSED,
     Delivered,
     Schedule,
     declare,
-    deliver,
     settle,
     take_back_refused,
 )
@@ -37,11 +40,24 @@ from aitbc_miner.messages import CancelJob, JobSettled
 from aitbc_miner.queue import QueueError
 from aitbc_miner.records import JobDir, RecordError, Records, pretty
 from aitbc_miner.serviceresult import FileUnread
-from aitbc_miner.util import fs
+from aitbc_miner.util import clock, fs
 
 NODE = "node-1"
 GOOD = Outcome(job_id="j1", artifacts=[Artifact("a", "artifacts/0000", 1, "0" * 64)])
+AT_ONCE = GiveUp(refusals=1, over_s=0.0)
 BAD = Outcome(job_id="j1", code=ErrorCode.E_EXIT, message="exit status 3")
+
+
+def deliver(
+    records: Records,
+    coordinator: Coordinator,
+    node_id: str,
+    job_id: str,
+    is_ours: Callable[[StateRecord], bool] = lambda _: True,
+    give_up: GiveUp = AT_ONCE,
+) -> Delivered:
+    """Deliver, by default with a belief in the first refusal."""
+    return delivery.deliver(records, coordinator, node_id, job_id, is_ours, give_up)
 
 
 class FakeCoordinator(MuteCoordinator):
@@ -313,6 +329,53 @@ def test_whose_it_is_does_not_matter_for_what_was_delivered(records: Records) ->
 
 
 # --- a report that was refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("outcome", [GOOD, BAD])
+def test_a_refusal_is_believed_when_it_was_repeated_often_and_for_long(
+    records: Records, outcome: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = clock.now()
+    finished(records, outcome)
+    for times, pause_s in enumerate((0.0, 1.0, 1.0, 1.0, 1.0, 500.0, 90.0), 1):
+        now += pause_s
+        monkeypatch.setattr(clock, "now", lambda at=now: at)
+        if times == 4:
+            # Of another boot; the time between the two is not known.
+            monkeypatch.setattr(delivery, "boot_id", lambda: "another")
+        with pytest.raises(Refused):
+            delivery.deliver(Records(records.root), FakeCoordinator(Refused("no", 400)), NODE, "j1")
+        with records.open("j1") as job:
+            assert (job.state().state, job.state().refusals.times) == (State.UPLOADING, times)
+            assert job.outcome() == outcome
+    monkeypatch.setattr(clock, "now", lambda: now + 8.0)
+    assert delivery.deliver(records, FakeCoordinator(Refused("no", 400)), NODE, "j1").how in {
+        "accepted",
+        "refused",
+    }
+    assert kept(records)[0] is State.FAILED
+
+
+def test_a_result_that_was_called_a_failure_can_still_be_delivered(records: Records) -> None:
+    finished(records, GOOD)
+    deliver(records, FakeCoordinator(Refused("413", 413)), NODE, "j1")
+    with records.open("j1") as job:
+        assert take_back_refused(job)
+    assert kept(records) == (State.UPLOADING, CALLED_FAILED, GOOD)
+    assert deliver(records, FakeCoordinator(), NODE, "j1").how == "accepted"
+    assert kept(records) == (State.DONE, "accepted", GOOD)
+
+
+def test_a_coordinator_may_keep_to_the_failure_that_it_was_told(records: Records) -> None:
+    finished(records, GOOD)
+    deliver(records, FakeCoordinator(Refused("413", 413)), NODE, "j1")
+    with records.open("j1") as job:
+        assert take_back_refused(job)
+    delivered = deliver(records, FakeCoordinator(Gone("409", 409)), NODE, "j1")
+    assert (delivered.how, delivered.outcome.code) == ("superseded", ErrorCode.E_UPLOAD)
+    assert kept(records)[:2] == (State.FAILED, "superseded")
+    with records.open("j1") as job:
+        assert take_back_refused(job), "as long as it is there, it can be tried"
 
 
 def test_a_refused_result_is_sent_once_more_as_it_was(records: Records) -> None:

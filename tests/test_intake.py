@@ -189,11 +189,24 @@ def test_an_outage_makes_no_job_forgotten(tmp_path: Path, monkeypatch: pytest.Mo
     assert time.at - 1000 > 3 * module.ACK_GIVE_UP_S
 
 
-@pytest.mark.parametrize(("answer", "known"), [(Gone("409", 409), False), (Refused("400", 400), True)])
-def test_a_job_that_is_not_ours_is_gone(tmp_path: Path, answer: Exception, known: bool) -> None:
+@pytest.mark.parametrize("answer", [Gone("409", 409), Refused("404", 404)])
+def test_a_job_that_is_not_ours_is_gone(tmp_path: Path, answer: Exception) -> None:
     it = rig(tmp_path, answer)
     assert it.intake.take(pulled(), "j1", OFFERS, never()).gone
-    assert (it.records.known("j1"), it.acked) == (known, [])
+    assert (it.records.known("j1"), it.acked) == (False, [])
+
+
+def test_a_job_that_is_refused_again_and_again_is_forgotten_and_may_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time = Passing()
+    monkeypatch.setattr(clock, "now", lambda: time.at)
+    it = rig(tmp_path, *[Refused("422", 422)] * 1000, stopping=time)
+    assert it.intake.take(pulled(), "j1", OFFERS, never()).gone
+    assert (it.records.known("j1"), it.acked) == (False, [])
+    assert time.at - 1000 >= CONFIG.coordinator.give_up.over_s
+    it.coordinator.answers = [Refused("422", 422), None]
+    assert it.intake.take(pulled(), "j1", OFFERS, never()).ticket is not None
 
 
 def test_a_cancel_ends_the_fetching_of_inputs(tmp_path: Path) -> None:

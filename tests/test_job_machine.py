@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mute_coordinator import MuteCoordinator
 
+from aitbc_miner.config import GiveUp
 from aitbc_miner.coordinator import CoordinatorError, Gone, Refused, Told
 from aitbc_miner.delivery import REFUSED, deliver, settle, take_back_refused
 from aitbc_miner.errors import ErrorCode
@@ -219,7 +220,8 @@ class JobMachine(RuleBasedStateMachine):
 
         def act() -> None:
             try:
-                deliver(self.records, self.coordinator, "node", "j1")
+                give_up = GiveUp(refusals=2, over_s=0.0)
+                deliver(self.records, self.coordinator, "node", "j1", give_up=give_up)
             except CoordinatorError:
                 assert self.state.state is S.UPLOADING
 

@@ -1,5 +1,6 @@
 """Reports: which go when, past which others, and what is left of them for after a restart."""
 
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,8 @@ from pathlib import Path
 import pytest
 from agent_bench import LARGE, NODE, Desk, FlakyQueue, Time
 
+from aitbc_miner import reporting
+from aitbc_miner.config import GiveUp
 from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
@@ -317,8 +320,62 @@ def test_what_is_refused_is_among_the_dead_and_counted_over_restarts(start: Call
     after = start()
     after.reporter.recovered()
     assert after.bench.refused == 1
-    # It is not sent again by itself.
     assert (after.waiting(), len(after.reporter)) == ([], 0)
+
+
+def test_a_refused_report_is_sent_anew_each_day_and_after_a_reboot(
+    start: Callable[[], Reporting], time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = start()
+    desk.coordinator.answers = {"result": [Refused("413", 413)] * 2, "fail": [Refused("400", 400)] * 2}
+    desk.add("j1")
+    desk.send()
+    time.now += 86_000.0
+    desk.send()
+    assert desk.coordinator.told == [("result", "j1"), ("fail", "j1")]
+    time.now += 500.0
+    assert (desk.reporter.next_due() or time.now) <= time.now
+    desk.send()
+    assert (len(desk.coordinator.told), desk.bench.refused) == (4, 1)
+    after = start()
+    after.reporter.recovered()
+    after.send()
+    assert after.coordinator.told == []
+    monkeypatch.setattr(reporting, "boot_id", lambda: "another")
+    after.reporter.recovered()
+    after.send()
+    assert after.coordinator.told == [("result", "j1")]
+    assert (after.state("j1"), after.bench.refused) == ((State.DONE, "accepted"), 0)
+    row = after.bench.accounts.of("j1")
+    assert row is not None
+    assert (row.code, row.delivery) == (None, "accepted")
+
+
+def test_what_is_gone_from_the_disk_is_not_sent_anew(start: Callable[[], Reporting], time: Time) -> None:
+    desk = start()
+    desk.coordinator.answers = {"result": [Refused("413", 413)]}
+    desk.add("j1")
+    desk.send()
+    shutil.rmtree(desk.bench.records.root / "j1")
+    time.now += 90_000.0
+    desk.send()
+    assert desk.coordinator.told == [("result", "j1"), ("fail", "j1")]
+    assert desk.reporter.next_due() is None
+
+
+def test_the_success_of_others_does_not_hurry_what_is_refused(desk: Reporting, time: Time) -> None:
+    give_up = GiveUp()
+    desk.reporter._give_up = give_up
+    desk.coordinator.answers = {"result": [Refused("413", 413)]}
+    desk.add("j1")
+    desk.send()
+    desk.add("j2")
+    desk.send()
+    desk.send()
+    assert desk.coordinator.told == [("result", "j1"), ("result", "j2")]
+    time.now += 10.0
+    desk.send()
+    assert desk.coordinator.told[2:] == [("result", "j1")]
 
 
 def test_a_failed_report_that_is_refused_at_last_does_not_wait_any_more(desk: Reporting, time: Time) -> None:

@@ -319,6 +319,9 @@ def test_a_worker_that_dies_with_the_program_about_to_start_ends_the_job(
 # --- reports that are refused ------------------------------------------------------------------------------
 
 
+HASTY = {"give_up": {"refusals": 2, "over_s": 0}}
+
+
 def refuse(coordinator: MockCoordinator) -> None:
     """Have the coordinator take no report from now on."""
     coordinator.fault("result", "status:413")
@@ -342,7 +345,7 @@ def refused_problem(node: Node) -> str:
 def test_a_refused_result_is_sent_again_when_the_operator_says_so(
     coordinator: MockCoordinator, node_factory: NodeFactory, restart: bool
 ) -> None:
-    node = node_factory(heartbeat=BRISK).start()
+    node = node_factory(heartbeat=BRISK, coordinator=HASTY).start()
     refuse(coordinator)
     artifacts = [{"path": "out.txt"}]
     coordinator.submit(node.script("good", "echo made > out.txt", artifacts=artifacts))
@@ -380,7 +383,7 @@ def test_a_refused_result_is_sent_again_when_the_operator_says_so(
 def test_a_report_that_is_refused_once_more_stays_with_the_dead(
     coordinator: MockCoordinator, node_factory: NodeFactory
 ) -> None:
-    node = node_factory(heartbeat=BRISK).start()
+    node = node_factory(heartbeat=BRISK, coordinator=HASTY).start()
     refuse(coordinator)
     coordinator.submit(node.script("j", "true"))
     wait_refused(node, "j")
