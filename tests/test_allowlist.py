@@ -132,9 +132,9 @@ def test_the_length_counts_bytes_and_a_blank_between_arguments(load: Load) -> No
 def test_a_pattern_that_hangs_backtracking_engines_is_linear_here(load: Load) -> None:
     text = 'command: {path: PROGRAM}\nargs: [["(a*)*b"]]\nmax_total_args_len: 100000\n'
     allowlist, _, _ = load(a=text)
-    start = time.monotonic()
+    start = time.process_time()
     message = denial(allowlist, "prog", "a" * 90_000)
-    assert time.monotonic() - start < 2
+    assert time.process_time() - start < 2
     assert "argument 1" in message
     assert len(message) < 300
 

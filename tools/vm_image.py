@@ -31,7 +31,7 @@ PACKAGES = (
 IMAGE_SIZE = "4G"
 # Checks that are made on the host: the machine only runs tests.
 NOT_IN_GUEST = re.compile(
-    r"jsonschema|mypy|numpy|ruff|pytest-cov|types-|ast-serialize|librt|pathspec|rpds-py"
+    r"jsonschema|mypy|numpy|ruff|pytest-cov|pytest-xdist|execnet|types-|ast-serialize|librt|pathspec|rpds-py"
 )
 # Published as source only; it is plain Python, so that the host's wheel of it fits every release.
 SOURCE_ONLY = "cgroupspy"

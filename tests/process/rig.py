@@ -34,7 +34,8 @@ class Rig(NamedTuple):
         status = self.node.now()
         assert self.node.process is not None
         assert status.pid == self.node.process.pid
-        assert self.node.children() == self.children
+        # One that is just starting a program of its own cannot be told for a moment.
+        wait_until(lambda: self.node.children() == self.children, PATIENCE_S)
         assert [row.slot.reason for row in status.slots if row.slot.reason] == []
         died = [problem.what for problem in status.problems if " deaths so far" in problem.what]
         assert died == [], self.node.log.read_text()[-8000:]
@@ -65,12 +66,15 @@ def running(mock: MockCoordinator, slots: list[dict[str, Any]], **changes: Any) 
         node.start()
         wait_until(lambda: node.now().slots and all_idle(node), PATIENCE_S)
         # Not before they are told apart: at the start there are children that only do one thing.
-        wait_until(lambda: node.children().keys() >= {"agent", "heartbeat"}, PATIENCE_S)
-        yield Rig(mock, node, node.children())
+        yield Rig(mock, node, wait_until(lambda: _told_apart(node.children()), PATIENCE_S))
     finally:
         node.clean_up()
         # An ordinary user cannot look into the directories that some jobs have shut.
         shutil.rmtree(node.directory, ignore_errors=True)
+
+
+def _told_apart(children: dict[str, int]) -> dict[str, int] | None:
+    return children if children.keys() >= {"agent", "heartbeat"} else None
 
 
 def all_idle(node: Node) -> bool:

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.xfail(os.geteuid() != 0, reason="only root can mount", 
 
 DISK_MIB, RESERVE_MIB, MIN_FREE_MIB = 24, 2, 4
 SLOTS = 8
-E_DISK_S, NORMAL_S = 5.0, 10.0
+E_DISK_S, NORMAL_S = 20.0, 30.0
 SHORT = "below workspace.min_free_mb"
 
 

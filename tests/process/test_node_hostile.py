@@ -294,11 +294,12 @@ def test_a_client_that_misbehaves_hurts_nobody(rig: Rig, name: str) -> None:
 
 def test_many_clients_keep_nobody_out(rig: Rig) -> None:
     clients: list[socket.socket] = []
+    calm = max(asked_within_s(rig) for _ in range(5))
     try:
         clients.extend(connect(rig, FRAMES["half-a-frame"]) for _ in range(100))
         took = [asked_within_s(rig) for _ in range(5)]
-        print(f"status with 100 other clients: {max(took) * 1000:.1f} ms at worst")
-        assert max(took) < 1.0
+        print(f"status with 100 other clients: {max(took) * 1000:.1f} ms at worst, {calm * 1000:.1f} without")
+        assert max(took) < 1.0 + 10 * calm
     finally:
         for client in clients:
             client.close()

@@ -11,7 +11,6 @@ import pytest
 from harness import WAIT_S, Node, until, wait_gone, wait_settled
 from networks import DIALECTS, Network, network
 
-from aitbc_miner.util import clock
 from tools.local_node import wait_until
 
 Maker = Callable[..., Node]
@@ -65,14 +64,13 @@ def test_jobs_are_done_and_count_once(net: Network, node_of: Maker) -> None:
 
 
 def test_a_failure_is_told_and_the_next_job_follows_at_once(net: Network, node_of: Maker) -> None:
-    node = node_of(1, heartbeat={"interval_s": 30}).start()
+    # The next heartbeat in its turn would come too late for what is waited for below.
+    node = node_of(1, heartbeat={"interval_s": 600}).start()
     bad = net.submit(marked(node, "bad", "echo the reason; exit 3"))
     good = net.submit(marked(node, "good"))
     net.wait_state(bad, "failed")
-    failed_at = clock.now()
     net.wait_state(good, "done")
     assert "E_EXIT" in net.message(bad)
-    assert clock.now() - failed_at < 15.0, "it did not wait for the next heartbeat in its turn"
     wait_settled(node)
     assert (net.counted(bad), net.counted(good)) == (1, 1)
 

@@ -1,0 +1,116 @@
+"""The order of what `tools/test` does, and its tables; the phases are stood in for by scripts."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import test_run
+from tools.local_node import wait_until
+from tools.test_run import Case, Done, Phase
+
+WAIT_S = 30.0
+
+
+def sh(script: str, name: str = "phase", **more: object) -> Phase:
+    return Phase(name, [["sh", "-c", script]], **more)  # type: ignore[arg-type]
+
+
+def test_a_chain_goes_on_after_a_failure_and_keeps_its_status() -> None:
+    done = asyncio.run(test_run.chain([sh("exit 3", "a"), sh("exit 0", "b")]))
+    assert [(each.name, each.status) for each in done] == [("a", 3), ("b", 0)]
+
+
+def test_all_commands_of_a_phase_run_and_the_first_failure_is_its_status(tmp_path: Path) -> None:
+    commands = [["sh", "-c", line] for line in ("exit 0", "exit 5", f": >{tmp_path}/ran", "exit 6")]
+    assert asyncio.run(test_run.run(Phase("phase", commands))).status == 5
+    assert (tmp_path / "ran").exists()
+
+
+def test_lines_of_a_machine_are_told_from_the_others(capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    long = "x" * 200_000
+    asyncio.run(test_run.run(sh(f"echo one; echo two >&2; printf %s {long[:100_000]}", prefix="12: ")))
+    out = capfdbinary.readouterr().out
+    assert out == b"12: one\n12: two\n12: " + long[:100_000].encode()
+
+
+def test_the_tables_have_every_phase_and_the_slowest_tests_first() -> None:
+    cases = [Case(float(number), f"t::{number}") for number in range(40)]
+    text = test_run.tables([Done("linters", 6.0, 0), Done("tests", 120.0, 1, cases)], 125.0)
+    lines = text.splitlines()
+    assert lines[1].split() == ["linters", "0.1", "ok"]
+    assert lines[2].split() == ["tests", "2.0", "40", "failed:", "status", "1"]
+    assert lines[3].split() == ["all", "2.1", "40"]
+    slowest = [line.split() for line in lines[6:]]
+    assert slowest == [[f"{number}.0", f"t::{number}"] for number in range(39, 9, -1)]
+
+
+def test_results_are_those_of_pytest(tmp_path: Path) -> None:
+    (tmp_path / "test_it.py").write_text("def test_a(): pass\ndef test_b(): assert 0\n")
+    results = tmp_path / "results.xml"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        f"--rootdir={tmp_path}",
+        tmp_path,
+        f"--junitxml={results}",
+    ]
+    done = asyncio.run(test_run.run(Phase("tests", [command], prefix="t: ", results=results)))
+    assert done.status == 1
+    assert sorted(case.name.rpartition("::")[2] for case in done.cases) == ["test_a", "test_b"]
+
+
+def test_what_never_came_to_its_results_has_none(tmp_path: Path) -> None:
+    assert test_run.read_cases(tmp_path / "none.xml") == []
+
+
+MAIN = """
+import sys
+from tools import test_run
+from tools.test_run import Phase
+test_run.native = lambda scratch: [Phase("native", [["sh", "-c", sys.argv[1]]])]
+test_run.in_machine = lambda release, _: [Phase(release, [["sh", "-c", sys.argv[2]]], f"{release}: ")]
+sys.exit(test_run.main(sys.argv[3:]))
+"""
+
+
+def whole(*words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", MAIN, *words], cwd=test_run.CHECKOUT, stdout=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("native", "machine", "words", "status"),
+    [("exit 0", "exit 0", ["--vm"], 0), ("exit 0", "exit 4", ["--vm"], 4), ("exit 3", "exit 4", ["--vm"], 3),
+     ("exit 0", "exit 4", [], 0)],
+)  # fmt: skip
+def test_a_failure_anywhere_is_the_status(native: str, machine: str, words: list[str], status: int) -> None:
+    with whole(native, machine, *words) as run:
+        said, _ = run.communicate(timeout=WAIT_S)
+    assert run.returncode == status
+    assert ("Debian" in said or "\n13 " in said) == bool(words)
+
+
+def test_machines_and_native_tests_run_at_once(tmp_path: Path) -> None:
+    meet = f"mkfifo {tmp_path}/met 2>/dev/null; "
+    with whole(f"{meet} echo met >{tmp_path}/met", f"{meet} cat {tmp_path}/met", "--vm") as run:
+        # One of the two machines has what the other waits for.
+        wait_until(lambda: "met" in (run.stdout.readline() if run.stdout else ""), WAIT_S)
+        run.kill()
+
+
+def test_what_is_told_to_end_ends_what_it_has_started(tmp_path: Path) -> None:
+    with whole(f"echo $$ >{tmp_path}/pid; exec sleep 600", "exit 0") as run:
+        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), WAIT_S)
+        run.send_signal(signal.SIGTERM)
+        assert run.wait(WAIT_S) == 128 + signal.SIGTERM
+    pid = int((tmp_path / "pid").read_text())
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

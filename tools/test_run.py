@@ -1,0 +1,231 @@
+"""What `tools/test` does: linters, types, tests and virtual machines side by side, then a table of them."""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+REPORTS = CHECKOUT / "build" / "vm"
+SLOWEST = 30
+LONGEST_LINE = 1 << 24
+# A whole node mostly waits, so that more of them than processors keep these busy.
+PROCESSES = min(8, 2 * (os.cpu_count() or 1))
+CAMPAIGN_S = 14_400
+
+
+class Case(NamedTuple):
+    """How long one test took."""
+
+    seconds: float
+    name: str
+
+
+class Done(NamedTuple):
+    """What came of a phase: its row in the table."""
+
+    name: str
+    seconds: float
+    status: int
+    cases: list[Case] = []  # noqa: RUF012 - nobody adds to it
+
+
+class Phase(NamedTuple):
+    """One step: commands that run one after the other, whatever comes of each.
+
+    What they print passes as it is, or line by line with `prefix`. `results` is pytest's JUnit file.
+    """
+
+    name: str
+    commands: Sequence[Sequence[str | Path]]
+    prefix: str = ""
+    environ: Mapping[str, str] = {}
+    results: Path | None = None
+
+
+async def run(phase: Phase) -> Done:
+    """Run a phase to its end; its status is the first that is not 0."""
+    began = time.monotonic()
+    statuses = [await _command(list(map(str, command)), phase) for command in phase.commands]
+    status = next((each for each in statuses if each), 0)
+    cases = read_cases(phase.results) if phase.results else []
+    return Done(phase.name, time.monotonic() - began, status, cases)
+
+
+async def _command(command: list[str], phase: Phase) -> int:
+    process = await asyncio.create_subprocess_exec(
+        *command,
+        cwd=CHECKOUT,
+        env={**os.environ, **phase.environ},
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE if phase.prefix else None,
+        stderr=asyncio.subprocess.STDOUT if phase.prefix else None,
+        limit=LONGEST_LINE,
+    )
+    try:
+        if process.stdout:
+            async for line in process.stdout:
+                sys.stdout.buffer.write(phase.prefix.encode() + line)
+                sys.stdout.buffer.flush()
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()
+
+
+async def chain(phases: Sequence[Phase]) -> list[Done]:
+    """Run phases one after the other, whatever comes of each."""
+    return [await run(phase) for phase in phases]
+
+
+def read_cases(results: Path) -> list[Case]:
+    """Give the tests of a JUnit file of pytest; none if it has not come to write one."""
+    if not results.exists():
+        return []
+    cases = ET.parse(results).iter("testcase")
+    return [
+        Case(float(case.get("time", "0")), f"{case.get('classname')}::{case.get('name')}") for case in cases
+    ]
+
+
+# --- which phases there are --------------------------------------------------------------------------------
+
+
+def native(scratch: Path) -> list[Phase]:
+    """Give what needs no machine of its own."""
+    python = sys.executable
+    ruff, mypy = (Path(python).parent / name for name in ("ruff", "mypy"))
+    results = scratch / "native.xml"
+    # The node's processes run as several users, and each writes down what it covered.
+    covered = scratch / "coverage"
+    covered.mkdir()
+    covered.chmod(0o1777)
+    # All of pytest's processes must list the tests in the same order.
+    environ = {"COVERAGE_FILE": str(covered / "data"), "PYTHONHASHSEED": str(random.randrange(1 << 32))}
+    spread = ["-p", "tools.test_spread", "-n", str(PROCESSES), "--dist", "loadgroup"]
+    return [
+        Phase("linters, types", [[ruff, "check", "."], [ruff, "format", "--check", "."], [mypy]]),
+        Phase(
+            "unit and process tests",
+            [[python, "-m", "coverage", "run", "-m", "pytest", *spread, f"--junitxml={results}"]],
+            environ=environ,
+            results=results,
+        ),
+        Phase(
+            "coverage",
+            [
+                [python, "-m", "coverage", "combine", "--quiet", covered],
+                [python, "-m", "coverage", "report", "--skip-covered"],
+            ],
+            environ=environ,
+        ),
+    ]
+
+
+def in_machine(release: str, arguments: Sequence[str]) -> list[Phase]:
+    """Give what is done in a Debian of this release; the reports are kept."""
+    # What takes the machine down in its middle runs by itself; what it proves is no matter of the release.
+    downs = {"12": "reboot", "13": "powercut"}[release]
+    hours = ["--timeout", str(CAMPAIGN_S)] if arguments else []
+
+    def test(name: str, *words: str) -> Phase:
+        reports = REPORTS / f"{release}-{name}"
+        shutil.rmtree(reports, ignore_errors=True)
+        command: list[str | Path] = [
+            "tools/vm",
+            "--release",
+            release,
+            *hours,
+            "--reports",
+            reports,
+            "test",
+            *words,
+            *arguments,
+        ]
+        results = reports / "tests.xml"
+        return Phase(
+            f"Debian {release}: {name}",
+            [[*command, "--junitxml=/reports/tests.xml"]],
+            prefix=f"{release}: ",
+            results=results,
+        )
+
+    image = Phase(f"Debian {release}: image", [["tools/vm", "--release", release, "build"]], f"{release}: ")
+    return [image, test("tests", "--maxfail", "3"), test(downs, f"tests/vm/{downs}.py")]
+
+
+# --- the tables --------------------------------------------------------------------------------------------
+
+
+def tables(done: Sequence[Done], seconds: float) -> str:
+    """Give the tables of phases and of the slowest tests; phases of several chains overlap."""
+    rows = [
+        (each.name, f"{each.seconds / 60:.1f}", str(len(each.cases) or ""), _result(each.status))
+        for each in done
+    ]
+    rows.append(("all", f"{seconds / 60:.1f}", str(sum(len(each.cases) for each in done)), ""))
+    lines = [f"{'phase':28}{'minutes':>8}{'tests':>7}  result"]
+    lines += [f"{name:28}{minutes:>8}{tests:>7}  {result}".rstrip() for name, minutes, tests, result in rows]
+    for each in done:
+        if each.cases:
+            slowest = sorted(each.cases, reverse=True)[:SLOWEST]
+            lines += ["", f"slowest of {each.name}, in seconds"]
+            lines += [f"{case.seconds:8.1f}  {case.name}" for case in slowest]
+    return "\n".join(lines)
+
+
+def _result(status: int) -> str:
+    return f"failed: status {status}" if status else "ok"
+
+
+async def _all(chains: Sequence[Sequence[Phase]]) -> list[Done]:
+    return [each for done in await asyncio.gather(*map(chain, chains)) for each in done]
+
+
+def until_told(work: Callable[[], Coroutine[Any, Any, list[Done]]]) -> list[Done]:
+    """Do the work; a SIGTERM ends what it has started."""
+
+    async def main() -> list[Done]:
+        task = asyncio.ensure_future(work())
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await task
+
+    return asyncio.run(main())
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run all phases, print the tables and give the exit status."""
+    parser = argparse.ArgumentParser(prog="tools/test", description=__doc__)
+    parser.add_argument("--vm", action="store_true", help="also in a Debian 12 and 13 of their own")
+    parser.add_argument("--full", action="store_true", help="in these the long campaigns, which take hours")
+    chosen = parser.parse_args(words)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="aitbc-test-") as made:
+        scratch = Path(made)
+        scratch.chmod(0o755)
+        chains = [native(scratch)]
+        if chosen.vm:
+            arguments = ["--full"] if chosen.full else []
+            chains += [in_machine(release, arguments) for release in ("12", "13")]
+        done: list[Done] = []
+        with contextlib.suppress(asyncio.CancelledError):
+            done = until_told(lambda: _all(chains))
+    if not done:
+        return 128 + signal.SIGTERM
+    print(f"\n{tables(done, time.monotonic() - began)}", flush=True)
+    return next((each.status for each in done if each.status), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
