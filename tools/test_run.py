@@ -142,17 +142,8 @@ def in_machine(release: str, arguments: Sequence[str]) -> list[Phase]:
     def test(name: str, *words: str) -> Phase:
         reports = REPORTS / f"{release}-{name}"
         shutil.rmtree(reports, ignore_errors=True)
-        command: list[str | Path] = [
-            "tools/vm",
-            "--release",
-            release,
-            *hours,
-            "--reports",
-            reports,
-            "test",
-            *words,
-            *arguments,
-        ]
+        command: list[str | Path] = ["tools/vm", "--release", release, *hours, "--reports", reports]
+        command += ["test", *words, *arguments]
         results = reports / "tests.xml"
         return Phase(
             f"Debian {release}: {name}",
