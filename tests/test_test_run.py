@@ -68,6 +68,7 @@ import sys
 from tools import test_run
 from tools.test_run import Phase
 test_run.native = lambda scratch: [Phase("native", [["sh", "-c", sys.argv[1]]])]
+test_run.versions = list
 test_run.in_machine = lambda release, _: [Phase(release, [["sh", "-c", sys.argv[2]]], f"{release}: ")]
 sys.exit(test_run.main(sys.argv[3:]))
 """

@@ -133,10 +133,18 @@ def native(scratch: Path) -> list[Phase]:
     ]
 
 
+def versions() -> list[Phase]:
+    """Give the unit tests with the oldest and the newest versions of what setup.cfg requires."""
+    return [
+        Phase(f"unit tests, {end} versions", [["tools/test", "--versions", end]], f"{end}: ")
+        for end in ("lowest", "newest")
+    ]
+
+
 def in_machine(release: str, arguments: Sequence[str]) -> list[Phase]:
     """Give what is done in a Debian of this release; the reports are kept."""
     # What takes the machine down in its middle runs by itself; what it proves is no matter of the release.
-    downs = {"12": "reboot", "13": "powercut"}[release]
+    downs = {"12": "powercut", "13": "reboot"}[release]
     hours = ["--timeout", str(CAMPAIGN_S)] if arguments else []
 
     def test(name: str, *words: str) -> Phase:
@@ -207,6 +215,7 @@ def main(words: Sequence[str] | None = None) -> int:
         scratch.chmod(0o755)
         chains = [native(scratch)]
         if chosen.vm:
+            chains[0] += versions()
             arguments = ["--full"] if chosen.full else []
             chains += [in_machine(release, arguments) for release in ("12", "13")]
         done: list[Done] = []

@@ -9,6 +9,8 @@ from tools.mock_aitbc import MockAitbc
 from vm.boxed import BoxedMachine
 from vm.machine import ETC, MAIN, SLOTS, TOKEN, WAIT_S, run
 
+pytestmark = pytest.mark.one_release("12", "between node and coordinator nothing is of the release")
+
 SERVICE = """
 service: pause
 match: {types: [pause]}

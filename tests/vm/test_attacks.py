@@ -230,7 +230,11 @@ def canaries() -> Iterator[None]:
     OUTSIDE.parent.rmdir()
 
 
-@pytest.mark.parametrize("mode", ["required", "off"])
+# Without the sandbox it is the attacks that are tried, and what they are written for is in both releases.
+WITHOUT = pytest.param("off", marks=pytest.mark.one_release("13", "shows that the attacks bite"))
+
+
+@pytest.mark.parametrize("mode", ["required", WITHOUT])
 def test_nothing_gets_through_the_sandbox(
     machine: Machine, canaries: None, reports: Path, mode: str, count: Count
 ) -> None:

@@ -17,6 +17,8 @@ from vm.conftest import Count
 from vm.machine import WAIT_S, Machine, run
 from vm.witness import assert_once, heartbeats, longest_gap, outcome, wait_heartbeat
 
+pytestmark = pytest.mark.one_release("13", "both kernels keep the same two clocks")
+
 YEARS = 10.0
 YEAR_S = 365.25 * 86_400
 SLOT_COUNT = 3

@@ -19,6 +19,8 @@ from tools.local_node import wait_until
 from tools.mock_records import State
 from vm.machine import CURRENT, ETC, WAIT_S, Machine, run
 
+pytestmark = pytest.mark.one_release("13", "other mounts look the same in both")
+
 EXIT_CONFIG = 78
 CGROUPS = Path("/sys/fs/cgroup")
 # A group that hands on nothing but what a test gives it, and one below it that the node is in.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from aitbc_miner.workbench import POOLS
 from tools.local_node import wait_until
@@ -15,6 +16,8 @@ from tools.mock_records import State
 from vm.conftest import Count
 from vm.machine import CGROUP, RUN, STATE, WAIT_S, Machine, run
 from vm.witness import assert_once
+
+pytestmark = pytest.mark.one_release("12", "what could leak is the node's own")
 
 WAVE = 12
 # What a job does, and what becomes of it; the programs must not outlive it in any of these ways.

@@ -20,6 +20,8 @@ from vm.conftest import Count
 from vm.disks import frozen, kill_own, mounted
 from vm.machine import WAIT_S, Machine, alive, run, wait_gone
 
+pytestmark = pytest.mark.one_release("13", "the states of a slot are the node's own")
+
 # A job goes to the smallest slot that is free and large enough: so each can be meant.
 MEMORY_MB = {"cpu0": 128, "cpu1": 192, "cpu2": 256}
 DEATHS_ALLOWED = 5

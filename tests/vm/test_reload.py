@@ -24,6 +24,8 @@ from vm.measuring import (
     write_slots,
 )
 
+pytestmark = pytest.mark.one_release("13", "files and messages; the limits themselves are tried in both")
+
 FILE = ETC / "slots.d" / "slots.yaml"
 BEFORE = {"cpu_max": "25%", "cpu_weight": 100, "memory_max": "128M", "pids_max": 50}
 AFTER = {"cpu_max": "60%", "cpu_weight": 300, "memory_max": "160M", "pids_max": 70}
