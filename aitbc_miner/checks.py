@@ -1,7 +1,6 @@
 """Whether a node could run here with its configuration; nothing is changed."""
 
 import os
-import stat
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,14 +10,15 @@ from msgspec.structs import replace
 
 from aitbc_miner import abuse
 from aitbc_miner.allowlist import Entry, load_allowlist
-from aitbc_miner.config import Config, load_config
+from aitbc_miner.config import Config, PythonRunner, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, offered_controllers
 from aitbc_miner.credentials import CredentialError, read_credential
 from aitbc_miner.gpu import GpuList
 from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
 from aitbc_miner.probe import NEEDED_CONTROLLERS, SlotCapability
+from aitbc_miner.requirements import Place, RequirementError, full_disks, resolved, unmet
 from aitbc_miner.runners.catalogue import Task, list_tasks
-from aitbc_miner.runners.interpreter import InterpreterError, cannot_import, find_interpreter
+from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, cannot_import, find_interpreter
 from aitbc_miner.sampling import inventory
 from aitbc_miner.services import Service, read_services
 from aitbc_miner.slots import Layout
@@ -79,17 +79,34 @@ class Checker:
         self.commands: list[str] = []
         self.tasks: list[Task] = []
         self.services: list[Service] = []
+        self._interpreter: Interpreter | None = None
+        self._absent: dict[str, str] = {}
 
     def check(self) -> None:
         """Check everything, however much of it is wrong."""
-        self._check_slots()
-        identities = self._check_privileges()
-        self._check_confinement()
+        identities = self.check_start()
         self._check_runners()
         if self._config.coordinator.dialect == "aitbc-v1":
             self._check_services()
         self._check_credential(identities.service if identities else None)
-        self._check_workspace(passers=bool(identities and identities.jobs))
+        for key, message in full_disks(self._config):
+            self._fault(key, message)
+
+    def check_start(self) -> Identities | None:
+        """Check what `run` needs to start at all, and would refuse."""
+        self._check_slots()
+        identities = self._check_privileges()
+        self._check_confinement(identities)
+        self._check_python(identities)
+        try:
+            config = resolved(self._config)
+        except RequirementError as error:
+            key, _, message = str(error).partition(": ")
+            self._fault(key, message)
+            return identities
+        for key, message in unmet(Place(config, identities, len(self.slots))):
+            self._fault(key, message)
+        return identities
 
     def _fault(self, key: str, message: str) -> None:
         """Note what is wrong with a key, where it was set: in the file or by a variable."""
@@ -144,7 +161,7 @@ class Checker:
         self.warnings += found.missing
         return found
 
-    def _check_confinement(self) -> None:
+    def _check_confinement(self, identities: Identities | None) -> None:
         try:
             self.warnings += find_cgroups(self._config).missing
         except ConfinementError as error:
@@ -154,7 +171,7 @@ class Checker:
             else:
                 self._fault("cgroup.mode", str(error))
         try:
-            sandboxed, missing = find_sandbox(self._config, None)
+            sandboxed, missing = find_sandbox(self._config, identities.probe if identities else None)
             self.warnings += missing
             if self._config.runners.python.preload and not sandboxed:
                 self.warnings.append(f"runners.python.preload has no effect: {NO_PRELOAD}")
@@ -171,11 +188,14 @@ class Checker:
                 file = str(allowlist.files[name])
                 texts = [*abuse.warnings(entry), *self._hidden(entry)]
                 self.warnings += [str(Fault(file, None, "command", text)) for text in texts]
+                if not Path(entry.command.path).exists():
+                    self._absent[name] = entry.command.path
             self.commands = sorted(allowlist.entries)
         if runners.python.enable:
             for directory in runners.python.task_paths:
                 self._check_task_path(directory)
-            self._check_tasks()
+            if self._interpreter:
+                self._check_tasks(self._interpreter)
         if not (runners.cli.enable or runners.python.enable):
             self.warnings.append("no runner is enabled: this node can take no job")
 
@@ -204,15 +224,17 @@ class Checker:
         except OSError as error:
             self._fault(key, f"cannot look at {directory}: {error.strerror}")
 
-    def _check_tasks(self) -> None:
+    def _check_python(self, identities: Identities | None) -> None:
+        python = self._config.runners.python
+        try:
+            self._interpreter = find_python(python, identities)
+        except InterpreterError as error:
+            self._fault("runners.python.venv", str(error))
+
+    def _check_tasks(self, interpreter: Interpreter) -> None:
         """Have the tasks' own Python look at them, and at what it is to preload."""
         python = self._config.runners.python
         user = resolve("auto", self._config.privileges.service_user, []).service
-        try:
-            interpreter = find_interpreter(python.venv, user)
-        except InterpreterError as error:
-            self._fault("runners.python.venv", str(error))
-            return
         self.tasks = list_tasks(python, user, interpreter)
         broken = [task for task in self.tasks if task.info.error]
         self.warnings += [f"task {task.info.name} ({task.file}): {task.info.error}" for task in broken]
@@ -238,6 +260,17 @@ class Checker:
                 self.warnings.append(f"service {service.name}: the allowlist has no command {run.command!r}")
             if run.task is not None and run.task not in tasks:
                 self.warnings.append(f"service {service.name}: there is no task {run.task!r}")
+            self.faults += [
+                Fault(str(directory), None, f"{service.name}.{key}", f"{message}, or remove the service")
+                for key, message in self._lacking(service)
+            ]
+
+    def _lacking(self, service: Service) -> Iterator[tuple[str, str]]:
+        """Say without what every job of a service would fail."""
+        if service.egress and all(service.egress != spec.egress for spec in self.slots):
+            yield "egress", f"no slot has egress {service.egress}; give one `egress: {service.egress}`"
+        if program := self._absent.get(service.run.command or ""):
+            yield "run.command", f"there is no program {program}; install it"
 
     def _check_credential(self, service: Identity | None) -> None:
         source = self._config.coordinator.auth_token
@@ -255,20 +288,15 @@ class Checker:
             remedy = f"chgrp {service.name} {path}; chmod 640 {path}"
             self._fault("coordinator.auth_token", f"the user {service.name} cannot read {path}; {remedy}")
 
-    def _check_workspace(self, *, passers: bool) -> None:
-        root = self._config.workspace.root
-        there = next(step for step in [root, *root.parents] if os.access(step, os.F_OK))
-        if not there.is_dir():
-            self._fault("workspace.root", f"{there} is no directory; name another place")
-        elif not os.access(there, os.W_OK | os.X_OK):
-            self._fault(
-                "workspace.root", f"cannot write in {there}; start as another user, or name another place"
-            )
-        for step in [there, *there.parents] if passers else ():
-            # The miner itself opens the last step to all.
-            if step != root and not step.stat().st_mode & stat.S_IXOTH:
-                remedy = f"chmod o+x {step}, or name another place"
-                self._fault("workspace.root", f"the slots' users cannot pass through {step}; {remedy}")
+
+def find_python(python: PythonRunner, identities: Identities | None) -> Interpreter:
+    """Find the Python of tasks, as the service's user, or our own where there are no tasks.
+
+    Raises:
+        InterpreterError: it does not do, or nobody but root can start it.
+    """
+    user = identities.service if identities else None
+    return find_interpreter(python.venv if python.enable else None, user)
 
 
 def may_read(path: str, user: Identity) -> bool:

@@ -304,13 +304,11 @@ def _listen(path: Path, readers: set[int]) -> socket.socket:
 
 
 def _make_directory(path: Path) -> bool:
-    """Make the socket's directory; False when it is there already."""
+    """Make the socket's directory; False when it is there already, and not as we make it."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    try:
-        path.mkdir(mode=0o750)
-    except FileExistsError:
-        return False
-    return True
+    path.mkdir(mode=0o750, exist_ok=True)
+    found = path.stat()
+    return (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 0, 0o750)
 
 
 def _clear(path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import NoReturn
 import psutil
 
 from aitbc_miner.cgroup import RETRY_S, find_mount
-from aitbc_miner.privileges import UNALLOCATED, UNALLOCATED_END
+from aitbc_miner.privileges import is_unallocated
 from aitbc_miner.util import fs
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.log import events
@@ -45,7 +45,7 @@ def clear_user(uid: int, timeout_s: float) -> list[int]:
         The processes that are still there.
     """
     alive = kill_processes_of(uid, timeout_s)
-    if not alive and not _is_unallocated(uid):
+    if not alive and not is_unallocated(uid):
         remove_memory_of(uid, timeout_s)
     return alive
 
@@ -55,7 +55,7 @@ def processes_of(uid: int) -> list[int]:
 
     Of an unallocated id nothing is found: another node of this machine may have given it to its own jobs.
     """
-    if _is_unallocated(uid):
+    if is_unallocated(uid):
         return []
     try:
         # Fails when the user has no process, which takes the kernel microseconds to see.
@@ -119,10 +119,6 @@ def _in_some_slot(pid: int) -> bool:
         return False
     group = Path(line.removeprefix("0::"))
     return mount is not None and group.name == "job" and Path(f"{mount.path}/{group.parent}/worker").is_dir()
-
-
-def _is_unallocated(uid: int) -> bool:
-    return UNALLOCATED <= uid < UNALLOCATED_END
 
 
 def _sysv_of(uid: int) -> list[tuple[str, int]]:

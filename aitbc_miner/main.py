@@ -15,6 +15,7 @@ from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from aitbc_miner.gpu import GpuList, GpuReader
 from aitbc_miner.privileges import resolve
 from aitbc_miner.probe import capabilities, probe_machine, render_page
+from aitbc_miner.requirements import Place, RequirementError, require, resolved
 from aitbc_miner.runners.catalogue import Task, list_tasks, params_of, told
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out, read_slots, to_yaml
 from aitbc_miner.util.build import build
@@ -96,9 +97,25 @@ def run(path: Path) -> int:
                 "name the configuration with --config; etc/config.yaml is one to start from", file=sys.stderr
             )
         return status
+    try:
+        config = resolved(config)
+        require(Place(config, None, 0))
+    except RequirementError as error:
+        print(error, file=sys.stderr)
+        return _refuse(_why_not(path, config))
     from aitbc_miner.node import run_node  # noqa: PLC0415  # the whole daemon, which nothing else here needs
 
-    return run_node(path, config, warnings)
+    status = run_node(path, config, warnings)
+    if status == EXIT_CONFIG:
+        # The node has said what it came upon; where that was set, and what else is wrong, is said here.
+        _refuse(_why_not(path, config))
+    return status
+
+
+def _why_not(path: Path, config: Config) -> list[Fault]:
+    checker = Checker(path, config, os.environ, find_gpus())
+    checker.check_start()
+    return checker.faults
 
 
 def probe(path: Path | None, *, as_json: bool) -> int:
@@ -151,12 +168,17 @@ def check(path: Path) -> int:
 def slots(path: Path, *, suggest: bool) -> int:
     """Print the slots of the configuration, or those that suit this machine, as a file for slots.d."""
     specs: list[SlotSpec] = []
-    facts = machine_facts(find_gpus())
+    gpus = find_gpus()
+    facts = machine_facts(gpus)
     if not suggest:
         config, faults, _ = load_config(path, os.environ)
         specs = lay_out(read_slots(config.slots_dir, faults), facts, faults) if config else []
-        if faults:
+        if faults or config is None:
             return _refuse(faults)
+        checker = Checker(path, config, os.environ, gpus)
+        checker.check()
+        # They are the slots all the same: the installer makes their users, without which `check` has a fault.
+        _refuse(checker.faults)
     print(to_yaml(specs or derive_slots(facts)), end="")
     return EXIT_OK
 

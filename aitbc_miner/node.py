@@ -15,7 +15,7 @@ from aitbc_miner.agent import Agent
 from aitbc_miner.allowing import judge
 from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.channel import Allowance, Channel
-from aitbc_miner.checks import read_layout, slots_for
+from aitbc_miner.checks import find_python, read_layout, slots_for
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
@@ -39,10 +39,10 @@ from aitbc_miner.messages import (
     ToWorker,
 )
 from aitbc_miner.orphans import WorkerBook
-from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
+from aitbc_miner.privileges import Identities, Identity, PrivilegeError, is_unallocated, resolve
 from aitbc_miner.queue_shared import open_shared
 from aitbc_miner.records import PASSABLE
-from aitbc_miner.runners.interpreter import find_interpreter
+from aitbc_miner.requirements import Place, foreign, require
 from aitbc_miner.runnerset import RunnerSet
 from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slots import Layout, SlotPlan, make_offer
@@ -51,7 +51,8 @@ from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.starting import gpu_devices, gpu_env
 from aitbc_miner.supervisor import Parts, Supervisor
 from aitbc_miner.topology import read_machine
-from aitbc_miner.util import fs, log
+from aitbc_miner.util import clock, fs, log
+from aitbc_miner.util.locks import HeldError, Locks
 from aitbc_miner.util.notify import Notifier
 from aitbc_miner.util.system import drop_privileges
 from aitbc_miner.util.web import Proxy
@@ -109,18 +110,26 @@ class Node:
         if faults:
             raise ConfinementError("cannot lay out the slots: " + "; ".join(map(str, faults)))
         self._identities = self._resolve([spec.name for spec in self._specs])
+        require(Place(config, self._identities, len(self._specs)))
+        self._locks = Locks(f"pid {os.getpid()}, since {clock.wall()}, configuration {path}")
+        self._locks.take(f"the node id {config.node_id}", "stop that one, or set another node_id")
+        if found.parent is not None:
+            self._locks.take(f"the control group {found.parent}", "stop that one")
         self._cgroups = take_cgroups(config, found)
-        # Tried as a user who is not root, as jobs are; the slots' own may be known only when the GPUs are.
-        probe = next(iter(self._identities.jobs.values()), self._identities.service)
-        self._sandboxed, unsafe = find_sandbox(config, probe)
-        service, python = self._identities.service, config.runners.python
-        # Looked for where there is one of its own to go wrong: a node without it must not start, and say why.
-        self._interpreter = find_interpreter(python.venv if python.enable else None, service)
+        self._sandboxed, unsafe = find_sandbox(config, self._identities.probe)
+        self._interpreter = find_python(config.runners.python, self._identities)
         if self._cgroups.parent not in {None, self._cgroups.home}:
             Group(self._cgroups.parent).create()
         self.notices = [*self._identities.missing, *self._cgroups.missing, *unsafe]
         _make_workspace(config.workspace.root, self._identities.service)
         _make_state(config.queue.path.parent, self._identities.service)
+        for key, place in (
+            ("workspace.root", config.workspace.root),
+            ("queue.path", config.queue.path.parent),
+            ("control.socket", config.control.socket.parent),
+        ):
+            self._locks.take(str(place.resolve()), f"stop that one, or set another {key}")
+        # For those that have the directory, but not our /run: in containers.
         self._lock = _lock(config.workspace.root)
         self._book = WorkerBook(config.control.socket.with_name("workers.json"))
         # The node token goes this way and never through the supervisor, which keeps both ends open but
@@ -130,14 +139,14 @@ class Node:
     def close(self) -> None:
         """Remove the slots' groups, except for one that a job is still in (hand-over)."""
         parent = self._cgroups.parent
-        if parent is None:
-            return
-        for path in [*slot_groups(parent), *([parent] if parent != self._cgroups.home else [])]:
+        extra = [parent] if parent not in {None, self._cgroups.home} else []
+        for path in [*(slot_groups(parent) if parent else ()), *extra]:
             try:
                 # Of one with a job we know that it stays; the last process of another may be going just now.
                 Group(path).remove(timeout_s=0.0 if Group(path).populated() else 0.5)
             except CgroupError as error:
                 log.events("supervisor").debug("cgroup stays", reason=str(error))
+        self._locks.close()
 
     def parts(self) -> Parts:
         """Give the supervisor what it is made of."""
@@ -232,6 +241,7 @@ class Node:
             interpreter=self._interpreter,
             devices=gpu_devices(gpu),
         )
+        problem = self._claim(user) or problem
         if spec.gpu is not None and gpu is None:
             problem = f"GPU {spec.gpu} is not there or does not answer; see `aitbc-miner probe`"
         return SlotPlan(
@@ -244,6 +254,16 @@ class Node:
             problem,
             settings.devices,
         )
+
+    def _claim(self, user: Identity | None) -> str | None:
+        """Keep other miners off a slot's user, whose processes end between jobs; says why that cannot be."""
+        try:
+            # Of an unallocated id nothing is ended.
+            if user is not None and not is_unallocated(user.uid):
+                self._locks.take(f"the user {user.name}", "stop that one, or rename the slot", 0.0)
+        except (HeldError, OSError) as error:
+            return str(error)
+        return None
 
     def _spawn_worker(self, settings: Settings) -> Child[FromWorker]:
         name = settings.spec.name
@@ -351,12 +371,8 @@ def _make_state(directory: Path, service: Identity | None) -> None:
     with fs.directory(directory) as fd:
         if service is None or os.fstat(fd).st_uid == service.uid:
             return
-        if any(directory.iterdir()):
-            raise WorkspaceError(
-                f"cannot use {directory}: it is not empty and not {service.name}'s; set queue.path to a file "
-                "in a directory of its own, or if this is it: "
-                f"`chown -R {service.uid}:{service.gid} {directory}`"
-            )
+        if fault := foreign(directory, service.uid, service.gid):
+            raise WorkspaceError(f"cannot use {directory}: {fault}")
         os.fchown(fd, service.uid, service.gid)
 
 

@@ -19,6 +19,11 @@ UNALLOCATED = 60600
 UNALLOCATED_END = 61183
 
 
+def is_unallocated(uid: int) -> bool:
+    """Whether an id is one that a miner takes where there are no users for it."""
+    return UNALLOCATED <= uid < UNALLOCATED_END
+
+
 class PrivilegeError(MinerError):
     """The users that the configuration asks for are not to be had."""
 
@@ -37,6 +42,11 @@ class Identities(Struct, frozen=True):
     service: Identity | None
     jobs: dict[str, Identity]
     missing: list[str]
+
+    @property
+    def probe(self) -> Identity | None:
+        """As whom to try out what jobs may do; the slots' own may be known only when the GPUs are."""
+        return next(iter(self.jobs.values()), self.service)
 
 
 def resolve(mode: str, service_user: str, slots: Sequence[str], euid: int | None = None) -> Identities:

@@ -22,6 +22,8 @@ from aitbc_miner.doctor import Finding, diagnose
 from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
 from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import probe_machine
+from aitbc_miner.runners import interpreter
+from aitbc_miner.runners.interpreter import InterpreterError
 from aitbc_miner.slotspec import SlotFile
 from aitbc_miner.util.build import build
 from aitbc_miner.util.yamldoc import decode_text
@@ -517,3 +519,82 @@ def test_doctor_on_a_broken_configuration(site: Site) -> None:
     done = run("doctor", "--config", str(site.path))
     assert done.returncode == 1
     assert f"→ aitbc-miner check --config {site.path}" in done.stdout
+
+
+# --- one list for check and run ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "key", "remedy"),
+    [
+        ("logging", {"path": "TOP/gone/node.log"}, "logging.path", "`mkdir -p TOP/gone`"),
+        ("logging", {"path": "TOP"}, "logging.path", "name a file"),
+        (
+            "runners",
+            {"python": {"venv": "/opt/nothere"}},
+            "runners.python.venv",
+            "`python3 -m venv /opt/nothere`",
+        ),
+        ("workspace", {"root": "TOP/config.yaml/jobs"}, "workspace.root", "name another place"),
+        ("control", {"socket": "TOP/config.yaml"}, "control.socket", "remove it, or name another place"),
+        ("privileges", {"mode": "required", "service_user": "nobody-here"}, "privileges.mode", "useradd"),
+    ],
+)
+def test_what_run_refuses_check_refuses_first_and_slots_says(
+    section: str, value: dict[str, Any], key: str, remedy: str, site: Site
+) -> None:
+    def here(text: Any) -> Any:
+        return json.loads(json.dumps(text).replace("TOP", str(site.path.parent)))
+
+    site.keys[section] = {**site.keys.get(section, {}), **here(value)}
+    path = str(site.write())
+    told = {}
+    for verb in ("check", "run", "slots"):
+        done = run(verb, "--config", path)
+        told[verb] = [
+            line for line in done.stderr.splitlines() if line.startswith(f"{path}:") and f" {key}: " in line
+        ]
+        assert done.returncode == (0 if verb == "slots" else 78), done.stderr
+        assert "Traceback" not in done.stderr
+    assert told["check"] == told["run"] == told["slots"]
+    assert len(told["check"]) == 1
+    assert here(remedy) in told["check"][0]
+
+
+def test_a_python_that_only_root_can_start_is_no_fault_of_the_driver(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = site.path.parent / "closed"
+    closed.mkdir(mode=0o700)
+    (closed / "python3").symlink_to(sys.executable)
+    monkeypatch.setattr(sys, "executable", str(closed / "python3"))
+    monkeypatch.setattr(interpreter, "as_user", lambda _: {"user": 4242, "group": 4242, "extra_groups": []})
+    with pytest.raises(
+        InterpreterError, match=r"^aitbc cannot start .*Permission denied.*; install the miner with"
+    ):
+        interpreter.find_interpreter(None, Identity(4242, 4242, "aitbc"))
+
+
+def test_a_service_needs_its_program(site: Site) -> None:
+    services = site.path.parent / "services.d"
+    services.mkdir()
+    text = "service: serve\nmatch: {types: [serve]}\nrun: {command: server}\n"
+    (services / "serve.yaml").write_text(text)
+    entry = "command: {path: /opt/nothere/server}\nargs: []\n"
+    (site.allowlist / "server.yaml").write_text(entry)
+    site.keys["services_dir"] = str(services)
+    site.keys["coordinator"]["dialect"] = "aitbc-v1"
+    wanted = "serve.run.command: there is no program /opt/nothere/server; install it, or remove the service"
+    assert wanted in fault_texts(site.checker())
+
+
+def test_a_service_needs_a_slot_with_its_network(site: Site) -> None:
+    services = site.path.parent / "services.d"
+    services.mkdir()
+    text = "service: infer\negress: open\nmatch: {types: [infer]}\nrun: {task: inference}\n"
+    (services / "infer.yaml").write_text(text)
+    site.keys["services_dir"] = str(services)
+    site.keys["coordinator"]["dialect"] = "aitbc-v1"
+    assert "infer.egress: no slot has egress open; give one `egress: open`, or" in fault_texts(site.checker())
+    (site.slots / "slots.yaml").write_text("slots: [{name: cpu0, kind: cpu, egress: open}]\n")
+    assert "egress" not in fault_texts(site.checker())

@@ -69,7 +69,7 @@ _ISOLATED = ("-I", "-B", "-u", "-c")
 
 
 def find_interpreter(venv: Path | None, user: Identity | None = None) -> Interpreter:
-    """Find the Python of a virtual environment, by asking it; of our own, None, all is known.
+    """Find the Python of a virtual environment, by asking it; of our own, None, all else is known.
 
     Args:
         venv: `runners.python.venv`.
@@ -79,6 +79,13 @@ def find_interpreter(venv: Path | None, user: Identity | None = None) -> Interpr
         InterpreterError: it is not there, others could change it, it is too old, or has no msgspec.
     """
     if venv is None:
+        if user is not None:
+            try:
+                _ask(Path(sys.executable), _ASK, user)
+            except InterpreterError as error:
+                remedy = "install the miner with a Python that all users may start, such as Debian's"
+                where = Path(sys.executable).resolve()
+                raise InterpreterError(f"{user.name} cannot start {where}: {error}; {remedy}") from error
         prefixes = (Path(sys.base_prefix), Path(sys.prefix))
         return Interpreter(Path(sys.executable), prefixes, tuple(map(Path, sys.path)))
     program = venv / "bin" / "python3"

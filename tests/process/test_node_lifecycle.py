@@ -2,8 +2,6 @@
 
 import os
 import signal
-import subprocess
-import sys
 from typing import Any
 
 import psutil
@@ -25,7 +23,7 @@ from harness import (
 from aitbc_miner.errors import EXIT_CONFIG
 from aitbc_miner.messages import SlotView
 from aitbc_miner.slot import SlotState
-from tools.local_node import TOKEN, wait_until
+from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import State
 
@@ -377,17 +375,27 @@ def test_undelivered_outcomes_are_delivered_by_the_next_start(
     assert delivered == len(jobs)
 
 
-def test_second_node_on_the_same_directory_does_not_start(
+def test_a_second_node_with_something_of_the_first_does_not_start(
     coordinator: MockCoordinator, node_factory: NodeFactory
 ) -> None:
     node = node_factory(1).start()
     job_id = coordinator.submit(node.script("mine", "exec sleep 600"))
     pid = node.running(job_id)
-    command = [sys.executable, "-m", "aitbc_miner.main", "run", "--config", str(node.config)]
-    environ = {**os.environ, "MINER_AUTH": TOKEN}
-    second = subprocess.run(command, check=False, env=environ, capture_output=True, text=True, timeout=WAIT_S)
-    assert second.returncode == EXIT_CONFIG
-    assert str(node.jobs) in second.stderr
+    others: dict[str, dict[str, Any]] = {
+        "node id": {"node_id": node.node_id},
+        "workspace.root": {"workspace": {"root": str(node.jobs)}},
+        "queue.path": {"queue": {"path": str(node.directory / "state" / "other.db")}},
+        "control.socket": {"control": {"socket": str(node.socket.with_name("other.sock"))}},
+    }
+    for what, changes in others.items():
+        second = node_factory(1, **changes)
+        second.launch()
+        assert second.process is not None
+        assert second.process.wait(WAIT_S) == EXIT_CONFIG
+        said = second.log.read_text()
+        assert what in said
+        assert f"(pid {node.now().pid}, since 20" in said
+        assert f"configuration {node.config})" in said
     assert alive(pid)
     assert node.now().pid == (node.process.pid if node.process else 0)
     assert node.stop() == 0

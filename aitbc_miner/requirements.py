@@ -1,0 +1,186 @@
+"""What `run` needs of its machine besides users and confinement: one list, for `check` and `run` alike.
+
+Nothing is made or changed. Each function yields what is wrong, with what mends it; NEEDS has the key that it
+follows from.
+"""
+
+import os
+import resource
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from msgspec import Struct
+from msgspec.structs import replace
+
+from aitbc_miner.config import Config
+from aitbc_miner.errors import MinerError
+from aitbc_miner.privileges import Identities
+
+ROOM_BYTES, ROOM_INODES = 1 << 20, 64
+"""What a directory and the first records take."""
+LINKS = 40
+FILES, FILES_PER_SLOT = 64, 8
+
+
+class RequirementError(MinerError):
+    """The machine has not what `run` needs."""
+
+
+class Place(Struct, frozen=True):
+    """What the requirements are about. Without `identities` it is not known who is who."""
+
+    config: Config
+    identities: Identities | None
+    slots: int
+
+
+def unmet(place: Place) -> Iterator[tuple[str, str]]:
+    """Give the key and the fault of each requirement that this machine does not meet."""
+    for key, look in NEEDS:
+        yield from ((key, fault) for fault in look(place))
+
+
+def require(place: Place) -> None:
+    """Let a node start only where all requirements are met.
+
+    Raises:
+        RequirementError: some are not; the message has each with its key.
+    """
+    if faults := [f"{key}: {fault}" for key, fault in unmet(place)]:
+        raise RequirementError("; ".join(faults))
+
+
+def resolved(config: Config) -> Config:
+    """Give the configuration with the links in its paths followed, once, where they are root's or ours.
+
+    Raises:
+        RequirementError: a link is somebody else's, who could have it lead anywhere later.
+    """
+    return replace(
+        config,
+        workspace=replace(config.workspace, root=_resolved("workspace.root", config.workspace.root)),
+        queue=replace(config.queue, path=_resolved("queue.path", config.queue.path)),
+        control=replace(config.control, socket=_resolved("control.socket", config.control.socket)),
+        logging=replace(
+            config.logging, path=config.logging.path and _resolved("logging.path", config.logging.path)
+        ),
+    )
+
+
+def _resolved(key: str, path: Path) -> Path:
+    for _ in range(LINKS):
+        link = next((step for step in [*reversed(path.parents), path] if step.is_symlink()), None)
+        if link is None:
+            return path
+        if (owner := link.lstat().st_uid) not in {0, os.geteuid()}:
+            raise RequirementError(
+                f"{key}: {link} is a link of user id {owner}, which root does not follow; name where it leads"
+            )
+        path = Path(os.path.normpath(link.parent / link.readlink() / path.relative_to(link)))
+    raise RequirementError(f"{key}: {path} leads through more than {LINKS} links; name where it leads")
+
+
+def _workspace(place: Place) -> Iterator[str]:
+    root = place.config.workspace.root
+    faults = list(_directory(root))
+    yield from faults
+    there = _existing(root)
+    passers = place.identities is not None and bool(place.identities.jobs) and not faults
+    for step in [there, *there.parents] if passers else ():
+        # The miner itself opens the last step to all.
+        if step != root and not step.stat().st_mode & stat.S_IXOTH:
+            remedy = f"chmod o+x {step}, or name another place"
+            yield f"the slots' users cannot pass through {step}; {remedy}"
+
+
+def _state(place: Place) -> Iterator[str]:
+    path = place.config.queue.path
+    yield from _directory(path.parent)
+    if path.is_dir():
+        yield f"{path} is a directory; name a file in a directory of its own"
+    service = place.identities.service if place.identities else None
+    if fault := foreign(path.parent, service.uid if service else None, service.gid if service else None):
+        yield fault
+
+
+def foreign(directory: Path, uid: int | None, gid: int | None) -> str:
+    """Say so if a directory with files is not the service's: it may be any directory at all."""
+    if (
+        uid is None
+        or not directory.is_dir()
+        or directory.stat().st_uid == uid
+        or not any(directory.iterdir())
+    ):
+        return ""
+    return (
+        f"{directory} is not empty and not the service's; set queue.path to a file in a directory of its "
+        f"own, or if this is it: `chown -R {uid}:{gid} {directory}`"
+    )
+
+
+def _log(place: Place) -> Iterator[str]:
+    path = place.config.logging.path
+    if path is None:
+        return
+    if path.is_dir():
+        yield f"{path} is a directory; name a file"
+    elif not path.parent.is_dir():
+        yield f"there is no directory {path.parent}; `mkdir -p {path.parent}`, or name another file"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        yield f"cannot write {path}; start as another user, or name another file"
+    elif not path.exists() and _full(path.parent):
+        yield f"the disk of {path} is full; free space there, or name another file"
+
+
+def _control(place: Place) -> Iterator[str]:
+    path = place.config.control.socket
+    yield from _directory(path.parent)
+    if path.exists() and not path.is_socket():
+        yield f"{path} is no socket; remove it, or name another place"
+
+
+def _files(place: Place) -> Iterator[str]:
+    wanted = FILES + FILES_PER_SLOT * place.slots
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if most != resource.RLIM_INFINITY and most < wanted and os.geteuid() != 0:
+        yield f"{place.slots} slots take {wanted} open files, but the limit is {most}; raise `ulimit -n`"
+
+
+NEEDS: tuple[tuple[str, Callable[[Place], Iterator[str]]], ...] = (
+    ("workspace.root", _workspace),
+    ("queue.path", _state),
+    ("logging.path", _log),
+    ("control.socket", _control),
+    ("slots_dir", _files),
+)
+
+
+def full_disks(config: Config) -> Iterator[tuple[str, str]]:
+    """Give the keys whose disks are full, which ends no node that has run there: it waits for space."""
+    for key, path in (("workspace.root", config.workspace.root), ("queue.path", config.queue.path)):
+        if _full(there := _existing(path)):
+            yield key, f"the disk of {there} is full: nothing can be recorded; free space or inodes there"
+
+
+def _directory(path: Path) -> Iterator[str]:
+    """Say why a directory cannot be used or made."""
+    there = _existing(path)
+    if not there.is_dir():
+        yield f"{there} is no directory; name another place"
+    elif not os.access(there, os.W_OK | os.X_OK):
+        yield f"cannot write in {there}; start as another user, or name another place"
+    elif there != path and _full(there):
+        yield f"cannot make {path}: the disk of {there} is full; free space there, or name another place"
+
+
+def _existing(path: Path) -> Path:
+    return next(step for step in [path, *path.parents] if os.path.lexists(step))
+
+
+def _full(path: Path) -> bool:
+    try:
+        disk = os.statvfs(path)
+    except OSError:
+        return False
+    return disk.f_bavail * disk.f_frsize < ROOM_BYTES or (disk.f_files > 0 and disk.f_favail < ROOM_INODES)
