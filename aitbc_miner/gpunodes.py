@@ -1,10 +1,16 @@
 """What files of the kernel and of NVIDIA's driver say of a GPU: where it is, by which nodes it is reached."""
 
 import contextlib
+import re
+import subprocess
+import sys
 from pathlib import Path
 
-CAPABILITIES = Path("/proc/driver/nvidia/capabilities")
-CARDS = Path("/proc/driver/nvidia/gpus")
+DRIVER = Path("/proc/driver/nvidia")
+CAPABILITIES, CARDS = DRIVER / "capabilities", DRIVER / "gpus"
+MODPROBE = Path("/usr/bin/nvidia-modprobe")
+MAKE_S = 30.0
+"""Seconds: how long one run of it may take, which may load the driver."""
 
 
 def mig_capabilities(place: Path, minor: int | None, own: int | None, compute: int | None) -> tuple[int, ...]:
@@ -37,3 +43,39 @@ def numa_node_of(sysfs: Path, pci_bus_id: str) -> int | None:
     except (OSError, ValueError):
         return None
     return node if node >= 0 else None
+
+
+def make_nodes(program: Path = MODPROBE, driver: Path = DRIVER) -> list[str]:
+    """Have NVIDIA's own program make the device nodes of all cards, for root; says what it could not.
+
+    A boot does not make all of them, and a job cannot: the program would need to gain rights.
+    """
+    if not program.exists():
+        return []
+    # First the driver is loaded, then there are cards to count.
+    failed = [_run(program, "-u", "-c", "0"), _run(program, "-m")]
+    for card in sorted((driver / "gpus").glob("*/information")):
+        with contextlib.suppress(OSError):
+            found = re.search(r"(?m)^Device Minor:\s*(\d+)\s*$", card.read_text("utf-8", "replace"))
+            failed += [_run(program, "-u", "-c", found[1])] if found else []
+    for access in sorted((driver / "capabilities").glob("gpu*/mig/**/access")):
+        failed.append(_run(program, "-f", str(access)))
+    return [why for why in failed if why]
+
+
+def _run(program: Path, *words: str) -> str:
+    line = " ".join([str(program), *words])
+    try:
+        child = subprocess.Popen([program, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        status = child.wait(MAKE_S)
+    except OSError as error:
+        return f"{line}: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        # It hangs in the driver, where killing it makes things worse.
+        return f"{line}: no end after {MAKE_S:g} s"
+    return f"{line}: exit status {status}" if status else ""
+
+
+if __name__ == "__main__":
+    # The unit calls us with all of root's rights, which the miner itself has not.
+    sys.exit("\n".join(make_nodes()) or 0)

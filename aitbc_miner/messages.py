@@ -90,6 +90,7 @@ class GpuFact(Struct, frozen=True):
 
     vram_mb: 0 where it is not known. unified: it is the machine's.
     minor: the number of its node /dev/nvidia<minor>. capabilities: those of its nodes in /dev/nvidia-caps.
+    pci_bus_id: of the card, as in sysfs; "" where there is none.
     """
 
     ids: Annotated[tuple[str, ...], Meta(min_length=1)]
@@ -98,6 +99,7 @@ class GpuFact(Struct, frozen=True):
     minor: int | None = None
     capabilities: tuple[int, ...] = ()
     unified: bool = False
+    pci_bus_id: str = ""
 
 
 class FoundJob(Struct, frozen=True):

@@ -23,6 +23,7 @@ from aitbc_miner.control import Request
 from aitbc_miner.coordinator.connect import connect, proxy_of
 from aitbc_miner.credentials import credential_of_root
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
+from aitbc_miner.gpuview import gpu_view
 from aitbc_miner.heartbeat import run_heartbeat
 from aitbc_miner.historian import Wrote
 from aitbc_miner.history import read_history
@@ -48,7 +49,7 @@ from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slots import Layout, SlotPlan, make_offer
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out
 from aitbc_miner.spawn import become_subreaper
-from aitbc_miner.starting import gpu_devices, gpu_env
+from aitbc_miner.starting import gpu_env
 from aitbc_miner.supervisor import Parts, Supervisor
 from aitbc_miner.topology import read_machine
 from aitbc_miner.util import clock, fs, log
@@ -239,7 +240,7 @@ class Node:
             gpu_env=gpu_env(gpu),
             sandboxed=self._sandboxed,
             interpreter=self._interpreter,
-            devices=gpu_devices(gpu),
+            devices=gpu_view(gpu),
         )
         problem = self._claim(user) or problem
         if spec.gpu is not None and gpu is None:

@@ -166,12 +166,28 @@ def inventory(found: GpuList) -> Inventory:
         if gpu.mig_enabled:
             # The GPU itself runs nothing then, only its instances do.
             facts += [
-                GpuFact((part.uuid,), part.vram_mb or 0, gpu.numa_node, gpu.minor, part.capabilities)
+                GpuFact(
+                    (part.uuid,),
+                    part.vram_mb or 0,
+                    gpu.numa_node,
+                    gpu.minor,
+                    part.capabilities,
+                    pci_bus_id=gpu.pci_bus_id,
+                )
                 for part in gpu.mig
             ]
         elif not gpu.error:
             ids = tuple(filter(None, (gpu.uuid, str(gpu.index))))
-            facts.append(GpuFact(ids, gpu.vram_mb or 0, gpu.numa_node, gpu.minor, unified=gpu.unified))
+            facts.append(
+                GpuFact(
+                    ids,
+                    gpu.vram_mb or 0,
+                    gpu.numa_node,
+                    gpu.minor,
+                    unified=gpu.unified,
+                    pci_bus_id=gpu.pci_bus_id,
+                )
+            )
     errors = [None if found.missing else found.error, *(gpu.error for gpu in found.gpus)]
     errors += [f"GPU {gpu.index} does not tell its {', '.join(gpu.odd)}" for gpu in found.gpus if gpu.odd]
     return Inventory(facts, "; ".join(filter(None, errors)) or None)

@@ -9,13 +9,15 @@ and its number, which bubblewrap does not.
 import os
 import re
 import subprocess
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from msgspec import Struct
 
 from aitbc_miner.jobs import ExitStatus
+from aitbc_miner.ownmounts import NO_DIRECTORY, NO_FILE, PTS, SHM, TMP, make_mounts
 from aitbc_miner.privileges import Identity
 from aitbc_miner.syscalls import filter_fd
 
@@ -34,22 +36,33 @@ TRY_S = 20.0
 
 # Links into /usr on today's Debian, and directories where /usr has not been merged.
 _LIBRARIES = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-# What programs need to find others, libraries, fonts and their own limits; nothing of it is secret.
-_ETC = (
-    *("alternatives", "ld.so.cache", "fonts", "ImageMagick-6", "ImageMagick-7", "OpenCL", "vulkan"),
-    *("mime.types", "magic", "ssl/openssl.cnf"),
-)
-_ETC_OF_NETWORK = ("resolv.conf", "gai.conf", "services", "protocols", "ssl/certs")
-# What of /proc is the machine's and not of the job's own namespaces: its owner could write there.
-_PROC_SHUT = ("sys", "sysrq-trigger", "irq", "bus", "fs")
+ETC = {
+    "alternatives ld.so.cache ld.so.conf ld.so.conf.d": "which program or library a name stands for",
+    "fonts ImageMagick-6 ImageMagick-7 ghostscript groff libreoffice papersize paperspecs texmf": (
+        "documents and pictures"
+    ),
+    "mime.types magic magic.mime sgml xml": "kinds of files",
+    "OpenCL vulkan glvnd": "which driver a graphics card has",
+    "java-*-openjdk maven python3* perl R julia php/*/cli php/*/mods-available": "settings of languages",
+    "openmpi pmix": "settings of parallel programs",
+    "ssl/openssl.cnf ssl/certs": "which certificates are good; no key",
+}
+"""What jobs see of /etc, by name or pattern, and what it is for; nothing of it is secret. There are no
+links followed out of it that lead to anything else: one in /etc leads to the private keys."""
+ETC_OF_NETWORK = "resolv.conf gai.conf services protocols"
+"""What jobs with the machine's network see besides."""
+# Directories of /proc that are the job's own, and what it may read besides. All others are the machine's.
+_PROC_OWN, _PROC_SHOWN = frozenset({"sysvipc"}), ("sys",)
+# Addresses of devices, and keys of the user's other programs.
+_PROC_HIDDEN = frozenset({"interrupts", "iomem", "ioports", "keys", "key-users"})
+_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 # How many CPUs there are, which C libraries ask for here.
 _SYS = ("devices/system/cpu", "devices/system/node")
-# Where the drivers of graphics cards look for them.
-_SYS_OF_GPU = ("bus/pci", "devices", "module/nvidia")
 # GNU time leaves two descriptors open to the program: STATUS_FD, and what it has opened by that name itself.
 _SHUT = f'exec "$@" {STATUS_FD}>&- {{}}>&-'
 _OF_JOB = ("work", "output", "tmp")
 _BY_SIGNAL = 128
+_WRITABLE = 0o222
 
 
 class Sandbox(Struct, frozen=True):
@@ -61,7 +74,7 @@ class Sandbox(Struct, frozen=True):
         network: whether the job has the machine's network; if not, it has a loopback of its own.
         io_uring: whether it may use io_uring.
         binds: what it may read besides, at the same place.
-        devices: nodes of its GPU.
+        devices: what it has of its GPU, in /dev, /proc and /sys.
     """
 
     runs_as: Identity | None
@@ -74,11 +87,15 @@ class Sandbox(Struct, frozen=True):
 
 
 class Enclosed(Struct, frozen=True):
-    """A program in its sandbox: what to start, with which descriptors; `status` tells how it ended."""
+    """A program in its sandbox: what to start, with which descriptors; `status` tells how it ended.
+
+    Before it is started, as the job's user, its process calls `make_mounts`.
+    """
 
     argv: list[str]
     fds: dict[int, int]
     status: int
+    make_mounts: Callable[[], None]
 
 
 def enclose(
@@ -116,7 +133,7 @@ def enclose(
         *("--", TIME, "-f", "", "-o", f"/proc/self/fd/{STATUS_FD}", "--"),
         *("/bin/sh", "-c", _SHUT.format(_free(used)), "sh", *argv),
     ]
-    return Enclosed(words, fds, status)
+    return Enclosed(words, fds, status, partial(make_mounts, sandbox.tmp_bytes, sandbox.shm_bytes))
 
 
 def how_it_ended(status: int, ended: ExitStatus) -> ExitStatus:
@@ -165,6 +182,7 @@ def why_not(sandbox: Sandbox) -> str | None:
                 pass_fds=[rules],
                 timeout=TRY_S,
                 check=False,
+                preexec_fn=partial(_make_mounts_or_say, sandbox),
                 **whose,  # type: ignore[call-overload]
             )
     except (OSError, subprocess.SubprocessError) as error:
@@ -174,6 +192,14 @@ def why_not(sandbox: Sandbox) -> str | None:
     said = tried.stderr.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
     remedy = "users must be able to make namespaces, see `aitbc-miner doctor`"
     return f"{said[-1][:300]}; {remedy}"
+
+
+def _make_mounts_or_say(sandbox: Sandbox) -> None:
+    try:
+        make_mounts(sandbox.tmp_bytes, sandbox.shm_bytes)
+    except OSError as error:
+        os.write(2, str(error.strerror).encode())
+        os._exit(1)
 
 
 def _status_pipe(sandbox: Sandbox, stack: ExitStack) -> tuple[int, int]:
@@ -189,6 +215,9 @@ def _status_pipe(sandbox: Sandbox, stack: ExitStack) -> tuple[int, int]:
 
 def _namespaces(sandbox: Sandbox) -> Iterator[str]:
     yield from ("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup")
+    # In the namespace of `make_mounts` he is root.
+    uid, gid = _ids(sandbox)
+    yield from ("--uid", str(uid), "--gid", str(gid))
     if not sandbox.network:
         yield "--unshare-net"
     # A session of its own: a job cannot type into an operator's terminal.
@@ -205,25 +234,69 @@ def _view(sandbox: Sandbox, binds: Sequence[Path]) -> Iterator[str]:
             yield from ("--symlink", str(place.readlink()), str(place))
         elif place.is_dir():
             yield from ("--ro-bind", str(place), str(place))
-    yield from ("--proc", "/proc", "--dev", "/dev")
-    for name in _PROC_SHUT:
-        yield from ("--ro-bind-try", f"/proc/{name}", f"/proc/{name}")
-    yield from ("--size", str(sandbox.shm_bytes), "--perms", "1777", "--tmpfs", "/dev/shm")  # noqa: S108
-    for device in sandbox.devices:
-        yield from ("--dev-bind-try", str(device), str(device))
-    yield from ("--remount-ro", "/dev")
-    yield from ("--size", str(sandbox.tmp_bytes), "--perms", "1777", "--tmpfs", "/tmp")  # noqa: S108
-    for name in (*_ETC, *(_ETC_OF_NETWORK if sandbox.network else ())):
-        yield from ("--ro-bind-try", f"/etc/{name}", f"/etc/{name}")
-    for name in (*_SYS, *(_SYS_OF_GPU if sandbox.devices else ())):
+    yield from ("--proc", "/proc", *_machine_in_proc(), "--tmpfs", "/dev", *_dev())
+    yield from ("--bind", str(TMP), "/tmp", *_card(sandbox.devices), "--remount-ro", "/dev")  # noqa: S108
+    for path in etc_shown(network=sandbox.network):
+        yield from ("--ro-bind-try", str(path), str(path))
+    for name in _SYS:
         yield from ("--ro-bind-try", f"/sys/{name}", f"/sys/{name}")
     for path in (*sandbox.binds, *binds):
         yield from ("--ro-bind", str(path), str(path))
 
 
+def etc_shown(*, network: bool) -> Iterator[Path]:
+    """Name what there is of `ETC` on this machine."""
+    for names in (*ETC, *([ETC_OF_NETWORK] if network else ())):
+        for name in names.split():
+            # Most have no pattern, and need no directory read.
+            yield from Path("/etc").glob(name) if "*" in name else [Path("/etc", name)]
+
+
+def _machine_in_proc() -> Iterator[str]:
+    """Hide or write-protect what of /proc is the machine's: of some its jobs could make the kernel work.
+
+    By what there is, for another kernel has other files there.
+    """
+    with os.scandir("/proc") as entries:
+        for entry in entries:
+            name, path = entry.name, entry.path
+            if name.isdecimal() or entry.is_symlink() or name in _PROC_OWN:
+                continue
+            if name in _PROC_SHOWN or (not entry.is_dir() and entry.stat().st_mode & _WRITABLE):
+                yield from ("--ro-bind", path, path)
+            elif entry.is_dir():
+                yield from ("--ro-bind", str(NO_DIRECTORY), path)
+            elif name in _PROC_HIDDEN:
+                yield from ("--ro-bind", str(NO_FILE), path)
+
+
+def _dev() -> Iterator[str]:
+    for name in _DEVICES:
+        yield from ("--dev-bind", f"/dev/{name}", f"/dev/{name}")
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        yield from ("--symlink", f"/proc/self/fd/{number}", f"/dev/{name}")
+    yield from ("--symlink", "/proc/self/fd", "/dev/fd", "--symlink", "pts/ptmx", "/dev/ptmx")
+    yield from ("--dev-bind", str(PTS), "/dev/pts", "--bind", str(SHM), "/dev/shm")  # noqa: S108
+
+
+def _card(parts: Sequence[Path]) -> Iterator[str]:
+    """Show what there is of a card; see `gpuview`."""
+    if parts:
+        yield from ("--tmpfs", "/proc/driver")
+    for path in parts:
+        if path.is_relative_to("/dev"):
+            yield from ("--dev-bind-try", str(path), str(path))
+        elif path.is_symlink():
+            real = str(path.resolve())
+            yield from ("--symlink", str(path.readlink()), str(path), "--ro-bind-try", real, real)
+        else:
+            yield from ("--ro-bind-try", str(path), str(path))
+    if parts:
+        yield from ("--remount-ro", "/proc/driver")
+
+
 def _etc_files(sandbox: Sandbox, stack: ExitStack) -> dict[str, int]:
-    user = sandbox.runs_as
-    uid, gid = (user.uid, user.gid) if user else (os.getuid(), os.getgid())
+    uid, gid = _ids(sandbox)
     contents = {
         "/etc/passwd": f"job:x:{uid}:{gid}:job:{HOME}/work:/usr/sbin/nologin\n",
         "/etc/group": f"job:x:{gid}:\n",
@@ -231,6 +304,11 @@ def _etc_files(sandbox: Sandbox, stack: ExitStack) -> dict[str, int]:
         "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
     }
     return {name: _in_memory(text.encode(), stack) for name, text in contents.items()}
+
+
+def _ids(sandbox: Sandbox) -> tuple[int, int]:
+    user = sandbox.runs_as
+    return (user.uid, user.gid) if user else (os.getuid(), os.getgid())
 
 
 def _free(used: Collection[int]) -> int:

@@ -22,7 +22,7 @@ import psutil
 from aitbc_miner.cgroup import RETRY_S, Group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Usage
-from aitbc_miner.sandbox import how_it_ended
+from aitbc_miner.sandbox import Enclosed, how_it_ended
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.limits import ProcessLimits, apply
 from aitbc_miner.util.system import PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
@@ -225,14 +225,13 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
     group: Group | None,
     uid: int | None,
     gid: int | None,
-    enclosed: int | None = None,
+    enclosed: Enclosed | None = None,
 ) -> Job:
     """Start the program `argv[0]` (PATH is not searched); when this returns, it has begun.
 
     In it, `fds` are open, each number as what that one is here, and nothing else; `env` is all of its
     environment; it is in `group` from its first instruction on. `uid` and its only group `gid` go together;
-    None: those of the worker. `cwd` must be reachable for that user. `enclosed`: the program is bubblewrap,
-    and this tells how what it starts has ended (`sandbox.Enclosed.status`).
+    None: those of the worker. `cwd` must be reachable for that user. `enclosed`: where `argv` is from, if so.
 
     Raises:
         JobError: E_SANDBOX; it was not started, and the message names the step that failed.
@@ -244,6 +243,7 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
         ("oom score", _go_first),  # while we are root, or the job could lower it again
         ("no new privileges", partial(prctl, PR_SET_NO_NEW_PRIVS, 1)),
         *_become_user(uid, gid),
+        *([("file systems", enclosed.make_mounts)] if enclosed else []),
         ("death signal", partial(_die_with, os.getpid())),  # a change of user clears it
         ("umask", partial(os.umask, 0o077)),
         (f"directory {cwd}", partial(os.chdir, cwd)),  # as the job's user, who may not reach it
@@ -251,7 +251,7 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
         ("exec", partial(os.execve, argv[0], list(argv), dict(env))),
     ]
     try:
-        return _fork(steps, group, enclosed)
+        return _fork(steps, group, enclosed.status if enclosed else None)
     except (OSError, _StepError) as error:
         raise JobError(ErrorCode.E_SANDBOX, f"cannot start {argv[0]}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 import os
 import resource
+import stat
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -65,15 +66,6 @@ def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
     }
 
 
-def gpu_devices(gpu: GpuFact | None) -> tuple[Path, ...]:
-    """Give the nodes through which a job reaches its own GPU and no other."""
-    if gpu is None:
-        return ()
-    own = [] if gpu.minor is None else [f"nvidia{gpu.minor}"]
-    parts = [f"nvidia-caps/nvidia-cap{number}" for number in gpu.capabilities]
-    return tuple(Path("/dev", name) for name in (*own, "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools", *parts))
-
-
 class Started(Struct, frozen=True):
     """A program that runs, and the pipes to read from: its output, its reports if it makes any."""
 
@@ -102,6 +94,7 @@ def start(
             fds[REPORT_FD] = reports_end
         enclosed = _enclose(launch, directory, around.sandbox, fds, stack)
         runs_as = around.runs_as
+        give_pipes(fds, runs_as)
         job = spawn(
             enclosed.argv if enclosed else launch.argv,
             cwd=directory / "work",
@@ -111,7 +104,7 @@ def start(
             group=around.group.job if around.group else None,
             uid=runs_as.uid if runs_as else None,
             gid=runs_as.gid if runs_as else None,
-            enclosed=enclosed.status if enclosed else None,
+            enclosed=enclosed,
         )
     return Started(stack.enter_context(job), log, reports)
 
@@ -132,6 +125,13 @@ def _pipe(reading: ExitStack, writing: ExitStack) -> tuple[int, int]:
     reading.callback(os.close, ends[0])
     writing.callback(os.close, ends[1])
     return ends
+
+
+def give_pipes(fds: Mapping[int, int], user: Identity | None) -> None:
+    """Let the program open its pipes by name, as /dev/stdout: many do, and only a pipe's owner may."""
+    for fd in fds.values() if user else ():
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, user.uid, user.gid)  # type: ignore[union-attr]
 
 
 def _stdin(content: bytes, stack: ExitStack) -> int:

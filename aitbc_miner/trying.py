@@ -14,6 +14,7 @@ from aitbc_miner.config import Config, load_config
 from aitbc_miner.confinement import find_sandbox
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_NOT_PERMITTED, EXIT_USAGE, MinerError
 from aitbc_miner.gpu import GpuReader
+from aitbc_miner.gpuview import gpu_view
 from aitbc_miner.jobs import ExitStatus, Manifest
 from aitbc_miner.messages import GpuFact
 from aitbc_miner.privileges import Identity, resolve
@@ -23,7 +24,7 @@ from aitbc_miner.sampling import inventory
 from aitbc_miner.sandbox import HOME, Sandbox, enclose
 from aitbc_miner.slotspec import SlotSpec, derive_slots
 from aitbc_miner.spawn import Job, become_subreaper, spawn
-from aitbc_miner.starting import gpu_devices, gpu_env, slot_sandbox
+from aitbc_miner.starting import gpu_env, slot_sandbox
 from aitbc_miner.util import fs
 from aitbc_miner.util.limits import plan_limits
 
@@ -63,7 +64,7 @@ def try_out(
     sandboxed, missing = find_sandbox(config, runs_as)
     for text in missing:
         note(text)
-    box = slot_sandbox(config, spec, runs_as, gpu_devices(gpu)) if sandboxed else None
+    box = slot_sandbox(config, spec, runs_as, gpu_view(gpu)) if sandboxed else None
     become_subreaper()
     with ExitStack() as stack:
         group = stack.enter_context(_group(spec, note))
@@ -95,7 +96,7 @@ def _start(  # what a job is made of
         group=group,
         uid=runs_as.uid if runs_as else None,
         gid=runs_as.gid if runs_as else None,
-        enclosed=enclosed.status if enclosed else None,
+        enclosed=enclosed,
     )
     return stack.enter_context(job)
 

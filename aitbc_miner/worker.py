@@ -19,6 +19,8 @@ from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.execution import Delays, Supervision
+from aitbc_miner.gpunodes import make_nodes
+from aitbc_miner.gpuview import devices_of
 from aitbc_miner.jobrun import JobRun
 from aitbc_miner.jobs import State
 from aitbc_miner.leftovers import clear_user, named
@@ -44,7 +46,7 @@ class Settings(Struct, frozen=True):
     """What a worker needs to know.
 
     group_parent: None where there is no cgroup2 to use. sandboxed: whether jobs are. interpreter: of Python
-    tasks; None: our own. devices: of the GPU.
+    tasks; None: our own. devices: of the GPU (`gpuview`).
     """
 
     config: Config
@@ -125,6 +127,7 @@ class Worker:
         user = settings.runs_as
         if user is not None and (pids := clear_user(user.uid, settings.delays.kill)):
             raise MinerError(f"cannot use the slot: its user {user.name} still owns {named(pids)}")
+        self._have_nodes()
         limits, enforced = plan_limits(settings.spec, by_cgroup, own_user=user is not None)
         return Surroundings(
             config=settings.config,
@@ -138,6 +141,16 @@ class Worker:
             delays=settings.delays,
             sandbox=settings.sandbox(settings.spec, settings.devices),
         )
+
+    def _have_nodes(self) -> None:
+        """Have the nodes of the slot's GPU made; under systemd our unit has had that done already."""
+        nodes = devices_of(self._settings.devices)
+        if all(node.exists() for node in nodes):
+            return
+        failed = make_nodes()
+        if lacking := [str(node) for node in nodes if not node.exists()]:
+            remedy = "install nvidia-modprobe, then `systemctl restart aitbc-miner`"
+            self._log.warning("nodes of the GPU are missing", nodes=lacking, reason=failed, remedy=remedy)
 
     def _retune(self, wanted: Retune) -> None:
         """Give the slot other limits: those of its cgroups now, a process's own from the next job on."""

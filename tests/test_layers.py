@@ -39,7 +39,10 @@ LAYERS: list[dict[str, set[str]]] = [
         "coordinator": {"coordinator"},
         "control socket": {"control", "history"},
         "telemetry": {"telemetry", "pages", "counters", "sampling"},
-        "running jobs": {"runners", "runnerset", "sandbox", "spawn", "syscalls", "leftovers", "task"},
+        "running jobs": {
+            *("runners", "runnerset", "sandbox", "ownmounts", "gpuview", "spawn", "syscalls", "leftovers"),
+            "task",
+        },
         "inputs and artifacts": {"inputs", "inputurls", "artifacts", "joblog"},
     },
     {

@@ -71,7 +71,7 @@ def run(box: Sandbox, job: Path, argv: Sequence[str], *, boxed: bool) -> float:
             group=None,
             uid=user.uid if user else None,
             gid=user.gid if user else None,
-            enclosed=enclosed.status if enclosed else None,
+            enclosed=enclosed,
         )
         with started:
             while (ended := started.poll()) is None:

@@ -16,11 +16,10 @@ from test_spawn import DEADLINE_S, GID, ROOT, SH, UID, group, in_worker
 
 from aitbc_miner.cgroup import Group
 from aitbc_miner.jobs import ExitStatus
-from aitbc_miner.messages import GpuFact
 from aitbc_miner.privileges import Identity
 from aitbc_miner.sandbox import SANDBOX_FAILED, Sandbox, enclose, why_not
 from aitbc_miner.spawn import spawn
-from aitbc_miner.starting import gpu_devices
+from aitbc_miner.starting import give_pipes
 from aitbc_miner.util.limits import ProcessLimits
 
 __all__ = ["group"]
@@ -70,6 +69,7 @@ def _run(
         stack.callback(os.close, read)
         null = os.open(os.devnull, os.O_RDONLY)
         fds = {0: null, 1: write, 2: write}
+        give_pipes(fds, box.runs_as)
         enclosed = enclose(box, job, argv, more.get("binds", ()), fds, stack)
         user = box.runs_as
         started = spawn(
@@ -81,7 +81,7 @@ def _run(
             group=Group(group) if group else None,
             uid=user.uid if user else None,
             gid=user.gid if user else None,
-            enclosed=enclosed.status,
+            enclosed=enclosed,
         )
         os.close(write)
         stack.enter_context(started)
@@ -221,18 +221,132 @@ def test_what_is_bound_can_be_read_and_not_written(box: Sandbox, job: Path) -> N
     assert sh(box, job, f"cat {models}/m").exit.status == 1
 
 
-def test_a_slot_gives_its_job_its_own_card_and_no_other() -> None:
-    assert gpu_devices(None) == ()
-    whole = gpu_devices(GpuFact(("GPU-1", "0"), 16000, minor=3))
-    assert [path.name for path in whole] == ["nvidia3", "nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"]
-    part = gpu_devices(GpuFact(("MIG-1",), 4864, minor=0, capabilities=(21, 22)))
-    assert Path("/dev/nvidia-caps/nvidia-cap22") in part
-    assert Path("/dev/nvidia0") in part
-
-
 def test_a_node_that_is_named_is_the_only_one_there(box: Sandbox, job: Path) -> None:
     # There is no card here: a pseudo device stands for it.
     card = Sandbox(box.runs_as, MIB, MIB, devices=(Path("/dev/null"), Path("/dev/no-such-card")))
     done = run(card, job, [SH, "-c", "ls /dev; echo x >/dev/null && echo written"])
     assert "written" in done.out
     assert "no-such-card" not in done.out
+
+
+def test_of_all_cards_a_job_sees_its_own_alone(box: Sandbox, job: Path) -> None:
+    # What stands for /sys and /proc/driver here is in the job's directory.
+    for number in (1, 2):
+        card = job / f"sys/devices/pci0000:00/0000:0{number}:00.0"
+        card.mkdir(parents=True)
+        (card / "serial").write_text(f"card {number}")
+        link = job / f"sys/bus/pci/devices/0000:0{number}:00.0"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(f"../../../devices/pci0000:00/{card.name}")
+    own = job / "sys/bus/pci/devices/0000:01:00.0"
+    card_box = Sandbox(box.runs_as, MIB, MIB, devices=(own, Path("/proc/driver/nvidia/version")))
+    line = f"ls {job}/sys/bus/pci/devices {job}/sys/devices/pci*; cat {own}/serial; ls /proc/driver"
+    done = sh(card_box, job, line)
+    assert "card 1" in done.out
+    assert "0000:02:00.0" not in done.out
+    assert done.exit == ExitStatus(status=0), done.out
+    assert "Read-only file system" in sh(card_box, job, f": > {own}/serial; : > /proc/driver/x").out
+
+
+# Opens all that is there for writing; prints what of it can be written, and sockets, FIFOs and devices.
+WALK = """
+import os, stat
+NODES = {f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom", "tty")}
+seen = set()
+def look(path):
+    info = os.lstat(path)
+    if stat.S_ISLNK(info.st_mode):
+        return
+    seen.add(path)
+    if stat.S_ISDIR(info.st_mode):
+        try:
+            fd = os.open(path, os.O_TMPFILE | os.O_WRONLY, 0o600)
+        except OSError:
+            pass
+        else:
+            print("makes files in", path)
+        for make in (os.mkdir, lambda name: os.mkfifo(name), lambda name: os.symlink("x", name)):
+            try:
+                make(path + "/made-by-a-job")
+            except OSError:
+                pass
+            else:
+                print("makes entries in", path)
+        return
+    if path in NODES:
+        return
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY))
+    except OSError:
+        pass
+    else:
+        print("writes", path)
+    if not stat.S_ISREG(info.st_mode):
+        print("is no plain file", path)
+for top, names, files in os.walk("/"):
+    if top == "/":
+        names.remove("job"), names.remove("tmp")
+    if top == "/dev":
+        names.remove("shm"), names.remove("pts")
+    if top == "/proc":
+        names[:] = [name for name in names if not name.isdigit() and name not in ("self", "thread-self")]
+    for name in [".", *names, *files]:
+        look(os.path.join(top, name))
+print(len(seen), "places")
+"""
+
+
+def test_nothing_of_the_machine_can_be_written(box: Sandbox, job: Path) -> None:
+    out = run(box, job, [PYTHON, "-c", WALK]).out
+    *found, count = out.splitlines()
+    assert found == []
+    assert int(count.split()[0]) > 5000
+
+
+def test_of_the_machine_in_proc_there_is_nothing_to_wait_on_or_to_learn(box: Sandbox, job: Path) -> None:
+    ask = (
+        "import os\n"
+        "print(sorted(n for n in os.listdir('/proc') if os.path.isdir('/proc/' + n) and not n.isdigit()"
+        " and os.listdir('/proc/' + n)))\n"
+        "print([open('/proc/' + n).read() for n in ('interrupts', 'keys') if os.path.exists('/proc/' + n)])"
+    )
+    out = run(box, job, [PYTHON, "-c", ask]).out.splitlines()
+    assert out == ["['net', 'self', 'sys', 'sysvipc', 'thread-self']", "['', '']"]
+
+
+@pytest.mark.parametrize(
+    ("take", "most", "refused"),
+    [
+        ("os.openpty()", 64, errno.ENOSPC),
+        ("os.close(os.open('/tmp/' + os.urandom(8).hex(), os.O_CREAT))", 256, errno.ENOSPC),
+        ("os.mkdir('/dev/shm/' + os.urandom(8).hex())", 256, errno.ENOSPC),
+        ("os.symlink('x' * 4000, '/dev/shm/' + os.urandom(8).hex())", 256, errno.ENOSPC),
+    ],
+)
+def test_what_jobs_share_is_bounded_for_each(
+    box: Sandbox, job: Path, take: str, most: int, refused: int
+) -> None:
+    ask = (
+        "import os\nmade = 0\ntry:\n    while made < 5000:\n"
+        f"        {take}; made += 1\nexcept OSError as error:\n    print(made, error.errno)"
+    )
+    made, number = map(int, run(box, job, [PYTHON, "-c", ask]).out.split())
+    assert most // 2 <= made <= most
+    assert number == refused
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "echo said >/dev/stdout",
+        "echo said | tee /dev/stderr >/dev/null",
+        "echo said >/dev/fd/1",
+        f"{PYTHON} -c \"open('/dev/stdout', 'w').write('said')\"",
+        "ffmpeg -hide_banner -loglevel error -f lavfi -i anullsrc -t 0.01 -f wav -y /dev/stdout | head -c 4",
+        "cat /dev/stdin; echo said",
+    ],
+)
+def test_standard_streams_can_be_opened_by_name(box: Sandbox, job: Path, line: str) -> None:
+    done = sh(box, job, line)
+    assert ("RIFF" if "ffmpeg" in line else "said") in done.out, done
+    assert "denied" not in done.out
