@@ -8,10 +8,14 @@ for the day when a job finds a way to them.
 import errno
 import os
 import platform
+import struct
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aitbc_miner.errors import MinerError
+
+if TYPE_CHECKING:
+    import pyseccomp
 
 # <linux/sched.h>: each makes a namespace, in which a process has rights that it has nowhere else.
 _NAMESPACES = {
@@ -28,22 +32,36 @@ _INT = 0xFFFF_FFFF
 """The kernel takes an int from the lower half of a register, whatever is in the upper one."""
 _SETUID = 0o4000
 _SETGID = 0o2000
-_AF_NETLINK = 16
-# All families up to that but AF_UNSPEC, AF_UNIX, AF_INET and AF_INET6.
-_OLD_FAMILIES = [family for family in range(3, _AF_NETLINK) if family != 10]  # AF_INET6
-_TIOCSTI, _TIOCLINUX = 0x5412, 0x541C
+_O_TMPFILE = 0o2000_0000
+"""The bit of it that is not O_DIRECTORY's."""
+_AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
+# All families up to the last that is allowed but AF_UNSPEC and those that are.
+_OLD_FAMILIES = [family for family in range(3, _AF_NETLINK) if family != _AF_INET6]
+# Of internet sockets: SOCK_STREAM and SOCK_DGRAM, with the protocol that follows from it, TCP or UDP.
+_KINDS, _PROTOCOLS = {1, 2}, {0, 6, 17}
+_KIND = 0xF
+"""The bits of a socket's type that are not flags."""
 # PERSONALITY 0xffffffff asks which one it is.
 _ASKS, _MMAP_PAGE_ZERO = 0x8000_0000, 0x10_0000
+_PR_SCHED_CORE = 62
+
+LAST = 462
+"""The number of the newest call that these tables have been gone through with: mseal, of Linux 6.10. From 424
+on the numbers are the same everywhere."""
+_X32 = 0x4000_0000
+"""The numbers from here on are those of x32 programs, which the filter ends."""
 
 NEWER = {
     "mount_setattr": 442,
     "quotactl_fd": 443,
+    "memfd_secret": 447,
+    "process_mrelease": 448,
+    "cachestat": 451,
     "fchmodat2": 452,
     "statmount": 457,
     "listmount": 458,
-    "open_tree_attr": 467,
 }
-"""Numbers of calls that Debian 12's libseccomp may not know; from 424 on they are the same everywhere."""
+"""Numbers of calls that Debian 12's libseccomp may not know."""
 
 
 class Denied(NamedTuple):
@@ -57,7 +75,7 @@ class Denied(NamedTuple):
 class Masked(NamedTuple):
     """A call that is not made if of its argument number `arg` the bits of `mask` are `value`.
 
-    `flag`, if any: and if the bit of that is set in the argument before.
+    `before`, if any: and if of the argument before those of the one are the other, as (mask, value).
     """
 
     call: str
@@ -66,7 +84,7 @@ class Masked(NamedTuple):
     value: int
     reason: str
     errno: int = errno.EPERM
-    flag: int = 0
+    before: tuple[int, int] | None = None
 
 
 DENIED = (
@@ -77,8 +95,7 @@ DENIED = (
         "userfaultfd", "stops the kernel in the middle of its work, which makes holes usable", errno.ENOSYS
     ),
     Denied(
-        "mount umount umount2 pivot_root fsopen fsconfig fsmount fspick move_mount open_tree open_tree_attr "
-        "mount_setattr",
+        "mount umount umount2 pivot_root fsopen fsconfig fsmount fspick move_mount open_tree mount_setattr",
         "the sandbox is made of mounts",
     ),
     Denied("statmount listmount", "tells what is mounted elsewhere on the machine", errno.ENOSYS),
@@ -95,7 +112,10 @@ DENIED = (
     Denied("iopl ioperm", "talks to the hardware"),
     Denied("modify_ldt vm86 vm86old", "old ways of x86 that nothing needs and that have had holes"),
     Denied("name_to_handle_at open_by_handle_at", "opens files past the directories they are in"),
-    Denied("fanotify_init", "watches all files of a file system"),
+    Denied("fanotify_init fanotify_mark", "watches all files of a file system"),
+    Denied("cachestat", "tells which files of the machine are in use", errno.ENOSYS),
+    Denied("memfd_secret", "keeps the machine from suspending", errno.ENOSYS),
+    Denied("process_madvise process_mrelease", "acts upon the memory of other processes", errno.ENOSYS),
     Denied("lookup_dcookie nfsservctl uselib ustat sysfs _sysctl get_kernel_syms query_module", "obsolete"),
     Denied("migrate_pages move_pages", "moves the memory of other processes"),
     Denied(
@@ -113,41 +133,78 @@ IO_URING = Denied(
 
 _NESTED = "a namespace inside of the sandbox gives rights over parts of the kernel that have had many holes"
 _MODES = "a program that takes its owner's rights would be left on the operator's disk"
-_TERMINAL = "types into the terminal of whoever started us"
 _MODE_ARGUMENTS = {
     "chmod": 1,
     "fchmod": 1,
     "fchmodat": 2,
     "fchmodat2": 2,
+    "mkdir": 1,
+    "mkdirat": 2,
     "mknod": 1,
     "mknodat": 2,
     "creat": 1,
 }
-# Only then is there a mode, right after the flags.
+# Only with one of these flags is there a mode, right after them.
 _OPENING = {"open": 2, "openat": 3}
+_MAKING = (os.O_CREAT, _O_TMPFILE)
 _FAMILY = (
     "a kind of network that ordinary programs do not use; many have had holes, AF_VSOCK leaves a namespace"
 )
+_REQUESTS = {
+    # TIOCSTI, TIOCLINUX
+    "types into the terminal of whoever started us": (0x5412, 0x541C),
+    # TIOCSETD, TIOCCONS
+    "loads drivers of lines that have had many holes, or takes the console": (0x5423, 0x541D),
+    # FS_IOC_SET_ENCRYPTION_POLICY, FS_IOC_ADD_ENCRYPTION_KEY
+    "keys of file systems outlive the job": (0x800C_6613, 0xC050_6617),
+    # BTRFS_IOC_SNAP_CREATE, _SUBVOL_CREATE, _SNAP_CREATE_V2, _SUBVOL_CREATE_V2, _SUBVOL_SETFLAGS
+    "makes file systems on the operator's disk that cannot be removed": (
+        *(0x5000_9401, 0x5000_940E, 0x5000_9417, 0x5000_9418, 0x4008_941A),
+    ),
+}
+_OPTIONS = {
+    # SOL_SOCKET: SO_ATTACH_FILTER, _BPF, _REUSEPORT_CBPF, _REUSEPORT_EBPF
+    "programs in the kernel, as of `bpf`": [(1, option) for option in (26, 50, 51, 52)],
+    # TCP: TCP_ULP; UDP: UDP_ENCAP
+    "other protocols on a socket that has been made": [(6, 31), (17, 100)],
+}
 
 MASKED = (
     *(Masked("clone", 0, bit, bit, _NESTED) for bit in _NAMESPACES.values() if bit > 0xFF),
     *(Masked("unshare", 0, bit, bit, _NESTED) for bit in _NAMESPACES.values()),
     *(
-        Masked(call, arg, bit, bit, _MODES, flag=os.O_CREAT)
+        Masked(call, arg, bit, bit, _MODES, before=(flag, flag))
         for call, arg in _OPENING.items()
         for bit in (_SETUID, _SETGID)
+        for flag in _MAKING
     ),
-    *(Masked("ioctl", 1, _INT, request, _TERMINAL) for request in (_TIOCSTI, _TIOCLINUX)),
     *(
         Masked(call, arg, bit, bit, _MODES)
         for call, arg in _MODE_ARGUMENTS.items()
         for bit in (_SETUID, _SETGID)
     ),
+    *(
+        Masked("ioctl", 1, _INT, request, reason)
+        for reason, requests in _REQUESTS.items()
+        for request in requests
+    ),
     *(Masked("socket", 0, _INT, family, _FAMILY, errno.EAFNOSUPPORT) for family in _OLD_FAMILIES),
+    *(
+        Masked("socket", 1, _KIND, kind, _FAMILY, errno.ESOCKTNOSUPPORT, before=(_INT, family))
+        for family in (_AF_INET, _AF_INET6)
+        for kind in range(_KIND + 1)
+        if kind not in _KINDS
+    ),
+    *(
+        Masked("setsockopt", 2, _INT, option, reason, errno.ENOPROTOOPT, before=(_INT, level))
+        for reason, options in _OPTIONS.items()
+        for level, option in options
+    ),
     Masked("personality", 0, _ASKS | _MMAP_PAGE_ZERO, _MMAP_PAGE_ZERO, "makes holes of the kernel usable"),
+    Masked("prctl", 0, _INT, _PR_SCHED_CORE, "keeps others from the rest of a processor's core"),
 )
-"""Calls that no job may make with these arguments. Besides: sockets of families above AF_NETLINK, and those
-of AF_NETLINK but for routes."""
+"""Calls that no job may make with these arguments. Besides: sockets of families above AF_NETLINK, those of
+AF_NETLINK but for routes, those of the internet but for TCP and UDP, and pairs of sockets but AF_UNIX."""
 
 
 def filter_fd(*, io_uring: bool = False) -> int:
@@ -171,21 +228,54 @@ def filter_fd(*, io_uring: bool = False) -> int:
             rules.add_rule(pyseccomp.ERRNO(denied.errno), number)
     for masked in MASKED:
         compare = [pyseccomp.Arg(masked.arg, pyseccomp.MASKED_EQ, masked.mask, masked.value)]
-        if masked.flag:
-            compare.append(pyseccomp.Arg(masked.arg - 1, pyseccomp.MASKED_EQ, masked.flag, masked.flag))
+        if masked.before is not None:
+            compare.append(pyseccomp.Arg(masked.arg - 1, pyseccomp.MASKED_EQ, *masked.before))
         for number in numbers([masked.call]):
             rules.add_rule(pyseccomp.ERRNO(masked.errno), number, *compare)
-    for number in numbers(["socket"]):
-        above = pyseccomp.Arg(0, pyseccomp.GT, _AF_NETLINK)
-        rules.add_rule(pyseccomp.ERRNO(errno.EAFNOSUPPORT), number, above)
-        netlink = pyseccomp.Arg(0, pyseccomp.MASKED_EQ, _INT, _AF_NETLINK)
-        other = pyseccomp.Arg(2, pyseccomp.NE, 0)
-        rules.add_rule(pyseccomp.ERRNO(errno.EPROTONOSUPPORT), number, netlink, other)
+    _refuse_sockets(rules)
     fd = os.memfd_create("filter", os.MFD_CLOEXEC)
     with os.fdopen(fd, "wb", closefd=False) as file:
+        file.write(_REFUSE_NEWER)
+        file.flush()
         rules.export_bpf(file)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd
+
+
+# The filter's first steps: a call that is newer than `LAST` is told to be none. libseccomp knows no ranges.
+# Each is struct sock_filter: code, steps to go on when true, when false, and a number; see <linux/filter.h>.
+_LOAD, _GREATER, _NOT_LESS, _RETURN, _SECCOMP_ERRNO = 0x20, 0x25, 0x35, 0x06, 0x5_0000
+_REFUSE_NEWER = b"".join(
+    struct.pack("=HBBI", *step)
+    for step in (
+        (_LOAD, 0, 0, 0),  # the number
+        (_GREATER, 0, 2, LAST),
+        (_NOT_LESS, 1, 0, _X32),
+        (_RETURN, 0, 0, _SECCOMP_ERRNO | errno.ENOSYS),
+    )
+)
+
+
+def _refuse_sockets(rules: "pyseccomp.SyscallFilter") -> None:
+    """Refuse all that the tables do not name, so that what the kernel learns later is refused, too.
+
+    The numbers are compared whole here: one with an upper half is refused, though the kernel would not see it.
+    """
+    import pyseccomp  # noqa: PLC0415  # see filter_fd
+
+    family, _, protocol = range(3)
+    (number,), (pair,) = numbers(["socket"]), numbers(["socketpair"])
+    told = pyseccomp.ERRNO(errno.EAFNOSUPPORT)
+    rules.add_rule(told, number, pyseccomp.Arg(family, pyseccomp.GT, _AF_NETLINK))
+    rules.add_rule(told, pair, pyseccomp.Arg(family, pyseccomp.NE, _AF_UNIX))
+    told = pyseccomp.ERRNO(errno.EPROTONOSUPPORT)
+    netlink = pyseccomp.Arg(family, pyseccomp.MASKED_EQ, _INT, _AF_NETLINK)
+    rules.add_rule(told, number, netlink, pyseccomp.Arg(protocol, pyseccomp.NE, 0))
+    for each in (_AF_INET, _AF_INET6):
+        internet = pyseccomp.Arg(family, pyseccomp.MASKED_EQ, _INT, each)
+        rules.add_rule(told, number, internet, pyseccomp.Arg(protocol, pyseccomp.GT, max(_PROTOCOLS)))
+        for other in set(range(max(_PROTOCOLS))) - _PROTOCOLS:
+            rules.add_rule(told, number, internet, pyseccomp.Arg(protocol, pyseccomp.EQ, other))
 
 
 def numbers(calls: list[str]) -> Iterator[int]:
