@@ -7,6 +7,7 @@ time, is cancelled, or the supervisor goes away, which changes nothing for the j
 import os
 import select
 import signal
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from math import inf
@@ -37,6 +38,9 @@ from aitbc_miner.util.log import events
 T = TypeVar("T")
 
 READ_AT_ONCE = 1 << 16
+# Of our own CPU time, how much a job may have for what it writes to its pipes: a share of all time, and some
+# seconds at once. tee(2) fills a pipe at no cost to the job; bytes written one by one cost us more than it.
+READ_SHARE, READ_BURST_S = 0.05, 0.02
 REAP_EVERY_S = 1.0
 # Between two words on how far a job is: each costs the supervisor and the agent something.
 PROGRESS_EVERY_S = 0.2
@@ -241,6 +245,8 @@ class Execution:
         self._poll = select.poll()
         self._sources: dict[int, Callable[[], bool]] = {}
         self._pipes: set[int] = set()
+        self._spent, self._spent_at = 0.0, clock.now()
+        self._deaf_until: float | None = None
         self._reader = ReportReader()
         self._reports: list[Report] = []
         self._progress: Progress | None = None
@@ -272,10 +278,28 @@ class Execution:
         if self._supervision.fileno() in self._sources:
             self._poll.modify(self._supervision.fileno(), self._supervision.events)
         ready = self._poll.poll(max(0.0, timeout_s) * 1000)
+        began = time.thread_time()
         for fd, _ in ready:
             if not self._sources[fd]():
                 self._unwatch(fd)
+        self._spend(time.thread_time() - began)
         return bool(ready)
+
+    def _spend(self, seconds: float) -> None:
+        """Leave the pipes alone for a while when they have cost too much; the job then waits to write."""
+        now = clock.now()
+        self._spent = max(0.0, self._spent - READ_SHARE * (now - self._spent_at)) + seconds
+        self._spent_at = now
+        if self._deaf_until is None and self._spent > READ_BURST_S:
+            self._deaf_until = now + self._spent / READ_SHARE
+            self._listen(0)
+        elif self._deaf_until is not None and now >= self._deaf_until:
+            self._deaf_until = None
+            self._listen(select.POLLIN)
+
+    def _listen(self, events: int) -> None:
+        for pipe in self._pipes & set(self._sources):
+            self._poll.modify(pipe, events)
 
     def _watch(self, fd: int, read: Callable[[], bool]) -> None:
         self._sources[fd] = read
@@ -338,13 +362,15 @@ class Execution:
         self._job.terminate()
 
     def _pump(self, pipe: int) -> bool:
-        data = os.read(pipe, READ_AT_ONCE)
+        data = _read(pipe)
         if data:
             self._log.write(data)
-        return bool(data)
+        return data != b""
 
     def _read_reports(self, pipe: int) -> bool:
-        data = os.read(pipe, READ_AT_ONCE)
+        data = _read(pipe)
+        if data is None:
+            return True
         for report in self._reader.feed(data):
             if isinstance(report, Progress):
                 self._progress = report
@@ -364,6 +390,17 @@ class Execution:
         """Read what is still in the pipes, for a while: a writer that could not be killed never closes."""
         for fd in set(self._sources) - self._pipes:
             self._unwatch(fd)
+        # Nobody writes any more: it is what fits into the pipes.
+        self._deaf_until = inf
+        self._listen(select.POLLIN)
         deadline = clock.now() + self._delays.drain
         while self._sources and clock.now() < deadline and self._turn(deadline - clock.now()):
             pass
+
+
+def _read(pipe: int) -> bytes | None:
+    """Read what is there; None if that is nothing: the job may read from its pipes, too."""
+    try:
+        return os.read(pipe, READ_AT_ONCE)
+    except BlockingIOError:
+        return None

@@ -1,16 +1,17 @@
 """What files of the kernel and of NVIDIA's driver say of a GPU: where it is, by which nodes it is reached."""
 
 import contextlib
-import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 DRIVER = Path("/proc/driver/nvidia")
 CAPABILITIES, CARDS = DRIVER / "capabilities", DRIVER / "gpus"
 MODPROBE = Path("/usr/bin/nvidia-modprobe")
-MAKE_S = 30.0
+MAKE_S = 10.0
 """Seconds: how long one run of it may take, which may load the driver."""
+_ABANDONED: list[subprocess.Popen[bytes]] = []
 
 
 def mig_capabilities(place: Path, minor: int | None, own: int | None, compute: int | None) -> tuple[int, ...]:
@@ -52,28 +53,30 @@ def make_nodes(program: Path = MODPROBE, driver: Path = DRIVER) -> list[str]:
     """
     if not program.exists():
         return []
-    # First the driver is loaded, then there are cards to count.
-    failed = [_run(program, "-u", "-c", "0"), _run(program, "-m")]
-    for card in sorted((driver / "gpus").glob("*/information")):
-        with contextlib.suppress(OSError):
-            found = re.search(r"(?m)^Device Minor:\s*(\d+)\s*$", card.read_text("utf-8", "replace"))
-            failed += [_run(program, "-u", "-c", found[1])] if found else []
-    for access in sorted((driver / "capabilities").glob("gpu*/mig/**/access")):
-        failed.append(_run(program, "-f", str(access)))
-    return [why for why in failed if why]
-
-
-def _run(program: Path, *words: str) -> str:
-    line = " ".join([str(program), *words])
+    failed: list[str] = []
     try:
-        child = subprocess.Popen([program, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        status = child.wait(MAKE_S)
+        for words in _needed(driver):
+            child = subprocess.Popen([program, *words], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+            if status := child.wait(MAKE_S):
+                failed.append(f"{program} {' '.join(words)}: exit status {status}")
     except OSError as error:
-        return f"{line}: {error.strerror}"
+        failed.append(f"{program}: {error.strerror}")
     except subprocess.TimeoutExpired:
         # It hangs in the driver, where killing it makes things worse.
-        return f"{line}: no end after {MAKE_S:g} s"
-    return f"{line}: exit status {status}" if status else ""
+        _ABANDONED.append(child)
+        failed.append(f"{program} {' '.join(words)}: no end after {MAKE_S:g} s")
+    return failed
+
+
+def _needed(driver: Path) -> Iterator[list[str]]:
+    # First the driver is loaded, then there are cards to count.
+    yield from (["-u", "-c", "0"], ["-m"])
+    for card in sorted((driver / "gpus").glob("*")):
+        minor = minor_of(driver / "gpus", card.name)
+        if minor is not None:
+            yield ["-u", "-c", str(minor)]
+    for access in sorted((driver / "capabilities").glob("gpu*/mig/**/access")):
+        yield ["-f", str(access)]
 
 
 if __name__ == "__main__":

@@ -122,16 +122,18 @@ def _enclose(
 
 def _pipe(reading: ExitStack, writing: ExitStack) -> tuple[int, int]:
     ends = os.pipe2(os.O_CLOEXEC)
+    # The program can read there, too, and take away what we have been told of.
+    os.set_blocking(ends[0], False)
     reading.callback(os.close, ends[0])
     writing.callback(os.close, ends[1])
     return ends
 
 
 def give_pipes(fds: Mapping[int, int], user: Identity | None) -> None:
-    """Let the program open its pipes by name, as /dev/stdout: many do, and only a pipe's owner may."""
-    for fd in fds.values() if user else ():
-        if stat.S_ISFIFO(os.fstat(fd).st_mode):
-            os.fchown(fd, user.uid, user.gid)  # type: ignore[union-attr]
+    """Let the program open its output by name, as /dev/stdout: many do, and only a pipe's owner may."""
+    for number, fd in fds.items():
+        if user is not None and number != 0 and stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, user.uid, user.gid)
 
 
 def _stdin(content: bytes, stack: ExitStack) -> int:

@@ -259,7 +259,7 @@ _REFUSE_NEWER = b"".join(
 def _refuse_sockets(rules: "pyseccomp.SyscallFilter") -> None:
     """Refuse all that the tables do not name, so that what the kernel learns later is refused, too.
 
-    The numbers are compared whole here: one with an upper half is refused, though the kernel would not see it.
+    The numbers are compared whole: one with an upper half is refused, though the kernel would not see it.
     """
     import pyseccomp  # noqa: PLC0415  # see filter_fd
 

@@ -70,7 +70,8 @@ class Warm:
         log = events("worker", slot=self.around.spec.name)
         reports = self.started.reports
         if not self.ready and reports is not None and select.select([reports], [], [], 0)[0]:
-            self._said = (self._said + os.read(reports, ORDER_MAX))[:ORDER_MAX]
+            with suppress(BlockingIOError):
+                self._said = (self._said + os.read(reports, ORDER_MAX))[:ORDER_MAX]
             if b"\n" in self._said:
                 self.ready = True
                 for name, why in _failed(self._said).items():

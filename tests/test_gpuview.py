@@ -1,9 +1,11 @@
 """What a job sees of its card, and who makes the nodes for that."""
 
+import os
 from pathlib import Path
 
 import pytest
 
+from aitbc_miner import gpunodes
 from aitbc_miner.gpunodes import make_nodes
 from aitbc_miner.gpuview import VIEW, devices_of, gpu_view
 from aitbc_miner.messages import GpuFact
@@ -73,7 +75,17 @@ def test_the_nodes_of_all_cards_are_made(modprobe: Path, tmp_path: Path) -> None
 def test_without_the_program_there_is_nothing_to_make(tmp_path: Path) -> None:
     assert make_nodes(tmp_path / "none", tmp_path) == []
     (tmp_path / "broken").touch()
-    assert make_nodes(tmp_path / "broken", tmp_path) == [
-        f"{tmp_path}/broken -u -c 0: Permission denied",
-        f"{tmp_path}/broken -m: Permission denied",
-    ]
+    assert make_nodes(tmp_path / "broken", tmp_path) == [f"{tmp_path}/broken: Permission denied"]
+
+
+def test_a_driver_that_hangs_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, modprobe: Path
+) -> None:
+    hung = tmp_path / "hung"
+    os.mkfifo(hung)
+    modprobe.write_text(f"#!/bin/sh\nread x <{hung}\n")
+    monkeypatch.setattr(gpunodes, "MAKE_S", 0.05)
+    assert make_nodes(modprobe, tmp_path) == [f"{modprobe} -u -c 0: no end after 0.05 s"]
+    # Left alone, it ends when its wait does.
+    hung.write_text("on\n")
+    assert gpunodes._ABANDONED.pop().wait(30) == 0

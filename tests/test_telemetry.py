@@ -371,15 +371,33 @@ def test_a_slow_client_has_one_deadline_for_the_whole_request(metrics: Metrics) 
         serving.server.stop()
 
 
-def test_no_more_than_some_connections_at_a_time(serving: Serving) -> None:
+def test_connections_that_are_held_keep_nobody_from_an_answer(serving: Serving) -> None:
     held = [serving.connect() for _ in range(MAX_CONNECTIONS)]
-    until(lambda: serving.server._free._value == 0)
-    with serving.connect() as one_more:
-        assert closed(one_more) == b""
+    until(lambda: len(serving.server._served) == MAX_CONNECTIONS)
+    # Each who comes takes the place of the one that has held longest.
+    for _ in range(3):
+        assert serving.ask("GET", "/healthz")[0] == 200
+    assert closed(held[0]) == b""
+    assert len(serving.server._served) <= MAX_CONNECTIONS
     for connection in held:
         connection.close()
-    until(lambda: serving.server._free._value == MAX_CONNECTIONS)
-    assert serving.ask("GET", "/healthz")[0] == 200
+    until(lambda: not serving.server._served)
+
+
+def test_who_holds_most_connections_loses_one(serving: Serving) -> None:
+    address, port = serving.server.address.rpartition(":")[::2]
+    with socket.create_connection((address, int(port)), timeout=LONG_S) as first:
+        held = [
+            socket.create_connection((address, int(port)), LONG_S, source_address=("127.0.0.2", 0))
+            for _ in range(MAX_CONNECTIONS - 1)
+        ]
+        until(lambda: len(serving.server._served) == MAX_CONNECTIONS)
+        assert serving.ask("GET", "/healthz")[0] == 200
+        # The oldest of all, but of a client that has only one.
+        first.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+        assert b" 200 " in closed(first)
+        for connection in held:
+            connection.close()
 
 
 def test_a_defect_of_a_page_ends_one_connection_and_is_logged(caplog: pytest.LogCaptureFixture) -> None:

@@ -3,11 +3,13 @@
 It has neither directories nor keep-alive, so that its whole surface is the table of pages it is given.
 """
 
+import contextlib
 import io
 import socket
 import socketserver
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -41,7 +43,8 @@ Pages = Mapping[str, Callable[[], Page]]
 class PageServer(socketserver.ThreadingTCPServer):
     """Serves `pages` on `listen` ("host:port", port 0 for a free one) from `start` to `stop`.
 
-    More than `MAX_CONNECTIONS` at a time are closed unanswered.
+    There are no more than `MAX_CONNECTIONS` at a time: for one more, the oldest of the client that has most
+    is closed. So nobody who only holds connections keeps the others from their answer.
 
     Raises:
         MinerError: the address cannot be had; the message names it and the remedy.
@@ -49,13 +52,15 @@ class PageServer(socketserver.ThreadingTCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
-    request_queue_size = MAX_CONNECTIONS
+    request_queue_size = 8 * MAX_CONNECTIONS
 
     def __init__(self, listen: str, pages: Pages, *, timeout_s: float = TIMEOUT_S) -> None:
         self.pages = pages
         self.timeout_s = timeout_s
         self._log = events("httpd")
-        self._free = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        # Those that are served, in the order in which they came, with the client's address.
+        self._served: dict[socket.socket, str] = {}
+        self._lock = threading.Lock()
         host, _, port = listen.rpartition(":")
         host = host.strip("[]")
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -83,22 +88,36 @@ class PageServer(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection a thread, if there is one left for it."""
-        if not self._free.acquire(blocking=False):
-            self.shutdown_request(request)
-            return
+        """Give the connection a thread, and end another one if there are too many."""
+        with self._lock:
+            if len(self._served) >= MAX_CONNECTIONS:
+                self._cut_one()
+            self._served[request] = str(client_address[0])
         try:
             super().process_request(request, client_address)
         except RuntimeError:  # the system has no thread for us
-            self._free.release()
+            self._forget(request)
             self.shutdown_request(request)
+
+    def _cut_one(self) -> None:
+        counts = Counter(self._served.values())
+        most = max(counts.values())
+        victim = next(line for line, address in self._served.items() if counts[address] == most)
+        del self._served[victim]
+        # Its thread finds the end of the connection, whatever it waits for, and closes it.
+        with contextlib.suppress(OSError):
+            victim.shutdown(socket.SHUT_RDWR)
+
+    def _forget(self, request: Any) -> None:
+        with self._lock:
+            self._served.pop(request, None)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer, and give the place free whatever happens."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._free.release()
+            self._forget(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  # given by the base
         """Tell of a defect of ours; a connection that broke is its client's own affair."""

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import stat
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -335,3 +336,37 @@ def test_the_agent_may_read_the_log_and_change_nothing_there(bench: Bench, own: 
     assert (logs.st_uid, logs.st_gid, stat.S_IMODE(logs.st_mode)) == (os.geteuid(), group, 0o750)
     log = (directory / "logs" / "exec.log").stat()
     assert (log.st_uid, log.st_gid, stat.S_IMODE(log.st_mode) & 0o777) == (os.geteuid(), group, 0o640)
+
+
+# Pours into its output for two seconds what another pipe holds, again and again: no byte of it is copied.
+POUR = """
+import ctypes, os, time
+tee = ctypes.CDLL(None).tee
+source, filled = os.pipe()
+os.write(filled, bytes(65536))
+end = time.monotonic() + 2
+while time.monotonic() < end:
+    tee(source, 1, 65536, 0)
+"""
+
+
+def test_reading_what_a_job_pours_out_costs_a_share_of_the_time(bench: Bench) -> None:
+    bench.start()
+    assert bench.child is not None
+    worker = psutil.Process(bench.child.pid)
+    directory = bench.submit("j1", f"exec {sys.executable} -c '{POUR}'")
+    began, before = clock.now(), worker.cpu_times()
+    assert bench.run("j1").code is None
+    took, after = clock.now() - began, worker.cpu_times()
+    assert after.user + after.system - before.user - before.system < 0.12 * took
+    assert (directory / "logs" / "exec.log").stat().st_size > 1 << 20
+
+
+def test_a_job_that_reads_its_own_output_stops_nobody(bench: Bench) -> None:
+    bench.start()
+    bench.submit(
+        "j1", "echo first; timeout 1 cat /dev/stdout >/dev/null & sleep 0.2; echo second; wait; echo last"
+    )
+    bench.send(StartJob("j1"))
+    assert bench.ended().code is None
+    assert "last" in (bench.root / "j1" / "logs" / "exec.log").read_text()
