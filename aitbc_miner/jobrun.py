@@ -16,7 +16,7 @@ from aitbc_miner.causes import Evidence, cause_of
 from aitbc_miner.cgroup import Group
 from aitbc_miner.diskuse import DiskUse
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
-from aitbc_miner.execution import FULL_TRIES, Ending, Execution, Supervision, is_full
+from aitbc_miner.execution import Ending, Execution
 from aitbc_miner.joblog import LOG_NAME, JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Manifest, Outcome, State, Usage
 from aitbc_miner.leftovers import clear_user, named
@@ -27,6 +27,7 @@ from aitbc_miner.sandbox import HOME
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import Job
 from aitbc_miner.starting import Started, Surroundings, limits_for, start
+from aitbc_miner.supervision import FULL_TRIES, Supervision, is_full
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start

@@ -18,7 +18,7 @@ from aitbc_miner.cgroup import CgroupError
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, MinerError
-from aitbc_miner.execution import Delays, Supervision
+from aitbc_miner.execution import Delays
 from aitbc_miner.gpunodes import make_nodes
 from aitbc_miner.gpuview import devices_of
 from aitbc_miner.jobrun import JobRun
@@ -35,6 +35,7 @@ from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.starting import Surroundings, slot_sandbox
+from aitbc_miner.supervision import Supervision
 from aitbc_miner.util.limits import plan_limits
 from aitbc_miner.util.log import events
 from aitbc_miner.warming import Warmer

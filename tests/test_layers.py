@@ -27,7 +27,17 @@ LAYERS: list[dict[str, set[str]]] = [
             *("supervisor", "slotset", "slots", "children", "desk", "jobindex", "orphans", "reloading"),
             *("stopping", "historian", "storage", "sweeping", "allowing"),
         },
-        "worker": {"worker", "jobrun", "starting", "execution", "causes", "workspace", "diskuse", "warming"},
+        "worker": {
+            "worker",
+            "jobrun",
+            "starting",
+            "execution",
+            "supervision",
+            "causes",
+            "workspace",
+            "diskuse",
+            "warming",
+        },
         "agent": {
             *("agent", "workbench", "pulling", "taking", "intake", "progress", "reporting", "delivery"),
             *("reruns", "fleet", "fleetwatch", "pruning", "recovery", "nodetoken", "queue_shared"),
