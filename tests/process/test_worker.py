@@ -18,7 +18,7 @@ import psutil
 import pytest
 from bench import Bench, Prepare, Shell
 
-from aitbc_miner import execution
+from aitbc_miner import supervision
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.execution import Execution
 from aitbc_miner.jobs import ExitStatus, Outcome, State
@@ -133,7 +133,7 @@ class Trouble:
         self.name = ""
 
     def __call__(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(execution, "RETRY_MIN_S", 0.001)
+        patch.setattr(supervision, "RETRY_MIN_S", 0.001)
         for module, name in [
             (os, self.name),
             *([(builtins, "open"), (io, "open")] if self.name == "open" else []),
