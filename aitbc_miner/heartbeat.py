@@ -8,6 +8,7 @@ import os
 import random
 import select
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import psutil
@@ -25,6 +26,7 @@ from aitbc_miner.coordinator import (
     UnknownNode,
     Unreachable,
 )
+from aitbc_miner.coordinator.looking import likely_cause
 from aitbc_miner.credentials import Credential, CredentialError, digest
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu import GpuReader
@@ -305,7 +307,7 @@ class HeartbeatProcess:
             since_wall=before.since_wall if before and before.reachable == reachable else clock.wall(),
             registered=self._registration.token is not None,
             error=told,
-            remedy=remedy_for(error, self._config.coordinator.auth_token) if error else None,
+            remedy=self._remedy_for(error) if error else None,
         )
         if view == before:
             return
@@ -317,6 +319,10 @@ class HeartbeatProcess:
         else:
             log.info("coordinator-well")
 
+    def _remedy_for(self, error: MinerError) -> str:
+        guess = self._registration.guess(error)
+        return guess or remedy_for(error, self._config.coordinator.auth_token)
+
 
 def _asked(error: CoordinatorError) -> float:
     """Say how long to wait at least, where somebody has said so."""
@@ -327,6 +333,15 @@ def _asked(error: CoordinatorError) -> float:
             return error.wait_s
         case _:
             return 0.0
+
+
+def _first(config: Config) -> Snapshot:
+    return Snapshot(
+        node_id=config.node_id,
+        coordinator=config.coordinator.base_url,
+        interval_s=config.heartbeat.interval_s,
+        started=clock.now(),
+    )
 
 
 def run_heartbeat(
@@ -346,16 +361,13 @@ def run_heartbeat(
     `early` is it; `mask` is told each secret before it is used, to keep it out of the log.
     """
     timing = timing or Timing()
-    metrics = Metrics(
-        Snapshot(
-            node_id=config.node_id,
-            coordinator=config.coordinator.base_url,
-            interval_s=config.heartbeat.interval_s,
-            started=clock.now(),
-        ),
-        config.queue.path.parent,
+    metrics = Metrics(_first(config), config.queue.path.parent)
+    registration = Registration(
+        connector(config, environ, mask, early, proxy),
+        mask,
+        metrics,
+        partial(likely_cause, config.coordinator, proxy),
     )
-    registration = Registration(connector(config, environ, mask, early, proxy), mask, metrics)
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
     tasks = TaskWatch(config.runners.python)
     process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, tasks, timing)

@@ -264,14 +264,14 @@ def _network() -> Iterator[None]:
         yield
     except ssl.SSLCertVerificationError as error:
         raise _Broken(f"its TLS certificate {certificate_fault(error).cause}") from error
-    except TimeoutError as error:
-        raise _Broken("the server does not answer, or has stopped sending") from error
-    except OSError as error:
-        raise _Broken((error.strerror or "the server closed the connection").lower()) from error
     except CredentialError as error:
         raise _Broken("the credential of this node's proxy cannot be read") from error
     except ProxyRefused as error:
         raise _Broken(f"this node's proxy does not let it pass: {error}") from error
+    except TimeoutError as error:
+        raise _Broken("the server does not answer, or has stopped sending") from error
+    except OSError as error:
+        raise _Broken((error.strerror or "the server closed the connection").lower()) from error
     except TooMuch as error:
         raise _Broken(f"the reply is not usable: {error}") from error
     except (http.client.HTTPException, UnicodeError) as error:

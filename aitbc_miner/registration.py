@@ -31,12 +31,18 @@ class Registration:
     """Our standing with the coordinator: the node token, the client that uses it, and what was told of us.
 
     `connect` reads the operator's credential and makes a client with it, anew for each registration, so that
-    a credential that was exchanged is taken up.
+    a credential that was exchanged is taken up. `look` says what may be wrong with the coordinator's address.
     """
 
     def __init__(
-        self, connect: Callable[[], Coordinator], mask: Callable[[str], None], metrics: Metrics
+        self,
+        connect: Callable[[], Coordinator],
+        mask: Callable[[str], None],
+        metrics: Metrics,
+        look: Callable[[], str | None] = lambda: None,
     ) -> None:
+        self._look = look
+        self._guessed: tuple[str, str | None] = ("", None)
         self._connect = connect
         self._mask = mask
         self._metrics = metrics
@@ -83,6 +89,14 @@ class Registration:
             raise
         finally:
             self._metrics.count_heartbeat(sent=sent)
+
+    def guess(self, error: MinerError) -> str | None:
+        """Say what is probably set wrongly; nothing is asked twice for one error, nor once it has worked."""
+        if self.at > -math.inf or isinstance(error.__cause__, CredentialError):
+            return None
+        if (told := str(error)) != self._guessed[0]:
+            self._guessed = (told, self._look())
+        return self._guessed[1]
 
     def leave(self) -> None:
         """Say that this node is gone, as far as that can be said now."""
