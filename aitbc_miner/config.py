@@ -30,6 +30,7 @@ from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
 MACHINE_ID = Path("/etc/machine-id")
 SLOTS_DIR = Path("/etc/aitbc/miner/slots.d")
 """Where no other is set, and where no file need be: the slots are derived from the machine then."""
+_MACHINE_ID = re.compile(r"[0-9a-fA-F]{32}")
 _NODE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
@@ -56,13 +57,23 @@ Mode = Literal["required", "auto"]
 ModeOrOff = Literal["required", "auto", "off"]
 
 
+def read_machine_id(path: Path = MACHINE_ID) -> str:
+    """Give what the file says that is to have the machine's id."""
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def is_machine_id(text: str) -> bool:
+    """Whether it is an id: not "uninitialized", as in images, nor nothing, which many machines have alike."""
+    return bool(_MACHINE_ID.fullmatch(text)) and len(set(text)) > 1
+
+
 def derive_node_id(machine_id_path: Path = MACHINE_ID) -> str:
     """Name this node: stable, and not giving away the machine-id, which machine-id(5) calls confidential."""
-    try:
-        machine_id = machine_id_path.read_text(errors="replace").strip()
-    except OSError:
-        machine_id = ""
-    seed = "aitbc-miner" + (machine_id or socket.gethostname())
+    machine_id = read_machine_id(machine_id_path)
+    seed = "aitbc-miner" + (machine_id if is_machine_id(machine_id) else socket.gethostname())
     return f"node-{hashlib.sha256(seed.encode()).hexdigest()[:12]}"
 
 

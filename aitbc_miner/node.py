@@ -228,7 +228,7 @@ class Node:
         if gpu and gpu.unified:
             # What of the machine's memory may be used at all bounds it, too.
             vram_mb = min(vram_mb, memory >> 20)
-        offer = make_offer(spec, threads=len(self._facts.cpus), memory_bytes=memory, vram_mb=vram_mb)
+        offer = make_offer(spec, threads=self._facts.threads, memory_bytes=memory, vram_mb=vram_mb)
         parent = self._cgroups.parent
         settings = Settings(
             config=self._config,

@@ -91,8 +91,10 @@ class SlotCapability(Struct, frozen=True, omit_defaults=True):
 def probe_machine(workspace: Path, *, sysfs: Path = Path("/sys"), proc: Path = Path("/proc")) -> Machine:
     """Look at everything but the GPUs. The disk is that which `workspace` is on, or will be."""
     facts = read_machine(sysfs=sysfs, proc=proc)
-    online = len(facts.cpus) + len(facts.barred)
+    online = min(len(facts.cpus) + len(facts.barred), facts.quota or len(facts.cpus) + len(facts.barred))
     memory = psutil.virtual_memory()
+    # In a container it may have less than the machine.
+    most = facts.memory_bytes or memory.total
     disk = shutil.disk_usage(_nearest_existing(workspace))
     os_name, os_ids = _distribution()
     # nft is in /usr/sbin, which the PATH of an ordinary user does not have.
@@ -101,13 +103,13 @@ def probe_machine(workspace: Path, *, sysfs: Path = Path("/sys"), proc: Path = P
     return Machine(
         model=_cpu_model(proc / "cpuinfo"),
         arch=platform.machine(),
-        cores=len(facts.cores) or psutil.cpu_count(logical=False) or online,
+        cores=min(online, len(facts.cores) or psutil.cpu_count(logical=False) or online),
         threads=online,
         cpus=facts.cpus,
         siblings=facts.cores,
         numa=facts.nodes,
-        memory_mb=memory.total >> 20,
-        memory_available_mb=memory.available >> 20,
+        memory_mb=min(memory.total, most) >> 20,
+        memory_available_mb=min(memory.available, most) >> 20,
         disk_total_mb=disk.total >> 20,
         disk_free_mb=disk.free >> 20,
         os=os_name,

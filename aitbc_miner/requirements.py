@@ -13,7 +13,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.config import Config
+from aitbc_miner.config import MACHINE_ID, Config, derive_node_id, is_machine_id, read_machine_id
 from aitbc_miner.errors import MinerError
 from aitbc_miner.privileges import Identities
 
@@ -79,6 +79,13 @@ def _resolved(key: str, path: Path) -> Path:
             )
         path = Path(os.path.normpath(link.parent / link.readlink() / path.relative_to(link)))
     raise RequirementError(f"{key}: {path} leads through more than {LINKS} links; name where it leads")
+
+
+def _identity(place: Place) -> Iterator[str]:
+    said = read_machine_id()
+    if not is_machine_id(said) and place.config.node_id == derive_node_id():
+        shown = f"{said[:40]!r}, which many machines are" if said else "not there or empty"
+        yield f"{MACHINE_ID} is {shown}; run `systemd-machine-id-setup`, or set node_id to a name of its own"
 
 
 def _workspace(place: Place) -> Iterator[str]:
@@ -148,6 +155,7 @@ def _files(place: Place) -> Iterator[str]:
 
 
 NEEDS: tuple[tuple[str, Callable[[Place], Iterator[str]]], ...] = (
+    ("node_id", _identity),
     ("workspace.root", _workspace),
     ("queue.path", _state),
     ("logging.path", _log),

@@ -284,7 +284,8 @@ def derive_slots(facts: MachineFacts) -> list[SlotSpec]:
     A share is an equal part of the CPUs, one part being kept for CPU slots. 80 % of the memory is divided
     equally; the rest is for the system and this program.
     """
-    cpus = facts.cpus
+    # All of them only if there is the time of all of them.
+    cpus = facts.cpus[: facts.threads]
     share = max(1, len(cpus) // (len(facts.gpu_ids) + 1))
     wants = [Want(share, facts.gpu_nodes.get(ids[0])) for ids in facts.gpu_ids]
     # More GPUs than CPUs have to share them.

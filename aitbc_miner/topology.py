@@ -28,7 +28,8 @@ class MachineFacts(Struct, frozen=True):
     that this process may not use. cores: the threads of each core, together. gpu_ids: each GPU by all the
     names it has (index, UUID) as text; gpu_nodes: the NUMA node near to a GPU, by each of its names;
     gpu_parts: the MIG instances of a GPU that is divided, by each of its names. nr_open: the most file
-    descriptors that RLIMIT_NOFILE may allow. sysfs: where the disks are looked up.
+    descriptors that RLIMIT_NOFILE may allow. sysfs: where the disks are looked up. quota: how many CPUs' time
+    the group that we are in may use. `memory_bytes` is what such a group may use, too.
     """
 
     cpus: tuple[int, ...]
@@ -44,6 +45,12 @@ class MachineFacts(Struct, frozen=True):
     pid_max: int | None = None
     nr_open: int | None = None
     sysfs: Path | None = None
+    quota: int | None = None
+
+    @property
+    def threads(self) -> int:
+        """How many CPUs' time there is."""
+        return min(len(self.cpus), self.quota or len(self.cpus))
 
 
 def read_machine(
@@ -56,7 +63,7 @@ def read_machine(
     """Look at everything but the GPUs.
 
     Args:
-        group: the cgroup that the slots are made in, whose cpuset holds them; None where there is none.
+        group: the cgroup that the slots are made in, whose limits hold them; None: that which we are in.
         sysfs: where sysfs is mounted.
         proc: where procfs is mounted.
         allowed: the CPUs that this process may use; None: ask the kernel.
@@ -69,9 +76,11 @@ def read_machine(
     # A service may keep its own processes to other CPUs than its slots.
     usable = cpuset & permitted or cpuset
     memory = _meminfo(proc / "meminfo")
+    held = _own_groups(proc, group)
+    quotas = [quota for step in held if (quota := _quota(step)) is not None]
     return MachineFacts(
         cpus=tuple(sorted(usable)),
-        memory_bytes=memory.get("MemTotal", 0),
+        memory_bytes=min([memory.get("MemTotal", 0), *filter(None, map(_memory_max, held))]),
         offline=tuple(sorted(set(_cpus(cpu_dir / "present")) - online)),
         barred=tuple(sorted(online - usable)),
         cores=_cores(cpu_dir),
@@ -80,7 +89,42 @@ def read_machine(
         pid_max=_number(proc / "sys/kernel/pid_max"),
         nr_open=_number(proc / "sys/fs/nr_open"),
         sysfs=sysfs,
+        quota=max(1, int(min(quotas))) if quotas else None,
     )
+
+
+def _own_groups(proc: Path, group: Path | None) -> list[Path]:
+    """Name the groups whose limits hold us, of both versions, each with those above it.
+
+    Source: proc(5), mountinfo; cgroups(7). `group` stands for ours of version 2.
+    """
+    own: dict[str, str] = {}
+    for line in _text(proc / "self/cgroup").splitlines():
+        _, names, place = line.split(":", 2)
+        own |= dict.fromkeys(names.split(","), place)
+    found = [group, *group.parents] if group else []
+    for line in _text(proc / "self/mountinfo").splitlines():
+        fields, _, kind = line.partition(" - ")
+        root, mount = map(Path, fields.split()[3:5])
+        controllers = kind.split()[2].split(",") if kind.startswith("cgroup ") else [""]
+        path = next((own[name] for name in controllers if name in own), None)
+        if path is None or not kind.startswith("cgroup") or (group and kind.startswith("cgroup2 ")):
+            continue
+        below = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
+        found += [mount / step for step in (below, *below.parents)]
+    return found
+
+
+def _memory_max(group: Path) -> int | None:
+    return _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
+
+
+def _quota(group: Path) -> float | None:
+    """Give how many CPUs' time a group may use."""
+    quota, _, period = _text(group / "cpu.max").partition(" ")
+    if not period:
+        quota, period = (_text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+    return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
 
 
 def _text(file: Path) -> str:

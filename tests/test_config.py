@@ -465,7 +465,7 @@ def test_the_node_id_is_stable_and_not_the_machine_id(tmp_path: Path) -> None:
     assert derive_node_id(path) != name
 
 
-@pytest.mark.parametrize("content", [None, ""])
+@pytest.mark.parametrize("content", [None, "", "uninitialized\n", "0" * 32])
 def test_the_node_id_without_a_machine_id(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None
 ) -> None:

@@ -157,3 +157,18 @@ def test_links_in_a_circle_end(config: Config, tmp_path: Path) -> None:
     (tmp_path / "jobs").symlink_to("jobs")
     with pytest.raises(RequirementError, match="more than 40 links"):
         resolved(config)
+
+
+@pytest.mark.parametrize(
+    "said", ["uninitialized", "", "0" * 32, "f" * 32, "4C54970A6E7F" * 2, "abc", "g" * 32]
+)
+def test_a_machine_without_an_id_needs_a_name(
+    said: str, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "machine-id").write_text(said + "\n")
+    monkeypatch.setattr(requirements, "read_machine_id", lambda: said)
+    monkeypatch.setattr(requirements, "derive_node_id", lambda: config.node_id)
+    ((key, fault),) = found(config)
+    assert key == "node_id"
+    assert "run `systemd-machine-id-setup`, or set node_id" in fault
+    assert found(replace(config, node_id="mine")) == []

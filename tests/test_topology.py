@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from aitbc_miner.checks import machine_facts
 from aitbc_miner.gpu import GpuInfo, GpuList, MigInstance
 from aitbc_miner.layout import Want, cores_of, divide, memory_nodes
+from aitbc_miner.slotspec import derive_slots
 from aitbc_miner.topology import MachineFacts, NumaNode, read_machine
 from aitbc_miner.util.units import format_cpus, parse_cpus
 
@@ -239,3 +240,66 @@ def test_a_node_without_memory_binds_nobody() -> None:
     nodes = (NumaNode(0, (0,), 16 * G), NumaNode(1, (1,), 0))
     facts = MachineFacts((0, 1), 16 * G, nodes=nodes)
     assert memory_nodes([((0,), G), ((1,), G)], facts) == [(0,), None]
+
+
+# --- limits of the group that we are in --------------------------------------------------------------------
+
+
+def held(fake: FakeMachine, mounts: str, groups: str) -> MachineFacts:
+    root = fake.sysfs.parent
+    fake.cpus(["0", "1", "2", "3", "4", "5", "6", "7"])
+    fake.file("proc/meminfo", f"MemTotal:  {16 << 20} kB")
+    fake.file("proc/self/mountinfo", mounts.replace("TOP", str(root)))
+    fake.file("proc/self/cgroup", groups)
+    return fake.read(range(8))
+
+
+V2 = "30 24 0:26 / TOP/cg rw,nosuid shared:9 - cgroup2 cgroup2 rw"
+V1 = (
+    "31 24 0:27 / TOP/cg/memory rw - cgroup cgroup rw,memory\n"
+    "32 24 0:28 / TOP/cg/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct\n"
+    "33 24 0:29 / TOP/cg/unified rw - cgroup2 cgroup2 rw"
+)
+
+
+def test_the_tightest_limit_up_the_tree_holds(fake: FakeMachine) -> None:
+    fake.file("cg/a/memory.max", 4 * G)
+    fake.file("cg/a/b/memory.max", "max")
+    fake.file("cg/a/b/c/memory.max", 8 * G)
+    fake.file("cg/a/cpu.max", "max 100000")
+    fake.file("cg/a/b/cpu.max", "250000 100000")
+    fake.file("cg/a/b/c/cpu.max", "400000 100000")
+    facts = held(fake, V2, "0::/a/b/c")
+    assert (facts.memory_bytes, facts.quota, facts.threads) == (4 * G, 2, 2)
+    slots = derive_slots(facts)
+    assert sum(slot.memory_max or 0 for slot in slots) <= 4 * G
+    assert {cpu for slot in slots for cpu in slot.cpus or ()} == {0, 1}
+
+
+def test_the_group_of_the_slots_holds_them_and_not_ours(fake: FakeMachine) -> None:
+    fake.file("cg/ours/memory.max", 1 * G)
+    fake.file("cg/slots/memory.max", 3 * G)
+    held(fake, V2, "0::/ours")
+    assert fake.read(range(8), fake.sysfs.parent / "cg" / "slots").memory_bytes == 3 * G
+
+
+def test_limits_of_version_1(fake: FakeMachine) -> None:
+    fake.file("cg/memory/box/memory.limit_in_bytes", 2 * G)
+    fake.file("cg/memory/box/inner/memory.limit_in_bytes", 9223372036854771712)
+    fake.file("cg/cpu,cpuacct/box/cpu.cfs_quota_us", 50_000)
+    fake.file("cg/cpu,cpuacct/box/cpu.cfs_period_us", 100_000)
+    facts = held(fake, V1, "5:memory:/box/inner\n4:cpu,cpuacct:/box\n0::/")
+    assert (facts.memory_bytes, facts.threads) == (2 * G, 1)
+
+
+def test_a_container_sees_its_own_group_as_the_root(fake: FakeMachine) -> None:
+    fake.file("cg/memory.max", 1 * G)
+    assert held(fake, V2.replace(" / TOP", " /docker/x TOP"), "0::/docker/x").memory_bytes == 1 * G
+    assert held(fake, V2.replace(" / TOP", " /../../x TOP"), "0::/").memory_bytes == 1 * G
+
+
+def test_without_limits_there_is_the_whole_machine(fake: FakeMachine) -> None:
+    fake.file("cg/a/memory.max", "max")
+    fake.file("cg/cpu.max", "max 100000")
+    facts = held(fake, V2, "0::/a")
+    assert (facts.memory_bytes, facts.quota, facts.threads) == (16 * G, None, 8)
