@@ -353,12 +353,14 @@ def slot_groups(parent: Path) -> list[Path]:
 
 
 def _make_workspace(root: Path, service: Identity | None) -> None:
-    root.mkdir(mode=PASSABLE, parents=True, exist_ok=True)
-    if service is not None:
-        # By descriptor, and through no link: the directory above may be the service's.
-        with fs.directory(root) as fd:
+    # Through no link that the service could have made: the directory above may be its own.
+    fd = fs.open_directory(root, make=PASSABLE)
+    try:
+        if service is not None:
             os.fchown(fd, service.uid, service.gid)
             os.fchmod(fd, PASSABLE)
+    finally:
+        os.close(fd)
 
 
 def _make_state(directory: Path, service: Identity | None) -> None:
@@ -368,7 +370,7 @@ def _make_state(directory: Path, service: Identity | None) -> None:
         WorkspaceError: it is there, with files, and not the service's: it may be any directory at all.
     """
     # Passable, for the jobs' directories may be below it.
-    directory.mkdir(mode=PASSABLE, parents=True, exist_ok=True)
+    os.close(fs.open_directory(directory, make=PASSABLE))
     with fs.directory(directory) as fd:
         if service is None or os.fstat(fd).st_uid == service.uid:
             return
@@ -383,7 +385,7 @@ def _lock(root: Path) -> int:
     Raises:
         WorkspaceError: there is one already.
     """
-    lock = os.open(root, fs.DIRECTORY)
+    lock = fs.open_directory(root)
     try:
         # It ends with its last descriptor; children close theirs, so a worker that lives on does not hold it.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -4,6 +4,7 @@ Where there is no cgroup to kill, the program dies with its worker, but what it 
 child of the supervisor, which is their subreaper. A child that it did not start has no right to be.
 """
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
+from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.util import fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
@@ -41,7 +43,7 @@ class WorkerBook:
     def _read(self) -> dict[str, WorkerName]:
         try:
             with fs.directory(self._path.parent) as folder:
-                text = fs.read_bounded(folder, self._path.name, MAX_BOOK)
+                text = fs.read_bounded(folder, self._path.name, MAX_BOOK, own=True)
             return msgspec.json.decode(text, type=dict[str, WorkerName])
         except FileNotFoundError:
             return {}
@@ -66,6 +68,15 @@ class WorkerBook:
         """Whether an earlier run of the node started this process as the worker of this slot."""
         known = self._before.get(slot or "")
         return known is not None and (known.pid, known.start) == (pid, start)
+
+
+def works_in(group: Path | None, pid: int) -> bool:
+    """Whether a process is where a slot's worker is: in its group, or where there is none, our user's."""
+    with contextlib.suppress(OSError, CgroupError):
+        if group is not None:
+            return pid in Group(group / "worker").pids()
+        return Path(f"/proc/{pid}").stat().st_uid == os.geteuid()
+    return False
 
 
 def end_worker(pid: int, start: int) -> None:

@@ -216,7 +216,7 @@ class Records:
         if not valid_job_id(job_id):
             raise RecordError(f"cannot open job {job_id[:80]!r}: not a job id")
         try:
-            fd = os.open(self.root / job_id, fs.DIRECTORY)
+            fd = fs.open_directory(self.root / job_id)
         except OSError as error:
             if fs.may_pass(error):
                 raise

@@ -16,6 +16,7 @@ from msgspec.structs import replace
 from aitbc_miner.config import MACHINE_ID, Config, derive_node_id, is_machine_id, read_machine_id
 from aitbc_miner.errors import MinerError
 from aitbc_miner.privileges import Identities
+from aitbc_miner.util.trust import distrust_place
 
 ROOM_BYTES, ROOM_INODES = 1 << 20, 64
 """What a directory and the first records take."""
@@ -130,6 +131,7 @@ def _log(place: Place) -> Iterator[str]:
     path = place.config.logging.path
     if path is None:
         return
+    yield from _guarded(path)
     if path.is_dir():
         yield f"{path} is a directory; name a file"
     elif not path.parent.is_dir():
@@ -140,8 +142,20 @@ def _log(place: Place) -> Iterator[str]:
         yield f"the disk of {path} is full; free space there, or name another file"
 
 
+def _guarded(path: Path) -> Iterator[str]:
+    """Say who could put something of his where root listens, believes its own notes, or writes the log."""
+    try:
+        problem = distrust_place(path)
+    except OSError as error:
+        problem = error.strerror or str(error)
+    if problem:
+        remedy = "name a place in a directory that only root can change, such as /run/aitbc-miner"
+        yield f"cannot trust {path}: {problem}; {remedy}"
+
+
 def _control(place: Place) -> Iterator[str]:
     path = place.config.control.socket
+    yield from _guarded(path)
     yield from _directory(path.parent)
     if path.exists() and not path.is_socket():
         yield f"{path} is no socket; remove it, or name another place"

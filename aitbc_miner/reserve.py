@@ -158,6 +158,7 @@ def _plan(mib: int) -> tuple[int, int]:
 
 def _left(root: Path) -> int | None:
     try:
-        return len(os.listdir(root / NAME))  # noqa: PTH208  # only how many
+        with fs.directory(root / NAME) as pieces:
+            return len(os.listdir(pieces))  # noqa: PTH208  # only how many
     except OSError:
         return None

@@ -6,7 +6,7 @@ from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.channel import ExcessError
 from aitbc_miner.errors import JobError
 from aitbc_miner.messages import MAX_WAITING, FoundJob, Stop, Ticket
-from aitbc_miner.orphans import WorkerBook, end_worker
+from aitbc_miner.orphans import WorkerBook, end_worker, works_in
 from aitbc_miner.placing import place, refuse_hopeless
 from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Event, Retire, Slot, SlotState, Tick, Unretire
 from aitbc_miner.slots import Outcomes, RunningSlot, SlotPlan
@@ -175,14 +175,16 @@ class SlotSet:
             name = job.slot or ""
             wanted = name in self.slots
             slot = self.slots[name] if wanted else RunningSlot(self._stray(name), self._outcomes)
-            if slot.rules.state is SlotState.STOPPED and slot.adopt(pid, start):
+            ours = works_in(slot.plan.group, pid)
+            if ours and slot.rules.state is SlotState.STOPPED and slot.adopt(pid, start):
                 self.slots[name] = slot
                 slot.feed(Adopt(job.job_id, job.state, job.deadline))
                 adopted(job, name)
                 if not wanted:
                     slot.feed(Retire())
                 return
-            end_worker(pid, start)
+            if ours:
+                end_worker(pid, start)
         self._outcomes.settle(job.job_id, "the miner was restarted and found no worker with the job")
 
     def cancel(self, job_id: str, event: Cancel) -> bool:

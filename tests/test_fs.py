@@ -57,6 +57,57 @@ def test_neither_is_number_and_what_is_freed_is_told(tmp_path: Path, place: int)
     assert [path.name for path in tmp_path.iterdir()] == ["also"]
 
 
+STRANGER = 60_123
+
+
+def test_a_strangers_link_on_the_way_is_not_followed(tmp_path: Path) -> None:
+    """Whoever owns a directory on the way could have root work in another's: the place of jobs was a link."""
+    real = tmp_path / "real" / "jobs"
+    real.mkdir(parents=True)
+    (tmp_path / "ours").symlink_to("real")
+    (tmp_path / "whole").symlink_to(tmp_path / "ours")
+    for way in ("real", "ours", "whole", "real/../ours"):
+        with fs.directory(tmp_path / way / "jobs") as fd:
+            assert os.fstat(fd).st_ino == real.stat().st_ino, way
+    (real / "link").symlink_to(".")
+    with pytest.raises(NotADirectoryError):
+        fs.open_directory(real / "link")
+    (tmp_path / "round").symlink_to("round")
+    with pytest.raises(NotADirectoryError):
+        fs.open_directory(tmp_path / "round" / "jobs")
+
+
+@needs_root
+@pytest.mark.parametrize("whose", ["link", "directory", "writable"])
+def test_who_could_have_made_a_link(tmp_path: Path, whose: str) -> None:
+    (tmp_path / "elsewhere" / "jobs").mkdir(parents=True)
+    place = tmp_path / "place"
+    place.mkdir(mode=0o755)
+    (place / "link").symlink_to(tmp_path / "elsewhere")
+    if whose == "link":
+        os.lchown(place / "link", STRANGER, STRANGER)
+    elif whose == "directory":
+        os.chown(place, STRANGER, STRANGER)
+    else:
+        place.chmod(0o777)
+    with pytest.raises(OSError, match=r"'link' on the way is a link that user id .* could have made"):
+        fs.open_directory(place / "link" / "jobs")
+    # A directory of his own is another matter: what is in it is looked at again.
+    (place / "own" / "jobs").mkdir(parents=True)
+    os.close(fs.open_directory(place / "own" / "jobs"))
+
+
+def test_what_is_missing_is_made_with_its_mode(tmp_path: Path) -> None:
+    old = os.umask(0o077)
+    try:
+        os.close(fs.open_directory(tmp_path / "a" / "b", make=0o711))
+    finally:
+        os.umask(old)
+    assert [(tmp_path / path).stat().st_mode & 0o777 for path in ("a", "a/b")] == [0o711, 0o711]
+    with pytest.raises(FileNotFoundError):
+        fs.open_directory(tmp_path / "c")
+
+
 def test_links_are_removed_and_not_followed(tmp_path: Path, place: int) -> None:
     kept = tmp_path / "kept"
     kept.mkdir()

@@ -280,6 +280,36 @@ def test_files_that_others_can_write_are_not_obeyed(site: Site) -> None:
     assert "config.yaml: cannot trust this file" in str(faults[0])
 
 
+@needs_root
+@pytest.mark.parametrize("key", ["control.socket", "logging.path"])
+def test_root_writes_nothing_where_another_rules(site: Site, key: str) -> None:
+    """In the service's directory root followed its links, and believed the list of workers it had forged."""
+    place = site.root / "service" / "below"
+    place.mkdir(parents=True)
+    os.chown(place.parent, 60_123, 60_123)
+    section, name = key.split(".")
+    site.keys[section] = {name: str(place / "x")}
+    told = f"{key}: cannot trust {place}/x: {place.parent} belongs to user id 60123"
+    assert told in fault_texts(site.checker())
+    done = run("run", "--config", str(site.path))
+    assert done.returncode == 78
+    assert told in done.stderr
+    assert list(place.iterdir()) == []
+
+
+@needs_root
+def test_a_log_that_a_link_leads_away(site: Site) -> None:
+    (site.root / "away").mkdir()
+    os.chown(site.root / "away", 60_123, 60_123)
+    (site.root / "log").symlink_to(site.root / "away" / "log")
+    site.keys["logging"] = {"path": str(site.root / "log")}
+    assert "away belongs to user id 60123" in fault_texts(site.checker())
+    (site.root / "away" / "log").touch()
+    assert "away belongs to user id 60123" in fault_texts(site.checker())
+    site.keys["logging"] = {"path": "/dev/stderr"}
+    assert "logging.path" not in fault_texts(site.checker())
+
+
 def test_a_ca_file_that_others_can_write(site: Site) -> None:
     ca = site.root / "ca.pem"
     ca.touch()

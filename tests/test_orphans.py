@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner.orphans import WorkerBook, end_worker
+from aitbc_miner.orphans import WorkerBook, end_worker, works_in
 from aitbc_miner.util.system import process_start
 from tools.local_node import wait_until
 
@@ -51,6 +51,40 @@ def test_a_broken_book_knows_nobody(tmp_path: Path, text: str) -> None:
     path = tmp_path / "workers.json"
     path.write_bytes(text.encode("latin-1"))
     assert not WorkerBook(path).knows("cpu0", 1, 1)
+
+
+@pytest.mark.parametrize("how", ["mode", "hard link", "link", "owner"])
+def test_a_book_that_others_could_have_written_knows_nobody(tmp_path: Path, how: str) -> None:
+    """It had root kill a process of another's."""
+    path = tmp_path / "workers.json"
+    own, start = os.getpid(), process_start(os.getpid())
+    WorkerBook(path).note("cpu0", own)
+    if how == "mode":
+        path.chmod(0o622)
+    elif how == "hard link":
+        (tmp_path / "other").hardlink_to(path)
+    elif how == "link":
+        path.rename(tmp_path / "other")
+        path.symlink_to("other")
+    elif os.geteuid() == 0:
+        os.chown(path, 60_123, -1)
+    else:
+        path.chmod(0o606)
+    assert not WorkerBook(path).knows("cpu0", own, start)
+
+
+def test_a_process_outside_of_the_slots_group_is_no_worker(
+    tmp_path: Path, sleeper: "subprocess.Popen[bytes]"
+) -> None:
+    (tmp_path / "worker").mkdir()
+    (tmp_path / "worker" / "cgroup.procs").write_text(f"{os.getpid()}\n")
+    assert works_in(tmp_path, os.getpid())
+    assert not works_in(tmp_path, sleeper.pid)
+    assert not works_in(tmp_path / "gone", sleeper.pid)
+    assert works_in(None, sleeper.pid)
+    sleeper.kill()
+    sleeper.wait()
+    assert not works_in(None, sleeper.pid)
 
 
 def test_a_book_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:

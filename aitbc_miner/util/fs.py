@@ -20,6 +20,8 @@ from aitbc_miner.util import clock
 T = TypeVar("T")
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+MAX_LINKS = 40
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 """What a write is refused with by a disk, or an owner's share of it, that has no room."""
 OF_THE_FILE = frozenset(
@@ -56,16 +58,75 @@ def tried_again(call: Callable[[], T], times: int = 5) -> T:
 
 @contextmanager
 def directory(path: Path | str, *, at: int | None = None) -> Iterator[int]:
-    """Open a directory, not through a link, and give its descriptor.
+    """Open a directory, not through a link, and give its descriptor; without `at` as `open_directory` does.
 
     Raises:
         OSError: it is not there, is a link, or is no directory.
     """
-    fd = os.open(path, DIRECTORY, dir_fd=at)
+    fd = open_directory(Path(path)) if at is None else os.open(path, DIRECTORY, dir_fd=at)
     try:
         yield fd
     finally:
         os.close(fd)
+
+
+def open_directory(path: Path, make: int | None = None) -> int:
+    """Open a directory by its path, not through a link at its end, nor through a stranger's on the way.
+
+    Where a less trusted user owns a directory on the way, he decides what is found in it, and so whether root
+    ends up in his directory or in another's. What is missing is made with the mode `make`, if one is given.
+
+    Raises:
+        OSError: it is not there, is no directory, or such a link is on the way.
+    """
+    path = path.absolute()
+    here, ahead, links = os.open("/", _PASS), list(reversed(path.parts[1:])), MAX_LINKS
+    try:
+        while ahead:
+            part = ahead.pop()
+            try:
+                here = _instead_of(here, _step(here, part, DIRECTORY if not ahead else _PASS, make))
+            except NotADirectoryError:
+                links -= 1
+                target = _trusted_link(here, part, path) if ahead else None
+                if target is None or not links:
+                    raise
+                if target.is_absolute():
+                    here = _instead_of(here, os.open("/", _PASS))
+                ahead += reversed(target.parts[target.is_absolute() :])
+        return _instead_of(here, os.open(".", DIRECTORY, dir_fd=here))
+    except BaseException:
+        os.close(here)
+        raise
+
+
+def _step(here: int, part: str, flags: int, make: int | None) -> int:
+    try:
+        return os.open(part, flags, dir_fd=here)
+    except FileNotFoundError:
+        if make is None:
+            raise
+    os.mkdir(part, make, dir_fd=here)
+    fd = os.open(part, DIRECTORY, dir_fd=here)
+    os.fchmod(fd, make)  # whatever the umask is
+    return fd
+
+
+def _trusted_link(at: int, name: str, path: Path) -> Path | None:
+    """Read a link on the way to a path; None for what is none.
+
+    Raises:
+        OSError: somebody else could have made it.
+    """
+    info, trusted = os.stat(name, dir_fd=at, follow_symlinks=False), {0, os.geteuid()}
+    if not stat.S_ISLNK(info.st_mode):
+        return None
+    place = os.fstat(at)
+    shut = not place.st_mode & 0o022 or place.st_mode & stat.S_ISVTX
+    if info.st_uid not in trusted or place.st_uid not in trusted or not shut:
+        message = f"{name!r} on the way is a link that user id {info.st_uid} could have made"
+        raise OSError(errno.ELOOP, message, str(path))
+    return Path(os.readlink(name, dir_fd=at))
 
 
 def make_file(dir_fd: int, name: str, mode: int) -> int:
@@ -117,17 +178,20 @@ def unfinished(name: str) -> str:
     return f".{name}.new"
 
 
-def read_bounded(dir_fd: int, name: str, limit: int) -> bytes:
+def read_bounded(dir_fd: int, name: str, limit: int, *, own: bool = False) -> bytes:
     """Read a small regular file, not through a link.
 
     Raises:
         FileNotFoundError: it is not there.
-        OSError: it is a link, or larger than `limit` bytes.
+        OSError: it is a link, larger than `limit` bytes, or, with `own`, another user could have written it.
     """
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
+        info = os.fstat(fd)
+        if not stat.S_ISREG(info.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", name)
+        if own and (info.st_uid != os.geteuid() or info.st_mode & 0o022 or info.st_nlink != 1):
+            raise OSError(errno.EPERM, f"user id {info.st_uid} or others could have written it", name)
         with os.fdopen(fd, "rb", closefd=False) as file:
             data = file.read(limit + 1)
     finally:

@@ -77,17 +77,24 @@ def distrust_directory(path: Path) -> str | None:
 
 
 def distrust_place(path: Path) -> str | None:
-    """Say who else could put something at `path`, where there may be nothing yet, or change what is there.
+    """Say who else could put something at `path`, where there may be nothing yet.
 
     Raises:
         OSError: a step is not readable.
     """
+    parent = path.absolute().parent
     try:
-        return distrust(path)
+        problem, mode = distrust(parent), parent.stat().st_mode
     except FileNotFoundError:
-        if path.is_symlink():
-            return f"{path} leads nowhere, where others might make something"
-        return distrust(next(step for step in path.absolute().parents if os.path.lexists(step)))
+        return distrust_place(parent)
+    if problem:
+        return problem
+    try:
+        return distrust(path) if mode & 0o022 or path.is_symlink() else None
+    except FileNotFoundError:
+        # What is at the end of /dev/stderr has no path.
+        leads_nowhere = path.is_symlink() and not path.exists()
+        return f"{path} leads nowhere, where others might make something" if leads_nowhere else None
 
 
 def refusal(path: Path, also: Collection[int] = ()) -> str | None:
