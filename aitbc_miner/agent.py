@@ -146,6 +146,7 @@ class Agent:
         if self._token.fileno() in ready and self._token.receive():
             self._puller.hurry()
             self._reporter.hurry()
+            self._assignments.heard()
         if self._bench.background.woken in ready:
             self._bench.background.clear()
 

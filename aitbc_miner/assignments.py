@@ -46,6 +46,7 @@ class Assignments:
         self._seen: set[str] = set()
         self._before: set[str] = set()
         self._missing: set[str] = set()
+        self._forgotten: set[str] = set()
         self._ends: dict[str, float] = {}
         self.asked = False
         """Whether there was an answer, or none is to be had: what we have already comes before new work."""
@@ -53,6 +54,17 @@ class Assignments:
     def hurry(self) -> None:
         """Ask now."""
         self._at = clock.now()
+
+    def heard(self) -> None:
+        """Note that the coordinator has had a heartbeat, or has told us that it did not know us any more.
+
+        With this node it has forgotten its jobs, which are wanted all the same: nobody has cancelled them.
+        """
+        if self._bench.token.forgotten:
+            self._bench.token.forgotten = False
+            self._forgotten = self._ours()
+        if self._missing:
+            self.hurry()
 
     def saw(self, job_id: str) -> None:
         """Note that a job has come: a list that was made before does not know it."""
@@ -122,12 +134,15 @@ class Assignments:
             return False
 
     def _miss(self, missing: set[str]) -> None:
-        """End what is missing from the list for the second time in a row; at the first, ask again at once."""
-        for job_id in missing & self._missing:
+        """End what is missing again after a heartbeat, which tells whether we are known there at all."""
+        ended = missing & self._missing - self._forgotten if self._bench.token.beaten else set()
+        for job_id in ended:
             self._end(job_id, "cancel", "by the coordinator")
-        self._missing = missing - self._missing
+        self._forgotten &= self._ours()
+        self._missing = missing - ended - self._forgotten
         if self._missing:
-            self.hurry()
+            self._bench.token.beaten = False
+            self._bench.token.want_beat()
 
     def _end(self, job_id: str, why: EndReason, detail: str) -> None:
         if job_id not in self._ours() or self._is_anothers(job_id):

@@ -91,6 +91,19 @@ def read_credential(source: str, environ: Mapping[str, str], owners: Collection[
     return Credential(source, _checked(source, value))
 
 
+def stamp(source: str, environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    """Give what is another when the file of a credential is replaced; None where there is none to be seen."""
+    kind, _, name = source.partition(":")
+    directory = "/" if kind == "file" else environ.get("CREDENTIALS_DIRECTORY")
+    if kind == "env" or not directory:
+        return None
+    try:
+        found = Path(directory, name).stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+
+
 def credential_of_root(source: str, environ: Mapping[str, str]) -> Credential | None:
     """Read a token that only root can, for a process that is about to become another user.
 

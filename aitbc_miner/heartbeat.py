@@ -27,7 +27,7 @@ from aitbc_miner.coordinator import (
     Unreachable,
 )
 from aitbc_miner.coordinator.looking import likely_cause
-from aitbc_miner.credentials import Credential, CredentialError, digest
+from aitbc_miner.credentials import Credential, CredentialError, digest, stamp
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu import GpuReader
 from aitbc_miner.messages import (
@@ -61,6 +61,8 @@ from aitbc_miner.util.web import Proxy
 
 log = events("heartbeat")
 
+CREDENTIAL_S = 1.0
+"""Between two looks at the credential's file as long as we are not registered."""
 UNSETTLED = frozenset({SlotState.STOPPED, SlotState.STARTING})
 SILENT_BEATS = 3
 """For so many intervals at most a coordinator may ask to hear nothing of us."""
@@ -122,13 +124,16 @@ class HeartbeatProcess:
             now = clock.now()
             if now >= self._sample_due:
                 self._sample(now)
+            if self._registration.credential_replaced():
+                self._schedule.again(now)
             due = self._schedule.due
             if not self._may_register():
                 due = max(due, self._started + self._timing.slots_wait)
             if now >= due:
                 self._beat()
             # Between two beats, however close, what has come in is looked at.
-            self._wait(min(due, self._sample_due) - clock.now())
+            until = min(due, self._sample_due)
+            self._wait(min(until - clock.now(), math.inf if self._registration.token else CREDENTIAL_S))
         if self._leave:
             self._registration.leave()
 
@@ -169,7 +174,8 @@ class HeartbeatProcess:
                 self._load = message.inflight
             case BeatWanted():
                 self._beat_wanted = True
-                self._schedule.hurry(max(clock.now(), self._beaten_at + self._timing.between_beats))
+                soonest = max(clock.now(), self._beaten_at + self._timing.between_beats)
+                self._schedule.hurry(soonest, answered=True)
             case Stop():
                 self._stopping, self._leave = True, message.leave
 
@@ -186,7 +192,7 @@ class HeartbeatProcess:
             self._registration.token = None
             # A coordinator that refuses every token it gives must not make us ask for ever more of them.
             pause_s = self._config.heartbeat.backoff.min_s
-            self._schedule.hurry(max(clock.now(), self._registration.at + pause_s))
+            self._schedule.hurry(max(clock.now(), self._registration.at + pause_s), answered=True)
         else:
             self._line.send(NodeToken(token))
 
@@ -254,7 +260,7 @@ class HeartbeatProcess:
             if fresh:
                 raise
             log.warning("registering-again", cause=str(error))
-            self._register()
+            self._register(forgotten=isinstance(error, UnknownNode))
             self._registration.heartbeat(self._heartbeat())
 
     def _register_anew(self) -> None:
@@ -265,7 +271,7 @@ class HeartbeatProcess:
             log.warning("slots-not-told", error=str(error))
             self._registration.told = told_of(self._metrics.snapshot.slots)
 
-    def _register(self) -> None:
+    def _register(self, *, forgotten: bool = False) -> None:
         slots = told_of(self._metrics.snapshot.slots)
         payload = capabilities(
             self._metrics.snapshot.node_id,
@@ -277,7 +283,7 @@ class HeartbeatProcess:
         )
         token = self._registration.register(payload, slots)
         log.info("registered", slots=len(slots))
-        self._line.send(NodeToken(token))
+        self._line.send(NodeToken(token, forgotten))
 
     def _heartbeat(self) -> Heartbeat:
         snapshot = self._metrics.snapshot
@@ -367,6 +373,7 @@ def run_heartbeat(
         mask,
         metrics,
         partial(likely_cause, config.coordinator, proxy),
+        partial(stamp, config.coordinator.auth_token, environ),
     )
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
     tasks = TaskWatch(config.runners.python)

@@ -370,9 +370,13 @@ class TokenWanted(Message, frozen=True):
 
 
 class NodeToken(Message, frozen=True):
-    """heartbeat: the token of this registration. Never passes through the supervisor."""
+    """heartbeat: the token of this registration. Never passes through the supervisor.
+
+    `forgotten`: it had to be, for the coordinator did not know this node any more.
+    """
 
     token: str
+    forgotten: bool = False
 
     def __repr__(self) -> str:
         """Keep the token out of tracebacks and logs."""

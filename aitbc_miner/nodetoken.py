@@ -22,6 +22,10 @@ class TokenLine:
         self._mask = mask
         self._token: str | None = None
         self._load: int | None = None
+        self.forgotten = False
+        """Whether the coordinator has forgotten this node, and so its jobs, since that was last looked at."""
+        self.beaten = False
+        """Whether it has had a heartbeat that was wanted, likewise."""
 
     def __bool__(self) -> bool:
         return self._token is not None
@@ -56,9 +60,11 @@ class TokenLine:
             ChannelError: the heartbeat, or who started us, is gone.
         """
         words = self._line.receive()
-        tokens = [word.token for word in words if isinstance(word, NodeToken)]
-        for token in tokens:
-            self._token = token
-            self._mask(token)
-            self._coordinator.use_token(token)
-        return bool(tokens) or any(isinstance(word, Beaten) for word in words)
+        for word in words:
+            if isinstance(word, NodeToken):
+                self._token = word.token
+                self._mask(word.token)
+                self._coordinator.use_token(word.token)
+                self.forgotten |= word.forgotten
+            self.beaten |= isinstance(word, Beaten)
+        return any(isinstance(word, NodeToken | Beaten) for word in words)

@@ -32,6 +32,7 @@ class Registration:
 
     `connect` reads the operator's credential and makes a client with it, anew for each registration, so that
     a credential that was exchanged is taken up. `look` says what may be wrong with the coordinator's address.
+    `stamp` gives another value when the credential's file was replaced.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Registration:
         mask: Callable[[str], None],
         metrics: Metrics,
         look: Callable[[], str | None] = lambda: None,
+        stamp: Callable[[], object | None] = lambda: None,
     ) -> None:
         self._look = look
         self._guessed: tuple[str, str | None] = ("", None)
@@ -50,6 +52,15 @@ class Registration:
         self.token: str | None = None
         self.told: list[SlotCapability] | None = None
         self.at = -math.inf
+        self._stamp, self._stamped = stamp, stamp()
+
+    def credential_replaced(self) -> bool:
+        """Whether there is another credential since this was last asked: all is to be told anew with it."""
+        before, self._stamped = self._stamped, self._stamp() or self._stamped
+        if self._stamped == before:
+            return False
+        self.told = None
+        return True
 
     def register(self, payload: dict[str, Any], slots: list[SlotCapability]) -> str:
         """Make the node known with this payload, which tells of these slots; gives the new token.
@@ -121,7 +132,12 @@ def connector(
     """
 
     def make() -> Coordinator:
-        credential = early or read_credential(config.coordinator.auth_token, environ)
+        try:
+            credential = read_credential(config.coordinator.auth_token, environ)
+        except CredentialError:
+            if early is None:
+                raise
+            credential = early
         mask(credential.reveal())
         return connect(config, credential, proxy)
 

@@ -142,10 +142,17 @@ def slots(*views: SlotView, queued: tuple[str, ...] = ()) -> Slots:
     return Slots(list(views or (slot(),)), list(queued), accepting=True)
 
 
-def make_node(tmp_path: Path, environ: dict[str, str] | None = None, **timing: float) -> Node:
-    beat = settings.Heartbeat(interval_s=0.05, jitter_pct=10, backoff=settings.Backoff(0.02, 0.1))
+def make_node(
+    tmp_path: Path,
+    environ: dict[str, str] | None = None,
+    *,
+    source: str = "env:MINER_AUTH",
+    backoff: tuple[float, float] = (0.02, 0.1),
+    **timing: float,
+) -> Node:
+    beat = settings.Heartbeat(interval_s=0.05, jitter_pct=10, backoff=settings.Backoff(*backoff))
     config = settings.Config(
-        coordinator=settings.Coordinator(BASE, "env:MINER_AUTH", allow_http=True, timeout_s=2),
+        coordinator=settings.Coordinator(BASE, source, allow_http=True, timeout_s=2),
         heartbeat=beat,
         workspace=settings.Workspace(root=tmp_path),
         queue=settings.Queue(path=tmp_path / "queue.db"),

@@ -12,7 +12,7 @@ from aitbc_miner.coordinator import Assignment, Busy, Paced, PulledJob, Unreacha
 from aitbc_miner.coordinator import Assignments as Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ManifestError, State
-from aitbc_miner.messages import CancelJob
+from aitbc_miner.messages import Beaten, BeatWanted, CancelJob, NodeToken, PrivateLine
 
 
 class Compared(Desk):
@@ -58,6 +58,13 @@ class Compared(Desk):
     def lists(self, *job_ids: str, complete: bool = True, left_s: float | None = None) -> None:
         """Have the coordinator list these jobs from now on."""
         self.told = Told([Assignment(each, pulled(job_id=each), left_s) for each in job_ids], complete)
+
+    def hear(self, *words: PrivateLine) -> None:
+        """Have the heartbeat say something."""
+        for word in words:
+            self.heartbeat.send(word)
+        assert self.bench.token.receive()
+        self.list.heard()
 
     def ask(self) -> None:
         before = self.asks
@@ -135,11 +142,33 @@ def test_what_vanishes_is_ended_when_it_is_missing_twice(desk: Compared, time: T
     desk.ours = {"j1"}
     desk.ask()
     assert desk.cancelled == []
+    desk.ask()
+    assert desk.cancelled == [], "first it has to be said whether the coordinator knows us"
+    assert BeatWanted() in desk.heartbeat.receive()
+    desk.hear(Beaten())
     due = desk.list.next_due()
     assert due is not None
     assert due <= time.now, "the second list is asked for at once"
     desk.ask()
     assert desk.cancelled == [CancelJob("j1", "cancel", "by the coordinator")]
+
+
+def test_what_vanishes_from_a_coordinator_that_has_forgotten_us_goes_on(desk: Compared) -> None:
+    desk.record("j1")
+    desk.ours = {"j1"}
+    desk.ask()
+    desk.hear(NodeToken("another", forgotten=True), Beaten())
+    for _ in range(4):
+        desk.ask()
+        desk.hear(Beaten())
+    assert desk.cancelled == []
+    # Those that have come since can be cancelled like any other.
+    desk.record("j2")
+    desk.ours = {"j1", "j2"}
+    desk.ask()
+    desk.hear(Beaten())
+    desk.ask()
+    assert [word.job_id for word in desk.cancelled] == ["j2"]
 
 
 def test_what_is_back_on_the_list_goes_on(desk: Compared) -> None:

@@ -237,6 +237,42 @@ def test_a_refused_registration_is_the_operators_to_mend(
     assert OPERATOR not in str([vars(record) for record in log])
 
 
+def test_a_token_file_that_is_replaced_is_used_at_once(coordinator: FakeCoordinator, tmp_path: Path) -> None:
+    file = tmp_path / "token"
+    file.write_text("expired")
+    file.chmod(0o600)
+    coordinator.registering = [(401, {}, "{}")]
+    with make_node(tmp_path, source=f"file:{file}", backoff=(LONG_S, LONG_S)) as node:
+        node.supervisor.send(slots())
+        assert node.view(registered=False).error
+        new = tmp_path / "new"
+        new.write_text("another")
+        new.chmod(0o600)
+        new.rename(file)
+        assert node.view(registered=True).error is None
+        # And one that is replaced before the old one has run out.
+        file.write_text("a-third-one")
+        coordinator.wait("register", 3)
+    assert [call[2] for call in coordinator.of("register")][:3] == [
+        "Bearer expired", "Bearer another", "Bearer a-third-one"
+    ]  # fmt: skip
+
+
+def test_a_wish_of_the_agent_ends_the_wait_after_a_failure(
+    coordinator: FakeCoordinator, tmp_path: Path
+) -> None:
+    """The coordinator has just answered it, and may not know us any more."""
+    coordinator.beating = [(200, {}, "{}"), requests.ConnectionError("away"), (404, {}, "{}")]
+    with make_node(tmp_path, backoff=(LONG_S, LONG_S)) as node:
+        node.supervisor.send(slots())
+        assert node.until(
+            node.supervisor, CoordinatorView, lambda view: not view.reachable and view.registered
+        )
+        node.agent.send(BeatWanted())
+        assert node.until(node.agent, NodeToken, lambda word: word.forgotten)
+        assert node.until(node.agent, Beaten)
+
+
 def test_a_missing_credential_is_named(coordinator: FakeCoordinator, tmp_path: Path) -> None:
     with make_node(tmp_path, no_library(tmp_path)) as node:
         node.supervisor.send(slots())

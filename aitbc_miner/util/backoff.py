@@ -49,6 +49,7 @@ class Schedule:
         self._rng = rng
         self._grid = now
         self._failing = False
+        self._asked = now
         self.due = now
 
     def succeeded(self, now: float) -> None:
@@ -65,10 +66,19 @@ class Schedule:
     def failed(self, now: float, at_least_s: float = 0.0) -> None:
         """Plan to try again, not before as long as asked, nor at the same moment as all the others."""
         self._failing = True
-        spread = 1 + self._rng.uniform(0, self._jitter_pct) / 100
-        self.due = now + max(at_least_s * spread, self._backoff.next())
+        self._asked = now + at_least_s * (1 + self._rng.uniform(0, self._jitter_pct) / 100)
+        self.due = max(self._asked, now + self._backoff.next())
 
-    def hurry(self, at: float) -> None:
-        """Make the next one due at this time if it was due later, unless we wait after a failure."""
-        if not self._failing and at < self.due:
+    def hurry(self, at: float, *, answered: bool = False) -> None:
+        """Make the next one due at this time if it was due later, unless we wait after a failure.
+
+        `answered`: the other side has just answered something else; then we wait for what it asked alone.
+        """
+        if self._failing and answered:
+            self.due = min(self.due, max(at, self._asked))
+        elif not self._failing and at < self.due:
             self.due = self._grid = at
+
+    def again(self, now: float) -> None:
+        """Make the next one due now, whatever there was: it is another one."""
+        self.due = self._grid = now
