@@ -370,10 +370,7 @@ class TokenWanted(Message, frozen=True):
 
 
 class NodeToken(Message, frozen=True):
-    """heartbeat: the token of this registration. Never passes through the supervisor.
-
-    `forgotten`: it had to be, for the coordinator did not know this node any more.
-    """
+    """heartbeat: the token of a registration; `forgotten`: of one by a coordinator that did not know us."""
 
     token: str
     forgotten: bool = False
