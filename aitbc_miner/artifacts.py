@@ -11,13 +11,13 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from msgspec import Struct
 
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.jobs import Artifact, ArtifactSpec
+from aitbc_miner.jobs import Artifact, ArtifactSpec, LeftOut
 from aitbc_miner.util import fs
 
 MB = 1_000_000
@@ -25,7 +25,8 @@ CHUNK = 1 << 20
 MAX_DEPTH = 32
 # Bytes of a path, and of each of its names.
 MAX_PATH, MAX_NAME = 1024, 255
-STAGE = "artifacts"
+STAGE, LOG = "artifacts", "logs/exec.log"
+MAX_LEFT_OUT = 100
 # How many files and directories are looked at for each file that may be taken.
 ENTRIES_A_FILE = 10
 SHUT = frozenset({errno.EACCES, errno.ELOOP, errno.ENOENT, errno.ENOTDIR})
@@ -47,14 +48,17 @@ class Collector:
         self._caps = caps
         self._owner = owner
         self._taken: list[Artifact] = []
-        self._inodes: dict[tuple[int, int], str] = {}
+        self._inodes: set[tuple[int, int]] = set()
+        # Each name is told once in a report, and this is that of the job's own log.
+        self._names = {LOG}
+        self.left_out: list[LeftOut] = []
         self._bytes = 0
 
     def collect(self, specs: list[ArtifactSpec]) -> list[Artifact]:
-        """Take the declared artifacts, then everything else in `output/`.
+        """Take the declared artifacts, then everything else in `output/` that can be delivered.
 
         Raises:
-            JobError: E_ARTIFACT for a missing or forbidden one, E_OUTPUT over a cap.
+            JobError: E_ARTIFACT for a declared one that is missing or forbidden, E_OUTPUT over a cap.
         """
         try:
             with fs.directory(STAGE, at=self._job_fd) as stage:
@@ -63,7 +67,7 @@ class Collector:
                     self._take_declared(spec, stage)
                 self._take_output(stage)
         except OSError as error:
-            if error.errno not in SHUT or (error.errno == errno.EACCES and os.geteuid() == 0):
+            if not _is_shut(error):
                 raise
             # A job that runs as our own user can close its directories to us, or replace them.
             raise JobError(
@@ -73,10 +77,23 @@ class Collector:
 
     def _take_output(self, stage: int) -> None:
         with fs.directory("output", at=self._job_fd) as output:
-            for path in walk(output, iter(range(ENTRIES_A_FILE * self._caps.files))):
+            room = iter(range(ENTRIES_A_FILE * self._caps.files))
+            for path in walk(output, room, self._leave_out):
                 with ExitStack() as stack:
-                    fd = open_beneath(output, path, stack)
-                    self._take(fd, path, ArtifactSpec(path=path), stage)
+                    try:
+                        fd = open_beneath(output, path, stack)
+                        self._take(fd, path, ArtifactSpec(path=path), stage)
+                    except JobError as error:
+                        if error.code is not ErrorCode.E_ARTIFACT:
+                            raise
+                        self._leave_out(path, error.message.partition(": ")[2])
+
+    def _leave_out(self, path: str, why: str) -> None:
+        shown = path if _can_be_sent(path) else ascii(path)[:200]
+        if len(self.left_out) < MAX_LEFT_OUT:
+            self.left_out.append(LeftOut(shown, why))
+        elif len(self.left_out) == MAX_LEFT_OUT:
+            self.left_out.append(LeftOut("…", f"and others; no more than {MAX_LEFT_OUT} are listed"))
 
     def _take_declared(self, spec: ArtifactSpec, stage: int) -> None:
         check_path(spec.path)
@@ -105,8 +122,9 @@ class Collector:
         self._check(info, path, spec)
         name = f"{len(self._taken):04d}"
         shown = path
-        while shown in self._inodes.values():
+        while shown in self._names:
             shown = f"output/{shown}"
+        check_path(shown)
         try:
             # Through the descriptor: it is this very file that gets the name, whatever the path says now.
             os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=stage, follow_symlinks=True)
@@ -117,7 +135,8 @@ class Collector:
         if self._owner:
             os.fchown(fd, *self._owner)
         os.fchmod(fd, 0o640)
-        self._inodes[inode] = shown
+        self._inodes.add(inode)
+        self._names.add(shown)
         self._bytes += info.st_size
         self._taken.append(Artifact(shown, f"{STAGE}/{name}", info.st_size, sha256(fd), spec.type))
 
@@ -137,6 +156,11 @@ class Collector:
         cap = self._caps.bytes if own is None else min(self._caps.bytes, own)
         if self._bytes + info.st_size > cap:
             raise JobError(ErrorCode.E_OUTPUT, f"cannot collect {path!r}: over {cap} bytes of output in all")
+
+
+def _is_shut(error: OSError) -> bool:
+    """Whether a job has closed something to us, or replaced it; where we are root, nothing is closed."""
+    return error.errno in SHUT and not (error.errno == errno.EACCES and os.geteuid() == 0)
 
 
 def log_artifact(job_fd: int, path: str) -> list[Artifact]:
@@ -196,7 +220,7 @@ def open_beneath(base: int, path: str, stack: ExitStack) -> int:
     except FileNotFoundError:
         raise
     except OSError as error:
-        if fs.may_pass(error) and (error.errno != errno.EACCES or os.geteuid() == 0):
+        if fs.may_pass(error) and not _is_shut(error):
             raise
         cause = {errno.ELOOP: "a link", errno.ENOTDIR: "a link or no directory"}.get(
             error.errno or 0, error.strerror
@@ -213,29 +237,35 @@ def _refuse_special(mode: int, path: str) -> None:
         raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect {path!r}: it is {kind}, not a regular file")
 
 
-def walk(base: int, room: Iterator[object], prefix: str = "") -> Iterator[str]:
+def walk(
+    base: int, room: Iterator[object], leave_out: Callable[[str, str], None], prefix: str = ""
+) -> Iterator[str]:
     """Name everything below a directory that is no directory, in order.
 
     Each entry, directories too, takes one from `room`: neither memory nor time is the job's to decide on.
+    `leave_out` is told of what is too deep, is shut to us, or has a name that cannot be sent, and why.
 
     Raises:
-        JobError: E_ARTIFACT, deeper than MAX_DEPTH or a name that cannot be sent; E_OUTPUT, no room is left.
+        JobError: E_OUTPUT, no room is left.
     """
-    if prefix.count("/") > MAX_DEPTH:
-        raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect output/: deeper than {MAX_DEPTH} directories")
     with os.scandir(base) as scan:
         entries = sorted(_within(scan, room), key=lambda entry: entry.name)
     for entry in entries:
         path = prefix + entry.name
         if not _can_be_sent(path):
-            raise JobError(
-                ErrorCode.E_ARTIFACT, f"cannot collect {ascii(path)[:200]}: a name that cannot be sent"
-            )
-        if entry.is_dir(follow_symlinks=False):
-            with fs.directory(entry.name, at=base) as below:
-                yield from walk(below, room, path + "/")
-        else:
+            leave_out(path, "a name that cannot be sent")
+        elif not entry.is_dir(follow_symlinks=False):
             yield path
+        elif path.count("/") >= MAX_DEPTH:
+            leave_out(path, f"deeper than {MAX_DEPTH} directories")
+        else:
+            try:
+                with fs.directory(entry.name, at=base) as below:
+                    yield from walk(below, room, leave_out, path + "/")
+            except OSError as error:
+                if not _is_shut(error):
+                    raise
+                leave_out(path, f"cannot be looked into: {error.strerror}")
 
 
 def _within(scan: "Iterator[os.DirEntry[str]]", room: Iterator[object]) -> "Iterator[os.DirEntry[str]]":

@@ -12,18 +12,17 @@ from msgspec import Struct
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ExitStatus, Usage
 from aitbc_miner.runners import Verdict, printable
+from aitbc_miner.util import fs
 
 MIB = 1 << 20
-# A disk with less than this refuses even small files: file systems hand out whole blocks, some of them large.
-NO_ROOM_BYTES = 64 << 10
 
 
 class Evidence(Struct, frozen=True):
     """What is known once nothing of the job runs any more. Bytes and seconds; None or empty: nobody counted.
 
     memory_events, pids_events: the files of the job's cgroup. file_at_limit: a file of the job that has
-    `file_max` bytes. excess: what it had too much of on disk. disk_free_bytes, disk_free_files: what the
-    job's user could still have written.
+    `file_max` bytes. excess: what it had too much of on disk. disk_free: what the job's user could still have
+    written.
     """
 
     exit: ExitStatus
@@ -39,8 +38,7 @@ class Evidence(Struct, frozen=True):
     file_max: int | None = None
     file_at_limit: str | None = None
     excess: str = ""
-    disk_free_bytes: int | None = None
-    disk_free_files: int | None = None
+    disk_free: fs.Room | None = None
 
     @property
     def failed(self) -> bool:
@@ -118,16 +116,11 @@ def _disk_full(evidence: Evidence) -> Verdict | None:
     # SIGBUS is how a program hears of it that has mapped the file that it writes.
     if evidence.exit.status in {None, 0} and evidence.exit.signal != signal.SIGBUS:
         return None
-    room, files = evidence.disk_free_bytes, evidence.disk_free_files
-    if room is not None and room < NO_ROOM_BYTES:
-        return Verdict(
-            ErrorCode.E_DISK, f"the job failed, and the disk of the workspace is full: {room} bytes free"
-        )
-    if files == 0:
-        return Verdict(
-            ErrorCode.E_DISK, "the job failed, and the disk of the workspace can hold no more files"
-        )
-    return None
+    if (room := evidence.disk_free) is None or room.covers(fs.NO_ROOM):
+        return None
+    no_bytes = room.size < fs.NO_ROOM.size
+    what = f"is full: {room.size:.0f} bytes free" if no_bytes else "can hold no more files"
+    return Verdict(ErrorCode.E_DISK, f"the job failed, and the disk of the workspace {what}")
 
 
 def _cpu_time_over(evidence: Evidence) -> Verdict | None:

@@ -282,6 +282,14 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         pairs = ((kind, *field.partition("=")) for kind, *fields in rows for field in fields)
         return {f"{kind} {name}": float(value) for kind, name, _, value in pairs if name != "total"}
 
+    def limit(self, name: str) -> int | None:
+        """Read a limit where the kernel has it: it may have been changed since it was set. None: no limit."""
+        try:
+            text = self.get_property(name.encode())
+        except OSError:
+            return None
+        return None if text == "max" else int(text)
+
     def cpu_usage(self) -> CpuUsage | None:
         """CPU time since the group was made, including that of processes that have ended."""
         usec = self.figure("cpu_stat")

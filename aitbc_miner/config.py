@@ -205,6 +205,7 @@ class Workspace(Struct, frozen=True):
     keep_success: Duration = 86_400.0
     keep_failed: Duration = 604_800.0
     min_free_mb: MegaBytes = 2048
+    min_free_inodes: Annotated[int, Meta(ge=0, le=2**31)] = 10_000
     reserve_mb: MegaBytes = 64
     max_log_mb: Positive = 64
     max_artifacts_mb: Positive = 10_240

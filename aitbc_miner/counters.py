@@ -174,6 +174,8 @@ def _read(fd: int, directory: Path) -> Totals:
     except FileNotFoundError:
         return Totals()
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        if fs.may_pass(error):
+            raise
         os.rename(FILE, f"{FILE}.broken", src_dir_fd=fd, dst_dir_fd=fd)
         aside = directory / f"{FILE}.broken"
         log.error("metrics-set-aside", file=str(aside), error=str(error))  # noqa: TRY400

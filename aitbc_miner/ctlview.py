@@ -346,6 +346,10 @@ def _artifacts(outcome: Outcome) -> Iterator[str]:
         yield f"    sha256 {visible(artifact.sha256)}"
     if len(outcome.artifacts) > MAX_ARTIFACTS:
         yield f"  … and {len(outcome.artifacts) - MAX_ARTIFACTS} more; see `aitbc-minerctl --json job`"
+    if outcome.left_out:
+        yield "left out of output/, for it cannot be delivered"
+    for left in outcome.left_out[:MAX_ARTIFACTS]:
+        yield f"  {cut(left.path, 60)}  {cut(left.why, 60)}"
 
 
 def _tail(outcome: Outcome, paint: Paint) -> Iterator[str]:

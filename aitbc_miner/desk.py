@@ -21,7 +21,7 @@ from aitbc_miner.control import (
     Status,
 )
 from aitbc_miner.jobindex import JobIndex
-from aitbc_miner.jobs import valid_job_id
+from aitbc_miner.jobs import directory_of, valid_job_id
 from aitbc_miner.messages import CoordinatorView, Deliveries, EndReason, Retried, RetryJob, Starved, Ticket
 from aitbc_miner.slot import SlotState
 from aitbc_miner.slots import RunningSlot
@@ -67,6 +67,7 @@ class Desk:
         self.deliveries = Deliveries(0)
         self.gpu_error: str | None = None
         self.disk_problem: Problem | None = None
+        self.troubles: dict[str, Problem] = {}
         self.starved = Starved()
         self._deaths: dict[str, tuple[float, str]] = {}
 
@@ -120,7 +121,7 @@ class Desk:
         fds: list[int] = []
         found: list[str] = []
         try:
-            with fs.directory(self._config.workspace.root / row.job_id) as job:
+            with fs.directory(self._config.workspace.root / directory_of(row.job_id)) as job:
                 for name in names:
                     with contextlib.suppress(FileNotFoundError):
                         fds.append(fs.open_below(job, name))
@@ -128,7 +129,7 @@ class Desk:
         except OSError as error:
             for fd in fds:
                 os.close(fd)
-            where = self._config.workspace.root / row.job_id
+            where = self._config.workspace.root / directory_of(row.job_id)
             return Refusal(
                 f"cannot open the record of job {row.job_id}: {error.strerror}; look into {where}"
             ), []
@@ -171,6 +172,7 @@ class Desk:
             )
         if self.disk_problem:
             problems.append(self.disk_problem)
+        problems += self.troubles.values()
         problems += self._hunger()
         if self.gpu_error:
             problems.append(Problem(self.gpu_error, "check the driver with `nvidia-smi`"))

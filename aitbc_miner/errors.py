@@ -13,6 +13,10 @@ class MinerError(Exception):
     """Root of our exceptions. The message reads "cannot X: cause; remedy"."""
 
 
+class LocalError(MinerError):
+    """This machine's own trouble, which may pass: it says nothing of what was tried, and is tried again."""
+
+
 def brief(error: object, most: int = 400) -> str:
     """Give an error's text, which may quote a stranger: printable, and without its middle if it is long."""
     text = str(error)

@@ -28,9 +28,10 @@ from urllib3.util import parse_url
 from urllib3.util.ssltransport import SSLTransport
 
 from aitbc_miner.credentials import CredentialError
-from aitbc_miner.errors import ErrorCode, JobError, MinerError
+from aitbc_miner.errors import ErrorCode, JobError, LocalError, MinerError
 from aitbc_miner.inputurls import check_names, name_of, parse, redirected, refuse, shown
 from aitbc_miner.jobs import InputUrl, Manifest
+from aitbc_miner.reserve import disk_error
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.neighbours import forbidden
@@ -91,6 +92,7 @@ def fetch_inputs(
 
     Raises:
         JobError: E_INPUT naming the input and the cause, E_DISK when the disk is full, E_CANCELLED.
+        LocalError: not now.
     """
     urls = [InputUrl(item) if isinstance(item, str) else item for item in manifest.input.urls]
     names = [*manifest.input.inline, *(name_of(item) for item in urls)]
@@ -106,12 +108,7 @@ def fetch_inputs(
         for item, name in zip(urls, names[len(manifest.input.inline) :], strict=True):
             _fetch(item, name, into, run)
     except OSError as error:
-        raise _disk_error(error) from error
-
-
-def _disk_error(error: OSError) -> JobError:
-    code = ErrorCode.E_DISK if error.errno in {errno.ENOSPC, errno.EDQUOT} else ErrorCode.E_INTERNAL
-    return JobError(code, f"cannot write the inputs: {error.strerror or error}")
+        raise disk_error(error, into, "write the inputs") from error
 
 
 def _create(path: Path) -> BinaryIO:
@@ -198,11 +195,11 @@ class _Transfer:
         return said[2] == "*" or self.total in {None, int(said[2])}
 
     def write(self, data: bytes) -> None:
-        """Append to file and hash. Raises JobError, lest a full disk is taken for a broken network."""
+        """Append to file and hash. Raises MinerError, lest a full disk is taken for a broken network."""
         try:
             self._file.write(data)
         except OSError as error:
-            raise _disk_error(error) from error
+            raise disk_error(error, self._file.fileno(), "write the inputs") from error
         self.sha256.update(data)
         self.got += len(data)
 
@@ -259,7 +256,7 @@ def _attempt(url: str, transfer: _Transfer, run: _Run) -> None:
 
 @contextlib.contextmanager
 def _network() -> Iterator[None]:
-    """Turn the errors of a connection into _Broken; those of the disk come as JobError and pass."""
+    """Turn the errors of a connection into _Broken; those of the disk come as MinerError and pass."""
     try:
         yield
     except ssl.SSLCertVerificationError as error:
@@ -271,6 +268,8 @@ def _network() -> Iterator[None]:
     except TimeoutError as error:
         raise _Broken("the server does not answer, or has stopped sending") from error
     except OSError as error:
+        if error.errno in {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}:
+            raise LocalError(f"cannot fetch the inputs: {error.strerror}") from error
         raise _Broken((error.strerror or "the server closed the connection").lower()) from error
     except TooMuch as error:
         raise _Broken(f"the reply is not usable: {error}") from error

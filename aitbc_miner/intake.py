@@ -30,7 +30,8 @@ from aitbc_miner.jobs import Manifest, ManifestError, Outcome, State, StateRecor
 from aitbc_miner.messages import Offer, Ticket
 from aitbc_miner.placing import refuse_hopeless, ticket_for
 from aitbc_miner.records import BUILDING, JobDir, RecordError, Records
-from aitbc_miner.util import clock, fs
+from aitbc_miner.reserve import disk_error
+from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
 from aitbc_miner.util.web import Proxy
@@ -232,9 +233,7 @@ class Intake:
         try:
             into.mkdir(mode=0o700)
         except OSError as error:
-            if error.errno in fs.FULL:
-                raise JobError(ErrorCode.E_DISK, "cannot take inputs: the disk is full") from error
-            raise
+            raise disk_error(error, job.fd, "take the inputs") from error
         most = self._config.coordinator.max_input_mb * MB
         fetch_inputs(
             manifest,

@@ -11,14 +11,13 @@ from typing import TypeVar
 
 import aitbc_miner
 from aitbc_miner import reserve, workspace
-from aitbc_miner.artifacts import Caps, Collector, log_artifact
+from aitbc_miner.artifacts import LOG, Caps, Collector, log_artifact
 from aitbc_miner.causes import Evidence, cause_of
-from aitbc_miner.cgroup import Group
 from aitbc_miner.diskuse import DiskUse
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.execution import Ending, Execution
-from aitbc_miner.joblog import LOG_NAME, JobLog
-from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Manifest, Outcome, State, Usage
+from aitbc_miner.joblog import JobLog
+from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, LogInfo, Manifest, Outcome, State, Usage
 from aitbc_miner.leftovers import clear_user, named
 from aitbc_miner.messages import JobStep
 from aitbc_miner.records import JobDir, pretty
@@ -64,6 +63,7 @@ class JobRun:
         self._log = LogInfo()
         self._events = events("worker", slot=around.spec.name, job_id=job.job_id)
         self._artifacts: list[Artifact] = []
+        self._left_out: list[LeftOut] = []
         self._attempt = job.state().attempt
 
     def run(self) -> tuple[Outcome, bool]:
@@ -287,7 +287,7 @@ class JobRun:
         # Looked for only where it can matter, for the job may have left very many files.
         suspect = file_max if ended.status != 0 and ended.killed_for is None else None
         kept = self._around.config.workspace
-        free_bytes, free_files = workspace.room_left(self._job.fd, reserve.spent(kept.root, kept.reserve_mb))
+        free = workspace.room_left(self._job.fd, reserve.spent(kept.root, kept.reserve_mb))
         return Evidence(
             exit=ended,
             usage=self._usage,
@@ -296,14 +296,13 @@ class JobRun:
             time_max_s=self._time_limit(manifest, launch),
             cpu_max_s=rlimits.get(resource.RLIMIT_CPU),
             memory_events=group.events("memory.events") if group else {},
-            memory_max=_limit_in_force(group, "memory.max"),
+            memory_max=group.limit("memory.max") if group else None,
             pids_events=group.events("pids.events") if group else {},
-            pids_max=_limit_in_force(group, "pids.max"),
+            pids_max=group.limit("pids.max") if group else None,
             file_max=file_max,
             excess=self._ending.excess,
             file_at_limit=workspace.file_of_size(self._job.fd, suspect) if suspect else None,
-            disk_free_bytes=free_bytes,
-            disk_free_files=free_files,
+            disk_free=free,
         )
 
     def _collect(self, manifest: Manifest, launch: Launch) -> None:
@@ -319,14 +318,16 @@ class JobRun:
 
             def collect() -> list[Artifact]:
                 try:
-                    logs = log_artifact(self._job.fd, f"logs/{LOG_NAME}")
-                    return [*logs, *Collector(self._job.fd, caps, owner).collect(manifest.artifacts)]
+                    collector = Collector(self._job.fd, caps, owner)
+                    found = [*log_artifact(self._job.fd, LOG), *collector.collect(manifest.artifacts)]
                 except OSError as error:
                     if is_full(error):
                         # A second name takes little, but takes something; a file of tmpfs, for one.
                         workspace.make_room(self._job.fd, ("tmp",))
                         reserve.release(own.root, caps.files)
                     raise
+                self._left_out = collector.left_out
+                return found
 
             self._artifacts = self._patiently("collect the output", collect, over=True)
 
@@ -371,6 +372,7 @@ class JobRun:
             usage=self._usage,
             timings=self._timings,
             artifacts=self._artifacts if ok else [],
+            left_out=self._left_out if ok else [],
             result=self._verdict.result,
             log=self._log,
             enforced=self._around.enforced,
@@ -388,12 +390,3 @@ def _refuse_unmet(manifest: Manifest, spec: SlotSpec) -> None:
             ErrorCode.E_EGRESS,
             f"cannot grant egress {manifest.egress!r:.80}: slot {spec.name} has {spec.egress!r}",
         )
-
-
-def _limit_in_force(group: Group | None, file: str) -> int | None:
-    """Read a limit where the kernel has it: it may have been changed while the job ran. None: no limit."""
-    try:
-        text = (group.path / file).read_text().strip() if group else "max"
-    except OSError:
-        return None
-    return None if text == "max" else int(text)

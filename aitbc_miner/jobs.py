@@ -13,10 +13,14 @@ from msgspec import Meta, Struct
 from aitbc_miner.errors import ErrorCode, MinerError, brief
 
 JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-"""A job id becomes the name of a directory, so nothing else may pass; nor may what `NO_JOB_IDS` names."""
+"""A job id becomes the name of a directory, so nothing else may pass; see `directory_of`."""
 BROKEN = ".broken"
 """The directory, beside those of the jobs, of records that cannot be read."""
-NO_JOB_IDS = frozenset({".", "..", BROKEN})
+NEXT = ".next"
+"""That of the directories which wait for a slot's next job, see `workspace.make_ahead`."""
+OURS = frozenset({BROKEN, NEXT})
+NAMED = "+job"
+"""Before the name of a job's directory, where that alone would be another's. `+` is in no job id."""
 
 Count = Annotated[int, Meta(ge=0, le=2**31)]
 MegaBytes = Annotated[float, Meta(ge=0, le=2**31)]
@@ -25,7 +29,18 @@ Text = Annotated[str, Meta(max_length=4096)]
 
 def valid_job_id(job_id: object) -> bool:
     """Whether this may name a job here, on disk and everywhere else."""
-    return isinstance(job_id, str) and bool(JOB_ID.fullmatch(job_id)) and job_id not in NO_JOB_IDS
+    return isinstance(job_id, str) and bool(JOB_ID.fullmatch(job_id)) and job_id not in {".", ".."}
+
+
+def directory_of(job_id: str) -> str:
+    """Say what a job's directory is called: as the job, unless we have a directory of that name ourselves."""
+    return f"{NAMED}{job_id}" if job_id in OURS else job_id
+
+
+def job_in(directory: str) -> str | None:
+    """Say which job is in a directory of this name; None: it is no job's."""
+    job_id = directory.removeprefix(NAMED)
+    return job_id if valid_job_id(job_id) and directory_of(job_id) == directory else None
 
 
 class ManifestError(MinerError):
@@ -115,7 +130,7 @@ def decode_manifest(raw: object) -> Manifest:
     if not valid_job_id(job_id):
         shown = repr(job_id)[:80]
         raise ManifestError(
-            f"cannot accept the job: job_id {shown} is not 1 to 128 of A-Z a-z 0-9 . _ -",
+            f"cannot accept the job: job_id {shown} is not 1 to 128 of A-Z a-z 0-9 . _ -, or is . or ..",
             job_id[:256] if isinstance(job_id, str) else None,
         )
     try:
@@ -252,6 +267,13 @@ class Artifact(Struct, frozen=True):
     type: str = "application/octet-stream"
 
 
+class LeftOut(Struct, frozen=True):
+    """Something in output/ that nobody declared and that cannot be delivered, and why."""
+
+    path: str
+    why: str
+
+
 class LogInfo(Struct, frozen=True):
     """logs/exec.log: bytes kept, bytes dropped over the cap, and its last 4 KiB as text."""
 
@@ -273,6 +295,7 @@ class Outcome(Struct, frozen=True):
     usage: Usage = Usage()
     timings: dict[str, float] = {}
     artifacts: list[Artifact] = []
+    left_out: list[LeftOut] = []
     result: Any = None
     log: LogInfo = LogInfo()
     enforced: dict[str, str] = {}

@@ -313,9 +313,7 @@ class Swept(Message, frozen=True):
 
 
 class SpaceWanted(Message, frozen=True):
-    """to agent: so many bytes are missing on the disk; name what may go before its time."""
-
-    bytes: int
+    """to agent: there is not room enough on the disk; name what may go before its time."""
 
 
 class RetryJob(Message, frozen=True):

@@ -7,6 +7,7 @@ child of the supervisor, which is their subreaper. A child that it did not start
 import contextlib
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -39,11 +40,13 @@ class WorkerBook:
         self._before = self._read()
         # A slot whose worker of an earlier run goes on gets no new one, and keeps its entry for the next run.
         self._now = dict(self._before)
+        self._written = True
 
     def _read(self) -> dict[str, WorkerName]:
         try:
             with fs.directory(self._path.parent) as folder:
-                text = fs.read_bounded(folder, self._path.name, MAX_BOOK, own=True)
+                read = partial(fs.read_bounded, folder, self._path.name, MAX_BOOK, own=True)
+                text = fs.tried_again(read)
             return msgspec.json.decode(text, type=dict[str, WorkerName])
         except FileNotFoundError:
             return {}
@@ -57,12 +60,20 @@ class WorkerBook:
         if start is None:
             return
         self._now[slot] = WorkerName(pid, start)
-        try:
+        self._written = False
+        with contextlib.suppress(OSError):
+            self.write()
+
+    def write(self) -> None:
+        """Bring the file up to date, if it is not. Without it the next run cannot adopt a worker's job.
+
+        Raises:
+            OSError: it cannot be written now; to be called again.
+        """
+        if not self._written:
             with fs.directory(self._path.parent) as folder:
                 fs.write_durably(folder, self._path.name, msgspec.json.encode(self._now), mode=0o600)
-        except OSError as error:
-            # Without it the next run cannot adopt this worker's job; this run is none the worse.
-            events("supervisor").warning("worker book not written", path=str(self._path), error=str(error))
+            self._written = True
 
     def knows(self, slot: str | None, pid: int | None, start: int | None) -> bool:
         """Whether an earlier run of the node started this process as the worker of this slot."""

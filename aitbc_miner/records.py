@@ -21,7 +21,17 @@ from msgspec.structs import replace
 
 from aitbc_miner import reserve
 from aitbc_miner.errors import MinerError, brief
-from aitbc_miner.jobs import BROKEN, MOVES, Manifest, Outcome, State, StateRecord, valid_job_id
+from aitbc_miner.jobs import (
+    BROKEN,
+    MOVES,
+    Manifest,
+    Outcome,
+    State,
+    StateRecord,
+    directory_of,
+    job_in,
+    valid_job_id,
+)
 from aitbc_miner.receipts import RECEIPT, Receipt
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.system import boot_id
@@ -49,7 +59,7 @@ class JobDir:
 
     def __init__(self, root: Path, job_id: str, fd: int) -> None:
         self.job_id = job_id
-        self.path = root / job_id
+        self.path = root / directory_of(job_id)
         self.fd = fd
 
     def manifest(self) -> Manifest:
@@ -216,7 +226,7 @@ class Records:
         if not valid_job_id(job_id):
             raise RecordError(f"cannot open job {job_id[:80]!r}: not a job id")
         try:
-            fd = fs.open_directory(self.root / job_id)
+            fd = fs.open_directory(self.root / directory_of(job_id))
         except OSError as error:
             if fs.may_pass(error):
                 raise
@@ -233,7 +243,7 @@ class Records:
             OSError: that cannot be told now.
         """
         try:
-            return valid_job_id(job_id) and bool((self.root / job_id / STATE).stat())
+            return valid_job_id(job_id) and bool((self.root / directory_of(job_id) / STATE).stat())
         except (FileNotFoundError, NotADirectoryError):
             return False
 
@@ -256,7 +266,7 @@ class Records:
         with fs.directory(building) as fd:
             fs.write_durably(fd, MANIFEST, manifest)
             JobDir(self.root, job_id, fd).write_state(StateRecord(job_id=job_id, state=state, **more))
-        building.rename(self.root / job_id)
+        building.rename(self.root / directory_of(job_id))
         with fs.directory(self.root) as fd:
             os.fsync(fd)
 
@@ -268,11 +278,8 @@ class Records:
     def ids(self) -> list[str]:
         """Name all jobs."""
         with os.scandir(self.root) as entries:
-            return sorted(
-                entry.name
-                for entry in entries
-                if valid_job_id(entry.name) and entry.is_dir(follow_symlinks=False)
-            )
+            found = (job_in(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False))
+            return sorted(job_id for job_id in found if job_id is not None)
 
     def scan(self, skip: Container[str] = ()) -> Iterator[tuple[str, StateRecord | RecordError | OSError]]:
         """Go through all jobs but those to skip: id, and the state or why it cannot be read."""
@@ -296,7 +303,7 @@ class Records:
         """
         keep = self.root / BROKEN
         keep.mkdir(mode=0o750, exist_ok=True)
-        source, name = self.root / job_id, job_id
+        source, name = self.root / directory_of(job_id), job_id
         if file is not None:
             source, name = source / file, f"{job_id}+{file}"
         # `+` is in no job id, so that no two jobs can have the same place.

@@ -9,11 +9,13 @@ them becomes the record: nothing has to be freed first, which a job that goes on
 """
 
 import contextlib
+import errno
 import os
 import stat
 from functools import partial
 from pathlib import Path
 
+from aitbc_miner.errors import ErrorCode, JobError, LocalError, MinerError
 from aitbc_miner.util import fs
 
 # `+` is in no job id.
@@ -69,25 +71,34 @@ def ensure(root: Path, wanted: int = MIB) -> None:
 
     `wanted` are bytes. For what cannot be tried again after it has failed.
     """
-    while (disk := os.statvfs(root)).f_bavail * disk.f_frsize < wanted and release(root):
+    while not fs.room(root).covers(fs.Room(wanted, fs.NO_ROOM.files)) and release(root):
         pass
 
 
-def spent(root: Path, mib: int) -> tuple[int, int]:
-    """Give the bytes and the files of what was set aside that have been used since; (0, 0) if it never was.
+def disk_error(error: OSError, where: Path | int, doing: str) -> MinerError:
+    """Say what an error of the disk `where` means for a job: it is full, or is tried again, or is our defect.
+
+    That it is full is believed if it looks so: another may be about to give back what it has taken.
+    """
+    said = f"cannot {doing}: {error.strerror or error}"
+    if error.errno == errno.EDQUOT or (error.errno == errno.ENOSPC and not fs.room(where).covers(fs.NO_ROOM)):
+        return JobError(ErrorCode.E_DISK, said)
+    return LocalError(said) if fs.may_pass(error) else JobError(ErrorCode.E_INTERNAL, said)
+
+
+def spent(root: Path, mib: int) -> fs.Room:
+    """Give how much of what was set aside has been used since; nothing if it never was.
 
     So much of what is free on the disk was taken from there when it was full, and is not free at all.
     """
-    number, size = _plan(mib)
-    left = _left(root)
-    used = 0 if left is None else max(0, number - left)
-    return used * size, used
+    return fs.Room() if _left(root) is None else lacking(root, mib)
 
 
-def lacking(root: Path, mib: int) -> int:
-    """Give the bytes that are to be set aside and are not."""
+def lacking(root: Path, mib: int) -> fs.Room:
+    """Give what is to be set aside and is not."""
     number, size = _plan(mib)
-    return max(0, number - (_left(root) or 0)) * size
+    lacks = max(0, number - (_left(root) or 0))
+    return fs.Room(lacks * size, lacks)
 
 
 def fill(root: Path, mib: int) -> None:

@@ -71,7 +71,7 @@ def _read(view: SlotView) -> _Reading:
     try:
         root = psutil.Process(view.job_pid)
         processes = [root, *root.children(recursive=True)]
-    except psutil.Error:
+    except (psutil.Error, OSError):
         return _Reading(f"pid {view.job_pid}", None, None)
     return _Reading(f"pid {view.job_pid}", _cpu_seconds(processes), _resident_bytes(processes))
 
@@ -94,7 +94,7 @@ def _existing(pids: Iterable[int]) -> Iterable[psutil.Process]:
     for pid in pids:
         try:
             yield psutil.Process(pid)
-        except psutil.Error:
+        except (psutil.Error, OSError):
             continue
 
 
@@ -104,7 +104,7 @@ def _cpu_seconds(processes: Iterable[psutil.Process]) -> float:
     for process in processes:
         try:
             times = process.cpu_times()
-        except psutil.Error:
+        except (psutil.Error, OSError):
             continue
         total += times.user + times.system + times.children_user + times.children_system
     return total
@@ -115,7 +115,7 @@ def _resident_bytes(processes: Iterable[psutil.Process]) -> int:
     for process in processes:
         try:
             total += process.memory_info().rss
-        except psutil.Error:
+        except (psutil.Error, OSError):
             continue
     return total
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from aitbc_miner.errors import MinerError
+from aitbc_miner.errors import LocalError, MinerError
 from aitbc_miner.jobs import Artifact, Outcome
 from aitbc_miner.util import fs
 from aitbc_miner.util.nesting import too_deep
@@ -21,7 +21,7 @@ from aitbc_miner.util.nesting import too_deep
 RESERVED = frozenset(
     {
         *("units", "price", "aitbc_earned", "cost", "duration_ms", "duration_seconds", "compute_time"),
-        *("execution_time", "status", "metrics", "artifacts"),
+        *("execution_time", "status", "metrics", "artifacts", "left_out"),
     }
 )
 LOG = "logs/exec.log"
@@ -35,13 +35,9 @@ class FileChanged(MinerError):  # noqa: N818  # says what happened
     """A file cannot be sent as it was collected: trying again cannot help."""
 
 
-class FileUnread(MinerError):  # noqa: N818  # says what happened
-    """A file cannot be read now: this machine's trouble, which tells nothing about the file."""
-
-
 def unsendable(file: str, error: OSError) -> MinerError:
     """Say why a file cannot be sent, and whether that may pass."""
-    kind = FileUnread if fs.may_pass(error) else FileChanged
+    kind = LocalError if fs.may_pass(error) else FileChanged
     return kind(f"cannot send {_printable(file)[:200]}: {error.strerror or error}")
 
 
@@ -78,6 +74,8 @@ def result_object(manifest: Mapping[str, Any], outcome: Outcome, root: Path) -> 
         name: _value(source, outcome, root) for name, source in spec.result.items() if name not in RESERVED
     }
     made["artifacts"] = _artifacts(outcome.artifacts, root, spec.inline_kb << 10)
+    if outcome.left_out:
+        made["left_out"] = msgspec.to_builtins(outcome.left_out)
     size = len(msgspec.json.encode(made))
     if size > MAX_RESULT:
         raise FileChanged(

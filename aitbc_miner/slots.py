@@ -50,7 +50,7 @@ from aitbc_miner.slot import (
     step,
 )
 from aitbc_miner.slotspec import SlotSpec
-from aitbc_miner.util import clock
+from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
 from aitbc_miner.util.units import format_cpus
@@ -198,7 +198,8 @@ class RunningSlot:
             return  # the kernel ends the job's program with its worker; the supervisor inherits the rest
         try:
             Group(self.plan.group / "job").kill()
-        except CgroupError as error:
+        except (CgroupError, OSError) as error:
+            # The slot's next worker kills it before it says that it is ready.
             self._log.error("cannot kill job", error=str(error))
 
     def hear(self) -> None:
@@ -243,8 +244,8 @@ class RunningSlot:
     def adopt(self, pid: int, start: int | None) -> bool:
         """Watch a worker of an earlier run of the node; False when it is not there any more."""
         try:
-            fd = os.pidfd_open(pid)
-        except OSError:
+            fd = fs.tried_again(lambda: os.pidfd_open(pid))
+        except ProcessLookupError:
             return False
         # Looked at when the pidfd is held: the number may belong to somebody else by now.
         if start is None or process_start(pid) != start:

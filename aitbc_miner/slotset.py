@@ -115,7 +115,7 @@ class SlotSet:
         try:
             if slot.plan.group:
                 Group(slot.plan.group).remove(timeout_s=0)
-        except CgroupError as error:
+        except (CgroupError, OSError) as error:
             # Something dies slowly; there is a next tick.
             self._log.debug("group of a removed slot stays", error=str(error))
             return

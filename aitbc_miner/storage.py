@@ -4,7 +4,6 @@ Only looks here (statvfs, a few names); what takes time is done by one child at 
 (`sweeping.py`), or filling the reserve up again.
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 from math import inf
@@ -18,7 +17,7 @@ from aitbc_miner.config import Workspace
 from aitbc_miner.control import Problem
 from aitbc_miner.messages import MAX_SWEEPABLE, Retuned, SpaceWanted, Sweepable, Swept
 from aitbc_miner.sweeping import Sweep, sweep
-from aitbc_miner.util import clock
+from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 
 MIB = 1 << 20
@@ -52,13 +51,13 @@ class Storage:
         """Look at the disk and have done what is due; True when pulling is to stop or may go on."""
         before = self.short
         try:
-            disk = os.statvfs(self._kept.root)
+            free = fs.room(self._kept.root)
             lacking = reserve.lacking(self._kept.root, self._kept.reserve_mb)
         except OSError as error:
-            what = f"cannot look at workspace.root {self._kept.root}: {error.strerror}"
+            what = f"cannot look at workspace.root {self._kept.root}: {error.strerror}: no jobs are pulled"
             self.problem = Problem(what, "see that its disk is mounted and works")
-            return False
-        free = disk.f_bavail * disk.f_frsize
+            self.short = True
+            return self.short is not before
         self._judge(free, lacking)
         if not self._busy:
             self._act(free, lacking)
@@ -77,38 +76,47 @@ class Storage:
             raise ExcessError(f"it named more than {MAX_SWEEPABLE} directories to be removed")
 
     @property
-    def _least(self) -> int:
-        return self._kept.min_free_mb * MIB
+    def _least(self) -> fs.Room:
+        return fs.Room(self._kept.min_free_mb * MIB, self._kept.min_free_inodes)
 
-    def _wanted(self, lacking: int) -> int:
+    def _wanted(self, lacking: fs.Room) -> fs.Room:
         """Give how much must be free before pulling goes on, once it has stopped: the reserve comes first."""
-        return self._least + int(self._least * SLACK) + lacking
+        more = 1 + SLACK
+        return fs.Room(self._least.size * more + lacking.size, self._least.files * more + lacking.files)
 
-    def _judge(self, free: int, lacking: int) -> None:
+    def _judge(self, free: fs.Room, lacking: fs.Room) -> None:
         limit = self._wanted(lacking) if self.short else self._least
-        was, self.short = self.short, free < limit
+        was, self.short = self.short, not free.covers(limit)
         self.problem = None
         if self.short:
+            mb = free.size < limit.size
+            what = f"{free.size // MIB:.0f} MB" if mb else f"{free.files:.0f} inodes (files)"
+            key = "min_free_mb" if mb else "min_free_inodes"
             self.problem = Problem(
-                f"workspace.root has {free // MIB} MB free, below workspace.min_free_mb "
-                f"({self._kept.min_free_mb}): no jobs are pulled",
-                f"free space on the disk of {self._kept.root}, or lower workspace.min_free_mb or keep_*",
+                f"workspace.root has {what} free, below workspace.{key} ({getattr(self._kept, key)}): "
+                "no jobs are pulled",
+                f"remove files on the disk of {self._kept.root}, or lower workspace.{key} or keep_*",
             )
         if self.short is not was:
-            self._log.warning("disk is nearly full" if self.short else "disk has space again", free=free)
+            self._log.warning(
+                "disk is nearly full" if self.short else "disk has space again",
+                free=free.size,
+                inodes=None if free.files == inf else free.files,
+            )
 
-    def _act(self, free: int, lacking: int) -> None:
+    def _act(self, free: fs.Room, lacking: fs.Room) -> None:
         now = clock.now()
         may_sweep = now >= self._sweep_at
         if may_sweep and (self._remains or self._to_sweep):
-            self._start_sweep(self._to_sweep, inf)
+            self._start_sweep(self._to_sweep, fs.Room(inf, inf))
         elif may_sweep and self.short and self._early:
             self._start_sweep(self._early, self._wanted(lacking))
         elif self.short and now >= self._ask_at:
             self._ask_at = now + AGAIN_S
-            self._tell(SpaceWanted(self._wanted(lacking) - free))
+            self._tell(SpaceWanted())
         # Never more than half of what there is: a job needs space, too, and may be about to give some back.
-        if not self._busy and 0 < 2 * lacking <= free and now >= self._fill_at:
+        half = fs.Room(2 * lacking.size, 2 * lacking.files)
+        if not self._busy and lacking.files and free.covers(half) and now >= self._fill_at:
             self._fill_at = now + AGAIN_S
             self._busy = self._start("reserve", partial(_fill, self._kept), Retuned, self._filled)
 
@@ -123,7 +131,7 @@ class Storage:
             return False
         return True
 
-    def _start_sweep(self, job_ids: dict[str, None], enough: float) -> None:
+    def _start_sweep(self, job_ids: dict[str, None], enough: fs.Room) -> None:
         main = partial(sweep, self._kept.root, list(job_ids), enough, SWEEP_S)
         self._busy = self._start("sweep", main, Sweep, partial(self._swept, job_ids))
 

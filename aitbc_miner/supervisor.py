@@ -18,7 +18,7 @@ from aitbc_miner.allowing import Examiner
 from aitbc_miner.channel import ExcessError
 from aitbc_miner.children import Errands, Keeper, Main
 from aitbc_miner.config import Config
-from aitbc_miner.control import ControlServer, Request, Source
+from aitbc_miner.control import ControlServer, Problem, Request, Source
 from aitbc_miner.desk import Desk, RetryDesk
 from aitbc_miner.historian import Historian
 from aitbc_miner.jobindex import JobIndex
@@ -193,7 +193,19 @@ class Supervisor:
             self._control.drop_slow()
             flush_log()
             self._watch_disk()
-            kill_strangers(self._own_children())
+            self._chore("look for orphans of jobs", lambda: kill_strangers(self._own_children()))
+            self._chore("note our workers for the next run", self._parts.book.write)
+
+    def _chore(self, what: str, do: Callable[[], object]) -> None:
+        """Do something that the next tick does again, should this machine's own trouble be in its way."""
+        try:
+            do()
+        except OSError as error:
+            if what not in self._desk.troubles:
+                self._log.warning("chore left for the next tick", what=what, error=str(error))
+            self._desk.troubles[what] = Problem(f"cannot {what}: {error}", "it is tried again by itself")
+        else:
+            self._desk.troubles.pop(what, None)
 
     def _watch_disk(self) -> None:
         self._dirty |= self._storage.tick()

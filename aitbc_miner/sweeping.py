@@ -12,7 +12,7 @@ from typing import Any
 from msgspec import Struct
 
 from aitbc_miner.channel import Channel
-from aitbc_miner.jobs import FINAL, valid_job_id
+from aitbc_miner.jobs import FINAL, directory_of, valid_job_id
 from aitbc_miner.messages import Stop
 from aitbc_miner.records import RecordError, Records
 from aitbc_miner.util import clock, fs
@@ -34,10 +34,12 @@ class Sweep(Struct, frozen=True):
     unfinished: bool = False
 
 
-def sweep(root: Path, job_ids: list[str], enough: float, time_s: float, pipe: "Connection[Any, Any]") -> None:
+def sweep(
+    root: Path, job_ids: list[str], enough: fs.Room, time_s: float, pipe: "Connection[Any, Any]"
+) -> None:
     """Be the child: remove what is half removed and these jobs, in this order, and say what came of it.
 
-    No further job is removed once the disk has `enough` bytes free.
+    No further job is removed once the disk has `enough` room.
     """
     channel: Channel[Stop] = Channel(pipe, Stop)
     channel.send(_Sweeper(root, enough, clock.now() + time_s).run(job_ids))
@@ -46,7 +48,7 @@ def sweep(root: Path, job_ids: list[str], enough: float, time_s: float, pipe: "C
 
 
 class _Sweeper:
-    def __init__(self, root: Path, enough: float, deadline: float) -> None:
+    def __init__(self, root: Path, enough: fs.Room, deadline: float) -> None:
         self._records = Records(root)
         self._enough = enough
         self._deadline = deadline
@@ -58,7 +60,7 @@ class _Sweeper:
     def run(self, job_ids: list[str]) -> Sweep:
         unfinished = False
         with fs.directory(self._records.root) as root:
-            free = _free_bytes(root)
+            before = fs.room(root)
             try:
                 with os.scandir(root) as entries:
                     halves = [entry.name for entry in entries if entry.name.startswith(LEAVING)]
@@ -66,8 +68,9 @@ class _Sweeper:
                     self._remove(root, name)
                 for job_id in job_ids:
                     fs.check_time(self._deadline)
+                    now = fs.room(root)
                     # What was removed counts even where the file system hands it out later.
-                    if max(free + self._freed, _free_bytes(root)) >= self._enough:
+                    if fs.Room(max(before.size + self._freed, now.size), now.files).covers(self._enough):
                         break
                     self._sweep(root, job_id)
             except TimeoutError:
@@ -80,7 +83,7 @@ class _Sweeper:
             if self._is_gone(root, job_id):
                 self._gone.append(job_id)
                 return
-            os.rename(job_id, leaving, src_dir_fd=root, dst_dir_fd=root)
+            os.rename(directory_of(job_id), leaving, src_dir_fd=root, dst_dir_fd=root)
             # Before anything in it: what a power cut brings back is whole, or not under its name.
             os.fsync(root)
         except (RecordError, OSError) as error:
@@ -96,7 +99,7 @@ class _Sweeper:
         Raises:
             RecordError: by its record it is not delivered, or it has none that can be read.
         """
-        if valid_job_id(job_id) and not fs.exists(root, job_id):
+        if valid_job_id(job_id) and not fs.exists(root, directory_of(job_id)):
             return True
         with self._records.open(job_id) as job:
             state = job.state().state
@@ -112,8 +115,3 @@ class _Sweeper:
         except OSError as error:
             what = f"cannot remove {self._records.root / name}: {error}; remove it by hand"
             self._log.warning("remains of a job", error=what)
-
-
-def _free_bytes(fd: int) -> int:
-    disk = os.statvfs(fd)
-    return disk.f_bavail * disk.f_frsize

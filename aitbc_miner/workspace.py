@@ -17,13 +17,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from aitbc_miner.jobs import NEXT
 from aitbc_miner.privileges import Identity
 from aitbc_miner.records import PASSABLE, JobDir
 from aitbc_miner.util import fs
 
 OF_JOB = ("work", "output", "tmp")
-NEXT = ".next"
-"""Where, in `workspace.root`, those of a job are until there is one (`make_ahead`). No job has such an id."""
 # How much is looked at in search of a file: how much there is, and how deep, is the job's to decide.
 MAX_LOOKED_AT = 20_000
 MAX_DEPTH = 32
@@ -139,15 +138,13 @@ def _hand_over(
     os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)
 
 
-def room_left(job_fd: int, spent: tuple[int, int]) -> tuple[int, int | None]:
-    """Give the bytes and the files that the job's disk still takes; None where files are not counted.
+def room_left(job_fd: int, spent: fs.Room) -> fs.Room:
+    """Say what the job's disk still takes.
 
-    `spent` of each came free by writing records on a disk that was full already (`reserve.spent`).
+    `spent` of that came free by writing records on a disk that was full already (`reserve.spent`).
     """
-    disk = fs.tried_again(lambda: os.statvfs(job_fd))
-    size = max(0, disk.f_bavail * disk.f_frsize - spent[0])
-    # Without a number of files, as on btrfs, none are "free" either.
-    return size, max(0, disk.f_favail - spent[1]) if disk.f_files else None
+    room = fs.room(job_fd)
+    return fs.Room(max(0, room.size - spent.size), max(0, room.files - spent.files))
 
 
 def file_of_size(job_fd: int, size: int) -> str | None:

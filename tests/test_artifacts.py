@@ -1,5 +1,6 @@
 """Collecting what a job left behind: real files, and every trap a job can lay."""
 
+import errno
 import hashlib
 import os
 import socket
@@ -9,14 +10,15 @@ import sys
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.artifacts import MAX_DEPTH, Caps, Collector, check_path, log_artifact
+from aitbc_miner.artifacts import LOG, MAX_DEPTH, MAX_LEFT_OUT, Caps, Collector, check_path, log_artifact
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.jobs import Artifact, ArtifactSpec
+from aitbc_miner.jobs import Artifact, ArtifactSpec, LeftOut
 from aitbc_miner.util import fs
 
 CAPS = Caps(files=100, bytes=1_000_000)
@@ -34,17 +36,23 @@ def names(path: Path | str) -> list[str]:
     return sorted(entry.name for entry in Path(path).iterdir())
 
 
+LEFT_OUT: list[LeftOut] = []
+"""By the last `collect`."""
+
+
 def collect(
     job: Path, *specs: str | ArtifactSpec, caps: Caps = CAPS, owner: tuple[int, int] | None = None
 ) -> dict[str, Artifact]:
     wanted = [ArtifactSpec(path=spec) if isinstance(spec, str) else spec for spec in specs]
     with fs.directory(job) as fd:
         before = len(names("/proc/self/fd"))
+        collector = Collector(fd, caps, owner)
         try:
-            taken = Collector(fd, caps, owner).collect(wanted)
+            taken = collector.collect(wanted)
         finally:
             assert len(names("/proc/self/fd")) == before, "descriptors were left open"
     assert len({artifact.path for artifact in taken}) == len(taken), "two artifacts of one name"
+    LEFT_OUT[:] = collector.left_out
     return {artifact.path: artifact for artifact in taken}
 
 
@@ -123,7 +131,8 @@ def test_a_file_that_nobody_may_read_is_no_crash(job: Path) -> None:
     if ROOT:
         assert list(collect(job)) == ["closed"]
     else:
-        assert refused(job).code is ErrorCode.E_ARTIFACT
+        assert collect(job) == {}
+        assert [left.path for left in LEFT_OUT] == ["closed"]
 
 
 def test_the_uploading_user_gets_what_is_taken_and_the_file_is_the_same(job: Path) -> None:
@@ -187,14 +196,58 @@ TRAPS: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize(("lay", "said"), TRAPS.values(), ids=TRAPS)
 @pytest.mark.parametrize("place", ["output/trap", "output/sub/trap"])
-def test_a_trap_in_output_is_refused(job: Path, place: str, lay: Callable[[Path], object], said: str) -> None:
+def test_a_trap_in_output_is_left_out_and_told_of(
+    job: Path, place: str, lay: Callable[[Path], object], said: str
+) -> None:
     (job / "output/sub").mkdir()
+    (job / "output/good").write_text("x")
     lay(job / place)
-    error = refused(job)
-    assert error.code is ErrorCode.E_ARTIFACT
-    assert said in error.message
-    assert "trap" in error.message
-    assert names(job / "artifacts") == []
+    assert list(collect(job)) == ["good"]
+    [left] = LEFT_OUT
+    assert (left.path, said in left.why) == (place.removeprefix("output/"), True)
+    assert names(job / "artifacts") == ["0000"]
+    # Declared, it is strictly what it must be.
+    assert said in refused(job, place.removeprefix("output/")).message
+
+
+def test_no_more_than_so_many_are_listed_as_left_out(job: Path) -> None:
+    for n in range(MAX_LEFT_OUT + 50):
+        (job / "output" / f"{n:03}").symlink_to("nowhere")
+    assert collect(job) == {}
+    assert len(LEFT_OUT) == MAX_LEFT_OUT + 1
+    assert "others" in LEFT_OUT[-1].why
+
+
+def test_a_log_of_the_jobs_own_is_told_apart_from_the_real_one(job: Path) -> None:
+    (job / "logs").mkdir()
+    (job / "logs/exec.log").write_text("said")
+    for place in ("work/logs", "output/logs"):
+        (job / place).mkdir()
+        (job / place / "exec.log").write_text(place)
+    with fs.directory(job) as fd:
+        real = log_artifact(fd, LOG)
+    taken = {**collect(job, "logs/exec.log"), **{one.path: one for one in real}}
+    assert {path: (job / one.file).read_text() for path, one in taken.items()} == {
+        "logs/exec.log": "said",
+        "output/logs/exec.log": "work/logs",
+        "output/output/logs/exec.log": "output/logs",
+    }
+
+
+def test_a_collection_that_was_broken_off_is_made_anew(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (job / "output" / name).write_text(name)
+    real, calls = os.link, iter(range(9))
+
+    def link(*arguments: Any, **more: Any) -> None:
+        if next(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        real(*arguments, **more)
+
+    monkeypatch.setattr(os, "link", link)
+    with pytest.raises(OSError, match="Input/output"):
+        collect(job)
+    assert list(collect(job)) == ["a", "b"]
 
 
 @pytest.mark.parametrize(("lay", "said"), TRAPS.values(), ids=TRAPS)
@@ -281,38 +334,38 @@ def test_a_name_that_cannot_be_sent_is_refused_in_words_that_can(job: Path, name
         path.mkdir()
     else:
         path.write_bytes(b"x")
-    error = refused(job)
-    assert error.code is ErrorCode.E_ARTIFACT
-    assert error.message.isprintable()
-    error.message.encode()
+    assert collect(job) == {}
+    [left] = LEFT_OUT
+    assert (left.path + left.why).isprintable()
+    left.path.encode()
 
 
-def test_a_long_path_is_refused(job: Path) -> None:
+def test_a_long_path_is_left_out(job: Path) -> None:
     (job / "output" / "/".join(["d" * 200] * 6)).mkdir(parents=True)
-    assert refused(job).code is ErrorCode.E_ARTIFACT
+    assert collect(job) == {}
+    assert len(LEFT_OUT) == 1
 
 
-def test_a_deep_tree_is_taken_up_to_the_limit_and_refused_beyond_it(job: Path) -> None:
+def test_a_deep_tree_is_taken_up_to_the_limit_and_left_out_beyond_it(job: Path) -> None:
     deepest = job / "output" / "/".join(["d"] * MAX_DEPTH)
     deepest.mkdir(parents=True)
     (deepest / "leaf").write_text("x")
     assert list(collect(job)) == ["d/" * MAX_DEPTH + "leaf"]
     (deepest / "d").mkdir()
     (deepest / "d/leaf").write_text("x")
-    for artifact in (job / "artifacts").iterdir():
-        artifact.unlink()
-    error = refused(job)
-    assert (error.code, str(MAX_DEPTH) in error.message) == (ErrorCode.E_ARTIFACT, True)
+    assert list(collect(job)) == ["d/" * MAX_DEPTH + "leaf"]
+    assert [str(MAX_DEPTH) in left.why for left in LEFT_OUT] == [True]
 
 
-def test_a_tree_deeper_than_any_recursion_is_refused_soon(job: Path) -> None:
+def test_a_tree_deeper_than_any_recursion_is_left_out_soon(job: Path) -> None:
     here = [os.open(job / "output", os.O_RDONLY)]
     try:
         for _ in range(sys.getrecursionlimit() + 100):
             os.mkdir("d", dir_fd=here[0])
             here.append(os.open("d", os.O_RDONLY, dir_fd=here[0]))
             os.close(here.pop(0))
-        assert refused(job).code is ErrorCode.E_ARTIFACT
+        assert collect(job) == {}
+        assert len(LEFT_OUT) == 1
     finally:
         os.close(here[0])
         # shutil.rmtree, and so pytest, cannot remove what is so deep.

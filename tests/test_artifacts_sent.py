@@ -18,9 +18,9 @@ from aitbc_miner.artifacts import Caps, Collector, check_path
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.bootstrap import _log as unsent_log
 from aitbc_miner.coordinator.http import HttpClient
-from aitbc_miner.errors import JobError
+from aitbc_miner.errors import JobError, LocalError
 from aitbc_miner.jobs import Artifact, ArtifactSpec, Outcome
-from aitbc_miner.serviceresult import FileUnread, result_object
+from aitbc_miner.serviceresult import result_object
 from aitbc_miner.util import fs
 
 HEAD = re.compile(rb'Content-Disposition: form-data; name="artifact"; filename="[^"\r\n\\]+"')
@@ -111,11 +111,11 @@ def test_a_file_that_cannot_be_read_now_has_not_changed(
 
     with monkeypatch.context() as patch:
         patch.setattr(fs, "open_below", fails)
-        with pytest.raises(FileUnread, match="cannot send"):
+        with pytest.raises(LocalError, match="cannot send"):
             line.send([Artifact("a", "a", 4, "0" * 64)], tmp_path)
-        with pytest.raises(FileUnread, match="logs"):
+        with pytest.raises(LocalError, match="logs"):
             unsent_log(tmp_path)
-        with pytest.raises(FileUnread, match="cannot send"):
+        with pytest.raises(LocalError, match="cannot send"):
             result_object({"service": {"result": {"text": {"log": True}}}}, Outcome("j"), tmp_path)
     line.send([Artifact("a", "a", 4, "0" * 64)], tmp_path)
     assert b"\r\ndata\r\n" in line.body

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from aitbc_miner import leftovers, workspace
-from aitbc_miner.causes import NO_ROOM_BYTES, Evidence, cause_of
+from aitbc_miner.causes import Evidence, cause_of
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ExitStatus, Usage
 from aitbc_miner.privileges import UNALLOCATED
@@ -28,7 +29,7 @@ OOM: dict[str, Any] = {
 MACHINE_OOM = OOM | {"memory_events": {"max": 5, "oom": 0, "oom_kill": 1}, "memory_max": 128 * MIB}
 REFUSED: dict[str, Any] = {"pids_events": {"max": 1234}, "pids_max": 64}
 LARGE: dict[str, Any] = {"file_max": 4 * MIB, "file_at_limit": "work/big\n"}
-NO_ROOM: dict[str, Any] = {"disk_free_bytes": NO_ROOM_BYTES - 1}
+NO_ROOM: dict[str, Any] = {"disk_free": fs.NO_ROOM._replace(size=fs.NO_ROOM.size - 1)}
 CPU: dict[str, Any] = {"cpu_max_s": 3, "usage": Usage(user_s=2.0, system_s=1.25)}
 CALM: dict[str, Any] = {
     "memory_events": {"low": 0, "high": 9, "max": 7, "oom": 1, "oom_kill": 0},
@@ -37,8 +38,7 @@ CALM: dict[str, Any] = {
     "pids_events": {"max": 0},
     "pids_max": 64,
     "file_max": 4 * MIB,
-    "disk_free_bytes": NO_ROOM_BYTES,
-    "disk_free_files": 1,
+    "disk_free": fs.NO_ROOM,
     "cpu_max_s": 3,
     "time_max_s": 10,
 }
@@ -86,7 +86,7 @@ CALM: dict[str, Any] = {
             id="a mapped file on a full disk",
         ),
         pytest.param(
-            FAILED, {"disk_free_bytes": MIB, "disk_free_files": 0}, "E_DISK",
+            FAILED, {"disk_free": fs.Room(MIB, 7)}, "E_DISK",
             "the job failed, and the disk of the workspace can hold no more files", id="no inodes",
         ),
         pytest.param(
@@ -139,7 +139,7 @@ def test_without_evidence_the_runner_says_what_came_of_it(
     assert cause_of(Evidence(exit_status, **facts)) is None
 
 
-@pytest.mark.parametrize("facts", [REFUSED, LARGE, NO_ROOM, CPU, {"disk_free_files": 0}])
+@pytest.mark.parametrize("facts", [REFUSED, LARGE, NO_ROOM, CPU, {"disk_free": fs.Room(MIB, 0)}])
 def test_what_did_not_keep_a_job_from_its_good_end_is_no_cause(facts: dict[str, Any]) -> None:
     assert cause_of(Evidence(GOOD, **facts)) is None
 
@@ -248,13 +248,12 @@ def test_the_search_for_a_file_is_bounded(
 
 
 def test_the_room_on_the_jobs_disk(job_fd: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    room, _ = workspace.room_left(job_fd, (0, 0))
-    assert room > 0
+    assert workspace.room_left(job_fd, fs.Room()).size > 0
     disk = SimpleNamespace(f_bavail=3, f_frsize=4096, f_files=10, f_favail=0)
     monkeypatch.setattr(os, "statvfs", lambda _: disk)
-    assert workspace.room_left(job_fd, (0, 0)) == (3 * 4096, 0)
+    assert workspace.room_left(job_fd, fs.Room(4096, 1)) == (2 * 4096, 0)
     disk.f_files = 0
-    assert workspace.room_left(job_fd, (0, 0)) == (3 * 4096, None)
+    assert workspace.room_left(job_fd, fs.Room()) == (3 * 4096, inf)
 
 
 # --- what is left of a job ---------------------------------------------------------------------------------

@@ -34,12 +34,11 @@ from aitbc_miner.delivery import (
     settle,
     take_back_refused,
 )
-from aitbc_miner.errors import ErrorCode
+from aitbc_miner.errors import ErrorCode, LocalError
 from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord
 from aitbc_miner.messages import CancelJob, JobSettled
 from aitbc_miner.queue import QueueError
 from aitbc_miner.records import JobDir, RecordError, Records, pretty
-from aitbc_miner.serviceresult import FileUnread
 from aitbc_miner.util import clock, fs
 
 NODE = "node-1"
@@ -491,8 +490,8 @@ def test_an_outcome_without_a_name_that_is_not_whole_or_not_this_ones_does_not_c
 
 def test_a_file_that_cannot_be_read_now_is_sent_later(records: Records) -> None:
     finished(records, GOOD)
-    coordinator = FakeCoordinator(FileUnread("cannot send out: Too many open files"))
-    with pytest.raises(FileUnread):
+    coordinator = FakeCoordinator(LocalError("cannot send out: Too many open files"))
+    with pytest.raises(LocalError):
         deliver(records, coordinator, NODE, "j1")
     state, delivery, outcome = kept(records)
     assert outcome is not None

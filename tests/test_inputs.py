@@ -16,9 +16,10 @@ import pytest
 from test_coordinator_http import CERTIFICATE
 
 from aitbc_miner import inputs, inputurls
-from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.errors import ErrorCode, JobError, LocalError
 from aitbc_miner.inputs import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Inputs, InputUrl, Manifest
+from aitbc_miner.util import fs
 from aitbc_miner.util.clock import now
 
 LIMITS = InputLimits(max_bytes_each=1_000_000, max_bytes_total=1_500_000, timeout_s=20, stall_s=5)
@@ -331,6 +332,12 @@ def test_a_full_disk(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyP
     server.pages["/x"] = lambda h: h.reply(body=DATA)
     monkeypatch.setattr(inputs, "_create", lambda _: Path("/dev/full").open("r+b"))  # noqa: SIM115
     monkeypatch.setattr("aitbc_miner.inputs._Transfer.restart", restart_without_truncate)
+    # There is room: somebody else was about to give it back.
+    with pytest.raises(LocalError, match="No space left"):
+        fetch(tmp_path, f"{server.base}/x")
+    with pytest.raises(LocalError, match="No space left"):
+        fetch(tmp_path, inline={"i": "x" * 100})
+    monkeypatch.setattr(fs, "room", lambda _: fs.Room())
     said = "cannot write the inputs: No space left on device"
     assert failure(tmp_path, f"{server.base}/x", code=ErrorCode.E_DISK) == said
     assert failure(tmp_path, inline={"i": "x" * 100}, code=ErrorCode.E_DISK) == said
@@ -342,13 +349,24 @@ def restart_without_truncate(transfer: Any, reply: object = None) -> None:
     transfer.etag = transfer.modified = None
 
 
+def test_a_want_of_descriptors_is_not_the_servers_fault(
+    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("aitbc_miner.inputs.Dialer.connect", none_left)
+    with pytest.raises(LocalError, match="Too many open files"):
+        fetch(tmp_path, f"{server.base}/x")
+
+
 def test_other_errors_of_the_disk_are_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def denied(_: Path) -> BinaryIO:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(inputs, "_create", denied)
-    said = failure(tmp_path, inline={"i": "x"}, code=ErrorCode.E_INTERNAL)
-    assert said == "cannot write the inputs: Read-only file system"
+    with pytest.raises(LocalError, match="cannot write the inputs: Read-only file system"):
+        fetch(tmp_path, inline={"i": "x"})
 
 
 # Attempts and resumption

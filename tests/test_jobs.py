@@ -12,6 +12,7 @@ from aitbc_miner.jobs import (
     BROKEN,
     FINAL,
     MOVES,
+    NEXT,
     ArtifactSpec,
     InputUrl,
     Manifest,
@@ -22,6 +23,8 @@ from aitbc_miner.jobs import (
     State,
     StateRecord,
     decode_manifest,
+    directory_of,
+    job_in,
     valid_job_id,
 )
 
@@ -62,10 +65,14 @@ def test_a_short_manifest_has_modest_defaults() -> None:
     assert manifest.retry == RetryPolicy(max_attempts=1, on=[])
 
 
-@pytest.mark.parametrize("job_id", ["a", "A-1._x", "x" * 128, "...", "-rf", "0", ".brokenn"])
+@pytest.mark.parametrize("job_id", ["a", "A-1._x", "x" * 128, "...", "-rf", "0", ".brokenn", BROKEN, NEXT])
 def test_an_id_that_can_be_a_directory(job_id: str) -> None:
     assert valid_job_id(job_id)
     assert decode_manifest({**GOOD, "job_id": job_id}).job_id == job_id
+    assert job_in(directory_of(job_id)) == job_id
+    # None is the name of what we have there ourselves, which no directory of a job can be taken for.
+    assert directory_of(job_id) not in {BROKEN, NEXT}
+    assert [job_in(name) for name in (BROKEN, NEXT, "+reserve", "+new-a", "+jobx")] == [None] * 5
 
 
 BAD_IDS = [
@@ -84,7 +91,6 @@ BAD_IDS = [
     ["a"],
     {"a": 1},
     "\u0661",
-    BROKEN,
 ]
 
 

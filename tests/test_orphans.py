@@ -1,13 +1,19 @@
 """Whom the supervisor may signal, and what it ends."""
 
+import errno
 import json
 import os
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from aitbc_miner.orphans import WorkerBook, end_worker, works_in
+from aitbc_miner.orphans import WorkerBook, children, end_worker, kill_strangers, works_in
+from aitbc_miner.supervisor import Supervisor
+from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
 from tools.local_node import wait_until
 
@@ -106,3 +112,28 @@ def test_a_worker_is_ended_only_under_its_full_name(sleeper: "subprocess.Popen[b
     wait_until(lambda: gone(sleeper), 10)
     # Long gone, and no error.
     end_worker(sleeper.pid, start)
+
+
+def test_trouble_with_a_chore_of_the_supervisor_is_shown_and_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shown: dict[str, object] = {}
+    supervisor: Any = SimpleNamespace(_desk=SimpleNamespace(troubles=shown), _log=events("supervisor"))
+    book = WorkerBook(tmp_path / "workers.json")
+    chores: dict[str, Callable[[], object]] = {"look": lambda: kill_strangers(children()), "note": book.write}
+
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", fails)
+        patch.setattr(os, "open", fails)
+        book.note("cpu0", os.getpid())
+        for what, chore in chores.items():
+            Supervisor._chore(supervisor, what, chore)
+    assert list(shown) == ["look", "note"]
+    assert "Too many open files" in str(shown["look"])
+    for what, chore in chores.items():
+        Supervisor._chore(supervisor, what, chore)
+    assert shown == {}
+    assert WorkerBook(tmp_path / "workers.json").knows("cpu0", os.getpid(), process_start(os.getpid()))

@@ -185,6 +185,19 @@ def test_a_job_is_taken_once(records: Records) -> None:
         assert job.manifest().command == "true"
 
 
+def test_a_job_may_be_called_as_what_we_have_there_ourselves(records: Records) -> None:
+    for job_id in (".next", ".broken", "-rf"):
+        records.create(job_id, b"{}")
+        assert records.known(job_id)
+        with records.open(job_id) as job:
+            assert job.move(State.ACKED).job_id == job_id
+    assert records.ids() == ["-rf", ".broken", ".next"]
+    assert names(records.root) == ["+job.broken", "+job.next", "-rf"]
+    aside = records.set_aside(".broken")
+    assert (aside.parent.name, aside.name) == (".broken", ".broken")
+    assert records.ids() == ["-rf", ".next"]
+
+
 @pytest.mark.parametrize("job_id", ["", ".", "..", "a/b", "/etc", "a\0b", "+new-j1", "x" * 129, "ä", "a\n"])
 def test_a_bad_id_never_touches_the_disk(records: Records, job_id: str) -> None:
     records.create("j1", RAW)

@@ -47,15 +47,15 @@ def pieces(root: Path) -> list[Path]:
 
 
 def test_it_is_made_whole_and_kept_so(tmp_path: Path) -> None:
-    assert reserve.lacking(tmp_path, 1) == MIB
+    assert reserve.lacking(tmp_path, 1).size == MIB
     reserve.fill(tmp_path, 1)
     assert [path.stat().st_blocks * 512 for path in pieces(tmp_path)] == [reserve.PIECE] * NUMBER
     assert {path.stat().st_mode & 0o7777 for path in pieces(tmp_path)} == {0o640}
     assert reserve.release(tmp_path)
-    assert reserve.lacking(tmp_path, 1) == reserve.PIECE
-    assert reserve.spent(tmp_path, 1) == (reserve.PIECE, 1)
+    assert reserve.lacking(tmp_path, 1).size == reserve.PIECE
+    assert reserve.spent(tmp_path, 1) == fs.Room(reserve.PIECE, 1)
     reserve.fill(tmp_path, 1)
-    assert reserve.lacking(tmp_path, 1) == 0
+    assert reserve.lacking(tmp_path, 1).size == 0
     # Configured anew: what is too much goes.
     reserve.fill(tmp_path, 0)
     assert pieces(tmp_path) == []
@@ -102,7 +102,7 @@ def test_a_record_larger_than_a_piece_takes_several(disk: Path) -> None:
     with fs.directory(disk) as fd:
         reserve.write_durably(disk, fd, "outcome.json", data)
     assert (disk / "outcome.json").read_bytes() == data
-    assert reserve.lacking(disk, 1) == 6 * reserve.PIECE
+    assert reserve.lacking(disk, 1).size == 6 * reserve.PIECE
 
 
 @needs_root
@@ -112,7 +112,7 @@ def test_what_is_no_record_is_given_room(disk: Path) -> None:
     reserve.ensure(disk, 3 * reserve.PIECE)
     assert free_bytes(disk) == 3 * reserve.PIECE
     reserve.ensure(disk, 3 * reserve.PIECE)
-    assert reserve.lacking(disk, 1) == 3 * reserve.PIECE
+    assert reserve.lacking(disk, 1).size == 3 * reserve.PIECE
     reserve.ensure(disk, 9 * MIB)
     assert pieces(disk) == []
 
@@ -121,7 +121,7 @@ def test_what_is_no_record_is_given_room(disk: Path) -> None:
 def test_a_disk_too_small_keeps_what_could_be_made(disk: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         reserve.fill(disk, 8)
-    assert reserve.lacking(disk, 8) == 4 * MIB
+    assert reserve.lacking(disk, 8).size == 4 * MIB
     assert {path.stat().st_size for path in pieces(disk)} == {reserve.PIECE}
 
 
@@ -179,7 +179,7 @@ def test_other_faults_of_a_disk_touch_nothing(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "fsync", broken)
     with fs.directory(tmp_path) as fd, pytest.raises(OSError, match="Input/output"):
         reserve.write_durably(tmp_path, fd, "state.json", b"{}")
-    assert reserve.lacking(tmp_path, 1) == 0
+    assert reserve.lacking(tmp_path, 1).size == 0
 
 
 @needs_root

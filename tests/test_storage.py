@@ -16,7 +16,7 @@ from aitbc_miner.config import Workspace
 from aitbc_miner.messages import MAX_SWEEPABLE, SpaceWanted, Sweepable, Swept
 from aitbc_miner.storage import AGAIN_S, MIB, Storage
 from aitbc_miner.sweeping import Sweep
-from aitbc_miner.util import clock
+from aitbc_miner.util import clock, fs
 
 LEAST, RESERVE = 160, 1
 
@@ -48,10 +48,15 @@ class Site:
         self.said: list[Swept | SpaceWanted] = []
         self.free = 1000 * MIB
         self.time = 1000.0
-        patch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=self.free, f_frsize=1))
+        self.inodes = inf
+        patch.setattr(os, "statvfs", self._statvfs)
         patch.setattr(clock, "now", lambda: self.time)
         kept = Workspace(root, min_free_mb=least, reserve_mb=RESERVE)
         self.storage = Storage(kept, self.errands, self.said.append)
+
+    def _statvfs(self, _: object) -> SimpleNamespace:
+        counted = self.inodes if self.inodes < inf else 0
+        return SimpleNamespace(f_bavail=self.free, f_frsize=1, f_files=counted and 10**6, f_favail=counted)
 
     def begun(self) -> "Site":
         """Have the sweep of the start be over, and the reserve made."""
@@ -91,6 +96,34 @@ def test_pulling_stops_below_the_limit_and_goes_on_well_above_it(site: Site) -> 
     assert site.storage.problem is None
 
 
+def test_inodes_are_guarded_as_bytes_are(site: Site) -> None:
+    site.inodes = 10_000
+    assert not site.tick(LEAST)
+    site.inodes = 9_999
+    assert site.tick(LEAST)
+    problem = site.storage.problem
+    assert problem is not None
+    assert problem.what == (
+        "workspace.root has 9999 inodes (files) free, below workspace.min_free_inodes (10000):"
+        " no jobs are pulled"
+    )
+    assert "lower workspace.min_free_inodes or keep_*" in problem.remedy
+    assert site.said == [SpaceWanted()]
+    site.storage.sweep(Sweepable(["j1"], early=True))
+    assert not site.tick(LEAST)
+    [(name, (job_ids, enough))] = site.errands.started
+    assert (name, job_ids, enough.files) == ("sweep", ["j1"], 10_000 * 17 / 16)
+    site.inodes = 10_000 * 17 / 16
+    assert site.tick(LEAST * 2)
+    assert (site.storage.short, site.storage.problem) == (False, None)
+
+
+def test_a_disk_that_does_not_count_inodes_has_enough_of_them(site: Site) -> None:
+    assert site.inodes == inf
+    assert not site.tick(LEAST)
+    assert not site.storage.short
+
+
 def test_the_reserve_comes_before_more_jobs(site: Site) -> None:
     site.tick(0)
     reserve.release(site.storage._kept.root)
@@ -109,7 +142,7 @@ def test_without_a_limit_pulling_never_stops(tmp_path: Path, monkeypatch: pytest
 
 def test_the_agent_is_asked_for_what_may_go_now_and_then(site: Site) -> None:
     site.tick(LEAST - 10)
-    assert site.said == [SpaceWanted(20 * MIB)]
+    assert site.said == [SpaceWanted()]
     site.tick(LEAST - 10, after=AGAIN_S / 2)
     assert len(site.said) == 1
     site.tick(LEAST - 10, after=AGAIN_S / 2)
@@ -119,7 +152,7 @@ def test_the_agent_is_asked_for_what_may_go_now_and_then(site: Site) -> None:
 def test_what_is_over_its_time_goes_whether_there_is_space_or_not(site: Site) -> None:
     site.storage.sweep(Sweepable(["j1", "j2", "j3"]))
     site.tick(1000)
-    assert site.errands.started == [("sweep", (["j1", "j2", "j3"], inf))]
+    assert site.errands.started == [("sweep", (["j1", "j2", "j3"], fs.Room(inf, inf)))]
     # Named again while it is under way, and nothing else is started beside it.
     site.storage.sweep(Sweepable(["j3", "j4"]))
     site.tick(1000)
@@ -127,7 +160,7 @@ def test_what_is_over_its_time_goes_whether_there_is_space_or_not(site: Site) ->
     site.errands.done(Sweep(gone=["j1"], kept=["j2"], freed_bytes=5, unfinished=True))
     assert site.said == [Swept(["j1"], 5)]
     site.tick(1000)
-    assert site.errands.started[1:] == [("sweep", (["j3", "j4"], inf))]
+    assert site.errands.started[1:] == [("sweep", (["j3", "j4"], fs.Room(inf, inf)))]
     site.errands.done(Sweep(gone=["j3", "j4"]))
     site.tick(1000)
     assert len(site.errands.started) == 2
@@ -138,7 +171,7 @@ def test_before_their_time_only_so_many_go_as_it_takes(site: Site) -> None:
     site.tick(1000)
     assert site.errands.started == []
     site.tick(LEAST - 1)
-    assert site.errands.started == [("sweep", (["j1", "j2"], (LEAST + LEAST // 16) * MIB))]
+    assert site.errands.started == [("sweep", (["j1", "j2"], site.storage._wanted(fs.Room())))]
     site.errands.done(Sweep(gone=["j1"]))
     # The other one is named anew, if it still may go when it must.
     site.tick(LEAST - 1)
@@ -151,7 +184,7 @@ def test_remains_of_an_earlier_run_are_looked_for_at_the_start(
 ) -> None:
     site = Site(tmp_path, monkeypatch)
     site.tick(1000)
-    assert site.errands.started == [("sweep", ([], inf))]
+    assert site.errands.started == [("sweep", ([], fs.Room(inf, inf)))]
     site.errands.done(Sweep(unfinished=True))
     site.tick(1000)
     site.errands.done(Sweep())
@@ -166,7 +199,7 @@ def test_a_sweep_that_fails_is_made_again_after_a_pause(site: Site) -> None:
     site.tick(1000, after=AGAIN_S / 2)
     assert len(site.errands.started) == 1
     site.tick(1000)
-    assert site.errands.started[1] == ("sweep", (["j1"], inf))
+    assert site.errands.started[1] == ("sweep", (["j1"], fs.Room(inf, inf)))
 
 
 def test_no_process_is_to_be_had(site: Site) -> None:
@@ -193,7 +226,7 @@ def test_the_child_fills_the_reserve_and_says_why_it_cannot(
 ) -> None:
     pipe = SimpleNamespace(close=lambda: None)
     storage._fill(Workspace(tmp_path, reserve_mb=1), pipe)  # type: ignore[arg-type]
-    assert reserve.lacking(tmp_path, 1) == 0
+    assert reserve.lacking(tmp_path, 1).size == 0
     storage._fill(Workspace(tmp_path / "none", reserve_mb=1), pipe)  # type: ignore[arg-type]
     [record] = caplog.records
     assert record.getMessage() == "no reserve"
@@ -204,9 +237,13 @@ def test_a_disk_that_is_gone_is_said(site: Site, monkeypatch: pytest.MonkeyPatch
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "statvfs", fail)
-    assert not site.storage.tick()
+    assert site.storage.tick()
     assert site.storage.problem is not None
-    assert "Input/output error" in site.storage.problem.what
+    assert "Input/output error: no jobs are pulled" in site.storage.problem.what
+    assert site.storage.short
+    monkeypatch.undo()
+    site.tick(1000)
+    assert [site.storage.short, site.storage.problem] == [False, None]
 
 
 def test_too_many_directories_to_remove_are_an_excess(site: Site) -> None:

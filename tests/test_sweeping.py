@@ -28,9 +28,9 @@ def make(root: Path, job_id: str, state: State = State.DONE) -> Path:
     return root / job_id
 
 
-def run(root: Path, *job_ids: str, enough: float = inf, time_s: float = 30.0) -> Sweep:
+def run(root: Path, *job_ids: str, enough: float = inf, files: float = 0.0, time_s: float = 30.0) -> Sweep:
     ours, theirs = Pipe()
-    sweep(root, list(job_ids), enough, time_s, theirs)
+    sweep(root, list(job_ids), fs.Room(enough, files), time_s, theirs)
     [said] = Channel[Sweep](ours, Sweep).wait(1.0)
     theirs.close()
     ours.close()
@@ -67,7 +67,7 @@ def test_what_cannot_be_read_stays(tmp_path: Path) -> None:
     (tmp_path / "done" / "state.json").rename(make(tmp_path, "other", State.RUNNING) / "state.json")
     (tmp_path / "link").symlink_to(make(tmp_path, "target"))
     before = names(tmp_path)
-    named = ["torn", "none", "other", "link", "..", ".broken", "+reserve", "a/../target"]
+    named = ["torn", "none", "other", "link", "..", "+broken", "+reserve", "a/../target"]
     said = run(tmp_path, *named)
     assert (said.gone, said.kept, said.freed_bytes) == ([], named, 0)
     assert names(tmp_path) == before

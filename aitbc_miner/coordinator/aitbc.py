@@ -36,10 +36,10 @@ from aitbc_miner.coordinator.answers import AITBC, check, confirm, decode
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
 from aitbc_miner.coordinator.idleness import Known, why_idle
 from aitbc_miner.coordinator.limits import Limits
-from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.errors import ErrorCode, LocalError, MinerError
 from aitbc_miner.jobs import Outcome
 from aitbc_miner.receipts import Receipt, examine
-from aitbc_miner.serviceresult import FileUnread, result_object, unsendable
+from aitbc_miner.serviceresult import result_object, unsendable
 from aitbc_miner.services import ServiceBook
 from aitbc_miner.util import clock, fs
 
@@ -364,7 +364,7 @@ def _manifest_in(root: Path) -> dict[str, Any]:
         with fs.directory(root) as directory:
             raw = fs.read_bounded(directory, MANIFEST, MAX_MANIFEST)
     except OSError as error:
-        if isinstance(why := unsendable(MANIFEST, error), FileUnread):
+        if isinstance(why := unsendable(MANIFEST, error), LocalError):
             raise why from error
         return {}
     with suppress(msgspec.DecodeError, UnicodeDecodeError):

@@ -27,9 +27,9 @@ from aitbc_miner.coordinator import (
 from aitbc_miner.coordinator.answers import BOOTSTRAP, answer, check, confirm
 from aitbc_miner.coordinator.brokenjson import find_text
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
-from aitbc_miner.errors import MinerError
+from aitbc_miner.errors import LocalError, MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
-from aitbc_miner.serviceresult import FileUnread, unsendable
+from aitbc_miner.serviceresult import unsendable
 from aitbc_miner.util import fs
 from aitbc_miner.util.nesting import too_deep
 
@@ -211,7 +211,8 @@ def _metadata(outcome: Outcome) -> dict[str, Any]:
         {"path": _text(one.path), "type": _text(one.type), "bytes": one.bytes, "sha256": one.sha256}
         for one in outcome.artifacts
     ]
-    return {**_measured(outcome), "artifacts": artifacts, "result": outcome.result}
+    left_out = {"left_out": outcome.left_out} if outcome.left_out else {}
+    return {**_measured(outcome), "artifacts": artifacts, **left_out, "result": outcome.result}
 
 
 class _PullReply(Struct):
@@ -274,7 +275,7 @@ class _CollectedFile:
         except OSError as error:
             why = unsendable(self._file, error)
             raise (
-                why if isinstance(why, FileUnread) else self._changed(error.strerror or str(error))
+                why if isinstance(why, LocalError) else self._changed(error.strerror or str(error))
             ) from error
         if self.len and size and not data:
             raise self._changed(f"it is {self.len} bytes shorter than when it was collected")
@@ -308,7 +309,7 @@ def _log(root: Path) -> Artifact:
         with os.fdopen(_open_below(root, LOG), "rb") as file:
             size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256")
     except OSError as error:
-        if isinstance(why := unsendable(LOG, error), FileUnread):
+        if isinstance(why := unsendable(LOG, error), LocalError):
             raise why from error
     return Artifact(LOG, LOG, size, digest.hexdigest(), "text/plain")
 

@@ -36,6 +36,28 @@ OF_THE_FILE = frozenset(
 NAMES_AT_ONCE = 1000
 
 
+class Room(NamedTuple):
+    """Bytes and files that a disk still takes; infinitely many files where they are not counted."""
+
+    size: float = 0.0
+    files: float = 0.0
+
+    def covers(self, other: "Room") -> bool:
+        """Whether there is as much of both."""
+        return self.size >= other.size and self.files >= other.files
+
+
+def room(of: Path | int) -> Room:
+    """Say what whoever is not root can still write there. Raises OSError: that cannot be told."""
+    disk = os.statvfs(of)
+    # Without a number of files, as on btrfs, none are "free" either.
+    return Room(disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else inf)
+
+
+NO_ROOM = Room(64 << 10, 8)
+"""With less a disk refuses even small files: file systems hand out whole blocks, some of them large."""
+
+
 def may_pass(error: BaseException | None) -> bool:
     """Whether this is trouble of this machine, such as a want of descriptors or a disk that fails.
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from aitbc_miner.errors import MinerError
+from aitbc_miner.util import fs
 
 # <linux/prctl.h>
 PR_SET_PDEATHSIG = 1
@@ -17,7 +18,7 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 def boot_id() -> str:
     """Give the id of this boot; boot times that were recorded under another one mean nothing now."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return fs.tried_again(Path("/proc/sys/kernel/random/boot_id").read_text).strip()
 
 
 def process_start(pid: int) -> int | None:
@@ -26,7 +27,7 @@ def process_start(pid: int) -> int | None:
     A pid alone may by now belong to somebody else; the pid with its start is a process's name for this boot.
     """
     try:
-        stat = Path(f"/proc/{pid}/stat").read_bytes()
+        stat = fs.tried_again(Path(f"/proc/{pid}/stat").read_bytes)
     except (FileNotFoundError, ProcessLookupError):
         return None
     # The second field is the name in parentheses, and a process may put spaces and `)` into its name.

@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from aitbc_miner import leftovers, workspace
 from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
 from aitbc_miner.execution import Delays, Execution
-from aitbc_miner.jobrun import _limit_in_force
 from aitbc_miner.jobs import ExitStatus, Outcome
 from aitbc_miner.messages import CancelJob, JobStep, StartJob
 from aitbc_miner.privileges import Identity
@@ -221,12 +220,8 @@ def test_the_limit_in_force_is_the_kernels(tmp_path: Path) -> None:
     (tmp_path / "memory.max").write_text("1048576\n")
     (tmp_path / "pids.max").write_text("max\n")
     group = Group(tmp_path)
-    assert [_limit_in_force(group, name) for name in ("memory.max", "pids.max", "io.max")] == [
-        1048576,
-        None,
-        None,
-    ]
-    assert _limit_in_force(None, "memory.max") is None
+    found = [group.limit(name) for name in ("memory.max", "pids.max", "io.max")]
+    assert found == [1048576, None, None]
 
 
 # --- what it leaves behind ---------------------------------------------------------------------------------
