@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from attacks.attack import THROUGH
+from attacks.sharing import SHARING
 from test_spawn import DEADLINE_S, GID, ROOT, SH, UID, group, in_worker
 
 from aitbc_miner.cgroup import Group
@@ -350,3 +352,15 @@ def test_standard_streams_can_be_opened_by_name(box: Sandbox, job: Path, line: s
     done = sh(box, job, line)
     assert ("RIFF" if "ffmpeg" in line else "said") in done.out, done
     assert "denied" not in done.out
+
+
+@pytest.mark.parametrize("box", ["a slot's user" if ROOT else "the miner's own"], indirect=True)
+def test_no_sibling_of_what_is_refused_gets_through(box: Sandbox, job: Path) -> None:
+    # Under systemd, with a node around them, they run in tests/vm/test_attacks.py.
+    got = {}
+    # Nobody reads the output here before the end; for what pours into it see test_worker.
+    for attack in [each for each in SHARING if each.name != "pour-into-the-log"]:
+        ended, out = run(box, job, [PYTHON, "-c", attack.source()])
+        got[attack.name] = [line for line in out.splitlines() if line.startswith((THROUGH, "Traceback"))]
+        assert ended == ExitStatus(status=0), (attack.name, out)
+    assert {name: lines for name, lines in got.items() if lines} == {}
