@@ -29,10 +29,8 @@ from aitbc_miner.util.trust import distrust, distrust_tree
 from aitbc_miner.util.units import format_cpus
 from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
 from aitbc_miner.util.yamltext import line_of
+from aitbc_miner.visible import needs, special, unseen
 from aitbc_miner.warming import NO_PRELOAD
-
-# Directories that a sandbox has by itself, some of them as links.
-_PROGRAM_PLACES = ("/usr", "/bin", "/sbin", "/lib", "/lib64")
 
 
 def machine_facts(gpus: GpuList) -> MachineFacts:
@@ -150,6 +148,8 @@ class Checker:
                     )
                 if problem:
                     yield f"slot {spec.name}: binds: {path}: {problem}"
+                for text in special(path):
+                    yield f"slot {spec.name}: binds: {text}"
 
     def _check_privileges(self) -> Identities | None:
         privileges = self._config.privileges
@@ -200,15 +200,22 @@ class Checker:
             self.warnings.append("no runner is enabled: this node can take no job")
 
     def _hidden(self, entry: Entry) -> Iterator[str]:
-        """Say so if jobs would not see the program in their sandbox."""
+        """Say so if jobs would not see the program in their sandbox, or not all that it needs."""
         if self._config.sandbox.mode == "off":
             return
         program = Path(entry.command.path)
         able = [spec for spec in self.slots if "cli" in spec.runners and entry.kind in {None, spec.kind}]
-        blind = [spec.name for spec in able if not _shows([*spec.binds, *entry.binds], program)]
-        if blind:
-            whose = "jobs" if len(blind) == len(able) else f"jobs of {' and '.join(blind)}"
-            yield f"{whose} do not see {program} in their sandbox; name its directory in `binds`"
+        needed = needs(program)
+        blind: dict[Path, list[str]] = {}
+        for spec in able:
+            for what in unseen([*spec.binds, *entry.binds], needed):
+                blind.setdefault(what, []).append(spec.name)
+        for what, names in blind.items():
+            whose = "jobs" if len(names) == len(able) else f"jobs of {' and '.join(names)}"
+            whose_need = "" if what == program else f", which {program} needs"
+            yield f"{whose} do not see {what} in their sandbox{whose_need}; name its directory in `binds`"
+        for path in entry.binds:
+            yield from special(path)
 
     def _check_task_path(self, directory: Path) -> None:
         key = "runners.python.task_paths"
@@ -304,15 +311,6 @@ def may_read(path: str, user: Identity) -> bool:
     command = ["/usr/bin/test", "-r", path]
     done = subprocess.run(command, user=user.uid, group=user.gid, extra_groups=[], check=False)
     return done.returncode == 0
-
-
-def _shows(binds: Sequence[Path], program: Path) -> bool:
-    """Whether a sandbox has a program, where it is named and where links lead from there."""
-    places = [*map(Path, _PROGRAM_PLACES), *binds]
-    real = program.resolve()
-    return any(program.is_relative_to(place) for place in places) and any(
-        real.is_relative_to(place.resolve()) for place in places
-    )
 
 
 def slots_for(directory: Path, facts: MachineFacts) -> tuple[list[SlotSpec], list[Fault]]:
