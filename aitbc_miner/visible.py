@@ -1,4 +1,4 @@
-"""Whether jobs see in their sandbox all that a program needs, and what there is no plain file; for `check`."""
+"""Whether jobs see in their sandbox what a program needs, and what there is no plain file: for `check`."""
 
 import os
 import re
