@@ -8,14 +8,15 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner import abuse
+from aitbc_miner import abuse, reaching
 from aitbc_miner.allowlist import Entry, load_allowlist
 from aitbc_miner.config import Config, PythonRunner, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, offered_controllers
 from aitbc_miner.credentials import CredentialError, read_credential
 from aitbc_miner.gpu import GpuList
-from aitbc_miner.privileges import Identities, Identity, PrivilegeError, resolve
+from aitbc_miner.privileges import Identities, Identity, PrivilegeError, group_of, resolve
 from aitbc_miner.probe import NEEDED_CONTROLLERS, SlotCapability
+from aitbc_miner.reaching import proxy_faults, refused_later
 from aitbc_miner.requirements import Place, RequirementError, full_disks, resolved, unmet
 from aitbc_miner.runners.catalogue import Task, list_tasks
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, cannot_import, find_interpreter
@@ -87,7 +88,8 @@ class Checker:
         if self._config.coordinator.dialect == "aitbc-v1":
             self._check_services()
         self._check_credential(identities.service if identities else None)
-        for key, message in full_disks(self._config):
+        self.warnings += reaching.warnings(self._config, self._environ)
+        for key, message in [*full_disks(self._config), *proxy_faults(self._config, self._environ)]:
             self._fault(key, message)
 
     def check_start(self) -> Identities | None:
@@ -285,14 +287,16 @@ class Checker:
             self.warnings.append(f"{source} cannot be checked here: systemd shows it to the service alone")
             return
         try:
-            read_credential(source, self._environ, [service.uid] if service else [])
+            found = read_credential(source, self._environ, [service.uid] if service else [])
         except CredentialError as error:
             self._fault("coordinator.auth_token", str(error))
             return
+        if fault := refused_later(self._config, found):
+            self._fault("coordinator.auth_token", fault)
         kind, _, path = source.partition(":")
         # Root may read anything, but it is the service's user who will.
         if kind == "file" and service and not may_read(path, service):
-            remedy = f"chgrp {service.name} {path}; chmod 640 {path}"
+            remedy = f"chgrp {group_of(service)} {path}; chmod 640 {path}"
             self._fault("coordinator.auth_token", f"the user {service.name} cannot read {path}; {remedy}")
 
 

@@ -5,6 +5,7 @@ import os
 import pwd
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from msgspec import Struct
 
@@ -15,6 +16,7 @@ from aitbc_miner.control import READERS, WRITERS
 from aitbc_miner.gpu import GpuList
 from aitbc_miner.privileges import Identity, job_user
 from aitbc_miner.probe import NEEDED_CONTROLLERS, Machine
+from aitbc_miner.reaching import look, unused_proxy
 from aitbc_miner.sampling import inventory
 from aitbc_miner.sandbox import Sandbox, lacking_packages, why_not
 from aitbc_miner.slotspec import derive_slots, read_slots
@@ -36,7 +38,11 @@ class Finding(Struct, frozen=True):
 
 
 def diagnose(
-    path: Path, config: Config | None, faults: Sequence[Fault], machine: Machine, gpus: GpuList
+    path: Path,
+    config: Config | None,
+    faults: Sequence[Fault],
+    machine: Machine,
+    gpus: GpuList,
 ) -> Iterator[Finding]:
     """Look for everything that a node needs; without a configuration, that the packaged one needs."""
     if config:
@@ -52,6 +58,11 @@ def diagnose(
     yield _groups()
     yield _cgroup2(config, machine)
     yield _sandbox(config)
+    if config:
+        yield _coordinator(config)
+        if unused := unused_proxy(config, os.environ):
+            detail, _, remedy = unused.partition(": ")
+            yield Finding("proxy", there=False, detail=detail, remedy=remedy, required=False)
     found = machine.tools.get("nft")
     detail = found or "not here; the network of a slot cannot be restricted"
     yield Finding("nft", bool(found), detail, "apt-get install nftables", required=False)
@@ -105,6 +116,16 @@ def _sandbox(config: Config | None) -> Finding:
     lacking = " ".join(lacking_packages())
     remedy = f"apt-get install {lacking}" if lacking else "sysctl kernel.unprivileged_userns_clone=1"
     return Finding("sandbox", not problem, detail, remedy, required=required)
+
+
+def _coordinator(config: Config) -> Finding:
+    url = config.coordinator.base_url
+    if (urlsplit(url).hostname or "").endswith((".example", ".invalid")):
+        remedy = "set coordinator.base_url to the address that the coordinator's operator gave you"
+        detail = f"{url} is no real address"
+        return Finding("coordinator", there=False, detail=detail, remedy=remedy, required=False)
+    wrong, _, remedy = (look(config, os.environ) or "").partition(": ")
+    return Finding("coordinator", not wrong, wrong or f"{url} answers", remedy, required=False)
 
 
 def _cgroup2(config: Config | None, machine: Machine) -> Finding:

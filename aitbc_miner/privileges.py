@@ -100,6 +100,14 @@ def job_user(slot: str) -> str:
     return f"aitbc-job-{slot}"
 
 
+def group_of(identity: Identity) -> str:
+    """Name a user's group for a command line: by its number where there is none of that name."""
+    try:
+        return grp.getgrgid(identity.gid).gr_name
+    except KeyError:
+        return str(identity.gid)
+
+
 def _lookup(name: str) -> Identity | None:
     try:
         entry = pwd.getpwnam(name)

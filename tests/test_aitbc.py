@@ -146,7 +146,7 @@ def test_with_a_bearer_token_we_are_who_it_says(wire: responses.RequestsMock, se
         ("api_key", token(), 401, "is a JSON web token; set coordinator.auth_scheme: bearer"),
         ("bearer", KEY, 401, "is no JSON web token; for an API key set coordinator.auth_scheme: api_key"),
         ("bearer", token(), 401, "it has been signed with another key"),
-        ("bearer", token(exp=1e9), 401, "it expired at 2001-09-09 01:46 UTC"),
+        ("bearer", token(exp=1e9), 401, "expired at 2001-09-09 01:46 UTC"),
         ("bearer", token(exp=1e300), 401, "it has been signed with another key"),
         ("bearer", token(exp=-1e300), 401, "it has been signed with another key"),
         ("bearer", token(role="client"), 403, "has the role 'client'; ask for a token with the role 'miner'"),

@@ -21,7 +21,11 @@ SOURCES = {
 LAYERS: list[dict[str, set[str]]] = [
     {"command line": {"main"}, "operator's client": {"ctl", "ctlargs", "ctlview", "historyview"}},
     {"the node": {"node"}},
-    {"what it requires": {"checks", "doctor", "confinement", "requirements", "trying", "visible"}},
+    {
+        "what it requires": {
+            *("checks", "doctor", "reaching", "confinement", "requirements", "trying", "visible"),
+        }
+    },
     {
         "supervisor": {
             *("supervisor", "slotset", "slots", "children", "desk", "jobindex", "orphans", "reloading"),

@@ -327,22 +327,20 @@ class AitbcCoordinator:
 
     def _why_denied(self, reply: Reply) -> str:
         """Say which fault of the credential it is, as far as that can be told."""
-        used = f"the credential from {self._profile.source}"
-        if self._profile.auth_scheme == "api_key":
-            if wire.claims_of(self._credential):
-                return f"{used} is a JSON web token; set coordinator.auth_scheme: bearer"
+        used, scheme = f"the credential from {self._profile.source}", self._profile.auth_scheme
+        if fault := wire.fault_of(self._credential, scheme):
+            return f"{used} {fault}"
+        if scheme == "api_key":
             return (
                 f"the coordinator does not accept {used} as an API key ({reply.status}); ask its operator"
                 " whether the key is listed there"
             )
-        claims = wire.claims_of(self._credential)
-        if claims is None:
-            return f"{used} is no JSON web token; for an API key set coordinator.auth_scheme: api_key"
-        if claims.role != "miner":
-            return f"{used} has the role {clean(claims.role, 40)!r}; ask for a token with the role 'miner'"
         if reply.status == 403:
             return f"the coordinator answers 403 to {used}, whose role is right; see what is on the way"
-        return f"the coordinator does not accept {used}: {wire.doubt_about(claims)}"
+        return (
+            f"the coordinator does not accept {used}: it has been signed with another key, or is no longer"
+            " valid; ask for another"
+        )
 
 
 def _was_not_heard(error: CoordinatorError) -> bool:

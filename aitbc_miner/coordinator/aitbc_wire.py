@@ -45,13 +45,20 @@ def claims_of(token: str) -> Claims | None:
         return None
 
 
-def doubt_about(claims: Claims) -> str:
-    """Say why a token of a miner may be refused; the clock is ours, and may be wrong."""
+def fault_of(token: str, scheme: str) -> str | None:
+    """Say what is wrong with a credential, as far as it shows that itself, by our clock."""
+    claims = claims_of(token)
+    if scheme == "api_key":
+        return "is a JSON web token; set coordinator.auth_scheme: bearer" if claims else None
+    if claims is None:
+        return "is no JSON web token; for an API key set coordinator.auth_scheme: api_key"
+    if claims.role != "miner":
+        return f"has the role {clean(claims.role, 40)!r}; ask for a token with the role 'miner'"
     if claims.exp is not None and claims.exp < time.time():
         with suppress(ValueError, OverflowError, OSError):
             end = datetime.fromtimestamp(claims.exp, UTC)
-            return f"it expired at {end:%Y-%m-%d %H:%M} UTC; ask for another"
-    return "it has been signed with another key, or is no longer valid; ask for another"
+            return f"expired at {end:%Y-%m-%d %H:%M} UTC; ask for another"
+    return None
 
 
 # --- of ourselves ------------------------------------------------------------------------------------------

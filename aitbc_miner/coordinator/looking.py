@@ -36,6 +36,25 @@ def likely_cause(settings: Settings, proxy: Proxy | None = None) -> str | None:
     return None if answer.status >= 500 else next(_guesses(settings, proxy), None)
 
 
+def diagnosis(settings: Settings, proxy: Proxy | None = None) -> str | None:
+    """Say what is probably set wrongly, or why nobody can be reached; None if somebody can."""
+    if guess := likely_cause(settings, proxy):
+        return guess
+    http = HttpClient(
+        settings.base_url,
+        LOOK_S,
+        verify=settings.tls_verify,
+        ca_file=settings.ca_file,
+        proxy=proxy,
+    )
+    with contextlib.closing(http):
+        try:
+            http.call("POST", "/", {}, doing="reach the coordinator")
+        except Unreachable as error:
+            return str(error)
+    return None
+
+
 def _guesses(settings: Settings, proxy: Proxy | None) -> Iterator[str | None]:
     base, aitbc = settings.base_url, settings.dialect == "aitbc-v1"
     origin = "{0.scheme}://{0.netloc}".format(urlsplit(base))
