@@ -34,6 +34,30 @@ def test_test_passes_pytest_its_options() -> None:
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "status"),
+    [("true", "true", 0), ("exit 3", "true", 3), ("exit 3", "exit 4", 4), ("true", "exit 4", 4)],
+)
+def test_what_follows_is_run_in_the_same_machine_and_alone_after_a_boot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, second: str, status: int
+) -> None:
+    monkeypatch.setattr(vm_lab, "FIRST", f"{tmp_path}/first")
+    told = {"1": ["first", "second"], "2": ["second"]}
+    for boot, expected in told.items():
+        command = vm_lab.in_turn(["sh", "-c", f"echo first; {first}"], ["sh", "-c", f"echo second; {second}"])
+        done = subprocess.run(
+            command, env={**os.environ, "AITBC_VM_BOOT": boot}, capture_output=True, text=True, check=False
+        )
+        assert (done.stdout.split(), done.returncode) == (expected, status)
+
+
+def test_pytest_is_run_twice_with_arguments_of_its_own() -> None:
+    chosen = vm_lab.arguments(["test", "--maxfail", "3", "--then", "tests/vm/reboot.py", "-v"])
+    script = vm_lab.command_of(chosen)[0][-1]
+    assert "-m pytest tests/vm --maxfail 3\n" in script
+    assert "-m pytest tests/vm/reboot.py -v ||" in script
+
+
+@pytest.mark.parametrize(
     "words",
     [[], ["run"], ["run", "--"], ["--release", "11", "build"], ["fly"], ["clean", "12"]],
     ids=" ".join,

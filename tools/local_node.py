@@ -24,7 +24,7 @@ from aitbc_miner.cgroup import find_mount, own_group
 from aitbc_miner.control import Request, Status, ask
 
 TOKEN = "demo-token"
-START_S = 30.0
+START_S = 60.0
 
 
 class LocalNode:

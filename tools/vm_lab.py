@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -16,9 +17,12 @@ from tools.vm_cache import LabError, cache_root, require_packages, say
 CHECKOUT = Path(__file__).resolve().parent.parent
 TIMEOUT_S = 3600.0
 CONSOLE_LINES = 60
+# Between the arguments of `test`: pytest once more in the same machine, with what follows.
+THEN = "--then"
+FIRST = "/lab/first"
 VERBS = {
     "run": "run -- COMMAND ARGS as root in /src, where the checkout is",
-    "test": "run tests/vm, with arguments for pytest",
+    "test": f"run tests/vm, with arguments for pytest; after {THEN} once more, with others",
     "shell": "give a console on this terminal",
     "build": "only make the images",
     "clean": "remove the images",
@@ -68,10 +72,29 @@ def command_of(chosen: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     if chosen.verb == "run":
         return chosen.command, {}
     colour = {"PY_COLORS": "1"} if sys.stdout.isatty() else {}
-    named = any(word.startswith("tests/") for word in chosen.command)
-    pytest = [vm_qemu.GUEST["AITBC_TEST_PYTHON"], "-m", "pytest", *([] if named else ["tests/vm"])]
-    pytest += chosen.command
-    return pytest, {"PYTHONPATH": "/src:/src/tests", **colour}
+    at = chosen.command.index(THEN) if THEN in chosen.command else len(chosen.command)
+    first, then = _pytest(chosen.command[:at]), _pytest(chosen.command[at + 1 :])
+    command = first if at == len(chosen.command) else in_turn(first, then)
+    return command, {"PYTHONPATH": "/src:/src/tests", **colour}
+
+
+def _pytest(words: list[str]) -> list[str]:
+    named = any(word.startswith("tests/") for word in words)
+    return [vm_qemu.GUEST["AITBC_TEST_PYTHON"], "-m", "pytest", *([] if named else ["tests/vm"]), *words]
+
+
+def in_turn(first: list[str], then: list[str]) -> list[str]:
+    """Give a command for both; the second may take the machine down, and it alone is run again after that."""
+    script = f"""
+if [ "$AITBC_VM_BOOT" = 1 ]; then
+  {shlex.join(first)}
+  echo $? >{FIRST}
+  sync -f {FIRST}
+fi
+{shlex.join(then)} || exit
+exit "$(cat {FIRST})"
+"""
+    return ["sh", "-c", script]
 
 
 def session(chosen: argparse.Namespace, release: vm_image.Release) -> int:

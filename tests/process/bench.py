@@ -23,7 +23,7 @@ from aitbc_miner.task import Report
 from aitbc_miner.util import clock
 from aitbc_miner.worker import Settings, Worker
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 Prepare = Callable[[pytest.MonkeyPatch], None]
 
 

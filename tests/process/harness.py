@@ -17,7 +17,7 @@ from tools.marked_jobs import MarkedJobs, allow_programs
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Job, State, Verdict
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 # So that a node that is refused again and again is soon through.
 IMPATIENT = {"interval_s": 0.5, "backoff": {"min_s": 0.1, "max_s": 0.5}}
 

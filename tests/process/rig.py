@@ -19,7 +19,7 @@ from tools.mock_records import Job
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent.parent
-PATIENCE_S = 60.0
+PATIENCE_S = 180.0
 
 
 class Rig(NamedTuple):

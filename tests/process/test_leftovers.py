@@ -25,7 +25,7 @@ needs_root = pytest.mark.xfail(os.geteuid() != 0, reason="only root can become a
 # Nobody's, and outside of the range from which nodes without users take theirs.
 OWNER = Identity(1_987_655, 1_987_655, "aitbc-job-cpu0")
 OTHER = Identity(1_987_656, 1_987_656, "aitbc-job-cpu1")
-TIME_S = 30.0
+TIME_S = 120.0
 SHM, MQUEUE = leftovers.IN_MEMORY
 LIBC = ctypes.CDLL(None, use_errno=True)
 

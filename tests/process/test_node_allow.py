@@ -9,7 +9,7 @@ from harness import Node, wait_final
 
 from tools.mock_coordinator import MockCoordinator
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 ENTRY = """\
 command: {path: /usr/bin/head}
 leading: [-q]

@@ -13,7 +13,7 @@ from networks import network
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 def ctl(node: Node, *words: str) -> subprocess.CompletedProcess[str]:

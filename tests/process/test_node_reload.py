@@ -18,7 +18,7 @@ from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import State
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 def rows(*names: str, **limits: Any) -> list[dict[str, Any]]:

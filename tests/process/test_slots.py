@@ -13,7 +13,7 @@ from aitbc_miner.slots import Outcomes, RunningSlot, SlotPlan
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.util.system import process_start
 
-WAIT_S = 30.0
+WAIT_S = 120.0
 
 
 def test_an_adopted_worker_that_does_not_obey_is_killed() -> None:

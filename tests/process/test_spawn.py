@@ -28,7 +28,7 @@ from aitbc_miner.spawn import JOB_OOM_SCORE, Job, become_subreaper, spawn
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.limits import ProcessLimits
 
-DEADLINE_S = 30.0
+DEADLINE_S = 120.0
 ROOT = os.geteuid() == 0
 # Belongs to nobody, by systemd's table of ids.
 UID, GID = 60600, 60601

@@ -158,9 +158,10 @@ class Machine(MarkedJobs):
         return wait_until(self._settled, WAIT_S, 0.2)  # type: ignore[no-any-return]
 
     def _settled(self) -> Status | None:
-        if self.show("ActiveState") == "failed":
-            raise RuntimeError(f"the node has failed:\n{self.journal()[-8000:]}")
         now = self.status()
+        # Asking systemd means starting a program, which takes its time here.
+        if now is None and self.show("ActiveState") == "failed":
+            raise RuntimeError(f"the node has failed:\n{self.journal()[-8000:]}")
         ready = now and now.slots and all(row.slot.state not in UNDECIDED for row in now.slots)
         return now if ready else None
 

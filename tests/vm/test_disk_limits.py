@@ -40,6 +40,7 @@ def scratch(machine: Machine) -> Iterator[Path]:
         yield at
 
 
+@pytest.mark.one_release("13", "both kernels do the same with io.max")
 def test_rates_of_a_disk(scratch: Path, machine: Machine, reports: Path) -> None:
     limits = {"wbps": "2M", "rbps": "3M"}
     start(machine, {"name": "slow", "io_max": {str(scratch): limits}}, {"name": "free"})
