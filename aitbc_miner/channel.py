@@ -4,8 +4,8 @@ A frame is four bytes of length (big-endian) and one JSON value. Nothing here ev
 written yet waits in a bounded buffer, what has not arrived whole yet waits for the rest. So a stopped or
 malicious peer costs its own channel and nobody's time.
 
-What a less trusted peer can make us keep or do has its bounds here (length of a message, how much in a
-second) and in `messages.py` (how many of each thing); one that exceeds them is not listened to any more.
+What a less trusted peer can make us keep or do has its bounds here: the length of a message, how much in a
+second, how many of each thing. One that exceeds them is not listened to any more.
 """
 
 import os
@@ -25,6 +25,14 @@ MAX_FRAME = 4 << 20
 MAX_UNSENT = 16 << 20
 READ_AT_ONCE = 1 << 16
 KIB = 1 << 10
+MAX_WAITING = 5_000
+"""Jobs that the agent may have wait for a slot."""
+MAX_UNFINISHED = 5_000
+"""Jobs without an end that the agent may have us know."""
+MAX_SWEEPABLE = 20_000
+"""Directories that the agent may have wait to be removed."""
+MAX_LINE = 500
+"""Characters of what a job came to that are kept for `jobs`; the whole is in its record."""
 
 
 class ChannelError(MinerError):

@@ -130,7 +130,7 @@ class Problem(Struct, frozen=True):
 
 
 class Status(Struct, frozen=True, tag="status"):
-    """The node on one screen."""
+    """The node on one screen. `accepting`: jobs are pulled; if not, `paused` says why."""
 
     node_id: str
     version: str
@@ -145,6 +145,7 @@ class Status(Struct, frozen=True, tag="status"):
     pending_reports: int
     finished: dict[str, int]
     problems: list[Problem]
+    paused: str = ""
 
 
 Answer = Refusal | Done | Jobs | Files | History | Judged | Status

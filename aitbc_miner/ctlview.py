@@ -147,7 +147,7 @@ def _head(status: Status, paint: Paint) -> Iterator[str]:
     view = status.coordinator
     if view.reachable:
         answers = paint("reachable", "green")
-    elif (view.error or "").startswith("not asked yet"):
+    elif (view.error or "not asked yet").startswith("not asked yet"):
         answers = paint("not asked yet", "yellow") + ","
     else:
         answers = paint("not reachable", "red")
@@ -158,6 +158,8 @@ def _head(status: Status, paint: Paint) -> Iterator[str]:
         mood = paint("stopping", "yellow")
     elif status.accepting:
         mood = paint("accepting", "green")
+    elif status.paused:
+        mood = paint("paused", "yellow") + cut(f": {status.paused}", WIDTH - LABEL - len("paused"))
     else:
         mood = paint("draining", "yellow") + ": no new jobs; `aitbc-minerctl resume` ends that"
     yield f"{'node':{LABEL}}{mood}"

@@ -63,11 +63,14 @@ class Desk:
         self._changed = False
         self.accepting = True
         self.stopping = False
-        self.coordinator = CoordinatorView(reachable=False, since_wall=clock.wall(), error="not asked yet")
+        self.coordinator = CoordinatorView(reachable=False, since_wall=clock.wall())
         self.deliveries = Deliveries(0)
         self.gpu_error: str | None = None
         self.disk_problem: Problem | None = None
         self.troubles: dict[str, Problem] = {}
+        self.disk_short = False
+        self.agent_runs = True
+        self.reported: list[str] = []
         self.starved = Starved()
         self._deaths: dict[str, tuple[float, str]] = {}
 
@@ -137,13 +140,15 @@ class Desk:
 
     def _status(self) -> Status:
         now = clock.now()
+        paused = self._why_paused()
         slots = [SlotStatus(slot.view(), now - slot.rules.since) for slot in self._slots.values()]
         return Status(
             node_id=self._config.node_id,
             version=self._build,
             pid=os.getpid(),
             up_s=now - self._began,
-            accepting=self.accepting,
+            accepting=self.accepting and not paused,
+            paused=paused,
             stopping=self.stopping,
             coordinator=self.coordinator,
             base_url=self._config.coordinator.base_url,
@@ -153,6 +158,22 @@ class Desk:
             finished=dict(self._index.finished),
             problems=self._problems(),
         )
+
+    def _why_paused(self) -> str:
+        """Say why no job is pulled, where nobody wanted that; the remedies are among the problems."""
+        if not self.accepting:
+            return ""
+        reasons = {
+            "the node is starting": not self._slots,
+            "no slot can be used": all(slot.rules.state in BAD for slot in self._slots.values()),
+            "there is too little space on the disk": self.disk_short,
+            "the agent does not run; it is started again": not self.agent_runs,
+            "the coordinator was not asked yet": not self.coordinator.registered
+            and not self.coordinator.error,
+            "the coordinator has not registered this node": not self.coordinator.registered,
+            self.deliveries.paused: bool(self.deliveries.paused),
+        }
+        return next((reason for reason, holds in reasons.items() if holds), "")
 
     def _problems(self) -> list[Problem]:
         view = self.coordinator
@@ -174,6 +195,7 @@ class Desk:
             problems.append(self.disk_problem)
         problems += self.troubles.values()
         problems += self._hunger()
+        problems += [Problem(text) for text in self.reported]
         if self.gpu_error:
             problems.append(Problem(self.gpu_error, "check the driver with `nvidia-smi`"))
         for slot in self._slots.values():

@@ -45,8 +45,9 @@ from aitbc_miner.messages import (
     Stop,
     ToHeartbeat,
     TokenWanted,
+    Troubles,
 )
-from aitbc_miner.pages import serving
+from aitbc_miner.pages import Served
 from aitbc_miner.probe import capabilities, probe_machine
 from aitbc_miner.registration import Registration, RegistrationError, connector
 from aitbc_miner.reports import remedy_for, slot_report, told_of
@@ -108,14 +109,15 @@ class HeartbeatProcess:
         self._sample_due = self._started
         self._inventory: Inventory | None = None
         self._view: CoordinatorView | None = None
+        self._troubles = Troubles()
         self._load = 0
         self._beat_wanted = False
         self._beaten_at = -math.inf
         self._stopping = False
         self._leave = False
 
-    def run(self) -> None:
-        """Go on until the supervisor says Stop.
+    def run(self, tend: Callable[[], None] = lambda: None) -> None:
+        """Go on until the supervisor says Stop; `tend` is called now and then.
 
         Raises:
             ChannelError: the supervisor, or the agent at the other end of the line, is gone.
@@ -123,6 +125,7 @@ class HeartbeatProcess:
         while not self._stopping:
             now = clock.now()
             if now >= self._sample_due:
+                tend()
                 self._sample(now)
             if self._registration.credential_replaced():
                 self._schedule.again(now)
@@ -209,6 +212,13 @@ class HeartbeatProcess:
             gpu_uses={view.offer.name: use for view in slots if (use := self._gpus.use_of(view.gpu))},
             gpu_error=None if found.missing else found.error,
         )
+        metrics = self._metrics
+        troubles = Troubles(
+            [error[:2000] for error in (metrics.listen_error, metrics.textfile_error) if error]
+        )
+        if troubles != self._troubles:
+            self._channel.send(troubles)
+            self._troubles = troubles
         if (seen := inventory(found)) != self._inventory:
             self._channel.send(seen)
             self._inventory, self._registration.told = seen, None
@@ -380,8 +390,8 @@ def run_heartbeat(
     process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, tasks, timing)
     upkeep = Upkeep(metrics, timing.sample, config.telemetry.textfile, config.heartbeat.interval_s)
     try:
-        with upkeep, serving(config.telemetry.listen, metrics):
-            process.run()
+        with upkeep, Served(config.telemetry.listen, metrics) as served:
+            process.run(served.tend)
     except ChannelError as error:
         log.info("ending", cause=str(error))
     finally:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
+from aitbc_miner.channel import MAX_WAITING
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import JOB_ID, Requirements, State
 
@@ -16,15 +17,6 @@ from aitbc_miner.jobs import JOB_ID, Requirements, State
 # sends to stop the slots: then the job is lost, and nobody has said that it is not wanted any more.
 END_SIGNALS = {"shutdown": signal.SIGTERM, "cancel": signal.SIGUSR1, "expired": signal.SIGUSR2}
 
-
-MAX_WAITING = 5_000
-"""Jobs that the agent may have wait for a slot."""
-MAX_UNFINISHED = 5_000
-"""Jobs without an end that the agent may have us know."""
-MAX_SWEEPABLE = 20_000
-"""Directories that the agent may have wait to be removed."""
-MAX_LINE = 500
-"""Characters of what a job came to that are kept for `jobs`; the whole is in its record."""
 
 Short = Annotated[str, Meta(max_length=256)]
 
@@ -133,6 +125,12 @@ class CoordinatorView(Message, frozen=True):
     remedy: str | None = None
 
 
+class Troubles(Message, frozen=True):
+    """heartbeat: what else is wrong now, each with its cause and what to do."""
+
+    texts: Annotated[list[Annotated[str, Meta(max_length=2000)]], Meta(max_length=10)] = []
+
+
 class Recovered(Message, frozen=True):
     """agent: it has read the records; these jobs were started and have no outcome yet."""
 
@@ -171,11 +169,15 @@ class CancelJob(Message, frozen=True):
 
 
 class Deliveries(Message, frozen=True):
-    """agent: reports that are not accepted yet, the last reason, and how many were refused for good."""
+    """agent: reports that are not accepted yet, the last reason, and how many were refused for good.
+
+    paused: why nothing is pulled although slots are free.
+    """
 
     pending: int
     error: str | None = None
     refused: int = 0
+    paused: Annotated[str, Meta(max_length=500)] = ""
 
 
 class Starved(Message, frozen=True):
@@ -351,7 +353,7 @@ class Stop(Message, frozen=True):
 FromAgent = (
     Recovered | JobReady | JobUpdate | CancelJob | Deliveries | Counted | Starved | Sweepable | Retried
 )
-FromHeartbeat = Inventory | CoordinatorView
+FromHeartbeat = Inventory | CoordinatorView | Troubles
 FromWorker = WorkerReady | Retuned | WorkerRefused | JobStep | JobTrouble | JobProgress | JobEnded
 ToAgent = Slots | JobSettled | JobProgress | CancelJob | Swept | SpaceWanted | RetryJob | Stop
 ToHeartbeat = Slots | JobDone | NodeView | Counted | Stop

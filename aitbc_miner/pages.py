@@ -1,8 +1,8 @@
 """What is served over HTTP: /metrics for Prometheus, /healthz, and a small page for people."""
 
 import html
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from typing import Self
 
 import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,25 +16,36 @@ from aitbc_miner.util.log import events
 log = events("heartbeat")
 
 
-@contextmanager
-def serving(listen: str | None, metrics: Metrics) -> Iterator[None]:
-    """Serve the pages on `listen` ("host:port") meanwhile; nothing, if it is empty or cannot be had."""
-    if not listen:
-        yield
-        return
-    try:
-        server = PageServer(listen, pages(metrics))
-    except MinerError as error:
-        # Jobs are worth more than their statistics.
-        log.error("no-telemetry", error=str(error))  # noqa: TRY400  # the message says it all
-        yield
-        return
-    log.info("telemetry", address=server.address)
-    server.start()
-    try:
-        yield
-    finally:
-        server.stop()
+class Served:
+    """The pages on `listen` ("host:port"), for which `tend` tries again as long as it cannot be had."""
+
+    def __init__(self, listen: str, metrics: Metrics) -> None:
+        self._listen, self._metrics = listen, metrics
+        self._server: PageServer | None = None
+
+    def __enter__(self) -> Self:
+        self.tend()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._server:
+            self._server.stop()
+
+    def tend(self) -> None:
+        """Serve, unless that is done already. Jobs are worth more than their statistics: it may fail."""
+        if self._server or not self._listen:
+            return
+        try:
+            server = PageServer(self._listen, pages(self._metrics))
+        except MinerError as error:
+            if self._metrics.listen_error is None:
+                log.error("no-telemetry", error=str(error))  # noqa: TRY400  # the message says it all
+            self._metrics.listen_error = f"{error}; it is tried again, or set telemetry.listen"
+            return
+        log.info("telemetry", address=server.address)
+        self._metrics.listen_error = None
+        self._server = server
+        server.start()
 
 
 def pages(metrics: Metrics) -> Pages:

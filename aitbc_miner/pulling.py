@@ -16,6 +16,8 @@ from aitbc_miner.workbench import Workbench
 MAX_KNOWN = 1000
 MAX_UNREPORTED = 100
 """Results that the coordinator has not taken yet, with which no more work is begun."""
+PAUSE_TOLD_S = 30.0
+"""A pause of more than this is told."""
 GROWTH = 1.5
 """Of the pause between two pulls, with each that comes back empty."""
 
@@ -44,7 +46,7 @@ class Puller:
         self._lost = lost
         self._pulling = False
         self._at = 0.0
-        self._closed_until = 0.0
+        self._closed_s = self._closed_until = 0.0
         self._empty = 0
         self.idle_since: float | None = None
         """Since when each pull has come back empty; None while there is work."""
@@ -61,7 +63,11 @@ class Puller:
         self._empty = 0
 
     def start_due(self) -> None:
-        """Pull, if it is time."""
+        """Pull, if it is time; say so where something else than that keeps us from it."""
+        paused = self._why_paused()
+        if paused != self._bench.paused:
+            self._bench.paused = paused
+            self._bench.tell()
         due = self.next_due()
         if due is None or clock.now() < due:
             return
@@ -69,6 +75,18 @@ class Puller:
         offers = [msgspec.to_builtins(offer) for offer in self._room()]
         filters = PullFilters(offers, list(dict.fromkeys(self._known()))[:MAX_KNOWN])
         self._bench.start("pull", partial(self._bench.coordinator.pull, filters), self._pulled)
+
+    def _why_paused(self) -> str:
+        if self._bench.pending >= MAX_UNREPORTED:
+            return f"the coordinator has not taken {MAX_UNREPORTED} results or more yet"
+        if self._closed_s > PAUSE_TOLD_S and clock.now() < self._closed_until:
+            return f"the coordinator wants to be left alone for {self._closed_s:.0f} s"
+        if self._not_before() > clock.now() + PAUSE_TOLD_S and not self._pulling:
+            return "jobs cannot be taken in here, or what the coordinator takes for ours is not known yet"
+        return ""
+
+    def _close(self, seconds: float) -> None:
+        self._closed_s, self._closed_until = seconds, clock.now() + seconds
 
     def _may_pull(self) -> bool:
         if self._pulling or not self._bench.token or self._bench.pending >= MAX_UNREPORTED:
@@ -83,13 +101,13 @@ class Puller:
         except ChannelError:
             raise
         except Paced as error:
-            self._closed_until = clock.now() + error.wait_s
+            self._close(error.wait_s)
             return
         except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
             wanted = self._bench.failed(error)
             self._bench.warn("pull failed", error)
             self._at = clock.now() + self._backoff.next()
-            self._closed_until = clock.now() + (wanted or 0.0)
+            self._close(wanted or 0.0)
             if isinstance(error, Unreachable):
                 self._lost()
             return

@@ -47,6 +47,7 @@ from aitbc_miner.messages import (
     Slots,
     Starved,
     Sweepable,
+    Troubles,
 )
 from aitbc_miner.orphans import WorkerBook, kill_strangers
 from aitbc_miner.reloading import Reloader
@@ -209,7 +210,8 @@ class Supervisor:
 
     def _watch_disk(self) -> None:
         self._dirty |= self._storage.tick()
-        self._desk.disk_problem = self._storage.problem
+        self._desk.disk_problem, self._desk.disk_short = self._storage.problem, self._storage.short
+        self._desk.agent_runs = self._agent.child is not None
 
     def _tell(self) -> None:
         """Tell agent and heartbeat of the slots, when they have changed.
@@ -249,6 +251,8 @@ class Supervisor:
                     self._begin()
             case CoordinatorView():
                 self._desk.coordinator = message
+            case Troubles():
+                self._desk.reported = message.texts
 
     def _hear_agent(self) -> None:
         for message in self._receive(self._agent):

@@ -186,6 +186,7 @@ class Metrics:
 
     def __init__(self, snapshot: Snapshot, directory: Path) -> None:
         self.snapshot = snapshot
+        self.listen_error: str | None = None
         self.textfile_error: str | None = None
         self.counters = Counters(directory)
         self._registry = CollectorRegistry()

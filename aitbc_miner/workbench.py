@@ -67,6 +67,8 @@ class Workbench:
         # Apart, for a coordinator that answers makes the fleet's queue no better.
         self.queue_error: str | None = None
         self.persisting = Persisting(self.tell)
+        # Why nothing is pulled, although there are free slots.
+        self.paused = ""
         self.pending = 0
         self.refused = 0
         self._unbooked: deque[JobAccount] = deque()
@@ -125,7 +127,7 @@ class Workbench:
     def tell(self) -> None:
         """Tell the supervisor how it goes."""
         error = self.error or self.queue_error or self.persisting.trouble
-        self.channel.send(Deliveries(self.pending, error, self.refused))
+        self.channel.send(Deliveries(self.pending, error, self.refused, self.paused))
 
     def count(self, name: Literal["broken_records", "retries", "deliveries"], label: str = "") -> None:
         """Add one to a metric."""

@@ -249,7 +249,12 @@ def test_what_is_cut_from_status_is_idle_and_slots_has_it() -> None:
         ({"finished": {"OK": 0, "E_EXIT": 2}}, f"{'finished':12}E_EXIT 2\n"),
         ({"coordinator": CoordinatorView(False, "", error="not asked yet")}, "not asked yet, since ?, not"),
         ({"slots": [slot("cpu0", "ADOPTED", "j-1", enforced={})]}, "limits      as set by its worker"),
-        ({"coordinator": CoordinatorView(False, "")}, "not reachable since ?, not registered"),
+        (
+            {"coordinator": CoordinatorView(False, "", error="no answer")},
+            "not reachable since ?, not registered",
+        ),
+        ({"coordinator": CoordinatorView(False, "")}, "not asked yet, since ?, not"),
+        ({"accepting": False, "paused": "the disk is full"}, "paused: the disk is full\n"),
     ],
 )
 def test_status_of_a_node_that_is_not_well(changes: dict[str, object], shown: str) -> None:

@@ -11,7 +11,8 @@ from aitbc_miner.desk import DEATH_SHOWN_S, Desk
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.jobs import State
-from aitbc_miner.messages import JobUpdate
+from aitbc_miner.messages import CoordinatorView, Deliveries, JobUpdate, Offer, SlotView
+from aitbc_miner.slot import Slot, SlotState
 from aitbc_miner.util import clock
 
 
@@ -112,3 +113,56 @@ def test_a_reload_is_answered_when_it_is_done(site: Site) -> None:
 
     assert site.desk.answer(Request("reload"), later) is None
     assert site.reloads == [later]
+
+
+# --- whether jobs are pulled -------------------------------------------------------------------------------
+
+
+class Fake:
+    """A slot, as far as the desk asks."""
+
+    def __init__(self, state: SlotState) -> None:
+        self.name, self.trouble = "cpu0", None
+        self.rules = Slot("cpu0", state=state)
+
+    def view(self) -> SlotView:
+        return SlotView(Offer("cpu0", "cpu", 1, 1), self.rules.state, free=True)
+
+
+def told(site: Site) -> Status:
+    answer, _ = site.ask(Request("status"))
+    assert isinstance(answer, Status)
+    return answer
+
+
+def test_before_anything_was_asked_nothing_is_wrong(site: Site) -> None:
+    status = told(site)
+    assert (status.accepting, status.paused, status.problems) == (False, "the node is starting", [])
+
+
+def test_each_reason_why_nothing_is_pulled_is_said(tmp_path: Path) -> None:
+    site = Site(tmp_path)
+    slots = {"cpu0": Fake(SlotState.IDLE)}
+    site.desk._slots = slots  # type: ignore[assignment]
+    desk = site.desk
+    assert told(site).paused == "the coordinator was not asked yet"
+    desk.coordinator = CoordinatorView(False, "", error="cannot reach it", remedy="look")
+    assert told(site).paused == "the coordinator has not registered this node"
+    desk.coordinator = CoordinatorView(True, "", registered=True)
+    assert (told(site).accepting, told(site).paused) == (True, "")
+    desk.deliveries = Deliveries(100, paused="the coordinator has not taken 100 results or more yet")
+    assert told(site).paused.startswith("the coordinator has not taken")
+    desk.agent_runs = False
+    assert told(site).paused == "the agent does not run; it is started again"
+    desk.disk_short = True
+    assert told(site).paused == "there is too little space on the disk"
+    slots["cpu0"] = Fake(SlotState.QUARANTINED)
+    assert told(site).paused == "no slot can be used"
+    assert not told(site).accepting
+    site.ask(Request("drain"))
+    assert (told(site).accepting, told(site).paused) == (False, ""), "that is what somebody wanted"
+
+
+def test_troubles_of_the_other_processes_are_shown(site: Site) -> None:
+    site.desk.reported = ["cannot serve 127.0.0.1:9464: taken; free it"]
+    assert "cannot serve 127.0.0.1:9464: taken; free it" in site.problems()

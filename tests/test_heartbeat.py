@@ -35,6 +35,7 @@ from aitbc_miner.messages import (
     NodeToken,
     NodeView,
     TokenWanted,
+    Troubles,
 )
 from aitbc_miner.slot import SlotState
 from aitbc_miner.util import clock
@@ -442,6 +443,28 @@ def test_without_telemetry_the_heartbeat_goes_on(
     if listen:
         assert address in attrs(log, "no-telemetry")["error"]
     assert not any(record.msg == "telemetry" for record in log)
+
+
+def test_a_telemetry_port_that_is_taken_is_told_and_tried_again(
+    coordinator: FakeCoordinator, tmp_path: Path, log: list[logging.LogRecord]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        config = settings.Config(
+            coordinator=settings.Coordinator(BASE, "env:MINER_AUTH", allow_http=True),
+            telemetry=settings.Telemetry(f"127.0.0.1:{port}"),
+            workspace=settings.Workspace(root=tmp_path),
+            queue=settings.Queue(path=tmp_path / "queue.db"),
+        )
+        environ = {**no_library(tmp_path), "MINER_AUTH": OPERATOR}
+        with Node(config, environ, Timing(sample=0.1)) as node:
+            (trouble,) = node.until(node.supervisor, Troubles).texts
+            assert f"127.0.0.1:{port}" in trouble
+            assert "it is tried again, or set telemetry.listen" in trouble
+            taken.close()
+            assert node.until(node.supervisor, Troubles) == Troubles()
+    assert sum(record.msg == "no-telemetry" for record in log) == 1, "not at each try"
+    assert any(record.msg == "telemetry" for record in log)
 
 
 def test_what_was_counted_is_kept_for_the_next_one(coordinator: FakeCoordinator, tmp_path: Path) -> None:
