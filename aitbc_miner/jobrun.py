@@ -318,7 +318,8 @@ class JobRun:
 
             def collect() -> list[Artifact]:
                 try:
-                    collector = Collector(self._job.fd, caps, owner)
+                    group = self._around.group.job if self._around.group else None
+                    collector = Collector(self._job.fd, caps, owner, group)
                     found = [*log_artifact(self._job.fd, LOG), *collector.collect(manifest.artifacts)]
                 except OSError as error:
                     if is_full(error):

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import signal
 import socket
 import stat
 import subprocess
@@ -16,7 +17,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aitbc_miner import artifacts
 from aitbc_miner.artifacts import LOG, MAX_DEPTH, MAX_LEFT_OUT, Caps, Collector, check_path, log_artifact
+from aitbc_miner.cgroup import Group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import Artifact, ArtifactSpec, LeftOut
 from aitbc_miner.util import fs
@@ -41,12 +44,16 @@ LEFT_OUT: list[LeftOut] = []
 
 
 def collect(
-    job: Path, *specs: str | ArtifactSpec, caps: Caps = CAPS, owner: tuple[int, int] | None = None
+    job: Path,
+    *specs: str | ArtifactSpec,
+    caps: Caps = CAPS,
+    owner: tuple[int, int] | None = None,
+    group: Group | None = None,
 ) -> dict[str, Artifact]:
     wanted = [ArtifactSpec(path=spec) if isinstance(spec, str) else spec for spec in specs]
     with fs.directory(job) as fd:
         before = len(names("/proc/self/fd"))
-        collector = Collector(fd, caps, owner)
+        collector = Collector(fd, caps, owner, group)
         try:
             taken = collector.collect(wanted)
         finally:
@@ -461,3 +468,38 @@ def test_a_path_that_passes_is_relative_and_goes_only_down(path: str) -> None:
 @given(st.lists(st.sampled_from(["a", "b.txt", "é", " ", "*", "-x"]), min_size=1, max_size=5).map("/".join))
 def test_an_ordinary_path_passes(path: str) -> None:
     check_path(path)
+
+
+def test_a_large_file_is_hashed_in_the_jobs_group(
+    job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(artifacts, "CHARGED_FROM", 1000)
+    (job / "output" / "small").write_bytes(b"x")
+    (job / "output" / "large").write_bytes(b"y" * 1000)
+    group = tmp_path / "group"
+    group.mkdir()
+    (group / "cgroup.procs").touch()
+    taken = collect(job, group=Group(group))
+    assert {path: one.sha256 for path, one in taken.items()} == {
+        "small": hashlib.sha256(b"x").hexdigest(),
+        "large": hashlib.sha256(b"y" * 1000).hexdigest(),
+    }
+    entered = int((group / "cgroup.procs").read_text())
+    assert entered != os.getpid()
+    assert not Path(f"/proc/{entered}").exists()
+
+
+@pytest.mark.parametrize("hindered", ["no group", "killed"])
+def test_what_the_jobs_group_is_kept_from_is_done_all_the_same(
+    job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hindered: str
+) -> None:
+    monkeypatch.setattr(artifacts, "CHARGED_FROM", 1000)
+    (job / "output" / "large").write_bytes(b"y" * 1000)
+
+    def kill(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if hindered == "killed":
+        monkeypatch.setattr(Group, "write", kill)
+    one = collect(job, group=Group(tmp_path / "none"))["large"]
+    assert one.sha256 == hashlib.sha256(b"y" * 1000).hexdigest()

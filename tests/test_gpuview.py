@@ -4,11 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+from attacks import ATTACKS
 
+import aitbc_miner
 from aitbc_miner import gpunodes
 from aitbc_miner.gpunodes import make_nodes
 from aitbc_miner.gpuview import VIEW, devices_of, gpu_view
 from aitbc_miner.messages import GpuFact
+from aitbc_miner.sandbox import ETC, ETC_OF_NETWORK
 
 
 def test_a_slot_gives_its_job_its_own_card_and_no_other() -> None:
@@ -89,3 +92,16 @@ def test_a_driver_that_hangs_is_not_waited_for(
     # Left alone, it ends when its wait does.
     hung.write_text("on\n")
     assert gpunodes._ABANDONED.pop().wait(30) == 0
+
+
+def test_the_documents_have_what_jobs_see_as_it_is() -> None:
+    text = (Path(aitbc_miner.__file__).parents[1] / "docs" / "security.md").read_text()
+    etc = [(f"`{'` `'.join(names.split())}`", why) for names, why in ETC.items()]
+    etc.append((f"`{'` `'.join(ETC_OF_NETWORK.split())}`", "the network, where the slot has one"))
+    card = [(f"`{path}`", why) for path, why in VIEW.items()]
+    for begin, rows in (("/etc", etc), ("the card", card)):
+        lines = ["", "| what | for |", "| --- | --- |", *(f"| {what} | {why} |" for what, why in rows), ""]
+        _, _, rest = text.partition(f"<!-- begin of {begin} -->")
+        assert rest.partition(f"<!-- end of {begin} -->")[0] == "\n".join(lines)
+    for mark, number in (("attacks", len(ATTACKS)), ("biting", sum(each.bites for each in ATTACKS))):
+        assert f"<!-- {mark} -->{number}<!-- /{mark} -->" in text
