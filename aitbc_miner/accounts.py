@@ -131,7 +131,13 @@ class Totals(Struct, frozen=True):
 
 
 def account_of(
-    outcome: Outcome, state: StateRecord, runner: str, delivery: str, receipt: "Receipt | None" = None
+    outcome: Outcome,
+    state: StateRecord,
+    runner: str,
+    delivery: str,
+    receipt: "Receipt | None" = None,
+    *,
+    log_too: bool = True,
 ) -> JobAccount:
     """Make the row of a job whose report is settled."""
     usage = outcome.usage
@@ -152,7 +158,7 @@ def account_of(
         read_bytes=usage.read_bytes,
         written_bytes=usage.written_bytes,
         artifact_bytes=sum(artifact.bytes for artifact in outcome.artifacts),
-        artifacts=len(outcome.artifacts),
+        artifacts=outcome.count_artifacts(log_too=log_too),
         units=receipt.units if receipt else None,
         price=receipt.price if receipt else None,
         receipt=None if receipt is None else VERIFIED if receipt.verified else UNVERIFIED,

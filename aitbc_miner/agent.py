@@ -231,7 +231,8 @@ class Agent:
                 nothing = Outcome(job_id=job_id, code=ErrorCode.E_CANCELLED, message=state.note or "")
                 outcome = job.outcome() or nothing
                 receipt = job.receipt()
-            bench.book(account_of(outcome, state, state.runner, state.delivery or "", receipt))
+            how = state.delivery or ""
+            bench.book(account_of(outcome, state, state.runner, how, receipt, log_too=bench.log_too))
         except (MinerError, OSError) as error:
             # On a full disk, say; the next start does it.
             bench.warn("cannot enter job", error, job_id=job_id)

@@ -320,7 +320,11 @@ def _receipt_facts(value: object) -> Iterator[tuple[str, str]]:
 
 def amount(number: float | None) -> str:
     """Write what a receipt says of units or price."""
-    return "-" if number is None else f"{number:.8g}"
+    if number is None:
+        return "-"
+    # Of 11 digits: what adding up leaves behind them is no money.
+    text = f"{number:.{max(11 - len(str(int(number))), 0)}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def _mebi(size: int | None) -> float | None:

@@ -58,11 +58,12 @@ def _table(title: str, rows: Sequence[Total], paint: Paint) -> Iterator[str]:
 
 def _receipts(totals: Totals, paint: Paint) -> Iterator[str]:
     """Show what the coordinator has given receipts for, by day; only FLAGGED counts what did not verify."""
-    heads = "".join(f"{head:>14}" for head in ("RECEIPTS", "UNITS", "PRICE", "FLAGGED"))
+    widths = (10, 18, 18, 10)
+    heads = "".join(map(str.rjust, ("RECEIPTS", "UNITS", "PRICE", "FLAGGED"), widths))
     yield paint(f"{'DAY (UTC)':{NAME}}{heads}", "dim")
     for day in [*(day for day in totals.days if day.receipts or day.unverified), totals.all]:
         cells = (str(day.receipts), amount(day.units), amount(day.price), str(day.unverified or "-"))
-        row = pad("all" if day is totals.all else day.name, NAME) + "".join(f"{cell:>14}" for cell in cells)
+        row = pad("all" if day is totals.all else day.name, NAME) + "".join(map(str.rjust, cells, widths))
         yield paint(row, "bold") if day is totals.all else row
     yield ""
 

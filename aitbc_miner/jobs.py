@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from aitbc_miner.errors import ErrorCode, MinerError, brief
+from aitbc_miner.util import forgiving
 
 JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 """A job id becomes the name of a directory, so nothing else may pass; see `directory_of`."""
@@ -134,7 +135,7 @@ def decode_manifest(raw: object) -> Manifest:
             job_id[:256] if isinstance(job_id, str) else None,
         )
     try:
-        manifest = msgspec.convert(raw, Manifest)
+        manifest = forgiving.convert(raw, Manifest)
     except (msgspec.ValidationError, RecursionError) as error:
         raise ManifestError(f"cannot read the manifest: {brief(error)}", job_id) from error
     _check_runner_fields(manifest)
@@ -306,3 +307,7 @@ class Outcome(Struct, frozen=True):
     def ok(self) -> bool:
         """Whether the job did what it was asked to."""
         return self.code is None
+
+    def count_artifacts(self, *, log_too: bool) -> int:
+        """Count what the client gets; not every coordinator takes the log."""
+        return sum(log_too or artifact.file != "logs/exec.log" for artifact in self.artifacts)

@@ -11,7 +11,7 @@ worker until the outcome is there, then the agent again.
 import itertools
 import os
 import shutil
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,7 +33,7 @@ from aitbc_miner.jobs import (
     valid_job_id,
 )
 from aitbc_miner.receipts import RECEIPT, Receipt
-from aitbc_miner.util import clock, fs
+from aitbc_miner.util import clock, forgiving, fs
 from aitbc_miner.util.system import boot_id
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ class JobDir:
             RecordError: it is missing or broken.
             OSError: it cannot be read now, whatever it is; so for each record.
         """
-        return self._read(MANIFEST, Manifest, MAX_MANIFEST)
+        return self._read(MANIFEST, Manifest, MAX_MANIFEST, forgiving.decode)
 
     def raw_manifest(self) -> bytes:
         """Read manifest.json as it came.
@@ -188,10 +188,12 @@ class JobDir:
             raise RecordError(f"cannot use {self.path / name}: it is of job {record.job_id[:128]!r}")
         return record
 
-    def _read(self, name: str, type_: type[T], limit: int) -> T:
+    def _read(
+        self, name: str, type_: type[T], limit: int, decode: Callable[[bytes, type[T]], T] | None = None
+    ) -> T:
         data = self._bytes(name, limit)
         try:
-            return msgspec.json.decode(data, type=type_)
+            return decode(data, type_) if decode else msgspec.json.decode(data, type=type_)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise RecordError(f"cannot read {self.path / name}: {brief(error)}") from error
 

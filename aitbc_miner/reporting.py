@@ -137,7 +137,8 @@ class Reporter:
         node_id = bench.config.node_id
         delivered = deliver(bench.records, bench.coordinator, node_id, job_id, is_ours, self._give_up)
         state = delivered.state
-        bench.book(account_of(delivered.outcome, state, state.runner, delivered.how, delivered.receipt))
+        outcome, how, receipt = delivered.outcome, delivered.how, delivered.receipt
+        bench.book(account_of(outcome, state, state.runner, how, receipt, log_too=bench.log_too))
         if self._fleet:
             self._fleet.done(state)
         return delivered

@@ -153,7 +153,7 @@ class Reruns:
             how = "handed_on" if fleet.hand_on(job, outcome, most) else "lost"
             job.move(State.UPLOADING)
             state = job.move(State.FAILED, delivery=how)
-        bench.book(account_of(outcome, state, state.runner, how))
+        bench.book(account_of(outcome, state, state.runner, how, log_too=bench.log_too))
         return how
 
     def _handed_on(self, job_id: str, outcome: Outcome, future: Future[str]) -> None:

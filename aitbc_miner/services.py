@@ -302,6 +302,8 @@ def _checked(field: Field, value: Any) -> Any:
         if not isinstance(value, bool):
             raise ValueError("must be true or false")
     elif field.type in {"int", "number"}:
+        if isinstance(value, float) and field.type == "int" and value.is_integer():
+            value = int(value)
         _check_number(field, value)
     elif field.type == "json":
         _check_size(field, msgspec.json.encode(value))

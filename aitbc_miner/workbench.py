@@ -59,6 +59,7 @@ class Workbench:
         self.token = token
         self.accounts = accounts
         self.queue = queue
+        self.log_too = config.coordinator.dialect == "bootstrap"
         self.input_proxy = input_proxy
         self.records = Records(config.workspace.root)
         self.background = Background()
@@ -146,7 +147,7 @@ class Workbench:
                 slot=shown.slot,
                 since_wall=clock.wall(),
                 wall_s=shown.usage.wall_s if outcome else None,
-                artifacts=len(shown.artifacts),
+                artifacts=shown.count_artifacts(log_too=self.log_too),
             )
         )
 

@@ -387,6 +387,13 @@ def test_a_row_is_made_of_what_is_on_record() -> None:
     assert (made.artifact_bytes, made.artifacts, made.peak_vram_bytes) == (30, 2, None)
 
 
+def test_a_row_counts_what_the_client_gets() -> None:
+    files = [Artifact(name, name, 1, "0" * 64) for name in ("a", "logs/exec.log")]
+    outcome, state = Outcome("j1", artifacts=files), StateRecord("j1", State.DONE)
+    assert account_of(outcome, state, "cli", "accepted").artifacts == 2
+    assert account_of(outcome, state, "cli", "accepted", log_too=False).artifacts == 1
+
+
 def test_a_row_of_a_job_that_was_in_no_slot() -> None:
     outcome = Outcome("j1", code=ErrorCode.E_LOST, message="x" * 10_000)
     made = account_of(outcome, StateRecord("j1", State.FAILED, slot="cpu3"), "cli", "superseded")

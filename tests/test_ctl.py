@@ -32,7 +32,7 @@ from aitbc_miner.control import (
     SlotStatus,
     Status,
 )
-from aitbc_miner.ctlview import cut, duration, job_page, plain, slots_page, status_page, visible, wrap
+from aitbc_miner.ctlview import amount, cut, duration, job_page, plain, slots_page, status_page, visible, wrap
 from aitbc_miner.errors import CODES, ErrorCode
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Outcome, State, Usage
 from aitbc_miner.messages import CoordinatorView, Offer, SlotView
@@ -383,6 +383,17 @@ def test_a_receipt_that_verified_is_shown_with_what_it_is_worth() -> None:
     page = shown_receipt(said, verified=True, units=1.5, price=0.03)
     assert f"receipt     verified, signed by {'K' * 43}" in page
     assert f"worth       1.5 gpu_seconds, price 0.03; receipt {'b' * 32}" in page
+
+
+@pytest.mark.parametrize(
+    ("number", "shown"),
+    [
+        *((None, "-"), (0.0, "0"), (1.0, "1"), (0.1 + 0.2, "0.3"), (0.00001, "0.00001"), (1e6, "1000000")),
+        *((100.0, "100"), (12_345_678.9, "12345678.9"), (1e20, "100000000000000000000"), (0.02, "0.02")),
+    ],
+)
+def test_amounts_are_decimals(number: float | None, shown: str) -> None:
+    assert amount(number) == shown
 
 
 def test_a_receipt_that_did_not_verify_says_so_whatever_stands_in_it() -> None:

@@ -283,9 +283,9 @@ def test_receipts_have_a_table_of_their_own_where_there_are_any() -> None:
     start = next(number for number, line in enumerate(page) if "RECEIPTS" in line)
     assert [line.split() for line in page[start : start + 5]] == [
         ["DAY", "(UTC)", "RECEIPTS", "UNITS", "PRICE", "FLAGGED"],
-        ["2026-07-01", "2", "93784.25", "12345678", "-"],
+        ["2026-07-01", "2", "93784.25", "12345678.125", "-"],
         ["2026-07-02", "0", "-", "-", "1"],
-        ["all", "2", "1.2345679e+15", "1.2345679e-05", "1"],
+        ["all", "2", "1234567890000000", "0.0000123457", "1"],
         [],
     ]
 

@@ -17,6 +17,7 @@ from aitbc_miner.coordinator.answers import AITBC, confirm
 from aitbc_miner.coordinator.brokenjson import find_text
 from aitbc_miner.coordinator.http import Reply, clean
 from aitbc_miner.jobs import ManifestError, Outcome, decode_manifest
+from aitbc_miner.util import forgiving
 from aitbc_miner.util.nesting import too_deep
 
 MAX_MESSAGE = 2000
@@ -40,7 +41,7 @@ def claims_of(token: str) -> Claims | None:
     parts = token.split(".")
     try:
         text = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
-        return msgspec.json.decode(text, type=Claims) if len(parts) == 3 else None
+        return forgiving.decode(text, Claims) if len(parts) == 3 else None
     except (IndexError, binascii.Error, ValueError, msgspec.DecodeError, RecursionError):
         return None
 
@@ -135,7 +136,7 @@ def pulled_job(reply: Reply, bound: int, to_manifest: ToManifest, doing: str) ->
     why = f"it is larger than {bound // 1024} KiB"
     try:
         if reply.complete:
-            return _in_our_words(msgspec.json.decode(reply.body, type=_Job), to_manifest)
+            return _in_our_words(forgiving.decode(reply.body, _Job), to_manifest)
     except RecursionError:
         why = "it is nested too deeply"
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -154,7 +155,7 @@ def assigned_jobs(reply: Reply, to_manifest: ToManifest, doing: str) -> list[Ass
     found: list[Assignment] = []
     for raw in _page(reply, doing):
         try:
-            job = msgspec.json.decode(raw, type=_Job)
+            job = forgiving.decode(raw, _Job)
         except _UNREADABLE as error:
             if job_id := find_text(raw, ("job_id",)):
                 found.append(Assignment(job_id, _unreadable(job_id, clean(str(error), 100))))
@@ -170,7 +171,7 @@ def states(reply: Reply, doing: str) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     for raw in _page(reply, doing):
         try:
-            job = msgspec.json.decode(raw, type=_State)
+            job = forgiving.decode(raw, _State)
         except _UNREADABLE:
             found.append((find_text(raw, ("job_id",)) or "", find_text(raw, ("state",)) or ""))
         else:
