@@ -43,6 +43,7 @@ STALL_S = 30.0
 INPUTS_TIMEOUT_S = 3600.0
 # A coordinator that is there and for so long has not let itself be told of a job will not have it taken.
 ACK_GIVE_UP_S = 600.0
+ACK_RETRY_MIN_S = 0.5
 
 
 class Taken(Struct, frozen=True):
@@ -185,7 +186,7 @@ class Intake:
             events("agent").warning("question not answered", job_id=state.job_id, error=str(error))
 
     def _acknowledge(self, job: JobDir, runner: str) -> None:
-        backoff = Backoff(0.5, self._config.heartbeat.backoff.max_s)
+        backoff = Backoff(ACK_RETRY_MIN_S, self._config.heartbeat.backoff.max_s)
         ids = _ack_ids(job.state())
         since: float | None = None
         refusals, give_up = 0, self._config.coordinator.give_up

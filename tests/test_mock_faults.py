@@ -190,7 +190,7 @@ def test_unknown_faults_are_refused(kind: str) -> None:
 
 def test_faults_are_written_as_they_were_set() -> None:
     faults = Faults()
-    needs = {"delay": "delay:1", "status": "status:500:3"}
+    needs = {"says": "says:404:html", "delay": "delay:1", "status": "status:500:3"}
     texts = [needs.get(kind, kind) for kind in sorted(KINDS)] + ["after:garbage"]
     for text in texts:
         faults.add("pull", text, 1)

@@ -5,6 +5,8 @@ all of them are killed (SIGKILL), at a chosen boundary of a step or at random, u
 let end, and the ledger, the records and the machine are checked.
 outage: the coordinator is away for --minutes while --jobs jobs end. drop: --times answers to /jobs/result
 are lost after it was carried out.
+answers: each status with each body at each call of both dialects, once or for long, heard or unheard; each
+pair of these, or with --full all of them.
 
 Exit status 1 when anything is not as it must be; the node's directory is kept then, and named.
 """
@@ -22,11 +24,13 @@ from functools import partial
 
 from msgspec.structs import replace
 
+from tools.fault_answers import run_all
 from tools.fault_campaign import Campaign, Settings, Tally
 from tools.fault_checks import KINDS, Finding
 from tools.fault_plan import BOUNDARIES, STEPS, Boundary, Side
 from tools.fault_scenarios import Shown, drop, outage
 
+ANSWERED = ("lost", "doubled", "killed", "E_UPLOAD")
 DEFAULT_KILLS = 100
 KEEP_SAYING_S = 15.0
 
@@ -40,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         case "outage":
             minutes = 5.0 if options.minutes is None else options.minutes
             return _print_scenario(outage(options.jobs, minutes, tell))
+        case "answers":
+            return _print_answers(full=options.full, began=began)
         case "drop":
             return _print_scenario(drop(options.times, tell))
     print(f"seed {options.seed}; the same faults again: tools/faults {_repeat(options)}", flush=True)
@@ -52,7 +58,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="tools/faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=["campaign", "outage", "drop"], nargs="?", default="campaign")
+    add("what", choices=["campaign", "outage", "drop", "answers"], nargs="?", default="campaign")
     add("--seed", default=secrets.token_hex(4), help="which faults come, and in which order")
     add("--kills", type=int, help=f"stop after so many ({DEFAULT_KILLS}, unless --minutes is given)")
     add("--minutes", type=float, help="stop after so long; for outage how long it lasts (5)")
@@ -63,6 +69,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--redis", action="store_true", help="the queue in a real Redis, killed and started on the way")
     add("--jobs", type=int, default=20, help="jobs for outage (20)")
     add("--times", type=int, default=50, help="answers that are lost for drop (50)")
+    add("--full", action="store_true", help="for answers: all of them, which takes some 20 minutes")
     add("-v", "--verbose", action="store_true", help="say each fault as it is done")
     options = parser.parse_args(argv)
     if options.kills is None and options.minutes is None:
@@ -152,6 +159,19 @@ def _list(counts: Counter[str]) -> str:
 def _print_scenario(shown: Shown) -> int:
     print("\n".join(shown.said))
     return _print_findings([(shown.directory, shown.findings)])
+
+
+def _print_answers(*, full: bool, began: float) -> int:
+    shown = run_all(full=full)
+    found = sum((each.found for _, each in shown), Counter[str]())
+    for dialect in dict.fromkeys(dialect for dialect, _ in shown):
+        print(f"{dialect}: {sum(each.cases for name, each in shown if name == dialect)} odd answers")
+    print("".join(f"  {example}\n" for _, each in shown for example in each.examples), end="")
+    print(
+        f"in {(time.monotonic() - began) / 60:.1f} min: "
+        + ", ".join(f"{found[kind]} {kind}" for kind in ANSWERED)
+    )
+    return 1 if found else 0
 
 
 def _print_findings(of_nodes: list[tuple[str, list[Finding]]]) -> int:

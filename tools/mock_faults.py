@@ -16,6 +16,8 @@ answer is spoilt. `delay`, `drop_after`, `truncate` and `slow` always carry it o
     wrong_json      200, JSON of the wrong shape
     deep_json       200, 100,000 arrays in each other
     empty           200, no body
+    says:CODE:BODY  this status with one of the bodies that no coordinator means: empty, null, list, text,
+                    object, cut, html, ok, failed (an empty list with an error) or error (its own error)
 """
 
 import json
@@ -30,10 +32,27 @@ from tools.mock_wire import FileSpan, Refusal, Reply, Sending
 ENDPOINTS = frozenset({"register", "heartbeat", "pull", "ack", "progress", "result", "fail", "files"})
 AITBC_ENDPOINTS = frozenset({"register", "heartbeat", "poll", "result", "fail", "jobs", "leave", "client"})
 KINDS = frozenset(
-    "refuse delay status drop_after truncate slow garbage huge redirect wrong_json deep_json empty".split()  # noqa: SIM905
+    {*"refuse delay status drop_after truncate slow garbage huge".split()}  # noqa: SIM905
+    | {"redirect", "wrong_json", "deep_json", "empty", "says"}
 )
 AFTER = frozenset({"delay", "drop_after", "truncate", "slow"})
-ARGUMENTS = {"delay": r"\d+(\.\d+)?", "slow": r"(\d+(\.\d+)?)?", "status": r"[2-5]\d\d(:\d+)?"}
+SAID = {
+    "empty": b"",
+    "null": b"null",
+    "list": b"[]",
+    "text": b'"ok"',
+    "object": b"{}",
+    "cut": b'{"status": "o',
+    "html": b"<html><body><center><h1>It works, or it does not</h1><hr>nginx</center></body></html>",
+    "ok": b'{"status": "ok"}',
+    "failed": b'{"jobs": [], "total": 0, "limit": 100, "offset": 0, "error": "Failed to list jobs"}',
+}
+ARGUMENTS = {
+    "delay": r"\d+(\.\d+)?",
+    "slow": r"(\d+(\.\d+)?)?",
+    "status": r"[2-5]\d\d(:\d+)?",
+    "says": rf"[2-5]\d\d:(error|{'|'.join(SAID)})",
+}
 SLOW_BYTES = 600
 DEPTH = 100_000
 
@@ -87,8 +106,10 @@ class Fault:
                 return _slow(reply, float(self.argument or 1))
             case "huge":
                 return Reply(sending=Sending.ENDLESS)
-            case "status":
-                return refused(_status(self.argument))
+            case "status" | "says":
+                return (
+                    _say(self.argument, refused) if self.name == "says" else refused(_status(self.argument))
+                )
             case "redirect":
                 return Reply(302, headers={"Location": self.argument or elsewhere})
         return Reply(200, _BODIES[self.name]() if self.name in _BODIES else b"")
@@ -110,6 +131,14 @@ def _status(argument: str) -> Refusal:
         retry_after = "1"
     headers = {"Retry_After": retry_after} if retry_after else {}
     return Refusal(code, "fault", f"this {code} was asked for as a fault", **headers)
+
+
+def _say(argument: str, refused: Callable[[Refusal], Reply]) -> Reply:
+    status, _, body = argument.partition(":")
+    if body == "error":
+        return refused(Refusal(int(status), "fault", f"this {status} was asked for as a fault"))
+    kind = "text/html" if body == "html" else "application/json"
+    return Reply(int(status), SAID[body], kind, {"Location": "/elsewhere"} if status[0] == "3" else {})
 
 
 _BODIES: dict[str, Callable[[], bytes]] = {

@@ -26,13 +26,12 @@ from aitbc_miner.coordinator import (
     Paced,
     PulledJob,
     PullFilters,
-    Refused,
     Standing,
     Told,
     Unauthorized,
 )
 from aitbc_miner.coordinator import aitbc_wire as wire
-from aitbc_miner.coordinator.answers import AITBC, check, confirm, decode
+from aitbc_miner.coordinator.answers import AITBC, check, confirm, decode, is_own_error
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
 from aitbc_miner.coordinator.idleness import Known, why_idle
 from aitbc_miner.coordinator.limits import Limits
@@ -222,11 +221,12 @@ class AitbcCoordinator:
         with self._arrived:
             self._on_their_way += 1
         self._unheard.discard(job_id)
+        reply: Reply | None = None
         try:
             reply = send()
             self._answer(call, reply, doing)
         except CoordinatorError as error:
-            if _was_not_heard(error):
+            if isinstance(error, Paced | Busy) if reply is None else _was_not_read(reply):
                 self._unheard.add(job_id)
             raise
         finally:
@@ -302,7 +302,7 @@ class AitbcCoordinator:
         reply = self._http.call(
             method, path, payload, doing=doing, params=query, headers=named, max_bytes=most
         )
-        if reply.status == 429:
+        if reply.status == 429 and is_own_error(reply, AITBC):
             # What it says of how long to wait is always the same and never so.
             pause_s = self._limits.refused(endpoint)
             raise Busy(
@@ -343,12 +343,9 @@ class AitbcCoordinator:
         )
 
 
-def _was_not_heard(error: CoordinatorError) -> bool:
-    """Whether it is certain that a report has not counted: it was not sent, or not even looked at."""
-    match error:
-        case Busy(status=429) | Refused(status=422) | Paced() | Unauthorized():
-            return True
-    return False
+def _was_not_read(reply: Reply) -> bool:
+    """Whether the coordinator has said that it did not even look at a report, so that it cannot count."""
+    return reply.status in {401, 422} and is_own_error(reply, AITBC)
 
 
 def _segment(text: str) -> str:

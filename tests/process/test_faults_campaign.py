@@ -1,5 +1,6 @@
 """The fault harness against the node, in a small count: nothing is lost, whatever is killed."""
 
+import os
 import re
 
 import pytest
@@ -37,3 +38,13 @@ def test_lost_answers_double_no_result(capfd: pytest.CaptureFixture[str]) -> Non
     said = capfd.readouterr().out
     assert status == 0, said
     assert "12 answers lost: 10 results accepted, 12 known already, 0 refused" in said
+
+
+def test_odd_answers_lose_and_double_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    """AITBC_TEST_FULL=1 has each with each, instead of each pair of what they are made of."""
+    full = os.environ.get("AITBC_TEST_FULL") == "1"
+    status = main(["answers", *(["--full"] if full else [])])
+    said = capfd.readouterr().out
+    assert status == 0, said
+    assert "0 lost, 0 doubled, 0 killed, 0 E_UPLOAD" in said
+    assert all(int(number) > 140 for number in re.findall(r": (\d+) odd answers", said)), said
