@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from aitbc_miner.channel import HEADER, Channel, ChannelError
 from aitbc_miner.errors import EXIT_FAILURE, EXIT_NOT_PERMITTED, ErrorCode
-from aitbc_miner.jobs import State
+from aitbc_miner.jobs import JobUse, State
 from aitbc_miner.messages import CoordinatorView, SlotView
 from aitbc_miner.util import clock
 
@@ -80,6 +80,7 @@ class JobRow(Struct, frozen=True):
     since_wall: str = ""
     wall_s: float | None = None
     artifacts: int = 0
+    use: JobUse | None = None
 
 
 class Jobs(Struct, frozen=True, tag="jobs"):
@@ -120,6 +121,7 @@ class SlotStatus(Struct, frozen=True):
 
     slot: SlotView
     for_s: float
+    use: JobUse | None = None
 
 
 class Problem(Struct, frozen=True):
@@ -151,7 +153,6 @@ class Status(Struct, frozen=True, tag="status"):
 Answer = Refusal | Done | Jobs | Files | History | Judged | Status
 Reply = tuple[Answer, list[int]]
 """An answer, and the descriptors that go with it; the server closes them."""
-
 
 Later = Callable[[Answer | Reply], None]
 """How to answer when the answer is not known yet; it may be used after the client has gone."""

@@ -41,7 +41,6 @@ from aitbc_miner.ctlview import (
     plain,
     slots_page,
     status_page,
-    visible,
 )
 from aitbc_miner.errors import (
     EXIT_FAILURE,
@@ -55,6 +54,7 @@ from aitbc_miner.historyview import csv_lines, history_page, json_lines, read_ro
 from aitbc_miner.jobs import FINAL, State
 from aitbc_miner.util import clock
 from aitbc_miner.util.inherited import begin_command
+from aitbc_miner.util.terminal import visible
 
 TIMEOUT_S = 5.0
 POLL_S = 0.25

@@ -1,10 +1,5 @@
-"""The pages of `aitbc-minerctl`: what the miner answers, for people, in at most 80 columns where it can.
+"""The pages of `aitbc-minerctl`: what the miner answers, for people, within the width of their terminal."""
 
-Much of it comes from strangers (messages of jobs, of the coordinator), so every text goes through `visible`.
-"""
-
-import textwrap
-import unicodedata
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from signal import Signals
@@ -14,16 +9,18 @@ import msgspec
 
 from aitbc_miner.control import JobRow, Jobs, Judged, Problem, SlotStatus, Status
 from aitbc_miner.errors import CODES, ErrorCode
-from aitbc_miner.jobs import Outcome, State
+from aitbc_miner.jobs import JobUse, Outcome, State
 from aitbc_miner.receipts import Receipt
+from aitbc_miner.util.terminal import columns, cut, duration, pad, size, visible, width, wrap
 
-WIDTH = 80
 LINES = 23
 """Of a screen of 24, one is for the prompt."""
 HEAD = 6
 SLOTS_SHOWN = 8
 """Under a head of that many lines; a longer one leaves room for fewer."""
 MAX_ID = 48
+ENOUGH = 20
+"""Columns that show what a message is about; with fewer, and for what a job uses, there is a line below."""
 MAX_ARTIFACTS = 100
 LABEL = 12
 STATE_COLOURS = {
@@ -39,62 +36,6 @@ Paint = Callable[[str, str], str]
 def plain(text: str, _colour: str) -> str:
     """Paint nothing."""
     return text
-
-
-# --- text --------------------------------------------------------------------------------------------------
-
-
-def visible(text: str, keep: str = "") -> str:
-    r"""Write what would act on a terminal (escape sequences, line breaks, …) as \x1b and the like."""
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
-
-
-def cut(text: str, columns: int) -> str:
-    """Make a text fit, with … in the place of what is left out."""
-    text = visible(text)
-    if text.isascii() and len(text) <= columns:
-        return text
-    widths = [_columns(char) for char in text]
-    if sum(widths) <= columns:
-        return text
-    end, left = 0, columns - 1
-    while widths[end] <= left:
-        left -= widths[end]
-        end += 1
-    return text[:end] + "…"
-
-
-def pad(text: str, columns: int) -> str:
-    """Cut or fill a text to a width."""
-    text = cut(text, columns)
-    return text + " " * (columns - sum(map(_columns, text)))
-
-
-def _columns(char: str) -> int:
-    if unicodedata.combining(char):
-        return 0
-    return 2 if unicodedata.east_asian_width(char) in "WF" else 1
-
-
-def wrap(label: str, text: str, *, lines: int = 99, width: int = WIDTH) -> list[str]:
-    """Break a text into lines that begin under one another; `label` stands before the first."""
-    inside = width - len(label)
-    pieces = textwrap.wrap(visible(" ".join(text.split())), inside, break_on_hyphens=False) or [""]
-    if len(pieces) > lines:
-        pieces[lines - 1 :] = [pieces[lines - 1][: inside - 1] + "…"]
-    margins = [label, *[" " * len(label)] * (len(pieces) - 1)]
-    return [margin + cut(piece, inside) for margin, piece in zip(margins, pieces, strict=True)]
-
-
-def duration(seconds: float) -> str:
-    """Write a time in the two units that matter: 3d04h, 5h09m, 2m30s, 7s."""
-    whole = int(max(0.0, seconds))
-    for big, one, small, other in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= big:
-            return f"{whole // big}{one}{whole % big // small:02}{other}"
-    return f"{whole}s"
 
 
 def _wall(stamp: str) -> str:
@@ -122,7 +63,7 @@ def status_page(status: Status, paint: Paint) -> str:
 
 def slots_page(status: Status, paint: Paint) -> str:
     """Show every slot, why one is not in use, and what enforces its limits."""
-    lines = _slot_lines(status.slots, paint, len(status.slots))
+    lines = _slot_lines(status.slots, paint, 2 * len(status.slots))
     for entry in status.slots:
         if entry.slot.reason:
             lines += wrap("  ", f"{entry.slot.offer.name}: {entry.slot.reason}")
@@ -152,14 +93,14 @@ def _head(status: Status, paint: Paint) -> Iterator[str]:
     else:
         answers = paint("not reachable", "red")
     registered = "registered" if view.registered else paint("not registered", "yellow")
-    yield f"{'coordinator':{LABEL}}{cut(status.base_url, WIDTH - LABEL)}"
+    yield f"{'coordinator':{LABEL}}{cut(status.base_url, width() - LABEL)}"
     yield f"{'':{LABEL}}{answers} since {_wall(view.since_wall)}, {registered}"
     if status.stopping:
         mood = paint("stopping", "yellow")
     elif status.accepting:
         mood = paint("accepting", "green")
     elif status.paused:
-        mood = paint("paused", "yellow") + cut(f": {status.paused}", WIDTH - LABEL - len("paused"))
+        mood = paint("paused", "yellow") + cut(f": {status.paused}", width() - LABEL - len("paused"))
     else:
         mood = paint("draining", "yellow") + ": no new jobs; `aitbc-minerctl resume` ends that"
     yield f"{'node':{LABEL}}{mood}"
@@ -173,21 +114,53 @@ def _head(status: Status, paint: Paint) -> Iterator[str]:
 
 
 def _slot_lines(slots: Sequence[SlotStatus], paint: Paint, most: int) -> list[str]:
+    """Show a line for each slot, and below it what its job uses, as far as there is room for that."""
     if not slots:
         return ["no slots yet"]
     hidden = len(slots) - most + 1 if len(slots) > most else 0
     # Where not all can be shown, those that are idle can be left out.
     ordered = sorted(slots, key=lambda entry: entry.slot.state == "IDLE") if hidden else slots
-    lines = [paint(f"{'SLOT':13}{'STATE':12}{'JOB':33}{'STEP':11}{'FOR':>9}", "dim")]
-    for entry in ordered[: len(slots) - hidden]:
+    shown = ordered[: len(slots) - hidden]
+    room = most - len(shown) - bool(hidden)
+    wide = width() - 80 + 32
+    lines = [paint(f"{'SLOT':13}{'STATE':12}{'JOB':{wide + 1}}{'STEP':11}{'FOR':>9}", "dim")]
+    for entry in shown:
         slot = entry.slot
         state = paint(pad(slot.state, 11), STATE_COLOURS.get(slot.state, "bold"))
-        job = pad(slot.job_id or "-", 32)
-        step = pad(slot.job_state or "-", 10)
+        job, step = pad(slot.job_id or "-", wide), pad(slot.job_state or "-", 10)
         lines.append(f"{pad(slot.offer.name, 12)} {state} {job} {step} {duration(entry.for_s):>9}")
+        if entry.use is not None and room > 0:
+            lines.append(cut(f"{'':13}{used(entry.use)}", width()))
+            room -= 1
     if hidden:
         lines.append(f"… and {_count(hidden, 'slot')} more; see `aitbc-minerctl slots`")
     return lines
+
+
+def used(use: JobUse) -> str:
+    """Say how far a job is, what it uses, and what it may use."""
+    figures = [
+        _of(duration(use.for_s), None if use.max_s is None else duration(use.max_s)),
+        _of(_cpus(use.cpu_pct), _cpus(use.cpu_max_pct), " CPUs"),
+        _of(_bytes(use.memory_bytes), _bytes(use.memory_max_bytes), " memory"),
+        _of(_bytes(use.disk_bytes), _bytes(use.disk_max_bytes), " disk"),
+    ]
+    done = [] if use.pct is None else [f"{use.pct:.0f} %"]
+    return ", ".join(filter(None, [*done, *figures, use.note]))
+
+
+def _of(used: str | None, most: str | None, unit: str = "") -> str:
+    if used is None:
+        return ""
+    return f"{used}{unit}" if most is None else f"{used} of {most}{unit}"
+
+
+def _cpus(percent: float | None) -> str | None:
+    return None if percent is None else f"{percent / 100:.1f}"
+
+
+def _bytes(number: int | None) -> str | None:
+    return None if number is None else size(number)
 
 
 def _enforcement(slots: Sequence[SlotStatus], most: int) -> list[str]:
@@ -201,7 +174,7 @@ def _enforcement(slots: Sequence[SlotStatus], most: int) -> list[str]:
     lines = []
     for held, names in list(alike.items())[: most - hidden]:
         whose = "" if len(alike) == 1 else f" ({', '.join(names)})"
-        lines.append(f"{'limits':{LABEL}}" + cut(held + whose, WIDTH - LABEL))
+        lines.append(f"{'limits':{LABEL}}" + cut(held + whose, width() - LABEL))
     return [*lines, f"{'':{LABEL}}others differ; see `aitbc-minerctl slots`"] if hidden else lines
 
 
@@ -227,18 +200,26 @@ def jobs_page(jobs: Jobs, paint: Paint) -> str:
     """Show a line for each job, the newest last."""
     if not jobs.jobs:
         return "no jobs"
-    ids = min(MAX_ID, max(len(row.job_id) for row in jobs.jobs))
-    head = f"{'JOB':{ids}}  {'STATE':10}  {'SLOT':8}  {'TIME':>6}  RESULT"
-    lines = [paint(head, "dim")]
+    ids = min(MAX_ID, max(3, *(len(row.job_id) for row in jobs.jobs)), width() - 32)
+    head = f"{'JOB':{ids}}  {'STATE':10}  {'SLOT':8}  {'TIME':>6}  "
+    lines = [paint(head + "RESULT" if width() - len(head) >= 6 else head.rstrip(), "dim")]
     for row in jobs.jobs:
         state = paint(pad(row.state, 10), STATE_COLOURS.get(row.state, "bold"))
-        time = "-" if row.wall_s is None else duration(row.wall_s)
+        spent = row.use.for_s if row.use else row.wall_s
+        time = "-" if spent is None else duration(spent)
         start = f"{pad(row.job_id, ids)}  {state}  {pad(row.slot or '-', 8)}  {time:>6}  "
-        lines.append((start + cut(_result(row), max(20, 100 - len(head) + len("RESULT")))).rstrip())
+        result, room = visible(_result(row)), width() - len(head)
+        if columns(result) <= room or (room >= ENOUGH and not row.use):
+            lines.append((start + cut(result, room)).rstrip())
+        else:
+            # Below, where it has a line of its own.
+            lines += [start.rstrip(), "    " + cut(result, width() - 4)]
     return "\n".join(lines)
 
 
 def _result(row: JobRow) -> str:
+    if row.use:
+        return used(row.use)
     if row.code:
         return f"{row.code} {row.message}"
     return row.message or (_count(row.artifacts, "artifact") if row.state == State.DONE else "")
@@ -253,6 +234,8 @@ def job_page(row: JobRow, records: Mapping[str, Any], paint: Paint) -> str:
         ("since", _wall(row.since_wall)),
         ("slot", row.slot or "none"),
     ]
+    if row.use:
+        facts.append(("uses", used(row.use)))
     args = manifest.get("args")
     if isinstance(args, list) and args:
         facts.insert(1, ("arguments", " ".join(map(str, args))[:400]))
@@ -265,7 +248,7 @@ def job_page(row: JobRow, records: Mapping[str, Any], paint: Paint) -> str:
     facts += _outcome_facts(outcome) if outcome else []
     facts += _receipt_facts(records.get("receipt"))
     lines = [f"{paint(row.job_id, 'bold')}  {paint(row.state, STATE_COLOURS.get(row.state, 'bold'))}"]
-    lines += [line for label, text in facts for line in wrap(f"{label:{LABEL}}", text, width=100)]
+    lines += [line for label, text in facts for line in wrap(f"{label:{LABEL}}", text)]
     if outcome:
         lines += [*_artifacts(outcome), *_tail(outcome, paint)]
     return "\n".join(lines)
@@ -348,7 +331,8 @@ def _artifacts(outcome: Outcome) -> Iterator[str]:
     if outcome.artifacts:
         yield f"artifacts ({len(outcome.artifacts)})"
     for artifact in outcome.artifacts[:MAX_ARTIFACTS]:
-        yield f"  {cut(artifact.path, 60)}  {artifact.bytes} bytes  {cut(artifact.type, 20)}"
+        told = f"  {artifact.bytes} bytes  {cut(artifact.type, 20)}"
+        yield f"  {cut(artifact.path, max(20, width() - 2 - len(told)))}{told}"
         yield f"    sha256 {visible(artifact.sha256)}"
     if len(outcome.artifacts) > MAX_ARTIFACTS:
         yield f"  … and {len(outcome.artifacts) - MAX_ARTIFACTS} more; see `aitbc-minerctl --json job`"
@@ -363,6 +347,6 @@ def _tail(outcome: Outcome, paint: Paint) -> Iterator[str]:
     dropped = f", {log.dropped} dropped" if log.dropped else ""
     yield f"log ({log.bytes} bytes{dropped})"
     for line in log.tail.splitlines()[-10:]:
-        yield paint("  | ", "dim") + cut(line, 95)
+        yield paint("  | ", "dim") + cut(line, width() - 4)
     if log.bytes:
         yield f"  all of it: aitbc-minerctl logs {visible(outcome.job_id)}"

@@ -5,6 +5,8 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from aitbc_miner.config import Config
 from aitbc_miner.control import (
     Answer,
@@ -21,7 +23,8 @@ from aitbc_miner.control import (
     Status,
 )
 from aitbc_miner.jobindex import JobIndex
-from aitbc_miner.jobs import directory_of, valid_job_id
+from aitbc_miner.jobs import JobUse, State, directory_of, valid_job_id
+from aitbc_miner.jobuse import Said, use_of
 from aitbc_miner.messages import CoordinatorView, Deliveries, EndReason, Retried, RetryJob, Starved, Ticket
 from aitbc_miner.slot import SlotState
 from aitbc_miner.slots import RunningSlot
@@ -89,7 +92,7 @@ class Desk:
             case "status" | "slots":
                 return self._status(), []
             case "jobs":
-                return Jobs(self._index.rows(request.state)), []
+                return Jobs([self._with_use(row) for row in self._index.rows(request.state)]), []
             case "drain" | "resume":
                 return self._set_accepting(request.verb == "resume"), []
         if other := self._others.get(request.verb):
@@ -100,8 +103,22 @@ class Desk:
             what = f"cannot {request.verb}: no job {job_id!r} is known here; see `aitbc-minerctl jobs`"
             return Refusal(what), []
         if names := FILES.get(request.verb):
-            return self._files(row, names)
+            return self._files(self._with_use(row), names)
         return self._cancel_job(row), []
+
+    def _use(self, slot: RunningSlot | None) -> JobUse | None:
+        if slot is None or slot.rules.job_state is not State.RUNNING:
+            return None
+        # Of a worker of an earlier run nobody has heard since when its job runs.
+        said = slot.said or Said(slot.rules.since, slot.rules.deadline)
+        most = self._config.workspace.max_job_mb
+        return use_of(slot.view(), said, slot.plan.spec.cpu_max, None if most is None else most << 20)
+
+    def _with_use(self, row: JobRow) -> JobRow:
+        """Add what a job uses that runs now."""
+        slot = self._slots.get(row.slot or "") if row.state is State.RUNNING else None
+        ours = slot if slot and slot.rules.job_id == row.job_id else None
+        return replace(row, use=use) if (use := self._use(ours)) else row
 
     def _set_accepting(self, accepting: bool) -> Done:  # noqa: FBT001  # the one thing that it sets
         self._changed = self.accepting is not accepting
@@ -141,7 +158,9 @@ class Desk:
     def _status(self) -> Status:
         now = clock.now()
         paused = self._why_paused()
-        slots = [SlotStatus(slot.view(), now - slot.rules.since) for slot in self._slots.values()]
+        slots = [
+            SlotStatus(slot.view(), now - slot.rules.since, self._use(slot)) for slot in self._slots.values()
+        ]
         return Status(
             node_id=self._config.node_id,
             version=self._build,

@@ -30,7 +30,8 @@ Seen = Generator[tuple[int, os.stat_result], None, None]
 class DiskUse:
     """Watches the directories `names` of the job that is open as `job_fd`. Bytes and files; None: no limit.
 
-    `look` is to be called when it is `due`, a time of `clock.now()`.
+    `look` is to be called when it is `due`, a time of `clock.now()`; `counted` are the bytes of the last
+    whole count.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class DiskUse:
         self._most_bytes = most_bytes
         self._most_files = most_files
         self._suspected = False
+        self.counted: int | None = None
         self._begin()
         self.due = clock.now() + REST_S
 
@@ -87,6 +89,7 @@ class DiskUse:
 
     def _rest(self, began: float) -> None:
         spent = self._spent + clock.now() - began
+        self.counted = self._bytes
         self._begin()
         self.due = clock.now() + max(REST_S, REST_TIMES * spent)
 

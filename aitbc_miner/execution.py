@@ -19,6 +19,7 @@ from aitbc_miner.diskuse import DiskUse
 from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.messages import (
+    JobOnDisk,
     JobProgress,
 )
 from aitbc_miner.spawn import Job
@@ -176,7 +177,7 @@ class Execution:
                 self._end(why)
             elif self._log.disk_full:
                 self._end("disk")
-            elif self._disk and now >= self._disk.due and (excess := self._disk.look()):
+            elif self._disk and now >= self._disk.due and (excess := self._look(self._disk)):
                 self._excess = excess
                 # At once: in the time that it would have to end by itself it could write on.
                 self._end("output", grace=0.0)
@@ -184,6 +185,12 @@ class Execution:
             self._kill_at = None
             # What hangs in the kernel may hang there for ever: the job ends without it.
             self._unkillable = not self._kill_all()
+
+    def _look(self, disk: DiskUse) -> str:
+        before, excess = disk.counted, disk.look()
+        if disk.counted is not None and disk.counted != before:
+            self._supervision.send(JobOnDisk(self._job_id, disk.counted))
+        return excess
 
     def _kill_all(self) -> bool:
         kill = partial(self._job.kill_all, self._delays.kill)

@@ -9,7 +9,8 @@ from typing import BinaryIO
 import msgspec
 
 from aitbc_miner.accounts import JobAccount, Total, Totals
-from aitbc_miner.ctlview import Paint, amount, duration, pad, visible
+from aitbc_miner.ctlview import Paint, amount
+from aitbc_miner.util.terminal import duration, pad, size, visible
 
 COLUMNS = tuple(name for name in JobAccount.__struct_fields__ if name != "finished")
 """All but the node's own time, which means nothing to anybody else."""
@@ -71,21 +72,13 @@ def _receipts(totals: Totals, paint: Paint) -> Iterator[str]:
 def _row(total: Total, name: str) -> str:
     cells = (str(total.jobs), str(total.ok), str(total.failed), _time(total.cpu_s), _time(total.gpu_s))
     numbers = "".join(f"{cell:>9}" for cell in cells)
-    return f"{pad(name, NAME)}{numbers}{_size(total.delivered_bytes):>11}"
+    return f"{pad(name, NAME)}{numbers}{size(total.delivered_bytes):>11}"
 
 
 def _time(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return duration(seconds) if seconds >= 60 else f"{seconds:.1f}s"
-
-
-def _size(size: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
 
 
 def csv_lines(rows: Iterable[JobAccount]) -> Iterator[str]:

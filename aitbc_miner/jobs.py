@@ -311,3 +311,21 @@ class Outcome(Struct, frozen=True):
     def count_artifacts(self, *, log_too: bool) -> int:
         """Count what the client gets; not every coordinator takes the log."""
         return sum(log_too or artifact.file != "logs/exec.log" for artifact in self.artifacts)
+
+
+class JobUse(Struct, frozen=True):
+    """What a job that runs has used, and may: seconds, percent of one CPU since it began, bytes.
+
+    None where it cannot be told, or where there is no limit. `pct` and `note` are the task's own word.
+    """
+
+    for_s: float
+    max_s: float | None = None
+    pct: float | None = None
+    note: str = ""
+    cpu_pct: float | None = None
+    cpu_max_pct: int | None = None
+    memory_bytes: int | None = None
+    memory_max_bytes: int | None = None
+    disk_bytes: int | None = None
+    disk_max_bytes: int | None = None

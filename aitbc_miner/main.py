@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-import textwrap
 from pathlib import Path
 
 import msgspec
@@ -20,10 +19,10 @@ from aitbc_miner.runners.catalogue import Task, list_tasks, params_of, told
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out, read_slots, to_yaml
 from aitbc_miner.util.build import build
 from aitbc_miner.util.inherited import begin_command, begin_node
+from aitbc_miner.util.terminal import width, wrap
 from aitbc_miner.util.yamldoc import Fault
 
 CONFIG = Path("/etc/aitbc/miner/config.yaml")
-WIDTH = 100
 
 
 def start() -> int:
@@ -138,7 +137,7 @@ def probe(path: Path | None, *, as_json: bool) -> int:
         print(msgspec.json.format(msgspec.json.encode(payload), indent=2).decode())
     else:
         print(render_page(machine, gpus, runners))
-        _say("Slots", ", ".join(spec.name for spec in specs or derive_slots(facts)), width=80)
+        _say("Slots     ", ", ".join(spec.name for spec in specs or derive_slots(facts)))
     return EXIT_OK
 
 
@@ -150,10 +149,10 @@ def check(path: Path) -> int:
     checker = Checker(path, config, os.environ, find_gpus())
     checker.check()
     for warning in [*warnings, *checker.warnings]:
-        print(f"warning: {warning}", file=sys.stderr)
+        _complain(f"warning: {warning}")
     if checker.faults:
         return _refuse(checker.faults)
-    print(f"ok: node {config.node_id}, coordinator {config.coordinator.base_url}")
+    _say("ok:", f"node {config.node_id}, coordinator {config.coordinator.base_url}")
     _say("ok:", f"{len(checker.slots)} slots: {_names(checker.slots)}")
     _say("ok:", f"{len(checker.commands)} commands allowed: {', '.join(checker.commands) or 'none'}")
     _say(
@@ -196,7 +195,7 @@ def tasks(path: Path, *, as_json: bool) -> int:
         for task in found:
             _say(task.info.name, task.info.error or task.info.description or str(task.file))
             for name, kind in params_of(task.info):
-                print(f"    {name:16} {kind}")
+                _say(f"    {name:16}", kind)
     return EXIT_FAILURE if any(task.info.error for task in found) else EXIT_OK
 
 
@@ -210,7 +209,7 @@ def doctor(path: Path) -> int:
         _say(f"{word:8} {finding.name:8}", finding.detail)
         missing |= finding.required and not finding.there
         for remedy in finding.remedy.split("; ") if not finding.there else []:
-            print(f"{'':18}→ {remedy}")
+            _say("  →", remedy)
     print("something required is missing" if missing else "nothing that is required is missing")
     return EXIT_FAILURE if missing else EXIT_OK
 
@@ -241,17 +240,17 @@ def _names(specs: list[SlotSpec]) -> str:
 
 def _refuse(faults: list[Fault]) -> int:
     for fault in faults:
-        print(fault, file=sys.stderr)
+        _complain(str(fault))
     return EXIT_CONFIG
 
 
-def _say(label: str, text: str, width: int = WIDTH) -> None:
-    label = f"{label:10} " if width < WIDTH else f"{label} "
-    print(
-        textwrap.fill(
-            text, width, initial_indent=label, subsequent_indent=" " * len(label), break_on_hyphens=False
-        )
-    )
+def _say(label: str, text: str) -> None:
+    print("\n".join(wrap(f"{label} ", text)))
+
+
+def _complain(text: str) -> None:
+    """Say what is wrong: as wide as a terminal is, elsewhere in one line, for the programs that read it."""
+    print("\n    ".join(wrap("", text, most=width() - 4)) if sys.stderr.isatty() else text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -19,12 +19,8 @@ END_SIGNALS = {"shutdown": signal.SIGTERM, "cancel": signal.SIGUSR1, "expired": 
 
 
 Short = Annotated[str, Meta(max_length=256)]
-
-
 # What comes from a process that is not root is checked again by the one that is.
 JobId = Annotated[str, Meta(pattern=f"^{JOB_ID.pattern}\\Z")]
-
-
 EndReason = Literal["cancel", "shutdown", "timeout", "expired"]
 
 
@@ -78,9 +74,8 @@ class SlotView(Struct, frozen=True):
 
 
 class GpuFact(Struct, frozen=True):
-    """A GPU or MIG instance that a slot can be given: all its names, its memory in MB, its NUMA node.
+    """A GPU or MIG instance that a slot can be given: all its names, MB of memory (or 0), its NUMA node.
 
-    vram_mb: 0 where it is not known. unified: it is the machine's.
     minor: the number of its node /dev/nvidia<minor>. capabilities: those of its nodes in /dev/nvidia-caps.
     pci_bus_id: of the card, as in sysfs; "" where there is none.
     """
@@ -260,6 +255,13 @@ class JobProgress(Message, frozen=True):
     note: str = ""
 
 
+class JobOnDisk(Message, frozen=True):
+    """worker: so many bytes its job has on disk."""
+
+    job_id: str
+    bytes: int
+
+
 class JobEnded(Message, frozen=True):
     """worker: the outcome is on disk. `clean` is False when something survives, which `remains` says."""
 
@@ -354,7 +356,7 @@ FromAgent = (
     Recovered | JobReady | JobUpdate | CancelJob | Deliveries | Counted | Starved | Sweepable | Retried
 )
 FromHeartbeat = Inventory | CoordinatorView | Troubles
-FromWorker = WorkerReady | Retuned | WorkerRefused | JobStep | JobTrouble | JobProgress | JobEnded
+FromWorker = WorkerReady | Retuned | WorkerRefused | JobStep | JobTrouble | JobProgress | JobOnDisk | JobEnded
 ToAgent = Slots | JobSettled | JobProgress | CancelJob | Swept | SpaceWanted | RetryJob | Stop
 ToHeartbeat = Slots | JobDone | NodeView | Counted | Stop
 ToWorker = StartJob | CancelJob | Retune | Stop

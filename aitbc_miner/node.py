@@ -3,6 +3,7 @@
 import fcntl
 import os
 import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
@@ -72,7 +73,8 @@ def run_node(path: Path, config: Config, warnings: list[str]) -> int:
     formatter = log.configure(
         config.node_id,
         level=config.logging.level,
-        as_json=config.logging.json,
+        # Whoever runs it at a terminal reads it himself.
+        as_json=config.logging.json and not (config.logging.path is None and sys.stderr.isatty()),
         path=str(config.logging.path) if config.logging.path else None,
     )
     events = log.events("supervisor")

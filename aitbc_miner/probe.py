@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,11 @@ from aitbc_miner import __version__
 from aitbc_miner.cgroup import CgroupError, find_mount, own_group
 from aitbc_miner.gpu import GpuInfo, GpuList
 from aitbc_miner.topology import NumaNode, read_machine
+from aitbc_miner.util.terminal import wrap
 from aitbc_miner.util.units import format_cpus
 
 TOOLS = ("bwrap", "nft", "systemd-run", "nvidia-smi", "ffmpeg", "python3")
 NEEDED_CONTROLLERS = ("cpu", "memory", "pids")
-PAGE_WIDTH = 80
 LABEL_WIDTH = 11
 _TOOLKIT = re.compile(r'"cuda"\s*:\s*\{[^}]*"version"\s*:\s*"([\d.]+)"|CUDA Version ([\d.]+)')
 
@@ -262,13 +261,7 @@ def render_page(machine: Machine, gpus: GpuList, runners: Sequence[str]) -> str:
 
 
 def _wrapped(label: str, text: str) -> str:
-    return textwrap.fill(
-        text,
-        PAGE_WIDTH,
-        initial_indent=label,
-        subsequent_indent=" " * len(label),
-        break_on_hyphens=False,
-    )
+    return "\n".join(wrap(label, text))
 
 
 def _size(mebibytes: int | None) -> str:

@@ -12,10 +12,13 @@ from msgspec import Struct
 
 from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.children import Child, Main
+from aitbc_miner.jobs import State
+from aitbc_miner.jobuse import Said
 from aitbc_miner.messages import (
     END_SIGNALS,
     FromWorker,
     JobEnded,
+    JobOnDisk,
     JobProgress,
     JobStep,
     JobTrouble,
@@ -109,6 +112,7 @@ class RunningSlot:
         self.enforced: dict[str, str] = {}
         self.note = ""
         self.trouble = ""
+        self.said: Said | None = None
         # False when the worker could not do what it was told of the plan, so that it can be told again.
         self._tuned = True
         self._outcomes = outcomes
@@ -219,12 +223,20 @@ class RunningSlot:
                 self.feed(Unusable(message.reason))
             case JobStep():
                 self.feed(Step(message.job_id, message.state, message.pid, message.deadline))
+                running = message.state is State.RUNNING
+                self.said = Said(clock.now(), message.deadline) if running else None
                 self._outcomes.stepped(message, self.name)
             case JobTrouble():
                 self.trouble = message.what
             case JobProgress():
+                if self.said:
+                    self.said.pct, self.said.note = message.pct, message.note
                 self._outcomes.progress(message)
+            case JobOnDisk():
+                if self.said:
+                    self.said.disk_bytes = message.bytes
             case JobEnded() if message.job_id == self.rules.job_id:
+                self.said = None
                 self._outcomes.ended(message)
                 self.note = self.note if not self._tuned else ""
                 self.feed(Ended(message.job_id, message.clean, message.remains))

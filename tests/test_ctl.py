@@ -32,10 +32,11 @@ from aitbc_miner.control import (
     SlotStatus,
     Status,
 )
-from aitbc_miner.ctlview import amount, cut, duration, job_page, plain, slots_page, status_page, visible, wrap
+from aitbc_miner.ctlview import amount, job_page, jobs_page, plain, slots_page, status_page
 from aitbc_miner.errors import CODES, ErrorCode
-from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Outcome, State, Usage
+from aitbc_miner.jobs import Artifact, ExitStatus, JobUse, LogInfo, Outcome, State, Usage
 from aitbc_miner.messages import CoordinatorView, Offer, SlotView
+from aitbc_miner.util.terminal import columns, cut, duration, visible, wrap
 
 DEADLINE_S = 20.0
 EVIL = "bell\x07 \x1b[2Jcleared \x9b31m \u202egnp.exe\nnext"
@@ -167,6 +168,48 @@ def status(**changes: object) -> Status:
         problems=[Problem("cannot deliver: refused", "nothing is lost")],
     )
     return msgspec.structs.replace(made, **changes)
+
+
+USE = JobUse(63.0, 7200.0, 42.0, "epoch 3", 180.0, 200, 512 << 20, 1 << 30, 100 << 20, 20 << 30)
+USED = "42 %, 1m03s of 2h00m, 1.8 of 2.0 CPUs, 512.0 MiB of 1.0 GiB memory, "
+USED += "100.0 MiB of 20.0 GiB disk, epoch 3"
+
+
+@pytest.fixture(autouse=True)
+def eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever terminal the tests run in."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def test_a_running_job_shows_how_far_it_is_and_what_it_uses() -> None:
+    busy = msgspec.structs.replace(slot("cpu0", "BUSY", "j-1", 63.0), use=USE)
+    running = row(State.RUNNING, use=USE, wall_s=None)
+    known = {"manifest": None, "state": None, "outcome": None}
+    for page in (
+        status_page(status(slots=[busy, slot("cpu1")]), plain),
+        slots_page(status(slots=[busy]), plain),
+        jobs_page(Jobs([running]), plain),
+        job_page(running, known, plain),
+    ):
+        shown = " ".join(page.split())
+        assert USED[:60] in shown, page
+        assert max(map(columns, page.splitlines())) <= 80
+    assert "epoch 3" in " ".join(job_page(running, known, plain).split())
+
+
+@pytest.mark.parametrize("wide", [40, 80, 200])
+def test_pages_fit_the_terminal(monkeypatch: pytest.MonkeyPatch, wide: int) -> None:
+    monkeypatch.setenv("COLUMNS", str(wide))
+    rows = [
+        row(job_id="j" * n, message="漢字 " * 60, code=ErrorCode.E_EXIT, slot="s" * 30) for n in (1, 36, 128)
+    ]
+    page = jobs_page(Jobs([*rows, row(State.RUNNING, use=USE)]), plain)
+    assert "E_EXIT 漢字" in page
+    if wide >= 80:
+        pages = [page, status_page(status(base_url="https://" + "h" * 300), plain)]
+        pages.append(job_page(rows[1], {"manifest": None, "state": None, "outcome": None}, plain))
+        assert max(columns(line) for page in pages for line in page.splitlines()) <= wide
+    assert max(map(columns, page.splitlines())) <= max(wide, 48)
 
 
 def row(state: State = State.DONE, **changes: object) -> JobRow:
@@ -339,8 +382,8 @@ def test_job_page(served: Served, tmp_path: Path) -> None:
         *("peak memory 3.00 MiB", "memory=rlimit", '{"n":1}', "out.txt  11 bytes", "a" * 64),
         *("log (9 bytes, 4 dropped)", "  | one", "  | two\\x1b[31m", "aitbc-minerctl logs j-1"),
     ):
-        assert part in " ".join(done.stdout.split(" ")), part
-    assert max(map(len, done.stdout.splitlines())) <= 100
+        assert " ".join(part.split()) in " ".join(done.stdout.split()), part
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(
@@ -382,7 +425,7 @@ def test_a_receipt_that_verified_is_shown_with_what_it_is_worth() -> None:
     said = {"receipt_id": "b" * 32, "unit_type": "gpu_seconds", "signature": {"key_id": "K" * 43}}
     page = shown_receipt(said, verified=True, units=1.5, price=0.03)
     assert f"receipt     verified, signed by {'K' * 43}" in page
-    assert f"worth       1.5 gpu_seconds, price 0.03; receipt {'b' * 32}" in page
+    assert f"worth 1.5 gpu_seconds, price 0.03; receipt {'b' * 32}" in " ".join(" ".join(page).split())
 
 
 @pytest.mark.parametrize(
@@ -404,7 +447,7 @@ def test_a_receipt_that_did_not_verify_says_so_whatever_stands_in_it() -> None:
     assert sum(line.startswith("receipt") for line in page) == 1
     assert "x" * 20 not in "".join(page), "nor can it fill the screen"
     assert "\x1b" not in "".join(page)
-    assert max(map(len, page)) <= 100
+    assert max(map(len, page)) <= 80
 
 
 @pytest.mark.parametrize("said", [{}, {"unit_type": [1], "receipt_id": {"x": 1}, "signature": 7}])
@@ -763,8 +806,12 @@ def test_texts() -> None:
     assert cut("abcdef", 6) == "abcdef"
     assert cut("abcdefg", 6) == "abcde…"
     assert cut("漢字漢字", 6) == "漢字…"
-    assert wrap("- ", "one two three", width=9) == ["- one two", "  three"]
-    assert wrap("- ", "one two three", width=9, lines=1) == ["- one tw…"]
+    assert wrap("- ", "one two three four", most=14) == ["- one two", "  three four"]
+    assert wrap("- ", "one two three four", most=14, lines=1) == ["- one two…"]
+    assert wrap("", "a " + "x" * 25, most=10) == ["a xxxxxxxx", "x" * 10, "x" * 7]
+    wide = wrap("- ", "漢字" * 8, most=14)
+    assert [columns(line) for line in wide] == [14, 14, 10]
+    assert "".join(line[2:] for line in wide) == "漢字" * 8
 
 
 @pytest.mark.parametrize(

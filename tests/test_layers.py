@@ -28,7 +28,17 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "supervisor": {
-            *("supervisor", "slotset", "slots", "children", "desk", "jobindex", "orphans", "reloading"),
+            *(
+                "supervisor",
+                "slotset",
+                "slots",
+                "children",
+                "desk",
+                "jobuse",
+                "jobindex",
+                "orphans",
+                "reloading",
+            ),
             *("stopping", "historian", "storage", "sweeping", "allowing"),
         },
         "worker": {

@@ -2,6 +2,9 @@
 
 import json
 import os
+import pty
+import select
+import socket
 import subprocess
 import sys
 import tempfile
@@ -295,6 +298,32 @@ def test_root_writes_nothing_where_another_rules(site: Site, key: str) -> None:
     assert done.returncode == 78
     assert told in done.stderr
     assert list(place.iterdir()) == []
+
+
+def test_a_terminal_gets_log_lines_for_people(site: Site) -> None:
+    ours, theirs = pty.openpty()
+    site.keys["privileges"] = {"mode": "auto", "service_user": "nobody"}
+    site.keys["cgroup"] = {"mode": "auto"}
+    # Fails at its start, in the log: another has the control socket.
+    place = site.root / "run"
+    place.mkdir()
+    site.keys["control"] = {"socket": str(place / "sock")}
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(place / "sock"))
+        other.listen()
+        command = [sys.executable, "-m", "aitbc_miner.main", "run", "--config", str(site.write())]
+        child = subprocess.Popen(command, stderr=theirs, env={**os.environ, "MINER_AUTH": TOKEN})
+        os.close(theirs)
+        shown = b""
+        while b"cannot start" not in shown and select.select([ours], [], [], DEADLINE_S)[0]:
+            try:
+                shown += os.read(ours, 65536)
+            except OSError:
+                break
+        child.wait(DEADLINE_S)
+    os.close(ours)
+    assert b" ERROR   supervisor " in shown, shown
+    assert b"{" not in shown
 
 
 @needs_root

@@ -18,6 +18,7 @@ import psutil
 from msgspec import Struct
 
 from aitbc_miner.jobs import Outcome, StateRecord
+from aitbc_miner.util.terminal import cut, width
 from tools.local_node import LocalNode, wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL
@@ -28,7 +29,6 @@ SLOTS = [
     for i in (0, 1)
 ]
 TIMEOUT_S = 60.0
-WIDTH = 100
 
 
 class Example(Struct, frozen=True):
@@ -108,15 +108,17 @@ class Table:
         elapsed = time.monotonic() - self._began
         if self._in_place:
             up = f"\x1b[{len(now)}A" if self._shown else ""
+            # A row that wrapped would leave a line behind at each redraw.
             rows = [
-                f"\x1b[2K  {job_id:<8} {state:<18} {self._jobs[job_id].what}" for job_id, state in now.items()
+                "\x1b[2K" + cut(f"  {job_id:<8} {state:<18} {self._jobs[job_id].what}", width() - 1)
+                for job_id, state in now.items()
             ]
             print(up + "\n".join(rows), flush=True)
         else:
             for job_id, state in now.items():
                 if state not in {self._shown.get(job_id), "queued"}:
                     what = self._jobs[job_id].what
-                    print(f"  {elapsed:6.2f} s  {job_id:<8} {state:<18} {what}", flush=True)
+                    print(cut(f"  {elapsed:6.2f} s  {job_id:<8} {state:<18} {what}", width()), flush=True)
         self._shown = now
 
 
@@ -147,15 +149,14 @@ def report(coordinator: MockCoordinator, node: LocalNode, jobs: dict[str, Exampl
         right = got == example.expected
         good &= right
         mark = "as expected" if right else f"EXPECTED {example.expected}"
-        print(
-            f"\n{job_id}: {example.what}\n  {got} ({mark}); handed out {len(job.handed)} times, "
-            f"reports accepted: {sum(r.verdict == 'accepted' for r in job.reports)}"
-        )
+        accepted = sum(report.verdict == "accepted" for report in job.reports)
+        print(f"\n{cut(f'{job_id}: {example.what}', width())}")
+        print(f"  {got} ({mark}); handed out {len(job.handed)} times, reports accepted: {accepted}")
         for line in details(node, job_id):
-            print(line if len(line) <= WIDTH else line[: WIDTH - 1] + "…")
+            print(cut(line, width()))
         if job.accepted:
             for artifact in job.accepted.artifacts:
-                print(f"  artifact {artifact.path} {artifact.bytes} bytes sha256 {artifact.sha256}")
+                print(f"  artifact {artifact.path} {artifact.bytes} bytes\n    sha256 {artifact.sha256}")
     return good
 
 
@@ -209,7 +210,7 @@ def main() -> int:
             for source in sources:
                 node.put(name, ROOT / source)
         who = "root: each slot's jobs run as a user of their own" if os.geteuid() == 0 else "an ordinary user"
-        print(f"coordinator {coordinator.root}\nnode        {node.directory} (as {who})\n")
+        print(f"coordinator {coordinator.root}\nnode        {node.directory}\nas          {who}\n")
         good = run(coordinator, node, keep=keep)
     print(f"\n{'all as expected' if good else 'NOT as expected'}; records and log stay in {node.directory}")
     return 0 if good else 1

@@ -29,6 +29,7 @@ from aitbc_miner.jobs import Artifact, Outcome, State
 from aitbc_miner.receipts import Receipt
 from aitbc_miner.runners import last_line, printable
 from aitbc_miner.util.log import MASK, Formatter
+from aitbc_miner.util.terminal import visible
 from fuzz.engine import Check, Target, directory, only, raw, simply
 from fuzz.kept import NAMES
 from fuzz.mutations import JSON, joined, mutated, parted, words
@@ -54,7 +55,7 @@ def _log(data: bytes) -> None:
             line.encode()
             if as_json and MASK not in line:
                 assert json.loads(line)["attrs"]["text"] == value
-    for text in (clean(value, 100), printable(value, 100), last_line(value), ctlview.visible(value)):
+    for text in (clean(value, 100), printable(value, 100), last_line(value), visible(value)):
         assert not raw(text)
     assert len(clean(value, 100)) <= 100
 
@@ -146,7 +147,7 @@ def _client() -> Iterator[Check]:
                         told = ctl._json(ctl._value(verb, answer))
                     except ctl.CtlError as error:
                         # As `main` prints it; how much the miner says is not the client's affair.
-                        page, told = ctlview.visible(str(error), keep="\n"), ""
+                        page, told = visible(str(error), keep="\n"), ""
                     assert not raw(page + told, "\n")
 
         try:

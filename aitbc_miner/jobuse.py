@@ -1,0 +1,70 @@
+"""What a job that runs uses and may use, for the operator: read at the moment of the question."""
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from msgspec import Struct
+
+from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.jobs import JobUse
+from aitbc_miner.messages import SlotView
+from aitbc_miner.util import clock
+
+MIB = 1 << 20
+
+
+class Said(Struct):
+    """What the worker of a slot has said of its job: since when it runs, until when it may, how far it is."""
+
+    since: float
+    until: float | None = None
+    pct: float | None = None
+    note: str = ""
+    disk_bytes: int | None = None
+
+
+def use_of(view: SlotView, said: Said, cpu_max: int | None, disk_max: int | None) -> JobUse:
+    """Say what the job of a slot uses.
+
+    Args:
+        view: the slot.
+        said: by its worker.
+        cpu_max: percent of one CPU; None: as many CPUs as the slot has.
+        disk_max: bytes, if there is a limit.
+    """
+    ran = max(0.001, clock.now() - said.since)
+    cpu_s, memory = _read(view)
+    return JobUse(
+        for_s=ran,
+        max_s=None if said.until is None else max(0.0, said.until - said.since),
+        pct=said.pct,
+        note=said.note,
+        cpu_pct=None if cpu_s is None else cpu_s / ran * 100,
+        cpu_max_pct=cpu_max or view.offer.cpu_threads * 100,
+        memory_bytes=memory,
+        memory_max_bytes=view.offer.memory_mb * MIB,
+        disk_bytes=said.disk_bytes,
+        disk_max_bytes=disk_max,
+    )
+
+
+def _read(view: SlotView) -> tuple[float | None, int | None]:
+    """Give the CPU seconds and the bytes of memory that the job's group uses, as far as it counts."""
+    with contextlib.suppress(OSError, CgroupError):
+        if view.cgroup is None:
+            return None, _resident([view.job_pid]) if view.job_pid else None
+        group = Group(Path(view.cgroup, "job"))
+        usage, memory = group.cpu_usage(), group.memory_current()
+        return usage.total_s if usage else None, _resident(group.pids()) if memory is None else memory
+    return None, None
+
+
+def _resident(pids: Iterable[int]) -> int:
+    """Sum what processes have in memory; what they share counts several times."""
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            total += int(Path(f"/proc/{pid}/statm").read_text("ascii").split()[1])
+    return total * os.sysconf("SC_PAGE_SIZE")
