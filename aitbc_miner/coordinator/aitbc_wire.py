@@ -15,6 +15,7 @@ from msgspec import Struct
 from aitbc_miner.coordinator import Assignment, Heartbeat, PulledJob, Unreachable
 from aitbc_miner.coordinator.answers import AITBC, confirm
 from aitbc_miner.coordinator.brokenjson import find_text
+from aitbc_miner.coordinator.failure import log_of, message_of
 from aitbc_miner.coordinator.http import Reply, clean
 from aitbc_miner.jobs import ManifestError, Outcome, decode_manifest
 from aitbc_miner.util import forgiving
@@ -234,8 +235,8 @@ def result(made: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
 
 def failure(outcome: Outcome) -> dict[str, Any]:
     """Report that a job failed. Its client is shown the message alone, so the code stands in that, too."""
-    message = f"{outcome.code}: {outcome.message}"
-    if tail := clean(outcome.log.tail[-LOG_TAIL:], LOG_TAIL):
+    message = f"{outcome.code}: {message_of(outcome)}"
+    if tail := clean(log_of(outcome)[-LOG_TAIL:], LOG_TAIL):
         message += f" | the end of its log: {tail}"
     return {
         "error_code": outcome.code,

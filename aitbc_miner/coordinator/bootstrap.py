@@ -26,6 +26,7 @@ from aitbc_miner.coordinator import (
 )
 from aitbc_miner.coordinator.answers import BOOTSTRAP, answer, check, confirm
 from aitbc_miner.coordinator.brokenjson import find_text
+from aitbc_miner.coordinator.failure import log_of, message_of
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
 from aitbc_miner.errors import LocalError, MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
@@ -156,9 +157,9 @@ class BootstrapCoordinator:
             "job_id": job_id,
             "node_id": self._node_id,
             "error_code": outcome.code,
-            "error_msg": clean(outcome.message, 2000),
+            "error_msg": clean(message_of(outcome), 2000),
             "logs_ref": LOG,
-            "metrics": {**_measured(outcome), "log_tail": _text(outcome.log.tail[-4096:])},
+            "metrics": {**_measured(outcome), "log_tail": _text(log_of(outcome)[-4096:])},
         }
         reply = self._http.call("POST", "/jobs/fail", payload, doing=doing, headers=_key(key))
         self._answer("fail", reply, doing)
