@@ -133,5 +133,5 @@ def _take_all(path: Path) -> int:
 
 def test_the_file_is_not_for_others(tmp_path: Path) -> None:
     Limits(tmp_path / "calls", MOST).take("result")
-    assert (tmp_path / "calls").stat().st_mode & 0o007 == 0
+    assert (tmp_path / "calls").stat().st_mode & 0o077 == 0
     assert clock.now() > 0

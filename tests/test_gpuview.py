@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 from attacks import ATTACKS
+from nvml_stub import NvmlStub
 
 import aitbc_miner
 from aitbc_miner import gpunodes
+from aitbc_miner.gpu import GpuReader
 from aitbc_miner.gpunodes import make_nodes
 from aitbc_miner.gpuview import VIEW, devices_of, gpu_view
 from aitbc_miner.messages import GpuFact
+from aitbc_miner.sampling import inventory
 from aitbc_miner.sandbox import ETC, ETC_OF_NETWORK
 
 
@@ -25,6 +28,15 @@ def test_a_slot_gives_its_job_its_own_card_and_no_other() -> None:
     part = gpu_view(GpuFact(("MIG-1",), 4864, minor=0, capabilities=(21, 22)))
     assert Path("/dev/nvidia-caps/nvidia-cap22") in part
     assert Path("/dev/nvidia0") in part
+
+
+def test_each_slot_is_shown_the_card_that_nvml_names(tmp_path: Path) -> None:
+    stub = NvmlStub(tmp_path, gpus=2)
+    with GpuReader(environ=stub.environ, sysfs=tmp_path) as reader:
+        first, second = inventory(reader.list(60.0)).gpus
+    places = [Path("/sys/bus/pci/devices/0000:40:00.0"), Path("/sys/bus/pci/devices/0000:41:00.0")]
+    assert [place for place in places if place in gpu_view(first)] == places[:1]
+    assert [place for place in places if place in gpu_view(second)] == places[1:]
 
 
 def test_what_a_card_does_not_tell_is_left_out() -> None:

@@ -122,7 +122,8 @@ class Limits:
     @contextmanager
     def _file(self) -> Iterator[int | None]:
         try:
-            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+            # Who could read it could lock it, and keep us from the coordinator.
+            file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError:
             yield None
             return
