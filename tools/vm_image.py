@@ -245,7 +245,8 @@ def finish_script(needed: list[str]) -> str:
     return f"""set -e
 chown -R 0:0 "$1/wheels"
 chroot "$1" python3 -m venv /opt/test-env
-chroot "$1" /opt/test-env/bin/pip install --quiet --no-index --find-links=/wheels {shlex.join(needed)}
+chroot "$1" /opt/test-env/bin/pip install --quiet --no-index --no-deps --find-links=/wheels \\
+  {shlex.join(needed)}
 mkdir -p "$1/etc/systemd/system/multi-user.target.wants" "$1/var/log/journal" "$1/reports"
 {units}
 for unit in {" ".join(MASKED)}; do ln -sf /dev/null "$1/etc/systemd/system/$unit"; done
