@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,7 @@ def test_what_never_came_to_its_results_has_none(tmp_path: Path) -> None:
 
 MAIN = """
 import sys
+import xml.etree.ElementTree as ET
 from tools import test_run
 from tools.test_run import Phase
 test_run.native = lambda scratch: [Phase("native", [["sh", "-c", sys.argv[1]]])]
@@ -108,3 +110,27 @@ def test_what_is_told_to_end_ends_what_it_has_started(tmp_path: Path) -> None:
     pid = int((tmp_path / "pid").read_text())
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+SHARING = """
+import os, pytest
+@pytest.fixture(scope="module")
+def node():
+    yield
+@pytest.mark.parametrize("number", range(20))
+def test_sharing(node, number, record_property):
+    record_property("pid", os.getpid())
+"""
+
+
+def test_what_shares_a_fixture_stays_in_one_process(tmp_path: Path) -> None:
+    for name in ("test_a.py", "process/test_b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(SHARING)
+    spread = ["-p", "tools.test_spread", "-n", "2", f"--junitxml={tmp_path}/x.xml"]
+    command = [sys.executable, "-m", "pytest", f"--rootdir={tmp_path}", *spread, str(tmp_path)]
+    subprocess.run(command, cwd=test_run.CHECKOUT, check=True, stdout=subprocess.DEVNULL)
+    found = ET.parse(tmp_path / "x.xml").iter("testcase")
+    pids = {(case.get("classname"), each.get("value")) for case in found for each in case.iter("property")}
+    assert len(pids) == 2, pids
+    assert len({module for module, _ in pids}) == 2, pids

@@ -43,7 +43,7 @@ class Done(NamedTuple):
 class Phase(NamedTuple):
     """One step: commands that run one after the other, whatever comes of each.
 
-    What they print passes as it is, or line by line with `prefix`. pytest's JUnit files are in `results`.
+    Lines that they print begin with `prefix`. pytest's JUnit files are in `results`.
     """
 
     name: str
@@ -63,13 +63,15 @@ async def run(phase: Phase) -> Done:
 
 
 async def _command(command: list[str], phase: Phase) -> int:
+    # Where several speak, each line is to be whole; on a terminal the native tests show how they get on.
+    pipe = asyncio.subprocess.PIPE if phase.prefix or not sys.stdout.isatty() else None
     process = await asyncio.create_subprocess_exec(
         *command,
         cwd=CHECKOUT,
         env={**os.environ, **phase.environ},
         stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE if phase.prefix else None,
-        stderr=asyncio.subprocess.STDOUT if phase.prefix else None,
+        stdout=pipe,
+        stderr=asyncio.subprocess.STDOUT if pipe else None,
         limit=LONGEST_LINE,
     )
     try:
@@ -111,7 +113,7 @@ def native(scratch: Path) -> list[Phase]:
     covered.chmod(0o1777)
     # All of pytest's processes must list the tests in the same order.
     environ = {"COVERAGE_FILE": str(covered / "data"), "PYTHONHASHSEED": str(random.randrange(1 << 32))}
-    spread = ["-p", "tools.test_spread", "-n", str(PROCESSES), "--dist", "loadgroup"]
+    spread = ["-p", "tools.test_spread", "-n", str(PROCESSES)]
     return [
         Phase("linters, types", [[ruff, "check", "."], [ruff, "format", "--check", "."], [mypy]]),
         Phase(

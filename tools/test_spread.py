@@ -1,18 +1,33 @@
-"""A plugin of pytest, for `tools/test`: how the tests are spread over several processes."""
+"""A plugin of pytest, for `tools/test`: how the tests are spread over several processes (pytest-xdist)."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the nodes, which wait most, and leave together what shares a fixture beyond one test."""
+    """Begin with the nodes: they wait most."""
     items.sort(key=lambda item: "process" not in item.path.parts)
-    for item in items:
-        if _shares(item):
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
-def _shares(item: pytest.Item) -> bool:
-    # Those of pytest itself have no base, and each process may have its own.
-    fixtures = item._fixtureinfo.name2fixturedefs.values() if isinstance(item, pytest.Function) else ()  # noqa: SLF001
-    return any(each.scope != "function" and each.baseid for defined in fixtures for each in defined)
+class Spread(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
+    """Each test by itself to whoever is free, but all tests together of a module that shares a fixture."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = nodeid.partition("::")[0]
+        return module if _shares(self.config.rootpath / module) else nodeid
+
+
+# By the text alone: the process that hands out the tests imports none of them.
+@cache
+def _shares(module: Path) -> bool:
+    return 'scope="module"' in module.read_text()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Spread:
+    """Have xdist spread them so."""
+    return Spread(config, log)
