@@ -14,6 +14,7 @@ from functools import partial
 
 from aitbc_miner import reserve
 from aitbc_miner.accounts import Accounts, account_of
+from aitbc_miner.anchor import Anchor
 from aitbc_miner.assignments import Assignments
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
@@ -85,6 +86,7 @@ class Agent:
             config, channel, coordinator, self._token, self._accounts, SqliteQueue(database), input_proxy
         )
         lease_s = config.queue.lease_s
+        self._anchor = Anchor(bench, database, self._recover)
         self._fleet = fleet = Fleet(shared, config.node_id, lease_s, self._belongs) if shared else None
         self._progress = ProgressBook(config.heartbeat.interval_s, PROGRESS_PAUSE_S)
         self._reporter = Reporter(bench, fleet, self._settled)
@@ -107,7 +109,7 @@ class Agent:
 
     def run(self) -> None:
         """Recover, then serve until told to stop or the supervisor is gone (ChannelError)."""
-        self._recover()
+        self._anchor.start()
         self._token.ask()
         while not self._stopping.is_set():
             self._wait()
@@ -121,13 +123,16 @@ class Agent:
 
     def _parts(
         self,
-    ) -> list[Taker | Puller | Reporter | Assignments | IdleWatch | FleetWatch | Pruning | Persisting]:
+    ) -> list[
+        Taker | Puller | Reporter | Assignments | IdleWatch | FleetWatch | Pruning | Persisting | Anchor
+    ]:
         watch = [self._watch] if self._watch else []
         # Reports before pulls: a coordinator may count a job as under way until it has its report.
         return [
             *(self._taker, self._reporter, self._assignments, self._puller, self._idle, self._pruning),
             *watch,
             self._bench.persisting,
+            self._anchor,
         ]
 
     def _wait(self) -> None:
@@ -250,7 +255,7 @@ class Agent:
 
     def _pulls_from(self) -> float:
         """Say from when on to pull: what the coordinator takes for ours already comes first."""
-        if self._assignments.asked:
+        if self._assignments.asked and not self._bench.homeless:
             return self._taker.troubled_until()
         return max(self._taker.troubled_until(), clock.now() + 60.0)
 
@@ -270,6 +275,8 @@ class Agent:
         if not usable:
             self._taker.refuse_nameless(job_id, str(job.error))
             return False
+        if self._anchor.lost():
+            return False  # it comes again: nobody was told that we have it
         known = self._bench.records.known(job_id)
         if known or job_id in self._taker or self._accounts.knows(job_id):
             self._bench.log.info("job known already", job_id=job_id, directory=known)

@@ -48,12 +48,19 @@ class Caps(Struct, frozen=True):
 class Collector:
     """Takes one job's artifacts; `job_fd` is its directory, `owner` who shall be able to read them.
 
-    Large files are hashed in the job's own `group`, if it has one.
+    Large files are hashed in the job's own `group`, if it has one. `make_room` gives a full disk back what is
+    set aside, a little at a time; False: there is no more of it.
     """
 
     def __init__(
-        self, job_fd: int, caps: Caps, owner: tuple[int, int] | None, group: Group | None = None
+        self,
+        job_fd: int,
+        caps: Caps,
+        owner: tuple[int, int] | None,
+        group: Group | None = None,
+        make_room: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._make_room = make_room
         self._job_fd = job_fd
         self._group = group
         self._caps = caps
@@ -137,8 +144,7 @@ class Collector:
             shown = f"output/{shown}"
         check_path(shown)
         try:
-            # Through the descriptor: it is this very file that gets the name, whatever the path says now.
-            os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=stage, follow_symlinks=True)
+            self._link(fd, stage, name)
         except OSError as error:
             if fs.may_pass(error):
                 raise
@@ -152,6 +158,16 @@ class Collector:
         self._taken.append(
             Artifact(shown, f"{STAGE}/{name}", info.st_size, sha256_in(self._group, fd), spec.type)
         )
+
+    def _link(self, fd: int, stage: int, name: str) -> None:
+        while True:
+            try:
+                # Through the descriptor: it is this very file that gets the name, whatever the path says now.
+                return os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=stage, follow_symlinks=True)
+            except OSError as error:
+                # A second name takes little, but takes something; an inode of tmpfs, for one.
+                if error.errno not in fs.FULL or not self._make_room():
+                    raise
 
     def _check(self, info: os.stat_result, path: str, spec: ArtifactSpec) -> None:
         if info.st_nlink != 1:

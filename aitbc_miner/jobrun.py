@@ -319,13 +319,13 @@ class JobRun:
             def collect() -> list[Artifact]:
                 try:
                     group = self._around.group.job if self._around.group else None
-                    collector = Collector(self._job.fd, caps, owner, group)
+                    collector = Collector(
+                        self._job.fd, caps, owner, group, partial(reserve.release, own.root)
+                    )
                     found = [*log_artifact(self._job.fd, LOG), *collector.collect(manifest.artifacts)]
                 except OSError as error:
                     if is_full(error):
-                        # A second name takes little, but takes something; a file of tmpfs, for one.
                         workspace.make_room(self._job.fd, ("tmp",))
-                        reserve.release(own.root, caps.files)
                     raise
                 self._left_out = collector.left_out
                 return found

@@ -53,17 +53,16 @@ def write_durably(root: Path, dir_fd: int, name: str, data: bytes) -> None:
     raise full
 
 
-def release(root: Path, pieces: int = 1) -> bool:
-    """Give pieces of what is set aside back to the disk; False when there is nothing left of it."""
-    released = 0
-    with contextlib.suppress(OSError), fs.directory(root / NAME) as there:
-        for name in sorted(os.listdir(there))[: max(1, pieces)]:  # noqa: PTH208  # a descriptor
+def release(root: Path) -> bool:
+    """Give a piece of what is set aside back to the disk; False when there is nothing left of it."""
+    with contextlib.suppress(OSError), fs.directory(root / NAME) as pieces:
+        for name in sorted(os.listdir(pieces)):  # noqa: PTH208  # a descriptor
             with contextlib.suppress(FileNotFoundError):  # another was quicker
-                os.unlink(name, dir_fd=there)
-                released += 1
-        # Some file systems hand out what was freed only when that is on the disk.
-        os.fsync(there)
-    return released > 0
+                os.unlink(name, dir_fd=pieces)
+                # Some file systems hand out what was freed only when that is on the disk.
+                os.fsync(pieces)
+                return True
+    return False
 
 
 def ensure(root: Path, wanted: int = MIB) -> None:

@@ -16,6 +16,7 @@ from aitbc_miner.children import Errands, Main
 from aitbc_miner.config import Workspace
 from aitbc_miner.control import Problem
 from aitbc_miner.messages import Retuned, SpaceWanted, Sweepable, Swept
+from aitbc_miner.records import MARK
 from aitbc_miner.sweeping import Sweep, sweep
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
@@ -59,7 +60,8 @@ class Storage:
             self.short = True
             return self.short is not before
         self._judge(free, lacking)
-        if not self._busy:
+        # What may be the empty place of a disk that is not mounted is left as it is.
+        if not self._busy and (self._kept.root / MARK).exists():
             self._act(free, lacking)
         return self.short is not before
 

@@ -70,6 +70,8 @@ class Workbench:
         self.persisting = Persisting(self.tell)
         # Why nothing is pulled, although there are free slots.
         self.paused = ""
+        # What is wrong with the workspace, if it is not the one with this node's jobs.
+        self.homeless: str | None = None
         self.pending = 0
         self.refused = 0
         self._unbooked: deque[JobAccount] = deque()
@@ -127,8 +129,9 @@ class Workbench:
 
     def tell(self) -> None:
         """Tell the supervisor how it goes."""
-        error = self.error or self.queue_error or self.persisting.trouble
-        self.channel.send(Deliveries(self.pending, error, self.refused, self.paused))
+        error = self.homeless or self.error or self.queue_error or self.persisting.trouble
+        paused = "the disk with this node's jobs is not there" if self.homeless else self.paused
+        self.channel.send(Deliveries(self.pending, error, self.refused, paused))
 
     def count(self, name: Literal["broken_records", "retries", "deliveries"], label: str = "") -> None:
         """Add one to a metric."""

@@ -55,7 +55,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "agent": {
             *("agent", "workbench", "pulling", "taking", "intake", "progress", "reporting", "delivery"),
             *("reruns", "fleet", "fleetwatch", "pruning", "recovery", "nodetoken", "queue_shared"),
-            *("assignments", "idling", "ondemand", "persisting"),
+            *("assignments", "idling", "ondemand", "persisting", "anchor"),
         },
         "heartbeat": {"heartbeat", "registration", "reports"},
     },

@@ -14,6 +14,7 @@ from aitbc_miner.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.children import Errands, Main
 from aitbc_miner.config import Workspace
 from aitbc_miner.messages import SpaceWanted, Sweepable, Swept
+from aitbc_miner.records import MARK
 from aitbc_miner.storage import AGAIN_S, MIB, Storage
 from aitbc_miner.sweeping import Sweep
 from aitbc_miner.util import clock, fs
@@ -60,6 +61,7 @@ class Site:
 
     def begun(self) -> "Site":
         """Have the sweep of the start be over, and the reserve made."""
+        (self.storage._kept.root / MARK).touch()
         reserve.fill(self.storage._kept.root, RESERVE)
         self.storage.tick()
         self.errands.done(Sweep())
@@ -94,6 +96,16 @@ def test_pulling_stops_below_the_limit_and_goes_on_well_above_it(site: Site) -> 
     assert site.tick(LEAST + LEAST / 16)
     assert not site.storage.short
     assert site.storage.problem is None
+
+
+def test_a_place_without_the_mark_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    site = Site(tmp_path, monkeypatch)
+    site.storage.sweep(Sweepable(["j1"]))
+    site.tick(LEAST * 2)
+    assert site.errands.started == []
+    (tmp_path / MARK).touch()
+    site.tick(LEAST * 2)
+    assert site.errands.names() == ["sweep"]
 
 
 def test_inodes_are_guarded_as_bytes_are(site: Site) -> None:
@@ -183,6 +195,7 @@ def test_remains_of_an_earlier_run_are_looked_for_at_the_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = Site(tmp_path, monkeypatch)
+    (tmp_path / MARK).touch()
     site.tick(1000)
     assert site.errands.started == [("sweep", ([], fs.Room(inf, inf)))]
     site.errands.done(Sweep(unfinished=True))

@@ -6,6 +6,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from conftest import NodeFactory
@@ -34,11 +35,96 @@ def node(min_free: int, node_factory: NodeFactory) -> Iterator[Node]:
     subprocess.run(["/usr/bin/mount", "-t", "tmpfs", "-o", options, "tmpfs", str(node.jobs)], check=True)
     try:
         node.start()
-        wait_until(lambda: not reserve.lacking(node.jobs, RESERVE_MIB), WAIT_S)
+        wait_until(lambda: not reserve.lacking(node.jobs, RESERVE_MIB).files, WAIT_S)
         yield node
     finally:
         node.clean_up()
         subprocess.run(["/usr/bin/umount", str(node.jobs)], check=True)
+
+
+@contextlib.contextmanager
+def mounted(path: Path, *options: str) -> Iterator[None]:
+    subprocess.run(["/usr/bin/mount", *options, str(path)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["/usr/bin/umount", "-l", str(path)], check=True)
+
+
+def test_a_disk_without_a_free_inode_loses_nothing(
+    coordinator: MockCoordinator, node_factory: NodeFactory
+) -> None:
+    node = node_factory(3, workspace={"min_free_inodes": 60, "reserve_mb": 2})
+    node.jobs.mkdir()
+    with mounted(node.jobs, "-t", "tmpfs", "-o", "size=24m,nr_inodes=400,mode=755", "tmpfs"):
+        try:
+            node.start()
+            wait_until(lambda: not reserve.lacking(node.jobs, 1).files, WAIT_S)
+            begin, go, freed = (node.marks / name for name in ("begin", "go", "freed"))
+            # It takes each inode that comes free until it is told to give them back.
+            eat = f"n=0; until [ -e {freed} ]; do : > f$n && n=$((n+1)) || sleep 0.02; done 2> /dev/null"
+            coordinator.submit(node.script("hog", f"{until(begin)}; {eat}; rm -f f*"))
+            works = "echo x > ../output/x"
+            for name in ("one", "two"):
+                coordinator.submit(node.script(name, f"{works}; {until(go)}", artifacts=[{"path": "x"}]))
+            for name in ("hog", "one", "two"):
+                node.running(name)
+            begin.touch()
+            wait_until(lambda: os.statvfs(node.jobs).f_favail == 0, WAIT_S)
+            wait_until(lambda: not node.now().accepting, WAIT_S)
+            [problem] = [each.what for each in node.now().problems if "inodes" in each.what]
+            assert "below workspace.min_free_inodes (60): no jobs are pulled" in problem
+            late = coordinator.submit(node.script("late", ":"))
+            go.touch()
+            # What they have finished is kept, and delivered, while there is no inode to be had.
+            assert {job.state for job in wait_final(coordinator, ["one", "two"])} == {State.DONE}
+            assert states(coordinator, [late]) == {State.QUEUED}
+            freed.touch()
+            wait_final(coordinator, ["hog", late])
+            assert coordinator.job("late").state == State.DONE
+            wait_until(lambda: node.now().accepting, WAIT_S)
+            wait_settled(node)
+            assert_once(coordinator, ["hog", "one", "two", late])
+        finally:
+            node.clean_up()
+
+
+def test_a_disk_that_is_not_mounted_takes_no_jobs(
+    coordinator: MockCoordinator, node_factory: NodeFactory, tmp_path: Path
+) -> None:
+    node = node_factory(1)
+    node.jobs.mkdir()
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    disk.chmod(0o755)
+
+    def away() -> bool:
+        now = node.now()
+        return not now.accepting and any("Mount its disk" in each.what for each in now.problems)
+
+    try:
+        with mounted(node.jobs, "--bind", str(disk)):
+            node.start()
+            coordinator.submit(node.script("before", ":"))
+            wait_final(coordinator, ["before"])
+            wait_settled(node)
+        # Gone under the node that runs.
+        wait_until(away, WAIT_S)
+        late = coordinator.submit(node.script("late", ":"))
+        node.stop()
+        node.start()
+        # And not there at its start.
+        wait_until(away, WAIT_S)
+        assert not any(path.is_dir() for path in node.jobs.iterdir())
+        assert states(coordinator, [late]) == {State.QUEUED}
+        with mounted(node.jobs, "--bind", str(disk)):
+            wait_final(coordinator, [late])
+            wait_until(lambda: node.now().accepting, WAIT_S)
+            wait_settled(node)
+            assert [len(node.runs(name)) for name in ("before", "late")] == [1, 1]
+            node.stop()
+    finally:
+        node.clean_up()
 
 
 def free_bytes(node: Node) -> int:
@@ -136,7 +222,7 @@ def test_a_disk_with_no_byte_free_loses_nothing(
     assert wait_final(coordinator, [new])[0].state == State.DONE
     assert clock.now() - freed_at < NORMAL_S
     wait_final(coordinator, [*early, *late])
-    wait_until(lambda: not reserve.lacking(node.jobs, RESERVE_MIB), NORMAL_S)
+    wait_until(lambda: not reserve.lacking(node.jobs, RESERVE_MIB).files, NORMAL_S)
     wait_until(lambda: not says_short(node), NORMAL_S)
     wait_settled(node)
     assert_once(coordinator, [*early, *late, new])

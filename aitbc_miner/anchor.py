@@ -1,0 +1,119 @@
+"""Whether `workspace.root` is the one with the jobs of this node's database: a mark in it, known to both.
+
+A disk that is not mounted leaves an empty directory of the same name. What is pulled then may have been done
+before, and its record is lost when the disk comes back.
+"""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from aitbc_miner import reserve
+from aitbc_miner.database import Database
+from aitbc_miner.records import MARK
+from aitbc_miner.util import clock, fs
+from aitbc_miner.workbench import Workbench
+
+MAX_MARK = 64
+LOOK_S = 2.0
+
+_TABLE = """
+CREATE TABLE IF NOT EXISTS workspace (
+    id INTEGER PRIMARY KEY CHECK (id = 1), mark TEXT NOT NULL, place TEXT NOT NULL
+) STRICT
+"""
+
+
+class Anchor:
+    """For the agent's main thread. `begin` is called once, when the right workspace is there."""
+
+    def __init__(self, bench: Workbench, database: Database, begin: Callable[[], None]) -> None:
+        self._bench = bench
+        self._database = database
+        self._begin = begin
+        self._waits = False
+        self._known: tuple[str, str] | None = None
+        self._due = clock.now() + LOOK_S
+
+    def next_due(self) -> float:
+        """When to look next."""
+        return self._due
+
+    def start_due(self) -> None:
+        """Look whether it is still there, or there at last."""
+        if clock.now() >= self._due:
+            self._due = clock.now() + LOOK_S
+            if not self.lost() and self._waits:
+                self._waits = False
+                self._begin()
+
+    def start(self) -> None:
+        """Begin now, or as soon as it is there."""
+        self._waits = True
+        self._due = clock.now()
+        self.start_due()
+
+    def lost(self) -> bool:
+        """Whether it is not there now; says why, to the operator. Nothing may be taken in then."""
+        bench, before = self._bench, self._bench.homeless
+        try:
+            self._known = self._known or self._find()
+            self._compare(*self._known)
+            bench.homeless = None
+        except OSError as error:
+            bench.homeless = str(error)
+        if bench.homeless != before:
+            bench.log.warning("workspace", error=bench.homeless or "it is there")
+            bench.tell()
+        return bench.homeless is not None
+
+    def _find(self) -> tuple[str, str]:
+        """Give the mark that the database knows, and where it was; makes both where there is none yet."""
+        with self._database.writing() as connection:
+            connection.execute(_TABLE)
+            known: tuple[str, str] | None = connection.execute("SELECT mark, place FROM workspace").fetchone()
+        if known is not None:
+            return known
+        records, found = self._bench.records, self._read()
+        known = (found or secrets.token_hex(8), _place_of(records.root))
+        # An earlier version has made no mark: then it is where the jobs are that it knows.
+        kept = self._bench.accounts.settled()
+        if kept and not any(map(records.known, kept)):
+            known = (secrets.token_hex(8), "another disk")
+        elif not found:
+            with fs.directory(records.root) as root:
+                reserve.write_durably(records.root, root, MARK, known[0].encode() + b"\n")
+        with self._database.writing() as connection:
+            connection.execute("INSERT INTO workspace VALUES (1, ?, ?)", known)
+        return known
+
+    def _compare(self, mark: str, place: str) -> None:
+        found, root = self._read(), self._bench.records.root
+        if found != mark:
+            lacks = f"it has another's mark, {found!a:.80}" if found else f"there is no {MARK} in it"
+            raise OSError(
+                f"workspace.root {root} is not the one with this node's jobs, which was on {place}: {lacks};"
+                " no jobs are pulled. Mount its disk; or, if what was there is gone for good:"
+                f" `echo {mark} > {root / MARK}`"
+            )
+
+    def _read(self) -> str:
+        try:
+            with fs.directory(self._bench.records.root) as root:
+                return fs.read_bounded(root, MARK, MAX_MARK).decode("ascii", "replace").strip()
+        except (FileNotFoundError, NotADirectoryError):
+            return ""
+
+
+def _place_of(root: Path) -> str:
+    """Name the device and the mount point that a directory is on. Source: proc(5), mountinfo."""
+    device, real = root.stat().st_dev, root.resolve()
+    number = f"{os.major(device)}:{os.minor(device)}"
+    mounts = []
+    for line in Path("/proc/self/mountinfo").read_text("utf-8", "backslashreplace").splitlines():
+        fields, _, source = line.partition(" - ")
+        found, point = fields.split()[2], fields.split()[4]
+        if found == number and real.is_relative_to(point):
+            mounts.append((len(point), f"{source.split()[1]}, mounted at {point}"))
+    return max(mounts, default=(0, f"device {number}"))[1]
