@@ -148,11 +148,12 @@ def make_node(
     *,
     source: str = "env:MINER_AUTH",
     backoff: tuple[float, float] = (0.02, 0.1),
+    base: str = BASE,
     **timing: float,
 ) -> Node:
     beat = settings.Heartbeat(interval_s=0.05, jitter_pct=10, backoff=settings.Backoff(*backoff))
     config = settings.Config(
-        coordinator=settings.Coordinator(BASE, source, allow_http=True, timeout_s=2),
+        coordinator=settings.Coordinator(base, source, allow_http=True, timeout_s=2),
         heartbeat=beat,
         workspace=settings.Workspace(root=tmp_path),
         queue=settings.Queue(path=tmp_path / "queue.db"),

@@ -3,6 +3,8 @@ import socket
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import requests
@@ -21,6 +23,7 @@ from heartbeat_node import (
 from nvml_stub import NvmlStub, no_library
 
 from aitbc_miner import config as settings
+from aitbc_miner.coordinator import Unreachable
 from aitbc_miner.counters import FILE
 from aitbc_miner.credentials import digest
 from aitbc_miner.errors import ErrorCode
@@ -37,8 +40,10 @@ from aitbc_miner.messages import (
     TokenWanted,
     Troubles,
 )
+from aitbc_miner.registration import Registration
 from aitbc_miner.slot import SlotState
 from aitbc_miner.util import clock
+from tools.mock_aitbc import MockAitbc
 
 
 @pytest.fixture
@@ -236,6 +241,33 @@ def test_a_refused_registration_is_the_operators_to_mend(
     assert second[1] - first[1] >= 0.1
     assert third[1] - second[1] >= 0.1
     assert OPERATOR not in str([vars(record) for record in log])
+
+
+def test_a_coordinator_of_the_other_dialect_is_recognised(tmp_path: Path) -> None:
+    with MockAitbc() as mock, make_node(tmp_path, base=mock.url) as node:
+        node.supervisor.send(slots())
+        view = node.view(registered=False)
+        assert view.error
+        assert view.remedy
+        assert view.remedy.startswith("an AITBC coordinator answers there: set coordinator.dialect: aitbc-v1")
+
+
+def test_it_is_looked_at_once_for_each_error_and_not_once_it_has_worked() -> None:
+    looks: list[str] = []
+
+    def look() -> str:
+        looks.append("look")
+        return f"guess {len(looks)}"
+
+    def nobody() -> Any:
+        raise AssertionError
+
+    registration = Registration(nobody, lambda _: None, Mock(), look)
+    first, second = Unreachable("cannot register: a"), Unreachable("cannot register: b")
+    said = [registration.guess(error) for error in (first, first, second)]
+    assert said == ["guess 1", "guess 1", "guess 2"]
+    registration.at = 1.0
+    assert registration.guess(first) is None
 
 
 def test_a_token_file_that_is_replaced_is_used_at_once(coordinator: FakeCoordinator, tmp_path: Path) -> None:

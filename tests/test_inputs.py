@@ -19,7 +19,7 @@ from aitbc_miner import inputs, inputurls
 from aitbc_miner.errors import ErrorCode, JobError, LocalError
 from aitbc_miner.inputs import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Inputs, InputUrl, Manifest
-from aitbc_miner.util import fs
+from aitbc_miner.util import fs, neighbours, web
 from aitbc_miner.util.clock import now
 
 LIMITS = InputLimits(max_bytes_each=1_000_000, max_bytes_total=1_500_000, timeout_s=20, stall_s=5)
@@ -614,6 +614,50 @@ def test_an_untrusted_certificate(server: Server, tmp_path: Path) -> None:
         f"cannot fetch {base}/x: its TLS certificate is not trusted (self-signed certificate) (4 attempts)"
     )
     assert server.requests == []
+
+
+@pytest.mark.parametrize("head", ["HTTP/1.1 103 Early Hints\r\nLink: </y>\r\n\r\n", "X-Many: y\r\n" * 200])
+def test_interim_replies_and_many_headers(server: Server, tmp_path: Path, head: str) -> None:
+    def page(h: Handler) -> None:
+        interim, more = (head, "") if head.startswith("HTTP") else ("", head)
+        h.wfile.write(f"{interim * 2}HTTP/1.1 200 OK\r\n{more}Content-Length: 4\r\n\r\ndata".encode())
+
+    server.pages["/x"] = page
+    fetch(tmp_path, f"{server.base}/x")
+    assert (tmp_path / "x").read_bytes() == b"data"
+
+
+def test_headers_without_end_are_named(server: Server, tmp_path: Path) -> None:
+    endless = b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n"
+
+    def page(h: Handler) -> None:
+        h.wfile.write(endless)
+
+    server.pages["/x"] = page
+    assert "the reply is not usable: got more than 256 headers" in failure(tmp_path, f"{server.base}/x")
+
+
+def test_an_input_of_a_neighbour_is_refused_unless_allowed(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        neighbours, "_is_private", lambda _: False
+    )  # as if this were a public address of ours
+    said = "cannot fetch from 127.0.0.1: jobs may not reach its address 127.0.0.1"
+    assert failure(tmp_path, f"{server.base}/x", allow_private=False) == said
+    assert server.requests == []
+
+
+def test_of_several_addresses_those_that_are_permitted_are_asked(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = server.server_address[1]
+    found = [web.Address(socket.AF_INET, (host, port)) for host in ("10.0.0.1", "127.0.0.1", "169.254.1.1")]
+    monkeypatch.setattr(web, "look_up", lambda *_: list(found))
+    monkeypatch.setattr(inputs, "forbidden", lambda address, **_: address != "127.0.0.1")
+    server.pages["/x"] = lambda h: h.reply(body=b"1")
+    fetch(tmp_path, f"http://many.test:{port}/x", allow_private=False)
+    assert (tmp_path / "x").read_bytes() == b"1"
 
 
 # Addresses inside the operator's network

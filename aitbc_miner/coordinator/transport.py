@@ -80,7 +80,9 @@ class _Https(_Http, HTTPSConnection):
             self._dns_host,
             self.port,
             float(self.timeout or 0.0),
-            finish=lambda sock: context.wrap_socket(sock, server_hostname=self._dns_host.strip("[]")),
+            finish=lambda sock: context.wrap_socket(
+                sock, server_hostname=self._dns_host.strip("[]").rstrip(".")
+            ),
         )
         self.is_verified = context.verify_mode == ssl.CERT_REQUIRED
 
