@@ -27,6 +27,8 @@ class Need(NamedTuple):
 NEEDS = (
     Need("bwrap", "bubblewrap", "demo test"),
     Need("/usr/bin/time", "time", "demo test"),
+    Need("ip", "iproute2", "test"),
+    Need("openssl", "openssl", "test"),
     Need("redis-server", "redis-server", "test"),
     Need("/usr/bin/ffmpeg", "ffmpeg", "test"),
     Need("/usr/bin/convert", "imagemagick", "test"),
