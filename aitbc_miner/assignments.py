@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from aitbc_miner import coordinator
-from aitbc_miner.coordinator import Paced, PulledJob, Unauthorized
+from aitbc_miner.coordinator import Paced, PulledJob
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import FINAL, ManifestError
 from aitbc_miner.messages import CancelJob, EndReason
@@ -97,9 +97,10 @@ class Assignments:
         except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
             wait_s = error.wait_s if isinstance(error, Paced) else self._bench.failed(error) or 0.0
             self._at = clock.now() + max(wait_s, AGAIN_S)
-            if isinstance(error, Unauthorized) or not isinstance(error, Paced):
-                self._bench.warn("list of our jobs not had", error)
+            if not isinstance(error, Paced):
+                self._bench.call_failed("jobs", "list of our jobs not had", error)
             return
+        self._bench.answered("jobs")
         self._told = told is not None
         if told is None:
             return

@@ -21,7 +21,6 @@ from aitbc_miner.coordinator import (
     Busy,
     CoordinatorError,
     Heartbeat,
-    Paced,
     Unauthorized,
     UnknownNode,
     Unreachable,
@@ -42,6 +41,7 @@ from aitbc_miner.messages import (
     NodeView,
     PrivateLine,
     Slots,
+    Starved,
     Stop,
     ToHeartbeat,
     TokenWanted,
@@ -50,7 +50,7 @@ from aitbc_miner.messages import (
 from aitbc_miner.pages import Served
 from aitbc_miner.probe import capabilities, probe_machine
 from aitbc_miner.registration import Registration, RegistrationError, connector
-from aitbc_miner.reports import remedy_for, slot_report, told_of
+from aitbc_miner.reports import remedy_for, rest_after, slot_report, told_of
 from aitbc_miner.runners.catalogue import TaskWatch
 from aitbc_miner.sampling import GpuWatch, Sampler, inventory
 from aitbc_miner.slot import SlotState
@@ -65,8 +65,6 @@ log = events("heartbeat")
 CREDENTIAL_S = 1.0
 """Between two looks at the credential's file as long as we are not registered."""
 UNSETTLED = frozenset({SlotState.STOPPED, SlotState.STARTING})
-SILENT_BEATS = 3
-"""For so many intervals at most a coordinator may ask to hear nothing of us."""
 
 
 class Timing(Struct, frozen=True):
@@ -169,6 +167,8 @@ class HeartbeatProcess:
                 self._metrics.count_job(message.code, message.timings)
             case Counted():
                 self._metrics.counters.count(message.name, message.label, message.n)
+            case Starved():
+                self._show(starved_since=message.since)
             case NodeView():
                 self._show(node=message)
             case TokenWanted():
@@ -245,9 +245,9 @@ class HeartbeatProcess:
             self._schedule.failed(clock.now(), pause.backoff.max_s)
         except CoordinatorError as caught:
             error = caught
-            # Who is silent for long is taken for dead, whatever was asked. It is asked in whole seconds.
-            longest_s = max(SILENT_BEATS * pause.interval_s, 2.0)
-            self._schedule.failed(clock.now(), min(_asked(caught), longest_s))
+            if isinstance(caught, Busy) and caught.status == 429:
+                self._metrics.counters.count("rate_limited", "heartbeat")
+            self._schedule.failed(clock.now(), rest_after(caught, pause.interval_s))
         else:
             now = clock.now()
             self._schedule.succeeded(now)
@@ -330,7 +330,11 @@ class HeartbeatProcess:
         self._view = view
         self._channel.send(view)
         self._show(reachable=reachable, registered=view.registered, error=view.error, remedy=view.remedy)
-        if error:
+        # One outage has many an error: refused, reset, 502.
+        known = before is not None and before.error and before.remedy == view.remedy
+        if error and known:
+            log.debug("coordinator-trouble", error=view.error)
+        elif error:
             log.warning("coordinator-trouble", error=view.error, remedy=view.remedy)
         else:
             log.info("coordinator-well")
@@ -338,17 +342,6 @@ class HeartbeatProcess:
     def _remedy_for(self, error: MinerError) -> str:
         guess = self._registration.guess(error)
         return guess or remedy_for(error, self._config.coordinator.auth_token)
-
-
-def _asked(error: CoordinatorError) -> float:
-    """Say how long to wait at least, where somebody has said so."""
-    match error:
-        case Busy():
-            return error.retry_after or 0.0
-        case Paced():
-            return error.wait_s
-        case _:
-            return 0.0
 
 
 def _first(config: Config) -> Snapshot:

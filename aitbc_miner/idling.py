@@ -66,5 +66,10 @@ class IdleWatch:
 
     def _tell(self, said: Starved) -> None:
         if said != self._told:
+            if said.since is None:
+                self._bench.log.info("jobs come again")
+            elif said.since != self._told.since:
+                idle_s = round(clock.now() - said.since)
+                self._bench.log.warning("no job has come for long", idle_s=idle_s, perhaps=said.causes)
             self._told = said
             self._bench.channel.send(said)

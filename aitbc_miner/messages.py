@@ -17,11 +17,11 @@ from aitbc_miner.jobs import JOB_ID, Requirements, State
 # sends to stop the slots: then the job is lost, and nobody has said that it is not wanted any more.
 END_SIGNALS = {"shutdown": signal.SIGTERM, "cancel": signal.SIGUSR1, "expired": signal.SIGUSR2}
 
-
 Short = Annotated[str, Meta(max_length=256)]
 # What comes from a process that is not root is checked again by the one that is.
 JobId = Annotated[str, Meta(pattern=f"^{JOB_ID.pattern}\\Z")]
 EndReason = Literal["cancel", "shutdown", "timeout", "expired"]
+CounterName = Literal["broken_records", "retries", "deliveries", "rate_limited", "receipts", "units", "price"]
 
 
 class Message(Struct, frozen=True, tag=True):
@@ -203,9 +203,9 @@ class Retried(Message, frozen=True):
 class Counted(Message, frozen=True):
     """agent to supervisor to heartbeat: for the metrics; `label` is the code, or how a delivery ended."""
 
-    name: Literal["broken_records", "retries", "deliveries"]
+    name: CounterName
     label: Annotated[str, Meta(pattern=r"^\w{0,32}\Z")] = ""
-    n: Annotated[int, Meta(ge=1, le=2**31)] = 1
+    n: Annotated[int, Meta(ge=1, le=2**53)] = 1
 
 
 class WorkerReady(Message, frozen=True):
@@ -358,7 +358,7 @@ FromAgent = (
 FromHeartbeat = Inventory | CoordinatorView | Troubles
 FromWorker = WorkerReady | Retuned | WorkerRefused | JobStep | JobTrouble | JobProgress | JobOnDisk | JobEnded
 ToAgent = Slots | JobSettled | JobProgress | CancelJob | Swept | SpaceWanted | RetryJob | Stop
-ToHeartbeat = Slots | JobDone | NodeView | Counted | Stop
+ToHeartbeat = Slots | JobDone | NodeView | Counted | Starved | Stop
 ToWorker = StartJob | CancelJob | Retune | Stop
 
 

@@ -105,7 +105,7 @@ class Puller:
             return
         except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
             wanted = self._bench.failed(error)
-            self._bench.warn("pull failed", error)
+            self._bench.call_failed("pull", "pull failed", error)
             self._at = clock.now() + self._backoff.next()
             self._close(wanted or 0.0)
             if isinstance(error, Unreachable):
@@ -113,6 +113,7 @@ class Puller:
             return
         self._backoff.reset()
         self._bench.worked()
+        self._bench.answered("pull")
         self._at = clock.now() + (0.0 if is_new else self._pause())
         self._empty = 0 if is_new else self._empty + 1
         if is_new:

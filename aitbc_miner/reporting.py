@@ -10,6 +10,7 @@ from aitbc_miner.delivery import Delivered, Schedule, deliver, take_back_refused
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.fleet import Fleet
 from aitbc_miner.jobs import Outcome, State, StateRecord
+from aitbc_miner.messages import CounterName
 from aitbc_miner.queue import Kind, QueueError, Task
 from aitbc_miner.recovery import read_outcome
 from aitbc_miner.util import clock
@@ -20,6 +21,8 @@ from aitbc_miner.workbench import POOLS, Pool, Workbench
 # have those of failures: where the coordinator takes only so many results a minute, they are no results.
 LARGE_BYTES = 8_000_000
 RETRY_MIN_S = 0.5
+MOST_AT_ONCE = 2**53
+"""Of what a metric can be added to; amounts are counted in millionths."""
 
 
 class Reporter:
@@ -155,12 +158,21 @@ class Reporter:
             pause = lane.failed(job_id, clock.now(), bench.failed(error), alone=alone)
             task = Task(Kind.REPORT, job_id, bench.config.node_id, lane.failures(job_id), 0, str(error))
             self._note(partial(bench.queue.put, task, pause))
-            bench.warn("report not accepted", error, job_id=job_id, again_in_s=round(pause, 1))
+            again_s = round(pause, 1)
+            bench.call_failed("report", "report not accepted", error, job_id=job_id, again_in_s=again_s)
             return
         failures = lane.failures(job_id)
         lane.succeeded(job_id, clock.now())
         self.hurry()
         bench.error = None
+        bench.answered("report")
+        if (receipt := delivered.receipt) is not None:
+            check = "verified" if receipt.verified else "unverified"
+            bench.count("receipts", check)
+            amounts: dict[CounterName, float | None] = {"units": receipt.units, "price": receipt.price}
+            for name, amount in amounts.items():
+                if millionths := min(round((amount or 0.0) * 1e6), MOST_AT_ONCE):
+                    bench.count(name, check, millionths)
         if delivered.beat:
             bench.token.want_beat()
         self._settled(delivered.outcome, delivered.how, had_failed=failures > 0)

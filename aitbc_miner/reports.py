@@ -3,13 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-from aitbc_miner.coordinator import CoordinatorError, Refused, Unreachable
+from aitbc_miner.coordinator import Busy, CoordinatorError, Paced, Refused, Unreachable
 from aitbc_miner.errors import MinerError
 from aitbc_miner.messages import SlotView
 from aitbc_miner.probe import SlotCapability
 from aitbc_miner.registration import RegistrationError
 from aitbc_miner.sampling import Use
 from aitbc_miner.telemetry import Snapshot
+
+SILENT_BEATS = 3
+"""For so many intervals at most a coordinator may ask to hear nothing of us."""
 
 
 def told_of(slots: Sequence[SlotView]) -> list[SlotCapability]:
@@ -57,3 +60,17 @@ def remedy_for(error: MinerError, source: str) -> str:
             return "check coordinator.base_url and this machine's network; the node keeps trying"
         case _:
             return "nothing on this node; it keeps trying"
+
+
+def rest_after(error: CoordinatorError, interval_s: float) -> float:
+    """Say how long to wait at least before the next heartbeat, where somebody has said so.
+
+    Who is silent for long is taken for dead, whatever was asked. It is asked in whole seconds.
+    """
+    longest_s = max(SILENT_BEATS * interval_s, 2.0)
+    match error:
+        case Busy():
+            return min(error.retry_after or 0.0, longest_s)
+        case Paced():
+            return min(error.wait_s, longest_s)
+    return 0.0

@@ -275,6 +275,7 @@ class Supervisor:
                 self._heartbeat.send(NodeView(message.pending, message.error))
             case Starved():
                 self._desk.starved = message
+                self._heartbeat.send(message)
             case Sweepable():
                 self._storage.sweep(message)
             case Retried():

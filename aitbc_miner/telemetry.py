@@ -55,6 +55,7 @@ class Snapshot(Struct, frozen=True):
     registered: bool = False
     error: str | None = None
     remedy: str | None = None
+    starved_since: float | None = None
     last_heartbeat: float | None = None
     slots: tuple[SlotView, ...] = ()
     queued: int = 0
@@ -157,11 +158,15 @@ def _problems(snapshot: Snapshot, now: float) -> Iterator[Problem]:
 
 
 class Family(Struct, frozen=True):
-    """A counter: what it means, its label if it has one, and labels that are there from the start."""
+    """A counter: what it means, its label if it has one, and labels that are there from the start.
+
+    It is kept in whole numbers, `scale` of which are 1.
+    """
 
     meaning: str
     label: str = ""
     always: tuple[str, ...] = ()
+    scale: int = 1
 
 
 # With some labels from the start, so that a rate can be told from the first failure on.
@@ -173,6 +178,10 @@ COUNTERS = {
     "deliveries": Family(
         "Reports that the coordinator has settled, by how", "how", ("accepted", "superseded", "refused")
     ),
+    "rate_limited": Family("Calls that the coordinator answered with 429, by kind", "call", ("pull",)),
+    "receipts": Family("Receipts for results, by whether they verified", "check", ("verified", "unverified")),
+    "units": Family("Units that receipts name", "check", ("verified", "unverified"), 10**6),
+    "price": Family("Prices that receipts name", "check", ("verified", "unverified"), 10**6),
     "retries": Family("Attempts that failed and are followed by another, by error code", "code"),
 }
 STEPS = "step_duration_seconds"
@@ -297,7 +306,7 @@ class _Counted(Collector):
             labels = [family.label] if family.label else []
             counts = CounterMetricFamily(f"aitbc_miner_{name}", family.meaning, labels=labels)
             for label, n in shown.counters.get(name, {}).items():
-                counts.add_metric([label] if labels else [], n)
+                counts.add_metric([label] if labels else [], n if family.scale == 1 else n / family.scale)
             yield counts
         steps = HistogramMetricFamily(
             f"aitbc_miner_{STEPS}", "Duration of each step of a job", labels=["step"]
@@ -333,6 +342,12 @@ def _node_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     )
     yield _gauge("coordinator_up", "Whether the coordinator answers", snapshot.reachable)
     yield _gauge("coordinator_registered", "Whether the node is registered", snapshot.registered)
+    since = snapshot.starved_since
+    yield _gauge(
+        "starved_seconds",
+        "Seconds for which each request for a job has come back empty, once they are many; else 0",
+        0.0 if since is None else max(0.0, clock.now() - since),
+    )
     age_s = snapshot.age_s(clock.now())
     yield _gauge(
         "last_heartbeat_age_seconds",

@@ -8,11 +8,19 @@ from typing import Any, Literal, TypeVar
 from aitbc_miner.accounts import Accounts, JobAccount
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
-from aitbc_miner.coordinator import Busy, Coordinator, Unauthorized, UnknownNode
+from aitbc_miner.coordinator import (
+    Busy,
+    Coordinator,
+    CoordinatorError,
+    Refused,
+    Unauthorized,
+    UnknownNode,
+    Unreachable,
+)
 from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import Outcome, State
-from aitbc_miner.messages import Counted, Deliveries, JobUpdate, ToAgent
+from aitbc_miner.messages import Counted, CounterName, Deliveries, JobUpdate, ToAgent
 from aitbc_miner.nodetoken import TokenLine
 from aitbc_miner.persisting import Persisting
 from aitbc_miner.queue import RetryQueue
@@ -74,6 +82,9 @@ class Workbench:
         self.homeless: str | None = None
         self.pending = 0
         self.refused = 0
+        self._failing: dict[str, tuple[bool, int]] = {}
+        self._outage_since = 0.0
+        self._failed_calls = 0
         self._unbooked: deque[JobAccount] = deque()
         self._pools = {name: ThreadPoolExecutor(n, name) for name, n in POOLS.items()}
 
@@ -116,6 +127,29 @@ class Workbench:
         self.tell()
         return error.retry_after if isinstance(error, Busy) else None
 
+    def call_failed(self, call: str, event: str, error: Exception, **attrs: Any) -> None:
+        """Log that a call of this kind failed; but not if it does again, nor all that an outage hits."""
+        if isinstance(error, Busy) and error.status == 429:
+            self.count("rate_limited", call)
+        if isinstance(error, CoordinatorError) and not isinstance(error, Refused):
+            # A coordinator that is away is away for all.
+            away = isinstance(error, Unreachable)
+            said = call in self._failing or (away and any(gone for gone, _ in self._failing.values()))
+            self._outage_since = self._outage_since if self._failing else clock.now()
+            self._failing[call] = away, self._failing.get(call, (away, 0))[1] + 1
+            if said:
+                return
+        self.warn(event, error, **attrs)
+
+    def answered(self, call: str) -> None:
+        """Note that such a call was answered, and log the end of an outage."""
+        _, times = self._failing.pop(call, (False, 0))
+        self._failed_calls += times
+        if times and not self._failing:
+            for_s = round(clock.now() - self._outage_since, 1)
+            self.log.info("the coordinator answers again", after_s=for_s, failed_calls=self._failed_calls)
+            self._failed_calls = 0
+
     def worked(self) -> None:
         """Forget the last error: the coordinator answers."""
         if self.error is not None:
@@ -133,9 +167,9 @@ class Workbench:
         paused = "the disk with this node's jobs is not there" if self.homeless else self.paused
         self.channel.send(Deliveries(self.pending, error, self.refused, paused))
 
-    def count(self, name: Literal["broken_records", "retries", "deliveries"], label: str = "") -> None:
-        """Add one to a metric."""
-        self.channel.send(Counted(name, label))
+    def count(self, name: CounterName, label: str = "", n: int = 1) -> None:
+        """Add to a metric."""
+        self.channel.send(Counted(name, label, n))
 
     def show(self, job_id: str, state: State, *, runner: str = "", outcome: Outcome | None = None) -> None:
         """Have `jobs` show where a job is."""

@@ -12,7 +12,7 @@ from test_intake import pulled
 
 from aitbc_miner.agent import Agent
 from aitbc_miner.config import Config, Heartbeat
-from aitbc_miner.coordinator import CoordinatorError, Refused, Unauthorized
+from aitbc_miner.coordinator import Busy, CoordinatorError, Refused, Told, Unauthorized, Unreachable
 from aitbc_miner.credentials import digest
 from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode
@@ -31,6 +31,7 @@ from aitbc_miner.messages import (
 )
 from aitbc_miner.pulling import MAX_KNOWN
 from aitbc_miner.queue import Kind
+from aitbc_miner.receipts import Receipt
 from aitbc_miner.util import clock
 
 ODD: list[Exception] = [
@@ -447,3 +448,39 @@ def test_a_job_that_was_started_is_reported_lost(left: Desk, started: Callable[[
     rig.register()
     rig.turn(lambda: "j1" not in rig.agent._reporter)
     assert rig.coordinator.told == [("fail", "j1")]
+
+
+# --- an outage ---------------------------------------------------------------------------------------------
+
+
+def test_an_outage_is_logged_once_and_at_its_end(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for call in ("pull", "jobs", "report") * 5:
+        rig.bench.call_failed(call, f"{call} failed", Unreachable("cannot: connection refused"))
+    for call in ("pull", "report", "jobs", "pull"):
+        rig.bench.answered(call)
+    said = [each for each in caplog.records if each.name.startswith("aitbc_miner")]
+    assert [each.msg for each in said] == ["pull failed", "the coordinator answers again"]
+    assert said[1].attrs["failed_calls"] == 15  # type: ignore[attr-defined]
+
+
+def test_one_call_that_goes_on_failing_is_logged_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(5):
+        rig.bench.call_failed("report", "report failed", CoordinatorError("cannot: 500"))
+        rig.bench.call_failed("pull", "pull failed", Busy("cannot: 429", None, 429))
+        rig.bench.answered("pull")
+    failed = [each.msg for each in caplog.records if each.levelno >= logging.WARNING]
+    assert failed.count("report failed") == 1
+    assert rig.said().count(Counted("rate_limited", "pull")) == 5
+
+
+def test_what_receipts_name_is_counted(rig: Rig) -> None:
+    rig.register()
+    record(rig)
+    receipt = Receipt({"receipt_id": "r"}, verified=True, units=12.5, price=0.25)
+    rig.coordinator.result = lambda *_, **__: Told(receipt)  # type: ignore[method-assign]
+    rig.agent._report("j1")
+    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    said = rig.said()
+    for name, n in (("receipts", 1), ("units", 12_500_000), ("price", 250_000)):
+        assert Counted(name, "verified", n) in said  # type: ignore[arg-type]

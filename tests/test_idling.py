@@ -1,5 +1,6 @@
 """What the operator is told when there are no jobs, and when."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,3 +76,18 @@ def test_a_coordinator_that_gives_no_causes_leaves_it_at_that(desk: Idle, time: 
     time.now += STARVED_S
     assert desk.look() == []
     assert desk.standings == [Standing(0, 0)]
+
+
+def test_hunger_is_logged_when_it_begins_and_ends(
+    desk: Idle, time: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    desk.since = time.now
+    for _ in range(3):
+        time.now += STARVED_S + 1
+        desk.look()
+        desk.causes = [*desk.causes, "another"]
+    desk.since = None
+    desk.look()
+    said = [each.message for each in caplog.records if "come" in each.message]
+    assert said == ["no job has come for long", "jobs come again"]
