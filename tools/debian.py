@@ -32,6 +32,7 @@ NEEDS = (
     Need("redis-server", "redis-server", "test"),
     Need("/usr/bin/ffmpeg", "ffmpeg", "test"),
     Need("/usr/bin/convert", "imagemagick", "test"),
+    Need("strace", "strace", "test"),
     Need("qemu-system-x86_64", "qemu-system-x86", "vm"),
     Need("qemu-img", "qemu-utils", "vm"),
     Need("mmdebstrap", "mmdebstrap", "vm"),

@@ -7,6 +7,8 @@ outage: the coordinator is away for --minutes while --jobs jobs end. drop: --tim
 are lost after it was carried out.
 answers: each status with each body at each call of both dialects, once or for long, heard or unheard; each
 pair of these, or with --full all of them.
+inject: by strace, one system call after the other of worker, agent and supervisor fails, or is its last,
+while a job goes through the node; some of them, or with --full all.
 
 Exit status 1 when anything is not as it must be; the node's directory is kept then, and named.
 """
@@ -27,6 +29,7 @@ from msgspec.structs import replace
 from tools.fault_answers import run_all
 from tools.fault_campaign import Campaign, Settings, Tally
 from tools.fault_checks import KINDS, Finding
+from tools.fault_inject import FEW, FULL, MOST, inject, shown
 from tools.fault_plan import BOUNDARIES, STEPS, Boundary, Side
 from tools.fault_scenarios import Shown, drop, outage
 
@@ -48,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _print_answers(full=options.full, began=began)
         case "drop":
             return _print_scenario(drop(options.times, tell))
+        case "inject":
+            done = inject(FULL if options.full else FEW, options.most, tell)
+            print("\n".join(shown(done)))
+            return _print_findings([(done.directory, done.findings)])
     print(f"seed {options.seed}; the same faults again: tools/faults {_repeat(options)}", flush=True)
     tallies = run_campaigns(options, tell)
     return print_tallies(tallies, time.monotonic() - began)
@@ -58,7 +65,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="tools/faults", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("what", choices=["campaign", "outage", "drop", "answers"], nargs="?", default="campaign")
+    add("what", choices=["campaign", "outage", "drop", "answers", "inject"], nargs="?", default="campaign")
     add("--seed", default=secrets.token_hex(4), help="which faults come, and in which order")
     add("--kills", type=int, help=f"stop after so many ({DEFAULT_KILLS}, unless --minutes is given)")
     add("--minutes", type=float, help="stop after so long; for outage how long it lasts (5)")
@@ -69,7 +76,8 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--redis", action="store_true", help="the queue in a real Redis, killed and started on the way")
     add("--jobs", type=int, default=20, help="jobs for outage (20)")
     add("--times", type=int, default=50, help="answers that are lost for drop (50)")
-    add("--full", action="store_true", help="for answers: all of them, which takes some 20 minutes")
+    add("--full", action="store_true", help="for answers and inject: all of them, some 20 minutes")
+    add("--most", type=int, default=MOST, metavar="N", help="runs for each call and fault of inject")
     add("-v", "--verbose", action="store_true", help="say each fault as it is done")
     options = parser.parse_args(argv)
     if options.kills is None and options.minutes is None:

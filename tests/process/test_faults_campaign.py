@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from tools.fault_inject import FEW
 from tools.faults_run import main
 
 
@@ -48,3 +49,14 @@ def test_odd_answers_lose_and_double_nothing(capfd: pytest.CaptureFixture[str]) 
     assert status == 0, said
     assert "0 lost, 0 doubled, 0 killed, 0 E_UPLOAD" in said
     assert all(int(number) > 140 for number in re.findall(r": (\d+) odd answers", said)), said
+
+
+@pytest.mark.needs("strace")
+def test_a_system_call_that_fails_or_is_the_last_costs_no_job(capfd: pytest.CaptureFixture[str]) -> None:
+    status = main(["inject", "--most", "3", "-v"])
+    said = capfd.readouterr().out
+    assert status == 0, said
+    assert "0 lost, 0 doubled, 0 run twice, 0 wrong, 0 orphans, 0 broken, 0 defects" in said
+    hits = re.findall(r"(\S+ \w+ [A-Z]+): (\d+) hits$", said, re.MULTILINE)
+    assert len(hits) == len(FEW)
+    assert all(int(number) for _, number in hits), said
