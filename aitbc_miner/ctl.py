@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import msgspec
 
@@ -32,7 +32,7 @@ from aitbc_miner.control import (
     Status,
     ask,
 )
-from aitbc_miner.ctlargs import parser
+from aitbc_miner.ctlargs import CONFIG, parser
 from aitbc_miner.ctlview import (
     Paint,
     job_page,
@@ -66,6 +66,13 @@ LOG_ENDED = FINAL | {State.UPLOADING}
 EXIT_INTERRUPTED = 130
 EXIT_PIPE = 141
 COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
+
+
+class Where(NamedTuple):
+    """Where the miner listens, and the configuration that tells where its files are, should it not."""
+
+    socket: Path
+    config: Path = Path(CONFIG)
 
 
 class CtlError(MinerError):
@@ -108,12 +115,12 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    socket: Path = arguments.socket
+    socket = Where(arguments.socket, arguments.config)
     if arguments.verb == "logs":
         _logs(socket, arguments.job_id, _log_writer(as_json=arguments.json), follow=arguments.follow)
         return
     if arguments.verb == "job":
-        with _files(socket, "job", arguments.job_id) as (row, files):
+        with _files(socket, "job", arguments.job_id) as (row, files, _):
             records = _records(files)
             _show(_json({"job": row, **records}) if arguments.json else job_page(row, records, _paint()))
         return
@@ -185,8 +192,8 @@ def _json(value: object) -> str:
 # --- asking ------------------------------------------------------------------------------------------------
 
 
-def _ask(path: Path, request: Request) -> tuple[Any, list[int]]:
-    """Ask the miner.
+def _ask(where: Where, request: Request) -> tuple[Any, list[int]]:
+    """Ask the miner; of one that is not there, the disk tells what it can.
 
     Raises:
         CtlError: it does not answer (69), we may not ask (77), or it refuses (as it says).
@@ -199,6 +206,7 @@ def _ask(path: Path, request: Request) -> tuple[Any, list[int]]:
         ) from None
     if too_long:
         raise CtlError(f"cannot ask: more than {MAX_REQUEST} bytes of arguments", EXIT_USAGE)
+    path = where.socket
     patience = LATER_S if request.verb in {"reload", "history", "allow"} else TIMEOUT_S
     try:
         answer, fds = ask(path, request, patience)
@@ -209,13 +217,31 @@ def _ask(path: Path, request: Request) -> tuple[Any, list[int]]:
     except TimeoutError:
         raise _unreachable(path, f"no answer within {patience:g} s") from None
     except OSError as error:
-        raise _unreachable(path, error.strerror or str(error)) from error
+        cause = _unreachable(path, error.strerror or str(error))
+        if not isinstance(error, FileNotFoundError | ConnectionRefusedError):
+            raise cause from error
+        answer, fds = _ask_the_disk(where, request, cause)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
         raise _unreachable(path, f"what answers there is no miner of this version ({error})") from error
     if isinstance(answer, Refusal):
         _close(fds)
         raise CtlError(answer.message, answer.exit_code)
     return answer, fds
+
+
+def _ask_the_disk(where: Where, request: Request, cause: CtlError) -> tuple[Any, list[int]]:
+    from aitbc_miner import stopped  # noqa: PLC0415  # reads YAML, records and the database
+
+    if request.verb not in stopped.VERBS:
+        raise cause
+    try:
+        told = stopped.answer(where.config, where.socket, request)
+    except (MinerError, OSError) as error:
+        raise CtlError(f"{cause}; and its disk: {error}", EXIT_UNREACHABLE) from error
+    if told is None:
+        raise cause
+    _warn(f"the miner is not running at {where.socket}; this is what its disk tells")
+    return told
 
 
 def _unreachable(path: Path, cause: str) -> CtlError:
@@ -233,14 +259,14 @@ def _close(fds: list[int]) -> None:
 
 
 @contextlib.contextmanager
-def _files(socket: Path, verb: str, job_id: str) -> Iterator[tuple[JobRow, dict[str, BinaryIO]]]:
-    """Ask for a job and its files, by name; those that it has not yet are left out."""
+def _files(socket: Where, verb: str, job_id: str) -> Iterator[tuple[JobRow, dict[str, BinaryIO], bool]]:
+    """Ask for a job, its files by name (those that it has not are left out), and whether they may change."""
     answer, fds = _ask(socket, Request(verb, job_id))
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(os.fdopen(fd, "rb", buffering=0)) for fd in fds]
         if not isinstance(answer, Files) or len(files) != len(answer.names):
             raise _not_ours(verb)
-        yield answer.job, dict(zip(answer.names, files, strict=True))
+        yield answer.job, dict(zip(answer.names, files, strict=True)), type(answer) is Files
 
 
 def _records(files: dict[str, BinaryIO]) -> dict[str, Any]:
@@ -257,7 +283,7 @@ def _record(file: BinaryIO | None, name: str) -> Any:
         return None
 
 
-def _history(socket: Path, since_s: float, *, as_json: bool, as_csv: bool) -> None:
+def _history(socket: Where, since_s: float, *, as_json: bool, as_csv: bool) -> None:
     if as_json and as_csv:
         raise CtlError("cannot show the history: --json and --csv exclude each other", EXIT_USAGE)
     answer, fds = _ask(socket, Request("history", since_s=since_s, each=as_json or as_csv))
@@ -288,16 +314,16 @@ class LogWriter(Protocol):
         ...
 
 
-def _logs(socket: Path, job_id: str, write: LogWriter, *, follow: bool) -> None:
+def _logs(socket: Where, job_id: str, write: LogWriter, *, follow: bool) -> None:
     offset, found = 0, False
     if follow:
         # Also in the background of a script, where the shell has Ctrl-C ignored: else nothing short of
         # SIGTERM would end this.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
-        with _files(socket, "logs", job_id) as (row, files):
+        with _files(socket, "logs", job_id) as (row, files, live):
             # The state was asked for before the file is read, so after the end nothing can be missed.
-            ended = not follow or row.state in LOG_ENDED
+            ended = not follow or not live or row.state in LOG_ENDED
             log = next(iter(files.values()), None)
             found = found or log is not None
             until = clock.now() + ASK_S

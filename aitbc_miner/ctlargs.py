@@ -17,13 +17,7 @@ def parser() -> argparse.ArgumentParser:
     """Make what reads the command line."""
     top = argparse.ArgumentParser(prog="aitbc-minerctl", description="Ask and steer the running miner.")
     top.add_argument("--version", action="version", version=f"aitbc-minerctl {build()}")
-    top.add_argument(
-        "--socket",
-        type=Path,
-        metavar="PATH",
-        default=os.environ.get(SOCKET_VARIABLE) or SOCKET,
-        help=f"where the miner listens (default: ${SOCKET_VARIABLE}, else {SOCKET})",
-    )
+    _add_places(top)
     as_json: dict[str, Any] = {"action": "store_true", "help": "print JSON instead of a page"}
     top.add_argument("--json", default=False, **as_json)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="COMMAND")
@@ -53,6 +47,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_places(top: argparse.ArgumentParser) -> None:
+    top.add_argument(
+        "--socket",
+        type=Path,
+        metavar="PATH",
+        default=os.environ.get(SOCKET_VARIABLE) or SOCKET,
+        help=f"where the miner listens (default: ${SOCKET_VARIABLE}, else {SOCKET})",
+    )
+    what = f"tells where the files of a miner are that does not run (default: {CONFIG})"
+    top.add_argument("--config", type=Path, metavar="FILE", default=CONFIG, help=what)
+
+
 def _add_history(verb: argparse.ArgumentParser) -> None:
     how_far = "how far back, such as 12h or 30d (default: 7d)"
     verb.add_argument("--since", type=_duration, metavar="TIME", default="7d", help=how_far)
@@ -67,7 +73,8 @@ def _add_allow(verb: argparse.ArgumentParser) -> None:
 
 def _add_sandbox(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--slot", required=True, metavar="NAME", help="the slot whose job it would be")
-    verb.add_argument("--config", type=Path, default=CONFIG, metavar="FILE", help=f"default: {CONFIG}")
+    default = argparse.SUPPRESS
+    verb.add_argument("--config", type=Path, default=default, metavar="FILE", help=f"default: {CONFIG}")
     verb.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
 
 

@@ -35,13 +35,13 @@ class DatabaseError(MinerError):
 class Database:
     """An open database file. Its methods may be called from any thread, and take turns.
 
-    `read_only` is for another process that only looks.
+    `read_only` is for another process that only looks; `still` if nobody has it open to write.
     """
 
-    def __init__(self, path: Path, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False, still: bool = False) -> None:
         self.path = path
         self._lock = threading.RLock()
-        self._connection = _connect_read_only(path) if read_only else _open(path)
+        self._connection = _connect_read_only(path, still=still) if read_only else _open(path)
         self._base, self._boot, self._at = self._load_steady()
 
     @contextmanager
@@ -152,9 +152,11 @@ def _check(connection: sqlite3.Connection) -> None:
         raise sqlite3.OperationalError(f"it is another program's, with a table {strange[0][:80]!r}")
 
 
-def _connect_read_only(path: Path) -> sqlite3.Connection:
+def _connect_read_only(path: Path, *, still: bool) -> sqlite3.Connection:
     with _telling(f"open {path}"):
-        uri = f"{path.absolute().as_uri()}?mode=ro"
+        # SQLite would make a log beside it, and leave it there.
+        as_it_is = "&immutable=1" if still and not Path(f"{path}-wal").exists() else ""
+        uri = f"{path.absolute().as_uri()}?mode=ro{as_it_is}"
         return sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
 
 

@@ -17,14 +17,14 @@ MAX_BYTES = 128 << 20
 """Of memory for one answer, some 300,000 jobs."""
 
 
-def read_history(path: Path, request: Request, out: BinaryIO) -> str:
+def read_history(path: Path, request: Request, out: BinaryIO, *, still: bool = False) -> str:
     """Write what a request asks for; gives why there is no history, or nothing.
 
-    Where no job has ended yet, there is an empty one.
+    Where no job has ended yet, there is an empty one. `still`: the node does not run.
     """
     try:
         if path.exists():
-            _write(Accounts(Database(path, read_only=True), read_only=True), request, out)
+            _write(Accounts(Database(path, read_only=True, still=still), read_only=True), request, out)
         else:
             _line(out, Totals())
         out.flush()

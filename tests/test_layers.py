@@ -19,7 +19,7 @@ SOURCES = {
 # From top to bottom. A module may import from lower layers and from its own group, not from one beside it:
 # the agent knows nothing of the worker. A name stands for all that is below it, too.
 LAYERS: list[dict[str, set[str]]] = [
-    {"command line": {"main"}, "operator's client": {"ctl", "ctlargs", "ctlview", "historyview"}},
+    {"command line": {"main"}, "operator's client": {"ctl", "ctlargs", "ctlview", "historyview", "stopped"}},
     {"the node": {"node"}},
     {
         "what it requires": {

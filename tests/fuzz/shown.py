@@ -141,7 +141,7 @@ def _client() -> Iterator[Check]:
             for verb in ("status", "slots", "jobs", "drain"):
                 with only(size=len(data)):
                     try:
-                        answer, fds = ctl._ask(path, Request(verb))
+                        answer, fds = ctl._ask(ctl.Where(path), Request(verb))
                         assert not fds
                         page = ctl._page(verb, answer)
                         told = ctl._json(ctl._value(verb, answer))
