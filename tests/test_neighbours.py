@@ -91,6 +91,7 @@ for address in sys.argv[2:]:
 """
 
 
+@pytest.mark.needs("iproute2")
 def test_what_the_routing_table_calls_local_or_directly_connected() -> None:
     near = [
         *("198.41.0.5", "198.41.0.77", "198.41.0.1", "198.41.0.255", "193.0.6.139", "9.9.9.9", "9.9.9.10"),

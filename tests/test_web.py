@@ -203,6 +203,7 @@ def test_each_fault_of_a_certificate_has_its_remedy(peer: Start, tmp_path: Path)
     assert f"make the CA anew: `{web._NEW_CA}`" in refusal(peer, false, trusted)
 
 
+@pytest.mark.needs("openssl")
 def test_a_ca_of_a_plain_openssl_line_is_taken(peer: Start, tmp_path: Path) -> None:
     """On 3.13, too, whose strict checks want extensions that this line does not make."""
     ca, key = tmp_path / "ca.pem", tmp_path / "ca.key"
