@@ -229,6 +229,7 @@ def _persist(item: InputUrl, transfer: _Transfer, run: _Run) -> None:
             _attempt(item.url, transfer, run)
             break
         except _Broken as error:
+            run.dialer.blame()  # the name may have another address
             failures += 1
             if transfer.got > furthest:
                 failures, furthest = 1, transfer.got

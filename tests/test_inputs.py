@@ -660,6 +660,18 @@ def test_of_several_addresses_those_that_are_permitted_are_asked(
     assert (tmp_path / "x").read_bytes() == b"1"
 
 
+def test_an_address_that_takes_requests_and_answers_none_is_asked_last(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.7", 0)) as silent:
+        found = [web.Address(socket.AF_INET, one) for one in (silent.getsockname(), server.server_address)]
+        monkeypatch.setattr(web, "look_up", lambda *_: list(found))
+        server.pages["/x"] = lambda h: h.reply(body=b"1")
+        limits = InputLimits(1000, 1000, timeout_s=20, stall_s=0.3, attempts=2)
+        fetch(tmp_path, "http://many.test/x", limits=limits)
+    assert (tmp_path / "x").read_bytes() == b"1"
+
+
 # Addresses inside the operator's network
 
 

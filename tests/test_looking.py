@@ -93,6 +93,21 @@ def test_a_server_that_denies_all_paths_alike(peer: Start) -> None:
     assert guess(f"{origin}/v1", "aitbc-v1") == ""
 
 
+def test_an_aitbc_coordinator_that_denies_only_what_is_there(peer: Start) -> None:
+    """One of an earlier era: without /health, and a path that is not there is just that."""
+
+    def talk(connection: Any) -> None:
+        while head := read_request(connection)[0]:
+            known = head.startswith(b"POST /v1/miners/heartbeat ")
+            status, body = ("401 No", b'{"detail":"no"}') if known else ("404 No", b'{"detail":"Not Found"}')
+            connection.sendall(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+
+    origin = f"http://{peer(talk).address}"
+    assert guess(f"{origin}/v1").startswith("an AITBC coordinator answers there: set coordinator.dialect")
+    assert guess(f"{origin}/api/v1", "aitbc-v1").endswith(f": set coordinator.base_url: {origin}/v1")
+    assert guess(f"{origin}/v1", "aitbc-v1") == ""
+
+
 def test_http_and_https_taken_for_each_other(
     peer: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,19 +60,17 @@ def _guesses(settings: Settings, proxy: Proxy | None) -> Iterator[str | None]:
     origin = "{0.scheme}://{0.netloc}".format(urlsplit(base))
     roots = dict.fromkeys([*(base.removesuffix(end) for end in _ROOTS if base.endswith(end)), base, origin])
     for root in roots:
-        if _is_aitbc(_ask(proxy, root, "/health", "GET")):
+        is_aitbc = _is_aitbc(_ask(proxy, root, "/health", "GET"))
+        if is_aitbc or _serves(proxy, f"{root}/v1", "/miners/heartbeat") is True:
             yield _advice(settings, "an AITBC coordinator", "aitbc-v1", f"{root}/v1")
             return
     denied = False
     for place in dict.fromkeys([base, *(f"{root}{end}" for root in roots for end in (*_ROOTS[:2], ""))]):
-        there = _ask(proxy, place, "/nodes/heartbeat")
-        nothing = _ask(proxy, place, "/nodes/no-such-call") if there else None
-        if there is None or nothing is None or _is_page(there):
-            continue
-        denied |= nothing.status in _DENIED and not _is_page(nothing)
-        if there.status in _THERE and nothing.status in _NOT_THERE:
+        serves = _serves(proxy, place, "/nodes/heartbeat")
+        if serves:
             yield _advice(settings, "a coordinator of the dialect bootstrap", "bootstrap", place)
             return
+        denied |= serves is None
     if denied and not aitbc:
         yield (
             "it refuses every path alike, as an AITBC coordinator does: if it is one, set"
@@ -104,6 +102,17 @@ def _ask(proxy: Proxy | None, base: str, path: str, method: str = "POST") -> Rep
     with contextlib.closing(http), contextlib.suppress(Unreachable):
         return http.call(method, path, None if method == "GET" else {}, doing="look at the coordinator")
     return None
+
+
+def _serves(proxy: Proxy | None, base: str, call: str) -> bool | None:
+    """Whether there is this call below an address; None where all calls are denied alike."""
+    there = _ask(proxy, base, call)
+    nothing = _ask(proxy, base, "/no-such-call") if there and not _is_page(there) else None
+    if there is None or nothing is None or _is_page(nothing):
+        return False
+    if nothing.status in _DENIED:
+        return None
+    return there.status in _THERE and nothing.status in _NOT_THERE
 
 
 def _is_aitbc(reply: Reply | None) -> bool:
