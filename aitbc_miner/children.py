@@ -1,8 +1,10 @@
 """The supervisor's children: forked with nothing but their pipe, watched by pidfd, restarted with a pause."""
 
+import fcntl
 import os
 import select
 import signal
+import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -15,7 +17,7 @@ from aitbc_miner.channel import Allowance, Channel, ChannelError, ExcessError
 from aitbc_miner.control import Source
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util import clock
-from aitbc_miner.util.log import descriptors, events
+from aitbc_miner.util.log import be_child, descriptors, events, line_for_child
 from aitbc_miner.util.signals import signal_name
 
 T = TypeVar("T")
@@ -23,6 +25,7 @@ Main = Callable[["Connection[Any, Any]"], None]
 
 # A child that lived this long before it died is not failing to start.
 SETTLED_S = 60.0
+LAST_WORDS = 500
 
 
 class Child(Generic[T]):
@@ -31,8 +34,16 @@ class Child(Generic[T]):
     def __init__(self, name: str, main: Main, incoming: Any, *, keep: Iterable[int] = ()) -> None:
         self.name = name
         ours, theirs = Pipe(duplex=True)
-        self.pid = _fork(main, theirs, keep)
+        line = line_for_child()
+        self._words = _make_words()
+        try:
+            self.pid = _fork(main, theirs, keep, self._words, line)
+        except OSError:
+            os.close(self._words)
+            raise
         theirs.close()
+        if line:
+            line.close()
         self.pidfd = os.pidfd_open(self.pid)
         self.channel: Channel[T] = Channel(ours, incoming, allowance=Allowance())
         self.started = clock.now()
@@ -88,12 +99,28 @@ class Child(Generic[T]):
         os.close(self.pidfd)
         self.channel.close()
         code = os.waitstatus_to_exitcode(status)
+        words = os.pread(self._words, LAST_WORDS, 0).rstrip(b"\0").decode("utf-8", "replace")
+        os.close(self._words)
         if self._fault and code == -signal.SIGKILL:
             return f"was ended by the supervisor: {self._fault}"
-        return f"was killed by {signal_name(-code)}" if code < 0 else f"ended with exit status {code}"
+        return (
+            f"was killed by {signal_name(-code)}"
+            if code < 0
+            else f"ended with exit status {code}" + (f": {words}" if words else "")
+        )
 
 
-def _fork(main: Main, end: "Connection[Any, Any]", keep: Iterable[int]) -> int:
+def _make_words() -> int:
+    """Make the memory in which a child may leave why it ends; it can make it no longer."""
+    fd = os.memfd_create("last-words", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, LAST_WORDS)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+    return fd
+
+
+def _fork(
+    main: Main, end: "Connection[Any, Any]", keep: Iterable[int], words: int, line: socket.socket | None
+) -> int:
     # Signals are blocked over the fork: a handler of the supervisor's must not run in the child.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
@@ -101,15 +128,18 @@ def _fork(main: Main, end: "Connection[Any, Any]", keep: Iterable[int]) -> int:
             return pid
         status = 1
         try:
-            _forget({end.fileno(), *keep, *descriptors()})
+            _forget({end.fileno(), *keep, *descriptors(), words, *([line.fileno()] if line else ())})
+            be_child(line)
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             main(end)
             status = 0
         except ChannelError:
             status = 0  # the supervisor is gone, and so is what this child is for
         except MinerError as error:
+            os.pwrite(words, str(error).encode("utf-8", "replace")[:LAST_WORDS], 0)
             sys.stderr.write(f"{error}\n")
-        except BaseException:  # noqa: BLE001  # the child's last act; nothing may return into the supervisor
+        except BaseException as error:  # noqa: BLE001  # the child's last act; nothing may return into the supervisor
+            os.pwrite(words, type(error).__name__.encode(), 0)
             traceback.print_exc()
         finally:
             # Nothing before it: whatever that raised would unwind through the supervisor's own code.

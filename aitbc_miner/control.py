@@ -9,7 +9,6 @@ import grp
 import os
 import select
 import socket
-import stat
 import struct
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,8 @@ from aitbc_miner.errors import EXIT_FAILURE, EXIT_NOT_PERMITTED, ErrorCode
 from aitbc_miner.jobs import JobUse, State
 from aitbc_miner.messages import CoordinatorView, SlotView
 from aitbc_miner.util import clock
+from aitbc_miner.util.listening import identity, listen
+from aitbc_miner.util.log import events
 
 READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs", "history", "allow"})
 WRITE_VERBS = frozenset({"drain", "resume", "cancel", "retry", "reload"})
@@ -182,7 +183,9 @@ class ControlServer:
         self._clients: dict[int, Client] = {}
         # Once, for whatever keeps the groups (a directory server) may let a question wait.
         self._readers, self._writers = group_ids(READERS), group_ids(WRITERS)
-        self._listener = _listen(path, self._readers)
+        self._listener = listen(path, self._readers)
+        self._made = identity(path)
+        self._lost = False
         self._turn_ends: float | None = None
 
     def close(self) -> None:
@@ -191,7 +194,8 @@ class ControlServer:
             self._drop(fd)
         self._listener.close()
         with contextlib.suppress(OSError):
-            self._path.unlink()
+            if identity(self._path) == self._made:
+                self._path.unlink()
 
     def sources(self) -> dict[int, Source]:
         """Give what to wait for: descriptor to what to call, and for which of poll's events."""
@@ -203,11 +207,27 @@ class ControlServer:
             own[fd] = (partial(self._serve, fd), events)
         return own
 
-    def drop_slow(self) -> None:
-        """Drop clients that neither ask nor read in time."""
+    def tend(self) -> None:
+        """Drop clients that neither ask nor read in time, and make the socket again if it is gone."""
         now = clock.now()
         for fd in [fd for fd, client in self._clients.items() if now > client.until]:
             self._drop(fd)
+
+        if identity(self._path) != self._made:
+            self._renew()
+
+    def _renew(self) -> None:
+        log = events("supervisor")
+        try:
+            listener = listen(self._path, self._readers)
+        except OSError as error:
+            if not self._lost:
+                log.error("control socket is gone", path=str(self._path), error=str(error))  # noqa: TRY400
+            self._lost = True
+            return
+        self._listener.close()
+        self._listener, self._made, self._lost = listener, identity(self._path), False
+        log.warning("control socket made again", path=str(self._path))
 
     def _accept(self) -> None:
         try:
@@ -277,69 +297,6 @@ class ControlServer:
             )
             return Refusal(message, EXIT_NOT_PERMITTED), []
         return self._answer(request, partial(self._later, client))
-
-
-def _listen(path: Path, readers: set[int]) -> socket.socket:
-    """Listen on a socket that root and the readers' group can reach.
-
-    Raises:
-        OSError: the path is too long or taken, or its directory cannot be written.
-    """
-    made = _make_directory(path.parent)
-    _clear(path)
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # Nobody may connect in the moment before the mode is set.
-    old = os.umask(0o177)
-    try:
-        listener.bind(os.fspath(path))
-    finally:
-        os.umask(old)
-    if os.geteuid() == 0 and readers:
-        # A directory that was there already belongs to somebody who knows whom it is for.
-        for place in (path.parent, path) if made else (path,):
-            os.chown(place, -1, next(iter(readers)))
-        path.chmod(0o660)
-    # A client with a time-out does not wait for room in the queue: it is turned away.
-    listener.listen(socket.SOMAXCONN)
-    os.set_blocking(listener.fileno(), False)  # takes no keyword
-    return listener
-
-
-def _make_directory(path: Path) -> bool:
-    """Make the socket's directory; False when it is there already, and not as we make it."""
-    path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
-    path.mkdir(mode=0o750, exist_ok=True)
-    found = path.stat()
-    return (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) == (0, 0, 0o750)
-
-
-def _clear(path: Path) -> None:
-    """Remove a socket that a miner left behind when it was killed.
-
-    Raises:
-        OSError: it is no socket, or somebody listens there.
-    """
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise FileExistsError(
-            f"cannot listen on {path}: it is no socket; remove it, or set another control.socket"
-        )
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        # A listener whose queue is full lets nobody wait either, but is one.
-        probe.setblocking(False)  # noqa: FBT003  # takes no keyword
-        try:
-            probe.connect(os.fspath(path))
-        except ConnectionRefusedError:
-            path.unlink(missing_ok=True)
-            return
-        except BlockingIOError:
-            pass
-    raise OSError(
-        f"cannot listen on {path}: another miner answers there; stop that one, or set another control.socket"
-    )
 
 
 def peer(sock: socket.socket) -> tuple[int, set[int]]:

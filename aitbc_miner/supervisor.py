@@ -191,7 +191,7 @@ class Supervisor:
             self._ticked = clock.now()
             # From this loop and nowhere else: a supervisor that hangs is to be restarted.
             self._notifier.say("WATCHDOG=1")
-            self._control.drop_slow()
+            self._control.tend()
             flush_log()
             self._watch_disk()
             self._chore("look for orphans of jobs", lambda: kill_strangers(self._own_children()))

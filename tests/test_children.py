@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner.children import Child, Keeper
+from aitbc_miner.children import LAST_WORDS, Child, Keeper
+from aitbc_miner.errors import MinerError
 from aitbc_miner.messages import CancelJob, FromAgent, FromWorker, GpuFact, Inventory, JobReady
 from aitbc_miner.util import clock
 from aitbc_miner.util.signals import signal_name
@@ -57,7 +58,29 @@ def test_a_child_that_can_say_nothing_ends_all_the_same(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(sys, "stderr", None)
     child: Child[FromWorker] = Child("worker", fail, FromWorker)
-    assert child.reap() == "ended with exit status 1"
+    assert child.reap() == "ended with exit status 1: ValueError"
+
+
+def test_why_a_child_gave_up_is_told() -> None:
+    def fail(_pipe: "Connection[Any, Any]") -> None:
+        raise MinerError("cannot open queue.db: database or disk is full; free space")
+
+    child: Child[FromWorker] = Child("agent", fail, FromWorker)
+    assert child.reap() == (
+        "ended with exit status 1: cannot open queue.db: database or disk is full; free space"
+    )
+
+
+def test_a_child_can_say_no_more_at_its_end_than_there_is_room_for() -> None:
+    def fail(_pipe: "Connection[Any, Any]") -> None:
+        for entry in Path("/proc/self/fd").iterdir():
+            if "last-words" in os.path.realpath(entry):
+                with pytest.raises(PermissionError):
+                    os.ftruncate(int(entry.name), 1 << 20)
+                raise MinerError("x" * 10_000)
+
+    child: Child[FromWorker] = Child("agent", fail, FromWorker)
+    assert child.reap() == f"ended with exit status 1: {'x' * LAST_WORDS}"
 
 
 def test_a_child_ended_by_a_signal_without_a_name_is_told_by_number() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import grp
 import os
 import select
+import shutil
 import socket
 import stat
 import tempfile
@@ -284,10 +285,10 @@ def test_a_client_that_stalls_is_dropped_in_time(
         client.sendall(said)
         node.serve_until(lambda: node.clients == 1)
         node.settle()
-        node.server.drop_slow()
+        node.server.tend()
         assert node.clients == 1
         monkeypatch.setattr(clock, "now", lambda: now + 60)
-        node.server.drop_slow()
+        node.server.tend()
         assert node.clients == 0
         with_end(client)
     assert node.asked == []
@@ -307,7 +308,7 @@ def test_a_client_that_does_not_read_is_dropped_in_time_and_costs_no_turns(
         node.settle()
         assert node.clients == 1
         monkeypatch.setattr(clock, "now", lambda: now + 60)
-        node.server.drop_slow()
+        node.server.tend()
         assert node.clients == 0
         # What it has received by then ends in the middle.
         assert len(node.asked) == 1
@@ -522,3 +523,32 @@ def test_asking_where_nobody_answers_fails_in_time(node: Node, tmp_path: Path) -
         ask(tmp_path / "nothing.sock", Request("status"), 1.0)
     with pytest.raises(TimeoutError):
         ask(node.path, Request("status"), 0.05)
+
+
+@pytest.mark.parametrize("how", ["socket", "directory", "replaced"])
+def test_a_socket_that_was_removed_is_made_again(node: Node, how: str) -> None:
+    path = node.path
+    if how == "directory":
+        shutil.rmtree(path.parent)
+    else:
+        path.unlink()
+    if how == "replaced":
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(os.fspath(path))
+    node.server.tend()
+    with connect(node):
+        pass
+    before = path.lstat().st_ino
+    node.server.tend()
+    assert path.lstat().st_ino == before
+
+
+def test_a_socket_of_another_is_not_removed_at_the_end(node: Node) -> None:
+    node.path.unlink()
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(os.fspath(node.path))
+        other.listen()
+        node.server.tend()
+        node.server.close()
+        assert node.path.is_socket()
+    node.path.unlink()

@@ -15,6 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aitbc_miner.children import Child
+from aitbc_miner.messages import FromWorker
 from aitbc_miner.util.log import (
     BACKLOG_BYTES,
     MASK,
@@ -166,6 +168,52 @@ def test_a_file_is_appended_to(tmp_path: Path) -> None:
     first, second = path.read_text(encoding="utf-8").splitlines()
     assert first == "before"
     assert json.loads(second)["event"] == "größer"
+
+
+@pytest.mark.parametrize("how", ["renamed", "removed"])
+def test_a_file_that_was_renamed_or_removed_is_made_again(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "miner.log"
+    configure("node-1", level="info", as_json=True, path=str(path))
+    events("agent").info("before")
+    path.rename(tmp_path / "miner.log.1") if how == "renamed" else path.unlink()
+    events("agent").info("after")
+    assert json.loads(path.read_text())["event"] == "after"
+    if how == "renamed":
+        assert json.loads((tmp_path / "miner.log.1").read_text())["event"] == "before"
+
+
+def test_a_link_in_place_of_the_file_is_not_followed(tmp_path: Path) -> None:
+    path = tmp_path / "miner.log"
+    configure("node-1", level="info", as_json=True, path=str(path))
+    path.rename(tmp_path / "old")
+    path.symlink_to(tmp_path / "precious")
+    events("agent").info("where to")
+    assert not (tmp_path / "precious").exists()
+    assert "where to" in (tmp_path / "old").read_text()
+
+
+def test_a_child_that_may_not_open_the_new_file_gets_it(tmp_path: Path) -> None:
+    path = tmp_path / "miner.log"
+    configure("node-1", level="info", as_json=True, path=str(path))
+    asked, ask = os.pipe()
+
+    def speak(_pipe: object) -> None:
+        # As somebody else, who has no right to the directory.
+        (handler,) = logging.getLogger("aitbc_miner").handlers
+        handler._uid = -1  # type: ignore[attr-defined]
+        os.read(asked, 1)
+        events("agent").info("from the child")
+
+    child: Child[FromWorker] = Child("speaker", speak, FromWorker, keep=[asked])
+    path.rename(tmp_path / "old")
+    flush()
+    os.write(ask, b".")
+    assert child.reap() == "ended with exit status 0"
+    assert json.loads(path.read_text())["event"] == "from the child"
+    assert (tmp_path / "old").read_text() == ""
+    logging.getLogger("aitbc_miner").handlers[0].close()
+    os.close(asked)
+    os.close(ask)
 
 
 def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:

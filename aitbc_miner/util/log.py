@@ -1,5 +1,6 @@
 """Log lines as JSON for journald and tools, or as text on a terminal; the one place that masks secrets."""
 
+import contextlib
 import json
 import logging
 import math
@@ -213,11 +214,85 @@ class PatientHandler(logging.Handler):
         self._begun = False
 
 
+class FileHandler(logging.FileHandler):
+    """Writes to a file, and to a new one of the same name when that was renamed or removed.
+
+    A child that became another user may not open it, and gets it from its parent, over a line of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="backslashreplace")
+        self.inbox: socket.socket | None = None
+        self.heirs: list[socket.socket] = []
+        self._uid = os.geteuid()
+        self._fd: int = self.stream.fileno()  # type: ignore[union-attr]  # open, for there is no delay
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line into the file that has the name now."""
+        self.flush()
+        super().emit(record)
+
+    def flush(self) -> None:
+        """Take the file that has the name now; the old one is good enough where that fails."""
+        with contextlib.suppress(OSError):
+            if self.stream is None:
+                return
+            if self.inbox is not None:
+                with contextlib.suppress(BlockingIOError):
+                    self._take(socket.recv_fds(self.inbox, 1, 1)[1][0])
+            if os.geteuid() == self._uid and not self._is_there():
+                flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._take(os.open(self.baseFilename, flags, 0o644))
+        super().flush()
+
+    def close(self) -> None:
+        """Let go of the file and of the lines to children."""
+        super().close()
+        while self.heirs:
+            self.heirs.pop().close()
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.lstat(self.baseFilename), os.fstat(self._fd))
+        except FileNotFoundError:
+            return False
+
+    def _take(self, fd: int) -> None:
+        os.dup2(fd, self._fd, inheritable=False)
+        os.close(fd)
+        for heir in list(self.heirs):
+            try:
+                socket.send_fds(heir, [b"."], [self._fd])
+            except OSError:  # it has ended
+                self.heirs.remove(heir)
+                heir.close()
+
+
+def line_for_child() -> socket.socket | None:
+    """Give the end over which a child that is about to be forked gets new log files; None: it needs none."""
+    handler = next(iter(logging.getLogger("aitbc_miner").handlers), None)
+    if not isinstance(handler, FileHandler):
+        return None
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    # Not MSG_DONTWAIT, which send_fds and recv_fds do not pass on.
+    for end in (ours, theirs):
+        end.setblocking(False)  # noqa: FBT003  # takes no keyword
+    handler.heirs.append(ours)
+    return theirs
+
+
+def be_child(line: socket.socket | None) -> None:
+    """Get new log files over this end from now on, in the child."""
+    for handler in logging.getLogger("aitbc_miner").handlers:
+        if isinstance(handler, FileHandler):
+            handler.inbox, handler.heirs = line, []
+
+
 def _handler(path: Path | None, stream: TextIO) -> logging.Handler:
     """Choose by what the log goes to. O_NONBLOCK is set on nothing that others have open as well."""
     if path is not None:
         if not path.is_fifo():
-            return logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+            return FileHandler(path)
         # With O_RDWR it can be opened before there is a reader, and outlives it.
         return _patient(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC), os.write)
     try:

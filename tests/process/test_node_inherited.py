@@ -1,5 +1,6 @@
 """A whole node whose parent left it everything in disorder: it runs jobs as any other does."""
 
+import json
 import os
 import resource
 import signal
@@ -77,3 +78,26 @@ def _state(pid: int) -> tuple[int, int]:
 
 def _modes(node: Node) -> dict[str, int]:
     return {name: stat.S_IMODE((node.directory / name).stat().st_mode) for name in ("jobs", "state")}
+
+
+def test_a_socket_and_a_log_that_are_gone_are_made_again(
+    coordinator: MockCoordinator, node_factory: NodeFactory
+) -> None:
+    node = node_factory(1)
+    log = node.directory / "log" / "miner.log"
+    log.parent.mkdir()
+    with node.config.open("a") as config:
+        config.write(f"logging: {{path: {log}, level: debug}}\n")
+    node.start()
+    wait_final(coordinator, submit(coordinator, 1))
+    log.rename(log.with_name("miner.log.1"))
+    node.socket.unlink()
+    wait_until(node.status, WAIT_S)
+    # The worker is as it was, and has the new file from the supervisor or by itself.
+    wait_final(coordinator, submit(coordinator, 1))
+    wait_until(lambda: {"supervisor", "worker"} <= _parts(log), WAIT_S)
+    assert node.stop() == 0
+
+
+def _parts(log: Path) -> set[str]:
+    return {json.loads(line)["part"] for line in log.read_text().splitlines()}
