@@ -20,7 +20,7 @@ class NvmlStub:
         source = Path(__file__).with_name("stub_nvml.c")
         flags = ["-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
         command = [*c_compiler(), *flags, "-o", LIBRARY, str(source)]
-        subprocess.run([*command, "-ldl"], cwd=directory, check=True, timeout=60)
+        subprocess.run([*command, "-ldl"], cwd=directory, check=True, timeout=600)
         self.set(**settings)
 
     def set(self, **settings: object) -> None:

@@ -1,5 +1,7 @@
 """The fault harness itself: its plan is pure, and each thing that can be wrong is seen."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -120,7 +122,7 @@ def test_a_process_killed_at_a_boundary_goes_no_further(
     def kill(moment: Moment) -> None:
         met.append(moment)
         assert moment.pid is not None
-        subprocess.run(["kill", "-9", str(moment.pid)], check=True)
+        os.kill(moment.pid, signal.SIGKILL)
 
     gate.trap = Trap(Boundary("directory", side), 0, kill)
     assert take_in(tmp_path, gate).returncode == -9

@@ -63,11 +63,16 @@ ensure_packages() {
 }
 
 apt_install() {
+  local log
   say "installing Debian's $*"
-  if ! { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@"; } >&2; then
+  log=$(mktemp)
+  if ! { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@"; } \
+    >"$log" 2>&1 </dev/null; then
+    cat "$log" >&2
     say "cannot set up: cannot install $*, see above"
     exit 1
   fi
+  rm "$log"
 }
 
 # ensure_venv EXTRA: an environment in .venv with the package and, if named, what its extra needs, in the versions and

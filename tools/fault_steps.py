@@ -234,6 +234,6 @@ def build_shim(folder: Path) -> Path:
     shim = folder / "fault_shim.so"
     source = Path(__file__).with_name("fault_shim.c")
     flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([*c_compiler(), *flags, "-o", str(shim), str(source), "-ldl"], check=True, timeout=120)
+    subprocess.run([*c_compiler(), *flags, "-o", str(shim), str(source), "-ldl"], check=True, timeout=600)
     os.chmod(shim, 0o755)  # noqa: PTH101  # whoever becomes a job's user has loaded it already; be sure
     return shim

@@ -109,8 +109,8 @@ class Node(MarkedJobs, LocalNode):
 def _listens(process: psutil.Process) -> bool:
     try:
         return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("inet"))
-    except psutil.NoSuchProcess:
-        return False
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False  # it is ending, and then its descriptors are root's to see
 
 
 def _belongs(process: psutil.Process, directory: Path) -> bool:

@@ -261,10 +261,9 @@ def sleeper(who: Identity) -> Iterator["subprocess.Popen[bytes]"]:
             process.kill()
 
 
-@needs_root
 def test_a_job_of_another_miner_with_the_same_user_is_spared() -> None:
     mount = find_mount()
-    if mount is None or not mount.writable:
+    if os.geteuid() != 0 or mount is None or not mount.writable:
         with pytest.raises(CgroupError, match="cannot make cgroup"):
             Group(Path(mount.path if mount else "/sys/fs/cgroup") / f"aitbc-left-{os.getpid()}").create()
         return

@@ -15,6 +15,7 @@ from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import Job, State
 
+pytestmark = pytest.mark.needs("bubblewrap", "time")
 # A module of Python's that nothing else of ours imports.
 MODULE = "wave"
 TASK = """

@@ -14,6 +14,7 @@ from harness import WAIT_S, Node, wait_final
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import Job, State
 
+pytestmark = pytest.mark.needs("bubblewrap", "time", "ffmpeg", "imagemagick")
 SAMPLES = Path(__file__).parents[2] / "etc" / "allowlist.d"
 CLIP = ["-f", "lavfi", "-i", "testsrc=duration=2:size=320x240:rate=10", "-c:v", "mpeg4"]
 

@@ -26,6 +26,7 @@ from aitbc_miner.util.limits import ProcessLimits
 
 __all__ = ["group"]
 
+pytestmark = pytest.mark.needs("bubblewrap", "time")
 MIB = 1 << 20
 JOB_USER = Identity(UID, GID, "aitbc-job-test")
 PYTHON = "/usr/bin/python3"

@@ -17,6 +17,7 @@ from networks import KEY
 from tools.mock_aitbc import MockAitbc
 from tools.mock_coordinator import MockCoordinator
 
+pytestmark = pytest.mark.needs("bubblewrap", "time")
 ETC = Path(__file__).parents[2] / "etc"
 SLOTS: list[dict[str, Any]] = [
     {"name": "cpu0", "kind": "cpu"},
@@ -60,6 +61,7 @@ def test_wordstats(node: Node, double: MockAitbc) -> None:
     assert set(found) == {"counts", "artifacts"}
 
 
+@pytest.mark.needs("ffmpeg")
 def test_reencode(node: Node, double: MockAitbc, tmp_path: Path) -> None:
     clip = ["-f", "lavfi", "-i", "testsrc=duration=1:size=64x48:rate=10", "-c:v", "mpeg4"]
     subprocess.run(["/usr/bin/ffmpeg", "-v", "error", *clip, str(tmp_path / "clip.avi")], check=True)

@@ -162,6 +162,40 @@ def test_an_upgrade_leaves_running_jobs_alone(machine: Machine) -> None:
     assert not old.exists()
 
 
+def test_killed_between_switch_and_restart_the_next_run_makes_it_good(
+    machine: Machine, tmp_path: Path
+) -> None:
+    machine.start()
+    main = machine.main_pid()
+    hook = tmp_path / "hook"
+    step = '[[ "$BASH_COMMAND" != "take_units "* ]] || kill -KILL "$BASHPID"'
+    hook.write_text(f"set -T\nstep() {{ {step}; }}\ntrap step DEBUG\n")
+    command = ["/src/tools/install", "--upgrade", "--wheels", os.environ["AITBC_WHEELS"]]
+    killed = subprocess.run(command, env={**os.environ, "BASH_ENV": str(hook)}, check=False)
+    assert killed.returncode == -9
+    assert machine.main_pid() == main
+    assert "restarting the miner; running jobs go on" in install()
+    pid = machine.wait_new_main(main)
+    assert str(CURRENT.resolve()) in Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def test_who_may_look_reads_no_token(machine: Machine) -> None:
+    machine.start()
+    run("useradd", "--system", "--groups", "aitbc-view", "looker")
+    try:
+        looker = ("runuser", "-u", "looker", "--")
+        assert "up " in run(*looker, "aitbc-minerctl", "status")
+        assert "only for root and the group aitbc-admin" in run(
+            *looker, "aitbc-minerctl", "drain", check=False
+        )
+        for secret in (ETC / "token", ETC / "config.yaml"):
+            assert "Permission denied" in run(*looker, "cat", secret, check=False)
+        run("usermod", "-aG", "aitbc", "looker")
+        assert "gpasswd -d looker aitbc" in install()
+    finally:
+        run("userdel", "looker")
+
+
 def _used() -> str:
     return "".join(_text(path) for path in Path("/proc").glob("[0-9]*/maps"))
 

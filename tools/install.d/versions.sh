@@ -1,0 +1,107 @@
+# Sourced by tools/install: one virtual environment for each version, and which of them is in use.
+
+# What the installed version was made of: the same again need not be made.
+fingerprint() {
+  /usr/bin/python3 --version
+  if [ -n "$1" ]; then
+    cd "$1" && sha256sum ./*.whl
+  else
+    cd "$root" && find aitbc_miner setup.cfg pyproject.toml tools/locks/{build,run}.lock -type f ! -name '*.pyc' \
+      -exec sha256sum {} + | sort
+  fi
+}
+
+# A version is complete in a directory of its own before anything points to it: whatever goes wrong, the old one
+# is as it was, and the workers of running jobs keep the files that they were started from.
+make_version() {
+  local verb=$1 wheels=$2 print locks=$root/tools/locks
+  print=$(fingerprint "$wheels")
+  if [ "$verb" = install ] && [ "$(cat "$current/fingerprint" 2>/dev/null)" = "$print" ]; then
+    say "$(build_of "$current") is installed already"
+    return
+  fi
+  mkdir -p "$lib/versions"
+  building=$(mktemp -d "$lib/versions/$(checkout_version)-$(date +%Y%m%dT%H%M%S)-XXX")
+  chmod 755 "$building"
+  say "making $building (a minute or two)"
+  interruptible /usr/bin/python3 -m venv "$building"
+  if [ -n "$wheels" ]; then
+    pip_install --no-index --find-links "$wheels" "aitbc-miner==$(checkout_version)"
+  else
+    # A copy, for setuptools leaves its traces in what it builds.
+    scratch=$(mktemp -d)
+    cp -r "$root"/{aitbc_miner,setup.cfg,pyproject.toml,README.md,LICENSE} "$scratch"
+    pip_install --require-hashes --requirement "$locks/build.lock"
+    pip_install --require-hashes --no-build-isolation --requirement "$locks/run.lock"
+    pip_install --no-deps --no-build-isolation "$scratch"
+  fi
+  "$building/bin/aitbc-miner" --version >"$building/build"
+  printf '%s' "$print" >"$building/fingerprint"
+  # Of two builds with the same version, their commits say which one is older.
+  git -c safe.directory="$root" -C "$root" log -1 --format=%ct >"$building/committed" 2>/dev/null || true
+  say_change
+}
+
+pip_install() {
+  PIP_ROOT_USER_ACTION=ignore interruptible "$building/bin/python" -m pip install --quiet --no-cache-dir --no-input \
+    --disable-pip-version-check "$@" || {
+    say "cannot install the packages: see pip's message above; use --wheels DIR where there is no network" >&2
+    return 1
+  }
+}
+
+# "0.1.0+3f9c2a1b"; 0.1.0 said no more than its version.
+build_of() { awk '{ print $2 }' "$1/build" 2>/dev/null || "$1/bin/aitbc-miner" --version | awk '{ print $2 }'; }
+
+say_change() {
+  local from to what
+  to=$(build_of "$building")
+  if [ ! -e "$current" ]; then
+    say "installing $to"
+    return
+  fi
+  from=$(build_of "$current")
+  what=$(order "${from%%+*}" "${to%%+*}")
+  if [ "$what" = same ]; then what=$(order "$(cat "$current/committed" 2>/dev/null)" "$(cat "$building/committed")"); fi
+  case $what in
+    older) say "upgrading from $from to $to" ;;
+    newer) say "downgrading from $from to $to" ;;
+    *) if [ "$from" = "$to" ]; then say "making $to anew"; else say "changing from $from to $to"; fi ;;
+  esac
+}
+
+# Whether the first is older, newer or the same; nothing where one is not known.
+order() {
+  [ -n "$1" ] && [ -n "$2" ] || return 0
+  if [ "$1" = "$2" ]; then
+    echo same
+  elif [ "$(printf '%s\n' "$1" "$2" | sort -V | head -n 1)" = "$1" ]; then
+    echo older
+  else
+    echo newer
+  fi
+}
+
+switch_version() {
+  local name
+  if [ -n "$building" ]; then link "versions/${building##*/}" "$current"; fi
+  for name in aitbc-miner aitbc-minerctl; do link "$current/bin/$name" "/usr/bin/$name"; done
+}
+
+sweep_versions() {
+  local version
+  for version in "$lib"/versions/*; do
+    [ "$version" != "$(readlink -f "$current")" ] || continue
+    if in_use "$version"; then
+      say "$version stays until the jobs that were started from it have ended; the next tools/install removes it"
+    else
+      rm -rf "$version"
+    fi
+  done
+}
+
+# The name comes by way of standard input, or grep's own arguments would be found.
+in_use() {
+  local known=(/proc/[0-9]*/maps /proc/[0-9]*/cmdline)
+  grep -aqsF -f - "${known[@]}" <<<"$1/"
+}
