@@ -261,7 +261,7 @@ def _network() -> Iterator[None]:
     try:
         yield
     except ssl.SSLCertVerificationError as error:
-        raise _Broken(f"its TLS certificate {certificate_fault(error).cause}") from error
+        raise _Broken(f"its TLS certificate {certificate_fault(error)[0]}") from error
     except CredentialError as error:
         raise _Broken("the credential of this node's proxy cannot be read") from error
     except ProxyRefused as error:

@@ -36,7 +36,6 @@ from aitbc_miner.util.web import (
     NoConnection,
     NoHandshake,
     Proxy,
-    TlsFault,
     TooMuch,
     certificate_fault,
     speaks_no_tls,
@@ -192,9 +191,9 @@ class HttpClient:
         chain = [one for one in _chain(error) if not isinstance(one, requests.RequestException)]
         fitting = ((text, one) for kinds, text in _CAUSES for one in chain if isinstance(one, kinds))
         text, found = next(fitting, (_UNKNOWN, error))
-        fault: TlsFault | None = None
+        fault = ""
         if isinstance(found, ssl.SSLCertVerificationError):
-            fault = certificate_fault(found, "coordinator.ca_file")
+            fault = "; ".join(certificate_fault(found, "coordinator.ca_file"))
         elif isinstance(found, ssl.SSLError) and speaks_no_tls(found):
             text = _NO_TLS
         elif self._proxy and str(found).startswith("Tunnel connection failed"):
@@ -255,7 +254,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 # The first row that any error of the chain fits is what an operator can do something about.
 _CAUSES: list[tuple[tuple[type[BaseException], ...], str]] = [
-    ((ssl.SSLCertVerificationError,), "the TLS certificate of {peer} {fault.cause}; {fault.remedy}"),
+    ((ssl.SSLCertVerificationError,), "the TLS certificate of {peer} {fault}"),
     ((NoConnection,), "no connection to {peer} within {connect:g} s"),
     (
         (NoHandshake,),

@@ -227,63 +227,46 @@ def tls_context(ca_file: Path | None = None, *, verify: bool = True) -> ssl.SSLC
     return context
 
 
-class TlsFault(NamedTuple):
-    """What is wrong with a certificate, and what helps."""
-
-    cause: str
-    remedy: str
-
-
 _NEW_CA = (
     'openssl req -x509 -newkey rsa:3072 -nodes -days 3650 -keyout ca.key -out ca.pem -subj "/CN=our CA"'
     " -addext keyUsage=critical,keyCertSign,cRLSign"
 )
-# By the numbers of OpenSSL's x509_vfy.h.
-_CERTIFICATES = {
-    10: TlsFault(
+# By the numbers of OpenSSL's x509_vfy.h: what is wrong, and what helps.
+_CERTIFICATES = (
+    (
+        {10},
         "has expired",
         "it must be renewed there, unless this machine's clock is wrong (see `timedatectl`)",
     ),
-    9: TlsFault(
+    (
+        {9},
         "is not valid yet",
         "this machine's clock is probably slow: see `timedatectl`, and `timedatectl set-ntp true`",
     ),
-    **dict.fromkeys(
-        (62, 64),
-        TlsFault(
-            "is for another name",
-            "use the name that it is for, or have this name among its subjectAltName entries",
-        ),
+    (
+        {62, 64},
+        "is for another name",
+        "use the name that it is for, or have this name among its subjectAltName entries",
     ),
-    **dict.fromkeys(
-        (2, 18, 19, 20, 21),
-        TlsFault(
-            "is not trusted",
-            "name the certificate of its issuer in {key}, or have the whole machine trust that"
-            " (/usr/local/share/ca-certificates, then update-ca-certificates); a server must send the"
-            " certificates in between, too",
-        ),
+    (
+        {2, 18, 19, 20, 21},
+        "is not trusted",
+        "name the certificate of its issuer in {key}, or have the whole machine trust that"
+        " (/usr/local/share/ca-certificates, then update-ca-certificates); a server must send the"
+        " certificates in between, too",
     ),
-    **dict.fromkeys(
-        (66, 67, 68),
-        TlsFault("is too weak", "it must be made anew, with RSA of 3072 bits or P-256, and SHA-256"),
-    ),
-    **dict.fromkeys(
-        (32, 79),
-        TlsFault(
-            "comes from a CA whose own certificate is not one of a CA", f"make the CA anew: `{_NEW_CA}`"
-        ),
-    ),
-}
-_OTHER_CERTIFICATE = TlsFault("is not acceptable", "it must be made anew there")
+    ({66, 67, 68}, "is too weak", "it must be made anew, with RSA of 3072 bits or P-256, and SHA-256"),
+    ({32, 79}, "comes from a CA whose own certificate is not one of a CA", f"make the CA anew: `{_NEW_CA}`"),
+)
 # What OpenSSL 3.0 to 3.5 call bytes that are no TLS.
 _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
 
 
-def certificate_fault(error: ssl.SSLCertVerificationError, key: str = "") -> TlsFault:
-    """Say in words what is wrong with a certificate, and what helps; `key` is the setting of a CA file."""
-    found = _CERTIFICATES.get(error.verify_code, _OTHER_CERTIFICATE)
-    return TlsFault(f"{found.cause} ({error.verify_message})", found.remedy.replace("{key}", key))
+def certificate_fault(error: ssl.SSLCertVerificationError, key: str = "") -> tuple[str, str]:
+    """Say what is wrong with a certificate, and what helps; `key` is the setting of a CA file."""
+    rows = (row[1:] for row in _CERTIFICATES if error.verify_code in row[0])
+    cause, remedy = next(rows, ("is not acceptable", "it must be made anew there"))
+    return f"{cause} ({error.verify_message})", remedy.replace("{key}", key)
 
 
 def speaks_no_tls(error: ssl.SSLError) -> bool:
