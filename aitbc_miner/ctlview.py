@@ -130,7 +130,7 @@ def _slot_lines(slots: Sequence[SlotStatus], paint: Paint, most: int) -> list[st
         job, step = pad(slot.job_id or "-", wide), pad(slot.job_state or "-", 10)
         lines.append(f"{pad(slot.offer.name, 12)} {state} {job} {step} {duration(entry.for_s):>9}")
         if entry.use is not None and room > 0:
-            lines.append(cut(f"{'':13}{used(entry.use)}", width()))
+            lines.append(cut(f"  {used(entry.use)}", width()))
             room -= 1
     if hidden:
         lines.append(f"… and {_count(hidden, 'slot')} more; see `aitbc-minerctl slots`")
@@ -139,28 +139,33 @@ def _slot_lines(slots: Sequence[SlotStatus], paint: Paint, most: int) -> list[st
 
 def used(use: JobUse) -> str:
     """Say how far a job is, what it uses, and what it may use."""
+    spent = duration(use.for_s) + ("" if use.max_s is None else f" of {duration(use.max_s)}")
+    most = use.cpu_max_pct
+    cpus = None if use.cpu_pct is None else _number(use.cpu_pct / 100)
     figures = [
-        _of(duration(use.for_s), None if use.max_s is None else duration(use.max_s)),
-        _of(_cpus(use.cpu_pct), _cpus(use.cpu_max_pct), " CPUs"),
-        _of(_bytes(use.memory_bytes), _bytes(use.memory_max_bytes), " memory"),
-        _of(_bytes(use.disk_bytes), _bytes(use.disk_max_bytes), " disk"),
+        "" if use.pct is None else f"{use.pct:.0f} %",
+        spent,
+        f"CPU {cpus}{'' if most is None else f' of {_number(most / 100)}'}" if cpus else "",
+        _sizes("memory", use.memory_bytes, use.memory_max_bytes),
+        _sizes("disk", use.disk_bytes, use.disk_max_bytes),
+        use.note,
     ]
-    done = [] if use.pct is None else [f"{use.pct:.0f} %"]
-    return ", ".join(filter(None, [*done, *figures, use.note]))
+    return ", ".join(filter(None, figures))
 
 
-def _of(used: str | None, most: str | None, unit: str = "") -> str:
-    if used is None:
+def _sizes(name: str, number: int | None, most: int | None) -> str:
+    if number is None:
         return ""
-    return f"{used}{unit}" if most is None else f"{used} of {most}{unit}"
+    if not most:
+        return f"{name} {size(number)}"
+    # Both in the unit of the larger, so that they can be compared at a glance.
+    unit = size(most).split()[1]
+    factor = 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(unit)
+    return f"{name} {_number(number / factor)} of {_number(most / factor)} {unit}"
 
 
-def _cpus(percent: float | None) -> str | None:
-    return None if percent is None else f"{percent / 100:.1f}"
-
-
-def _bytes(number: int | None) -> str | None:
-    return None if number is None else size(number)
+def _number(number: float) -> str:
+    return f"{number:.1f}".removesuffix(".0")
 
 
 def _enforcement(slots: Sequence[SlotStatus], most: int) -> list[str]:

@@ -1,13 +1,16 @@
 """The command line of the node: real processes for exit statuses, the checks also by themselves."""
 
+import fcntl
 import json
 import os
 import pty
 import select
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -491,7 +494,7 @@ def test_probe_needs_no_configuration() -> None:
     assert page.returncode == 0
     assert "Processor" in page.stdout
     assert "Slots      " in page.stdout
-    assert max(map(len, page.stdout.splitlines())) <= 100
+    assert max(map(len, page.stdout.splitlines())) <= 80
     assert json.loads(run("probe", "--json").stdout)["slots"]
 
 
@@ -571,6 +574,37 @@ def test_doctor_is_content_where_nothing_required_is_missing(site: Site) -> None
     assert done.returncode == 0
     assert "MISSING" not in done.stdout
     assert done.stdout.endswith("nothing that is required is missing\n")
+
+
+@pytest.mark.parametrize("verb", ["check", "doctor", "tasks", "probe"])
+def test_every_page_fits_80_columns(site: Site, verb: str) -> None:
+    """Without a terminal, and at one: there faults and warnings as well, which elsewhere are a line each."""
+    for number in range(40):
+        name = f"command-{number}-{'x' * 40}"
+        (site.allowlist / f"{name}.yaml").write_text(f"command: {{path: /usr/bin/true, name: {name}}}\n")
+    (site.slots / "s.yaml").write_text("slots: [{name: a, kind: cpu, binds: [/nowhere/" + "b" * 90 + "]}]\n")
+    (site.slots / "other.yml").touch()
+    (site.tasks / "wide.py").write_text(f'def run(*, {"a" * 90}: int = 5): """{"Describes it. " * 20}"""\n')
+    env = {**os.environ, "MINER_AUTH": TOKEN, "TERM": "xterm"}
+    env.pop("COLUMNS", None)
+    command = [sys.executable, "-m", "aitbc_miner.main", verb, "--config", str(site.write())]
+    plain = subprocess.run(
+        command, capture_output=True, text=True, timeout=DEADLINE_S * 2, env=env, check=False
+    )
+    assert max(map(len, plain.stdout.splitlines())) <= 80, plain.stdout
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env) as child:
+        os.close(theirs)
+        shown = b""
+        while select.select([ours], [], [], DEADLINE_S * 2)[0]:
+            try:
+                shown += os.read(ours, 65536)
+            except OSError:
+                break
+        child.wait(DEADLINE_S)
+    os.close(ours)
+    assert max(map(len, shown.decode().splitlines())) <= 80, shown.decode()
 
 
 def test_doctor_on_a_broken_configuration(site: Site) -> None:

@@ -58,7 +58,10 @@ def pad(text: str, most: int) -> str:
 
 def wrap(label: str, text: str, *, lines: int = 99, most: int | None = None) -> list[str]:
     """Break a text into lines that begin under one another; `label` stands before the first."""
-    inside = max(10, (most or width()) - columns(label))
+    most = most or width()
+    if columns(label) > most // 2:
+        return [cut(label.rstrip(), most), *wrap("    ", text, lines=lines, most=most)]
+    inside = most - columns(label)
     pieces = list(_pieces(visible(" ".join(text.split())), inside)) or [""]
     if len(pieces) > lines:
         pieces[lines - 1 :] = [_head(pieces[lines - 1], inside - 1) + "…"]
