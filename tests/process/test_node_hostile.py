@@ -15,7 +15,7 @@ from harness import assert_once, wait_final
 from hostile_jobs import BY_FORCE, IDS, NAMELESS, OK, RAW, ROOT, cases, cli, task, with_id
 from rig import PATIENCE_S, Rig, all_idle, code, outcome, peak_mib, running
 
-from aitbc_miner import reserve
+from aitbc_miner import records, reserve
 from aitbc_miner.util import clock
 from tools.local_node import TOKEN, wait_until
 from tools.mock_coordinator import MockCoordinator
@@ -106,7 +106,7 @@ def test_the_node_has_taken_no_harm(handed_out: Rig) -> None:
     handed_out.assert_works("good-after-all")
     wait_until(lambda: all_idle(handed_out.node), PATIENCE_S)
     handed_out.assert_unharmed()
-    known = {*cases(""), *RAW, "good-after-all", reserve.NAME}
+    known = {*cases(""), *RAW, "good-after-all", reserve.NAME, records.MARK}
     assert {path.name for path in handed_out.node.jobs.iterdir()} <= known
     # The password in an address is nobody's business.
     bodies = [report.body for job in handed_out.mock.ledger.jobs().values() for report in job.reports]
