@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import psutil
 import pytest
 from harness import WAIT_S, Node, until, wait_gone, wait_settled
 from networks import KEY, Aitbc, network
@@ -93,10 +94,12 @@ def test_what_ran_when_the_disk_was_lost_is_taken_up(double: MockAitbc, node_of:
 
 
 def test_back_with_an_empty_database(double: MockAitbc, node_of: Maker) -> None:
-    node = node_of(1).start()
-    go = node.marks / "go"
+    node = node_of(2, coordinator={"give_up": {"refusals": 2, "over_s": 0}}).start()
+    go, on = node.marks / "go", node.marks / "on"
     old = submit(double, marked(node, "old", until(go)))
+    submit(double, marked(node, "busy", until(on)))
     node.running("old")
+    busy = node.running("busy")
     double.stop()
     go.touch()
     wait_until(lambda: node.now().pending_reports == 1, WAIT_S)
@@ -105,6 +108,12 @@ def test_back_with_an_empty_database(double: MockAitbc, node_of: Maker) -> None:
     new = [submit(double) for _ in range(3)]
     for job_id in new:
         wait_state(double, job_id, "COMPLETED")
+    # Nobody has cancelled what is on no list any more.
+    asked = len(double.calls("jobs"))
+    double.wait(lambda _: len(double.calls("jobs")) >= asked + 4, WAIT_S)
+    assert psutil.pid_exists(busy)
+    on.touch()
+    wait_gone([busy])
     wait_settled(node)
     assert [len(double.job(job_id).results) for job_id in new] == [1, 1, 1]
     assert old not in double.jobs()
