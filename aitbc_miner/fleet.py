@@ -64,6 +64,10 @@ class Fleet:
         self._done: dict[str, str] = {}
         self._offered: dict[str, float] = {}
 
+    def examine(self) -> None:
+        """Raise QueueError where the queue may lose what it has."""
+        self._queue.examine()
+
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._tokens
 

@@ -54,6 +54,7 @@ class FleetWatch:
             self._fleet.renew(lost)
             if offers and self._bench.token:
                 self._fleet.seek(self._bench.records, offers, self._bench.accounts.knows, seen)
+            self._fleet.examine()
         except Exception as error:  # noqa: BLE001  # one odd task must not end the agent, again and again
             return lost, seen, error
         return lost, seen, None

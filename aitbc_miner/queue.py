@@ -64,6 +64,10 @@ class RetryQueue(Protocol):
     shared: bool
     """Whether other nodes see it."""
 
+    def examine(self) -> None:
+        """Raise QueueError where it may lose what it has."""
+        ...
+
     def hold(self, task: Task, token: str, lease_s: float) -> bool:
         """Enter a task that we are at work on, or bring up to date and renew what we hold by this token.
 

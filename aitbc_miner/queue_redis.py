@@ -164,6 +164,14 @@ class RedisQueue:
             for change in (_HOLD, _PUT, _BURY, _CLAIM, _RENEW, _REMOVE, _REQUEUE)
         )
 
+    def examine(self) -> None:
+        """Raise QueueError where the server throws tasks away when its memory is full."""
+        with self._telling("trust"):
+            memory = self._client.info("memory")
+            policy = memory.get("maxmemory_policy", "noeviction")
+            if memory.get("maxmemory") and policy != "noeviction":
+                raise redis.RedisError(f"its maxmemory-policy {policy} throws tasks away when it is full")
+
     def hold(self, task: Task, token: str, lease_s: float) -> bool:
         """Enter a task that we are at work on, or bring it up to date."""
         with self._telling("write"):

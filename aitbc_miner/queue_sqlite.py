@@ -50,6 +50,9 @@ class SqliteQueue:
             for statement in _SCHEMA:
                 connection.execute(statement)
 
+    def examine(self) -> None:
+        """Do nothing: a file loses nothing."""
+
     def hold(self, task: Task, token: str, lease_s: float) -> bool:
         """Enter a task that we are at work on, or bring it up to date."""
         with self._writing() as connection:

@@ -155,6 +155,21 @@ def test_redis_does_not_wait_for_a_script_of_anothers(tmp_path: Path) -> None:
         queue.close()
 
 
+def test_a_redis_that_evicts_is_not_trusted(tmp_path: Path) -> None:
+    with redis_server(tmp_path) as server, server.client() as client:
+        queue = RedisQueue(server.url, None, "evicts")
+        client.config_set("maxmemory-policy", "allkeys-lru")
+        queue.examine()  # without a limit nothing is evicted
+        client.config_set("maxmemory", 100 << 20)
+        with pytest.raises(
+            QueueError, match="allkeys-lru throws tasks away when it is full; give it more memory"
+        ):
+            queue.examine()
+        client.config_set("maxmemory-policy", "noeviction")
+        queue.examine()
+        queue.close()
+
+
 def test_redis_out_of_memory_changes_nothing(tmp_path: Path) -> None:
     with redis_server(tmp_path) as server, server.client() as client:
         queue = RedisQueue(server.url, None, "full")
