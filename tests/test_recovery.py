@@ -371,7 +371,8 @@ def test_ten_thousand_jobs_that_are_done_are_not_read(
     found = recover(records, accounts.settled())
     assert (places(found), found.broken) == ({"to_resume": sorted(going)}, 0)
     # For each a directory and its state, and once more its directory for the outcome that it has not.
-    assert len(opened) <= 4 * len(going) + 10
+    # (On the way to a directory each step is looked at.)
+    assert len([path for path in opened if path not in {*records.root.parts, "."}]) <= 4 * len(going) + 10
     assert not [path for path in opened if "done-" in path]
 
 

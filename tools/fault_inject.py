@@ -45,7 +45,7 @@ ERRORS = {
 }
 KILL = "KILL"
 MOST = 400
-UP_S, JOB_S, ATTACH_S, TICKS_S = 30.0, 90.0, 20.0, 1.5
+UP_S, JOB_S, ATTACH_S, TICKS_S = 60.0, 90.0, 20.0, 1.5
 KIND = Kind("whole", 'cat in; echo it is done > "$AITBC_OUTPUT_DIR/result.txt"', WELL, 1, artifact=True)
 
 
@@ -154,6 +154,10 @@ class _Injector:
                 strace.wait(ATTACH_S)
         hits = _hits(out)
         self._done.hits[plan] += hits
+        if hits and plan.fault == KILL and plan.whom is Whom.WORKER:
+            # A slot whose worker dies again and again rests for minutes; that of a new node does not.
+            self._node.stop()
+            self._node.launch()
         self._tell(f"{plan} at {number}: {hits} hits, {_ended(self._mock.job(job_id))}")
         return hits
 
