@@ -12,7 +12,7 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NoReturn, Self
@@ -251,7 +251,7 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
         ("exec", partial(os.execve, argv[0], list(argv), dict(env))),
     ]
     try:
-        return _fork(steps, group, enclosed.status if enclosed else None)
+        return _fork(steps, group, enclosed.status if enclosed else None, fds.values())
     except (OSError, _StepError) as error:
         raise JobError(ErrorCode.E_SANDBOX, f"cannot start {argv[0]}: {error}") from error
 
@@ -306,8 +306,11 @@ def _fork_into(group: Group) -> int:
         os.close(fd)
 
 
-def _fork(steps: Steps, group: Group | None, enclosed: int | None) -> Job:
-    """Run the steps in a child, the last of which is the exec; return when that has happened."""
+def _fork(steps: Steps, group: Group | None, enclosed: int | None, kept: Iterable[int]) -> Job:
+    """Run the steps in a child, the last of which is the exec; return when that has happened.
+
+    Of our descriptors it has those in `kept`.
+    """
     with contextlib.ExitStack() as stack:
         # The exec closes the child's end of this pipe, so an end without a word means success.
         read_end, write_end = os.pipe()
@@ -319,7 +322,7 @@ def _fork(steps: Steps, group: Group | None, enclosed: int | None) -> Job:
             child_side.callback(signal.pthread_sigmask, signal.SIG_SETMASK, mask)
             pid = os.fork() if group is None else _fork_into(group)
             if pid == 0:
-                _run_child(steps, write_end)
+                _run_child(steps, write_end, kept)
         try:
             job = Job(pid, group, enclosed)
         except OSError:
@@ -336,11 +339,12 @@ def _fork(steps: Steps, group: Group | None, enclosed: int | None) -> Job:
         return job
 
 
-def _run_child(steps: Steps, failure_fd: int) -> NoReturn:
+def _run_child(steps: Steps, failure_fd: int, kept: Iterable[int]) -> NoReturn:
     name = "fork"
     try:
         # Out of the way of the numbers that the program's own descriptors get.
         failure_fd = fcntl.fcntl(failure_fd, fcntl.F_DUPFD_CLOEXEC, _HIGH)
+        _close_all_but({failure_fd, *kept})
         for name, step in steps:  # noqa: B007  # the name is for the report below
             step()
     except Exception as error:  # noqa: BLE001  # reported to the parent, which raises it
@@ -355,17 +359,21 @@ def _run_child(steps: Steps, failure_fd: int) -> NoReturn:
         os._exit(127)
 
 
+def _close_all_but(kept: Collection[int]) -> None:
+    # Not left to the exec: a process of the slot's user could look into us once we are his.
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        if int(entry.name) not in kept:
+            with contextlib.suppress(OSError):  # the listing's own is gone
+                os.close(int(entry.name))
+
+
 def _arrange_fds(fds: Mapping[int, int]) -> None:
     # By way of high numbers, for one of the sources may have the number of another's target.
     high = {target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH) for target, fd in fds.items()}
     for target, fd in high.items():
         os.dup2(fd, target)
-    for entry in list(Path("/proc/self/fd").iterdir()):
-        fd = int(entry.name)
-        if fd not in fds:
-            # Closed by the exec and not here, for the failure pipe is among them. The listing's own is gone.
-            with contextlib.suppress(OSError):
-                os.set_inheritable(fd, False)  # noqa: FBT003  # takes no keyword
+    for fd in set(fds.values()) - set(fds):
+        os.set_inheritable(fd, False)  # noqa: FBT003  # takes no keyword
 
 
 def _go_first() -> None:
