@@ -2,12 +2,14 @@
 
 `@pytest.mark.needs("redis-server")` names what a test cannot do without; debian.py knows how to look for it.
 As root nothing is left out: tools/test installs what is missing.
+And no example of a property has a deadline, for the machine may be busy.
 """
 
 import os
 from collections import Counter
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tools import debian
@@ -16,7 +18,9 @@ _LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the mark known."""
+    """Make the mark known, and take the deadline away."""
+    hypothesis.settings.register_profile("patient", deadline=None)
+    hypothesis.settings.load_profile("patient")
     config.addinivalue_line("markers", "needs(*packages): Debian packages that the test cannot do without")
 
 
