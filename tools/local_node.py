@@ -106,7 +106,9 @@ class LocalNode:
     def launch(self) -> None:
         """Start the node, and do not wait for anything."""
         command = [sys.executable, "-m", "aitbc_miner.main", "run", "--config", str(self.config)]
-        environ = {**os.environ, "MINER_AUTH": TOKEN, **self._environ}
+        # With PYTHON… of ours the node would start itself again, without what else it was given.
+        ours = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
+        environ = {**ours, "MINER_AUTH": TOKEN, **self._environ}
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stderr=log)
 
