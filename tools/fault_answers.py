@@ -160,9 +160,8 @@ class _Node:
             thread.start()
 
     def close(self) -> None:
+        # Its own thread says it to the others: no channel is for two.
         self._stopping = True
-        for channel in (self._to_agent, self._to_beat):
-            channel.send(messages.Stop())
         for thread in self._threads:
             thread.join(PATIENCE_S)
         for each in self._sockets:
@@ -246,6 +245,8 @@ class _Node:
                     self._end(job_id)
                 running = []
                 self._tell(running)
+        for channel in (self._to_agent, self._to_beat):
+            channel.send(messages.Stop())
 
     def _tell(self, running: list[str]) -> None:
         offer = messages.Offer("cpu0", "cpu", 4, 4096, 0, ("cli",))
