@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -115,6 +116,11 @@ def test_only_an_ordinary_user_needs_uidmap(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(debian, "SEARCH", str(tmp_path))
     assert debian.missing("vm") == []
     assert debian.missing("vm", "user") == ["uidmap"]
+
+
+def test_where_no_package_is_missing_none_is_named() -> None:
+    run = subprocess.run([sys.executable, debian.__file__], capture_output=True, text=True, check=True)
+    assert run.stdout == ""
 
 
 def test_subordinate_ids_are_needed_in_both_tables(tmp_path: Path) -> None:

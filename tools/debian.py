@@ -56,4 +56,5 @@ def _is_there(what: str) -> bool:
 
 
 if __name__ == "__main__":
-    print("\n".join(missing(*sys.argv[1:])))
+    for package in missing(*sys.argv[1:]):
+        print(package)
