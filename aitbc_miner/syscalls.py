@@ -43,7 +43,9 @@ _KIND = 0xF
 """The bits of a socket's type that are not flags."""
 # PERSONALITY 0xffffffff asks which one it is.
 _ASKS, _MMAP_PAGE_ZERO = 0x8000_0000, 0x10_0000
-_PR_SCHED_CORE = 62
+_PR_SCHED_CORE, _PR_SET_SECCOMP = 62, 22
+# Of seccomp(2), and the same for prctl(2).
+_SET_FILTER, _MODE_FILTER = 1, 2
 
 LAST = 462
 """The number of the newest call that these tables have been gone through with: mseal, of Linux 6.10. From 424
@@ -118,6 +120,7 @@ DENIED = (
     Denied("process_madvise process_mrelease", "acts upon the memory of other processes", errno.ENOSYS),
     Denied("lookup_dcookie nfsservctl uselib ustat sysfs _sysctl get_kernel_syms query_module", "obsolete"),
     Denied("migrate_pages move_pages", "moves the memory of other processes"),
+    Denied("io_setup", "takes of a number that the whole machine has; there are other ways", errno.ENOSYS),
     Denied(
         "openat2", "makes files with modes that a filter cannot see; C libraries do without", errno.ENOSYS
     ),
@@ -155,6 +158,8 @@ _REQUESTS = {
     "types into the terminal of whoever started us": (0x5412, 0x541C),
     # TIOCSETD, TIOCCONS
     "loads drivers of lines that have had many holes, or takes the console": (0x5423, 0x541D),
+    # SIOCGIFBR, SIOCSIFBR, SIOCGIFVLAN, SIOCSIFVLAN, SIOCBRADDBR, SIOCBRDELBR: before any right is asked for
+    "loads drivers of networks": (0x8940, 0x8941, 0x8982, 0x8983, 0x89A0, 0x89A1),
     # FS_IOC_SET_ENCRYPTION_POLICY, FS_IOC_ADD_ENCRYPTION_KEY
     "keys of file systems outlive the job": (0x800C_6613, 0xC050_6617),
     # BTRFS_IOC_SNAP_CREATE, _SUBVOL_CREATE, _SNAP_CREATE_V2, _SUBVOL_CREATE_V2, _SUBVOL_SETFLAGS
@@ -162,6 +167,10 @@ _REQUESTS = {
         *(0x5000_9401, 0x5000_940E, 0x5000_9417, 0x5000_9418, 0x4008_941A),
     ),
 }
+# MAP_HUGETLB, MFD_HUGETLB, SHM_HUGETLB: argument and bit
+_HUGE = {"mmap": (3, 0x4_0000), "memfd_create": (1, 4), "shmget": (2, 0o4000)}
+_POOL = "the machine's large pages, which no limit of a slot counts"
+_OWN_FILTERS = "the kernel's room for translated filters is the whole machine's, other slots' included"
 _OPTIONS = {
     # SOL_SOCKET: SO_ATTACH_FILTER, _BPF, _REUSEPORT_CBPF, _REUSEPORT_EBPF
     "programs in the kernel, as of `bpf`": [(1, option) for option in (26, 50, 51, 52)],
@@ -200,6 +209,10 @@ MASKED = (
         for reason, options in _OPTIONS.items()
         for level, option in options
     ),
+    *(Masked(call, arg, bit, bit, _POOL, errno.ENOMEM) for call, (arg, bit) in _HUGE.items()),
+    # Told as by a kernel without such filters: programs then do without.
+    Masked("seccomp", 0, _INT, _SET_FILTER, _OWN_FILTERS, errno.EINVAL),
+    Masked("prctl", 1, _INT, _MODE_FILTER, _OWN_FILTERS, errno.EINVAL, before=(_INT, _PR_SET_SECCOMP)),
     Masked("personality", 0, _ASKS | _MMAP_PAGE_ZERO, _MMAP_PAGE_ZERO, "makes holes of the kernel usable"),
     Masked("prctl", 0, _INT, _PR_SCHED_CORE, "keeps others from the rest of a processor's core"),
 )

@@ -257,6 +257,26 @@ for place in (b"/tmp", b"/dev/shm", b"/dev/pts"):
         256,
         400,
     ),
+    takes("all-asynchronous-io", "got(libc.syscall(206, 1, ctypes.byref(ctypes.c_ulong())))", 64, 200),
+    Attack(
+        "room-for-filters",
+        SHARE,
+        """
+code = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 0x7FFF0000))
+program = (ctypes.c_ulong * 2)(1, ctypes.addressof(code))
+libc.prctl(22, 2, program, 0, 0) == 0 and through("prctl")
+libc.syscall(317, 1, 0, program) == 0 and through("seccomp")
+""",
+    ),
+    Attack(
+        "load-drivers-of-networks",
+        KERNEL,
+        """
+for line in (socket.socket(), socket.socket(socket.AF_UNIX)):
+    for request in (0x8940, 0x8941, 0x8982, 0x8983, 0x89A0, 0x89A1):
+        tried(16, line.fileno(), request, ctypes.create_string_buffer(64))
+""",
+    ),
     takes("all-watchers", "got(libc.inotify_init())", 1000, 1100),
     Attack(
         "pour-into-the-log",
