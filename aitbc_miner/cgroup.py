@@ -38,8 +38,6 @@ LIMITS = ("cpu", "cpuset", "memory", "pids", "io")
 """What can be limited; each is the name of its controller too."""
 RETRY_S = 0.005
 """Between two tries at something that the kernel gives no event for."""
-TRIES = 3
-"""Of a file of a group: only a want of descriptors or memory keeps it from being read or written."""
 
 
 class CgroupError(MinerError):
@@ -163,7 +161,7 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         """
         path = self.path / os.fsdecode(name)
         try:
-            fs.tried_again(lambda: _write(path, str(value).encode()), TRIES)
+            fs.tried_again(lambda: _write(path, str(value).encode()))
         except OSError as error:
             raise CgroupError(f"cannot write {value!r} to {path}: {error.strerror}") from error
 
@@ -176,7 +174,7 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
 
     def get_property(self, filename: bytes) -> str:
         """Read one of the group's files, again if that fails for want of a descriptor, say."""
-        text: str = fs.tried_again(partial(super().get_property, filename), TRIES)
+        text: str = fs.tried_again(partial(super().get_property, filename))
         return text
 
     def figure(self, key: str) -> Any:

@@ -9,6 +9,7 @@ import select
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from math import inf
 from typing import TypeVar
@@ -160,7 +161,8 @@ class Execution:
         # Now and then in any case, to reap what the job left to its subreaper, which is us.
         look_at = self._disk.due if self._disk else inf
         tell_at = self._progress_at if self._progress else inf
-        return min(now + REAP_EVERY_S, self._deadline or inf, self._kill_at or inf, look_at, tell_at) - now
+        ends = (self._deadline or inf, self._kill_at or inf, self._deaf_until or inf)
+        return min(now + REAP_EVERY_S, *ends, look_at, tell_at) - now
 
     def _enforce(self) -> None:
         now = clock.now()
@@ -211,7 +213,9 @@ class Execution:
         # What is due in the past would keep the wait from waiting.
         self._deadline = self._disk = None
         self._kill_at = clock.now() + (self._delays.term_grace if grace is None else grace)
-        self._job.terminate()
+        # Who cannot be told now, for want of a descriptor, is killed when his time is over.
+        with suppress(OSError):
+            self._job.terminate()
 
     def _pump(self, pipe: int) -> bool:
         data = _read(pipe)

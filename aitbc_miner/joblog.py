@@ -65,7 +65,7 @@ class JobLog:
     def _put(self, data: bytes) -> int:
         try:
             # Not for long: whoever writes has a job to look after. What is dropped is counted.
-            return fs.tried_again(lambda: os.write(self._fd, data), 3)
+            return fs.tried_again(lambda: os.write(self._fd, data))
         except OSError as error:
             self.disk_full = self.disk_full or error.errno in fs.FULL
             return 0

@@ -103,12 +103,12 @@ class JobRun:
             yield
         except JobError as error:
             code = ErrorCode.E_DISK if is_full(error.__cause__) else error.code
-            self._verdict = Verdict(code, error.message)
+            self._verdict = self._why_ended(error.__cause__) or Verdict(code, error.message)
         except OSError as error:
             code = ErrorCode.E_DISK if is_full(error) else ErrorCode.E_INTERNAL
-            self._verdict = self._why_ended() or Verdict(code, f"cannot run the job: {error}")
+            self._verdict = self._why_ended(error) or Verdict(code, f"cannot run the job: {error}")
         except MinerError as error:
-            self._verdict = Verdict(ErrorCode.E_INTERNAL, str(error))
+            self._verdict = self._why_ended(error.__cause__) or Verdict(ErrorCode.E_INTERNAL, str(error))
         except Exception as error:  # noqa: BLE001  # a defect that the job has found costs the job, not the slot
             self._events.exception("job failed unexpectedly")
             self._verdict = Verdict(ErrorCode.E_INTERNAL, f"cannot run the job: {error!a:.300}")
@@ -123,9 +123,10 @@ class JobRun:
         finally:
             self._timings[name] = round(clock.now() - began, 6)
 
-    def _why_ended(self) -> Verdict | None:
-        """Say why the job is not gone on with, where somebody wants it to end."""
-        if (why := self._supervision.why_end(self._job.job_id)) is None:
+    def _why_ended(self, trouble: BaseException | None) -> Verdict | None:
+        """Say why trouble that may pass is waited for no longer, where somebody wants the job to end."""
+        why = self._supervision.why_end(self._job.job_id)
+        if why is None or not fs.may_pass(trouble):
             return None
         return cause_of(Evidence(ExitStatus(killed_for=why), cancel_detail=self._cancel_detail()))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.cgroup import Group
 from aitbc_miner.util import fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
@@ -82,12 +82,19 @@ class WorkerBook:
 
 
 def works_in(group: Path | None, pid: int) -> bool:
-    """Whether a process is where a slot's worker is: in its group, or where there is none, our user's."""
-    with contextlib.suppress(OSError, CgroupError):
+    """Whether a process is where a slot's worker is: in its group, or where there is none, our user's.
+
+    Raises:
+        OSError: that cannot be told now. Taken for gone, a worker would go on with a job that is called lost.
+    """
+    try:
         if group is not None:
             return pid in Group(group / "worker").pids()
-        return Path(f"/proc/{pid}").stat().st_uid == os.geteuid()
-    return False
+        return fs.tried_again(Path(f"/proc/{pid}").stat).st_uid == os.geteuid()
+    except OSError as error:
+        if fs.may_pass(error):
+            raise
+        return False
 
 
 def end_worker(pid: int, start: int) -> None:

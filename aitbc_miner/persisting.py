@@ -42,5 +42,6 @@ class Persisting:
     def start_due(self) -> None:
         """Try again what is due."""
         for what, (due, call, *_) in list(self._left.items()):
-            if due <= clock.now():
+            # What an earlier one has brought about is not done twice.
+            if due <= clock.now() and what in self._left:
                 self.do(what, call)

@@ -54,6 +54,7 @@ class Storage:
         try:
             free = fs.room(self._kept.root)
             lacking = reserve.lacking(self._kept.root, self._kept.reserve_mb)
+            ours = (self._kept.root / MARK).exists()
         except OSError as error:
             what = f"cannot look at workspace.root {self._kept.root}: {error.strerror}: no jobs are pulled"
             self.problem = Problem(what, "see that its disk is mounted and works")
@@ -61,7 +62,7 @@ class Storage:
             return self.short is not before
         self._judge(free, lacking)
         # What may be the empty place of a disk that is not mounted is left as it is.
-        if not self._busy and (self._kept.root / MARK).exists():
+        if not self._busy and ours:
             self._act(free, lacking)
         return self.short is not before
 

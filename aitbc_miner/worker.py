@@ -194,8 +194,12 @@ class Worker:
 
     def _begin(self, job_id: str, around: Surroundings, stack: ExitStack) -> JobRun | JobEnded:
         """Open the job's directory, which `stack` closes, and say how it ended if it is not to be started."""
-        job = stack.enter_context(self._records.open(job_id))
-        return _refuse(job) or JobRun(job, around, self._runners, self._supervision, self._warmer.take)
+        with ExitStack() as ours:
+            job = ours.enter_context(self._records.open(job_id))
+            run = _refuse(job) or JobRun(job, around, self._runners, self._supervision, self._warmer.take)
+            # Not before: each try that fails would keep a descriptor, of which there may be none left.
+            stack.push(ours.pop_all())
+        return run
 
     def _run(self, job_id: str, run: JobRun) -> JobEnded:
         try:

@@ -216,6 +216,22 @@ def test_a_child_that_may_not_open_the_new_file_gets_it(tmp_path: Path) -> None:
     os.close(ask)
 
 
+def test_a_child_without_room_for_a_descriptor_goes_on_with_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "miner.log"
+    configure("node-1", level="info", as_json=True, path=str(path))
+    (handler,) = logging.getLogger("aitbc_miner").handlers
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    theirs.setblocking(False)  # takes no keyword
+    with ours, theirs:
+        monkeypatch.setattr(handler, "inbox", theirs)
+        ours.send(b".")  # as the kernel hands it over: the descriptor is left out
+        events("agent").info("goes on")
+    assert json.loads(path.read_text())["event"] == "goes on"
+    handler.close()
+
+
 def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
         configure("node-1", level="info", as_json=True, path=str(tmp_path / "no/miner.log"))

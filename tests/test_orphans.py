@@ -80,14 +80,24 @@ def test_a_book_that_others_could_have_written_knows_nobody(tmp_path: Path, how:
 
 
 def test_a_process_outside_of_the_slots_group_is_no_worker(
-    tmp_path: Path, sleeper: "subprocess.Popen[bytes]"
+    tmp_path: Path, sleeper: "subprocess.Popen[bytes]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(*_: object, **_more: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
     (tmp_path / "worker").mkdir()
     (tmp_path / "worker" / "cgroup.procs").write_text(f"{os.getpid()}\n")
     assert works_in(tmp_path, os.getpid())
     assert not works_in(tmp_path, sleeper.pid)
     assert not works_in(tmp_path / "gone", sleeper.pid)
     assert works_in(None, sleeper.pid)
+    for group in (tmp_path, None):
+        # Taken for gone it would work on, at a job that is called lost.
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "stat", fail)
+            patch.setattr(os, "scandir", fail)
+            with pytest.raises(OSError, match="Too many open files"):
+                works_in(group, os.getpid())
     sleeper.kill()
     sleeper.wait()
     assert not works_in(None, sleeper.pid)

@@ -245,11 +245,12 @@ def test_the_child_fills_the_reserve_and_says_why_it_cannot(
     assert record.getMessage() == "no reserve"
 
 
-def test_a_disk_that_is_gone_is_said(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: object) -> None:
+@pytest.mark.parametrize("call", ["statvfs", "stat"])
+def test_a_disk_that_is_gone_is_said(site: Site, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    def fail(*_: object, **_more: object) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(os, "statvfs", fail)
+    monkeypatch.setattr(os, call, fail)
     assert site.storage.tick()
     assert site.storage.problem is not None
     assert "Input/output error: no jobs are pulled" in site.storage.problem.what

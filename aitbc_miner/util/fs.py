@@ -29,9 +29,11 @@ OF_THE_FILE = frozenset(
         *(errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EPERM),
         *(errno.ENAMETOOLONG, errno.ENXIO, errno.ENODEV, errno.EXDEV, errno.EMLINK, errno.EFBIG),
         *(errno.ENOTEMPTY, errno.ESRCH, errno.EBADF, errno.EPIPE, errno.ECONNRESET, errno.ENOEXEC),
+        *(errno.ENOSYS, errno.EOPNOTSUPP),
     }
 )
-"""What tells of the file that is asked for. All else is this machine's own trouble, whoever meets it."""
+"""What tells of the file that is asked for, or of this kernel, and stays so. All else is this machine's own
+trouble, whoever meets it."""
 # How many subdirectories of one are kept in mind: how many there are was a stranger's to decide.
 NAMES_AT_ONCE = 1000
 
@@ -66,9 +68,9 @@ def may_pass(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE
 
 
-def tried_again(call: Callable[[], T], times: int = 5) -> T:
-    """Call, and after trouble that may pass again, with pauses of well under a second in all."""
-    for pause in [0.01 * 3**n for n in range(times - 1)]:
+def tried_again(call: Callable[[], T]) -> T:
+    """Call, and after trouble that may pass again; the pauses leave the supervisor its 50 ms a turn."""
+    for pause in (0.01, 0.03):
         try:
             return call()
         except OSError as error:

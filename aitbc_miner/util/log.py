@@ -238,7 +238,8 @@ class FileHandler(logging.FileHandler):
             if self.stream is None:
                 return
             if self.inbox is not None:
-                with contextlib.suppress(BlockingIOError):
+                # Without a descriptor to be had, what comes is a message with none.
+                with contextlib.suppress(BlockingIOError, IndexError):
                     self._take(socket.recv_fds(self.inbox, 1, 1)[1][0])
             if os.geteuid() == self._uid and not self._is_there():
                 flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW

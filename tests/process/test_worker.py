@@ -16,9 +16,9 @@ from typing import Any
 
 import psutil
 import pytest
-from bench import Bench, Prepare, Shell
+from bench import WAIT_S, Bench, Prepare, Shell
 
-from aitbc_miner import supervision
+from aitbc_miner import spawn, supervision
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.execution import Execution
 from aitbc_miner.jobs import ExitStatus, Outcome, State
@@ -26,6 +26,7 @@ from aitbc_miner.messages import (
     CancelJob,
     JobEnded,
     JobStep,
+    JobTrouble,
     StartJob,
 )
 from aitbc_miner.privileges import Identity
@@ -33,6 +34,7 @@ from aitbc_miner.records import JobDir
 from aitbc_miner.runners import Runner
 from aitbc_miner.spawn import Job
 from aitbc_miner.util import clock
+from tools.local_node import wait_until
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -175,6 +177,63 @@ def test_a_call_that_fails_once_costs_no_job(bench: Bench, name: str, number: in
         if not hit:
             break
     assert n > 1, "nothing was hit"
+
+
+def test_trouble_that_lasts_takes_no_descriptor_with_each_try(bench: Bench) -> None:
+    lasts = bench.root / "+lasts"
+    lasts.touch()
+    real = JobDir.outcome
+
+    def outcome(job: JobDir) -> Outcome | None:
+        if not lasts.exists():
+            return real(job)
+        with lasts.open("a") as tries:
+            tries.write(f"{len(list(Path('/proc/self/fd').iterdir()))}\n")
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def prepare(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(supervision, "RETRY_MAX_S", 0.001)
+        patch.setattr(JobDir, "outcome", outcome)
+
+    bench.start(prepare)
+    bench.submit("j1", "true")
+    bench.send(StartJob("j1"))
+    wait_until(lambda: lasts.read_text().count("\n") > 10, WAIT_S)
+    open_then = lasts.read_text().split()
+    lasts.unlink()
+    assert bench.ended().code is None
+    assert open_then[10] == open_then[0]
+
+
+def test_a_job_that_is_cancelled_while_it_waits_to_be_started_was_cancelled(bench: Bench) -> None:
+    def prepare(patch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        patch.setattr(spawn, "_fork", fail)
+
+    bench.start(prepare)
+    bench.submit("j1", "true")
+    bench.send(StartJob("j1"))
+    bench.until(lambda message: isinstance(message, JobTrouble))
+    bench.send(CancelJob("j1", "cancel"))
+    assert bench.ended().code is ErrorCode.E_CANCELLED
+
+
+def test_a_program_that_cannot_be_told_to_end_is_killed(bench: Bench) -> None:
+    def prepare(patch: pytest.MonkeyPatch) -> None:
+        def fail(_: object) -> None:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+        patch.setattr(Job, "terminate", fail)
+
+    bench.start(prepare)
+    bench.submit("j1", "exec sleep 600")
+    bench.send(StartJob("j1"))
+    bench.until(lambda message: isinstance(message, JobStep) and message.pid is not None)
+    bench.send(CancelJob("j1", "timeout"))
+    ended = bench.ended()
+    assert (ended.code, ended.clean) == (ErrorCode.E_TIMEOUT, True)
 
 
 # --- jobs that must not be started -------------------------------------------------------------------------
