@@ -258,7 +258,8 @@ class Checker:
         """Look whether there is what each service needs."""
         directory = self._config.services_dir
         strange: list[Fault] = []
-        self.services = read_services(directory, self.faults, strange)
+        files: dict[str, Path] = {}
+        self.services = read_services(directory, self.faults, strange, files)
         self.warnings += map(str, strange)
         if not self.services:
             self.warnings.append(f"services_dir: {directory} offers no service: every job is refused")
@@ -269,15 +270,17 @@ class Checker:
                 self.warnings.append(f"service {service.name}: the allowlist has no command {run.command!r}")
             if run.task is not None and run.task not in tasks:
                 self.warnings.append(f"service {service.name}: there is no task {run.task!r}")
+            file = files[service.name]
             self.faults += [
-                Fault(str(directory), None, f"{service.name}.{key}", f"{message}, or remove the service")
+                Fault(str(file), line_of(file, key.split(".")), key, f"{message}, or remove the service")
                 for key, message in self._lacking(service)
             ]
 
     def _lacking(self, service: Service) -> Iterator[tuple[str, str]]:
         """Say without what every job of a service would fail."""
         if service.egress and all(service.egress != spec.egress for spec in self.slots):
-            yield "egress", f"no slot has egress {service.egress}; give one `egress: {service.egress}`"
+            wanted = f"egress: {service.egress}"
+            yield "egress", f"no slot has {wanted}; give one in {self._config.slots_dir} `{wanted}`"
         if program := self._absent.get(service.run.command or ""):
             yield "run.command", f"there is no program {program}; install it"
 

@@ -21,6 +21,7 @@ import msgspec
 from aitbc_miner.control import (
     LATER_S,
     MAX_REQUEST,
+    READERS,
     Done,
     Files,
     History,
@@ -211,7 +212,7 @@ def _ask(where: Where, request: Request) -> tuple[Any, list[int]]:
     try:
         answer, fds = ask(path, request, patience)
     except PermissionError:
-        remedy = "use sudo, or join the group aitbc"
+        remedy = f"use sudo, or join the group {READERS}"
         message = f"cannot reach the miner at {path}: not permitted; {remedy}"
         raise CtlError(message, EXIT_NOT_PERMITTED) from None
     except TimeoutError:

@@ -100,8 +100,10 @@ class Desk:
         job_id = request.job_id
         row = self._index.get(job_id) if job_id else None
         if job_id is None or row is None or not valid_job_id(job_id):
-            what = f"cannot {request.verb}: no job {job_id!r} is known here; see `aitbc-minerctl jobs`"
-            return Refusal(what), []
+            what = "cancel" if request.verb == "cancel" else "show"
+            return Refusal(
+                f"cannot {what} job {job_id!r}: there is none of this id here; see `aitbc-minerctl jobs`"
+            ), []
         if names := FILES.get(request.verb):
             return self._files(self._with_use(row), names)
         return self._cancel_job(row), []

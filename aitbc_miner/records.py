@@ -234,7 +234,9 @@ class Records:
         except OSError as error:
             if fs.may_pass(error):
                 raise
-            raise RecordError(f"cannot open job {job_id}: {error.strerror}") from error
+            absent = isinstance(error, FileNotFoundError)
+            cause = "there is none of this id here; see `aitbc-minerctl jobs`" if absent else error.strerror
+            raise RecordError(f"cannot open job {job_id}: {cause}") from error
         try:
             yield JobDir(self.root, job_id, fd)
         finally:

@@ -121,7 +121,7 @@ class Service(Struct, frozen=True):
     timeout_s: Annotated[float, Meta(gt=0, le=31_536_000)] | None = None
     artifacts: list[ArtifactSpec] = []
     env: dict[str, Text] = {}
-    egress: Text | None = None
+    egress: Literal["none", "open"] | None = None
     retry: RetryPolicy = RetryPolicy(3, [ErrorCode.E_LOST])
     models: tuple[Text, ...] = ()
     result: dict[FieldName, Source] = {}
@@ -164,8 +164,16 @@ def _fields_in(key: str, template: Any) -> Iterator[str]:
 # --- the files ---------------------------------------------------------------------------------------------
 
 
-def read_services(directory: Path, faults: list[Fault], warnings: list[Fault] | None = None) -> list[Service]:
-    """Read all of services.d; what is wrong goes to `faults`, and its service is left out."""
+def read_services(
+    directory: Path,
+    faults: list[Fault],
+    warnings: list[Fault] | None = None,
+    files: dict[str, Path] | None = None,
+) -> list[Service]:
+    """Read all of services.d; what is wrong goes to `faults`, and its service is left out.
+
+    `files` gets the file of each service by its name.
+    """
     services: list[Service] = []
     taken: dict[str, Path] = {}
     found = drop_ins(directory, faults)
@@ -183,6 +191,8 @@ def read_services(directory: Path, faults: list[Fault], warnings: list[Fault] | 
             continue
         taken |= dict.fromkeys(kinds, path)
         services.append(service)
+        if files is not None:
+            files[service.name] = path
     return services
 
 

@@ -783,7 +783,7 @@ def test_a_closed_socket_is_not_permitted(
     monkeypatch.setattr(ctl, "ask", closed)
     monkeypatch.setattr(sys, "argv", ["aitbc-minerctl", "status"])
     assert ctl.main() == 77
-    assert "use sudo, or join the group aitbc" in capsys.readouterr().err
+    assert "use sudo, or join the group aitbc-view\n" in capsys.readouterr().err
 
 
 def test_it_imports_little() -> None:

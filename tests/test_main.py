@@ -677,8 +677,8 @@ def test_a_service_needs_its_program(site: Site) -> None:
     (site.allowlist / "server.yaml").write_text(entry)
     site.keys["services_dir"] = str(services)
     site.keys["coordinator"]["dialect"] = "aitbc-v1"
-    wanted = "serve.run.command: there is no program /opt/nothere/server; install it, or remove the service"
-    assert wanted in fault_texts(site.checker())
+    wanted = "there is no program /opt/nothere/server; install it, or remove the service"
+    assert f"{services}/serve.yaml:3: run.command: {wanted}" in fault_texts(site.checker())
 
 
 def test_a_service_needs_a_slot_with_its_network(site: Site) -> None:
@@ -688,6 +688,7 @@ def test_a_service_needs_a_slot_with_its_network(site: Site) -> None:
     (services / "infer.yaml").write_text(text)
     site.keys["services_dir"] = str(services)
     site.keys["coordinator"]["dialect"] = "aitbc-v1"
-    assert "infer.egress: no slot has egress open; give one `egress: open`, or" in fault_texts(site.checker())
+    wanted = f"egress: no slot has egress: open; give one in {site.slots} `egress: open`, or remove the"
+    assert f"{services}/infer.yaml:2: {wanted}" in fault_texts(site.checker())
     (site.slots / "slots.yaml").write_text("slots: [{name: cpu0, kind: cpu, egress: open}]\n")
     assert "egress" not in fault_texts(site.checker())

@@ -320,7 +320,7 @@ def test_what_is_no_file_is_no_record_and_costs_no_descriptor(records: Records, 
 
 
 def test_an_absent_job_and_an_absent_manifest_are_told_apart(records: Records) -> None:
-    with pytest.raises(RecordError, match="cannot open job j1: No such file"), records.open("j1"):
+    with pytest.raises(RecordError, match="cannot open job j1: there is none of this id"), records.open("j1"):
         pass
     records.create("j1", RAW)
     (records.root / "j1" / MANIFEST).unlink()

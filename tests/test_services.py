@@ -300,9 +300,19 @@ PAYLOADS = [
 ]
 
 
+@pytest.fixture
+def samples(tmp_path: Path) -> Path:
+    """Give the directory of an operator who offers all of them."""
+    for sample in (ETC / "services.d").iterdir():
+        written(tmp_path / "services.d", sample.read_text(), sample.name.removesuffix(".sample"))
+    return tmp_path / "services.d"
+
+
 @pytest.mark.parametrize("payload", PAYLOADS, ids=str)
-def test_the_samples_take_what_clients_send_and_the_allowlist_permits_it(payload: dict[str, Any]) -> None:
-    manifest = decode_manifest(ServiceBook(ETC / "services.d").manifest(JOB, payload))
+def test_the_samples_take_what_clients_send_and_the_allowlist_permits_it(
+    samples: Path, payload: dict[str, Any]
+) -> None:
+    manifest = decode_manifest(ServiceBook(samples).manifest(JOB, payload))
     if manifest.command is not None:
         allowlist = load_allowlist([ETC / "allowlist.d"], [], [])
         names = [one.name for one in manifest.input.urls if not isinstance(one, str) and one.name]
@@ -312,12 +322,24 @@ def test_the_samples_take_what_clients_send_and_the_allowlist_permits_it(payload
         assert (ETC / "tasks" / f"{manifest.task}.py").exists()
 
 
-def test_the_samples_have_no_fault() -> None:
+def test_the_samples_have_no_fault(samples: Path) -> None:
     faults: list[Fault] = []
-    assert {service.name for service in read_services(ETC / "services.d", faults)} == {
+    assert {service.name for service in read_services(samples, faults)} == {
         *("inference", "reencode", "transcribe", "wordstats")
     }
     assert faults == []
+
+
+def test_what_is_offered_unasked_every_machine_can_do() -> None:
+    (service,) = read_services(ETC / "services.d", [])
+    assert (service.name, service.run.command, service.egress) == ("wordstats", None, None)
+
+
+def test_a_network_that_no_slot_can_have_is_a_fault(tmp_path: Path) -> None:
+    faults: list[Fault] = []
+    text = "service: a\negress: lan\nmatch: {types: [a]}\nrun: {task: a}\n"
+    assert read_services(written(tmp_path / "services.d", text), faults) == []
+    assert "egress: is 'lan'; must be one of none, open" in str(faults[0])
 
 
 # --- what the client gets ----------------------------------------------------------------------------------

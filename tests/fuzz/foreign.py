@@ -174,7 +174,7 @@ def _services() -> Iterator[Check]:
 
 
 FILES = st.sampled_from(
-    [SERVICE, *(path.read_bytes() for path in sorted((ETC / "services.d").glob("*.yaml")))]
+    [SERVICE, *(path.read_bytes() for path in sorted((ETC / "services.d").glob("*.yaml*")))]
 )
 TARGETS = (
     Target(

@@ -37,7 +37,9 @@ def node(double: MockAitbc) -> Iterator[Node]:
     changes: dict[str, Any] = {"coordinator": mine, "sandbox": {"mode": "required"}}
     made = Node(double.url, SLOTS, environ={"MINER_AUTH": KEY}, **changes)
     for name in ("services.d", "tasks", "allowlist.d"):
-        made.put(name, ETC / name)
+        put = made.put(name, ETC / name)
+        for sample in put.glob("*.sample"):
+            sample.rename(sample.with_suffix(""))
     made.write_config(double.url, services_dir=str(made.directory / "services.d"), **changes)
     yield made
     made.clean_up()

@@ -89,8 +89,11 @@ place_directory() {
 # Each slot's jobs are a user of their own, who owns nothing else and can log in nowhere.
 make_slot_users() {
   local version=${building:-$current} layout names name
-  layout=$(as_the_service "$version/bin/aitbc-miner" slots --config "$etc/config.yaml") ||
+  # What else `check` would refuse is said when the users are there.
+  layout=$(as_the_service "$version/bin/aitbc-miner" slots --config "$etc/config.yaml" 2>/dev/null) || {
+    as_the_service "$version/bin/aitbc-miner" slots --config "$etc/config.yaml" >/dev/null || true
     die "cannot make the slots' users: the configuration has faults, see above; mend them, then tools/install again"
+  }
   # Some names are in quotes, for YAML has other ideas about 0 or no.
   names=$("$version/bin/python" -c 'import sys, yaml
 for slot in yaml.safe_load(sys.stdin)["slots"]: print(slot["name"])' <<<"$layout")
