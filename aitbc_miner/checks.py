@@ -1,6 +1,7 @@
 """Whether a node could run here with its configuration; nothing is changed."""
 
 import os
+import ssl
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from aitbc_miner.topology import MachineFacts, read_machine
 from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.trust import distrust, distrust_tree
 from aitbc_miner.util.units import format_cpus
+from aitbc_miner.util.web import tls_context
 from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
 from aitbc_miner.util.yamltext import line_of
 from aitbc_miner.visible import needs, special, unseen
@@ -87,7 +89,9 @@ class Checker:
         self._check_runners()
         if self._config.coordinator.dialect == "aitbc-v1":
             self._check_services()
-        self._check_credential(identities.service if identities else None)
+        service = identities.service if identities else None
+        self._check_credential(service)
+        self._check_ca_file(service)
         self.warnings += reaching.warnings(self._config, self._environ)
         for key, message in [*full_disks(self._config), *proxy_faults(self._config, self._environ)]:
             self._fault(key, message)
@@ -301,6 +305,21 @@ class Checker:
         if kind == "file" and service and not may_read(path, service):
             remedy = f"chgrp {group_of(service)} {path}; chmod 640 {path}"
             self._fault("coordinator.auth_token", f"the user {service.name} cannot read {path}; {remedy}")
+
+    def _check_ca_file(self, service: Identity | None) -> None:
+        path = self._config.coordinator.ca_file
+        if path is None:
+            return
+        try:
+            tls_context(path)
+        except OSError as error:
+            cause = "no certificate is in it" if isinstance(error, ssl.SSLError) else error.strerror
+            remedy = "name a readable file with CA certificates in PEM form (-----BEGIN CERTIFICATE-----)"
+            self._fault("coordinator.ca_file", f"cannot use {path}: {cause}; {remedy}")
+            return
+        if service and not may_read(str(path), service):
+            remedy = f"chmod a+r {path}, and a+x the directories that lead to it"
+            self._fault("coordinator.ca_file", f"the user {service.name} cannot read {path}; {remedy}")
 
 
 def find_python(python: PythonRunner, identities: Identities | None) -> Interpreter:

@@ -240,7 +240,8 @@ def _ask_the_disk(where: Where, request: Request, cause: CtlError) -> tuple[Any,
     except (MinerError, OSError) as error:
         raise CtlError(f"{cause}; and its disk: {error}", EXIT_UNREACHABLE) from error
     if told is None:
-        raise cause
+        hint = "what its disk tells can be had with --config and the configuration of that miner"
+        raise CtlError(f"{cause}; {hint}", EXIT_UNREACHABLE)
     _warn(f"the miner is not running at {where.socket}; this is what its disk tells")
     return told
 

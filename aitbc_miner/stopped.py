@@ -31,6 +31,8 @@ def answer(config: Path, socket: Path, request: Request) -> tuple[Answer, list[i
     Raises:
         MinerError, OSError: what there is cannot be read.
     """
+    if request.verb in VERBS and config.exists() and not os.access(config, os.R_OK):
+        return _not_permitted(f"cannot read {config}"), []
     known, _, _ = load_config(config, os.environ) if request.verb in VERBS else (None, [], [])
     if known is None or known.control.socket != socket:
         return None

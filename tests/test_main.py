@@ -342,6 +342,15 @@ def test_a_log_that_a_link_leads_away(site: Site) -> None:
     assert "logging.path" not in fault_texts(site.checker())
 
 
+def test_a_ca_file_without_a_certificate(site: Site) -> None:
+    ca = site.path.parent / "ca.pem"
+    ca.write_text("a certificate\n")
+    site.keys["coordinator"]["ca_file"] = str(ca)
+    assert f"coordinator.ca_file: cannot use {ca}: no certificate is in it; name" in fault_texts(
+        site.checker()
+    )
+
+
 def test_a_ca_file_that_others_can_write(site: Site) -> None:
     ca = site.root / "ca.pem"
     ca.touch()

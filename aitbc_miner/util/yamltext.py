@@ -70,7 +70,8 @@ def read_text(path: Path) -> str:
         # A file cut in the middle of a character must not be called bad UTF-8: it is too large.
         return content.decode(errors="strict" if len(content) <= MAX_BYTES else "replace")
     except OSError as error:
-        raise YamlTextError(f"cannot read this file: {error.strerror}") from None
+        remedy = "; use sudo, or let this user read it" if isinstance(error, PermissionError) else ""
+        raise YamlTextError(f"cannot read this file: {error.strerror}{remedy}") from None
     except UnicodeDecodeError as error:
         raise YamlTextError(f"cannot read this file: byte {error.start} is not UTF-8") from None
 
