@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 from msgspec import Struct
+from msgspec.structs import replace
 
 from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.errors import ErrorCode, JobError
@@ -25,9 +26,11 @@ from aitbc_miner.util.system import PR_SET_PDEATHSIG, prctl
 
 MB = 1_000_000
 CHUNK = 1 << 20
-# Bytes from which on hashing a file is work that counts.
+# Bytes in all from which on hashing them is work that counts.
 CHARGED_FROM = 8 << 20
 MAX_DEPTH = 32
+# Letters of a sum.
+SUM = 64
 # Bytes of a path, and of each of its names.
 MAX_PATH, MAX_NAME = 1024, 255
 STAGE, LOG = "artifacts", "logs/exec.log"
@@ -48,8 +51,8 @@ class Caps(Struct, frozen=True):
 class Collector:
     """Takes one job's artifacts; `job_fd` is its directory, `owner` who shall be able to read them.
 
-    Large files are hashed in the job's own `group`, if it has one. `make_room` gives a full disk back what is
-    set aside, a little at a time; False: there is no more of it.
+    What is more than a little is hashed in the job's own `group`, if it has one. `make_room` gives a full
+    disk back what is set aside, a little at a time; False: there is no more of it.
     """
 
     def __init__(
@@ -84,6 +87,7 @@ class Collector:
                 for spec in specs:
                     self._take_declared(spec, stage)
                 self._take_output(stage)
+                self._hash(stage)
         except OSError as error:
             if not _is_shut(error):
                 raise
@@ -138,7 +142,7 @@ class Collector:
         if inode in self._inodes:
             return  # declared, and found again in output/
         self._check(info, path, spec)
-        name = f"{len(self._taken):04d}"
+        name = _staged(len(self._taken))
         shown = path
         while shown in self._names:
             shown = f"output/{shown}"
@@ -155,9 +159,16 @@ class Collector:
         self._inodes.add(inode)
         self._names.add(shown)
         self._bytes += info.st_size
-        self._taken.append(
-            Artifact(shown, f"{STAGE}/{name}", info.st_size, sha256_in(self._group, fd), spec.type)
-        )
+        self._taken.append(Artifact(shown, f"{STAGE}/{name}", info.st_size, "", spec.type))
+
+    def _hash(self, stage: int) -> None:
+        """Hash all at once: how many files there are, and how large each is, was the job's to decide."""
+        names = [_staged(number) for number in range(len(self._taken))]
+        group = self._group if self._bytes >= CHARGED_FROM else None
+        sums = [*sums_in(group, stage, names)] if group else []
+        # What that process was kept from is done here after all: its limits lose nothing of the job's result.
+        sums += [_sum_of(stage, name) for name in names[len(sums) :]]
+        self._taken = [replace(one, sha256=digest) for one, digest in zip(self._taken, sums, strict=True)]
 
     def _link(self, fd: int, stage: int, name: str) -> None:
         while True:
@@ -315,22 +326,21 @@ def sha256(fd: int) -> str:
     return digest.hexdigest()
 
 
-def sha256_in(group: Group | None, fd: int) -> str:
-    """Hash a file; a large one by a process in the job's group, whose limits hold: sparse ones are cheap.
+def _staged(number: int) -> str:
+    return f"{number:04d}"
 
-    What that process is kept from is done here after all: nothing of the job's result is lost by its limits.
+
+def _sum_of(stage: int, name: str) -> str:
+    with ExitStack() as stack:
+        return sha256(open_beneath(stage, name, stack))
+
+
+def sums_in(group: Group, stage: int, names: list[str]) -> list[str]:
+    """Hash files by a process in the job's group, whose limits hold: sparse files cost a job nothing.
+
+    Gives those of the first, as far as that process has come.
     """
-    said = b""
-    if group is not None and os.fstat(fd).st_size >= CHARGED_FROM:
-        read_end, write_end = os.pipe2(os.O_CLOEXEC)
-        try:
-            said = _said_by_child(group, fd, read_end, write_end)
-        finally:
-            os.close(read_end)
-    return said.decode() or sha256(fd)
-
-
-def _said_by_child(group: Group, fd: int, read_end: int, write_end: int) -> bytes:
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
     try:
         pid = os.fork()
         if pid == 0:
@@ -339,13 +349,18 @@ def _said_by_child(group: Group, fd: int, read_end: int, write_end: int) -> byte
                 # When all is to end the work is taken over by who has more time.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 group.write("cgroup.procs", os.getpid())
-                os.write(write_end, sha256(fd).encode())
-            except (OSError, CgroupError):
+                for name in names:
+                    os.write(write_end, _sum_of(stage, name).encode())
+            except (OSError, CgroupError, JobError):
                 pass  # the parent finds the cause when it does the work itself
             finally:
                 os._exit(0)
+    except OSError:
+        os.close(read_end)
+        raise
     finally:
         os.close(write_end)
-    said = os.read(read_end, 64)
+    with os.fdopen(read_end, "rb") as file:
+        said = file.read().decode()
     os.waitpid(pid, 0)
-    return said
+    return [said[at : at + SUM] for at in range(0, len(said) - SUM + 1, SUM)]

@@ -470,36 +470,45 @@ def test_an_ordinary_path_passes(path: str) -> None:
     check_path(path)
 
 
-def test_a_large_file_is_hashed_in_the_jobs_group(
-    job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("sizes", [(1, 1000), (400, 400, 400)], ids=["a large one", "many small ones"])
+def test_what_is_much_to_hash_is_hashed_in_the_jobs_group(
+    job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sizes: tuple[int, ...]
 ) -> None:
     monkeypatch.setattr(artifacts, "CHARGED_FROM", 1000)
-    (job / "output" / "small").write_bytes(b"x")
-    (job / "output" / "large").write_bytes(b"y" * 1000)
+    files = {f"f{number}": bytes([number]) * size for number, size in enumerate(sizes)}
+    for name, content in files.items():
+        (job / "output" / name).write_bytes(content)
     group = tmp_path / "group"
     group.mkdir()
     (group / "cgroup.procs").touch()
     taken = collect(job, group=Group(group))
-    assert {path: one.sha256 for path, one in taken.items()} == {
-        "small": hashlib.sha256(b"x").hexdigest(),
-        "large": hashlib.sha256(b"y" * 1000).hexdigest(),
-    }
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+    assert {path: one.sha256 for path, one in taken.items()} == digests
     entered = int((group / "cgroup.procs").read_text())
     assert entered != os.getpid()
     assert not Path(f"/proc/{entered}").exists()
 
 
-@pytest.mark.parametrize("hindered", ["no group", "killed"])
+@pytest.mark.parametrize("hindered", ["no group", "killed", "killed midway"])
 def test_what_the_jobs_group_is_kept_from_is_done_all_the_same(
     job: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hindered: str
 ) -> None:
     monkeypatch.setattr(artifacts, "CHARGED_FROM", 1000)
-    (job / "output" / "large").write_bytes(b"y" * 1000)
+    for name in ("a", "b"):
+        (job / "output" / name).write_bytes(name.encode() * 1000)
+    ours, hashed = os.getpid(), artifacts.sha256
 
     def kill(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if hindered == "killed":
-        monkeypatch.setattr(Group, "write", kill)
-    one = collect(job, group=Group(tmp_path / "none"))["large"]
-    assert one.sha256 == hashlib.sha256(b"y" * 1000).hexdigest()
+    def hash_one(fd: int) -> str:
+        if os.getpid() != ours and os.pread(fd, 1, 0) == b"b":
+            kill()
+        return hashed(fd)
+
+    if hindered != "no group":
+        monkeypatch.setattr(Group, "write", kill if hindered == "killed" else lambda *_: None)
+        monkeypatch.setattr(artifacts, "sha256", hash_one)
+    taken = collect(job, group=Group(tmp_path / "none"))
+    for name in ("a", "b"):
+        assert taken[name].sha256 == hashlib.sha256(name.encode() * 1000).hexdigest()

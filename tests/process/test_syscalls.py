@@ -174,7 +174,7 @@ ways = dict(
     ),
     chmod=lambda mode: os.chmod("own", mode),
     fchmod=lambda mode: os.fchmod(os.open("own", os.O_RDONLY), mode),
-    mkdir=lambda mode: os.mkdir("d", mode),
+    mkdir=lambda mode: os.path.isdir("d") or os.mkdir("d", mode),
     mknod=lambda mode: os.mknod("n", 0o100000 | mode),
     mkfifo=lambda mode: os.mkfifo("f", mode),
     creat=lambda mode: call({next(numbers(["creat"]), -1)}, text(b"c"), mode),
@@ -188,6 +188,8 @@ for mode in (0o4755, 0o2755, 0o6777, 0o755):
         except OSError as error:
             if mode == 0o755: print(name, error)
     print([name for name in os.listdir(".") if os.lstat(name).st_mode & 0o6000])
+    # Made at once, without the bit.
+    assert os.path.isdir("d")
 print(*sorted(os.listdir(".")))
 """
     done = run({"code": source})
