@@ -127,7 +127,8 @@ def test_a_job_that_is_not_there(site: Site) -> None:
 def test_who_may_not_read_is_told(site: Site) -> None:
     command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(site.root / "run" / "control.sock")]
     command += ["--config", str(site.config)]
-    for verb in ("jobs", "history"):
+    for verb, mode in (("jobs", 0o644), ("history", 0o644), ("jobs", 0o640)):
+        site.config.chmod(mode)
         done = subprocess.run(
             [*command, verb],
             capture_output=True,
