@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from aitbc_miner import coordinator
+from aitbc_miner.channel import ChannelError
 from aitbc_miner.coordinator import Paced, PulledJob
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import FINAL, ManifestError
@@ -17,6 +18,8 @@ from aitbc_miner.workbench import Workbench
 
 AGAIN_S = 5.0
 """After a call that failed."""
+MAX_BUSY = 1000
+"""With so many jobs no more are taken up, whatever is listed; a later list names them again."""
 
 
 class Assignments:
@@ -94,6 +97,10 @@ class Assignments:
         self._asking, self.asked = False, True
         try:
             told = future.result()
+            if told is not None:
+                self._compare(told)
+        except ChannelError:
+            raise
         except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
             wait_s = error.wait_s if isinstance(error, Paced) else self._bench.failed(error) or 0.0
             self._at = clock.now() + max(wait_s, AGAIN_S)
@@ -102,15 +109,18 @@ class Assignments:
             return
         self._bench.answered("jobs")
         self._told = told is not None
-        if told is None:
-            return
         self._at = clock.now() + self._every_s
+
+    def _compare(self, told: coordinator.Assignments) -> None:
         listed = {each.job_id for each in told.jobs}
+        self._forgotten -= listed
         self._ends = {}
+        ours, busy = self._ours(), self._busy()
         for each in told.jobs:
-            if each.job_id in self._ours() and each.left_s is not None:
+            if each.job_id in ours and each.left_s is not None:
                 self._ends[each.job_id] = clock.now() + each.left_s
-            elif each.job_id not in self._seen and each.job_id not in self._busy():
+            elif each.job_id not in self._seen | busy and len(busy) < MAX_BUSY:
+                busy.add(each.job_id)
                 is_late = each.left_s is not None and each.left_s <= 0
                 self._take_up(each.job_id, _too_late(each.job_id, each.job) if is_late else each.job)
         if told.complete:

@@ -291,6 +291,13 @@ def test_a_long_list_comes_in_pages(wire: responses.RequestsMock, there: AitbcCo
     assert (len(found.jobs), found.complete) == (101, True)
 
 
+def test_an_endless_page_is_no_list(wire: responses.RequestsMock, there: AitbcCoordinator) -> None:
+    """Half a million jobs fit the bytes of a page, and would keep us busy for minutes."""
+    say(wire, "/miners/n1/jobs", {"jobs": [{"job_id": "a"}] * 200_000})
+    with pytest.raises(Unreachable, match="garbage reply: a page of 200000 jobs"):
+        there.assignments()
+
+
 def test_a_job_that_makes_the_list_unreadable_is_refused_by_name(
     wire: responses.RequestsMock, there: AitbcCoordinator
 ) -> None:

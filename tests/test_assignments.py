@@ -1,5 +1,6 @@
 """What we are at work on, compared with what the coordinator believes: taken up, ended, left alone."""
 
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from agent_bench import Desk, Time
 from test_intake import pulled
 
-from aitbc_miner.assignments import AGAIN_S, Assignments
+from aitbc_miner.assignments import AGAIN_S, MAX_BUSY, Assignments
 from aitbc_miner.coordinator import Assignment, Busy, Paced, PulledJob, Unreachable
 from aitbc_miner.coordinator import Assignments as Told
 from aitbc_miner.errors import ErrorCode
@@ -258,3 +259,41 @@ def test_without_a_token_nobody_is_asked(tmp_path: Path) -> None:
     desk.list.start_due()
     assert (desk.asks, desk.list.next_due()) == (0, None)
     desk.close()
+
+
+def test_what_is_listed_again_is_not_forgotten_there_and_can_be_cancelled(desk: Compared) -> None:
+    """One odd 404 to a heartbeat says that all is forgotten."""
+    desk.record("j1")
+    desk.ours = {"j1"}
+    desk.hear(NodeToken("another", forgotten=True), Beaten())
+    desk.lists("j1")
+    desk.ask()
+    desk.lists()
+    desk.ask()
+    desk.hear(Beaten())
+    desk.ask()
+    assert [word.job_id for word in desk.cancelled] == ["j1"]
+
+
+def test_books_that_cannot_be_read_now_end_no_agent(
+    desk: Compared, time: Time, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreadable(_job_id: str) -> bool:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(desk.bench.records, "known", unreadable)
+        desk.lists("lost")
+        desk.ask()
+        due = desk.list.next_due()
+        assert due is not None
+        assert due >= time.now + AGAIN_S
+    desk.ask()
+    assert desk.accepted == ["lost"]
+
+
+def test_of_an_endless_list_so_many_are_taken_up_as_one_can_have(desk: Compared) -> None:
+    desk.reporting = {"here"}
+    desk.lists(*(f"j{n}" for n in range(2 * MAX_BUSY)))
+    desk.ask()
+    assert len(desk.accepted) == MAX_BUSY - 1

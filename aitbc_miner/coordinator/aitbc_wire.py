@@ -23,6 +23,8 @@ from aitbc_miner.util.nesting import too_deep
 
 MAX_MESSAGE = 2000
 LOG_TAIL = 1000
+MAX_LISTED = 5000
+"""Jobs of one page, where 100 are asked for: each takes some 20 bytes there, and here a kilobyte and time."""
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 ToManifest = Callable[[str, Mapping[str, Any]], dict[str, Any]]
@@ -185,6 +187,8 @@ def _page(reply: Reply, doing: str) -> list[bytes]:
         page = msgspec.json.decode(reply.body, type=_Page)
         # Whatever is wrong with its database, it says so with 200 and an empty list.
         confirm(AITBC.calls["jobs"], {"jobs": page.jobs, "error": page.error}, doing)
+        if len(page.jobs) > MAX_LISTED:
+            raise Unreachable(f"cannot {doing}: garbage reply: a page of {len(page.jobs)} jobs")
         return [bytes(raw) for raw in page.jobs]
     except _UNREADABLE as error:
         raise Unreachable(f"cannot {doing}: garbage reply: {clean(str(error), 100)}") from error
