@@ -30,6 +30,8 @@ NEVER = (
     ),
     *(b'{"error": "Failed to list jobs", "jobs": [], "status": "ok", "node_token": "t"}',),
     b'{"error": {"code": "busy", "message": "in maintenance"}, "status": "ok", "node_token": "t"}',
+    *(b'{"error": true, "jobs": [], "job": null, "status": "ok", "node_token": "t"}',),
+    *(b'{"error": ["no database"], "jobs": [], "job": null, "status": "ok", "node_token": "t"}',),
 )
 
 

@@ -121,7 +121,7 @@ def confirm(call: Call, body: object, doing: str) -> dict[str, Any]:
         return {}
     if not isinstance(body, dict):
         raise Unreachable(f"cannot {doing}: garbage reply: no JSON object")
-    if body.get("error") and isinstance(body["error"], str | dict):
+    if body.get("error"):
         said = clean(str(_message(body) or "an error"), 200)
         raise Unreachable(f"cannot {doing}: the coordinator answered 200, and with it an error: {said}")
     if not call.holds(body):
