@@ -428,6 +428,21 @@ def test_interim_replies_are_no_replies(peer: Start, status: str) -> None:
             assert http.call("POST", "/x", {}, doing="x") == Reply(200, b"{}")
 
 
+def test_interim_replies_without_end(peer: Start) -> None:
+    url = peer(answering(101 * b"HTTP/1.1 103 Early Hints\r\n\r\n" + OK)).url
+    assert failure(url).endswith("more than 100 interim replies")
+
+
+@pytest.mark.parametrize("scheme", ["bearer", "api_key"])
+def test_an_error_that_quotes_the_token_is_told_without_it(peer: Start, scheme: str) -> None:
+    """It is shown to who may not read the token, recorded, and may be told to a job's client."""
+    body = own("no such token: s3cret-token")
+    head = f"HTTP/1.1 422 X\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with client(peer(answering(head + body)).url, auth_scheme=scheme) as http:
+        reply = http.call("POST", "/x", {}, doing="x")
+    assert reply.body == own("no such token: ***")
+
+
 def test_more_headers_than_a_hundred(peer: Start) -> None:
     many = b"".join(b"X-%d: y\r\n" % n for n in range(200))
     with client(peer(answering(OK.replace(b"\r\n\r\n", b"\r\n" + many + b"\r\n"))).url) as http:

@@ -9,8 +9,10 @@ from test_coordinator_http import OK, Start, answering, client, failure, peer
 from test_inputs import Server, fetch, server
 from test_inputs import failure as input_failure
 
+from aitbc_miner.config import Coordinator
 from aitbc_miner.coordinator import Unreachable
 from aitbc_miner.coordinator.connect import proxy_of
+from aitbc_miner.coordinator.looking import likely_cause
 from aitbc_miner.util.web import Proxy
 
 __all__ = ["peer", "server"]
@@ -128,3 +130,16 @@ def test_inputs_and_a_proxy_that_refuses_our_credential(tmp_path: Path, scheme: 
         said = input_failure(tmp_path, f"{scheme}://inside.test/x", proxy=Proxy(proxy.url))
         assert "407" in said
         assert said.endswith("(4 attempts)")
+
+
+def test_a_ca_file_that_is_gone(tmp_path: Path) -> None:
+    said = failure("https://coordinator.test", proxy=Proxy("http://127.0.0.1:1"), ca_file=tmp_path / "gone")
+    assert "No such file" in said
+
+
+def test_a_proxy_that_does_not_show_who_it_is_sees_no_credential(tmp_path: Path) -> None:
+    settings = Coordinator("https://coordinator.test/v1", "env:T")
+    with SmallProxy(SECRET, Party("nobody").server(tmp_path)) as proxy:
+        assert likely_cause(settings, Proxy(proxy.url, lambda: SECRET)) is None
+        assert proxy.heads
+        assert not any(b"Proxy-Authorization" in head for head in proxy.heads)

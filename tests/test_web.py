@@ -145,18 +145,18 @@ def test_the_answer_has_its_whole_time_however_long_connecting_took(
 
     def late(connection: socket.socket) -> None:
         read_request(connection)
-        box[0].stop.wait(0.6)
+        box[0].stop.wait(1.8)
         connection.sendall(OK)
 
     box.append(peer(late))
     race = web._race
 
     def slowly(*args: Any) -> Any:
-        threading.Event().wait(0.6)
+        threading.Event().wait(1.8)
         return race(*args)
 
     monkeypatch.setattr(web, "_race", slowly)
-    with client(box[0].url, 1.0) as http:
+    with client(box[0].url, 3.0) as http:
         assert http.call("POST", "/x", {}, doing="x").status == 200
 
 
@@ -250,3 +250,19 @@ def test_what_the_system_trusts_is_trusted_and_nothing_else(
         (adapter,) = {id(one): one for one in http._session().adapters.values()}.values()
         names = {str(dict(x[0] for x in one["subject"])) for one in adapter._context.get_ca_certs()}  # type: ignore[attr-defined]
     assert names == {"{'commonName': 'our CA'}"}
+
+
+def test_a_name_with_thousands_of_addresses_costs_no_more_sockets_than_a_few(
+    resolve: Resolve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolve(*[(f"127.1.{n // 250}.{n % 250 + 1}", 9) for n in range(4000)])
+    asked: list[Address] = []
+
+    def refusing(one: Address) -> socket.socket:
+        asked.append(one)
+        raise ConnectionRefusedError
+
+    monkeypatch.setattr(web, "_begin", refusing)
+    with pytest.raises(ConnectionRefusedError):
+        Dialer().connect("many.test", 1, 5)
+    assert len(asked) == web.MAX_ADDRESSES

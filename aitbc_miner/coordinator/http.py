@@ -44,6 +44,7 @@ from aitbc_miner.util.web import (
 
 MAX_REPLY = 64 * 1024
 MAX_RETRY_AFTER_S = 3600.0
+MIN_TOKEN = 8  # anything shorter may be a word of any error
 UPLOAD_REPLY_S = 60.0  # the coordinator may want to store what it got before it answers
 
 _TOKEN = re.compile(r"[\x21-\x7e]{1,8192}")
@@ -144,6 +145,7 @@ class HttpClient:
         body = payload if upload or payload is None else msgspec.json.encode(payload)
         ours = {"Content-Type": payload.content_type if upload else "application/json"}
         ours |= self.authorization(self._token) if self._token else {}
+        ours |= headers or {}
         answer_s = max(self._timeout_s, UPLOAD_REPLY_S) if upload else self._timeout_s
         try:
             with self._session().request(
@@ -151,7 +153,7 @@ class HttpClient:
                 self._base_url + path,
                 params=params,
                 data=body,
-                headers={**ours, **(headers or {})},
+                headers=ours,
                 timeout=(self._connect_s, answer_s),
                 allow_redirects=False,
             ) as response:
@@ -162,7 +164,7 @@ class HttpClient:
             self._start_anew()
             raise Unreachable(f"cannot {doing}: {self._cause(error)}") from error
         self._check_proxy(response.status_code, doing)
-        return _reply(response, content, max_bytes)
+        return _reply(response, content, max_bytes, ours)
 
     def _session(self) -> Session:
         session: Session | None = getattr(self._local, "session", None)
@@ -183,7 +185,7 @@ class HttpClient:
         """Have the next call ask another address first, and read the proxy's credential once more."""
         self._dialer.blame()
         if self._proxy:
-            del self._local.session
+            self._local.session = None  # where none could be made, there is none
 
     def _cause(self, error: BaseException) -> str:
         """Say in words what went wrong, from the innermost error that says something."""
@@ -204,7 +206,9 @@ class HttpClient:
         return clean(text.format(error=found, **values, **times), 600)
 
 
-def _reply(response: requests.Response, content: bytes, most: int) -> Reply:
+def _reply(response: requests.Response, content: bytes, most: int, sent: Mapping[str, str]) -> Reply:
+    if response.status_code != HTTPStatus.OK:
+        content = _untold(content, sent)
     return Reply(
         response.status_code,
         content[:most].removeprefix(codecs.BOM_UTF8),
@@ -213,6 +217,12 @@ def _reply(response: requests.Response, content: bytes, most: int) -> Reply:
         response.headers.get("Location", ""),
         _seconds(response.headers.get("Date", "")),
     )
+
+
+def _untold(content: bytes, sent: Mapping[str, str]) -> bytes:
+    """Take the token out of an error that quotes it: errors are shown, recorded, and told to clients."""
+    token = sent.get("X-Api-Key") or sent.get("Authorization", "").removeprefix("Bearer ")
+    return content.replace(token.encode(), b"***") if len(token) >= MIN_TOKEN else content
 
 
 def _read(raw: Any, most: int) -> bytes:

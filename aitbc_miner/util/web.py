@@ -20,6 +20,9 @@ from aitbc_miner.util.clock import now
 STAGGER_S = 0.25  # RFC 8305: how long an address has for itself before the next is asked beside it
 # http.client has room for 100, which proxies and content networks exceed; this is a bound all the same.
 http.client._MAXHEADERS = 256  # type: ignore[attr-defined]  # noqa: SLF001  # it has no other way
+MAX_INTERIM = 100
+MAX_ADDRESSES = 32
+"""Of one name: whoever answers for it could have us hold a socket to each of thousands."""
 
 
 class NoConnection(TimeoutError):  # noqa: N818  # says what happened
@@ -109,6 +112,7 @@ class Dialer:
         deadline = now() + timeout_s
         while True:
             left.sort(key=lambda one: (host, one.sockaddr[0]) in self._slow)
+            del left[MAX_ADDRESSES:]
             sock, answered, silent = _race(left, deadline, tick)
             self._slow |= {(host, one.sockaddr[0]) for one in silent}
             self._slow.discard((host, answered.sockaddr[0]))
@@ -200,11 +204,12 @@ class Response(http.client.HTTPResponse):
             raise
 
     def _read_status(self) -> tuple[str, int, str]:
-        while True:  # what reads has a deadline
+        for _ in range(MAX_INTERIM):
             found: tuple[str, int, str] = super()._read_status()  # type: ignore[misc]
             if not 100 <= found[1] < 200 or found[1] == 101:
                 return found
             http.client.parse_headers(self.fp)
+        raise TooMuch(f"more than {MAX_INTERIM} interim replies")
 
 
 # --- TLS ---------------------------------------------------------------------------------------------------
