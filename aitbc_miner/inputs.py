@@ -52,6 +52,8 @@ READ = 256 * 1024
 POLL_S = 0.25  # how soon a cancelled job stops waiting
 BACKOFF_S = (0.1, 8.0)
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
+# As often it is this node's network that is away: some minutes are waited for that, see `BACKOFF_S`.
+_NO_NETWORK, PATIENCE = {errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, socket.EAI_AGAIN}, 10
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 _HEADERS = {"User-Agent": "aitbc-miner", "Accept-Encoding": "identity", "Connection": "close"}
@@ -127,7 +129,6 @@ class _Run:
     allow_private: bool
     deadline: float
     fetched: int = 0
-
     proxy: Proxy | None = None
     dialer: Dialer = field(default_factory=Dialer)
 
@@ -234,7 +235,8 @@ def _persist(item: InputUrl, transfer: _Transfer, run: _Run) -> None:
             if transfer.got > furthest:
                 failures, furthest = 1, transfer.got
                 backoff.reset()
-            if failures >= run.limits.attempts:
+            away = getattr(error.__cause__, "errno", None) in _NO_NETWORK
+            if failures >= run.limits.attempts * (PATIENCE if away else 1):
                 raise refuse(f"cannot fetch {shown(item.url)}: {error} ({failures} attempts)") from error
             run.pause(backoff.next())
 

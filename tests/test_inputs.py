@@ -627,6 +627,27 @@ def test_interim_replies_and_many_headers(server: Server, tmp_path: Path, head: 
     assert (tmp_path / "x").read_bytes() == b"data"
 
 
+@pytest.mark.parametrize(
+    "error", [socket.gaierror(socket.EAI_AGAIN, "not now"), OSError(errno.ENETUNREACH, "no way")]
+)
+def test_a_network_of_ours_that_is_away_for_a_while_is_not_the_inputs_fault(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError
+) -> None:
+    server.pages["/x"] = lambda h: h.reply(body=b"data")
+    look_up, left = web.look_up, [error] * 20
+
+    def look_up_later(host: str, port: int, flags: int = 0) -> list[web.Address]:
+        if left:
+            raise left.pop()
+        return look_up(host, port, flags)
+
+    monkeypatch.setattr(web, "look_up", look_up_later)
+    fetch(tmp_path, f"{server.base}/x")
+    assert (tmp_path / "x").read_bytes() == b"data"
+    left[:] = [error] * 1000
+    assert failure(tmp_path, f"{server.base}/y").endswith(" (40 attempts)")
+
+
 def test_headers_without_end_are_named(server: Server, tmp_path: Path) -> None:
     endless = b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 300 + b"\r\n"
 
