@@ -43,8 +43,10 @@ def unused_proxy(config: Config, environ: Mapping[str, str]) -> str:
     name = next((one for one in _VARIABLES if environ.get(one)), None)
     if name is None or config.coordinator.proxy:
         return ""
-    url = urlsplit(environ[name])
-    shown = f"{url.scheme or 'http'}://{url.netloc.rpartition('@')[2] or url.path}"
+    # It need not be a URL, and may begin with user and password without a scheme, too.
+    head, _, rest = environ[name].partition("://")
+    where = (rest or head).rpartition("@")[2].partition("/")[0]
+    shown = f"{head if rest and head.isalnum() else 'http'}://{where}"
     return (
         f"the environment has a proxy ({name}), which is not used: if the coordinator is behind it, set"
         f" coordinator.proxy: {shown} (and inputs.proxy for the inputs of jobs)"

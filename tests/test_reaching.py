@@ -7,6 +7,7 @@ from test_aitbc import token
 from test_main import Site, fault_texts, findings, run, site
 
 from aitbc_miner.privileges import Identity, group_of
+from aitbc_miner.reaching import unused_proxy
 from tools.mock_aitbc import MockAitbc
 
 __all__ = ["site"]
@@ -23,6 +24,22 @@ def test_check_says_that_a_proxy_of_the_environment_is_not_used(site: Site) -> N
     )
     site.keys["coordinator"] |= {"proxy": PROXY, "allow_http": True}
     assert not [one for one in site.checker(**environ).warnings if "proxy" in one]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("proxy.test:3128", "http://proxy.test:3128"),
+        ("user:hidden@proxy.test:3128", "http://proxy.test:3128"),
+        ("user:hid://den@proxy.test:3128", "http://proxy.test:3128"),
+        ("https://user:hid/d@en@proxy.test", "https://proxy.test"),
+        ("http://[::1", "http://[::1"),
+    ],
+)
+def test_a_proxy_of_the_environment_is_named_without_its_password(site: Site, text: str, shown: str) -> None:
+    said = unused_proxy(site.config(), {"ALL_PROXY": text})
+    assert f"set coordinator.proxy: {shown} (" in said
+    assert "hid" not in said
 
 
 def test_check_says_what_a_proxy_for_inputs_means(site: Site) -> None:
