@@ -228,11 +228,8 @@ def test_a_program_that_cannot_be_told_to_end_is_killed(bench: Bench) -> None:
         patch.setattr(Job, "terminate", fail)
 
     bench.start(prepare)
-    bench.submit("j1", "exec sleep 600")
-    bench.send(StartJob("j1"))
-    bench.until(lambda message: isinstance(message, JobStep) and message.pid is not None)
-    bench.send(CancelJob("j1", "timeout"))
-    ended = bench.ended()
+    bench.submit("j1", "exec sleep 600", timeout_s=0.5)
+    ended = bench.run("j1")
     assert (ended.code, ended.clean) == (ErrorCode.E_TIMEOUT, True)
 
 
