@@ -30,7 +30,7 @@ START_S = 60.0
 class LocalNode:
     """Starts and stops a node; `directory` is what it lives in and is removed at the end unless `keep`.
 
-    `environ` is added to the environment of the node's own processes.
+    `environ` is added to the environment of the node's own processes; `program` is how Python starts it.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class LocalNode:
         self.log = self.directory / "node.log"
         self.config = self.directory / "config.yaml"
         self.process: subprocess.Popen[bytes] | None = None
+        self.program = ["-m", "aitbc_miner.main"]
         self._keep = keep
         self._environ = dict(environ or {})
         self._stack = contextlib.ExitStack()
@@ -105,7 +106,7 @@ class LocalNode:
 
     def launch(self) -> None:
         """Start the node, and do not wait for anything."""
-        command = [sys.executable, "-m", "aitbc_miner.main", "run", "--config", str(self.config)]
+        command = [sys.executable, *self.program, "run", "--config", str(self.config)]
         # With PYTHON… of ours the node would start itself again, without what else it was given.
         ours = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
         environ = {**ours, "MINER_AUTH": TOKEN, **self._environ}

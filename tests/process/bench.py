@@ -1,6 +1,7 @@
 """A worker without a node around it, and the jobs that it is given."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +25,9 @@ from aitbc_miner.util import clock
 from aitbc_miner.worker import Settings, Worker
 
 WAIT_S = 120.0
+# Far from the ids that belong to somebody, and those that nodes take; of no other process that runs tests
+# at the same time, for whatever such a user runs is found and killed.
+JOB_UID = 3_000_000 + 4 * os.getpid()
 Prepare = Callable[[pytest.MonkeyPatch], None]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from bench import WAIT_S, Bench
+from bench import JOB_UID, WAIT_S, Bench
 from msgspec.structs import replace
 
 from aitbc_miner import leftovers, workspace
@@ -25,10 +25,10 @@ from aitbc_miner.privileges import Identity
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import Job
 from aitbc_miner.util import clock
+from aitbc_miner.util.fs import Room
 
 ROOT = os.geteuid() == 0
-# Nobody's, and outside of the range from which nodes without users take theirs.
-STRANGER = Identity(1_987_654, 1_987_654, "aitbc-job-cpu0")
+STRANGER = Identity(JOB_UID, JOB_UID, "aitbc-job-cpu0")
 PYTHON = f"{sys.executable} -I -S -c"
 
 
@@ -159,9 +159,10 @@ def test_a_file_that_grows_too_large(bench: Bench, command: str, code: str | Non
     assert code != "E_OUTPUT" or "4096 bytes (0.0 MiB), reached by " in ended.message
 
 
+@pytest.mark.parametrize("left", [Room(0, 1000), Room(1 << 30, 0)])
 @pytest.mark.parametrize(("command", "code"), [("exit 1", "E_DISK"), ("exit 0", None)])
-def test_a_disk_that_is_full_at_the_end(bench: Bench, command: str, code: str | None) -> None:
-    bench.start(lambda patch: patch.setattr(workspace, "room_left", lambda *_: (0, 7)))
+def test_a_disk_that_is_full_at_the_end(bench: Bench, command: str, code: str | None, left: Room) -> None:
+    bench.start(lambda patch: patch.setattr(workspace, "room_left", lambda *_: left))
     bench.submit("j1", command)
     assert bench.run("j1").code == code
 

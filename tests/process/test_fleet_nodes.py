@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import select
 import socket
 import socketserver
@@ -29,6 +28,8 @@ LEASE_S = 2
 POLICY = {"max_attempts": 3}
 SMALL = [{"name": "cpu0", "kind": "cpu", "memory_max": "64M"}]
 LARGE = [{"name": "cpu0", "kind": "cpu", "memory_max": "512M"}]
+# A node that waits a second, not a quarter of an hour, for another one.
+HASTY = "import sys; from aitbc_miner import fleet, main; fleet.GIVE_UP_S = 1.0; sys.exit(main.start())"
 
 
 class Link(socketserver.ThreadingTCPServer):
@@ -471,7 +472,8 @@ def test_what_does_not_fit_here_is_done_by_the_node_that_it_fits(
 
 def test_what_no_node_can_do_is_reported_by_the_first(careless: MockCoordinator, fleet: Fleet) -> None:
     """The others look at it, but do not take what they cannot do."""
-    a = fleet.node(SMALL, base_url=careless.url, environ=in_a_hurry(fleet))
+    a = fleet.node(SMALL, base_url=careless.url)
+    a.program = ["-c", HASTY]
     b = fleet.node(LARGE, base_url=careless.url)
     careless.submit(job(a, "gpu", requirements={"gpu": True, "vram_mb": 1000}))
     a.start()
@@ -485,12 +487,3 @@ def test_what_no_node_can_do_is_reported_by_the_first(careless: MockCoordinator,
     wait_until(lambda: fleet.tasks() == [], WAIT_S)
     assert fleet.ran_on("gpu") == []
     assert not Records(b.jobs).known("gpu")
-
-
-def in_a_hurry(fleet: Fleet) -> dict[str, str]:
-    """Make an environment in which a node waits a second, not a quarter of an hour, for another one."""
-    hasty = fleet.marks / "hasty"
-    hasty.mkdir()
-    text = "import aitbc_miner.fleet\n\naitbc_miner.fleet.GIVE_UP_S = 1.0\n"
-    (hasty / "sitecustomize.py").write_text(text)
-    return {"PYTHONPATH": f"{hasty}:{os.environ.get('PYTHONPATH', '')}"}

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from bench import Bench
+from bench import JOB_UID, Bench
 
 from aitbc_miner import leftovers
 from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
@@ -22,9 +22,8 @@ from aitbc_miner.privileges import UNALLOCATED, Identity
 from aitbc_miner.slotgroup import SlotGroup
 
 needs_root = pytest.mark.xfail(os.geteuid() != 0, reason="only root can become another user", strict=True)
-# Nobody's, and outside of the range from which nodes without users take theirs.
-OWNER = Identity(1_987_655, 1_987_655, "aitbc-job-cpu0")
-OTHER = Identity(1_987_656, 1_987_656, "aitbc-job-cpu1")
+OWNER = Identity(JOB_UID, JOB_UID, "aitbc-job-cpu0")
+OTHER = Identity(JOB_UID + 1, JOB_UID + 1, "aitbc-job-cpu1")
 TIME_S = 120.0
 SHM, MQUEUE = leftovers.IN_MEMORY
 LIBC = ctypes.CDLL(None, use_errno=True)
