@@ -47,7 +47,7 @@ class Puller:
         self._pulling = False
         self._at = 0.0
         self._closed_s = self._closed_until = 0.0
-        self._empty = 0
+        self._stretch = 1.0
         self.idle_since: float | None = None
         """Since when each pull has come back empty; None while there is work."""
         config = bench.config
@@ -60,7 +60,7 @@ class Puller:
     def hurry(self) -> None:
         """Pull now, or when the coordinator lets us: there may be work."""
         self._at = clock.now()
-        self._empty = 0
+        self._stretch = 1.0
 
     def start_due(self) -> None:
         """Pull, if it is time; say so where something else than that keeps us from it."""
@@ -115,12 +115,14 @@ class Puller:
         self._bench.worked()
         self._bench.answered("pull")
         self._at = clock.now() + (0.0 if is_new else self._pause())
-        self._empty = 0 if is_new else self._empty + 1
         if is_new:
+            self._stretch = 1.0
             self.idle_since = None
         elif self.idle_since is None:
             self.idle_since = clock.now()
 
     def _pause(self) -> float:
-        factor: float = min(GROWTH**self._empty, self._bench.coordinator.slowest)
-        return factor * self._bench.config.coordinator.poll_interval_s
+        """Give the pause after a pull that came back empty, and make the next one longer."""
+        pause_s = self._stretch * self._bench.config.coordinator.poll_interval_s
+        self._stretch = min(self._stretch * GROWTH, self._bench.coordinator.slowest)
+        return pause_s

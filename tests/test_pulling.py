@@ -179,6 +179,15 @@ def test_pauses_grow_while_there_is_nothing_as_far_as_the_coordinator_wants(
     assert desk.puller.next_due() == time.now
 
 
+def test_after_thousands_of_empty_answers_it_asks_on(desk: Pulling, time: Time) -> None:
+    # 1.5 to the power of 1,751 is no float any more.
+    for _ in range(2000):
+        time.now = desk.puller.next_due() or 0.0
+        desk.pull()
+    every = desk.bench.config.coordinator.poll_interval_s * desk.coordinator.slowest
+    assert (desk.puller.next_due() or 0.0) - time.now == pytest.approx(every)
+
+
 def test_what_is_held_back_by_ourselves_is_no_failure(desk: Pulling, time: Time) -> None:
     desk.coordinator.answers["pull"] = [Paced("slowly", 5.0)]
     desk.pull()

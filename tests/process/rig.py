@@ -34,11 +34,11 @@ class Rig(NamedTuple):
         status = self.node.now()
         assert self.node.process is not None
         assert status.pid == self.node.process.pid
-        # One that is just starting a program of its own cannot be told for a moment.
-        wait_until(lambda: self.node.children() == self.children, PATIENCE_S)
         assert [row.slot.reason for row in status.slots if row.slot.reason] == []
         died = [problem.what for problem in status.problems if " deaths so far" in problem.what]
         assert died == [], self.node.log.read_text()[-8000:]
+        # One that is just starting a program of its own cannot be told for a moment.
+        wait_until(lambda: self.node.children() == self.children, PATIENCE_S)
 
     def assert_works(self, job_id: str) -> None:
         """Assert that a good job goes through and is accepted exactly once."""
