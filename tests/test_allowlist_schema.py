@@ -136,6 +136,12 @@ def spoiled(draw: Callable[..., Any]) -> dict[str, Any]:
     return document  # type: ignore[no-any-return]
 
 
+def test_a_section_that_is_nothing_is_taken_by_neither() -> None:
+    document = {**PROGRAM, "sections": [None]}
+    assert loads(json.dumps(document))
+    assert not VALIDATOR.is_valid(document)
+
+
 @given(spoiled())
 @settings(deadline=None)
 def test_what_the_loader_takes_the_schema_takes(document: dict[str, Any]) -> None:

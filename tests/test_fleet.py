@@ -374,7 +374,7 @@ def test_what_is_no_job_is_left_alone_and_hides_no_other(
     assert b.records.ids() == ["j3"]
 
 
-@pytest.mark.parametrize("job_id", ["../x", ".broken", "a/b"])
+@pytest.mark.parametrize("job_id", ["../x", "..", "a/b"])
 def test_what_has_no_name_for_a_directory_touches_no_disk(b: Node, queue: FlakyQueue, job_id: str) -> None:
     raw = json.loads(pulled().raw)
     payload = json.dumps({"manifest": {**raw, "job_id": job_id}, "started": False}).encode()

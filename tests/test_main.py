@@ -164,12 +164,13 @@ def test_run_gives_the_node_its_configuration_and_its_exit_status(
 
 
 def test_check_says_ok_and_changes_nothing(site: Site) -> None:
-    site.keys["cgroup"] = {"mode": "auto"}
+    # A node of its own: another test's may be at work beside it, and has a group.
+    site.keys |= {"node_id": "node-checked", "cgroup": {"mode": "auto"}}
     site.write()
     before = sorted(site.root.rglob("*"))
     done = run("check", "--config", str(site.path))
     assert done.returncode == 0, done.stderr
-    assert "ok: node node-x, coordinator http://127.0.0.1:9/api" in done.stdout
+    assert "ok: node node-checked, coordinator http://127.0.0.1:9/api" in done.stdout
     assert "1 commands allowed: true" in done.stdout
     assert TOKEN not in done.stdout + done.stderr
     assert sorted(site.root.rglob("*")) == before

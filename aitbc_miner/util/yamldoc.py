@@ -139,8 +139,9 @@ class _Walk:
         if bare_type(type_) is Any and not isinstance(node, ScalarNode):
             members = (dict[str, Any] if isinstance(node, MappingNode) else list[Any],)
         members = tuple(member for member in members if member is not types.NoneType)
-        if node.tag == _NULL and len(members) == 1 and is_struct(bare_type(members[0])):
-            # "section:" with all its keys commented out means its defaults.
+        listed = key.endswith("]")
+        if node.tag == _NULL and len(members) == 1 and is_struct(bare_type(members[0])) and not listed:
+            # "section:" with all its keys commented out means its defaults; a dash with nothing behind it does not.
             node = empty_mapping(node.start_mark)
         fitting = [member for member in members if node_kind(member) is type(node)]
         if not fitting:
