@@ -118,7 +118,7 @@ class MockAitbc(MockServer):
         """Begin with an empty database: no miners, no jobs. Limits know no difference."""
         self.ledger.wipe()
 
-    def wait(self, predicate: Callable[[AitbcLedger], T], timeout: float = 10.0) -> T:
+    def wait(self, predicate: Callable[[AitbcLedger], T], timeout: float = 120.0) -> T:
         """Return the predicate's value as soon as it is true; TimeoutError after `timeout` seconds."""
         return self.ledger.wait(predicate, timeout)
 

@@ -119,7 +119,7 @@ class MockCoordinator(MockServer):
         """Return a job as it is now; KeyError when there is none."""
         return self.ledger.job(job_id)
 
-    def wait(self, predicate: Callable[[Ledger], T], timeout: float = 10.0) -> T:
+    def wait(self, predicate: Callable[[Ledger], T], timeout: float = 120.0) -> T:
         """Return the predicate's value as soon as it is true; TimeoutError after `timeout` seconds."""
         return self.ledger.wait(predicate, timeout)
 

@@ -15,9 +15,10 @@ from aitbc_miner.util import clock
 from tools.local_node import TOKEN, wait_until
 
 SCRIPT = Path(__file__).with_name("hostile_agent.py")
-GROWTH_MIB = 64
+# With all the floods kept it would be several hundred; what is on its way just then makes up to 70.
+GROWTH_MIB = 128
 ANSWER_S = 5.0
-FLOODS_S = 120.0
+FLOODS_S = 300.0
 
 
 def test_an_agent_that_floods_is_ended_and_costs_little(node_factory: NodeFactory) -> None:
