@@ -141,7 +141,8 @@ class _Walk:
         members = tuple(member for member in members if member is not types.NoneType)
         listed = key.endswith("]")
         if node.tag == _NULL and len(members) == 1 and is_struct(bare_type(members[0])) and not listed:
-            # "section:" with all its keys commented out means its defaults; a dash with nothing behind it does not.
+            # "section:" with all its keys commented out means its defaults.
+            # A dash with nothing behind it does not.
             node = empty_mapping(node.start_mark)
         fitting = [member for member in members if node_kind(member) is type(node)]
         if not fitting:
