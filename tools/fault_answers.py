@@ -44,7 +44,7 @@ ENDPOINTS = {
     "aitbc-v1": ("register", "heartbeat", "poll", "jobs", "result", "fail"),
 }
 LONG = 6
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 RUNNING_MEANWHILE = frozenset({"register", "heartbeat", "progress", "jobs"})
 """Calls that are made while a job runs; it is let end when they have gone wrong."""
 

@@ -130,10 +130,10 @@ def test_killed_at_any_step_the_next_run_makes_it_good(machine: FakeMachine) -> 
 def test_ended_by_a_signal_it_says_where_things_stand_and_ends_pip(machine: FakeMachine, name: str) -> None:
     installed(machine)
     install = machine.checkout("2.0") / "tools" / "install"
-    # What a shell starts in the background ignores SIGINT, and bash cannot trap what it ignored at its start.
+    # A background process of a shell ignores SIGINT, one below nohup SIGHUP; bash cannot trap these.
     start = (
-        "touch /run/fake/hang; env --default-signal=INT $1 --upgrade >/run/fake/said 2>&1 </dev/null &"
-        " echo $! >/run/fake/installer"
+        "touch /run/fake/hang; env --default-signal=TERM,INT,HUP $1 --upgrade >/run/fake/said 2>&1"
+        " </dev/null & echo $! >/run/fake/installer"
     )
     machine.sh(start, str(install))
     wait_until(lambda: machine.sh("ls /run/fake/hanging", check=False).startswith("/run"), WAIT_S, 0.05)
