@@ -139,10 +139,11 @@ def test_the_same_job_for_ever_is_run_once(node_factory: NodeFactory) -> None:
         assert verdicts(job).count(Verdict.ACCEPTED) == 1
         assert set(verdicts(job)) == {Verdict.ACCEPTED, Verdict.DUPLICATE}
         # Not more often than it was handed out, and that at the pace of polling, but for two: when the job
-        # ended, and when its report was taken, there might have been another.
+        # ended, and when its report was taken, there might have been another. On a busy machine one call may
+        # come late and the next in time, so the pace is that of all.
         assert len(job.reports) <= len(job.handed)
         pauses = [b.at - a.at for a, b in zip(job.handed[1:], job.handed[2:], strict=False)]
-        assert sum(pause < 0.19 for pause in pauses) <= 2
+        assert sum(pauses) >= 0.19 * (len(pauses) - 3)
         assert node.stop() == 0
 
 
