@@ -96,10 +96,12 @@ def test_a_failure_anywhere_is_the_status(native: str, machine: str, words: list
 
 def test_machines_and_native_tests_run_at_once(tmp_path: Path) -> None:
     meet = f"mkfifo {tmp_path}/met 2>/dev/null; "
-    with whole(f"{meet} echo met >{tmp_path}/met", f"{meet} cat {tmp_path}/met", "--vm") as run:
+    with whole(f"{meet} echo met >{tmp_path}/met", f"{meet} exec cat {tmp_path}/met", "--vm") as run:
         # One of the two machines has what the other waits for.
         wait_until(lambda: "met" in (run.stdout.readline() if run.stdout else ""), WAIT_S)
-        run.kill()
+        # The other machine still waits: only who is told to end takes it along.
+        run.send_signal(signal.SIGTERM)
+        run.communicate(timeout=WAIT_S)
 
 
 def test_what_is_told_to_end_ends_what_it_has_started(tmp_path: Path) -> None:
