@@ -304,6 +304,17 @@ def test_root_writes_nothing_where_another_rules(site: Site, key: str) -> None:
     assert list(place.iterdir()) == []
 
 
+def terminal_text(ours: int, until: bytes | None = None) -> bytes:
+    """Give what a program wrote to its terminal: up to this, or to the program's end."""
+    shown = b""
+    while (until is None or until not in shown) and select.select([ours], [], [], DEADLINE_S * 2)[0]:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:
+            break
+    return shown
+
+
 def test_a_terminal_gets_log_lines_for_people(site: Site) -> None:
     ours, theirs = pty.openpty()
     site.keys["privileges"] = {"mode": "auto", "service_user": "nobody"}
@@ -318,12 +329,7 @@ def test_a_terminal_gets_log_lines_for_people(site: Site) -> None:
         command = [sys.executable, "-m", "aitbc_miner.main", "run", "--config", str(site.write())]
         child = subprocess.Popen(command, stderr=theirs, env={**os.environ, "MINER_AUTH": TOKEN})
         os.close(theirs)
-        shown = b""
-        while b"cannot start" not in shown and select.select([ours], [], [], DEADLINE_S)[0]:
-            try:
-                shown += os.read(ours, 65536)
-            except OSError:
-                break
+        shown = terminal_text(ours, b"cannot start")
         child.wait(DEADLINE_S)
     os.close(ours)
     assert b" ERROR   supervisor " in shown, shown
@@ -606,12 +612,7 @@ def test_every_page_fits_80_columns(site: Site, verb: str) -> None:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
     with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env) as child:
         os.close(theirs)
-        shown = b""
-        while select.select([ours], [], [], DEADLINE_S * 2)[0]:
-            try:
-                shown += os.read(ours, 65536)
-            except OSError:
-                break
+        shown = terminal_text(ours)
         child.wait(DEADLINE_S)
     os.close(ours)
     assert max(map(len, shown.decode().splitlines())) <= 80, shown.decode()
