@@ -183,6 +183,8 @@ class Keeper(Generic[T]):
         self._pause_max = pause_max
         self._failures = 0
         self._start_at: float | None = clock.now()
+        self._news: dict[type[Any], Any] = {}
+        self._untold: set[type[Any]] = set()
 
     def start_if_due(self) -> bool:
         """Start the child when it is time; True when it was started."""
@@ -196,6 +198,7 @@ class Keeper(Generic[T]):
             self._plan_restart()
             return False
         self._start_at = None
+        self._untold = set(self._news)
         return True
 
     def died(self) -> str:
@@ -218,6 +221,20 @@ class Keeper(Generic[T]):
         """Tell the child, if there is one; a new one is told everything anew."""
         if self.child is not None:
             self.child.send(message)
+
+    def tell(self, news: Any) -> None:
+        """Tell the child how something stands now. Of each type of message only the latest waits for it.
+
+        So another child that says the same again and again fills nothing. A new child is told the latest.
+        """
+        self._news[type(news)] = news
+        self._untold.add(type(news))
+        self.tell_waiting()
+
+    def tell_waiting(self) -> None:
+        """Send the news that wait, when the child has read what it was sent before."""
+        while self._untold and self.child is not None and not self.child.channel.has_unsent:
+            self.child.send(self._news[self._untold.pop()])
 
     def stop(self) -> None:
         """Start it no more."""

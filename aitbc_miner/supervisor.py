@@ -223,6 +223,7 @@ class Supervisor:
             self._untold = {self._agent, self._heartbeat}
         self._dirty = False
         self._told = rules
+        self._heartbeat.tell_waiting()
         ready = {k for k in self._untold if k.child is None or not k.child.channel.has_unsent}
         if not ready:
             return
@@ -272,10 +273,10 @@ class Supervisor:
                 self._cancel(message.job_id, message.why, message.detail)
             case Deliveries():
                 self._desk.deliveries = message
-                self._heartbeat.send(NodeView(message.pending, message.error))
+                self._heartbeat.tell(NodeView(message.pending, message.error))
             case Starved():
                 self._desk.starved = message
-                self._heartbeat.send(message)
+                self._heartbeat.tell(message)
             case Sweepable():
                 self._storage.sweep(message)
             case Retried():

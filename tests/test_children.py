@@ -11,9 +11,19 @@ from typing import Any
 import msgspec
 import pytest
 
+from aitbc_miner.channel import Channel
 from aitbc_miner.children import LAST_WORDS, Child, Keeper
 from aitbc_miner.errors import MinerError
-from aitbc_miner.messages import CancelJob, FromAgent, FromWorker, GpuFact, Inventory, JobReady
+from aitbc_miner.messages import (
+    CancelJob,
+    FromAgent,
+    FromWorker,
+    GpuFact,
+    Inventory,
+    JobReady,
+    NodeView,
+    Starved,
+)
 from aitbc_miner.util import clock
 from aitbc_miner.util.signals import signal_name
 from tools.local_node import wait_until
@@ -50,6 +60,32 @@ def test_a_fork_that_fails_is_tried_again_later(monkeypatch: pytest.MonkeyPatch)
     kept.child.kill()
     wait_until(lambda: os.waitid(os.P_PID, kept.child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT), 10)
     assert kept.died() == "was killed by SIGKILL"
+
+
+def test_of_news_that_a_child_does_not_read_only_the_latest_wait() -> None:
+    kept: Keeper[FromAgent] = Keeper("heartbeat", sleep, FromAgent, [], pause_min=0.5, pause_max=30.0)
+    kept.tell(NodeView(0, "before there was a child"))
+    assert kept.start_if_due()
+    assert kept.child
+    for n in range(100):
+        kept.tell(NodeView(n, "x" * (1 << 20)))
+        kept.tell(Starved(float(n), ["y" * (1 << 20)]))
+    assert kept.child.channel.has_unsent
+    kept.child.kill()
+    assert kept.died() == "was killed by SIGKILL", "a child that is stopped is not ended for what others say"
+
+
+def test_a_new_child_is_told_the_latest() -> None:
+    def echo(pipe: "Connection[Any, Any]") -> None:
+        raise MinerError(str(Channel[Any](pipe, NodeView).wait(10)))
+
+    kept: Keeper[FromAgent] = Keeper("heartbeat", echo, FromAgent, [], pause_min=0.0, pause_max=0.0)
+    kept.tell(NodeView(6, "old"))
+    kept.tell(NodeView(7, "latest"))
+    for _ in range(2):
+        assert kept.start_if_due()
+        kept.tell_waiting()
+        assert kept.died() == f"ended with exit status 1: {[NodeView(7, 'latest')]}"
 
 
 def test_a_child_that_can_say_nothing_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,8 +76,8 @@ def test_a_link_in_place_of_a_record_is_refused_and_leaves_nothing_open(site: Si
 
 def test_refusals_say_what_could_not_be_done_and_what_to_do(site: Site) -> None:
     for request, what in (
-        (Request("job", "j2"), "cannot job: no job"),
-        (Request("cancel", "j1"), "cannot c"),
+        (Request("job", "j2"), "cannot show job 'j2': there is none"),
+        (Request("cancel", "j1"), "cannot cancel job j1: it is in no slot"),
     ):
         answer, _ = site.ask(request)
         assert isinstance(answer, Refusal)

@@ -63,6 +63,13 @@ class Node(MarkedJobs, LocalNode):
             found |= {"heartbeat" if listens else "agent": pid for pid, listens in others.items()}
         return found
 
+    def all_children(self) -> dict[str, int]:
+        """Wait until agent and heartbeat can be told apart, and give all children's pids."""
+        found: dict[str, int] = wait_until(
+            lambda: own if (own := self.children()).keys() >= {"agent", "heartbeat"} else None, WAIT_S
+        )
+        return found
+
     def kill_child(self, name: str) -> int:
         """Kill a child of the supervisor, wait until it is gone and give the pid that it had."""
         pid: int = wait_until(lambda: self.children().get(name), WAIT_S)

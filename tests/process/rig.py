@@ -66,15 +66,11 @@ def running(mock: MockCoordinator, slots: list[dict[str, Any]], **changes: Any) 
         node.start()
         wait_until(lambda: node.now().slots and all_idle(node), PATIENCE_S)
         # Not before they are told apart: at the start there are children that only do one thing.
-        yield Rig(mock, node, wait_until(lambda: _told_apart(node.children()), PATIENCE_S))
+        yield Rig(mock, node, node.all_children())
     finally:
         node.clean_up()
         # An ordinary user cannot look into the directories that some jobs have shut.
         shutil.rmtree(node.directory, ignore_errors=True)
-
-
-def _told_apart(children: dict[str, int]) -> dict[str, int] | None:
-    return children if children.keys() >= {"agent", "heartbeat"} else None
 
 
 def all_idle(node: Node) -> bool:

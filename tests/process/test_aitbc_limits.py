@@ -68,7 +68,8 @@ def test_away_as_results_are_due(double: MockAitbc, node: Node) -> None:
     node.start()
     go = node.marks / "go"
     jobs = [double.submit({"type": "script", "line": until(go)}) for _ in range(4)]
-    double.wait(lambda _: all(double.job(job_id).state == "RUNNING" for job_id in jobs), 60.0)
+    # The node has them, and not the coordinator's word alone: an answer may be lost as it stops.
+    wait_until(lambda: sum(row.slot.job_id is not None for row in node.now().slots) == 4, 60.0)
     double.stop()
     go.touch()
     wait_until(lambda: node.now().pending_reports == 4, 60.0)

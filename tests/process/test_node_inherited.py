@@ -65,7 +65,7 @@ def test_node_runs_jobs_whatever_it_inherits(
     node.kill_child("agent")
     killed = coordinator.submit(script)
     assert wait_final(coordinator, [killed])[0].error_code == "E_SIGNAL"
-    assert all(_state(pid) == (0, 0o022) for pid in node.children().values())
+    assert all(_state(pid) == (0, 0o022) for pid in node.all_children().values())
     assert _modes(node) == {"jobs": 0o711, "state": 0o711}
     assert node.stop() == 0
 

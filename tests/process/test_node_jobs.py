@@ -65,10 +65,10 @@ def test_500_jobs_through_4_slots_are_each_accepted_once(
 def test_nothing_leaks_from_job_to_job(coordinator: MockCoordinator, node_factory: NodeFactory) -> None:
     node = node_factory(2).start()
     finish(coordinator, node, 10)
-    pids = {**node.children(), "supervisor": node.now().pid}
+    pids = {**node.all_children(), "supervisor": node.now().pid}
     before = {name: resources(pid) for name, pid in pids.items()}
     finish(coordinator, node, 200)
-    assert {**node.children(), "supervisor": node.now().pid} == pids
+    assert {**node.all_children(), "supervisor": node.now().pid} == pids
     # A connection that is just being closed counts for a moment.
     wait_until(lambda: {name: resources(pid) for name, pid in pids.items()} == before, WAIT_S)
     # The coordinator's connections: one for each thread at most that calls it, however many jobs there were.

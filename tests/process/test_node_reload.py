@@ -90,7 +90,7 @@ def test_a_slot_that_is_wanted_again_stays(node: Node, coordinator: MockCoordina
 
 
 def test_what_is_wrong_changes_nothing(node: Node) -> None:
-    before = node.children()
+    before = node.all_children()
     (node.directory / "slots.d" / "slots.yaml").write_text("slots:\n  - {name: one, kind: cpu, nicee: 3}\n")
     answer = node.ask("reload")
     assert isinstance(answer, Refusal)
