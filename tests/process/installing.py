@@ -53,10 +53,10 @@ while [ "$1" != -- ]; do shift; done
 shift
 case "$*" in
   *"-m venv "*)
-    mkdir -p "$4/bin"
-    printf '#!/bin/sh\nexec PYTHON "$@"\n' >"$4/bin/python"
-    chmod 755 "$4/bin/python" ;;
-  *"-m pip "*)
+    mkdir -p "${!#}/bin"
+    printf '#!/bin/sh\nexec PYTHON "$@"\n' >"${!#}/bin/python"
+    chmod 755 "${!#}/bin/python" ;;
+  *"/pip install "*)
     if [ -e /run/fake/hang ]; then echo $$ >/run/fake/hanging; exec sleep 1000; fi
     init=${!#}/aitbc_miner/__init__.py
     [ -e "$init" ] || exit 0

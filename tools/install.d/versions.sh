@@ -24,7 +24,7 @@ make_version() {
   building=$(mktemp -d "$lib/versions/$(checkout_version)-$(date +%Y%m%dT%H%M%S)-XXX")
   chmod 755 "$building"
   say "making $building (a minute or two)"
-  interruptible /usr/bin/python3 -m venv "$building"
+  interruptible /usr/bin/python3 -m venv --without-pip "$building"
   if [ -n "$wheels" ]; then
     pip_install --no-index --find-links "$wheels" "aitbc-miner==$(checkout_version)"
   else
@@ -42,8 +42,17 @@ make_version() {
   say_change
 }
 
+# pip is run from the wheel that ensurepip has: making it a part of each version takes more time than all else.
+bundled_pip() {
+  /usr/bin/python3 - <<'END'
+import ensurepip, pathlib, sysconfig
+place = sysconfig.get_config_var("WHEEL_PKG_DIR") or pathlib.Path(ensurepip.__file__).parent / "_bundled"
+print(next(pathlib.Path(place).glob("pip-*.whl")) / "pip")
+END
+}
+
 pip_install() {
-  PIP_ROOT_USER_ACTION=ignore interruptible "$building/bin/python" -m pip install --quiet --no-cache-dir --no-input \
+  PIP_ROOT_USER_ACTION=ignore interruptible "$building/bin/python" "$(bundled_pip)" install --quiet --no-cache-dir --no-input \
     --disable-pip-version-check "$@" || {
     say "cannot install the packages: see pip's message above; use --wheels DIR where there is no network" >&2
     return 1
