@@ -143,3 +143,14 @@ ensure_versions() {
   pip_install --no-deps --no-build-isolation --editable "$root"
   "$venv/bin/python" -m pip list --disable-pip-version-check --format freeze | paste -sd ' '
 }
+
+# Whether that environment has no other versions than tools/locks, with which all other tests run.
+has_locked_versions() {
+  local others
+  others=$(comm -23 <("$venv/bin/python" -m pip list --disable-pip-version-check --format freeze | names) \
+    <(sed -nE 's/^([^ ]+==[^ ;]+).*/\1/p' "$root"/tools/locks/*.lock | names) | grep -vE '^(aitbc-miner|pip)==' || true)
+  [ -z "$others" ]
+}
+
+# As packages are compared: whatever their case, and with one kind of dash.
+names() { sed 's/\[.*\]//' | tr 'A-Z_' 'a-z-' | sort -u; }

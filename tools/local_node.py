@@ -25,6 +25,8 @@ from aitbc_miner.control import Request, Status, ask
 
 TOKEN = "demo-token"
 START_S = 60.0
+# A pause of wait_until is so many times as long as the question took, but never longer than this.
+SHARE, LONGEST_PAUSE_S = 4.0, 1.0
 
 
 class LocalNode:
@@ -178,12 +180,17 @@ def _write(path: Path, value: object) -> None:
 def wait_until(condition: Any, timeout: float, pause: float = 0.02) -> Any:
     """Wait for a condition to give something true, and give that.
 
+    Where asking is slow, as in an emulated machine, the pauses are longer: most of the time is the node's.
+
     Raises:
         TimeoutError: it did not within `timeout` seconds.
     """
-    deadline = time.monotonic() + timeout
+    began = time.monotonic()
+    deadline = began + timeout
     while not (value := condition()):
-        if time.monotonic() > deadline:
+        now = time.monotonic()
+        if now > deadline:
             raise TimeoutError(f"cannot wait longer than {timeout:g} s")
-        select.select([], [], [], pause)
+        select.select([], [], [], max(pause, min(LONGEST_PAUSE_S, (now - began) * SHARE)))
+        began = time.monotonic()
     return value

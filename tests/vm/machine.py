@@ -84,7 +84,7 @@ class Machine(MarkedJobs):
             "coordinator": {
                 "base_url": self.mock.url,
                 "auth_token": f"file:{ETC}/token",
-                "poll_interval_s": 0.2,
+                "poll_interval_s": 0.5,
                 "timeout_s": 60,
                 "allow_private_inputs": True,
             },
