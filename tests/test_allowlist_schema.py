@@ -1,5 +1,6 @@
 """The JSON Schema for editors: it may know less than the loader, but takes all that the loader takes."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -129,7 +130,8 @@ def spoiled(draw: Callable[..., Any]) -> dict[str, Any]:
                 place = place[key]
                 continue
             if draw(st.booleans()):
-                place[key] = draw(ANYTHING)
+                # A copy: the next change may be within it.
+                place[key] = copy.deepcopy(draw(ANYTHING))
             else:
                 del place[key]
             break

@@ -20,6 +20,8 @@ def config(tmp_path: Path) -> Config:
     tmp_path.chmod(0o755)
     return Config(
         Coordinator("https://c.example", "env:T"),
+        # A machine that has never been booted has no name of its own yet.
+        node_id="node-1",
         workspace=Workspace(tmp_path / "jobs"),
         queue=Queue(path=tmp_path / "state" / "queue.db"),
         control=Control(tmp_path / "run" / "control.sock"),

@@ -1,5 +1,6 @@
 """What `aitbc-minerctl` tells of a node that does not run."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.records import PASSABLE, Records
+from aitbc_miner.util import clock
 
 DEADLINE_S = 30.0
 SERVICE = 60_124 if os.geteuid() == 0 else os.geteuid()
@@ -71,7 +73,10 @@ class Site:
 
 
 @pytest.fixture
-def site() -> Iterator[Site]:
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    # What comes later is later by a millisecond at least.
+    times = itertools.count()
+    monkeypatch.setattr(clock, "wall", lambda: f"2026-01-01T00:00:00.{next(times):03}Z")
     # Not below tmp_path, which only its owner can pass.
     with tempfile.TemporaryDirectory() as directory:
         Path(directory).chmod(0o755)

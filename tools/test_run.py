@@ -59,7 +59,9 @@ async def run(phase: Phase) -> Done:
     statuses = [await _command(list(map(str, command)), phase) for command in phase.commands]
     status = next((each for each in statuses if each), 0)
     cases = read_cases(phase.results) if phase.results else []
-    return Done(phase.name, time.monotonic() - began, status, cases)
+    seconds = time.monotonic() - began
+    print(f"{phase.name}: {_result(status)} after {seconds / 60:.1f} min", flush=True)
+    return Done(phase.name, seconds, status, cases)
 
 
 async def _command(command: list[str], phase: Phase) -> int:
@@ -153,7 +155,7 @@ def in_machine(release: str, arguments: Sequence[str]) -> list[Phase]:
         reports = REPORTS / f"{release}-{name}"
         shutil.rmtree(reports, ignore_errors=True)
         command: list[str | Path] = ["tools/vm", "--release", release, *hours, "--reports", reports]
-        command += ["test", *words, *arguments, f"--junitxml=/reports/{name}.xml"]
+        command += ["test", "-v", *words, *arguments, f"--junitxml=/reports/{name}.xml"]
         return Phase(f"Debian {release}: {name}", [command], f"{release}: ", results=reports)
 
     image = Phase(f"Debian {release}: image", [["tools/vm", "--release", release, "build"]], f"{release}: ")

@@ -79,7 +79,7 @@ class Node(MarkedJobs, LocalNode):
 
     def ask(self, verb: str, job_id: str | None = None) -> Any:
         """Ask on the control socket."""
-        answer, fds = ask(self.socket, Request(verb, job_id), 5.0)
+        answer, fds = ask(self.socket, Request(verb, job_id), WAIT_S)
         for fd in fds:
             os.close(fd)
         return answer

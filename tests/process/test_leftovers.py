@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from bench import JOB_UID, Bench
+from msgspec.structs import replace
 
 from aitbc_miner import leftovers
 from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
@@ -233,6 +234,7 @@ def test_a_worker_removes_what_was_there_before_it_and_what_its_jobs_leave(name:
         Path(directory).chmod(0o755)
         bench = Bench(Path(directory))
         bench.runs_as = OWNER
+        bench.delays = replace(bench.delays, kill=TIME_S)
         try:
             bench.start()
             assert in_memory(OWNER) == []

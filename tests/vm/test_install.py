@@ -18,6 +18,7 @@ ELSEWHERE = [
     *("/proc", "/sys", "/dev", "/run", "/var/log"),
     *("/src", "/wheels", "/lab", "/reports", "/tmp/pytest-of-root", "/opt/test-env"),
 ]
+ONE = pytest.mark.one_release("12", "what the shell does is the same in both")
 # Who adds a user keeps the files as they were before.
 BACKUPS = {
     f"/etc/{name}" for name in ("passwd-", "group-", "shadow-", "gshadow-", ".pwd.lock", "subuid-", "subgid-")
@@ -55,6 +56,7 @@ def version() -> str:
     return str(CURRENT.readlink())
 
 
+@ONE
 def test_a_first_run_over_a_faulty_configuration_leaves_all_to_the_next(before: object) -> None:
     ETC.mkdir(parents=True)
     faulty = ETC / "config.yaml"
@@ -94,6 +96,7 @@ def test_the_installed_node_does_a_job(boxed: BoxedMachine) -> None:
     assert "MISSING" not in doctor
 
 
+@ONE
 def test_again_it_changes_nothing(installed: None) -> None:
     edited = ETC / "config.yaml"
     edited.write_text(edited.read_text() + "# by the operator\n")
@@ -105,6 +108,7 @@ def test_again_it_changes_nothing(installed: None) -> None:
     assert (files(), accounts(), edited.read_text(), version()) == had
 
 
+@ONE
 def test_samples_come_once_and_every_slot_has_its_user(installed: None) -> None:
     samples = ETC / "slots.d"
     shutil.rmtree(samples)
@@ -118,6 +122,7 @@ def test_samples_come_once_and_every_slot_has_its_user(installed: None) -> None:
     assert {pwd.getpwnam(f"aitbc-job-{name}").pw_shell for name in ("0", "no")} == {"/usr/sbin/nologin"}
 
 
+@ONE
 def test_a_start_that_fails_is_made_good_by_the_next_run(machine: Machine) -> None:
     # As a first run is that has come as far as the start.
     (CURRENT.parent / "complete").unlink()
@@ -162,6 +167,7 @@ def test_an_upgrade_leaves_running_jobs_alone(machine: Machine) -> None:
     assert not old.exists()
 
 
+@ONE
 def test_killed_between_switch_and_restart_the_next_run_makes_it_good(
     machine: Machine, tmp_path: Path
 ) -> None:
@@ -179,6 +185,7 @@ def test_killed_between_switch_and_restart_the_next_run_makes_it_good(
     assert str(CURRENT.resolve()) in Path(f"/proc/{pid}/cmdline").read_text()
 
 
+@ONE
 def test_who_may_look_reads_no_token(machine: Machine) -> None:
     machine.start()
     run("useradd", "--system", "--groups", "aitbc-view", "looker")
@@ -207,6 +214,7 @@ def _text(path: Path) -> str:
         return ""  # a process that has ended meanwhile
 
 
+@ONE
 def test_what_cannot_be_made_leaves_the_old_version(installed: None, tmp_path: Path) -> None:
     had = files(), version()
     broken = tmp_path / "aitbc_miner-0.1.0-py3-none-any.whl"

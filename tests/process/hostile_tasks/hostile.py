@@ -284,7 +284,7 @@ def brood(children: int) -> None:
 
 @trick
 def burn(seconds: float, mebibytes: int, processes: int) -> int:
-    """Fill memory and keep as many cores busy as there are processes."""
+    """Fill memory and keep as many cores busy as there are processes, until a file says that it is enough."""
     until = time.monotonic() + seconds
     # Written to, or it would be no more than a promise.
     hoard = [b"x" * (1 << 20) for _ in range(mebibytes)]
@@ -293,8 +293,9 @@ def burn(seconds: float, mebibytes: int, processes: int) -> int:
     while len(children) < processes - 1 and (child := os.fork()):
         children.append(child)
     leader = len(children) == processes - 1
-    while time.monotonic() < until:
-        sum(range(10_000))
+    enough = work_dir() / "enough"
+    while time.monotonic() < until and not enough.exists():
+        sum(range(100_000))
     if not leader:
         os._exit(0)
     for child in children:
