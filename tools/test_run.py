@@ -1,4 +1,4 @@
-"""What `tools/test` does: linters, types, tests and virtual machines side by side, then a table of them."""
+"""What `tools/test` does: linters, types, tests, then two machines side by side; and a table of it."""
 
 import argparse
 import asyncio
@@ -22,6 +22,7 @@ LONGEST_LINE = 1 << 24
 # A whole node mostly waits, so that more of them than processors keep these busy.
 PROCESSES = min(8, 2 * (os.cpu_count() or 1))
 CAMPAIGN_S = 14_400
+RELEASES = ("12", "13")
 
 
 class Case(NamedTuple):
@@ -147,6 +148,11 @@ def versions() -> list[Phase]:
     ]
 
 
+def image(release: str) -> Phase:
+    """Give the making of the image of a Debian of this release; there is nothing to do if it is there."""
+    return Phase(f"Debian {release}: image", [["tools/vm", "--release", release, "build"]], f"{release}: ")
+
+
 def in_machine(release: str, arguments: Sequence[str]) -> list[Phase]:
     """Give what is done in a Debian of this release; the reports are kept."""
     hours = ["--timeout", str(CAMPAIGN_S)] if arguments else []
@@ -158,13 +164,12 @@ def in_machine(release: str, arguments: Sequence[str]) -> list[Phase]:
         command += ["test", "-v", *words, *arguments, f"--junitxml=/reports/{name}.xml"]
         return Phase(f"Debian {release}: {name}", [command], f"{release}: ", results=reports)
 
-    image = Phase(f"Debian {release}: image", [["tools/vm", "--release", release, "build"]], f"{release}: ")
     # What takes the machine down in its middle is no matter of the release, and comes last. The power cuts
     # need a machine of their own: what was written to its disk before would survive them.
     if release == "12":
-        return [image, test("tests", "--maxfail", "3"), test("powercut", "tests/vm/powercut.py")]
+        return [test("tests", "--maxfail", "3"), test("powercut", "tests/vm/powercut.py")]
     first = ["--maxfail", "3", *arguments, "--junitxml=/reports/first.xml"]
-    return [image, test("tests", *first, "--then", "tests/vm/reboot.py")]
+    return [test("tests", *first, "--then", "tests/vm/reboot.py")]
 
 
 # --- the tables --------------------------------------------------------------------------------------------
@@ -191,8 +196,9 @@ def _result(status: int) -> str:
     return f"failed: status {status}" if status else "ok"
 
 
-async def _all(chains: Sequence[Sequence[Phase]]) -> list[Done]:
-    return [each for done in await asyncio.gather(*map(chain, chains)) for each in done]
+async def _all(stages: Sequence[Sequence[Sequence[Phase]]]) -> list[Done]:
+    done = [await asyncio.gather(*map(chain, chains)) for chains in stages]
+    return [each for stage in done for phases in stage for each in phases]
 
 
 def until_told(work: Callable[[], Coroutine[Any, Any, list[Done]]]) -> list[Done]:
@@ -216,14 +222,16 @@ def main(words: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="aitbc-test-") as made:
         scratch = Path(made)
         scratch.chmod(0o755)
-        chains = [native(scratch)]
+        stages = [[native(scratch)]]
         if chosen.vm:
-            chains[0] += versions()
+            # For the same work, an emulated machine takes twice the processor's time beside the native tests.
+            stages[0][0] += versions()
+            stages[0] += [[image(release)] for release in RELEASES]
             arguments = ["--full"] if chosen.full else []
-            chains += [in_machine(release, arguments) for release in ("12", "13")]
+            stages += [[in_machine(release, arguments) for release in RELEASES]]
         done: list[Done] = []
         with contextlib.suppress(asyncio.CancelledError):
-            done = until_told(lambda: _all(chains))
+            done = until_told(lambda: _all(stages))
     if not done:
         return 128 + signal.SIGTERM
     print(f"\n{tables(done, time.monotonic() - began)}", flush=True)
