@@ -68,12 +68,12 @@ CALLS = {
 STEPS = {**RECORDS, **PROGRAM, **CALLS}
 BOUNDARIES = tuple(Boundary(step, side) for step in STEPS for side in Side)
 
-# From here on the program may have run; until the outcome stands, the worker's death is the job's loss.
+# From here on the program may have run; until the outcome is written, the worker's death is the job's loss.
+# An outcome that is whole and has no name yet is named after that death.
 LOSING = frozenset(
     {
         Boundary("RUNNING", Side.AFTER),
         *(Boundary(step, side) for step in ("started", "ended", "COLLECTING") for side in Side),
-        Boundary("outcome", Side.BEFORE),
     }
 )
 ELSEWHERE = (Whom.ALL, Whom.ALL, Whom.SUPERVISOR)
