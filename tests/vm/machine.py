@@ -165,9 +165,18 @@ class Machine(MarkedJobs):
         ready = now and now.slots and all(row.slot.state not in UNDECIDED for row in now.slots)
         return now if ready else None
 
-    def journal(self, unit: str = MAIN) -> str:
-        """Give all that a unit has said."""
-        return run("journalctl", "--no-pager", "-o", "short-monotonic", "-u", unit)
+    def journal(self, unit: str = MAIN, *, after: str = "") -> str:
+        """Give all that a unit has said, or only what came after a place that `journal_end` has given."""
+        later = [f"--after-cursor={after}"] if after else []
+        return run("journalctl", "--no-pager", "-o", "short-monotonic", "-u", unit, *later)
+
+    def journal_end(self) -> str:
+        """Give the place that the journal has come to; no clock tells it, for tests set that."""
+        return (
+            run("journalctl", "--no-pager", "-n", "1", "--show-cursor", "-o", "cat")
+            .rpartition("cursor: ")[2]
+            .strip()
+        )
 
     # --- the node ------------------------------------------------------------------------------------------
 
