@@ -332,7 +332,7 @@ class Agent:
         self._reporter.add(job_id)
 
     def _retry_due(self) -> None:
-        for job_id in self._reruns.take_due():
+        for job_id in self._reruns.take_due(self._taker.in_slots()):
             self._reruns.begun(job_id)
             self._taker.resume([job_id])
 

@@ -1,7 +1,7 @@
 """What becomes of a job that has failed: its report, another attempt here, or another node's."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future
 from functools import partial
 
@@ -14,6 +14,8 @@ from aitbc_miner.records import JobDir, RecordError
 from aitbc_miner.retrying import Where, next_attempt, pause_before
 from aitbc_miner.util import clock
 from aitbc_miner.workbench import Workbench
+
+LOOK_AGAIN_S = 0.1
 
 
 class Reruns:
@@ -41,12 +43,20 @@ class Reruns:
         """When the next one is due."""
         return min(self._due.values(), default=None)
 
-    def take_due(self) -> list[str]:
-        """Take what is due."""
-        due = [job_id for job_id, at in self._due.items() if at <= clock.now()]
+    def take_due(self, in_slots: Container[str]) -> list[str]:
+        """Take what is due.
+
+        A job that the supervisor last showed in a slot waits until a later word of it: the end of the attempt
+        may be known here before that word comes.
+        """
+        now = clock.now()
+        due = [job_id for job_id, at in self._due.items() if at <= now]
         for job_id in due:
-            del self._due[job_id]
-        return due
+            if job_id in in_slots:
+                self._due[job_id] = now + LOOK_AGAIN_S
+            else:
+                del self._due[job_id]
+        return [job_id for job_id in due if job_id not in in_slots]
 
     def hurry(self, job_id: str) -> None:
         """Have a job tried now."""

@@ -80,6 +80,10 @@ class Taker:
             return []
         return room([slot.offer for slot in self._view.slots if slot.free], list(self._unplaced.values()))
 
+    def in_slots(self) -> set[str]:
+        """Name the jobs that are in slots, as the supervisor last said."""
+        return {slot.job_id for slot in self._view.slots if slot.job_id is not None} if self._view else set()
+
     def forget(self, job_id: str) -> None:
         """Note that a job is on no way to a slot any more."""
         self._unplaced.pop(job_id, None)
@@ -121,7 +125,7 @@ class Taker:
         due = self.next_due()
         if due is None or clock.now() < due or self._view is None:
             return
-        in_slots = {slot.job_id for slot in self._view.slots}
+        in_slots = self.in_slots()
         while self._to_resume:
             job_id = self._to_resume.pop()
             # One that is in a slot already was ready before an earlier agent died.

@@ -404,7 +404,7 @@ def test_what_waits_is_tried_or_sent_now(rig: Rig) -> None:
     assert (rig.agent._reporter.next_due() or 0.0) <= clock.now()
     rig.agent._reruns._due["j2"] = clock.now() + 1000
     assert retried(rig, "j2").done
-    assert rig.agent._reruns.take_due() == ["j2"]
+    assert rig.agent._reruns.take_due(()) == ["j2"]
 
 
 def test_what_is_over_is_not_tried_again(rig: Rig) -> None:

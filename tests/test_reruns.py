@@ -153,10 +153,10 @@ def test_a_job_that_may_be_tried_again_waits(
     due = alone.reruns.next_due()
     assert due is not None
     assert bounds.min_s <= due - time.now <= 2 * bounds.min_s
-    assert alone.reruns.take_due() == []
+    assert alone.reruns.take_due(()) == []
     time.now = due
-    assert alone.reruns.take_due() == ["j1"]
-    assert (alone.reruns.take_due(), alone.reruns.next_due(), "j1" in alone.reruns) == ([], None, False)
+    assert alone.reruns.take_due(()) == ["j1"]
+    assert (alone.reruns.take_due(()), alone.reruns.next_due(), "j1" in alone.reruns) == ([], None, False)
     alone.reruns.begun("j1")
     assert alone.waiting() == []
 
@@ -166,7 +166,7 @@ def test_the_last_failure_is_the_report(alone: Judging, time: Time) -> None:
     for attempt in (2, 3):
         assert alone.reported == []
         time.now += 1000.0
-        assert alone.reruns.take_due() == ["j1"]
+        assert alone.reruns.take_due(()) == ["j1"]
         with alone.bench.records.open("j1") as job:
             assert job.state().attempt == attempt
             for step in (S.PREP, S.RUNNING):
@@ -190,7 +190,7 @@ def test_the_time_of_the_next_attempt_survives_a_restart(start: Callable[..., Ju
     after = start()
     # What is not noted is tried at once, which loses nothing.
     after.reruns.recovered(["j1", "j2"])
-    assert after.reruns.take_due() == ["j2"]
+    assert after.reruns.take_due(()) == ["j2"]
     assert after.reruns.next_due() == pytest.approx(due)
     assert after.shown() == [S.RETRY_WAIT] * 2
 
@@ -207,20 +207,34 @@ def test_without_the_queue_a_job_is_tried_again_all_the_same(
     alone.note_all()
     assert alone.reruns.ids() == ["j1"]
     alone.reruns.recovered(["j1"])
-    assert alone.reruns.take_due() == ["j1"]
+    assert alone.reruns.take_due(()) == ["j1"]
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert said == ["time of a retry not noted", "times of retries not read"]
 
 
 def test_an_operator_and_a_coordinator_may_end_the_wait(alone: Judging) -> None:
     alone.fail(E.E_LOST, *RAN, **THRICE)
-    assert alone.reruns.take_due() == []
+    assert alone.reruns.take_due(()) == []
     alone.reruns.hurry("j1")
-    assert alone.reruns.take_due() == ["j1"]
+    assert alone.reruns.take_due(()) == ["j1"]
     alone.reruns.hurry("j1")
     alone.reruns.drop("j1")
     alone.reruns.drop("j1")
-    assert alone.reruns.take_due() == []
+    assert alone.reruns.take_due(()) == []
+
+
+def test_an_attempt_whose_slot_is_not_seen_free_yet_is_not_forgotten(alone: Judging, time: Time) -> None:
+    # What the supervisor last said of its slots may be older than the end of the attempt.
+    alone.fail(E.E_LOST, *RAN, **THRICE)
+    time.now += 1000.0
+    assert alone.reruns.take_due({"j1"}) == []
+    assert "j1" in alone.reruns
+    due = alone.reruns.next_due()
+    assert due is not None
+    assert time.now < due < time.now + 1.0
+    time.now = due
+    assert alone.reruns.take_due({"j2"}) == ["j1"]
+    assert "j1" not in alone.reruns
 
 
 # --- another node's ----------------------------------------------------------------------------------------
