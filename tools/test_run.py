@@ -15,6 +15,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools.vm_image import RELEASES
+
 CHECKOUT = Path(__file__).resolve().parent.parent
 REPORTS = CHECKOUT / "build" / "vm"
 SLOWEST = 30
@@ -22,7 +24,6 @@ LONGEST_LINE = 1 << 24
 # A whole node mostly waits, so that more of them than processors keep these busy.
 PROCESSES = min(8, 2 * (os.cpu_count() or 1))
 CAMPAIGN_S = 14_400
-RELEASES = ("12", "13")
 
 
 class Case(NamedTuple):
@@ -226,9 +227,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if chosen.vm:
             # For the same work, an emulated machine takes twice the processor's time beside the native tests.
             stages[0][0] += versions()
-            stages[0] += [[image(release)] for release in RELEASES]
+            stages[0] += [[image(release)] for release in sorted(RELEASES)]
             arguments = ["--full"] if chosen.full else []
-            stages += [[in_machine(release, arguments) for release in RELEASES]]
+            stages += [[in_machine(release, arguments) for release in sorted(RELEASES)]]
         done: list[Done] = []
         with contextlib.suppress(asyncio.CancelledError):
             done = until_told(lambda: _all(stages))

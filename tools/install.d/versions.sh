@@ -14,7 +14,7 @@ fingerprint() {
 # A version is complete in a directory of its own before anything points to it: whatever goes wrong, the old one
 # is as it was, and the workers of running jobs keep the files that they were started from.
 make_version() {
-  local verb=$1 wheels=$2 print locks=$root/tools/locks
+  local verb=$1 wheels=$2 print pip locks=$root/tools/locks
   print=$(fingerprint "$wheels")
   if [ "$verb" = install ] && [ "$(cat "$current/fingerprint" 2>/dev/null)" = "$print" ]; then
     say "$(build_of "$current") is installed already"
@@ -24,6 +24,7 @@ make_version() {
   building=$(mktemp -d "$lib/versions/$(checkout_version)-$(date +%Y%m%dT%H%M%S)-XXX")
   chmod 755 "$building"
   say "making $building (a minute or two)"
+  pip=$(bundled_pip)
   interruptible /usr/bin/python3 -m venv --without-pip "$building"
   if [ -n "$wheels" ]; then
     pip_install --no-index --find-links "$wheels" "aitbc-miner==$(checkout_version)"
@@ -52,7 +53,7 @@ END
 }
 
 pip_install() {
-  PIP_ROOT_USER_ACTION=ignore interruptible "$building/bin/python" "$(bundled_pip)" install --quiet --no-cache-dir --no-input \
+  PIP_ROOT_USER_ACTION=ignore interruptible "$building/bin/python" "$pip" install --quiet --no-cache-dir --no-input \
     --disable-pip-version-check "$@" || {
     say "cannot install the packages: see pip's message above; use --wheels DIR where there is no network" >&2
     return 1
