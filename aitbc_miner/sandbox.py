@@ -8,6 +8,7 @@ and its number, which bubblewrap does not.
 
 import os
 import re
+import stat
 import subprocess
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, suppress
@@ -262,11 +263,13 @@ def _machine_in_proc() -> Iterator[str]:
             name, path = entry.name, entry.path
             if name.isdecimal() or entry.is_symlink() or name in _PROC_OWN:
                 continue
-            if name in _PROC_SHOWN or (not entry.is_dir() and entry.stat().st_mode & _WRITABLE):
+            # Not what the directory says of it: in a container something else may be mounted over it.
+            mode = entry.stat().st_mode
+            if name in _PROC_SHOWN or (stat.S_ISREG(mode) and mode & _WRITABLE):
                 yield from ("--ro-bind", path, path)
-            elif entry.is_dir():
+            elif stat.S_ISDIR(mode):
                 yield from ("--ro-bind", str(NO_DIRECTORY), path)
-            elif name in _PROC_HIDDEN:
+            elif name in _PROC_HIDDEN or not stat.S_ISREG(mode):
                 yield from ("--ro-bind", str(NO_FILE), path)
 
 

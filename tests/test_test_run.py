@@ -72,6 +72,7 @@ from tools.test_run import Phase
 test_run.native = lambda scratch: [Phase("native", [["sh", "-c", sys.argv[1]]])]
 test_run.versions = list
 test_run.image = lambda release: Phase("image", [["true"]])
+test_run.in_container = lambda release, _: []
 def in_machine(release, _):
     return [Phase(release, [["sh", "-c", sys.argv[2], release]], f"{release}: ")]
 test_run.in_machine = in_machine
@@ -107,6 +108,16 @@ def test_the_machines_run_at_once_and_after_the_native_tests(tmp_path: Path) -> 
             run.terminate()
     lines = [line for line in said.splitlines() if line.endswith((" over", " met"))]
     assert sorted(lines) == ["12: over", "13: met", "13: over"]
+
+
+@pytest.mark.parametrize("root", [True, False])
+def test_what_no_container_can_have_runs_in_a_machine(monkeypatch: pytest.MonkeyPatch, *, root: bool) -> None:
+    monkeypatch.setattr(test_run, "containers", lambda: root)
+    inside, machine = test_run.in_container("12", []), test_run.in_machine("12", [])[0]
+    assert [phase.name for phase in inside] == (["Debian 12: container"] if root else [])
+    assert all("--container" in phase.commands[0] for phase in inside)
+    assert "--container" not in machine.commands[0]
+    assert ("--own-kernel" in machine.commands[0]) == root
 
 
 def test_what_is_told_to_end_ends_what_it_has_started(tmp_path: Path) -> None:

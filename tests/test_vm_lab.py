@@ -58,9 +58,24 @@ def test_pytest_is_run_twice_with_arguments_of_its_own() -> None:
     assert "-m pytest tests/vm/reboot.py -v ||" in script
 
 
+def test_only_root_makes_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vm_lab, "require_packages", lambda: None)
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(LabError, match="cannot make a container: only root may; without --container, QEMU"):
+        vm_lab.work(vm_lab.arguments(["--container", "test"]))
+
+
 @pytest.mark.parametrize(
     "words",
-    [[], ["run"], ["run", "--"], ["--release", "11", "build"], ["fly"], ["clean", "12"]],
+    [
+        ["--container", "shell"],
+        [],
+        ["run"],
+        ["run", "--"],
+        ["--release", "11", "build"],
+        ["fly"],
+        ["clean", "12"],
+    ],
     ids=" ".join,
 )
 def test_nonsense_is_a_usage_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,7 +23,8 @@ class Need(NamedTuple):
     uses: str
 
 
-# demo: tools/demo; test: tools/test; vm: tools/vm and tools/test --vm; user: the same, but not as root.
+# demo: tools/demo; test: tools/test; vm: tools/vm and tools/test --vm; user: the same, but not as root;
+# container: the same as root.
 NEEDS = (
     Need("bwrap", "bubblewrap", "demo test"),
     Need("/usr/bin/time", "time", "demo test"),
@@ -38,6 +39,7 @@ NEEDS = (
     Need("mmdebstrap", "mmdebstrap", "vm"),
     Need("mke2fs", "e2fsprogs", "vm"),
     Need("/usr/share/keyrings/debian-archive-keyring.gpg", "debian-archive-keyring", "vm"),
+    Need("systemd-nspawn", "systemd-container", "container"),
     Need("newuidmap", "uidmap", "user"),
 )
 

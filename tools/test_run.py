@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import functools
 import os
 import random
 import shutil
@@ -15,6 +16,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tools import vm_container
 from tools.vm_image import RELEASES
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -154,23 +156,40 @@ def image(release: str) -> Phase:
     return Phase(f"Debian {release}: image", [["tools/vm", "--release", release, "build"]], f"{release}: ")
 
 
+@functools.cache
+def containers() -> bool:
+    """Whether containers can be made here; if not, the machines run their tests, and this says why."""
+    if cause := vm_container.why_not():
+        print(f"no containers ({cause}): the emulated machines run all tests", flush=True)
+    return not cause
+
+
+def in_container(release: str, arguments: Sequence[str]) -> list[Phase]:
+    """Give what is done in a container with a Debian of this release: all that needs no kernel of its own."""
+    return [in_debian(release, "container", ["--container"], arguments)] if containers() else []
+
+
+def in_debian(release: str, name: str, options: Sequence[str], words: Sequence[str]) -> Phase:
+    """Give a run of tests in a Debian of this release; the reports are kept."""
+    hours = ["--timeout", str(CAMPAIGN_S)] if "--full" in words else []
+    reports = REPORTS / f"{release}-{name}"
+    shutil.rmtree(reports, ignore_errors=True)
+    command: list[str | Path] = ["tools/vm", "--release", release, *options, *hours, "--reports", reports]
+    command += ["test", "-v", *words, f"--junitxml=/reports/{name}.xml"]
+    return Phase(f"Debian {release}: {name}", [command], f"{release}: ", results=reports)
+
+
 def in_machine(release: str, arguments: Sequence[str]) -> list[Phase]:
-    """Give what is done in a Debian of this release; the reports are kept."""
-    hours = ["--timeout", str(CAMPAIGN_S)] if arguments else []
-
-    def test(name: str, *words: str) -> Phase:
-        reports = REPORTS / f"{release}-{name}"
-        shutil.rmtree(reports, ignore_errors=True)
-        command: list[str | Path] = ["tools/vm", "--release", release, *hours, "--reports", reports]
-        command += ["test", "-v", *words, *arguments, f"--junitxml=/reports/{name}.xml"]
-        return Phase(f"Debian {release}: {name}", [command], f"{release}: ", results=reports)
-
+    """Give what is done in an emulated machine with a Debian of this release."""
+    kernel = ["--own-kernel"] if containers() else []
+    tests = [*kernel, "--maxfail", "3", *arguments]
     # What takes the machine down in its middle is no matter of the release, and comes last. The power cuts
     # need a machine of their own: what was written to its disk before would survive them.
     if release == "12":
-        return [test("tests", "--maxfail", "3"), test("powercut", "tests/vm/powercut.py")]
-    first = ["--maxfail", "3", *arguments, "--junitxml=/reports/first.xml"]
-    return [test("tests", *first, "--then", "tests/vm/reboot.py")]
+        power = ["tests/vm/powercut.py", *arguments]
+        return [in_debian(release, "tests", [], tests), in_debian(release, "powercut", [], power)]
+    first = [*tests, "--junitxml=/reports/first.xml"]
+    return [in_debian(release, "tests", [], [*first, "--then", "tests/vm/reboot.py", *arguments])]
 
 
 # --- the tables --------------------------------------------------------------------------------------------
@@ -227,8 +246,9 @@ def main(words: Sequence[str] | None = None) -> int:
         if chosen.vm:
             # For the same work, an emulated machine takes twice the processor's time beside the native tests.
             stages[0][0] += versions()
-            stages[0] += [[image(release)] for release in sorted(RELEASES)]
             arguments = ["--full"] if chosen.full else []
+            # The tests in containers mostly wait.
+            stages[0] += [[image(each), *in_container(each, arguments)] for each in sorted(RELEASES)]
             stages += [[in_machine(release, arguments) for release in sorted(RELEASES)]]
         done: list[Done] = []
         with contextlib.suppress(asyncio.CancelledError):

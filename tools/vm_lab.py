@@ -11,7 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools import vm_image, vm_qemu
+from tools import vm_container, vm_image, vm_qemu
 from tools.vm_cache import LabError, cache_root, require_packages, say
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -35,6 +35,11 @@ def arguments(words: list[str]) -> argparse.Namespace:
         prog="tools/vm", description="A real Debian 12 or 13 with systemd, in QEMU without KVM."
     )
     parser.add_argument("--release", choices=sorted(vm_image.RELEASES), help="default: 13; build, test: both")
+    parser.add_argument(
+        "--container",
+        action="store_true",
+        help="not in QEMU but in systemd-nspawn: fast, as root only, with this machine's kernel",
+    )
     parser.add_argument("--reports", type=Path, metavar="DIR", help="default: build/vm/RELEASE")
     parser.add_argument(
         "--timeout",
@@ -53,6 +58,8 @@ def arguments(words: list[str]) -> argparse.Namespace:
         parser.error("run: which command? tools/vm run -- COMMAND ARGS")
     if parsed.command and parsed.verb not in {"run", "test"}:
         parser.error(f"{parsed.verb} takes no arguments; options stand before it")
+    if parsed.container and parsed.verb not in {"run", "test"}:
+        parser.error(f"{parsed.verb} is not for a container: only run and test are")
     return parsed
 
 
@@ -107,6 +114,11 @@ def session(chosen: argparse.Namespace, release: vm_image.Release) -> int:
         fill(files, chosen)
         started = time.monotonic()
         say(f"booting Debian {release.number}")
+        if chosen.container:
+            ended = vm_container.run(image, files, chosen.timeout, directory)
+            files.saved_console(directory / "console.txt")
+            say(f"Debian {release.number} ran {time.monotonic() - started:.0f} s; reports are in {directory}")
+            return ended
         if chosen.verb == "shell":
             say("`poweroff` ends it properly, Ctrl-A x at once")
             vm_qemu.console(image, files)
@@ -130,7 +142,7 @@ def session(chosen: argparse.Namespace, release: vm_image.Release) -> int:
 
 def fill(files: vm_qemu.Files, chosen: argparse.Namespace) -> None:
     """Write what goes into the machine: the checkout, its wheel, the command."""
-    script = vm_qemu.guest_script(*command_of(chosen), live=chosen.verb != "shell")
+    script = vm_qemu.guest_script(*command_of(chosen), live=chosen.verb != "shell" and not chosen.container)
     with tempfile.TemporaryDirectory(prefix="aitbc-vm-") as scratch:
         sources, built, wheels = (Path(scratch, name) for name in ("src", "built", "wheels"))
         vm_qemu.copy(CHECKOUT, sources)
@@ -161,6 +173,8 @@ def work(chosen: argparse.Namespace) -> int:
         shutil.rmtree(cache_root(), ignore_errors=True)
         return 0
     require_packages()
+    if chosen.container:
+        vm_container.require()
     if chosen.verb == "build":
         for release in releases(chosen):
             vm_image.image(cache_root(), release, CHECKOUT)

@@ -414,7 +414,8 @@ def test_reading_what_a_job_pours_out_costs_a_share_of_the_time(bench: Bench) ->
     began, before = clock.now(), worker.cpu_times()
     assert bench.run("j1").code is None
     took, after = clock.now() - began, worker.cpu_times()
-    assert after.user + after.system - before.user - before.system < 0.12 * took
+    # All that it does for the job is counted, and the tracing. Reading all of it would take a processor.
+    assert after.user + after.system - before.user - before.system < 0.3 * took
     assert (directory / "logs" / "exec.log").stat().st_size > 1 << 20
 
 

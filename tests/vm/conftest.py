@@ -9,7 +9,7 @@ import pytest
 
 from tools.mock_coordinator import MockCoordinator
 from vm.boxed import BoxedMachine
-from vm.machine import CURRENT, MAIN, SLOTS, Machine, install, run
+from vm.machine import CONTAINER, CURRENT, MAIN, SLOTS, Machine, install, run
 
 Count = Callable[[int, int], int]
 
@@ -17,33 +17,42 @@ Count = Callable[[int, int], int]
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what makes a campaign long, and what makes it the same in both releases."""
     parser.addoption("--full", action="store_true", help="as often as it takes to be sure, which takes hours")
+    parser.addoption("--own-kernel", action="store_true", help="without what is tried in a container")
     parser.addoption("--everywhere", action="store_true", help="also what is marked for the other release")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Make the mark known."""
-    config.addinivalue_line(
-        "markers", "one_release(number, reason): runs in this Debian; the reason it is enough"
-    )
+    for mark in (
+        "one_release(number, reason): of the machines, runs in this Debian; the reason it is enough",
+        "own_kernel(reason): does not run in a container, where the kernel is the host's",
+        "smoke: runs in a container, and with a kernel of its own as well",
+    ):
+        config.addinivalue_line("markers", mark)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what the other release proves for both, and bring the rest into its order.
+    """Leave out what is tried elsewhere, and bring the rest into its order.
 
     The installer's tests go first: they begin with a machine that has never seen the miner. What compares
     a calm time with a wild one goes last, when the host has the least to do beside it.
     """
     order = {"test_install.py": 0, "test_clock.py": 2}
     items.sort(key=lambda item: order.get(item.path.name, 1))
-    if not config.getoption("--everywhere"):
-        here = platform.freedesktop_os_release().get("VERSION_ID")
-        left = [
-            item
-            for item in items
-            if (mark := item.get_closest_marker("one_release")) and mark.args[0] != here
-        ]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in left]
+    left = [item for item in items if not _belongs(item, config)]
+    config.hook.pytest_deselected(items=left)
+    items[:] = [item for item in items if item not in left]
+
+
+def _belongs(item: pytest.Item, config: pytest.Config) -> bool:
+    own_kernel, smoke, release = map(item.get_closest_marker, ("own_kernel", "smoke", "one_release"))
+    if CONTAINER:
+        # It is fast, so all of it runs in both releases.
+        return not own_kernel
+    if config.getoption("--own-kernel") and not (own_kernel or smoke):
+        return False
+    here = platform.freedesktop_os_release().get("VERSION_ID")
+    return config.getoption("--everywhere") or not release or release.args[0] == here
 
 
 @pytest.hookimpl(wrapper=True)

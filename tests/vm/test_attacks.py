@@ -5,6 +5,7 @@ reason to be modest, and by what the machine looks like afterwards.
 """
 
 import json
+import platform
 import socket
 from collections.abc import Callable, Iterator
 from copy import deepcopy
@@ -21,6 +22,8 @@ from tools.local_node import wait_until
 from tools.mock_records import Job, State
 from vm.conftest import Count
 from vm.machine import ETC, TOKEN, WAIT_S, Machine, run
+
+pytestmark = pytest.mark.own_kernel("what an attack may do depends on the kernel, and some are for it")
 
 VICTIM, ABSTRACT = "victim", "aitbc-canary"
 OUTSIDE = Path("/usr/local/share/aitbc-canary/file")
@@ -241,8 +244,10 @@ def test_nothing_gets_through_the_sandbox(
     biting = [each for each in ATTACKS if each.bites]
     siege = Siege(machine, mode)
     siege.start()
-    # Without the sandbox those that are known to bite are enough, but for the table.
-    results = siege.attack(list(ATTACKS) if mode == "required" or count(0, 1) else biting)
+    # Each is tried in one of the releases; without the sandbox, those known to bite are. With --full, all.
+    turn = int(platform.freedesktop_os_release()["VERSION_ID"]) % 2
+    chosen = ATTACKS[turn::2] if mode == "required" else biting
+    results = siege.attack(list(ATTACKS if count(0, 1) else chosen))
     (reports / f"attacks-{mode}.json").write_text(json.dumps(results, indent=1))
     through = {name: result.through for name, result in results.items() if result.through}
     # The victim has noticed nothing, and the slots are as good as ever.

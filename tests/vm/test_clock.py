@@ -17,7 +17,10 @@ from vm.conftest import Count
 from vm.machine import WAIT_S, Machine, run
 from vm.witness import assert_once, heartbeats, longest_gap, outcome, wait_heartbeat
 
-pytestmark = pytest.mark.one_release("13", "both kernels keep the same two clocks")
+pytestmark = [
+    pytest.mark.own_kernel("the clock is set"),
+    pytest.mark.one_release("13", "both kernels keep the same two clocks"),
+]
 
 YEARS = 10.0
 YEAR_S = 365.25 * 86_400

@@ -185,6 +185,7 @@ def finish(machine: Machine, deaths: dict[str, Death], timeout: float) -> None:
     wait_until(over, timeout, 0.3)
 
 
+@pytest.mark.own_kernel("the kernel ends some for want of memory")
 def test_every_death_is_told_from_the_others(boxed: BoxedMachine, reports: Path, count: Count) -> None:
     machine = boxed
     start(machine, SLOT_COUNT, **LIMITS)
@@ -244,6 +245,7 @@ FULL = {
 }
 
 
+@pytest.mark.own_kernel("needs a disk")
 def test_a_full_disk_is_no_fault_of_the_job(machine: Machine, reports: Path, count: Count) -> None:
     shutil.rmtree(machine.jobs, ignore_errors=True)
     table = Table(machine)

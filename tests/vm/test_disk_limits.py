@@ -13,6 +13,8 @@ from vm.disks import mounted
 from vm.machine import STATE, WAIT_S, Machine
 from vm.measuring import MIB, WINDOW_S, finish, job_group, let_pass, log_of, note, occupy, program, start
 
+pytestmark = pytest.mark.own_kernel("limits need controllers and a disk")
+
 WRITTEN = 24 * MIB
 # Writes the same file again and again, past the page cache, and says when it has been there once.
 WRITER = """\

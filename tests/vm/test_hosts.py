@@ -57,6 +57,8 @@ class Host(NamedTuple):
 
 IN_BARE = f"echo $$ > {INNER}/cgroup.procs"
 READ_ONLY = f"mount -o remount,bind,ro {CGROUPS}"
+# What this machine is, a container perhaps.
+FORGET = "mount -t tmpfs tmpfs /run/systemd"
 HYBRID = (
     f"{IN_BARE}; umount {CGROUPS}; mount -t tmpfs tmpfs {CGROUPS}; "
     f"mkdir {CGROUPS}/unified {CGROUPS}/systemd; "
@@ -67,7 +69,7 @@ HOSTS = {
     "without cgroup2": Host(f"umount {CGROUPS}", "there is no cgroup2 mount", BOOT),
     "read-only": Host(READ_ONLY, f"no right to write in {CGROUPS}/", "start the miner as systemd's service"),
     "container": Host(
-        f"{READ_ONLY}; mount -t tmpfs tmpfs /run/systemd; echo docker > /run/systemd/container",
+        f"{READ_ONLY}; echo docker > /run/systemd/container",
         f"no right to write in {CGROUPS}/",
         CONTAINER,
     ),
@@ -110,7 +112,7 @@ class Elsewhere:
             "--propagation=private",
             "sh",
             "-ec",
-            f"{host.setup}; exec {node}",
+            f"{FORGET}; {host.setup}; exec {node}",
         ]
         self._machine = machine
         self._host = host
@@ -118,8 +120,8 @@ class Elsewhere:
 
     def start(self) -> "subprocess.Popen[bytes]":
         OUTER.mkdir()
-        wanted = "".join(f" +{name}" for name in self._host.controllers)
-        (OUTER / "cgroup.subtree_control").write_text(wanted or "-memory")
+        for name in self._host.controllers:
+            (OUTER / "cgroup.subtree_control").write_text(f"+{name}")
         INNER.mkdir()
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(self._command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -162,7 +164,11 @@ def elsewhere(machine: Machine, request: pytest.FixtureRequest) -> Iterator[Else
 
 
 def on(mode: str) -> pytest.MarkDecorator:
-    cases = [pytest.param(HOSTS[name], (name, mode), id=name) for name in HOSTS]
+    own_kernel = pytest.mark.own_kernel("needs controllers")
+    cases = [
+        pytest.param(host, (name, mode), id=name, marks=[own_kernel] if host.controllers else [])
+        for name, host in HOSTS.items()
+    ]
     return pytest.mark.parametrize(("host", "elsewhere"), cases, indirect=["elsewhere"])
 
 

@@ -34,6 +34,8 @@ from vm.measuring import (
     start,
 )
 
+pytestmark = pytest.mark.own_kernel("limits need controllers")
+
 # The newer kernel has another scheduler and reclaim: weights, memory.high and OOM are tried in both.
 SAME = "both kernels do the same with what the node writes"
 in_12, in_13 = (pytest.mark.one_release(release, SAME) for release in ("12", "13"))

@@ -90,6 +90,7 @@ def stranger(slot: str, line: str) -> Iterator["subprocess.Popen[bytes]"]:
         process.stdin.close()
 
 
+@pytest.mark.own_kernel("needs a disk that can be frozen")
 def test_what_cannot_be_killed_costs_the_slot_and_no_other(node: Machine, count: Count) -> None:
     place = Path("/var/lib/aitbc/frozen")
     with mounted(node, place):

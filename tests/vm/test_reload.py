@@ -98,6 +98,7 @@ Meanwhile = Callable[[Machine], None]
 
 
 @ADOPTING
+@pytest.mark.own_kernel("limits need controllers")
 def test_a_running_job_gets_other_limits(machine: Machine, reports: Path, meanwhile: Meanwhile) -> None:
     start(machine, {"name": "cpu0", **BEFORE})
     stop = machine.marks / "stop"
@@ -120,6 +121,7 @@ def test_a_running_job_gets_other_limits(machine: Machine, reports: Path, meanwh
 
 
 @ADOPTING
+@pytest.mark.own_kernel("limits need controllers")
 def test_what_would_kill_the_job_waits_for_the_next(machine: Machine, meanwhile: Meanwhile) -> None:
     start(machine, {"name": "cpu0", "memory_max": "200M"})
     grow = machine.marks / "grow"
@@ -181,6 +183,7 @@ def test_a_slot_that_was_adopted_can_go(machine: Machine) -> None:
     wait_until(lambda: not machine.slot_group("goes").exists(), WAIT_S, 0.2)
 
 
+@pytest.mark.own_kernel("limits need controllers")
 @ADOPTING
 def test_a_file_that_is_wrong_changes_nothing(machine: Machine, meanwhile: Meanwhile) -> None:
     start(machine, {"name": "cpu0", **BEFORE})

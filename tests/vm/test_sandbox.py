@@ -3,11 +3,15 @@
 import signal
 from pathlib import Path
 
+import pytest
+
 from tools.local_node import wait_until
 from tools.mock_records import State
 from vm.boxed import BoxedMachine
 from vm.machine import WAIT_S, hold, wait_gone
 from vm.witness import assert_once
+
+pytestmark = pytest.mark.smoke
 
 LOOK = "; ".join(
     (
@@ -33,7 +37,7 @@ def test_a_job_sees_its_own_and_nothing_else(boxed: BoxedMachine, reports: Path)
     assert not {"root", "home", "run", "var", "boot", "srv"} & set(log.splitlines())
     assert "0::/\n" in log
     assert log.split()[-2:] == ["262144", "262144"]
-    assert [problem.what for problem in boxed.now().problems] == []
+    assert boxed.problems() == []
 
 
 def test_a_job_in_its_sandbox_outlives_the_miner(boxed: BoxedMachine) -> None:
