@@ -163,6 +163,9 @@ class GpuReader:
 
     def _ask(self, request: str, deadline_s: float) -> Reply:
         deadline = clock.now() + deadline_s
+        if self._ended:
+            # Reaps it: where there is no driver, there may be no next one for long.
+            self._ended.poll()
         if clock.now() < self._not_before:
             return self._failure
         try:
@@ -200,7 +203,7 @@ class GpuReader:
         self._failure = reply
 
     def _end_child(self) -> None:
-        """Kill the child without waiting for it; it is reaped before the next one starts."""
+        """Kill the child without waiting for it; it is reaped when we are asked again."""
         if child := self._child:
             child.kill()
             for pipe in (child.stdin, child.stdout):

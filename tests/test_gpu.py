@@ -13,6 +13,7 @@ from aitbc_miner.gpu import GpuReader, MigInstance
 from aitbc_miner.gpunodes import mig_capabilities, minor_of
 from aitbc_miner.sampling import inventory
 from aitbc_miner.util import clock
+from tools.local_node import wait_until
 
 # How much longer than its deadline a call may take on a busy machine before that counts as "not in time".
 GRACE_S = 10.0
@@ -380,6 +381,13 @@ def test_a_missing_library_is_no_fault_and_not_asked_for_again(
         time[0] += 2
         ended(reader).wait(LONG_S)
         assert len(reader.list(LONG_S).gpus) == 1
+
+
+def test_a_child_that_has_ended_is_reaped_long_before_the_next(tmp_path: Path) -> None:
+    with GpuReader(environ=no_library(tmp_path)) as reader:
+        reader.list(LONG_S)
+        pid = ended(reader).pid
+        wait_until(lambda: reader.usage(LONG_S) == [] and not psutil.pid_exists(pid), LONG_S)
 
 
 def test_the_pause_grows_to_its_limit_and_ends_with_a_success(
