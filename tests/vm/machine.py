@@ -92,7 +92,7 @@ class Machine(MarkedJobs):
             },
             "heartbeat": {"interval_s": 2, "backoff": {"min_s": 0.2, "max_s": 2}},
             # The disk of a machine for tests is small, and some have one of a few megabytes.
-            "workspace": {"min_free_mb": 0, "reserve_mb": 1},
+            "workspace": {"min_free_mb": 0, "min_free_inodes": 0, "reserve_mb": 1},
             "sandbox": {"mode": "off"},
             "cgroup": {"mode": "auto" if CONTAINER else "required"},
             "privileges": {"mode": "required"},
