@@ -1,7 +1,9 @@
 import codecs
 import contextlib
+import errno
 import gzip
 import json
+import os
 import socket
 import ssl
 import threading
@@ -23,6 +25,7 @@ from aitbc_miner.coordinator.answers import BOOTSTRAP, Call, check, decode
 from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, Reply, clean, retry_after
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util.clock import now
+from aitbc_miner.util.web import Dialer
 
 # Of nobody: made for these tests, valid for 127.0.0.1, signed by itself.
 CERTIFICATE = """\
@@ -244,6 +247,20 @@ def test_connection_refused_and_unknown_name() -> None:
     assert failure(f"http://{address}/api") == f"cannot pull a job: connection refused by {address}"
     said = failure("http://no-such-host.invalid/api")
     assert said.startswith("cannot pull a job: the name of no-such-host.invalid cannot be looked up (")
+
+
+@pytest.mark.parametrize("number", [errno.ECONNRESET, errno.EPIPE, errno.EHOSTUNREACH])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_peer_that_resets_while_we_connect(
+    number: int, scheme: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def connect(*_: object, **__: object) -> socket.socket:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Dialer, "connect", connect)
+    assert failure(f"{scheme}://127.0.0.1:9").endswith(
+        f"no connection to 127.0.0.1:9 ({os.strerror(number)})"
+    )
 
 
 def test_an_untrusted_certificate_and_a_trusted_one(peer: Start, tmp_path: Path) -> None:

@@ -135,7 +135,10 @@ GOOD_SIGNALS = sorted(
         _close_input,
         _leave_open,
         _low_limits,
-        _low_rank,
+        pytest.param(
+            _low_rank,
+            marks=pytest.mark.xfail(os.geteuid() != 0, reason="only root may take it back", strict=True),
+        ),
         "lost directory",
         lambda: os.umask(0o777) and None,
         os.setsid,

@@ -64,6 +64,7 @@ class Site:
             "privileges": {"mode": "auto"},
             "sandbox": {"mode": "off"},
             "cgroup": {"mode": "off"},
+            "queue": {"path": str(root / "state" / "queue.db")},
         }
 
     def write(self) -> Path:
@@ -459,6 +460,7 @@ def mounted(
 ALL = "cpu memory pids"
 
 
+@needs_root
 def test_a_shell_of_root_has_less_than_the_service_will(
     site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -641,7 +643,13 @@ def test_doctor_on_a_broken_configuration(site: Site) -> None:
         ),
         ("workspace", {"root": "TOP/config.yaml/jobs"}, "workspace.root", "name another place"),
         ("control", {"socket": "TOP/config.yaml"}, "control.socket", "remove it, or name another place"),
-        ("privileges", {"mode": "required", "service_user": "nobody-here"}, "privileges.mode", "useradd"),
+        pytest.param(
+            "privileges",
+            {"mode": "required", "service_user": "nobody-here"},
+            "privileges.mode",
+            "useradd",
+            marks=needs_root,
+        ),
     ],
 )
 def test_what_run_refuses_check_refuses_first_and_slots_says(
@@ -665,6 +673,7 @@ def test_what_run_refuses_check_refuses_first_and_slots_says(
     assert here(remedy) in told["check"][0]
 
 
+@needs_root
 def test_a_python_that_only_root_can_start_is_no_fault_of_the_driver(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -273,6 +273,7 @@ _CAUSES: list[tuple[tuple[type[BaseException], ...], str]] = [
     ((ssl.SSLError,), "TLS with {peer} failed ({error.reason})"),
     ((socket.gaierror,), "the name of {peer} cannot be looked up ({error.strerror})"),
     ((ConnectionRefusedError,), "connection refused by {peer}"),
+    ((urllib3.exceptions.NewConnectionError,), "no connection to {peer} ({error.__cause__.strerror})"),
     ((TimeoutError, urllib3.exceptions.TimeoutError), "no complete reply from {peer} within {timeout:g} s"),
     (
         (http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),

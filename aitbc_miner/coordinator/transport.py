@@ -10,6 +10,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import NewConnectionError
 
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.web import Dialer, Proxy, Response
@@ -55,7 +56,17 @@ class _Http(HTTPConnection):
     answer_s: float
 
     def _new_conn(self) -> socket.socket:
-        return self.dialer.connect(self._dns_host, self.port, float(self.timeout or 0.0))
+        return self._dial()
+
+    def _dial(self, **more: Any) -> socket.socket:
+        try:
+            return self.dialer.connect(self._dns_host, self.port, float(self.timeout or 0.0), **more)
+        except (TimeoutError, ConnectionRefusedError, socket.gaierror, ssl.SSLError):
+            raise
+        except OSError as error:
+            # urllib3 would take it for one of a request: it ignores a reset there, since an answer may have
+            # come all the same, and goes on without a socket.
+            raise NewConnectionError(self, str(error)) from error
 
     def send(self, data: Any) -> None:
         """Send in pieces: a socket's time-out is for all of one `sendall`, too little for a slow line."""
@@ -76,14 +87,8 @@ class _Https(_Http, HTTPSConnection):
             super().connect()
             return
         context = cast("ssl.SSLContext", self.ssl_context)
-        self.sock = self.dialer.connect(
-            self._dns_host,
-            self.port,
-            float(self.timeout or 0.0),
-            finish=lambda sock: context.wrap_socket(
-                sock, server_hostname=self._dns_host.strip("[]").rstrip(".")
-            ),
-        )
+        host = self._dns_host.strip("[]").rstrip(".")
+        self.sock = self._dial(finish=lambda sock: context.wrap_socket(sock, server_hostname=host))
         self.is_verified = context.verify_mode == ssl.CERT_REQUIRED
 
 

@@ -4,8 +4,11 @@ import os
 import queue
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
+
+from aitbc_miner.util import fs
 
 T = TypeVar("T")
 
@@ -33,10 +36,9 @@ class Background:
         self._end_wait()
 
     def _end_wait(self) -> None:
-        try:
-            os.write(self._wake, b".")
-        except BlockingIOError:
-            return  # it is full, so the main thread will wake up anyway
+        # If it is full, the main thread wakes up anyway; and what waits is looked at in each of its turns.
+        with suppress(OSError):
+            fs.tried_again(partial(os.write, self._wake, b"."))
 
     def finish(self) -> None:
         """Run the callbacks of all calls that have ended, and what was posted."""
