@@ -88,9 +88,9 @@ ensure_venv() {
 }
 
 pip_install() {
-  # Warnings tell root to use a virtual environment, which this is; errors pass.
+  # Warnings tell root to use a virtual environment, which this is, or are for who packaged cgroupspy; errors pass.
   PIP_ROOT_USER_ACTION=ignore "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" \
-    2> >(grep -v '^WARNING' >&2)
+    2> >(grep -vE '^(WARNING|  DEPRECATION)' >&2)
 }
 
 # made EXTRA: whether that is done already; sets what make_venv needs to know.
