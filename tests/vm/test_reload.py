@@ -183,6 +183,7 @@ def test_a_slot_that_was_adopted_can_go(machine: Machine) -> None:
     wait_until(lambda: not machine.slot_group("goes").exists(), WAIT_S, 0.2)
 
 
+@pytest.mark.one_release("12", "files and messages; it has less to do than the other")
 @pytest.mark.own_kernel("limits need controllers")
 @ADOPTING
 def test_a_file_that_is_wrong_changes_nothing(machine: Machine, meanwhile: Meanwhile) -> None:
