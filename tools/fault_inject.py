@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 from msgspec import Struct, field
 
 from tools.fault_checks import Fates, Finding, check
@@ -46,6 +47,7 @@ ERRORS = {
 KILL = "KILL"
 MOST = 400
 UP_S, JOB_S, ATTACH_S, TICKS_S = 60.0, 90.0, 20.0, 1.5
+SEE_OFF_S = 5.0
 KIND = Kind("whole", 'cat in; echo it is done > "$AITBC_OUTPUT_DIR/result.txt"', WELL, 1, artifact=True)
 
 
@@ -144,6 +146,10 @@ class _Injector:
                 if plan.fault == KILL and plan.whom is Whom.WORKER:
                     self._fates.at_risk.add(job_id)
                 self._mock.submit(self._manifest(job_id))
+                if plan.fault == KILL:
+                    wait_until(lambda: self._over(job_id) or is_dead(pid), JOB_S)
+                    if is_dead(pid):
+                        _see_off(strace)
                 wait_until(lambda: self._over(job_id), JOB_S)
                 if plan.whom is Whom.SUPERVISOR:
                     # What it does, it does each second, whether there is a job or not.
@@ -151,7 +157,7 @@ class _Injector:
                     wait_until(lambda: _hits(out) or time.monotonic() > until, ATTACH_S)
             finally:
                 strace.send_signal(signal.SIGINT)
-                strace.wait(ATTACH_S)
+                _see_off(strace)
         hits = _hits(out)
         self._done.hits[plan] += hits
         if hits and plan.fault == KILL and plan.whom is Whom.WORKER:
@@ -219,3 +225,20 @@ def shown(done: Injected) -> Iterator[str]:
             row = [done.hits.get(Plan(whom, call, fault)) for fault in faults]
             if any(hits is not None for hits in row):
                 yield f"{whom:<11} {call:<7} " + " ".join(f"{'-' if n is None else n:>7}" for n in row)
+
+
+def is_dead(pid: int) -> bool:
+    """Whether a process has ended, even if whoever traces its threads has not let them go yet."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def _see_off(strace: "subprocess.Popen[bytes]") -> None:
+    """Have strace end: it may wait for ever for threads of a process that it has killed."""
+    try:
+        strace.wait(SEE_OFF_S)
+    except subprocess.TimeoutExpired:
+        strace.kill()
+        strace.wait(ATTACH_S)
