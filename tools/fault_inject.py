@@ -15,12 +15,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 from msgspec import Struct, field
 
 from tools.fault_checks import Fates, Finding, check
 from tools.fault_jobs import CLEAN, WELL, Kind
-from tools.fault_node import FaultNode
+from tools.fault_node import FaultNode, alive
 from tools.fault_plan import Whom
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
@@ -147,8 +146,8 @@ class _Injector:
                     self._fates.at_risk.add(job_id)
                 self._mock.submit(self._manifest(job_id))
                 if plan.fault == KILL:
-                    wait_until(lambda: self._over(job_id) or is_dead(pid), JOB_S)
-                    if is_dead(pid):
+                    wait_until(lambda: self._over(job_id) or not alive(pid), JOB_S)
+                    if not alive(pid):
                         _see_off(strace)
                 wait_until(lambda: self._over(job_id), JOB_S)
                 if plan.whom is Whom.SUPERVISOR:
@@ -225,14 +224,6 @@ def shown(done: Injected) -> Iterator[str]:
             row = [done.hits.get(Plan(whom, call, fault)) for fault in faults]
             if any(hits is not None for hits in row):
                 yield f"{whom:<11} {call:<7} " + " ".join(f"{'-' if n is None else n:>7}" for n in row)
-
-
-def is_dead(pid: int) -> bool:
-    """Whether a process has ended, even if whoever traces its threads has not let them go yet."""
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def _see_off(strace: "subprocess.Popen[bytes]") -> None:

@@ -86,7 +86,7 @@ class FaultNode(MarkedJobs, LocalNode):
         for pid in pids:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        wait_until(lambda: not any(_alive(pid) for pid in pids), GONE_S, 0.002)
+        wait_until(lambda: not any(alive(pid) for pid in pids), GONE_S, 0.002)
 
     def kill_all(self) -> None:
         """Kill every process of the node; programs of jobs die with their workers, or do not."""
@@ -121,7 +121,8 @@ def _command(pid: int) -> list[str]:
         return []  # it has gone
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has collected yet does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -136,7 +137,7 @@ def _listens(process: psutil.Process) -> bool:
 
 
 def _belongs(pid: int, directory: Path) -> bool:
-    if pid == os.getpid() or not _alive(pid):
+    if pid == os.getpid() or not alive(pid):
         return False
     where = _command(pid)
     with suppress(OSError):

@@ -44,7 +44,7 @@ def require_packages() -> None:
         LabError: something is not; the message is the command that mends it.
     """
     root = os.geteuid() == 0
-    if missing := debian.missing("vm", "container" if root else "user"):
+    if missing := debian.missing("vm") if root else debian.missing("vm", "user"):
         remedy = f"{debian.INSTALL} {' '.join(missing)}"
         raise LabError(
             f"cannot make a virtual machine: packages are missing; as root: {remedy}", EX_UNAVAILABLE

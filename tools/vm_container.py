@@ -48,6 +48,8 @@ def why_not() -> str:
     """Say why no container can be made here; empty if one can, as far as is known without an image."""
     if os.geteuid() != 0:
         return "only root may"
+    if missing := debian.missing("container"):
+        return f"packages are missing; as root: {debian.INSTALL} {' '.join(missing)}"
     tried = subprocess.run(
         ["unshare", "--mount", "sh", "-c", MOUNTS], capture_output=True, text=True, check=False
     )
