@@ -19,78 +19,172 @@ SOURCES = {
 # From top to bottom. A module may import from lower layers and from its own group, not from one beside it:
 # the agent knows nothing of the worker. A name stands for all that is below it, too.
 LAYERS: list[dict[str, set[str]]] = [
-    {"command line": {"main"}, "operator's client": {"ctl", "ctlargs", "ctlview", "historyview", "stopped"}},
-    {"the node": {"node"}},
+    {
+        "command line": {"aitbc_miner.main"},
+        "operator's client": {
+            "aitbc_miner.ctl",
+            "aitbc_miner.ctlargs",
+            "aitbc_miner.ctlview",
+            "aitbc_miner.historyview",
+            "aitbc_miner.stopped",
+        },
+    },
+    {
+        "the node": {"aitbc_miner.node"},
+    },
     {
         "what it requires": {
-            *("checks", "doctor", "reaching", "confinement", "requirements", "trying", "visible"),
-        }
+            "aitbc_miner.checks",
+            "aitbc_miner.confinement",
+            "aitbc_miner.doctor",
+            "aitbc_miner.reaching",
+            "aitbc_miner.requirements",
+            "aitbc_miner.trying",
+            "aitbc_miner.visible",
+        },
     },
     {
         "supervisor": {
-            *(
-                "supervisor",
-                "slotset",
-                "slots",
-                "children",
-                "desk",
-                "jobuse",
-                "jobindex",
-                "orphans",
-                "reloading",
-            ),
-            *("stopping", "historian", "storage", "sweeping", "allowing"),
+            "aitbc_miner.allowing",
+            "aitbc_miner.children",
+            "aitbc_miner.desk",
+            "aitbc_miner.historian",
+            "aitbc_miner.jobindex",
+            "aitbc_miner.jobuse",
+            "aitbc_miner.orphans",
+            "aitbc_miner.reloading",
+            "aitbc_miner.slots",
+            "aitbc_miner.slotset",
+            "aitbc_miner.stopping",
+            "aitbc_miner.storage",
+            "aitbc_miner.supervisor",
+            "aitbc_miner.sweeping",
         },
         "worker": {
-            "worker",
-            "jobrun",
-            "starting",
-            "execution",
-            "supervision",
-            "causes",
-            "workspace",
-            "diskuse",
-            "warming",
+            "aitbc_miner.causes",
+            "aitbc_miner.diskuse",
+            "aitbc_miner.execution",
+            "aitbc_miner.jobrun",
+            "aitbc_miner.starting",
+            "aitbc_miner.supervision",
+            "aitbc_miner.warming",
+            "aitbc_miner.worker",
+            "aitbc_miner.workspace",
         },
         "agent": {
-            *("agent", "workbench", "pulling", "taking", "intake", "progress", "reporting", "delivery"),
-            *("reruns", "fleet", "fleetwatch", "pruning", "recovery", "nodetoken", "queue_shared"),
-            *("assignments", "idling", "ondemand", "persisting", "anchor"),
+            "aitbc_miner.agent",
+            "aitbc_miner.anchor",
+            "aitbc_miner.assignments",
+            "aitbc_miner.delivery",
+            "aitbc_miner.fleet",
+            "aitbc_miner.fleetwatch",
+            "aitbc_miner.idling",
+            "aitbc_miner.intake",
+            "aitbc_miner.nodetoken",
+            "aitbc_miner.ondemand",
+            "aitbc_miner.persisting",
+            "aitbc_miner.progress",
+            "aitbc_miner.pruning",
+            "aitbc_miner.pulling",
+            "aitbc_miner.queue_shared",
+            "aitbc_miner.recovery",
+            "aitbc_miner.reporting",
+            "aitbc_miner.reruns",
+            "aitbc_miner.taking",
+            "aitbc_miner.workbench",
         },
-        "heartbeat": {"heartbeat", "registration", "reports"},
+        "heartbeat": {"aitbc_miner.heartbeat", "aitbc_miner.registration", "aitbc_miner.reports"},
     },
     {
-        "coordinator": {"coordinator"},
-        "control socket": {"control", "history"},
-        "telemetry": {"telemetry", "pages", "counters", "sampling"},
-        "running jobs": {
-            *("runners", "runnerset", "sandbox", "ownmounts", "gpuview", "spawn", "syscalls", "leftovers"),
-            "task",
+        "coordinator": {"aitbc_miner.coordinator"},
+        "control socket": {"aitbc_miner.control", "aitbc_miner.history"},
+        "telemetry": {
+            "aitbc_miner.counters",
+            "aitbc_miner.pages",
+            "aitbc_miner.sampling",
+            "aitbc_miner.telemetry",
         },
-        "inputs and artifacts": {"inputs", "inputurls", "artifacts", "joblog"},
+        "running jobs": {
+            "aitbc_miner.gpuview",
+            "aitbc_miner.leftovers",
+            "aitbc_miner.ownmounts",
+            "aitbc_miner.runners",
+            "aitbc_miner.runnerset",
+            "aitbc_miner.sandbox",
+            "aitbc_miner.spawn",
+            "aitbc_miner.syscalls",
+            "aitbc_miner.task",
+        },
+        "inputs and artifacts": {
+            "aitbc_miner.artifacts",
+            "aitbc_miner.inputs",
+            "aitbc_miner.inputurls",
+            "aitbc_miner.joblog",
+        },
     },
     {
         "jobs": {
-            *("jobs", "records", "reserve", "messages", "slot", "placing", "retrying", "accounts"),
-            *("services", "serviceresult", "receipts"),
+            "aitbc_miner.accounts",
+            "aitbc_miner.jobs",
+            "aitbc_miner.messages",
+            "aitbc_miner.placing",
+            "aitbc_miner.receipts",
+            "aitbc_miner.records",
+            "aitbc_miner.reserve",
+            "aitbc_miner.retrying",
+            "aitbc_miner.serviceresult",
+            "aitbc_miner.services",
+            "aitbc_miner.slot",
         },
-        "queue": {"queue", "queue_sqlite", "queue_redis"},
+        "queue": {"aitbc_miner.queue", "aitbc_miner.queue_redis", "aitbc_miner.queue_sqlite"},
     },
     {
         "configuration": {
-            *("config", "configvalues", "credentials", "slotspec"),
-            *("allowlist", "abuse", "argrules", "arggrammar", "argvalues", "argpatterns"),
+            "aitbc_miner.abuse",
+            "aitbc_miner.allowlist",
+            "aitbc_miner.arggrammar",
+            "aitbc_miner.argpatterns",
+            "aitbc_miner.argrules",
+            "aitbc_miner.argvalues",
+            "aitbc_miner.config",
+            "aitbc_miner.configvalues",
+            "aitbc_miner.credentials",
+            "aitbc_miner.slotspec",
         },
-        "discovery": {"probe", "gpu", "nvml", "gpunodes", "privileges"},
-        "channel": {"channel"},
-        "database": {"database"},
+        "discovery": {
+            "aitbc_miner.gpu",
+            "aitbc_miner.gpunodes",
+            "aitbc_miner.nvml",
+            "aitbc_miner.privileges",
+            "aitbc_miner.probe",
+        },
+        "channel": {"aitbc_miner.channel"},
+        "database": {"aitbc_miner.database"},
     },
     {
-        "cgroup": {"cgroup", "cgrouplimits", "delegation", "slotgroup"},
-        "the machine": {"topology", "layout", "fitting"},
+        "cgroup": {
+            "aitbc_miner.cgroup",
+            "aitbc_miner.cgrouplimits",
+            "aitbc_miner.delegation",
+            "aitbc_miner.slotgroup",
+        },
+        "the machine": {"aitbc_miner.fitting", "aitbc_miner.layout", "aitbc_miner.topology"},
     },
-    {"util": {"util"}},
-    {"errors": {"errors", ""}},
+    {
+        "util": {
+            "aitbc_miner.util",
+            "aitbc_miner.util.yamldoc",
+            "aitbc_miner.util.yamltext",
+            "aitbc_miner.util.yamltypes",
+            "aitbc_miner.util.units",
+            "aitbc_miner.util.dropins",
+            "aitbc_miner.util.listening",
+            "aitbc_miner.util.httpd",
+        },
+    },
+    {
+        "errors": {"aitbc_miner", "aitbc_miner.errors"},
+    },
 ]
 PLACES = {name: (row, group) for row, layer in enumerate(LAYERS) for group in layer for name in layer[group]}
 
@@ -103,9 +197,17 @@ class Import(NamedTuple):
 
 
 def place(module: str) -> tuple[int, str]:
-    top = module.partition(".")[0]
-    assert top in PLACES, f"{module} is in no layer: give it its place in the table above"
-    return PLACES[top]
+    name = _listed(module)
+    assert name, f"{module} is in no layer: give it its place in the table above"
+    return PLACES[name]
+
+
+def _listed(module: str) -> str:
+    """Name the entry that speaks for a module: its own, or that of a package around it."""
+    name = f"aitbc_miner.{module}".removesuffix(".__init__").rstrip(".")
+    while name and name not in PLACES:
+        name = name.rpartition(".")[0]
+    return name if name != "aitbc_miner" or module in {"", "__init__"} else ""
 
 
 def imports(tree: ast.Module) -> Iterator[Import]:
@@ -140,7 +242,10 @@ def parse(module: str) -> ast.Module:
 
 
 def test_the_table_names_what_there_is() -> None:
-    assert set(PLACES) == {module.partition(".")[0] for module in SOURCES if module != "__init__"} | {""}
+    modules = {f"aitbc_miner.{module}" for module in SOURCES if module != "__init__"}
+    assert {
+        name for name in PLACES if not any(f"{each}.".startswith(f"{name}.") for each in modules)
+    } == set()
     assert len(PLACES) == sum(len(names) for layer in LAYERS for names in layer.values())
 
 
