@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from aitbc_miner import reserve
+from aitbc_miner.agent.context import Workbench
 from aitbc_miner.database import Database
 from aitbc_miner.records import MARK
 from aitbc_miner.util import clock, fs
-from aitbc_miner.workbench import Workbench
 
 MAX_MARK = 64
 LOOK_S = 2.0

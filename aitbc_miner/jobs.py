@@ -92,7 +92,7 @@ class ArtifactSpec(Struct, frozen=True):
 
 
 class RetryPolicy(Struct, frozen=True):
-    """How often the job's program may be started in all, and after which failures; see `retrying.py`.
+    """How often a job's program may be started in all, and after which failures; see agent/retry_policy.py.
 
     Without `on`, after each that is not final by its code.
     """
@@ -213,7 +213,7 @@ class StateRecord(Struct, frozen=True):
     """state.json: where the job is now. Boot times are seconds of the boot-time clock, with the boot's id.
 
     `attempt` is the one under way or to come. `started`: the program was, in this or an earlier attempt.
-    `lease` is the token of our hold on it where a fleet shares its jobs, see `fleet.py`, and `origin` the
+    `lease` is the token of our hold on it where a fleet shares its jobs, see agent/fleet.py, and `origin` the
     node that it was taken over from. `delivery` is what became of its report, `refusals` how it fared before.
     """
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from aitbc_miner.agent import Agent
+from aitbc_miner.agent.loop import Agent
 from aitbc_miner.allowing import judge
 from aitbc_miner.cgroup import CgroupError, Group
 from aitbc_miner.channel import Allowance, Channel

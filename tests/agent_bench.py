@@ -13,6 +13,7 @@ from mute_coordinator import MuteCoordinator
 from test_intake import CONFIG, pulled
 
 from aitbc_miner.accounts import Accounts
+from aitbc_miner.agent.context import Workbench
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config, GiveUp, Queue, Workspace
 from aitbc_miner.coordinator import PulledJob, PullFilters, Told
@@ -34,7 +35,6 @@ from aitbc_miner.queue import Claim, Kind, QueueError, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.slot import SlotState
 from aitbc_miner.util import clock
-from aitbc_miner.workbench import Workbench
 
 TOKEN = "node-t0ken"
 NODE = "node-a"

@@ -10,13 +10,14 @@ from agent_bench import FREE, NODE, TOKEN, Around, Desk, config_in
 from msgspec.structs import replace
 from test_intake import pulled
 
-from aitbc_miner.agent import Agent
+from aitbc_miner.agent.admission import Intake
+from aitbc_miner.agent.loop import Agent
+from aitbc_miner.agent.pull import MAX_KNOWN
 from aitbc_miner.config import Config, Heartbeat
 from aitbc_miner.coordinator import Busy, CoordinatorError, Refused, Told, Unauthorized, Unreachable
 from aitbc_miner.credentials import digest
 from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.intake import Intake
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import (
     CancelJob,
@@ -29,7 +30,6 @@ from aitbc_miner.messages import (
     RetryJob,
     TokenWanted,
 )
-from aitbc_miner.pulling import MAX_KNOWN
 from aitbc_miner.queue import Kind
 from aitbc_miner.receipts import Receipt
 from aitbc_miner.util import clock
@@ -195,7 +195,7 @@ def test_a_refused_token_is_named_and_not_told(rig: Rig) -> None:
 
 
 def test_the_coordinator_is_told_of_all_that_is_here(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aitbc_miner.pulling.MAX_UNREPORTED", 2 * MAX_KNOWN)
+    monkeypatch.setattr("aitbc_miner.agent.pull.MAX_UNREPORTED", 2 * MAX_KNOWN)
     agent = rig.agent
     agent._assignments.asked = True
     for number in range(MAX_KNOWN + 10):

@@ -8,7 +8,7 @@ import pytest
 from agent_bench import Desk, Time
 from test_intake import pulled
 
-from aitbc_miner.assignments import AGAIN_S, MAX_BUSY, Assignments
+from aitbc_miner.agent.reconcile import AGAIN_S, MAX_BUSY, Assignments
 from aitbc_miner.coordinator import Assignment, Busy, Paced, PulledJob, Unreachable
 from aitbc_miner.coordinator import Assignments as Told
 from aitbc_miner.errors import ErrorCode

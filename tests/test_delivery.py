@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from mute_coordinator import MuteCoordinator
 
-from aitbc_miner import delivery
+from aitbc_miner.agent import delivery
+from aitbc_miner.agent.delivery import (
+    CALLED_FAILED,
+    REFUSED,
+    Delivered,
+    Schedule,
+    declare,
+    settle,
+    take_back_refused,
+)
 from aitbc_miner.config import GiveUp
 from aitbc_miner.coordinator import (
     ArtifactChanged,
@@ -24,15 +33,6 @@ from aitbc_miner.coordinator import (
     Told,
     Unauthorized,
     Unreachable,
-)
-from aitbc_miner.delivery import (
-    CALLED_FAILED,
-    REFUSED,
-    Delivered,
-    Schedule,
-    declare,
-    settle,
-    take_back_refused,
 )
 from aitbc_miner.errors import ErrorCode, LocalError
 from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord

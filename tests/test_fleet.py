@@ -10,10 +10,10 @@ from agent_bench import FREE, NODE, OFFER, Desk, FlakyQueue, Time
 from msgspec.structs import replace
 from test_intake import pulled
 
+from aitbc_miner.agent.fleet import GIVE_UP_S, Fleet, Seen
+from aitbc_miner.agent.fleet_watch import FleetWatch
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.fleet import GIVE_UP_S, Fleet, Seen
-from aitbc_miner.fleetwatch import FleetWatch
 from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.messages import Deliveries, Offer
 from aitbc_miner.queue import Kind, QueueError, Task

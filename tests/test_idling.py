@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from agent_bench import Desk, Time
 
+from aitbc_miner.agent.idle_monitor import STARVED_S, IdleWatch
 from aitbc_miner.coordinator import Standing
-from aitbc_miner.idling import STARVED_S, IdleWatch
 from aitbc_miner.messages import Starved
 
 

@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 import pytest
 from test_coordinator_http import CERTIFICATE
 
-from aitbc_miner import inputs, inputurls
+from aitbc_miner.agent import input_urls, inputs
+from aitbc_miner.agent.inputs import InputLimits, fetch_inputs
 from aitbc_miner.errors import ErrorCode, JobError, LocalError
-from aitbc_miner.inputs import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Inputs, InputUrl, Manifest
 from aitbc_miner.util import fs, neighbours, web
 from aitbc_miner.util.clock import now
@@ -331,7 +331,7 @@ def test_a_cancelled_job_does_not_wait_for_another_attempt(server: Server, tmp_p
 def test_a_full_disk(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.pages["/x"] = lambda h: h.reply(body=DATA)
     monkeypatch.setattr(inputs, "_create", lambda _: Path("/dev/full").open("r+b"))  # noqa: SIM115
-    monkeypatch.setattr("aitbc_miner.inputs._Transfer.restart", restart_without_truncate)
+    monkeypatch.setattr("aitbc_miner.agent.inputs._Transfer.restart", restart_without_truncate)
     # There is room: somebody else was about to give it back.
     with pytest.raises(LocalError, match="No space left"):
         fetch(tmp_path, f"{server.base}/x")
@@ -355,7 +355,7 @@ def test_a_want_of_descriptors_is_not_the_servers_fault(
     def none_left(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("aitbc_miner.inputs.Dialer.connect", none_left)
+    monkeypatch.setattr("aitbc_miner.agent.inputs.Dialer.connect", none_left)
     with pytest.raises(LocalError, match="Too many open files"):
         fetch(tmp_path, f"{server.base}/x")
 
@@ -577,10 +577,10 @@ def test_redirects_that_are_not_followed(server: Server, tmp_path: Path, locatio
 
 def test_no_redirect_from_https_to_http() -> None:
     with pytest.raises(JobError) as caught:
-        inputurls.redirected("https://h/a?k=1", "http://i/b?k=2")
+        input_urls.redirected("https://h/a?k=1", "http://i/b?k=2")
     assert caught.value.message == "cannot fetch https://h/a: it redirects from https to http://i/b"
-    assert inputurls.redirected("https://h/a", "/b") == "https://h/b"
-    assert inputurls.redirected("http://h/a", "https://h/b") == "https://h/b"
+    assert input_urls.redirected("https://h/a", "/b") == "https://h/b"
+    assert input_urls.redirected("http://h/a", "https://h/b") == "https://h/b"
 
 
 # TLS

@@ -11,7 +11,9 @@ import msgspec
 import pytest
 from mute_coordinator import MuteCoordinator
 
-from aitbc_miner import intake as module
+from aitbc_miner.agent import admission as module
+from aitbc_miner.agent.admission import Intake, Stopping, Taken
+from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.config import Config, Coordinator
 from aitbc_miner.coordinator import (
     CoordinatorError,
@@ -23,8 +25,6 @@ from aitbc_miner.coordinator import (
 )
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.fleet import Fleet
-from aitbc_miner.intake import Intake, Stopping, Taken
 from aitbc_miner.jobs import ManifestError, Outcome, State, decode_manifest
 from aitbc_miner.messages import Offer
 from aitbc_miner.queue import Kind, Task

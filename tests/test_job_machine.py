@@ -13,15 +13,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mute_coordinator import MuteCoordinator
 
+from aitbc_miner.agent.delivery import REFUSED, deliver, settle, take_back_refused
+from aitbc_miner.agent.recovery import Found, recover
+from aitbc_miner.agent.retry_policy import Where, next_attempt
 from aitbc_miner.config import GiveUp
 from aitbc_miner.coordinator import CoordinatorError, Gone, Refused, Told
-from aitbc_miner.delivery import REFUSED, deliver, settle, take_back_refused
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import FINAL, MOVES, Outcome, RetryPolicy, State, StateRecord
 from aitbc_miner.messages import CancelJob, JobSettled
 from aitbc_miner.records import JobDir, RecordError, Records
-from aitbc_miner.recovery import Found, recover
-from aitbc_miner.retrying import Where, next_attempt
 
 S = State
 MOST = 3

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 
-from aitbc_miner.persisting import MAX_S, Persisting
+from aitbc_miner.agent.local_faults import MAX_S, Persisting
 from aitbc_miner.util import clock
 
 

@@ -8,10 +8,10 @@ import pytest
 from agent_bench import OFFER, Desk, Time
 from test_intake import pulled
 
+from aitbc_miner.agent.pull import MAX_KNOWN, MAX_UNREPORTED, Puller
 from aitbc_miner.channel import ChannelError
 from aitbc_miner.coordinator import Busy, CoordinatorError, Paced, PulledJob, Unauthorized, Unreachable
 from aitbc_miner.messages import Deliveries, Offer, TokenWanted
-from aitbc_miner.pulling import MAX_KNOWN, MAX_UNREPORTED, Puller
 
 
 class Pulling(Desk):

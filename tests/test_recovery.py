@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from aitbc_miner.accounts import Accounts, account_of
+from aitbc_miner.agent.recovery import Found, read_outcome, recover, recover_rest
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import BROKEN, Outcome, State, StateRecord
 from aitbc_miner.records import MANIFEST, OUTCOME, STATE, RecordError, Records
-from aitbc_miner.recovery import Found, read_outcome, recover, recover_rest
 from aitbc_miner.util import fs
 
 S = State

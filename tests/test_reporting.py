@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 from agent_bench import LARGE, NODE, Desk, FlakyQueue, Time
 
-from aitbc_miner import reporting
+from aitbc_miner.agent import delivery_queue
+from aitbc_miner.agent.context import POOLS, Pool
+from aitbc_miner.agent.delivery_queue import LARGE_BYTES, Reporter
+from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.config import GiveUp
 from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.fleet import Fleet
 from aitbc_miner.jobs import Artifact, State
 from aitbc_miner.messages import Counted, Deliveries
 from aitbc_miner.queue import Kind, QueueError, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.records import JobDir
-from aitbc_miner.reporting import LARGE_BYTES, Reporter
-from aitbc_miner.workbench import POOLS, Pool
 
 
 class Reporting(Desk):
@@ -341,7 +341,7 @@ def test_a_refused_report_is_sent_anew_each_day_and_after_a_reboot(
     after.reporter.recovered()
     after.send()
     assert after.coordinator.told == []
-    monkeypatch.setattr(reporting, "boot_id", lambda: "another")
+    monkeypatch.setattr(delivery_queue, "boot_id", lambda: "another")
     after.reporter.recovered()
     after.send()
     assert after.coordinator.told == [("result", "j1")]

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from aitbc_miner.agent.retry_policy import NEVER, Where, next_attempt, pause_before
 from aitbc_miner.errors import CODES, ErrorCode, Retry
 from aitbc_miner.jobs import RetryPolicy
-from aitbc_miner.retrying import NEVER, Where, next_attempt, pause_before
 
 E = ErrorCode
 ONCE = RetryPolicy()

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aitbc_miner import inputurls
+from aitbc_miner.agent import input_urls
 from aitbc_miner.allowlist import load_allowlist
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Inputs, InputUrl, Manifest
@@ -209,7 +209,7 @@ parts = st.text(st.sampled_from("ab.%2F0é;=&~ +@:,\\|") | st.characters(codec="
 def test_the_name_of_an_input_is_that_under_which_it_was_fetched(part: str, rest: str) -> None:
     url = f"https://h.example/dir/{part}{rest}"
     with contextlib.suppress(JobError):
-        name = inputurls.name_of(InputUrl(url))
+        name = input_urls.name_of(InputUrl(url))
         # What was fetched under a name that no file may have is nowhere.
-        if inputurls._name_fault(name) is None:
+        if input_urls._name_fault(name) is None:
             assert input_names(manifest(input=Inputs(urls=[url]))) == [name]

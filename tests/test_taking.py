@@ -10,14 +10,14 @@ from agent_bench import FREE, OFFER, Desk, Time
 from msgspec.structs import replace
 from test_intake import pulled
 
+from aitbc_miner.agent.admission import Intake, Taken
+from aitbc_miner.agent.admission_queue import Taker, by_coordinator, id_of
+from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.coordinator import CoordinatorError, Gone, PulledJob, Refused
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.intake import Intake, Taken
 from aitbc_miner.jobs import ManifestError, State
 from aitbc_miner.messages import CancelJob, JobReady, Slots, SlotView
-from aitbc_miner.progress import ProgressBook
 from aitbc_miner.slot import SlotState
-from aitbc_miner.taking import Taker, by_coordinator, id_of
 
 ODD: list[Exception] = [
     ValueError("odd"),

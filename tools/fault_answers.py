@@ -22,8 +22,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from aitbc_miner import assignments, config, intake, messages, reporting
-from aitbc_miner.agent import Agent
+from aitbc_miner import config, messages
+from aitbc_miner.agent import admission, delivery_queue, reconcile
+from aitbc_miner.agent.loop import Agent
 from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.coordinator import limits
 from aitbc_miner.coordinator.aitbc import LIMITS
@@ -319,8 +320,8 @@ def _settings(dialect: str, url: str, directory: Path) -> config.Config:
 @contextmanager
 def _shrunk() -> Iterator[None]:
     """Shorten what is not configured; a process of its own has it so to its end."""
-    reporting.RETRY_MIN_S = intake.ACK_RETRY_MIN_S = 0.01
-    assignments.AGAIN_S = 0.02
+    delivery_queue.RETRY_MIN_S = admission.ACK_RETRY_MIN_S = 0.01
+    reconcile.AGAIN_S = 0.02
     limits.WINDOW_S, limits.PAUSES_S = 0.1, (0.02,) * 5
     for name in LIMITS:
         LIMITS[name] = 10_000

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from aitbc_miner.workbench import POOLS
+from aitbc_miner.agent.context import POOLS
 from tools.local_node import wait_until
 from tools.mock_records import State
 from vm.conftest import Count

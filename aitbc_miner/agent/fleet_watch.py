@@ -4,11 +4,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from aitbc_miner.fleet import Fleet, Seen
+from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.fleet import Fleet, Seen
 from aitbc_miner.messages import Offer
 from aitbc_miner.queue import QueueError
 from aitbc_miner.util import clock
-from aitbc_miner.workbench import Workbench
 
 # How often a lease is renewed while it lasts, so that one or two that fail are no loss.
 RENEWALS = 4

@@ -8,11 +8,11 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
+from aitbc_miner.agent.context import Workbench
 from aitbc_miner.database import DatabaseError
 from aitbc_miner.messages import SpaceWanted, Sweepable, Swept
 from aitbc_miner.queue import Kind
 from aitbc_miner.util import clock
-from aitbc_miner.workbench import Workbench
 
 EVERY_S = 60.0
 SOON_S = 1.0

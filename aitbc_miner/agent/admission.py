@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 import msgspec
 from msgspec import Struct
 
+from aitbc_miner.agent.delivery import conclude
+from aitbc_miner.agent.fleet import Fleet
+from aitbc_miner.agent.inputs import InputLimits, fetch_inputs
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import (
     Busy,
@@ -22,10 +25,7 @@ from aitbc_miner.coordinator import (
     Unauthorized,
     Unreachable,
 )
-from aitbc_miner.delivery import conclude
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.fleet import Fleet
-from aitbc_miner.inputs import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, State, StateRecord, decode_manifest
 from aitbc_miner.messages import Offer, Ticket
 from aitbc_miner.placing import refuse_hopeless, ticket_for

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from aitbc_miner import coordinator
+from aitbc_miner.agent.context import Workbench
 from aitbc_miner.channel import ChannelError
 from aitbc_miner.coordinator import Paced, PulledJob
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import FINAL, ManifestError
 from aitbc_miner.messages import CancelJob, EndReason
 from aitbc_miner.util import clock
-from aitbc_miner.workbench import Workbench
 
 AGAIN_S = 5.0
 """After a call that failed."""

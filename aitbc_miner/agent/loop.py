@@ -14,18 +14,28 @@ from functools import partial
 
 from aitbc_miner import reserve
 from aitbc_miner.accounts import Accounts, account_of
+from aitbc_miner.agent.admission import RESUMABLE
+from aitbc_miner.agent.admission_queue import Taker, by_coordinator, id_of
+from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.delivery import settle
+from aitbc_miner.agent.delivery_queue import Reporter
+from aitbc_miner.agent.fleet import Fleet, Seen
+from aitbc_miner.agent.fleet_watch import FleetWatch
+from aitbc_miner.agent.idle_monitor import IdleWatch
+from aitbc_miner.agent.local_faults import Persisting
+from aitbc_miner.agent.ondemand import OnDemand
+from aitbc_miner.agent.progress import ProgressBook
+from aitbc_miner.agent.pull import Puller
+from aitbc_miner.agent.reconcile import Assignments
+from aitbc_miner.agent.recovery import Found, read_outcome, recover, recover_rest
+from aitbc_miner.agent.retention import Pruning
+from aitbc_miner.agent.retries import Reruns
 from aitbc_miner.anchor import Anchor
-from aitbc_miner.assignments import Assignments
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import Coordinator, CoordinatorError, Gone, PulledJob, Refused, Unauthorized
 from aitbc_miner.database import Database
-from aitbc_miner.delivery import settle
 from aitbc_miner.errors import ErrorCode, MinerError
-from aitbc_miner.fleet import Fleet, Seen
-from aitbc_miner.fleetwatch import FleetWatch
-from aitbc_miner.idling import IdleWatch
-from aitbc_miner.intake import RESUMABLE
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import (
     CancelJob,
@@ -41,20 +51,10 @@ from aitbc_miner.messages import (
     ToAgent,
 )
 from aitbc_miner.nodetoken import TokenLine
-from aitbc_miner.ondemand import OnDemand
-from aitbc_miner.persisting import Persisting
-from aitbc_miner.progress import ProgressBook
-from aitbc_miner.pruning import Pruning
-from aitbc_miner.pulling import Puller
 from aitbc_miner.queue import RetryQueue
 from aitbc_miner.queue_sqlite import SqliteQueue
-from aitbc_miner.recovery import Found, read_outcome, recover, recover_rest
-from aitbc_miner.reporting import Reporter
-from aitbc_miner.reruns import Reruns
-from aitbc_miner.taking import Taker, by_coordinator, id_of
 from aitbc_miner.util import clock
 from aitbc_miner.util.web import Proxy
-from aitbc_miner.workbench import Workbench
 
 # How many of the jobs that are done `jobs` knows after a start.
 SHOWN = 2000

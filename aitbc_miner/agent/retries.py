@@ -6,14 +6,14 @@ from concurrent.futures import Future
 from functools import partial
 
 from aitbc_miner.accounts import account_of
+from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.fleet import Fleet
+from aitbc_miner.agent.retry_policy import Where, next_attempt, pause_before
 from aitbc_miner.errors import MinerError
-from aitbc_miner.fleet import Fleet
 from aitbc_miner.jobs import MOVES, Outcome, RetryPolicy, State
 from aitbc_miner.queue import Kind, QueueError, Task
 from aitbc_miner.records import JobDir, RecordError
-from aitbc_miner.retrying import Where, next_attempt, pause_before
 from aitbc_miner.util import clock
-from aitbc_miner.workbench import Workbench
 
 LOOK_AGAIN_S = 0.1
 

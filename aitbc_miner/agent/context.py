@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from aitbc_miner.accounts import Accounts, JobAccount
+from aitbc_miner.agent.local_faults import Persisting
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import (
@@ -22,7 +23,6 @@ from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import Counted, CounterName, Deliveries, JobUpdate, ToAgent
 from aitbc_miner.nodetoken import TokenLine
-from aitbc_miner.persisting import Persisting
 from aitbc_miner.queue import RetryQueue
 from aitbc_miner.records import Records
 from aitbc_miner.util import clock

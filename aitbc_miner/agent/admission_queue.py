@@ -5,21 +5,21 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
+from aitbc_miner.agent.admission import Intake, Stopping, Taken
+from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.fleet import Fleet
+from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.coordinator import PulledJob
-from aitbc_miner.fleet import Fleet
-from aitbc_miner.intake import Intake, Stopping, Taken
 from aitbc_miner.jobs import State, valid_job_id
 from aitbc_miner.messages import CancelJob, JobReady, Offer, Slots, Ticket
 from aitbc_miner.placing import room, ticket_for
-from aitbc_miner.progress import ProgressBook
 from aitbc_miner.queue import QueueError
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
-from aitbc_miner.workbench import Workbench
 
 
 class Taker:
-    """Has jobs taken in, each in a thread (`intake.py`), until the supervisor has a slot for them.
+    """Has jobs taken in, each in a thread (`agent/admission.py`), until the supervisor has a slot for them.
 
     `settle` is told of those that have an outcome already: they were refused or are cancelled. `given_up`,
     of those that are not ours and leave their record here.

@@ -3,12 +3,12 @@
 from concurrent.futures import Future
 from functools import partial
 
+from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.delivery_queue import Reporter
+from aitbc_miner.agent.fleet import Fleet
+from aitbc_miner.agent.retries import Reruns
 from aitbc_miner.errors import MinerError
-from aitbc_miner.fleet import Fleet
 from aitbc_miner.messages import Retried
-from aitbc_miner.reporting import Reporter
-from aitbc_miner.reruns import Reruns
-from aitbc_miner.workbench import Workbench
 
 
 class OnDemand:

@@ -6,12 +6,12 @@ from functools import partial
 
 import msgspec
 
+from aitbc_miner.agent.context import Workbench
 from aitbc_miner.channel import ChannelError
 from aitbc_miner.coordinator import Paced, PulledJob, PullFilters, Unreachable
 from aitbc_miner.messages import Offer
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
-from aitbc_miner.workbench import Workbench
 
 MAX_KNOWN = 1000
 MAX_UNREPORTED = 100

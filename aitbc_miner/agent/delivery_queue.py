@@ -5,17 +5,17 @@ from concurrent.futures import Future
 from functools import partial
 
 from aitbc_miner.accounts import account_of
+from aitbc_miner.agent.context import POOLS, Pool, Workbench
+from aitbc_miner.agent.delivery import Delivered, Schedule, deliver, take_back_refused, was_refused
+from aitbc_miner.agent.fleet import Fleet
+from aitbc_miner.agent.recovery import read_outcome
 from aitbc_miner.coordinator import Paced, Refused
-from aitbc_miner.delivery import Delivered, Schedule, deliver, take_back_refused, was_refused
 from aitbc_miner.errors import ErrorCode, MinerError
-from aitbc_miner.fleet import Fleet
 from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.messages import CounterName
 from aitbc_miner.queue import Kind, QueueError, Task
-from aitbc_miner.recovery import read_outcome
 from aitbc_miner.util import clock
 from aitbc_miner.util.system import boot_id
-from aitbc_miner.workbench import POOLS, Pool, Workbench
 
 # Reports larger than this have a pool of their own: none that is small waits for one that takes minutes. So
 # have those of failures: where the coordinator takes only so many results a minute, they are no results.
