@@ -10,8 +10,8 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
-from aitbc_miner.allowlist import Allowlist, Denied, load_allowlist
-from aitbc_miner.argpatterns import Objection
+from aitbc_miner.allowlist.entries import Allowlist, Denied, load_allowlist
+from aitbc_miner.allowlist.patterns import Objection
 from aitbc_miner.children import Child, Errands
 from aitbc_miner.config import CliRunner
 from aitbc_miner.control import LATER_S, Judged, Later, Refusal, Request

@@ -9,8 +9,9 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner import abuse, reaching
-from aitbc_miner.allowlist import Entry, load_allowlist
+from aitbc_miner import reaching
+from aitbc_miner.allowlist import abuse
+from aitbc_miner.allowlist.entries import Entry, load_allowlist
 from aitbc_miner.config import Config, PythonRunner, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, offered_controllers
 from aitbc_miner.credentials import CredentialError, read_credential

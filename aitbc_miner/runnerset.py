@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from aitbc_miner.allowlist import Allowlist, load_allowlist
+from aitbc_miner.allowlist.entries import Allowlist, load_allowlist
 from aitbc_miner.config import Runners
 from aitbc_miner.runners import Runner
 from aitbc_miner.runners.cli import CliRunner

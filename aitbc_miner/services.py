@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from aitbc_miner.argpatterns import Pattern, parse_pattern
+from aitbc_miner.allowlist.patterns import Pattern, parse_pattern
 from aitbc_miner.errors import ErrorCode, brief
 from aitbc_miner.jobs import ArtifactSpec, ManifestError, RetryPolicy
 from aitbc_miner.serviceresult import RESERVED, Source

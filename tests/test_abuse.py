@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import yaml
 
-from aitbc_miner import abuse
-from aitbc_miner.abuse import TRICKS
-from aitbc_miner.allowlist import Entry, load_allowlist
+from aitbc_miner.allowlist import abuse
+from aitbc_miner.allowlist.abuse import TRICKS
+from aitbc_miner.allowlist.entries import Entry, load_allowlist
 from aitbc_miner.util.yamldoc import Fault
 
 SAMPLES = Path(__file__).parents[1] / "etc" / "allowlist.d"

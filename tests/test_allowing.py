@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from aitbc_miner import allowing, children
 from aitbc_miner.allowing import Examiner, judge
-from aitbc_miner.allowlist import load_allowlist
+from aitbc_miner.allowlist.entries import load_allowlist
 from aitbc_miner.channel import Channel
 from aitbc_miner.children import Errands
 from aitbc_miner.config import CliRunner as Settings

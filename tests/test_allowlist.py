@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.allowlist import Allowlist, Denied, Digests, load_allowlist
+from aitbc_miner.allowlist.entries import Allowlist, Denied, Digests, load_allowlist
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.util.yamldoc import Fault
 

@@ -10,10 +10,10 @@ from allowlist_reference import allowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aitbc_miner.allowlist import Entry
-from aitbc_miner.arggrammar import judge_sections
-from aitbc_miner.argpatterns import Objection
-from aitbc_miner.argrules import Section
+from aitbc_miner.allowlist.entries import Entry
+from aitbc_miner.allowlist.grammar import judge_sections
+from aitbc_miner.allowlist.patterns import Objection
+from aitbc_miner.allowlist.rules import Section
 from aitbc_miner.util.yamldoc import Fault, decode_text
 
 PROGRAM = {"command": {"path": "/usr/bin/true"}}

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_allowlist import SAMPLES
 
-from aitbc_miner.allowlist import Entry, load_allowlist
+from aitbc_miner.allowlist.entries import Entry, load_allowlist
 
 Args = list[str]
 Draw = Callable[..., Any]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.argpatterns import Pattern, judge_groups, parse_pattern
+from aitbc_miner.allowlist.patterns import Pattern, judge_groups, parse_pattern
 
 
 def groups(*texts: list[str]) -> list[list[Pattern]]:

@@ -15,9 +15,9 @@ from msgspec import Struct
 from msgspec.structs import fields
 from test_allowlist_grammar import FFMPEG, PROGRAM, WRITES, entries
 
-from aitbc_miner.allowlist import Command, Entry
-from aitbc_miner.argrules import Operand, Option, Section
-from aitbc_miner.argvalues import FloatRange, InputFile, IntRange, OutputFile, Text, Value
+from aitbc_miner.allowlist.entries import Command, Entry
+from aitbc_miner.allowlist.rules import Operand, Option, Section
+from aitbc_miner.allowlist.values import FloatRange, InputFile, IntRange, OutputFile, Text, Value
 from aitbc_miner.util.yamldoc import Fault, decode_text
 
 CHECKOUT = Path(__file__).parents[1]

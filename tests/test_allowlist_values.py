@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_allowlist_grammar import COMMAND, entry
 
-from aitbc_miner.allowlist import Entry
-from aitbc_miner.argpatterns import A_MATCH, MAX_WORK, TooMuchWork, Work, parse_pattern
-from aitbc_miner.argvalues import InputFile, OutputFile
+from aitbc_miner.allowlist.entries import Entry
+from aitbc_miner.allowlist.patterns import A_MATCH, MAX_WORK, TooMuchWork, Work, parse_pattern
+from aitbc_miner.allowlist.values import InputFile, OutputFile
 from aitbc_miner.util.yamldoc import Fault, decode_text
 
 

@@ -140,12 +140,12 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "configuration": {
-            "aitbc_miner.abuse",
-            "aitbc_miner.allowlist",
-            "aitbc_miner.arggrammar",
-            "aitbc_miner.argpatterns",
-            "aitbc_miner.argrules",
-            "aitbc_miner.argvalues",
+            "aitbc_miner.allowlist.abuse",
+            "aitbc_miner.allowlist.entries",
+            "aitbc_miner.allowlist.grammar",
+            "aitbc_miner.allowlist.patterns",
+            "aitbc_miner.allowlist.rules",
+            "aitbc_miner.allowlist.values",
             "aitbc_miner.config",
             "aitbc_miner.configvalues",
             "aitbc_miner.credentials",

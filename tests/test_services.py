@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aitbc_miner.allowlist import load_allowlist
+from aitbc_miner.allowlist.entries import load_allowlist
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Artifact, LogInfo, ManifestError, Outcome, decode_manifest
 from aitbc_miner.serviceresult import MAX_INLINE, RESERVED, FileChanged, result_object

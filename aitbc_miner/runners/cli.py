@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from urllib.parse import unquote, urlsplit
 
-from aitbc_miner.allowlist import Allowlist
+from aitbc_miner.allowlist.entries import Allowlist
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, InputUrl, Manifest
 from aitbc_miner.runners import JobPaths, Launch, Verdict, ended_badly, job_env, shortest

@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 from hypothesis import strategies as st
 
-from aitbc_miner.allowlist import load_allowlist
+from aitbc_miner.allowlist.entries import load_allowlist
 from aitbc_miner.config import load_config
 from aitbc_miner.credentials import CredentialError, read_credential
 from aitbc_miner.errors import JobError

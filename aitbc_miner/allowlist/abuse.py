@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from aitbc_miner.allowlist import Entry
-from aitbc_miner.argpatterns import Work
-from aitbc_miner.argvalues import Choice, Regex, Text
+from aitbc_miner.allowlist.entries import Entry
+from aitbc_miner.allowlist.patterns import Work
+from aitbc_miner.allowlist.values import Choice, Regex, Text
 
 
 class Trick(NamedTuple):

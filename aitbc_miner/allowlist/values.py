@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from aitbc_miner.argpatterns import Pattern, Work, parse_pattern, some
+from aitbc_miner.allowlist.patterns import Pattern, Work, parse_pattern, some
 from aitbc_miner.util.yamldoc import BadField, Parse
 
 MAX_TEXT = 4096

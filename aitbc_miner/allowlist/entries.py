@@ -1,6 +1,6 @@
 """Which programs this node runs, and with which arguments: the operator's allowlist, one file a program.
 
-The arguments are a grammar (`argrules.py`, `arggrammar.py`) or groups of patterns (`argpatterns.py`).
+The arguments are a grammar (allowlist/rules.py, allowlist/grammar.py) or groups of patterns (patterns.py).
 No argument that a job sends can keep the worker busy: what judging it may cost is counted, and bounded.
 """
 
@@ -14,9 +14,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from aitbc_miner.arggrammar import judge_sections
-from aitbc_miner.argpatterns import Objection, Pattern, judge_groups, parse_pattern, shown, some
-from aitbc_miner.argrules import MAX_RULES, Names, Operand, Option, Section
+from aitbc_miner.allowlist.grammar import judge_sections
+from aitbc_miner.allowlist.patterns import Objection, Pattern, judge_groups, parse_pattern, shown, some
+from aitbc_miner.allowlist.rules import MAX_RULES, Names, Operand, Option, Section
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.trust import distrust, may_be_set, parse_bind

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from aitbc_miner.argpatterns import GLANCE, STEP, Objection, TooMuchWork, Work, shown, too_much
-from aitbc_miner.argrules import Option, Section
-from aitbc_miner.argvalues import MAX_TEXT, Inputs, Value
+from aitbc_miner.allowlist.patterns import GLANCE, STEP, Objection, TooMuchWork, Work, shown, too_much
+from aitbc_miner.allowlist.rules import Option, Section
+from aitbc_miner.allowlist.values import MAX_TEXT, Inputs, Value
 
 MAX_MISFITS = 16
 A_TOKEN = 4 * STEP
