@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import Artifact, ArtifactSpec, LeftOut
 from aitbc_miner.util import fs

@@ -6,7 +6,7 @@ What is not asked for is written as unlimited, for a group that was adopted may 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.util.limits import disk_of
 from aitbc_miner.util.units import format_cpus
 

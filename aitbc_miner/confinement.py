@@ -9,9 +9,9 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from aitbc_miner.cgroup import CgroupError, Group, Mount, find_mount, own_group
+from aitbc_miner.cgroup.delegation import LEAF, prepare
+from aitbc_miner.cgroup.group import CgroupError, Group, Mount, find_mount, own_group
 from aitbc_miner.config import Config
-from aitbc_miner.delegation import LEAF, prepare
 from aitbc_miner.errors import MinerError
 from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import NEEDED_CONTROLLERS

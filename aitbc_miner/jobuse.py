@@ -7,7 +7,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.jobs import JobUse
 from aitbc_miner.messages import SlotView
 from aitbc_miner.util import clock

@@ -16,7 +16,7 @@ from typing import NoReturn
 
 import psutil
 
-from aitbc_miner.cgroup import RETRY_S, find_mount
+from aitbc_miner.cgroup.group import RETRY_S, find_mount
 from aitbc_miner.privileges import is_unallocated
 from aitbc_miner.util import fs
 from aitbc_miner.util.clock import now

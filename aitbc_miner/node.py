@@ -14,7 +14,7 @@ from msgspec.structs import replace
 
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.allowing import judge
-from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.channel import Allowance, Channel
 from aitbc_miner.checks import find_python, read_layout, slots_for
 from aitbc_miner.children import Child, Keeper

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.cgroup import Group
+from aitbc_miner.cgroup.group import Group
 from aitbc_miner.util import fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start

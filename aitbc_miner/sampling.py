@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 from msgspec import Struct
 
-from aitbc_miner.cgroup import Group
+from aitbc_miner.cgroup.group import Group
 from aitbc_miner.gpu import GpuList, GpuReader, GpuUsage
 from aitbc_miner.messages import GpuFact, Inventory, SlotView
 from aitbc_miner.util import clock

@@ -13,7 +13,7 @@ which has to read the job's log, keep its deadline and write its outcome.
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from aitbc_miner.cgroup import LIMITS, CgroupError, Group, enable
+from aitbc_miner.cgroup.group import LIMITS, CgroupError, Group, enable
 from aitbc_miner.cgrouplimits import limit_job, limit_slot
 from aitbc_miner.util.limits import asked
 from aitbc_miner.util.units import format_size

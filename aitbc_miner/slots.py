@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.children import Child, Main
 from aitbc_miner.jobs import State
 from aitbc_miner.jobuse import Said

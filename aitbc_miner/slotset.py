@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.channel import MAX_WAITING, ExcessError
 from aitbc_miner.errors import JobError
 from aitbc_miner.messages import FoundJob, Stop, Ticket

@@ -19,7 +19,7 @@ from typing import NoReturn, Self
 
 import psutil
 
-from aitbc_miner.cgroup import RETRY_S, Group
+from aitbc_miner.cgroup.group import RETRY_S, Group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Usage
 from aitbc_miner.sandbox import Enclosed, how_it_ended

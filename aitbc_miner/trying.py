@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from aitbc_miner.cgroup import CgroupError, Group, find_mount
+from aitbc_miner.cgroup.group import CgroupError, Group, find_mount
 from aitbc_miner.cgrouplimits import limit_job
 from aitbc_miner.checks import machine_facts, slots_for
 from aitbc_miner.config import Config, load_config

@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.cgroup import CgroupError
+from aitbc_miner.cgroup.group import CgroupError
 from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, MinerError

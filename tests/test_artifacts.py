@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from aitbc_miner import artifacts
 from aitbc_miner.artifacts import LOG, MAX_DEPTH, MAX_LEFT_OUT, Caps, Collector, check_path, log_artifact
-from aitbc_miner.cgroup import Group
+from aitbc_miner.cgroup.group import Group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import Artifact, ArtifactSpec, LeftOut
 from aitbc_miner.util import fs

@@ -11,16 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner import delegation
-from aitbc_miner.cgroup import (
-    CgroupError,
-    CpuUsage,
-    Group,
-    Mount,
-    find_mount,
-    own_group,
-)
-from aitbc_miner.delegation import LEAF, prepare
+from aitbc_miner.cgroup import delegation
+from aitbc_miner.cgroup.delegation import LEAF, prepare
+from aitbc_miner.cgroup.group import CgroupError, CpuUsage, Group, Mount, find_mount, own_group
 from aitbc_miner.slotgroup import WORKER_MEMORY, SlotGroup
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.util import limits

@@ -163,9 +163,9 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "cgroup": {
-            "aitbc_miner.cgroup",
+            "aitbc_miner.cgroup.group",
             "aitbc_miner.cgrouplimits",
-            "aitbc_miner.delegation",
+            "aitbc_miner.cgroup.delegation",
             "aitbc_miner.slotgroup",
         },
         "the machine": {"aitbc_miner.fitting", "aitbc_miner.layout", "aitbc_miner.topology"},

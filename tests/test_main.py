@@ -20,7 +20,7 @@ import yaml
 from msgspec.structs import replace
 
 from aitbc_miner import checks, confinement, main
-from aitbc_miner.cgroup import Mount
+from aitbc_miner.cgroup.group import Mount
 from aitbc_miner.checks import Checker, may_read
 from aitbc_miner.config import Config, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import psutil
 
-from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.orphans import WorkerName
 from aitbc_miner.util.system import process_start
 from tools.fault_plan import Whom

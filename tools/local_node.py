@@ -20,7 +20,7 @@ from typing import Any, Self
 import psutil
 import yaml
 
-from aitbc_miner.cgroup import find_mount, own_group
+from aitbc_miner.cgroup.group import find_mount, own_group
 from aitbc_miner.control import Request, Status, ask
 
 TOKEN = "demo-token"

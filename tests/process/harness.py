@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from aitbc_miner.cgroup import CgroupError, Group
+from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.control import Done, Request, Status, ask
 from aitbc_miner.messages import SlotView
 from tools.local_node import LocalNode, wait_until

@@ -17,7 +17,7 @@ from bench import JOB_UID, WAIT_S, Bench
 from msgspec.structs import replace
 
 from aitbc_miner import leftovers, workspace
-from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
+from aitbc_miner.cgroup.group import CgroupError, Group, find_mount, own_group
 from aitbc_miner.execution import Delays, Execution
 from aitbc_miner.jobs import ExitStatus, Outcome
 from aitbc_miner.messages import CancelJob, JobStep, StartJob

@@ -17,7 +17,7 @@ from bench import JOB_UID, Bench
 from msgspec.structs import replace
 
 from aitbc_miner import leftovers
-from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
+from aitbc_miner.cgroup.group import CgroupError, Group, find_mount, own_group
 from aitbc_miner.messages import StartJob
 from aitbc_miner.privileges import UNALLOCATED, Identity
 from aitbc_miner.slotgroup import SlotGroup

@@ -16,7 +16,7 @@ from attacks.attack import THROUGH
 from attacks.sharing import SHARING
 from test_spawn import DEADLINE_S, GID, ROOT, SH, UID, group, in_worker
 
-from aitbc_miner.cgroup import Group
+from aitbc_miner.cgroup.group import Group
 from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.privileges import Identity
 from aitbc_miner.sandbox import SANDBOX_FAILED, Sandbox, enclose, why_not

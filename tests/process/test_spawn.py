@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 
-from aitbc_miner.cgroup import CgroupError, Group, find_mount, own_group
+from aitbc_miner.cgroup.group import CgroupError, Group, find_mount, own_group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Usage
 from aitbc_miner.spawn import JOB_OOM_SCORE, Job, become_subreaper, spawn

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from aitbc_miner.cgroup import Group
+from aitbc_miner.cgroup.group import Group
 from tools.local_node import wait_until
 from tools.mock_records import Job
 from vm.machine import WAIT_S, Machine, hold

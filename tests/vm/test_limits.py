@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from aitbc_miner.cgroup import Group
+from aitbc_miner.cgroup.group import Group
 from aitbc_miner.privileges import job_user
 from tools.local_node import wait_until
 from tools.mock_records import State

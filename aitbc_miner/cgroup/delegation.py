@@ -6,7 +6,7 @@ Source: "No Internal Process Constraint" in Documentation/admin-guide/cgroup-v2.
 
 from pathlib import Path
 
-from aitbc_miner.cgroup import LIMITS, CgroupError, Group, enable
+from aitbc_miner.cgroup.group import LIMITS, CgroupError, Group, enable
 
 LEAF = "_leaf"
 """Where the processes of the group move to. No slot can have a name like this."""
