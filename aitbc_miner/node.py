@@ -25,7 +25,7 @@ from aitbc_miner.coordinator.connect import connect, proxy_of
 from aitbc_miner.credentials import credential_of_root
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.gpuview import gpu_view
-from aitbc_miner.heartbeat import run_heartbeat
+from aitbc_miner.heartbeat.loop import run_heartbeat
 from aitbc_miner.historian import Wrote
 from aitbc_miner.history import read_history
 from aitbc_miner.messages import (

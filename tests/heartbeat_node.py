@@ -15,7 +15,7 @@ from nvml_stub import no_library
 
 from aitbc_miner import config as settings
 from aitbc_miner.channel import Channel
-from aitbc_miner.heartbeat import Timing, run_heartbeat
+from aitbc_miner.heartbeat.loop import Timing, run_heartbeat
 from aitbc_miner.messages import (
     CoordinatorView,
     FromHeartbeat,

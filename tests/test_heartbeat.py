@@ -27,7 +27,8 @@ from aitbc_miner.coordinator import Unreachable
 from aitbc_miner.counters import FILE
 from aitbc_miner.credentials import digest
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.heartbeat import Timing
+from aitbc_miner.heartbeat.loop import Timing
+from aitbc_miner.heartbeat.registration import Registration
 from aitbc_miner.messages import (
     Beaten,
     BeatWanted,
@@ -40,7 +41,6 @@ from aitbc_miner.messages import (
     TokenWanted,
     Troubles,
 )
-from aitbc_miner.registration import Registration
 from aitbc_miner.slot import SlotState
 from aitbc_miner.util import clock
 from tools.mock_aitbc import MockAitbc
@@ -62,7 +62,7 @@ def log() -> Iterator[list[logging.LogRecord]]:
         def emit(self, record: logging.LogRecord) -> None:
             records.append(record)
 
-    logger, handler = logging.getLogger("aitbc_miner.heartbeat"), Keep()
+    logger, handler = logging.getLogger("aitbc_miner.heartbeat.loop"), Keep()
     level = logger.level
     logger.setLevel("DEBUG")
     logger.addHandler(handler)

@@ -93,7 +93,11 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.agent.admission_queue",
             "aitbc_miner.agent.context",
         },
-        "heartbeat": {"aitbc_miner.heartbeat", "aitbc_miner.registration", "aitbc_miner.reports"},
+        "heartbeat": {
+            "aitbc_miner.heartbeat.loop",
+            "aitbc_miner.heartbeat.registration",
+            "aitbc_miner.heartbeat.status_report",
+        },
     },
     {
         "coordinator": {"aitbc_miner.coordinator"},

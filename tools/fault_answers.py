@@ -30,7 +30,7 @@ from aitbc_miner.coordinator import limits
 from aitbc_miner.coordinator.aitbc import LIMITS
 from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.heartbeat import Timing, run_heartbeat
+from aitbc_miner.heartbeat.loop import Timing, run_heartbeat
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.records import Records
 from tools.mock_aitbc import KEY, MockAitbc

@@ -29,6 +29,8 @@ from aitbc_miner.coordinator.looking import likely_cause
 from aitbc_miner.credentials import Credential, CredentialError, digest, stamp
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu import GpuReader
+from aitbc_miner.heartbeat.registration import Registration, RegistrationError, connector
+from aitbc_miner.heartbeat.status_report import remedy_for, rest_after, slot_report, told_of
 from aitbc_miner.messages import (
     Beaten,
     BeatWanted,
@@ -49,8 +51,6 @@ from aitbc_miner.messages import (
 )
 from aitbc_miner.pages import Served
 from aitbc_miner.probe import capabilities, probe_machine
-from aitbc_miner.registration import Registration, RegistrationError, connector
-from aitbc_miner.reports import remedy_for, rest_after, slot_report, told_of
 from aitbc_miner.runners.catalogue import TaskWatch
 from aitbc_miner.sampling import GpuWatch, Sampler, inventory
 from aitbc_miner.slot import SlotState
