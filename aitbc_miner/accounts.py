@@ -19,7 +19,7 @@ if TYPE_CHECKING:  # the supervisor and the client have no use for SQLite
     import sqlite3
 
     from aitbc_miner.database import Database
-    from aitbc_miner.receipts import Receipt
+    from aitbc_miner.identity.receipts import Receipt
 
 KEEP_S = 90 * 86_400.0
 MESSAGE = 200

@@ -14,8 +14,8 @@ from aitbc_miner.allowlist import abuse
 from aitbc_miner.allowlist.entries import Entry, load_allowlist
 from aitbc_miner.config import Config, PythonRunner, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, offered_controllers
-from aitbc_miner.credentials import CredentialError, read_credential
 from aitbc_miner.gpu import GpuList
+from aitbc_miner.identity.credentials import CredentialError, read_credential
 from aitbc_miner.privileges import Identities, Identity, PrivilegeError, group_of, resolve
 from aitbc_miner.probe import NEEDED_CONTROLLERS, SlotCapability
 from aitbc_miner.reaching import proxy_faults, refused_later

@@ -23,7 +23,7 @@ from aitbc_miner.configvalues import (
     parse_socket,
     parse_textfile,
 )
-from aitbc_miner.credentials import parse_source
+from aitbc_miner.identity.credentials import parse_source
 from aitbc_miner.util.units import Duration
 from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
 

@@ -9,8 +9,8 @@ import msgspec
 
 from aitbc_miner.control import JobRow, Jobs, Judged, Problem, SlotStatus, Status
 from aitbc_miner.errors import CODES, ErrorCode
+from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import JobUse, Outcome, State
-from aitbc_miner.receipts import Receipt
 from aitbc_miner.util.terminal import columns, cut, duration, pad, size, visible, width, wrap
 
 LINES = 23

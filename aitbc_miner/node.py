@@ -22,12 +22,12 @@ from aitbc_miner.config import Config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
 from aitbc_miner.control import Request
 from aitbc_miner.coordinator.connect import connect, proxy_of
-from aitbc_miner.credentials import credential_of_root
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.gpuview import gpu_view
 from aitbc_miner.heartbeat.loop import run_heartbeat
 from aitbc_miner.historian import Wrote
 from aitbc_miner.history import read_history
+from aitbc_miner.identity.credentials import credential_of_root
 from aitbc_miner.messages import (
     FromAgent,
     FromHeartbeat,

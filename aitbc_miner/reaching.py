@@ -12,8 +12,8 @@ from aitbc_miner.config import Config
 from aitbc_miner.coordinator import aitbc_wire as wire
 from aitbc_miner.coordinator.connect import proxy_of
 from aitbc_miner.coordinator.looking import diagnosis
-from aitbc_miner.credentials import Credential, CredentialError, read_credential
 from aitbc_miner.errors import MinerError
+from aitbc_miner.identity.credentials import Credential, CredentialError, read_credential
 from aitbc_miner.util.system import drop_privileges
 
 _VARIABLES = ("https_proxy", "HTTPS_PROXY", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")

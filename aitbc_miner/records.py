@@ -21,6 +21,7 @@ from msgspec.structs import replace
 
 from aitbc_miner import reserve
 from aitbc_miner.errors import MinerError, brief
+from aitbc_miner.identity.receipts import RECEIPT, Receipt
 from aitbc_miner.jobs import (
     BROKEN,
     MOVES,
@@ -32,7 +33,6 @@ from aitbc_miner.jobs import (
     job_in,
     valid_job_id,
 )
-from aitbc_miner.receipts import RECEIPT, Receipt
 from aitbc_miner.util import clock, forgiving, fs
 from aitbc_miner.util.system import boot_id
 

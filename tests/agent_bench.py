@@ -19,6 +19,7 @@ from aitbc_miner.config import Config, GiveUp, Queue, Workspace
 from aitbc_miner.coordinator import PulledJob, PullFilters, Told
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.identity.node_token import TokenLine
 from aitbc_miner.jobs import Artifact, Outcome, State
 from aitbc_miner.messages import (
     FromAgent,
@@ -30,7 +31,6 @@ from aitbc_miner.messages import (
     SlotView,
     ToAgent,
 )
-from aitbc_miner.nodetoken import TokenLine
 from aitbc_miner.queue import Claim, Kind, QueueError, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.slot import SlotState

@@ -15,9 +15,10 @@ from aitbc_miner.agent.loop import Agent
 from aitbc_miner.agent.pull import MAX_KNOWN
 from aitbc_miner.config import Config, Heartbeat
 from aitbc_miner.coordinator import Busy, CoordinatorError, Refused, Told, Unauthorized, Unreachable
-from aitbc_miner.credentials import digest
 from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.identity.credentials import digest
+from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import (
     CancelJob,
@@ -31,7 +32,6 @@ from aitbc_miner.messages import (
     TokenWanted,
 )
 from aitbc_miner.queue import Kind
-from aitbc_miner.receipts import Receipt
 from aitbc_miner.util import clock
 
 ODD: list[Exception] = [

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner.credentials import (
+from aitbc_miner.identity.credentials import (
     Credential,
     CredentialError,
     credential_of_root,

@@ -25,10 +25,10 @@ from nvml_stub import NvmlStub, no_library
 from aitbc_miner import config as settings
 from aitbc_miner.coordinator import Unreachable
 from aitbc_miner.counters import FILE
-from aitbc_miner.credentials import digest
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.heartbeat.loop import Timing
 from aitbc_miner.heartbeat.registration import Registration
+from aitbc_miner.identity.credentials import digest
 from aitbc_miner.messages import (
     Beaten,
     BeatWanted,

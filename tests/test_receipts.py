@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.receipts import Receipt, canonical, examine
+from aitbc_miner.identity.receipts import Receipt, canonical, examine
 
 JOB, MINER = "a" * 32, "node-1"
 KEY = Ed25519PrivateKey.from_private_bytes(bytes(range(32)))

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.identity.receipts import RECEIPT, Receipt
 from aitbc_miner.jobs import ArtifactSpec, Outcome, State, StateRecord
-from aitbc_miner.receipts import RECEIPT, Receipt
 from aitbc_miner.records import MANIFEST, OUTCOME, STATE, JobDir, RecordError, Records
 from aitbc_miner.util import fs
 

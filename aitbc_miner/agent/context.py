@@ -20,9 +20,9 @@ from aitbc_miner.coordinator import (
 )
 from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.identity.node_token import TokenLine
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import Counted, CounterName, Deliveries, JobUpdate, ToAgent
-from aitbc_miner.nodetoken import TokenLine
 from aitbc_miner.queue import RetryQueue
 from aitbc_miner.records import Records
 from aitbc_miner.util import clock

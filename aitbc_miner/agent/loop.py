@@ -36,6 +36,7 @@ from aitbc_miner.config import Config
 from aitbc_miner.coordinator import Coordinator, CoordinatorError, Gone, PulledJob, Refused, Unauthorized
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.identity.node_token import TokenLine
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.messages import (
     CancelJob,
@@ -50,7 +51,6 @@ from aitbc_miner.messages import (
     Swept,
     ToAgent,
 )
-from aitbc_miner.nodetoken import TokenLine
 from aitbc_miner.queue import RetryQueue
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.util import clock

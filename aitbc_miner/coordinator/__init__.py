@@ -12,8 +12,8 @@ from typing import Any, Protocol
 from msgspec import Struct
 
 from aitbc_miner.errors import MinerError
+from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome
-from aitbc_miner.receipts import Receipt
 from aitbc_miner.serviceresult import FileChanged
 
 

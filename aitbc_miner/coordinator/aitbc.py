@@ -36,8 +36,8 @@ from aitbc_miner.coordinator.http import HttpClient, Reply, clean
 from aitbc_miner.coordinator.idleness import Known, why_idle
 from aitbc_miner.coordinator.limits import Limits
 from aitbc_miner.errors import ErrorCode, LocalError, MinerError
+from aitbc_miner.identity.receipts import Receipt, examine
 from aitbc_miner.jobs import Outcome
-from aitbc_miner.receipts import Receipt, examine
 from aitbc_miner.serviceresult import result_object, unsendable
 from aitbc_miner.services import ServiceBook
 from aitbc_miner.util import clock, fs

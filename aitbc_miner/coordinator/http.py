@@ -29,8 +29,8 @@ from requests_toolbelt import MultipartEncoder
 
 from aitbc_miner.coordinator import Unreachable
 from aitbc_miner.coordinator.transport import Adapter, Session
-from aitbc_miner.credentials import CredentialError
 from aitbc_miner.errors import MinerError
+from aitbc_miner.identity.credentials import CredentialError
 from aitbc_miner.util.web import (
     Dialer,
     NoConnection,

@@ -14,8 +14,8 @@ from aitbc_miner.coordinator import (
     UnknownNode,
 )
 from aitbc_miner.coordinator.connect import connect
-from aitbc_miner.credentials import Credential, CredentialError, read_credential
 from aitbc_miner.errors import MinerError
+from aitbc_miner.identity.credentials import Credential, CredentialError, read_credential
 from aitbc_miner.probe import SlotCapability
 from aitbc_miner.telemetry import Metrics
 from aitbc_miner.util import clock

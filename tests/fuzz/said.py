@@ -24,6 +24,7 @@ from aitbc_miner.coordinator import CoordinatorError, Heartbeat, PulledJob, Pull
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, Reply, retry_after
 from aitbc_miner.errors import JobError, MinerError
+from aitbc_miner.identity.receipts import MAX_AMOUNT, Receipt, canonical, examine
 from aitbc_miner.jobs import (
     ExitStatus,
     InputUrl,
@@ -34,7 +35,6 @@ from aitbc_miner.jobs import (
     valid_job_id,
 )
 from aitbc_miner.queue import Kind, Task
-from aitbc_miner.receipts import MAX_AMOUNT, Receipt, canonical, examine
 from aitbc_miner.records import pretty
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.task import LINE_MAX, Progress, Report, ReportReader

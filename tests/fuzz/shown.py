@@ -25,8 +25,8 @@ from aitbc_miner.control import Answer, JobRow, Request
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
 from aitbc_miner.errors import JobError
+from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Artifact, Outcome, State
-from aitbc_miner.receipts import Receipt
 from aitbc_miner.runners import last_line, printable
 from aitbc_miner.util.log import MASK, Formatter
 from aitbc_miner.util.terminal import visible

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from aitbc_miner.allowlist.entries import load_allowlist
 from aitbc_miner.config import load_config
-from aitbc_miner.credentials import CredentialError, read_credential
 from aitbc_miner.errors import JobError
+from aitbc_miner.identity.credentials import CredentialError, read_credential
 from aitbc_miner.slotspec import SlotSpec, lay_out, read_slots, to_yaml
 from aitbc_miner.topology import MachineFacts
 from aitbc_miner.util import trust, units

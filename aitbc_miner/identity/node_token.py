@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from aitbc_miner.channel import Channel
 from aitbc_miner.coordinator import Coordinator
-from aitbc_miner.credentials import digest
+from aitbc_miner.identity.credentials import digest
 from aitbc_miner.messages import Beaten, BeatWanted, Load, NodeToken, PrivateLine, TokenWanted
 
 
