@@ -13,9 +13,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from aitbc_miner.channel import Allowance, Channel, ChannelError, ExcessError
 from aitbc_miner.control import Source
 from aitbc_miner.errors import MinerError
+from aitbc_miner.ipc.channel import Allowance, Channel, ChannelError, ExcessError
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import be_child, descriptors, events, line_for_child
 from aitbc_miner.util.signals import signal_name

@@ -18,10 +18,10 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.channel import HEADER, Channel, ChannelError
 from aitbc_miner.errors import EXIT_FAILURE, EXIT_NOT_PERMITTED, ErrorCode
+from aitbc_miner.ipc.channel import HEADER, Channel, ChannelError
+from aitbc_miner.ipc.messages import CoordinatorView, SlotView
 from aitbc_miner.jobs import JobUse, State
-from aitbc_miner.messages import CoordinatorView, SlotView
 from aitbc_miner.util import clock
 from aitbc_miner.util.listening import identity, listen
 from aitbc_miner.util.log import events

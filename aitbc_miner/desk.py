@@ -22,10 +22,18 @@ from aitbc_miner.control import (
     SlotStatus,
     Status,
 )
+from aitbc_miner.ipc.messages import (
+    CoordinatorView,
+    Deliveries,
+    EndReason,
+    Retried,
+    RetryJob,
+    Starved,
+    Ticket,
+)
 from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.jobs import JobUse, State, directory_of, valid_job_id
 from aitbc_miner.jobuse import Said, use_of
-from aitbc_miner.messages import CoordinatorView, Deliveries, EndReason, Retried, RetryJob, Starved, Ticket
 from aitbc_miner.slot import SlotState
 from aitbc_miner.slots import RunningSlot
 from aitbc_miner.util import clock, fs

@@ -17,12 +17,9 @@ from typing import TypeVar
 from msgspec import Struct
 
 from aitbc_miner.diskuse import DiskUse
+from aitbc_miner.ipc.messages import JobOnDisk, JobProgress
 from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import ExitStatus
-from aitbc_miner.messages import (
-    JobOnDisk,
-    JobProgress,
-)
 from aitbc_miner.spawn import Job
 from aitbc_miner.supervision import READ_AT_ONCE, Supervision
 from aitbc_miner.task import Progress, Report, ReportReader

@@ -4,10 +4,10 @@ from collections import Counter, OrderedDict
 
 from msgspec.structs import replace
 
-from aitbc_miner.channel import MAX_LINE, MAX_UNFINISHED, ExcessError
 from aitbc_miner.control import JobRow
+from aitbc_miner.ipc.channel import MAX_LINE, MAX_UNFINISHED, ExcessError
+from aitbc_miner.ipc.messages import JobEnded, JobUpdate
 from aitbc_miner.jobs import FINAL, State
-from aitbc_miner.messages import JobEnded, JobUpdate
 
 KEPT = 2000
 

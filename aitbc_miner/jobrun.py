@@ -16,10 +16,10 @@ from aitbc_miner.causes import Evidence, cause_of
 from aitbc_miner.diskuse import DiskUse
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.execution import Ending, Execution
+from aitbc_miner.ipc.messages import JobStep
 from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, LogInfo, Manifest, Outcome, State, Usage
 from aitbc_miner.leftovers import clear_user, named
-from aitbc_miner.messages import JobStep
 from aitbc_miner.records import JobDir, pretty
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, last_line, shortest
 from aitbc_miner.sandbox import HOME

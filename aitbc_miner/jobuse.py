@@ -8,8 +8,8 @@ from pathlib import Path
 from msgspec import Struct
 
 from aitbc_miner.cgroup.group import CgroupError, Group
+from aitbc_miner.ipc.messages import SlotView
 from aitbc_miner.jobs import JobUse
-from aitbc_miner.messages import SlotView
 from aitbc_miner.util import clock
 
 MIB = 1 << 20

@@ -15,7 +15,6 @@ from msgspec.structs import replace
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.allowing import judge
 from aitbc_miner.cgroup.group import CgroupError, Group
-from aitbc_miner.channel import Allowance, Channel
 from aitbc_miner.checks import find_python, read_layout, slots_for
 from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
@@ -28,7 +27,8 @@ from aitbc_miner.heartbeat.loop import run_heartbeat
 from aitbc_miner.historian import Wrote
 from aitbc_miner.history import read_history
 from aitbc_miner.identity.credentials import credential_of_root
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.channel import Allowance, Channel
+from aitbc_miner.ipc.messages import (
     FromAgent,
     FromHeartbeat,
     FromWorker,

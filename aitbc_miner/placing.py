@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.ipc.messages import Offer, Ticket
 from aitbc_miner.jobs import Manifest
-from aitbc_miner.messages import Offer, Ticket
 
 
 def ticket_for(manifest: Manifest, received: float = 0.0) -> Ticket:

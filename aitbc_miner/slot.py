@@ -9,8 +9,8 @@ from enum import StrEnum
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aitbc_miner.ipc.messages import CancelJob, EndReason, StartJob, ToWorker
 from aitbc_miner.jobs import State
-from aitbc_miner.messages import CancelJob, EndReason, StartJob, ToWorker
 
 
 class SlotState(StrEnum):

@@ -12,9 +12,7 @@ from msgspec import Struct
 
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.children import Child, Main
-from aitbc_miner.jobs import State
-from aitbc_miner.jobuse import Said
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.messages import (
     END_SIGNALS,
     FromWorker,
     JobEnded,
@@ -30,6 +28,8 @@ from aitbc_miner.messages import (
     WorkerReady,
     WorkerRefused,
 )
+from aitbc_miner.jobs import State
+from aitbc_miner.jobuse import Said
 from aitbc_miner.privileges import Identity
 from aitbc_miner.slot import (
     Action,

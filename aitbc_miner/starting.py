@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.execution import Delays
-from aitbc_miner.messages import GpuFact
+from aitbc_miner.ipc.messages import GpuFact
 from aitbc_miner.privileges import Identity
 from aitbc_miner.runners import Launch
 from aitbc_miner.sandbox import Enclosed, Sandbox, enclose

@@ -5,8 +5,8 @@ from typing import Any
 from aitbc_miner.children import Keeper
 from aitbc_miner.config import Config
 from aitbc_miner.desk import Desk
+from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.jobindex import JobIndex
-from aitbc_miner.messages import Stop
 from aitbc_miner.slot import Cancel
 from aitbc_miner.slotset import HOLDING, SlotSet
 from aitbc_miner.util import clock

@@ -9,18 +9,10 @@ import signal
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.errors import MinerError
+from aitbc_miner.ipc.channel import Channel, ChannelError
+from aitbc_miner.ipc.messages import END_SIGNALS, CancelJob, JobStep, JobTrouble, Retune, Stop, ToWorker
 from aitbc_miner.jobs import State
-from aitbc_miner.messages import (
-    END_SIGNALS,
-    CancelJob,
-    JobStep,
-    JobTrouble,
-    Retune,
-    Stop,
-    ToWorker,
-)
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 

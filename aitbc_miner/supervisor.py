@@ -15,15 +15,13 @@ from typing import Any, TypeVar
 from msgspec import Struct
 
 from aitbc_miner.allowing import Examiner
-from aitbc_miner.channel import ExcessError
 from aitbc_miner.children import Errands, Keeper, Main
 from aitbc_miner.config import Config
 from aitbc_miner.control import ControlServer, Problem, Request, Source
 from aitbc_miner.desk import Desk, RetryDesk
 from aitbc_miner.historian import Historian
-from aitbc_miner.jobindex import JobIndex
-from aitbc_miner.jobs import State
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.channel import ExcessError
+from aitbc_miner.ipc.messages import (
     CancelJob,
     CoordinatorView,
     Counted,
@@ -49,6 +47,8 @@ from aitbc_miner.messages import (
     Sweepable,
     Troubles,
 )
+from aitbc_miner.jobindex import JobIndex
+from aitbc_miner.jobs import State
 from aitbc_miner.orphans import WorkerBook, kill_strangers
 from aitbc_miner.reloading import Reloader
 from aitbc_miner.slot import Cancel, Slot

@@ -11,9 +11,9 @@ from typing import Any
 
 from msgspec import Struct
 
-from aitbc_miner.channel import Channel
+from aitbc_miner.ipc.channel import Channel
+from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.jobs import FINAL, directory_of, valid_job_id
-from aitbc_miner.messages import Stop
 from aitbc_miner.records import RecordError, Records
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events

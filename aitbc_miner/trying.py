@@ -15,8 +15,8 @@ from aitbc_miner.confinement import find_sandbox
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_NOT_PERMITTED, EXIT_USAGE, MinerError
 from aitbc_miner.gpu import GpuReader
 from aitbc_miner.gpuview import gpu_view
+from aitbc_miner.ipc.messages import GpuFact
 from aitbc_miner.jobs import ExitStatus, Manifest
-from aitbc_miner.messages import GpuFact
 from aitbc_miner.privileges import Identity, resolve
 from aitbc_miner.probe import NEEDED_CONTROLLERS
 from aitbc_miner.runners import JobPaths, job_env

@@ -15,16 +15,16 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner.cgroup.group import CgroupError
-from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.execution import Delays
 from aitbc_miner.gpunodes import make_nodes
 from aitbc_miner.gpuview import devices_of
+from aitbc_miner.ipc.channel import Channel
+from aitbc_miner.ipc.messages import JobEnded, Retune, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
 from aitbc_miner.jobrun import JobRun
 from aitbc_miner.jobs import State
 from aitbc_miner.leftovers import clear_user, named
-from aitbc_miner.messages import JobEnded, Retune, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
 from aitbc_miner.privileges import Identity
 from aitbc_miner.probe import NEEDED_CONTROLLERS
 from aitbc_miner.records import JobDir, Records

@@ -14,14 +14,13 @@ from test_intake import CONFIG, pulled
 
 from aitbc_miner.accounts import Accounts
 from aitbc_miner.agent.context import Workbench
-from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config, GiveUp, Queue, Workspace
 from aitbc_miner.coordinator import PulledJob, PullFilters, Told
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.node_token import TokenLine
-from aitbc_miner.jobs import Artifact, Outcome, State
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.channel import Channel
+from aitbc_miner.ipc.messages import (
     FromAgent,
     JobUpdate,
     NodeToken,
@@ -31,6 +30,7 @@ from aitbc_miner.messages import (
     SlotView,
     ToAgent,
 )
+from aitbc_miner.jobs import Artifact, Outcome, State
 from aitbc_miner.queue import Claim, Kind, QueueError, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.slot import SlotState

@@ -14,9 +14,9 @@ from msgspec.structs import replace
 from nvml_stub import no_library
 
 from aitbc_miner import config as settings
-from aitbc_miner.channel import Channel
 from aitbc_miner.heartbeat.loop import Timing, run_heartbeat
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.channel import Channel
+from aitbc_miner.ipc.messages import (
     CoordinatorView,
     FromHeartbeat,
     Offer,

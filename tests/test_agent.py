@@ -19,8 +19,7 @@ from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.credentials import digest
 from aitbc_miner.identity.receipts import Receipt
-from aitbc_miner.jobs import Outcome, State
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.messages import (
     CancelJob,
     Counted,
     JobReady,
@@ -31,6 +30,7 @@ from aitbc_miner.messages import (
     RetryJob,
     TokenWanted,
 )
+from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.queue import Kind
 from aitbc_miner.util import clock
 

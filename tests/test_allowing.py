@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from aitbc_miner import allowing, children
 from aitbc_miner.allowing import Examiner, judge
 from aitbc_miner.allowlist.entries import load_allowlist
-from aitbc_miner.channel import Channel
 from aitbc_miner.children import Errands
 from aitbc_miner.config import CliRunner as Settings
 from aitbc_miner.control import Answer, Judged, Refusal, Reply, Request
 from aitbc_miner.errors import JobError
+from aitbc_miner.ipc.channel import Channel
+from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.jobs import Inputs, Manifest
-from aitbc_miner.messages import Stop
 from aitbc_miner.runners import JobPaths
 from aitbc_miner.runners.cli import CliRunner
 from aitbc_miner.slotspec import SlotSpec

@@ -12,8 +12,8 @@ from aitbc_miner.agent.reconcile import AGAIN_S, MAX_BUSY, Assignments
 from aitbc_miner.coordinator import Assignment, Busy, Paced, PulledJob, Unreachable
 from aitbc_miner.coordinator import Assignments as Told
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.ipc.messages import Beaten, BeatWanted, CancelJob, NodeToken, PrivateLine
 from aitbc_miner.jobs import ManifestError, State
-from aitbc_miner.messages import Beaten, BeatWanted, CancelJob, NodeToken, PrivateLine
 
 
 class Compared(Desk):

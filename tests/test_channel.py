@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.channel import (
+from aitbc_miner.ipc.channel import (
     HEADER,
     MAX_UNSENT,
     READ_AT_ONCE,
@@ -21,8 +21,7 @@ from aitbc_miner.channel import (
     ChannelError,
     ExcessError,
 )
-from aitbc_miner.jobs import State
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.messages import (
     CancelJob,
     FromWorker,
     JobEnded,
@@ -33,6 +32,7 @@ from aitbc_miner.messages import (
     ToWorker,
     WorkerReady,
 )
+from aitbc_miner.jobs import State
 from aitbc_miner.util import clock
 
 Pair = tuple["Channel[Any]", socket.socket]

@@ -11,10 +11,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner.channel import Channel
 from aitbc_miner.children import LAST_WORDS, Child, Keeper
 from aitbc_miner.errors import MinerError
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.channel import Channel
+from aitbc_miner.ipc.messages import (
     CancelJob,
     FromAgent,
     FromWorker,

@@ -17,7 +17,6 @@ import msgspec
 import pytest
 
 from aitbc_miner import control
-from aitbc_miner.channel import HEADER
 from aitbc_miner.control import (
     MAX_CLIENTS,
     MAX_REQUEST,
@@ -37,6 +36,7 @@ from aitbc_miner.control import (
     peer,
 )
 from aitbc_miner.errors import EXIT_FAILURE, EXIT_NOT_PERMITTED
+from aitbc_miner.ipc.channel import HEADER
 from aitbc_miner.jobs import State
 from aitbc_miner.util import clock
 

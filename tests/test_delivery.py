@@ -35,8 +35,8 @@ from aitbc_miner.coordinator import (
     Unreachable,
 )
 from aitbc_miner.errors import ErrorCode, LocalError
+from aitbc_miner.ipc.messages import CancelJob, JobSettled
 from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord
-from aitbc_miner.messages import CancelJob, JobSettled
 from aitbc_miner.queue import QueueError
 from aitbc_miner.records import JobDir, RecordError, Records, pretty
 from aitbc_miner.util import clock, fs

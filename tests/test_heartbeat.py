@@ -29,7 +29,7 @@ from aitbc_miner.errors import ErrorCode
 from aitbc_miner.heartbeat.loop import Timing
 from aitbc_miner.heartbeat.registration import Registration
 from aitbc_miner.identity.credentials import digest
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.messages import (
     Beaten,
     BeatWanted,
     CoordinatorView,

@@ -9,7 +9,7 @@ from agent_bench import Desk, Time
 
 from aitbc_miner.agent.idle_monitor import STARVED_S, IdleWatch
 from aitbc_miner.coordinator import Standing
-from aitbc_miner.messages import Starved
+from aitbc_miner.ipc.messages import Starved
 
 
 class Idle(Desk):

@@ -25,8 +25,8 @@ from aitbc_miner.coordinator import (
 )
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import ManifestError, Outcome, State, decode_manifest
-from aitbc_miner.messages import Offer
 from aitbc_miner.queue import Kind, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.records import Records

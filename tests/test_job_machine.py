@@ -19,8 +19,8 @@ from aitbc_miner.agent.retry_policy import Where, next_attempt
 from aitbc_miner.config import GiveUp
 from aitbc_miner.coordinator import CoordinatorError, Gone, Refused, Told
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.ipc.messages import CancelJob, JobSettled
 from aitbc_miner.jobs import FINAL, MOVES, Outcome, RetryPolicy, State, StateRecord
-from aitbc_miner.messages import CancelJob, JobSettled
 from aitbc_miner.records import JobDir, RecordError, Records
 
 S = State

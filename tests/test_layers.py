@@ -130,7 +130,7 @@ LAYERS: list[dict[str, set[str]]] = [
         "jobs": {
             "aitbc_miner.accounts",
             "aitbc_miner.jobs",
-            "aitbc_miner.messages",
+            "aitbc_miner.ipc.messages",
             "aitbc_miner.placing",
             "aitbc_miner.identity.receipts",
             "aitbc_miner.records",
@@ -162,7 +162,7 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.privileges",
             "aitbc_miner.probe",
         },
-        "channel": {"aitbc_miner.channel"},
+        "channel": {"aitbc_miner.ipc.channel"},
         "database": {"aitbc_miner.database"},
     },
     {

@@ -9,9 +9,9 @@ from agent_bench import OFFER, Desk, Time
 from test_intake import pulled
 
 from aitbc_miner.agent.pull import MAX_KNOWN, MAX_UNREPORTED, Puller
-from aitbc_miner.channel import ChannelError
 from aitbc_miner.coordinator import Busy, CoordinatorError, Paced, PulledJob, Unauthorized, Unreachable
-from aitbc_miner.messages import Deliveries, Offer, TokenWanted
+from aitbc_miner.ipc.channel import ChannelError
+from aitbc_miner.ipc.messages import Deliveries, Offer, TokenWanted
 
 
 class Pulling(Desk):

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from aitbc_miner.ipc.messages import CancelJob, StartJob
 from aitbc_miner.jobs import State
-from aitbc_miner.messages import CancelJob, StartJob
 from aitbc_miner.slot import (
     MOVES,
     Action,

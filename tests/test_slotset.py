@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.channel import MAX_WAITING, ExcessError
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.ipc.channel import MAX_WAITING, ExcessError
+from aitbc_miner.ipc.messages import FoundJob, Ticket
 from aitbc_miner.jobs import Requirements, State
-from aitbc_miner.messages import FoundJob, Ticket
 from aitbc_miner.orphans import WorkerBook
 from aitbc_miner.slot import Assign, Ended, Slot, SlotState
 from aitbc_miner.slots import Outcomes, SlotPlan, make_offer

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from aitbc_miner import reserve, storage
-from aitbc_miner.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.children import Errands, Main
 from aitbc_miner.config import Workspace
-from aitbc_miner.messages import SpaceWanted, Sweepable, Swept
+from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
+from aitbc_miner.ipc.messages import SpaceWanted, Sweepable, Swept
 from aitbc_miner.records import MARK
 from aitbc_miner.storage import AGAIN_S, MIB, Storage
 from aitbc_miner.sweeping import Sweep

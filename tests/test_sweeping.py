@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.channel import Channel
+from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.jobs import FINAL, State, StateRecord
 from aitbc_miner.records import Records
 from aitbc_miner.sweeping import LEAVING, Sweep, sweep

@@ -15,8 +15,8 @@ from aitbc_miner.agent.admission_queue import Taker, by_coordinator, id_of
 from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.coordinator import CoordinatorError, Gone, PulledJob, Refused
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.ipc.messages import CancelJob, JobReady, Slots, SlotView
 from aitbc_miner.jobs import ManifestError, State
-from aitbc_miner.messages import CancelJob, JobReady, Slots, SlotView
 from aitbc_miner.slot import SlotState
 
 ODD: list[Exception] = [

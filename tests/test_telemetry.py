@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.gpu import GpuUsage
-from aitbc_miner.messages import Counted, NodeView, Offer, SlotView
+from aitbc_miner.ipc.messages import Counted, NodeView, Offer, SlotView
 from aitbc_miner.pages import pages
 from aitbc_miner.sampling import Use
 from aitbc_miner.slot import SlotState

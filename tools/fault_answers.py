@@ -22,15 +22,16 @@ from typing import NamedTuple
 
 import msgspec
 
-from aitbc_miner import config, messages
+from aitbc_miner import config
 from aitbc_miner.agent import admission, delivery_queue, reconcile
 from aitbc_miner.agent.loop import Agent
-from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.coordinator import limits
 from aitbc_miner.coordinator.aitbc import LIMITS
 from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.heartbeat.loop import Timing, run_heartbeat
+from aitbc_miner.ipc import messages
+from aitbc_miner.ipc.channel import Channel, ChannelError
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.records import Records
 from tools.mock_aitbc import KEY, MockAitbc

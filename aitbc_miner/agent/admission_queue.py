@@ -10,8 +10,8 @@ from aitbc_miner.agent.context import Workbench
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.coordinator import PulledJob
+from aitbc_miner.ipc.messages import CancelJob, JobReady, Offer, Slots, Ticket
 from aitbc_miner.jobs import State, valid_job_id
-from aitbc_miner.messages import CancelJob, JobReady, Offer, Slots, Ticket
 from aitbc_miner.placing import room, ticket_for
 from aitbc_miner.queue import QueueError
 from aitbc_miner.util import clock

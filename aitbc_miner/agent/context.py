@@ -7,7 +7,6 @@ from typing import Any, Literal, TypeVar
 
 from aitbc_miner.accounts import Accounts, JobAccount
 from aitbc_miner.agent.local_faults import Persisting
-from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import (
     Busy,
@@ -21,8 +20,9 @@ from aitbc_miner.coordinator import (
 from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.identity.node_token import TokenLine
+from aitbc_miner.ipc.channel import Channel
+from aitbc_miner.ipc.messages import Counted, CounterName, Deliveries, JobUpdate, ToAgent
 from aitbc_miner.jobs import Outcome, State
-from aitbc_miner.messages import Counted, CounterName, Deliveries, JobUpdate, ToAgent
 from aitbc_miner.queue import RetryQueue
 from aitbc_miner.records import Records
 from aitbc_miner.util import clock

@@ -14,8 +14,8 @@ from aitbc_miner.config import GiveUp
 from aitbc_miner.coordinator import Coordinator, Gone, Refused, Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.receipts import Receipt
+from aitbc_miner.ipc.messages import CancelJob, JobSettled
 from aitbc_miner.jobs import FINAL, Outcome, State, StateRecord
-from aitbc_miner.messages import CancelJob, JobSettled
 from aitbc_miner.records import OUTCOME, JobDir, RecordError, Records, pretty
 from aitbc_miner.serviceresult import FileChanged
 from aitbc_miner.util import clock, fs

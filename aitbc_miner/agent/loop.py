@@ -31,14 +31,13 @@ from aitbc_miner.agent.recovery import Found, read_outcome, recover, recover_res
 from aitbc_miner.agent.retention import Pruning
 from aitbc_miner.agent.retries import Reruns
 from aitbc_miner.anchor import Anchor
-from aitbc_miner.channel import Channel
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import Coordinator, CoordinatorError, Gone, PulledJob, Refused, Unauthorized
 from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.identity.node_token import TokenLine
-from aitbc_miner.jobs import Outcome, State
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.channel import Channel
+from aitbc_miner.ipc.messages import (
     CancelJob,
     JobProgress,
     JobSettled,
@@ -51,6 +50,7 @@ from aitbc_miner.messages import (
     Swept,
     ToAgent,
 )
+from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.queue import RetryQueue
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.util import clock

@@ -8,7 +8,7 @@ from aitbc_miner.agent.delivery_queue import Reporter
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.retries import Reruns
 from aitbc_miner.errors import MinerError
-from aitbc_miner.messages import Retried
+from aitbc_miner.ipc.messages import Retried
 
 
 class OnDemand:

@@ -7,9 +7,9 @@ from functools import partial
 import msgspec
 
 from aitbc_miner.agent.context import Workbench
-from aitbc_miner.channel import ChannelError
 from aitbc_miner.coordinator import Paced, PulledJob, PullFilters, Unreachable
-from aitbc_miner.messages import Offer
+from aitbc_miner.ipc.channel import ChannelError
+from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 

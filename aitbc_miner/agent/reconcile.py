@@ -9,11 +9,11 @@ from concurrent.futures import Future
 
 from aitbc_miner import coordinator
 from aitbc_miner.agent.context import Workbench
-from aitbc_miner.channel import ChannelError
 from aitbc_miner.coordinator import Paced, PulledJob
 from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.ipc.channel import ChannelError
+from aitbc_miner.ipc.messages import CancelJob, EndReason
 from aitbc_miner.jobs import FINAL, ManifestError
-from aitbc_miner.messages import CancelJob, EndReason
 from aitbc_miner.util import clock
 
 AGAIN_S = 5.0

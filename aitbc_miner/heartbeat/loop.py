@@ -15,7 +15,6 @@ import psutil
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.channel import Channel, ChannelError
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import (
     Busy,
@@ -31,7 +30,8 @@ from aitbc_miner.gpu import GpuReader
 from aitbc_miner.heartbeat.registration import Registration, RegistrationError, connector
 from aitbc_miner.heartbeat.status_report import remedy_for, rest_after, slot_report, told_of
 from aitbc_miner.identity.credentials import Credential, CredentialError, digest, stamp
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.channel import Channel, ChannelError
+from aitbc_miner.ipc.messages import (
     Beaten,
     BeatWanted,
     CoordinatorView,

@@ -15,16 +15,17 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from aitbc_miner import messages, queue_redis
+from aitbc_miner import queue_redis
 from aitbc_miner.agent import fleet
 from aitbc_miner.agent.input_urls import check_names, name_of, parse, shown
-from aitbc_miner.channel import MAX_FRAME, Channel, ChannelError
 from aitbc_miner.control import MAX_REQUEST, Answer, Request
 from aitbc_miner.coordinator import CoordinatorError, Heartbeat, PulledJob, PullFilters
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, Reply, retry_after
 from aitbc_miner.errors import JobError, MinerError
 from aitbc_miner.identity.receipts import MAX_AMOUNT, Receipt, canonical, examine
+from aitbc_miner.ipc import messages
+from aitbc_miner.ipc.channel import MAX_FRAME, Channel, ChannelError
 from aitbc_miner.jobs import (
     ExitStatus,
     InputUrl,

@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner.channel import Channel
 from aitbc_miner.children import Child
 from aitbc_miner.config import Config, Coordinator, Workspace
 from aitbc_miner.execution import Delays
+from aitbc_miner.ipc.channel import Channel
+from aitbc_miner.ipc.messages import FromWorker, JobEnded, StartJob, ToWorker, WorkerReady
 from aitbc_miner.jobs import ExitStatus, Manifest, Outcome, State, StateRecord
-from aitbc_miner.messages import FromWorker, JobEnded, StartJob, ToWorker, WorkerReady
 from aitbc_miner.privileges import Identity
 from aitbc_miner.records import Records
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, ended_badly

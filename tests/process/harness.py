@@ -11,7 +11,7 @@ import psutil
 
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.control import Done, Request, Status, ask
-from aitbc_miner.messages import SlotView
+from aitbc_miner.ipc.messages import SlotView
 from tools.local_node import LocalNode, wait_until
 from tools.marked_jobs import MarkedJobs, allow_programs
 from tools.mock_coordinator import MockCoordinator

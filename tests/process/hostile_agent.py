@@ -17,8 +17,7 @@ from aitbc_miner import node
 from aitbc_miner.children import Keeper
 from aitbc_miner.config import load_config
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.jobs import State
-from aitbc_miner.messages import (
+from aitbc_miner.ipc.messages import (
     Counted,
     Deliveries,
     FromAgent,
@@ -29,6 +28,7 @@ from aitbc_miner.messages import (
     Sweepable,
     Ticket,
 )
+from aitbc_miner.jobs import State
 from aitbc_miner.supervisor import Parts
 
 BIG = "x" * 1_000_000

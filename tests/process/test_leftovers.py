@@ -18,7 +18,7 @@ from msgspec.structs import replace
 
 from aitbc_miner import leftovers
 from aitbc_miner.cgroup.group import CgroupError, Group, find_mount, own_group
-from aitbc_miner.messages import StartJob
+from aitbc_miner.ipc.messages import StartJob
 from aitbc_miner.privileges import UNALLOCATED, Identity
 from aitbc_miner.slotgroup import SlotGroup
 

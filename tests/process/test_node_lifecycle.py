@@ -21,7 +21,7 @@ from harness import (
 )
 
 from aitbc_miner.errors import EXIT_CONFIG
-from aitbc_miner.messages import SlotView
+from aitbc_miner.ipc.messages import SlotView
 from aitbc_miner.slot import SlotState
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator

@@ -6,8 +6,8 @@ import subprocess
 import pytest
 from msgspec.structs import replace
 
+from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import State
-from aitbc_miner.messages import Offer
 from aitbc_miner.slot import Adopt, Cancel, SlotState, Tick, Timing
 from aitbc_miner.slots import Outcomes, RunningSlot, SlotPlan
 from aitbc_miner.slotspec import SlotSpec

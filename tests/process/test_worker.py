@@ -21,14 +21,8 @@ from bench import WAIT_S, Bench, Prepare, Shell
 from aitbc_miner import spawn, supervision
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.execution import Execution
+from aitbc_miner.ipc.messages import CancelJob, JobEnded, JobStep, JobTrouble, StartJob
 from aitbc_miner.jobs import ExitStatus, Outcome, State
-from aitbc_miner.messages import (
-    CancelJob,
-    JobEnded,
-    JobStep,
-    JobTrouble,
-    StartJob,
-)
 from aitbc_miner.privileges import Identity
 from aitbc_miner.records import JobDir
 from aitbc_miner.runners import Runner

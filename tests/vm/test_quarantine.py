@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from aitbc_miner.messages import SlotView
+from aitbc_miner.ipc.messages import SlotView
 from aitbc_miner.privileges import job_user
 from tools.local_node import wait_until
 from tools.mock_records import State

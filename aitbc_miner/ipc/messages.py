@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
-from aitbc_miner.channel import MAX_WAITING
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.ipc.channel import MAX_WAITING
 from aitbc_miner.jobs import JOB_ID, Requirements, State
 
 # How a worker is told what `CancelJob.why` says when there is no channel to it. SIGTERM is also what systemd
