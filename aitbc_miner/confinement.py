@@ -14,7 +14,7 @@ from aitbc_miner.cgroup.group import CgroupError, Group, Mount, find_mount, own_
 from aitbc_miner.config import Config
 from aitbc_miner.errors import MinerError
 from aitbc_miner.privileges import Identity
-from aitbc_miner.probe import NEEDED_CONTROLLERS
+from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.sandbox import why_not
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.starting import slot_sandbox

@@ -15,7 +15,7 @@ from aitbc_miner.confinement import offered_controllers
 from aitbc_miner.control import READERS, WRITERS
 from aitbc_miner.gpu import GpuList
 from aitbc_miner.privileges import Identity, job_user
-from aitbc_miner.probe import NEEDED_CONTROLLERS, Machine
+from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, Machine
 from aitbc_miner.reaching import look, unused_proxy
 from aitbc_miner.sampling import inventory
 from aitbc_miner.sandbox import Sandbox, lacking_packages, why_not

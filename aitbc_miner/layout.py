@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from msgspec import Struct
 
-from aitbc_miner.topology import MachineFacts
+from aitbc_miner.probe.topology import MachineFacts
 
 Core: TypeAlias = tuple[int, ...]
 """The free threads of one core."""

@@ -13,7 +13,7 @@ from aitbc_miner.doctor import diagnose
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from aitbc_miner.gpu import GpuList, GpuReader
 from aitbc_miner.privileges import resolve
-from aitbc_miner.probe import capabilities, probe_machine, render_page
+from aitbc_miner.probe.machine import capabilities, probe_machine, render_page
 from aitbc_miner.requirements import Place, RequirementError, require, resolved
 from aitbc_miner.runners.catalogue import Task, list_tasks, params_of, told
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out, read_slots, to_yaml

@@ -42,6 +42,7 @@ from aitbc_miner.ipc.messages import (
 )
 from aitbc_miner.orphans import WorkerBook
 from aitbc_miner.privileges import Identities, Identity, PrivilegeError, is_unallocated, resolve
+from aitbc_miner.probe.topology import read_machine
 from aitbc_miner.queue_shared import open_shared
 from aitbc_miner.records import PASSABLE
 from aitbc_miner.requirements import Place, foreign, require
@@ -52,7 +53,6 @@ from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out
 from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.starting import gpu_env
 from aitbc_miner.supervisor import Parts, Supervisor
-from aitbc_miner.topology import read_machine
 from aitbc_miner.util import clock, fs, log
 from aitbc_miner.util.locks import HeldError, Locks
 from aitbc_miner.util.notify import Notifier

@@ -18,7 +18,7 @@ from aitbc_miner.gpuview import gpu_view
 from aitbc_miner.ipc.messages import GpuFact
 from aitbc_miner.jobs import ExitStatus, Manifest
 from aitbc_miner.privileges import Identity, resolve
-from aitbc_miner.probe import NEEDED_CONTROLLERS
+from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.runners import JobPaths, job_env
 from aitbc_miner.sampling import inventory
 from aitbc_miner.sandbox import HOME, Sandbox, enclose

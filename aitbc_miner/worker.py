@@ -26,7 +26,7 @@ from aitbc_miner.jobrun import JobRun
 from aitbc_miner.jobs import State
 from aitbc_miner.leftovers import clear_user, named
 from aitbc_miner.privileges import Identity
-from aitbc_miner.probe import NEEDED_CONTROLLERS
+from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.records import JobDir, Records
 from aitbc_miner.runners import Runner
 from aitbc_miner.runners.interpreter import Interpreter

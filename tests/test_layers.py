@@ -160,7 +160,7 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.gpunodes",
             "aitbc_miner.nvml",
             "aitbc_miner.privileges",
-            "aitbc_miner.probe",
+            "aitbc_miner.probe.machine",
         },
         "channel": {"aitbc_miner.ipc.channel"},
         "database": {"aitbc_miner.database"},
@@ -172,7 +172,7 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.cgroup.delegation",
             "aitbc_miner.slotgroup",
         },
-        "the machine": {"aitbc_miner.fitting", "aitbc_miner.layout", "aitbc_miner.topology"},
+        "the machine": {"aitbc_miner.fitting", "aitbc_miner.layout", "aitbc_miner.probe.topology"},
     },
     {
         "util": {

@@ -27,7 +27,7 @@ from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox
 from aitbc_miner.doctor import Finding, diagnose
 from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
 from aitbc_miner.privileges import Identity
-from aitbc_miner.probe import probe_machine
+from aitbc_miner.probe.machine import probe_machine
 from aitbc_miner.runners import interpreter
 from aitbc_miner.runners.interpreter import InterpreterError
 from aitbc_miner.slotspec import SlotFile

@@ -10,7 +10,7 @@ from nvml_stub import NvmlStub
 
 from aitbc_miner import __version__
 from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList, GpuReader, MigInstance
-from aitbc_miner.probe import (
+from aitbc_miner.probe.machine import (
     CgroupFacts,
     Machine,
     SlotCapability,
@@ -20,7 +20,7 @@ from aitbc_miner.probe import (
     probe_machine,
     render_page,
 )
-from aitbc_miner.topology import NumaNode
+from aitbc_miner.probe.topology import NumaNode
 
 L4 = GpuInfo(
     index=0,

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from aitbc_miner.checks import Checker
 from aitbc_miner.config import load_config
 from aitbc_miner.gpu import GpuList
+from aitbc_miner.probe.topology import MachineFacts, NumaNode
 from aitbc_miner.slotspec import (
     IoNice,
     SlotFile,
@@ -24,7 +25,6 @@ from aitbc_miner.slotspec import (
     read_slots,
     to_yaml,
 )
-from aitbc_miner.topology import MachineFacts, NumaNode
 from aitbc_miner.util.units import AUTO
 from aitbc_miner.util.yamldoc import Fault, decode_text
 

@@ -9,7 +9,7 @@ from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient
 from aitbc_miner.coordinator.limits import Limits
 from aitbc_miner.identity.credentials import Credential, credential_of_root, read_credential
-from aitbc_miner.probe import cuda_toolkits
+from aitbc_miner.probe.machine import cuda_toolkits
 from aitbc_miner.services import ServiceBook
 from aitbc_miner.util.web import Proxy
 

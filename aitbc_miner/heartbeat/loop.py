@@ -50,7 +50,7 @@ from aitbc_miner.ipc.messages import (
     Troubles,
 )
 from aitbc_miner.pages import Served
-from aitbc_miner.probe import capabilities, probe_machine
+from aitbc_miner.probe.machine import capabilities, probe_machine
 from aitbc_miner.runners.catalogue import TaskWatch
 from aitbc_miner.sampling import GpuWatch, Sampler, inventory
 from aitbc_miner.slot import SlotState

@@ -7,7 +7,7 @@ from aitbc_miner.coordinator import Busy, CoordinatorError, Paced, Refused, Unre
 from aitbc_miner.errors import MinerError
 from aitbc_miner.heartbeat.registration import RegistrationError
 from aitbc_miner.ipc.messages import SlotView
-from aitbc_miner.probe import SlotCapability
+from aitbc_miner.probe.machine import SlotCapability
 from aitbc_miner.sampling import Use
 from aitbc_miner.telemetry import Snapshot
 

@@ -1,0 +1,5 @@
+"""What this machine has.
+
+* machine: what is told to the coordinator, and shown
+* topology: CPUs, cores, NUMA nodes, memory
+"""
