@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from aitbc_miner.records import pretty
+from aitbc_miner.store.records import pretty
 from aitbc_miner.util import fs
 from aitbc_miner.util.log import events
 

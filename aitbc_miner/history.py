@@ -8,10 +8,10 @@ from typing import BinaryIO
 
 import msgspec
 
-from aitbc_miner.accounts import Accounts, Totals
 from aitbc_miner.control import Request
-from aitbc_miner.database import Database, DatabaseError
 from aitbc_miner.errors import MinerError
+from aitbc_miner.store.database import Database, DatabaseError
+from aitbc_miner.store.ledger import Accounts, Totals
 
 MAX_BYTES = 128 << 20
 """Of memory for one answer, some 300,000 jobs."""

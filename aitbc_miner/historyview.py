@@ -8,8 +8,8 @@ from typing import BinaryIO
 
 import msgspec
 
-from aitbc_miner.accounts import JobAccount, Total, Totals
 from aitbc_miner.ctlview import Paint, amount
+from aitbc_miner.store.ledger import JobAccount, Total, Totals
 from aitbc_miner.util.terminal import duration, pad, size, visible
 
 COLUMNS = tuple(name for name in JobAccount.__struct_fields__ if name != "finished")

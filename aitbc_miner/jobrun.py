@@ -10,7 +10,7 @@ from functools import partial
 from typing import TypeVar
 
 import aitbc_miner
-from aitbc_miner import reserve, workspace
+from aitbc_miner import workspace
 from aitbc_miner.artifacts import LOG, Caps, Collector, log_artifact
 from aitbc_miner.causes import Evidence, cause_of
 from aitbc_miner.diskuse import DiskUse
@@ -20,12 +20,13 @@ from aitbc_miner.ipc.messages import JobStep
 from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, LogInfo, Manifest, Outcome, State, Usage
 from aitbc_miner.leftovers import clear_user, named
-from aitbc_miner.records import JobDir, pretty
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, last_line, shortest
 from aitbc_miner.sandbox import HOME
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import Job
 from aitbc_miner.starting import Started, Surroundings, limits_for, start
+from aitbc_miner.store import reserve
+from aitbc_miner.store.records import JobDir, pretty
 from aitbc_miner.supervision import FULL_TRIES, Supervision, is_full
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events

@@ -11,8 +11,8 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from aitbc_miner.database import Database, DatabaseError
 from aitbc_miner.queue import Claim, Kind, QueueError, Task
+from aitbc_miner.store.database import Database, DatabaseError
 
 _SCHEMA = (
     """

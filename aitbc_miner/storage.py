@@ -10,13 +10,13 @@ from math import inf
 from multiprocessing.connection import Connection
 from typing import Any
 
-from aitbc_miner import reserve
 from aitbc_miner.children import Errands, Main
 from aitbc_miner.config import Workspace
 from aitbc_miner.control import Problem
 from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import Retuned, SpaceWanted, Sweepable, Swept
-from aitbc_miner.records import MARK
+from aitbc_miner.store import reserve
+from aitbc_miner.store.records import MARK
 from aitbc_miner.sweeping import Sweep, sweep
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events

@@ -14,7 +14,7 @@ from msgspec import Struct
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.jobs import FINAL, directory_of, valid_job_id
-from aitbc_miner.records import RecordError, Records
+from aitbc_miner.store.records import RecordError, Records
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 

@@ -27,7 +27,6 @@ from aitbc_miner.jobs import State
 from aitbc_miner.leftovers import clear_user, named
 from aitbc_miner.privileges import Identity
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
-from aitbc_miner.records import JobDir, Records
 from aitbc_miner.runners import Runner
 from aitbc_miner.runners.interpreter import Interpreter
 from aitbc_miner.sandbox import Sandbox
@@ -35,6 +34,7 @@ from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.starting import Surroundings, slot_sandbox
+from aitbc_miner.store.records import JobDir, Records
 from aitbc_miner.supervision import Supervision
 from aitbc_miner.util.limits import plan_limits
 from aitbc_miner.util.log import events

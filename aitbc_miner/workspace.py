@@ -19,7 +19,7 @@ from pathlib import Path
 
 from aitbc_miner.jobs import NEXT
 from aitbc_miner.privileges import Identity
-from aitbc_miner.records import PASSABLE, JobDir
+from aitbc_miner.store.records import PASSABLE, JobDir
 from aitbc_miner.util import fs
 
 OF_JOB = ("work", "output", "tmp")

@@ -12,11 +12,9 @@ from msgspec.structs import replace
 from mute_coordinator import MuteCoordinator
 from test_intake import CONFIG, pulled
 
-from aitbc_miner.accounts import Accounts
 from aitbc_miner.agent.context import Workbench
 from aitbc_miner.config import Config, GiveUp, Queue, Workspace
 from aitbc_miner.coordinator import PulledJob, PullFilters, Told
-from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.node_token import TokenLine
 from aitbc_miner.ipc.channel import Channel
@@ -34,6 +32,8 @@ from aitbc_miner.jobs import Artifact, Outcome, State
 from aitbc_miner.queue import Claim, Kind, QueueError, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.slot import SlotState
+from aitbc_miner.store.database import Database
+from aitbc_miner.store.ledger import Accounts
 from aitbc_miner.util import clock
 
 TOKEN = "node-t0ken"

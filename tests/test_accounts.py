@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.accounts import Accounts, JobAccount, Total, Totals, account_of
-from aitbc_miner.database import Database, DatabaseError
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord, Usage
+from aitbc_miner.store.database import Database, DatabaseError
+from aitbc_miner.store.ledger import Accounts, JobAccount, Total, Totals, account_of
 from aitbc_miner.util import clock
 
 DAY = 86_400.0

@@ -15,7 +15,6 @@ from aitbc_miner.agent.loop import Agent
 from aitbc_miner.agent.pull import MAX_KNOWN
 from aitbc_miner.config import Config, Heartbeat
 from aitbc_miner.coordinator import Busy, CoordinatorError, Refused, Told, Unauthorized, Unreachable
-from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.credentials import digest
 from aitbc_miner.identity.receipts import Receipt
@@ -32,6 +31,7 @@ from aitbc_miner.ipc.messages import (
 )
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.queue import Kind
+from aitbc_miner.store.database import DatabaseError
 from aitbc_miner.util import clock
 
 ODD: list[Exception] = [
@@ -326,7 +326,7 @@ def test_what_cannot_be_entered_in_the_books_is_entered_at_the_next_start(
         raise DatabaseError("cannot write: database or disk is full; free space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("aitbc_miner.accounts.Accounts.enter", full)
+        patch.setattr("aitbc_miner.store.ledger.Accounts.enter", full)
         assert not started().bench.accounts.knows("done")
     assert started().bench.accounts.knows("done")
 

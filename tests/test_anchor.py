@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.anchor import LOOK_S, Anchor
-from aitbc_miner.database import Database
-from aitbc_miner.records import MARK, Records
+from aitbc_miner.store.anchor import LOOK_S, Anchor
+from aitbc_miner.store.database import Database
+from aitbc_miner.store.records import MARK, Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner import database
-from aitbc_miner.database import Database, DatabaseError
+from aitbc_miner.store import database
+from aitbc_miner.store.database import Database, DatabaseError
 
 
 def test_what_was_written_is_there_for_the_next(tmp_path: Path) -> None:

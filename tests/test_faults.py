@@ -14,7 +14,7 @@ import pytest
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import BROKEN, Outcome, State
-from aitbc_miner.records import Records
+from aitbc_miner.store.records import Records
 from tools import mock_records
 from tools.fault_checks import Fates, check_job, check_log, check_records
 from tools.fault_jobs import KINDS, Jobs
@@ -67,7 +67,7 @@ def test_jobs_follow_from_the_seed_alone(tmp_path: Path) -> None:
 TAKE = """
 import os, pathlib, sys
 from aitbc_miner.jobs import State
-from aitbc_miner.records import Records
+from aitbc_miner.store.records import Records
 records = Records(pathlib.Path(sys.argv[1]))
 try:
     records.create("j", b"{}")

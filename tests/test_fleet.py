@@ -12,12 +12,12 @@ from test_intake import pulled
 
 from aitbc_miner.agent.fleet import GIVE_UP_S, Fleet, Seen
 from aitbc_miner.agent.fleet_watch import FleetWatch
-from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Deliveries, Offer
 from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.queue import Kind, QueueError, Task
-from aitbc_miner.records import Records
+from aitbc_miner.store.database import Database
+from aitbc_miner.store.records import Records
 
 LEASE_S = 60.0
 TWICE: dict[str, Any] = {"retry": {"max_attempts": 2}}

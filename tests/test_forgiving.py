@@ -9,8 +9,8 @@ from aitbc_miner import services
 from aitbc_miner.coordinator import aitbc_wire
 from aitbc_miner.coordinator.http import Reply
 from aitbc_miner.jobs import ManifestError, decode_manifest
-from aitbc_miner.records import Records
 from aitbc_miner.services import Field
+from aitbc_miner.store.records import Records
 from aitbc_miner.util import forgiving
 
 PLAIN: dict[str, Any] = {

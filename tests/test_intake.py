@@ -23,13 +23,13 @@ from aitbc_miner.coordinator import (
     Told,
     Unreachable,
 )
-from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import ManifestError, Outcome, State, decode_manifest
 from aitbc_miner.queue import Kind, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
-from aitbc_miner.records import Records
+from aitbc_miner.store.database import Database
+from aitbc_miner.store.records import Records
 from aitbc_miner.util import clock
 
 OFFERS = [Offer("cpu0", "cpu", 4, 4096, 0, ("cli", "python"))]

@@ -21,7 +21,7 @@ from aitbc_miner.coordinator import CoordinatorError, Gone, Refused, Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CancelJob, JobSettled
 from aitbc_miner.jobs import FINAL, MOVES, Outcome, RetryPolicy, State, StateRecord
-from aitbc_miner.records import JobDir, RecordError, Records
+from aitbc_miner.store.records import JobDir, RecordError, Records
 
 S = State
 MOST = 3

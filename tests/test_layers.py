@@ -73,7 +73,7 @@ LAYERS: list[dict[str, set[str]]] = [
         },
         "agent": {
             "aitbc_miner.agent.loop",
-            "aitbc_miner.anchor",
+            "aitbc_miner.store.anchor",
             "aitbc_miner.agent.reconcile",
             "aitbc_miner.agent.delivery",
             "aitbc_miner.agent.fleet",
@@ -128,13 +128,13 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "jobs": {
-            "aitbc_miner.accounts",
+            "aitbc_miner.store.ledger",
             "aitbc_miner.jobs",
             "aitbc_miner.ipc.messages",
             "aitbc_miner.placing",
             "aitbc_miner.identity.receipts",
-            "aitbc_miner.records",
-            "aitbc_miner.reserve",
+            "aitbc_miner.store.records",
+            "aitbc_miner.store.reserve",
             "aitbc_miner.agent.retry_policy",
             "aitbc_miner.serviceresult",
             "aitbc_miner.services",
@@ -163,7 +163,7 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.probe.machine",
         },
         "channel": {"aitbc_miner.ipc.channel"},
-        "database": {"aitbc_miner.database"},
+        "database": {"aitbc_miner.store.database"},
     },
     {
         "cgroup": {

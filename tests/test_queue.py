@@ -21,9 +21,9 @@ from queue_stores import (
 )
 from redis_server import RedisServer, redis_server
 
-from aitbc_miner.database import Database
 from aitbc_miner.queue import Claim, QueueError, RetryQueue, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.store.database import Database
 
 
 @pytest.fixture(scope="module")

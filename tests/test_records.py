@@ -12,7 +12,7 @@ import pytest
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.receipts import RECEIPT, Receipt
 from aitbc_miner.jobs import ArtifactSpec, Outcome, State, StateRecord
-from aitbc_miner.records import MANIFEST, OUTCOME, STATE, JobDir, RecordError, Records
+from aitbc_miner.store.records import MANIFEST, OUTCOME, STATE, JobDir, RecordError, Records
 from aitbc_miner.util import fs
 
 RAW = b'{"job_id": "j1", "runner": "cli", "command": "true", "artifacts": [{"path": "a"}], "new": 1}'

@@ -10,12 +10,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aitbc_miner.accounts import Accounts, account_of
 from aitbc_miner.agent.recovery import Found, read_outcome, recover, recover_rest
-from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import BROKEN, Outcome, State, StateRecord
-from aitbc_miner.records import MANIFEST, OUTCOME, STATE, RecordError, Records
+from aitbc_miner.store.database import Database
+from aitbc_miner.store.ledger import Accounts, account_of
+from aitbc_miner.store.records import MANIFEST, OUTCOME, STATE, RecordError, Records
 from aitbc_miner.util import fs
 
 S = State

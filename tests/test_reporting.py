@@ -14,13 +14,13 @@ from aitbc_miner.agent.delivery_queue import LARGE_BYTES, Reporter
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.config import GiveUp
 from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
-from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Counted, Deliveries
 from aitbc_miner.jobs import Artifact, State
 from aitbc_miner.queue import Kind, QueueError, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
-from aitbc_miner.records import JobDir
+from aitbc_miner.store.database import Database
+from aitbc_miner.store.records import JobDir
 
 
 class Reporting(Desk):

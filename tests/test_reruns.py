@@ -9,13 +9,13 @@ from msgspec.structs import replace
 
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.retries import Reruns
-from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Counted
 from aitbc_miner.jobs import State
 from aitbc_miner.queue import Kind, QueueError
 from aitbc_miner.queue_sqlite import SqliteQueue
-from aitbc_miner.records import STATE, JobDir
+from aitbc_miner.store.database import Database
+from aitbc_miner.store.records import STATE, JobDir
 
 S = State
 E = ErrorCode

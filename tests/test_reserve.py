@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner import reserve
 from aitbc_miner.jobs import State, StateRecord
-from aitbc_miner.records import Records
+from aitbc_miner.store import reserve
+from aitbc_miner.store.records import Records
 from aitbc_miner.util import fs
 
 MIB = 1 << 20

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aitbc_miner.accounts import Accounts, account_of
-from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Outcome, State, StateRecord
-from aitbc_miner.records import PASSABLE, Records
+from aitbc_miner.store.database import Database
+from aitbc_miner.store.ledger import Accounts, account_of
+from aitbc_miner.store.records import PASSABLE, Records
 from aitbc_miner.util import clock
 
 DEADLINE_S = 30.0

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner import reserve, storage
+from aitbc_miner import storage
 from aitbc_miner.children import Errands, Main
 from aitbc_miner.config import Workspace
 from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import SpaceWanted, Sweepable, Swept
-from aitbc_miner.records import MARK
 from aitbc_miner.storage import AGAIN_S, MIB, Storage
+from aitbc_miner.store import reserve
+from aitbc_miner.store.records import MARK
 from aitbc_miner.sweeping import Sweep
 from aitbc_miner.util import clock, fs
 

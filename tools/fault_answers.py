@@ -33,7 +33,7 @@ from aitbc_miner.heartbeat.loop import Timing, run_heartbeat
 from aitbc_miner.ipc import messages
 from aitbc_miner.ipc.channel import Channel, ChannelError
 from aitbc_miner.jobs import Outcome, State
-from aitbc_miner.records import Records
+from aitbc_miner.store.records import Records
 from tools.mock_aitbc import KEY, MockAitbc
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_faults import SAID

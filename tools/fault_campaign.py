@@ -16,7 +16,7 @@ from msgspec import Struct
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Outcome, StateRecord
 from aitbc_miner.jobs import State as JobState
-from aitbc_miner.records import OUTCOME, STATE
+from aitbc_miner.store.records import OUTCOME, STATE
 from aitbc_miner.util import clock
 from tools.fault_checks import Fates, Finding, check
 from tools.fault_jobs import Jobs

@@ -7,7 +7,7 @@ from msgspec import Struct
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import BROKEN, FINAL, State, StateRecord
-from aitbc_miner.records import RecordError, Records
+from aitbc_miner.store.records import RecordError, Records
 from tools import mock_records
 from tools.fault_jobs import Kind
 from tools.fault_node import FaultNode

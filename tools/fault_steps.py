@@ -20,7 +20,7 @@ import msgspec
 import psutil
 
 from aitbc_miner.jobs import StateRecord
-from aitbc_miner.records import BUILDING, MANIFEST, OUTCOME, STATE
+from aitbc_miner.store.records import BUILDING, MANIFEST, OUTCOME, STATE
 from tools.compiler import c_compiler
 from tools.fault_plan import STEPS, Boundary, Side
 from tools.local_node import wait_until

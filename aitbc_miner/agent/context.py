@@ -5,7 +5,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
-from aitbc_miner.accounts import Accounts, JobAccount
 from aitbc_miner.agent.local_faults import Persisting
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import (
@@ -17,14 +16,15 @@ from aitbc_miner.coordinator import (
     UnknownNode,
     Unreachable,
 )
-from aitbc_miner.database import DatabaseError
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.identity.node_token import TokenLine
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Counted, CounterName, Deliveries, JobUpdate, ToAgent
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.queue import RetryQueue
-from aitbc_miner.records import Records
+from aitbc_miner.store.database import DatabaseError
+from aitbc_miner.store.ledger import Accounts, JobAccount
+from aitbc_miner.store.records import Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.background import Background
 from aitbc_miner.util.log import events

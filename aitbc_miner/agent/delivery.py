@@ -16,8 +16,8 @@ from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.ipc.messages import CancelJob, JobSettled
 from aitbc_miner.jobs import FINAL, Outcome, State, StateRecord
-from aitbc_miner.records import OUTCOME, JobDir, RecordError, Records, pretty
 from aitbc_miner.serviceresult import FileChanged
+from aitbc_miner.store.records import OUTCOME, JobDir, RecordError, Records, pretty
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from aitbc_miner.accounts import account_of
 from aitbc_miner.agent.context import POOLS, Pool, Workbench
 from aitbc_miner.agent.delivery import Delivered, Schedule, deliver, take_back_refused, was_refused
 from aitbc_miner.agent.fleet import Fleet
@@ -14,6 +13,7 @@ from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.ipc.messages import CounterName
 from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.queue import Kind, QueueError, Task
+from aitbc_miner.store.ledger import account_of
 from aitbc_miner.util import clock
 from aitbc_miner.util.system import boot_id
 

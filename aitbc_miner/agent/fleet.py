@@ -17,7 +17,7 @@ from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, StateRecord, decode_manifest
 from aitbc_miner.placing import fits, ticket_for
 from aitbc_miner.queue import Kind, QueueError, RetryQueue, Task
-from aitbc_miner.records import JobDir, RecordError, Records
+from aitbc_miner.store.records import JobDir, RecordError, Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from aitbc_miner.accounts import OK
 from aitbc_miner.agent.context import Workbench
 from aitbc_miner.coordinator import Standing
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Starved
+from aitbc_miner.store.ledger import OK
 from aitbc_miner.util import clock
 
 STARVED_S = 300.0

@@ -31,7 +31,7 @@ from aitbc_miner.agent.input_urls import check_names, name_of, parse, redirected
 from aitbc_miner.errors import ErrorCode, JobError, LocalError, MinerError
 from aitbc_miner.identity.credentials import CredentialError
 from aitbc_miner.jobs import InputUrl, Manifest
-from aitbc_miner.reserve import disk_error
+from aitbc_miner.store.reserve import disk_error
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.neighbours import forbidden

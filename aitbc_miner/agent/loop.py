@@ -12,8 +12,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from aitbc_miner import reserve
-from aitbc_miner.accounts import Accounts, account_of
 from aitbc_miner.agent.admission import RESUMABLE
 from aitbc_miner.agent.admission_queue import Taker, by_coordinator, id_of
 from aitbc_miner.agent.context import Workbench
@@ -30,10 +28,8 @@ from aitbc_miner.agent.reconcile import Assignments
 from aitbc_miner.agent.recovery import Found, read_outcome, recover, recover_rest
 from aitbc_miner.agent.retention import Pruning
 from aitbc_miner.agent.retries import Reruns
-from aitbc_miner.anchor import Anchor
 from aitbc_miner.config import Config
 from aitbc_miner.coordinator import Coordinator, CoordinatorError, Gone, PulledJob, Refused, Unauthorized
-from aitbc_miner.database import Database
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.identity.node_token import TokenLine
 from aitbc_miner.ipc.channel import Channel
@@ -53,6 +49,10 @@ from aitbc_miner.ipc.messages import (
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.queue import RetryQueue
 from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.store import reserve
+from aitbc_miner.store.anchor import Anchor
+from aitbc_miner.store.database import Database
+from aitbc_miner.store.ledger import Accounts, account_of
 from aitbc_miner.util import clock
 from aitbc_miner.util.web import Proxy
 

@@ -12,7 +12,7 @@ from msgspec import Struct
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import FoundJob
 from aitbc_miner.jobs import BROKEN, FINAL, Outcome, State, StateRecord
-from aitbc_miner.records import OUTCOME, STATE, JobDir, RecordError, Records
+from aitbc_miner.store.records import OUTCOME, STATE, JobDir, RecordError, Records
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 

@@ -9,9 +9,9 @@ from functools import partial
 from typing import Any
 
 from aitbc_miner.agent.context import Workbench
-from aitbc_miner.database import DatabaseError
 from aitbc_miner.ipc.messages import SpaceWanted, Sweepable, Swept
 from aitbc_miner.queue import Kind
+from aitbc_miner.store.database import DatabaseError
 from aitbc_miner.util import clock
 
 EVERY_S = 60.0

@@ -5,14 +5,14 @@ from collections.abc import Callable, Container
 from concurrent.futures import Future
 from functools import partial
 
-from aitbc_miner.accounts import account_of
 from aitbc_miner.agent.context import Workbench
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.retry_policy import Where, next_attempt, pause_before
 from aitbc_miner.errors import MinerError
 from aitbc_miner.jobs import MOVES, Outcome, RetryPolicy, State
 from aitbc_miner.queue import Kind, QueueError, Task
-from aitbc_miner.records import JobDir, RecordError
+from aitbc_miner.store.ledger import account_of
+from aitbc_miner.store.records import JobDir, RecordError
 from aitbc_miner.util import clock
 
 LOOK_AGAIN_S = 0.1

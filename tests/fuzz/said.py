@@ -36,8 +36,8 @@ from aitbc_miner.jobs import (
     valid_job_id,
 )
 from aitbc_miner.queue import Kind, Task
-from aitbc_miner.records import pretty
 from aitbc_miner.runners.python import PythonRunner
+from aitbc_miner.store.records import pretty
 from aitbc_miner.task import LINE_MAX, Progress, Report, ReportReader
 from aitbc_miner.util.nesting import too_deep
 from fuzz.engine import Check, Target, fit_to_print, only, simply

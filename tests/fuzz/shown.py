@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from requests_toolbelt import MultipartEncoder
 
 from aitbc_miner import ctl, ctlview, historyview
-from aitbc_miner.accounts import JobAccount, Totals
 from aitbc_miner.artifacts import check_path
 from aitbc_miner.control import Answer, JobRow, Request
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
@@ -28,6 +27,7 @@ from aitbc_miner.errors import JobError
 from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Artifact, Outcome, State
 from aitbc_miner.runners import last_line, printable
+from aitbc_miner.store.ledger import JobAccount, Totals
 from aitbc_miner.util.log import MASK, Formatter
 from aitbc_miner.util.terminal import visible
 from fuzz.engine import Check, Target, directory, only, raw, simply

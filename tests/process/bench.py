@@ -17,9 +17,9 @@ from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import FromWorker, JobEnded, StartJob, ToWorker, WorkerReady
 from aitbc_miner.jobs import ExitStatus, Manifest, Outcome, State, StateRecord
 from aitbc_miner.privileges import Identity
-from aitbc_miner.records import Records
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, ended_badly
 from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.store.records import Records
 from aitbc_miner.task import Report
 from aitbc_miner.util import clock
 from aitbc_miner.worker import Settings, Worker

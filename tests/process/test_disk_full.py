@@ -12,7 +12,7 @@ import pytest
 from conftest import NodeFactory
 from harness import WAIT_S, Node, assert_once, noop, states, submit, until, wait_final, wait_settled
 
-from aitbc_miner import reserve
+from aitbc_miner.store import reserve
 from aitbc_miner.util import clock
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator

@@ -17,7 +17,7 @@ from harness import WAIT_S, Node, assert_once, noop, wait_final, wait_settled
 from redis_server import RedisServer, redis_server
 
 from aitbc_miner.jobs import State, StateRecord
-from aitbc_miner.records import Records
+from aitbc_miner.store.records import Records
 from aitbc_miner.util.clock import now
 from tools import mock_records
 from tools.local_node import wait_until

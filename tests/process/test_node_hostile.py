@@ -15,7 +15,7 @@ from harness import assert_once, wait_final
 from hostile_jobs import BY_FORCE, IDS, NAMELESS, OK, RAW, ROOT, cases, cli, task, with_id
 from rig import PATIENCE_S, Rig, all_idle, code, outcome, peak_mib, running
 
-from aitbc_miner import records, reserve
+from aitbc_miner.store import records, reserve
 from aitbc_miner.util import clock
 from tools.local_node import TOKEN, wait_until
 from tools.mock_coordinator import MockCoordinator

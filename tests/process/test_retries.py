@@ -15,7 +15,7 @@ from harness import WAIT_S, Node, assert_once, noop, until, wait_final, wait_gon
 from aitbc_miner.control import Done, JobRow, Refusal
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Outcome, State, StateRecord
-from aitbc_miner.records import Records
+from aitbc_miner.store.records import Records
 from tools import mock_records
 from tools.fault_plan import Boundary, Side
 from tools.fault_steps import Gate, Moment, StepServer, Trap

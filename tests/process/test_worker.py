@@ -24,9 +24,9 @@ from aitbc_miner.execution import Execution
 from aitbc_miner.ipc.messages import CancelJob, JobEnded, JobStep, JobTrouble, StartJob
 from aitbc_miner.jobs import ExitStatus, Outcome, State
 from aitbc_miner.privileges import Identity
-from aitbc_miner.records import JobDir
 from aitbc_miner.runners import Runner
 from aitbc_miner.spawn import Job
+from aitbc_miner.store.records import JobDir
 from aitbc_miner.util import clock
 from tools.local_node import wait_until
 

@@ -17,7 +17,7 @@ import pytest
 
 from aitbc_miner.agent.recovery import STARTED
 from aitbc_miner.jobs import BROKEN, StateRecord
-from aitbc_miner.records import RecordError, Records
+from aitbc_miner.store.records import RecordError, Records
 from aitbc_miner.util import fs
 from tools import mock_coordinator
 from tools.local_node import wait_until

@@ -18,8 +18,8 @@ from aitbc_miner.jobs import Outcome, StateRecord
 if TYPE_CHECKING:  # the supervisor and the client have no use for SQLite
     import sqlite3
 
-    from aitbc_miner.database import Database
     from aitbc_miner.identity.receipts import Receipt
+    from aitbc_miner.store.database import Database
 
 KEEP_S = 90 * 86_400.0
 MESSAGE = 200

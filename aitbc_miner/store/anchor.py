@@ -9,10 +9,10 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from aitbc_miner import reserve
 from aitbc_miner.agent.context import Workbench
-from aitbc_miner.database import Database
-from aitbc_miner.records import MARK
+from aitbc_miner.store import reserve
+from aitbc_miner.store.database import Database
+from aitbc_miner.store.records import MARK
 from aitbc_miner.util import clock, fs
 
 MAX_MARK = 64

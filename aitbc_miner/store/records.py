@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from aitbc_miner import reserve
 from aitbc_miner.errors import MinerError, brief
 from aitbc_miner.identity.receipts import RECEIPT, Receipt
 from aitbc_miner.jobs import (
@@ -33,6 +32,7 @@ from aitbc_miner.jobs import (
     job_in,
     valid_job_id,
 )
+from aitbc_miner.store import reserve
 from aitbc_miner.util import clock, forgiving, fs
 from aitbc_miner.util.system import boot_id
 
@@ -40,7 +40,7 @@ T = TypeVar("T")
 R = TypeVar("R", StateRecord, Outcome)
 
 MARK = "+workspace"
-"""A file in `workspace.root` that tells it from any other, see `anchor.py`."""
+"""A file in `workspace.root` that tells it from any other, see `store/anchor.py`."""
 MANIFEST, STATE, OUTCOME = "manifest.json", "state.json", "outcome.json"
 # A slot's user must reach its own directories below, but list nothing on the way there.
 PASSABLE = 0o711
