@@ -23,10 +23,10 @@ from aitbc_miner.reaching import proxy_faults, refused_later
 from aitbc_miner.requirements import Place, RequirementError, full_disks, resolved, unmet
 from aitbc_miner.runners.catalogue import Task, list_tasks
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, cannot_import, find_interpreter
-from aitbc_miner.sampling import inventory
 from aitbc_miner.services import Service, read_services
 from aitbc_miner.slots import Layout
 from aitbc_miner.slotspec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
+from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.trust import distrust, distrust_tree
 from aitbc_miner.util.units import format_cpus

@@ -17,9 +17,9 @@ from aitbc_miner.gpu import GpuList
 from aitbc_miner.privileges import Identity, job_user
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, Machine
 from aitbc_miner.reaching import look, unused_proxy
-from aitbc_miner.sampling import inventory
 from aitbc_miner.sandbox import Sandbox, lacking_packages, why_not
 from aitbc_miner.slotspec import derive_slots, read_slots
+from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util.yamldoc import Fault
 
 MIB = 1 << 20

@@ -20,11 +20,11 @@ from aitbc_miner.jobs import ExitStatus, Manifest
 from aitbc_miner.privileges import Identity, resolve
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.runners import JobPaths, job_env
-from aitbc_miner.sampling import inventory
 from aitbc_miner.sandbox import HOME, Sandbox, enclose
 from aitbc_miner.slotspec import SlotSpec, derive_slots
 from aitbc_miner.spawn import Job, become_subreaper, spawn
 from aitbc_miner.starting import gpu_env, slot_sandbox
+from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util import fs
 from aitbc_miner.util.limits import plan_limits
 

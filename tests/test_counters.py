@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from aitbc_miner import counters as module
-from aitbc_miner.counters import BOUNDS, BUCKETS_S, FILE, Durations, Totals
-from aitbc_miner.telemetry import Metrics, Snapshot
+from aitbc_miner.telemetry import counters as module
+from aitbc_miner.telemetry.counters import BOUNDS, BUCKETS_S, FILE, Durations, Totals
+from aitbc_miner.telemetry.metrics import Metrics, Snapshot
 from aitbc_miner.util import fs
 
 Series = dict[tuple[str, ...], float]

@@ -24,7 +24,6 @@ from nvml_stub import NvmlStub, no_library
 
 from aitbc_miner import config as settings
 from aitbc_miner.coordinator import Unreachable
-from aitbc_miner.counters import FILE
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.heartbeat.loop import Timing
 from aitbc_miner.heartbeat.registration import Registration
@@ -42,6 +41,7 @@ from aitbc_miner.ipc.messages import (
     Troubles,
 )
 from aitbc_miner.slot import SlotState
+from aitbc_miner.telemetry.counters import FILE
 from aitbc_miner.util import clock
 from tools.mock_aitbc import MockAitbc
 

@@ -103,10 +103,10 @@ LAYERS: list[dict[str, set[str]]] = [
         "coordinator": {"aitbc_miner.coordinator"},
         "control socket": {"aitbc_miner.control", "aitbc_miner.history"},
         "telemetry": {
-            "aitbc_miner.counters",
-            "aitbc_miner.pages",
-            "aitbc_miner.sampling",
-            "aitbc_miner.telemetry",
+            "aitbc_miner.telemetry.counters",
+            "aitbc_miner.telemetry.pages",
+            "aitbc_miner.telemetry.sampling",
+            "aitbc_miner.telemetry.metrics",
         },
         "running jobs": {
             "aitbc_miner.gpuview",
@@ -183,7 +183,7 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.util.units",
             "aitbc_miner.util.dropins",
             "aitbc_miner.util.listening",
-            "aitbc_miner.util.httpd",
+            "aitbc_miner.telemetry.httpd",
         },
     },
     {

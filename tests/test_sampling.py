@@ -10,7 +10,7 @@ from nvml_stub import NvmlStub, no_library
 
 from aitbc_miner.gpu import GpuInfo, GpuList, GpuReader, MigInstance
 from aitbc_miner.ipc.messages import GpuFact, Offer, SlotView
-from aitbc_miner.sampling import GpuWatch, Sampler, Use, inventory
+from aitbc_miner.telemetry.sampling import GpuWatch, Sampler, Use, inventory
 from aitbc_miner.util import clock
 
 LONG_S = 20.0

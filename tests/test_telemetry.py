@@ -17,12 +17,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.gpu import GpuUsage
 from aitbc_miner.ipc.messages import Counted, NodeView, Offer, SlotView
-from aitbc_miner.pages import pages
-from aitbc_miner.sampling import Use
 from aitbc_miner.slot import SlotState
-from aitbc_miner.telemetry import COUNTERS, Metrics, Snapshot, Upkeep, health
+from aitbc_miner.telemetry.httpd import MAX_CONNECTIONS, Page, PageServer
+from aitbc_miner.telemetry.metrics import COUNTERS, Metrics, Snapshot, Upkeep, health
+from aitbc_miner.telemetry.pages import pages
+from aitbc_miner.telemetry.sampling import Use
 from aitbc_miner.util import clock
-from aitbc_miner.util.httpd import MAX_CONNECTIONS, Page, PageServer
 
 LONG_S = 20.0
 METRICS_PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"

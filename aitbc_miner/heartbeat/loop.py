@@ -49,12 +49,12 @@ from aitbc_miner.ipc.messages import (
     TokenWanted,
     Troubles,
 )
-from aitbc_miner.pages import Served
 from aitbc_miner.probe.machine import capabilities, probe_machine
 from aitbc_miner.runners.catalogue import TaskWatch
-from aitbc_miner.sampling import GpuWatch, Sampler, inventory
 from aitbc_miner.slot import SlotState
-from aitbc_miner.telemetry import Metrics, Snapshot, Upkeep
+from aitbc_miner.telemetry.metrics import Metrics, Snapshot, Upkeep
+from aitbc_miner.telemetry.pages import Served
+from aitbc_miner.telemetry.sampling import GpuWatch, Sampler, inventory
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff, Schedule
 from aitbc_miner.util.log import events

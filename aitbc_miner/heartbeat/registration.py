@@ -17,7 +17,7 @@ from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.errors import MinerError
 from aitbc_miner.identity.credentials import Credential, CredentialError, read_credential
 from aitbc_miner.probe.machine import SlotCapability
-from aitbc_miner.telemetry import Metrics
+from aitbc_miner.telemetry.metrics import Metrics
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.web import Proxy

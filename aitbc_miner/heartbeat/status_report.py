@@ -8,8 +8,8 @@ from aitbc_miner.errors import MinerError
 from aitbc_miner.heartbeat.registration import RegistrationError
 from aitbc_miner.ipc.messages import SlotView
 from aitbc_miner.probe.machine import SlotCapability
-from aitbc_miner.sampling import Use
-from aitbc_miner.telemetry import Snapshot
+from aitbc_miner.telemetry.metrics import Snapshot
+from aitbc_miner.telemetry.sampling import Use
 
 SILENT_BEATS = 3
 """For so many intervals at most a coordinator may ask to hear nothing of us."""

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from aitbc_miner import leftovers
 from aitbc_miner.agent.recovery import recover
 from aitbc_miner.artifacts import Caps, Collector, check_path
-from aitbc_miner.counters import Counters, Totals
 from aitbc_miner.errors import JobError
 from aitbc_miner.historyview import csv_lines, history_page, json_lines
 from aitbc_miner.jobs import ArtifactSpec, Outcome, StateRecord
@@ -25,6 +24,7 @@ from aitbc_miner.store.database import Database, DatabaseError
 from aitbc_miner.store.ledger import Accounts, JobAccount
 from aitbc_miner.store.ledger import Totals as Sums
 from aitbc_miner.store.records import MANIFEST, OUTCOME, STATE, RecordError, Records, pretty
+from aitbc_miner.telemetry.counters import Counters, Totals
 from aitbc_miner.util.system import process_start
 from fuzz.engine import Check, Target, directory, fit_to_print, only, raw
 from fuzz.mutations import JSON, joined, mutated, parted, words

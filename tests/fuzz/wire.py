@@ -15,7 +15,7 @@ from aitbc_miner.coordinator.answers import AITBC, BOOTSTRAP, answer
 from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient
 from aitbc_miner.errors import JobError
 from aitbc_miner.jobs import Inputs, Manifest
-from aitbc_miner.util.httpd import Page, PageServer
+from aitbc_miner.telemetry.httpd import Page, PageServer
 from fuzz.engine import Check, Target, directory, only
 from fuzz.mutations import mutated, words
 

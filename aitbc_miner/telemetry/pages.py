@@ -8,9 +8,9 @@ import msgspec
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from aitbc_miner.errors import MinerError
-from aitbc_miner.telemetry import Health, Metrics, health
+from aitbc_miner.telemetry.httpd import Page, Pages, PageServer
+from aitbc_miner.telemetry.metrics import Health, Metrics, health
 from aitbc_miner.util import clock
-from aitbc_miner.util.httpd import Page, Pages, PageServer
 from aitbc_miner.util.log import events
 
 log = events("heartbeat")
