@@ -16,13 +16,13 @@ from aitbc_miner.config import Config, PythonRunner, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, offered_controllers
 from aitbc_miner.gpu import GpuList
 from aitbc_miner.identity.credentials import CredentialError, read_credential
-from aitbc_miner.privileges import Identities, Identity, PrivilegeError, group_of, resolve
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, SlotCapability
 from aitbc_miner.probe.topology import MachineFacts, read_machine
 from aitbc_miner.reaching import proxy_faults, refused_later
 from aitbc_miner.requirements import Place, RequirementError, full_disks, resolved, unmet
 from aitbc_miner.runners.catalogue import Task, list_tasks
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, cannot_import, find_interpreter
+from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, group_of, resolve
 from aitbc_miner.services import Service, read_services
 from aitbc_miner.slots import Layout
 from aitbc_miner.slotspec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots

@@ -13,9 +13,9 @@ from aitbc_miner.cgroup.delegation import LEAF, prepare
 from aitbc_miner.cgroup.group import CgroupError, Group, Mount, find_mount, own_group
 from aitbc_miner.config import Config
 from aitbc_miner.errors import MinerError
-from aitbc_miner.privileges import Identity
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
-from aitbc_miner.sandbox import why_not
+from aitbc_miner.sandbox.bubblewrap import why_not
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.starting import slot_sandbox
 

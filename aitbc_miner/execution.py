@@ -20,7 +20,7 @@ from aitbc_miner.diskuse import DiskUse
 from aitbc_miner.ipc.messages import JobOnDisk, JobProgress
 from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import ExitStatus
-from aitbc_miner.spawn import Job
+from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.supervision import READ_AT_ONCE, Supervision
 from aitbc_miner.task import Progress, Report, ReportReader
 from aitbc_miner.util import clock

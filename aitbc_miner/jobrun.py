@@ -21,9 +21,9 @@ from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, LogInfo, Manifest, Outcome, State, Usage
 from aitbc_miner.leftovers import clear_user, named
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, last_line, shortest
-from aitbc_miner.sandbox import HOME
+from aitbc_miner.sandbox.bubblewrap import HOME
+from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.slotspec import SlotSpec
-from aitbc_miner.spawn import Job
 from aitbc_miner.starting import Started, Surroundings, limits_for, start
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import JobDir, pretty

@@ -17,7 +17,7 @@ from typing import NoReturn
 import psutil
 
 from aitbc_miner.cgroup.group import RETRY_S, find_mount
-from aitbc_miner.privileges import is_unallocated
+from aitbc_miner.sandbox.users import is_unallocated
 from aitbc_miner.util import fs
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.log import events

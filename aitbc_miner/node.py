@@ -41,15 +41,15 @@ from aitbc_miner.ipc.messages import (
     ToWorker,
 )
 from aitbc_miner.orphans import WorkerBook
-from aitbc_miner.privileges import Identities, Identity, PrivilegeError, is_unallocated, resolve
 from aitbc_miner.probe.topology import read_machine
 from aitbc_miner.queue_shared import open_shared
 from aitbc_miner.requirements import Place, foreign, require
 from aitbc_miner.runnerset import RunnerSet
+from aitbc_miner.sandbox.spawn import become_subreaper
+from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_unallocated, resolve
 from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slots import Layout, SlotPlan, make_offer
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out
-from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.starting import gpu_env
 from aitbc_miner.store.records import PASSABLE
 from aitbc_miner.supervisor import Parts, Supervisor

@@ -30,7 +30,7 @@ from aitbc_miner.ipc.messages import (
 )
 from aitbc_miner.jobs import State
 from aitbc_miner.jobuse import Said
-from aitbc_miner.privileges import Identity
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slot import (
     Action,
     Died,

@@ -14,12 +14,12 @@ from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.execution import Delays
 from aitbc_miner.ipc.messages import GpuFact
-from aitbc_miner.privileges import Identity
 from aitbc_miner.runners import Launch
-from aitbc_miner.sandbox import Enclosed, Sandbox, enclose
+from aitbc_miner.sandbox.bubblewrap import Enclosed, Sandbox, enclose
+from aitbc_miner.sandbox.spawn import REPORT_FD, Job, spawn
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slotspec import SlotSpec
-from aitbc_miner.spawn import REPORT_FD, Job, spawn
 from aitbc_miner.util.limits import ProcessLimits
 
 MIB = 1 << 20

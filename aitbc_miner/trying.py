@@ -17,12 +17,12 @@ from aitbc_miner.gpu import GpuReader
 from aitbc_miner.gpuview import gpu_view
 from aitbc_miner.ipc.messages import GpuFact
 from aitbc_miner.jobs import ExitStatus, Manifest
-from aitbc_miner.privileges import Identity, resolve
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.runners import JobPaths, job_env
-from aitbc_miner.sandbox import HOME, Sandbox, enclose
+from aitbc_miner.sandbox.bubblewrap import HOME, Sandbox, enclose
+from aitbc_miner.sandbox.spawn import Job, become_subreaper, spawn
+from aitbc_miner.sandbox.users import Identity, resolve
 from aitbc_miner.slotspec import SlotSpec, derive_slots
-from aitbc_miner.spawn import Job, become_subreaper, spawn
 from aitbc_miner.starting import gpu_env, slot_sandbox
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util import fs

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from aitbc_miner.sandbox import etc_shown
+from aitbc_miner.sandbox.bubblewrap import etc_shown
 
 # Directories that a sandbox has by itself, some of them as links.
 _PLACES = ("/usr", "/bin", "/sbin", "/lib", "/lib64")

@@ -16,7 +16,7 @@ import msgspec
 from aitbc_miner import workspace
 from aitbc_miner.runners import JobPaths, Launch, Runner
 from aitbc_miner.runners.python import PythonRunner
-from aitbc_miner.sandbox import HOME
+from aitbc_miner.sandbox.bubblewrap import HOME
 from aitbc_miner.starting import Started, Surroundings, start
 from aitbc_miner.task import Preloaded
 from aitbc_miner.util import clock

@@ -25,14 +25,14 @@ from aitbc_miner.ipc.messages import JobEnded, Retune, Retuned, StartJob, ToWork
 from aitbc_miner.jobrun import JobRun
 from aitbc_miner.jobs import State
 from aitbc_miner.leftovers import clear_user, named
-from aitbc_miner.privileges import Identity
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.runners import Runner
 from aitbc_miner.runners.interpreter import Interpreter
-from aitbc_miner.sandbox import Sandbox
+from aitbc_miner.sandbox.bubblewrap import Sandbox
+from aitbc_miner.sandbox.spawn import become_subreaper
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slotspec import SlotSpec
-from aitbc_miner.spawn import become_subreaper
 from aitbc_miner.starting import Surroundings, slot_sandbox
 from aitbc_miner.store.records import JobDir, Records
 from aitbc_miner.supervision import Supervision

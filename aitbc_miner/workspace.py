@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from aitbc_miner.jobs import NEXT
-from aitbc_miner.privileges import Identity
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.store.records import PASSABLE, JobDir
 from aitbc_miner.util import fs
 

@@ -14,7 +14,7 @@ from aitbc_miner import leftovers, workspace
 from aitbc_miner.causes import Evidence, cause_of
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ExitStatus, Usage
-from aitbc_miner.privileges import UNALLOCATED
+from aitbc_miner.sandbox.users import UNALLOCATED
 from aitbc_miner.util import fs
 
 MIB = 1 << 20

@@ -13,7 +13,7 @@ from aitbc_miner.gpu import GpuReader
 from aitbc_miner.gpunodes import make_nodes
 from aitbc_miner.gpuview import VIEW, devices_of, gpu_view
 from aitbc_miner.ipc.messages import GpuFact
-from aitbc_miner.sandbox import ETC, ETC_OF_NETWORK
+from aitbc_miner.sandbox.bubblewrap import ETC, ETC_OF_NETWORK
 from aitbc_miner.telemetry.sampling import inventory
 
 

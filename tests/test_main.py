@@ -26,10 +26,10 @@ from aitbc_miner.config import Config, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox
 from aitbc_miner.doctor import Finding, diagnose
 from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
-from aitbc_miner.privileges import Identity
 from aitbc_miner.probe.machine import probe_machine
 from aitbc_miner.runners import interpreter
 from aitbc_miner.runners.interpreter import InterpreterError
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slotspec import SlotFile
 from aitbc_miner.util.build import build
 from aitbc_miner.util.yamldoc import decode_text

@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.privileges import UNALLOCATED, UNALLOCATED_END, Identity, PrivilegeError, job_user, resolve
+from aitbc_miner.sandbox.users import (
+    UNALLOCATED,
+    UNALLOCATED_END,
+    Identity,
+    PrivilegeError,
+    job_user,
+    resolve,
+)
 
 KNOWN = {
     "aitbc": (990, 980),

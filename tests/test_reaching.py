@@ -6,8 +6,8 @@ import pytest
 from test_aitbc import token
 from test_main import Site, fault_texts, findings, run, site
 
-from aitbc_miner.privileges import Identity, group_of
 from aitbc_miner.reaching import unused_proxy
+from aitbc_miner.sandbox.users import Identity, group_of
 from tools.mock_aitbc import MockAitbc
 
 __all__ = ["site"]

@@ -9,8 +9,8 @@ from msgspec.structs import replace
 
 from aitbc_miner import requirements
 from aitbc_miner.config import Config, Control, Coordinator, Logging, Queue, Workspace
-from aitbc_miner.privileges import Identities, Identity
 from aitbc_miner.requirements import Place, RequirementError, require, resolved, unmet
+from aitbc_miner.sandbox.users import Identities, Identity
 
 Change = Callable[[Path, Config], Config]
 

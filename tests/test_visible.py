@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner import sandbox, visible
+from aitbc_miner import visible
+from aitbc_miner.sandbox import bubblewrap
 from aitbc_miner.visible import needs, special, unseen
 from tools.compiler import c_compiler
 
@@ -109,7 +110,7 @@ def test_no_more_is_looked_at_than_a_bound(place: Path, monkeypatch: pytest.Monk
 
 
 def test_nothing_of_etc_leads_to_keys() -> None:
-    shown = list(sandbox.etc_shown(network=True))
+    shown = list(bubblewrap.etc_shown(network=True))
     private = [Path(path) for path in ("/etc/ssl/private", "/etc/shadow", "/etc/aitbc", "/etc/ssh", "/etc")]
     for path in shown:
         assert not [secret for secret in private if secret.is_relative_to(path.resolve())], path

@@ -6,8 +6,8 @@ import statistics
 import time
 from pathlib import Path
 
-from aitbc_miner.privileges import resolve
-from aitbc_miner.sandbox import Sandbox, why_not
+from aitbc_miner.sandbox.bubblewrap import Sandbox, why_not
+from aitbc_miner.sandbox.users import resolve
 from tools.local_node import LocalNode
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL

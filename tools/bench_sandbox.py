@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from aitbc_miner.privileges import Identity
-from aitbc_miner.sandbox import Sandbox, enclose, why_not
-from aitbc_miner.spawn import become_subreaper, spawn
+from aitbc_miner.sandbox.bubblewrap import Sandbox, enclose, why_not
+from aitbc_miner.sandbox.spawn import become_subreaper, spawn
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.util.limits import ProcessLimits
 
 MIB = 1 << 20

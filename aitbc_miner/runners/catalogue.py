@@ -16,10 +16,10 @@ from msgspec import Struct
 
 from aitbc_miner.config import PythonRunner
 from aitbc_miner.errors import JobError
-from aitbc_miner.privileges import Identity
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, as_user, find_interpreter
 from aitbc_miner.runners.python import TASK_NAME, find_task
 from aitbc_miner.runners.task_reader import TaskInfo
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.util.log import events
 
 ALL_S = 60.0

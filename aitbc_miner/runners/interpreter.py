@@ -10,7 +10,7 @@ import msgspec
 from msgspec import Struct
 
 from aitbc_miner.errors import MinerError
-from aitbc_miner.privileges import Identity
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.util.trust import distrust
 
 OLDEST = (3, 11)

@@ -16,8 +16,8 @@ from aitbc_miner.execution import Delays
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import FromWorker, JobEnded, StartJob, ToWorker, WorkerReady
 from aitbc_miner.jobs import ExitStatus, Manifest, Outcome, State, StateRecord
-from aitbc_miner.privileges import Identity
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, ended_badly
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.store.records import Records
 from aitbc_miner.task import Report

@@ -12,7 +12,7 @@ from conftest import NodeFactory
 from harness import Node, assert_once, until, wait_final, wait_settled
 
 from aitbc_miner.jobs import Outcome
-from aitbc_miner.spawn import Job
+from aitbc_miner.sandbox.spawn import Job
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import State
 

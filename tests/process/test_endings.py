@@ -21,9 +21,9 @@ from aitbc_miner.cgroup.group import CgroupError, Group, find_mount, own_group
 from aitbc_miner.execution import Delays, Execution
 from aitbc_miner.ipc.messages import CancelJob, JobStep, StartJob
 from aitbc_miner.jobs import ExitStatus, Outcome
-from aitbc_miner.privileges import Identity
+from aitbc_miner.sandbox.spawn import Job
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slotspec import SlotSpec
-from aitbc_miner.spawn import Job
 from aitbc_miner.util import clock
 from aitbc_miner.util.fs import Room
 

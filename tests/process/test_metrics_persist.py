@@ -13,7 +13,7 @@ from harness import WAIT_S, Node, alive, submit, wait_final, wait_gone, wait_set
 from prometheus_client.parser import text_string_to_metric_families
 
 from aitbc_miner.node import WorkspaceError, _make_state
-from aitbc_miner.privileges import Identity
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.telemetry.counters import FILE
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator

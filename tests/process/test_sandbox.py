@@ -18,9 +18,9 @@ from test_spawn import DEADLINE_S, GID, ROOT, SH, UID, group, in_worker
 
 from aitbc_miner.cgroup.group import Group
 from aitbc_miner.jobs import ExitStatus
-from aitbc_miner.privileges import Identity
-from aitbc_miner.sandbox import SANDBOX_FAILED, Sandbox, enclose, why_not
-from aitbc_miner.spawn import spawn
+from aitbc_miner.sandbox.bubblewrap import SANDBOX_FAILED, Sandbox, enclose, why_not
+from aitbc_miner.sandbox.spawn import spawn
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.starting import give_pipes
 from aitbc_miner.util.limits import ProcessLimits
 

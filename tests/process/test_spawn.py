@@ -24,7 +24,7 @@ import pytest
 from aitbc_miner.cgroup.group import CgroupError, Group, find_mount, own_group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Usage
-from aitbc_miner.spawn import JOB_OOM_SCORE, Job, become_subreaper, spawn
+from aitbc_miner.sandbox.spawn import JOB_OOM_SCORE, Job, become_subreaper, spawn
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.limits import ProcessLimits
 

@@ -15,9 +15,9 @@ import pytest
 from test_spawn import ROOT, UID
 
 import aitbc_miner
-from aitbc_miner import syscalls
 from aitbc_miner.errors import MinerError
-from aitbc_miner.syscalls import DENIED, IO_URING, MASKED, Denied, Masked, filter_fd, numbers
+from aitbc_miner.sandbox import seccomp
+from aitbc_miner.sandbox.seccomp import DENIED, IO_URING, MASKED, Denied, Masked, filter_fd, numbers
 
 # Loads a filter from descriptor 3 if there is one, and does what it is told: calls by number, or code.
 RUN = """
@@ -93,7 +93,7 @@ def test_what_is_denied_by_its_arguments_is_refused(upper: int) -> None:
     for row in MASKED:
         for number in numbers([row.call]):
             args = [0] * 6
-            args[row.arg] = row.value | (upper if row.mask == syscalls._INT else 0)
+            args[row.arg] = row.value | (upper if row.mask == seccomp._INT else 0)
             if row.before:
                 args[row.arg - 1] = row.before[1]
             calls.append([number, *args])
@@ -151,10 +151,10 @@ def test_pairs_of_sockets_are_of_one_family() -> None:
 
 
 def test_calls_that_nobody_has_gone_through_are_there_for_no_job() -> None:
-    newer = [syscalls.LAST + 1, 463, 466, 467, 468, 469, 470, 512, 700, (1 << 30) - 1]
+    newer = [seccomp.LAST + 1, 463, 466, 467, 468, 469, 470, 512, 700, (1 << 30) - 1]
     assert set(errnos([[number] for number in newer])) == {errno.ENOSYS}
     # The last that is known goes on to the tables: mseal of nothing is no fault.
-    assert errnos([[syscalls.LAST, 0, 0, 0]]) == errnos([[syscalls.LAST, 0, 0, 0]], filtered=False)
+    assert errnos([[seccomp.LAST, 0, 0, 0]]) == errnos([[seccomp.LAST, 0, 0, 0]], filtered=False)
 
 
 def test_no_way_leaves_a_setuid_or_setgid_file() -> None:
@@ -274,7 +274,7 @@ def test_a_name_that_nobody_knows_is_said() -> None:
 def test_the_numbers_of_newer_calls_are_right() -> None:
     import pyseccomp
 
-    for name, number in syscalls.NEWER.items():
+    for name, number in seccomp.NEWER.items():
         assert pyseccomp.resolve_syscall(pyseccomp.Arch.NATIVE, name) in {number, -1}
 
 

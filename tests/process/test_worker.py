@@ -18,14 +18,15 @@ import psutil
 import pytest
 from bench import WAIT_S, Bench, Prepare, Shell
 
-from aitbc_miner import spawn, supervision
+from aitbc_miner import supervision
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.execution import Execution
 from aitbc_miner.ipc.messages import CancelJob, JobEnded, JobStep, JobTrouble, StartJob
 from aitbc_miner.jobs import ExitStatus, Outcome, State
-from aitbc_miner.privileges import Identity
 from aitbc_miner.runners import Runner
-from aitbc_miner.spawn import Job
+from aitbc_miner.sandbox import spawn
+from aitbc_miner.sandbox.spawn import Job
+from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.store.records import JobDir
 from aitbc_miner.util import clock
 from tools.local_node import wait_until

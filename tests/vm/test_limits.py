@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from aitbc_miner.cgroup.group import Group
-from aitbc_miner.privileges import job_user
+from aitbc_miner.sandbox.users import job_user
 from tools.local_node import wait_until
 from tools.mock_records import State
 from vm.conftest import Count

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from aitbc_miner.ipc.messages import SlotView
-from aitbc_miner.privileges import job_user
+from aitbc_miner.sandbox.users import job_user
 from tools.local_node import wait_until
 from tools.mock_records import State
 from vm.conftest import Count

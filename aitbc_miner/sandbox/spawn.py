@@ -22,7 +22,7 @@ import psutil
 from aitbc_miner.cgroup.group import RETRY_S, Group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Usage
-from aitbc_miner.sandbox import Enclosed, how_it_ended
+from aitbc_miner.sandbox.bubblewrap import Enclosed, how_it_ended
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.limits import ProcessLimits, apply
 from aitbc_miner.util.system import PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl

@@ -18,9 +18,9 @@ from pathlib import Path
 from msgspec import Struct
 
 from aitbc_miner.jobs import ExitStatus
-from aitbc_miner.ownmounts import NO_DIRECTORY, NO_FILE, PTS, SHM, TMP, make_mounts
-from aitbc_miner.privileges import Identity
-from aitbc_miner.syscalls import filter_fd
+from aitbc_miner.sandbox.private_mounts import NO_DIRECTORY, NO_FILE, PTS, SHM, TMP, make_mounts
+from aitbc_miner.sandbox.seccomp import filter_fd
+from aitbc_miner.sandbox.users import Identity
 
 BWRAP, TIME = "/usr/bin/bwrap", "/usr/bin/time"
 PACKAGES = {BWRAP: "bubblewrap", TIME: "time"}
