@@ -34,7 +34,7 @@ from aitbc_miner.util.web import tls_context
 from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
 from aitbc_miner.util.yamltext import line_of
 from aitbc_miner.visible import needs, special, unseen
-from aitbc_miner.warming import NO_PRELOAD
+from aitbc_miner.worker.prewarm import NO_PRELOAD
 
 
 def machine_facts(gpus: GpuList) -> MachineFacts:

@@ -50,7 +50,6 @@ from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_u
 from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slots import Layout, SlotPlan, make_offer
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out
-from aitbc_miner.starting import gpu_env
 from aitbc_miner.store.records import PASSABLE
 from aitbc_miner.supervisor import Parts, Supervisor
 from aitbc_miner.util import clock, fs, log
@@ -58,7 +57,8 @@ from aitbc_miner.util.locks import HeldError, Locks
 from aitbc_miner.util.notify import Notifier
 from aitbc_miner.util.system import drop_privileges
 from aitbc_miner.util.web import Proxy
-from aitbc_miner.worker import Settings, Worker
+from aitbc_miner.worker.launch import gpu_env
+from aitbc_miner.worker.loop import Settings, Worker
 
 
 class WorkspaceError(MinerError):

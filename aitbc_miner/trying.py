@@ -23,10 +23,10 @@ from aitbc_miner.sandbox.bubblewrap import HOME, Sandbox, enclose
 from aitbc_miner.sandbox.spawn import Job, become_subreaper, spawn
 from aitbc_miner.sandbox.users import Identity, resolve
 from aitbc_miner.slotspec import SlotSpec, derive_slots
-from aitbc_miner.starting import gpu_env, slot_sandbox
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util import fs
 from aitbc_miner.util.limits import plan_limits
+from aitbc_miner.worker.launch import gpu_env, slot_sandbox
 
 SLOTS_GROUP = Path("aitbc.slice", "aitbc-miner-slots.service")
 KILL_S = 5.0

@@ -17,12 +17,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner import artifacts
-from aitbc_miner.artifacts import LOG, MAX_DEPTH, MAX_LEFT_OUT, Caps, Collector, check_path, log_artifact
 from aitbc_miner.cgroup.group import Group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import Artifact, ArtifactSpec, LeftOut
 from aitbc_miner.util import fs
+from aitbc_miner.worker import artifacts
+from aitbc_miner.worker.artifacts import (
+    LOG,
+    MAX_DEPTH,
+    MAX_LEFT_OUT,
+    Caps,
+    Collector,
+    check_path,
+    log_artifact,
+)
 
 CAPS = Caps(files=100, bytes=1_000_000)
 ROOT = os.geteuid() == 0

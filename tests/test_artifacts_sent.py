@@ -14,7 +14,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aitbc_miner.artifacts import Caps, Collector, check_path
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.bootstrap import _log as unsent_log
 from aitbc_miner.coordinator.http import HttpClient
@@ -22,6 +21,7 @@ from aitbc_miner.errors import JobError, LocalError
 from aitbc_miner.jobs import Artifact, ArtifactSpec, Outcome
 from aitbc_miner.serviceresult import result_object
 from aitbc_miner.util import fs
+from aitbc_miner.worker.artifacts import Caps, Collector, check_path
 
 HEAD = re.compile(rb'Content-Disposition: form-data; name="artifact"; filename="[^"\r\n\\]+"')
 TYPE = re.compile(rb"Content-Type: [A-Za-z0-9_.+-]+/[A-Za-z0-9_.+-]+(; ?[A-Za-z0-9_.+-]+=[A-Za-z0-9_.+-]+)*")

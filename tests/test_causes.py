@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner import leftovers, workspace
-from aitbc_miner.causes import Evidence, cause_of
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ExitStatus, Usage
 from aitbc_miner.sandbox.users import UNALLOCATED
 from aitbc_miner.util import fs
+from aitbc_miner.worker import cleanup, workspace
+from aitbc_miner.worker.causes import Evidence, cause_of
 
 MIB = 1 << 20
 GOOD = ExitStatus(status=0)
@@ -261,14 +261,14 @@ def test_the_room_on_the_jobs_disk(job_fd: int, monkeypatch: pytest.MonkeyPatch)
 
 def test_processes_are_named_with_what_they_do() -> None:
     own = os.getpid()
-    assert leftovers.named([]) == ""
-    assert leftovers.named([own]) == f"the process {own} (running)"
+    assert cleanup.named([]) == ""
+    assert cleanup.named([own]) == f"the process {own} (running)"
     gone = [4_194_304 + number for number in range(12)]
     shown = ", ".join(map(str, gone[:10]))
-    assert leftovers.named(gone[::-1]) == f"the processes {shown} and 2 more"
+    assert cleanup.named(gone[::-1]) == f"the processes {shown} and 2 more"
 
 
 def test_an_id_of_nobody_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "getpriority", lambda *_: 0)
-    monkeypatch.setattr(leftovers, "_owner", lambda _: UNALLOCATED)
-    assert leftovers.processes_of(UNALLOCATED) == []
+    monkeypatch.setattr(cleanup, "_owner", lambda _: UNALLOCATED)
+    assert cleanup.processes_of(UNALLOCATED) == []

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner import diskuse
-from aitbc_miner.diskuse import MAX_DEPTH, DiskUse
 from aitbc_miner.util import clock, fs
-from aitbc_miner.workspace import OF_JOB
+from aitbc_miner.worker import disk_use
+from aitbc_miner.worker.disk_use import MAX_DEPTH, DiskUse
+from aitbc_miner.worker.workspace import OF_JOB
 
 MIB = 1 << 20
 TOO_MUCH = "it had more than 4 MiB on disk (workspace.max_job_mb)"
@@ -50,7 +50,7 @@ def counted(use: DiskUse) -> str:
     while True:
         if said := use.look():
             return said
-        if use.due > clock.now() + diskuse.PAUSE_S:
+        if use.due > clock.now() + disk_use.PAUSE_S:
             return ""
 
 
@@ -62,9 +62,9 @@ def write(path: Path, size: int) -> None:
 def test_the_first_look_is_not_at_once_and_the_next_is_not_at_once_either(start: Start) -> None:
     now = clock.now()
     use = start()
-    assert use.due >= now + diskuse.REST_S
+    assert use.due >= now + disk_use.REST_S
     assert counted(use) == ""
-    assert use.due >= now + diskuse.REST_S
+    assert use.due >= now + disk_use.REST_S
 
 
 @pytest.mark.parametrize("place", ["work/x", "output/a/b/c", "tmp/\udcff\n"])
@@ -163,13 +163,13 @@ def test_a_tree_that_is_too_deep_is_told(job: Path, start: Start) -> None:
 def test_a_look_takes_a_moment_and_little_memory_however_much_there_is(
     job: Path, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diskuse, "REST_TIMES", 10_000)
+    monkeypatch.setattr(disk_use, "REST_TIMES", 10_000)
     for number in range(8000):
         os.close(os.open(job / "tmp" / f"{number:0200}", os.O_CREAT))
     use = start(files=None)
     looks, longest = 0, 0.0
     tracemalloc.start()
-    while not looks or use.due <= clock.now() + diskuse.PAUSE_S:
+    while not looks or use.due <= clock.now() + disk_use.PAUSE_S:
         began = time.thread_time()
         assert use.look() == ""
         longest = max(longest, time.thread_time() - began)
@@ -178,10 +178,10 @@ def test_a_look_takes_a_moment_and_little_memory_however_much_there_is(
     tracemalloc.stop()
     assert looks > 1
     # Of the processor's time: others may have had it in between.
-    assert longest < 5 * diskuse.LOOK_S
+    assert longest < 5 * disk_use.LOOK_S
     assert peak < MIB
     # The count was long, so the rest is, too.
-    assert use.due > clock.now() + 10 * diskuse.REST_S
+    assert use.due > clock.now() + 10 * disk_use.REST_S
 
 
 def test_what_goes_and_comes_while_it_is_counted_is_no_crash(job: Path, start: Start) -> None:

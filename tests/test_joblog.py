@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.joblog import LOG_NAME, TAIL, JobLog
 from aitbc_miner.jobs import LogInfo
 from aitbc_miner.util import fs
+from aitbc_miner.worker.job_log import LOG_NAME, TAIL, JobLog
 
 
 @pytest.fixture

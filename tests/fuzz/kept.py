@@ -11,9 +11,7 @@ from pathlib import Path
 import msgspec
 from hypothesis import strategies as st
 
-from aitbc_miner import leftovers
 from aitbc_miner.agent.recovery import recover
-from aitbc_miner.artifacts import Caps, Collector, check_path
 from aitbc_miner.errors import JobError
 from aitbc_miner.historyview import csv_lines, history_page, json_lines
 from aitbc_miner.jobs import ArtifactSpec, Outcome, StateRecord
@@ -26,6 +24,8 @@ from aitbc_miner.store.ledger import Totals as Sums
 from aitbc_miner.store.records import MANIFEST, OUTCOME, STATE, RecordError, Records, pretty
 from aitbc_miner.telemetry.counters import Counters, Totals
 from aitbc_miner.util.system import process_start
+from aitbc_miner.worker import cleanup
+from aitbc_miner.worker.artifacts import Caps, Collector, check_path
 from fuzz.engine import Check, Target, directory, fit_to_print, only, raw
 from fuzz.mutations import JSON, joined, mutated, parted, words
 from fuzz.said import MANIFESTS
@@ -258,8 +258,8 @@ def _process_names() -> Iterator[Check]:
         _LIBC.prctl(PR_SET_NAME, ctypes.create_string_buffer(data[:15].replace(b"\0", b"")))
         with only(size=100_000):
             assert process_start(pid) == start
-            assert leftovers._owner(pid) == os.getuid(), f"uid {leftovers._owner(pid)}"
-            fit_to_print(leftovers.named([pid]))
+            assert cleanup._owner(pid) == os.getuid(), f"uid {cleanup._owner(pid)}"
+            fit_to_print(cleanup.named([pid]))
 
     try:
         yield check

@@ -19,7 +19,6 @@ from msgspec.structs import replace
 from requests_toolbelt import MultipartEncoder
 
 from aitbc_miner import ctl, ctlview, historyview
-from aitbc_miner.artifacts import check_path
 from aitbc_miner.control import Answer, JobRow, Request
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
@@ -30,6 +29,7 @@ from aitbc_miner.runners import last_line, printable
 from aitbc_miner.store.ledger import JobAccount, Totals
 from aitbc_miner.util.log import MASK, Formatter
 from aitbc_miner.util.terminal import visible
+from aitbc_miner.worker.artifacts import check_path
 from fuzz.engine import Check, Target, directory, only, raw, simply
 from fuzz.kept import NAMES
 from fuzz.mutations import JSON, joined, mutated, parted, words

@@ -12,7 +12,6 @@ import pytest
 
 from aitbc_miner.children import Child
 from aitbc_miner.config import Config, Coordinator, Workspace
-from aitbc_miner.execution import Delays
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import FromWorker, JobEnded, StartJob, ToWorker, WorkerReady
 from aitbc_miner.jobs import ExitStatus, Manifest, Outcome, State, StateRecord
@@ -22,7 +21,8 @@ from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.store.records import Records
 from aitbc_miner.task import Report
 from aitbc_miner.util import clock
-from aitbc_miner.worker import Settings, Worker
+from aitbc_miner.worker.loop import Settings, Worker
+from aitbc_miner.worker.monitor import Delays
 
 WAIT_S = 120.0
 # Far from the ids that belong to somebody, and those that nodes take; of no other process that runs tests

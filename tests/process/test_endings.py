@@ -16,9 +16,7 @@ import pytest
 from bench import JOB_UID, WAIT_S, Bench
 from msgspec.structs import replace
 
-from aitbc_miner import leftovers, workspace
 from aitbc_miner.cgroup.group import CgroupError, Group, find_mount, own_group
-from aitbc_miner.execution import Delays, Execution
 from aitbc_miner.ipc.messages import CancelJob, JobStep, StartJob
 from aitbc_miner.jobs import ExitStatus, Outcome
 from aitbc_miner.sandbox.spawn import Job
@@ -26,6 +24,8 @@ from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.util import clock
 from aitbc_miner.util.fs import Room
+from aitbc_miner.worker import cleanup, workspace
+from aitbc_miner.worker.monitor import Delays, Execution
 
 ROOT = os.geteuid() == 0
 STRANGER = Identity(JOB_UID, JOB_UID, "aitbc-job-cpu0")
@@ -285,17 +285,17 @@ def slot_with_user() -> Iterator[Bench]:
 
 
 def test_processes_are_found_by_their_user() -> None:
-    own = leftovers.processes_of(os.getuid()) if os.getuid() else [os.getpid()]
+    own = cleanup.processes_of(os.getuid()) if os.getuid() else [os.getpid()]
     assert os.getpid() in own
-    assert leftovers.processes_of(STRANGER.uid) == []
+    assert cleanup.processes_of(STRANGER.uid) == []
     if ROOT:
         with stranger() as process:
-            assert leftovers.processes_of(STRANGER.uid) == [process.pid]
+            assert cleanup.processes_of(STRANGER.uid) == [process.pid]
 
 
 def test_what_a_job_had_started_elsewhere_is_ended_with_it() -> None:
     if not ROOT:
-        assert leftovers.kill_processes_of(STRANGER.uid, WAIT_S) == []
+        assert cleanup.kill_processes_of(STRANGER.uid, WAIT_S) == []
         return
     with slot_with_user() as bench:
         bench.start()
@@ -311,7 +311,7 @@ def test_what_a_job_had_started_elsewhere_is_ended_with_it() -> None:
 
 def test_a_user_that_keeps_processes_is_told_with_them() -> None:
     if not ROOT:
-        assert leftovers.processes_of(STRANGER.uid) == []
+        assert cleanup.processes_of(STRANGER.uid) == []
         return
     with slot_with_user() as bench:
         bench.delays = replace(bench.delays, kill=0.1)

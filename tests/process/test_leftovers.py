@@ -16,17 +16,17 @@ import pytest
 from bench import JOB_UID, Bench
 from msgspec.structs import replace
 
-from aitbc_miner import leftovers
 from aitbc_miner.cgroup.group import CgroupError, Group, find_mount, own_group
 from aitbc_miner.ipc.messages import StartJob
 from aitbc_miner.sandbox.users import UNALLOCATED, Identity
 from aitbc_miner.slotgroup import SlotGroup
+from aitbc_miner.worker import cleanup
 
 needs_root = pytest.mark.xfail(os.geteuid() != 0, reason="only root can become another user", strict=True)
 OWNER = Identity(JOB_UID, JOB_UID, "aitbc-job-cpu0")
 OTHER = Identity(JOB_UID + 1, JOB_UID + 1, "aitbc-job-cpu1")
 TIME_S = 120.0
-SHM, MQUEUE = leftovers.IN_MEMORY
+SHM, MQUEUE = cleanup.IN_MEMORY
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 SYSV = """
@@ -60,7 +60,7 @@ def run_as(who: Identity, program: str) -> str:
 def in_memory(who: Identity) -> list[str]:
     """Name what a user has in memory."""
     files = [path.name for path in SHM.iterdir() if path.lstat().st_uid == who.uid]
-    return sorted([*files, *(kind for kind, _ in leftovers._sysv_of(who.uid))])
+    return sorted([*files, *(kind for kind, _ in cleanup._sysv_of(who.uid))])
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def cleared() -> Iterator[None]:
     yield
     if os.geteuid() == 0:
         for who in (OWNER, OTHER):
-            leftovers.clear_user(who.uid, TIME_S)
+            cleanup.clear_user(who.uid, TIME_S)
             assert in_memory(who) == []
 
 
@@ -87,7 +87,7 @@ def test_segments_semaphores_and_queues_are_removed(caplog: pytest.LogCaptureFix
     run_as(OWNER, SYSV)
     run_as(OTHER, SYSV)
     assert in_memory(OWNER) == ["msg", "sem", "shm"]
-    assert leftovers.clear_user(OWNER.uid, TIME_S) == []
+    assert cleanup.clear_user(OWNER.uid, TIME_S) == []
     assert in_memory(OWNER) == []
     assert in_memory(OTHER) == ["msg", "sem", "shm"]
     assert logged(caplog) == []
@@ -99,9 +99,9 @@ def test_segments_semaphores_and_queues_are_removed(caplog: pytest.LogCaptureFix
 def test_it_takes_no_capability_that_the_unit_withholds(name: str) -> None:
     run_as(OWNER, f"{SYSV}\nimport os\nos.makedirs({name!r} + '/a', 0)")
     kept = ["+setuid", "+setgid", "+kill", "+chown", "+dac_override", "+fowner"]
-    program = f"from aitbc_miner.leftovers import clear_user; clear_user({OWNER.uid}, {TIME_S})"
+    program = f"from aitbc_miner.worker.cleanup import clear_user; clear_user({OWNER.uid}, {TIME_S})"
     argv = ["/usr/bin/setpriv", "--bounding-set", ",".join(["-all", *kept]), sys.executable, "-c", program]
-    root = Path(leftovers.__file__).parent.parent
+    root = Path(cleanup.__file__).parent.parent
     subprocess.run(argv, check=True, cwd=root)
     assert in_memory(OWNER) == []
 
@@ -121,7 +121,7 @@ def test_what_was_given_away_is_still_his() -> None:
     given = Owner(uid=OTHER.uid, gid=OTHER.gid, mode=0o600)
     assert LIBC.shmctl(segment, 1, ctypes.byref(given)) == 0
     assert in_memory(OTHER) == ["shm"]
-    leftovers.remove_memory_of(OWNER.uid, TIME_S)
+    cleanup.remove_memory_of(OWNER.uid, TIME_S)
     assert in_memory(OTHER) == in_memory(OWNER) == []
 
 
@@ -143,7 +143,7 @@ def test_files_and_directories_go_and_links_are_not_followed(
         f"open({name!r} + '.file', 'w').write('x')\n",
     )
     run_as(OTHER, f"open({name!r} + '.other', 'w').close()")
-    leftovers.clear_user(OWNER.uid, TIME_S)
+    cleanup.clear_user(OWNER.uid, TIME_S)
     assert in_memory(OWNER) == []
     assert in_memory(OTHER) == [f"{Path(name).name}.other"]
     assert (tmp_path / "his").exists()
@@ -153,7 +153,7 @@ def test_files_and_directories_go_and_links_are_not_followed(
 @needs_root
 def test_directories_may_be_as_deep_as_they_like(name: str, caplog: pytest.LogCaptureFixture) -> None:
     run_as(OWNER, f"NAME = {name!r}\n{DEEP}")
-    leftovers.clear_user(OWNER.uid, TIME_S)
+    cleanup.clear_user(OWNER.uid, TIME_S)
     assert in_memory(OWNER) == []
     assert logged(caplog) == []
 
@@ -163,11 +163,11 @@ def test_what_takes_too_long_is_told_and_goes_the_next_time(
     name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     run_as(OWNER, f"for end in 'ab': open({name!r} + end, 'w').close()")
-    leftovers.remove_memory_of(OWNER.uid, 0)
+    cleanup.remove_memory_of(OWNER.uid, 0)
     error = f"{SHM}: it is too much for the time there is"
     assert logged(caplog) == [{"uid": OWNER.uid, "number": 1, "errors": [error]}]
     assert in_memory(OWNER) == [Path(name).name + end for end in "ab"]
-    leftovers.remove_memory_of(OWNER.uid, TIME_S)
+    cleanup.remove_memory_of(OWNER.uid, TIME_S)
     assert in_memory(OWNER) == []
 
 
@@ -185,8 +185,8 @@ def test_what_cannot_be_removed_is_told_and_the_rest_goes(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse)
-        patch.setitem(leftovers._REMOVERS, "sem", lambda _: -1)
-        leftovers.remove_memory_of(OWNER.uid, TIME_S)
+        patch.setitem(cleanup._REMOVERS, "sem", lambda _: -1)
+        cleanup.remove_memory_of(OWNER.uid, TIME_S)
     assert in_memory(OWNER) == [kept, "sem"]
     [attrs] = logged(caplog)
     assert isinstance(attrs, dict)
@@ -201,8 +201,8 @@ def test_nothing_of_an_unallocated_id_is_touched(name: str) -> None:
     who = Identity(UNALLOCATED, UNALLOCATED, "somebody")
     segment, semaphores, queue = map(int, run_as(who, f"{SYSV}\nopen({name!r}, 'w').close()").split())
     try:
-        assert leftovers.clear_user(who.uid, TIME_S) == []
-        assert {("shm", segment), ("sem", semaphores), ("msg", queue)} <= {*leftovers._sysv_of(who.uid)}
+        assert cleanup.clear_user(who.uid, TIME_S) == []
+        assert {("shm", segment), ("sem", semaphores), ("msg", queue)} <= {*cleanup._sysv_of(who.uid)}
         assert Path(name).exists()
     finally:
         removed = LIBC.shmctl(segment, 0, None), LIBC.semctl(semaphores, 0, 0), LIBC.msgctl(queue, 0, None)
@@ -213,15 +213,15 @@ def test_nothing_of_an_unallocated_id_is_touched(name: str) -> None:
 def test_a_machine_without_any_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(leftovers, "SYSV", tmp_path / "none")
-    monkeypatch.setattr(leftovers, "IN_MEMORY", (tmp_path / "none",))
-    leftovers.remove_memory_of(OWNER.uid, TIME_S)
+    monkeypatch.setattr(cleanup, "SYSV", tmp_path / "none")
+    monkeypatch.setattr(cleanup, "IN_MEMORY", (tmp_path / "none",))
+    cleanup.remove_memory_of(OWNER.uid, TIME_S)
     assert logged(caplog) == []
     # And one where it is not what it should be.
     (tmp_path / "file").touch()
-    monkeypatch.setattr(leftovers, "SYSV", tmp_path / "file")
-    monkeypatch.setattr(leftovers, "IN_MEMORY", (tmp_path / "file",))
-    leftovers.remove_memory_of(OWNER.uid, TIME_S)
+    monkeypatch.setattr(cleanup, "SYSV", tmp_path / "file")
+    monkeypatch.setattr(cleanup, "IN_MEMORY", (tmp_path / "file",))
+    cleanup.remove_memory_of(OWNER.uid, TIME_S)
     [attrs] = logged(caplog)
     assert isinstance(attrs, dict)
     assert attrs["number"] == 2
@@ -276,7 +276,7 @@ def test_a_job_of_another_miner_with_the_same_user_is_spared() -> None:
             # Collected while it is waited for, or it would stay as a zombie that owns itself.
             waiting = threading.Thread(target=stray.wait)
             waiting.start()
-            assert leftovers.clear_user(OWNER.uid, TIME_S) == [theirs.pid]
+            assert cleanup.clear_user(OWNER.uid, TIME_S) == [theirs.pid]
             waiting.join(TIME_S)
             assert (theirs.poll(), stray.returncode) == (None, -signal.SIGKILL)
     finally:

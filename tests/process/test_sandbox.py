@@ -21,8 +21,8 @@ from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.sandbox.bubblewrap import SANDBOX_FAILED, Sandbox, enclose, why_not
 from aitbc_miner.sandbox.spawn import spawn
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.starting import give_pipes
 from aitbc_miner.util.limits import ProcessLimits
+from aitbc_miner.worker.launch import give_pipes
 
 __all__ = ["group"]
 

@@ -18,9 +18,7 @@ import psutil
 import pytest
 from bench import WAIT_S, Bench, Prepare, Shell
 
-from aitbc_miner import supervision
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.execution import Execution
 from aitbc_miner.ipc.messages import CancelJob, JobEnded, JobStep, JobTrouble, StartJob
 from aitbc_miner.jobs import ExitStatus, Outcome, State
 from aitbc_miner.runners import Runner
@@ -29,6 +27,8 @@ from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.store.records import JobDir
 from aitbc_miner.util import clock
+from aitbc_miner.worker import link
+from aitbc_miner.worker.monitor import Execution
 from tools.local_node import wait_until
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -130,7 +130,7 @@ class Trouble:
         self.name = ""
 
     def __call__(self, patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(supervision, "RETRY_MIN_S", 0.001)
+        patch.setattr(link, "RETRY_MIN_S", 0.001)
         for module, name in [
             (os, self.name),
             *([(builtins, "open"), (io, "open")] if self.name == "open" else []),
@@ -192,7 +192,7 @@ def test_trouble_that_lasts_takes_no_descriptor_with_each_try(bench: Bench) -> N
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def prepare(patch: pytest.MonkeyPatch) -> None:
-        patch.setattr(supervision, "RETRY_MAX_S", 0.001)
+        patch.setattr(link, "RETRY_MAX_S", 0.001)
         patch.setattr(JobDir, "outcome", outcome)
 
     bench.start(prepare)

@@ -17,14 +17,11 @@ from msgspec.structs import replace
 from aitbc_miner.cgroup.group import CgroupError
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, MinerError
-from aitbc_miner.execution import Delays
 from aitbc_miner.gpunodes import make_nodes
 from aitbc_miner.gpuview import devices_of
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import JobEnded, Retune, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
-from aitbc_miner.jobrun import JobRun
 from aitbc_miner.jobs import State
-from aitbc_miner.leftovers import clear_user, named
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.runners import Runner
 from aitbc_miner.runners.interpreter import Interpreter
@@ -33,12 +30,15 @@ from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slotspec import SlotSpec
-from aitbc_miner.starting import Surroundings, slot_sandbox
 from aitbc_miner.store.records import JobDir, Records
-from aitbc_miner.supervision import Supervision
 from aitbc_miner.util.limits import plan_limits
 from aitbc_miner.util.log import events
-from aitbc_miner.warming import Warmer
+from aitbc_miner.worker.cleanup import clear_user, named
+from aitbc_miner.worker.job_run import JobRun
+from aitbc_miner.worker.launch import Surroundings, slot_sandbox
+from aitbc_miner.worker.link import Supervision
+from aitbc_miner.worker.monitor import Delays
+from aitbc_miner.worker.prewarm import Warmer
 
 STARTABLE = frozenset({State.ACKED, State.RETRY_WAIT})
 

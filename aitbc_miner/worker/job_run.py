@@ -10,28 +10,28 @@ from functools import partial
 from typing import TypeVar
 
 import aitbc_miner
-from aitbc_miner import workspace
-from aitbc_miner.artifacts import LOG, Caps, Collector, log_artifact
-from aitbc_miner.causes import Evidence, cause_of
-from aitbc_miner.diskuse import DiskUse
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
-from aitbc_miner.execution import Ending, Execution
 from aitbc_miner.ipc.messages import JobStep
-from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, LogInfo, Manifest, Outcome, State, Usage
-from aitbc_miner.leftovers import clear_user, named
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, last_line, shortest
 from aitbc_miner.sandbox.bubblewrap import HOME
 from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.slotspec import SlotSpec
-from aitbc_miner.starting import Started, Surroundings, limits_for, start
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import JobDir, pretty
-from aitbc_miner.supervision import FULL_TRIES, Supervision, is_full
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
-from aitbc_miner.warming import Warm
+from aitbc_miner.worker import workspace
+from aitbc_miner.worker.artifacts import LOG, Caps, Collector, log_artifact
+from aitbc_miner.worker.causes import Evidence, cause_of
+from aitbc_miner.worker.cleanup import clear_user, named
+from aitbc_miner.worker.disk_use import DiskUse
+from aitbc_miner.worker.job_log import JobLog
+from aitbc_miner.worker.launch import Started, Surroundings, limits_for, start
+from aitbc_miner.worker.link import FULL_TRIES, Supervision, is_full
+from aitbc_miner.worker.monitor import Ending, Execution
+from aitbc_miner.worker.prewarm import Warm
 
 T = TypeVar("T")
 

@@ -13,14 +13,14 @@ from contextlib import ExitStack, suppress
 
 import msgspec
 
-from aitbc_miner import workspace
 from aitbc_miner.runners import JobPaths, Launch, Runner
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.sandbox.bubblewrap import HOME
-from aitbc_miner.starting import Started, Surroundings, start
 from aitbc_miner.task import Preloaded
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
+from aitbc_miner.worker import workspace
+from aitbc_miner.worker.launch import Started, Surroundings, start
 
 NO_PRELOAD = "there is no sandbox, and nothing waits without one"
 # Seconds: a slot with a job after the other keeps its CPUs for them; what has not imported all by then never

@@ -16,14 +16,14 @@ from typing import TypeVar
 
 from msgspec import Struct
 
-from aitbc_miner.diskuse import DiskUse
 from aitbc_miner.ipc.messages import JobOnDisk, JobProgress
-from aitbc_miner.joblog import JobLog
 from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.sandbox.spawn import Job
-from aitbc_miner.supervision import READ_AT_ONCE, Supervision
 from aitbc_miner.task import Progress, Report, ReportReader
 from aitbc_miner.util import clock
+from aitbc_miner.worker.disk_use import DiskUse
+from aitbc_miner.worker.job_log import JobLog
+from aitbc_miner.worker.link import READ_AT_ONCE, Supervision
 
 T = TypeVar("T")
 

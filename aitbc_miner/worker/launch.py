@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
-from aitbc_miner.execution import Delays
 from aitbc_miner.ipc.messages import GpuFact
 from aitbc_miner.runners import Launch
 from aitbc_miner.sandbox.bubblewrap import Enclosed, Sandbox, enclose
@@ -21,6 +20,7 @@ from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slotgroup import SlotGroup
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.util.limits import ProcessLimits
+from aitbc_miner.worker.monitor import Delays
 
 MIB = 1 << 20
 

@@ -1,0 +1,15 @@
+"""The root process of a slot: it runs one job after another.
+
+* loop: Worker: the process
+* link: what ties a worker to its supervisor
+* job_run: JobRun: prepares, runs, judges, collects, writes the outcome
+* workspace: a job's directories and their owners
+* launch: starts the program: pipes, sandbox, limits
+* prewarm: a process that has imported modules ahead
+* monitor: a running job: output, reports, deadline, cancel
+* disk_use: how much it has on disk
+* job_log: logs/exec.log
+* causes: why a job ended, by evidence
+* artifacts: collects what is delivered
+* cleanup: what a job left
+"""
