@@ -98,7 +98,7 @@ class Files(Struct, frozen=True, tag="files"):
 
 
 class History(Struct, frozen=True, tag="history"):
-    """What jobs have come to. With this answer comes one file, as `history.py` describes it."""
+    """What jobs have come to. With this answer comes one file, as `supervisor/history.py` describes it."""
 
 
 class Judged(Struct, frozen=True, tag="judged"):

@@ -1,6 +1,6 @@
 """A job as its author wrote it (manifest) and as we keep it (state, outcome).
 
-Everything here is plain data with its rules: store/records.py puts it on disk, and nothing here runs anything.
+Everything here is plain data with its rules: store/records.py puts it on disk; nothing here runs anything.
 """
 
 import re

@@ -13,10 +13,8 @@ from typing import Any
 from msgspec.structs import replace
 
 from aitbc_miner.agent.loop import Agent
-from aitbc_miner.allowing import judge
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.checks import find_python, read_layout, slots_for
-from aitbc_miner.children import Child, Keeper
 from aitbc_miner.config import Config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
 from aitbc_miner.control import Request
@@ -24,8 +22,6 @@ from aitbc_miner.coordinator.connect import connect, proxy_of
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.gpuview import gpu_view
 from aitbc_miner.heartbeat.loop import run_heartbeat
-from aitbc_miner.historian import Wrote
-from aitbc_miner.history import read_history
 from aitbc_miner.identity.credentials import credential_of_root
 from aitbc_miner.ipc.channel import Allowance, Channel
 from aitbc_miner.ipc.messages import (
@@ -40,7 +36,6 @@ from aitbc_miner.ipc.messages import (
     ToHeartbeat,
     ToWorker,
 )
-from aitbc_miner.orphans import WorkerBook
 from aitbc_miner.probe.topology import read_machine
 from aitbc_miner.queue_shared import open_shared
 from aitbc_miner.requirements import Place, foreign, require
@@ -48,10 +43,15 @@ from aitbc_miner.runnerset import RunnerSet
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_unallocated, resolve
 from aitbc_miner.slotgroup import SlotGroup
-from aitbc_miner.slots import Layout, SlotPlan, make_offer
 from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out
 from aitbc_miner.store.records import PASSABLE
-from aitbc_miner.supervisor import Parts, Supervisor
+from aitbc_miner.supervisor.adoption import WorkerBook
+from aitbc_miner.supervisor.allowing import judge
+from aitbc_miner.supervisor.children import Child, Keeper
+from aitbc_miner.supervisor.historian import Wrote
+from aitbc_miner.supervisor.history import read_history
+from aitbc_miner.supervisor.loop import Parts, Supervisor
+from aitbc_miner.supervisor.running_slot import Layout, SlotPlan, make_offer
 from aitbc_miner.util import clock, fs, log
 from aitbc_miner.util.locks import HeldError, Locks
 from aitbc_miner.util.notify import Notifier

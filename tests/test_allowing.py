@@ -13,10 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from aitbc_miner import allowing, children
-from aitbc_miner.allowing import Examiner, judge
 from aitbc_miner.allowlist.entries import load_allowlist
-from aitbc_miner.children import Errands
 from aitbc_miner.config import CliRunner as Settings
 from aitbc_miner.control import Answer, Judged, Refusal, Reply, Request
 from aitbc_miner.errors import JobError
@@ -26,6 +23,9 @@ from aitbc_miner.jobs import Inputs, Manifest
 from aitbc_miner.runners import JobPaths
 from aitbc_miner.runners.cli import CliRunner
 from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.supervisor import allowing, children
+from aitbc_miner.supervisor.allowing import Examiner, judge
+from aitbc_miner.supervisor.children import Errands
 from aitbc_miner.util import clock
 
 DEADLINE_S = 20.0

@@ -11,7 +11,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner.children import LAST_WORDS, Child, Keeper
 from aitbc_miner.errors import MinerError
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import (
@@ -24,6 +23,7 @@ from aitbc_miner.ipc.messages import (
     NodeView,
     Starved,
 )
+from aitbc_miner.supervisor.children import LAST_WORDS, Child, Keeper
 from aitbc_miner.util import clock
 from aitbc_miner.util.signals import signal_name
 from tools.local_node import wait_until

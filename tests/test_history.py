@@ -17,18 +17,19 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner import children, ctl, historian, history
-from aitbc_miner.children import Errands
+from aitbc_miner import ctl
 from aitbc_miner.control import LATER_S, Answer, Done, History, Refusal, Reply, Request
 from aitbc_miner.ctlview import plain
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.historian import Historian, Wrote
 from aitbc_miner.historyview import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.store import database
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.ledger import Accounts, JobAccount, Total, Totals
+from aitbc_miner.supervisor import children, historian, history
+from aitbc_miner.supervisor.children import Errands
+from aitbc_miner.supervisor.historian import Historian, Wrote
 from aitbc_miner.util import clock
 
 DEADLINE_S = 20.0

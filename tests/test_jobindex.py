@@ -4,8 +4,8 @@ import pytest
 
 from aitbc_miner.ipc.channel import MAX_LINE, MAX_UNFINISHED, ExcessError
 from aitbc_miner.ipc.messages import JobUpdate
-from aitbc_miner.jobindex import KEPT, JobIndex
 from aitbc_miner.jobs import State
+from aitbc_miner.supervisor.job_index import KEPT, JobIndex
 
 
 def test_of_finished_jobs_the_last_ones_are_remembered() -> None:

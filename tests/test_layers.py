@@ -45,20 +45,20 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "supervisor": {
-            "aitbc_miner.allowing",
-            "aitbc_miner.children",
-            "aitbc_miner.desk",
-            "aitbc_miner.historian",
-            "aitbc_miner.jobindex",
-            "aitbc_miner.jobuse",
-            "aitbc_miner.orphans",
-            "aitbc_miner.reloading",
-            "aitbc_miner.slots",
-            "aitbc_miner.slotset",
-            "aitbc_miner.stopping",
-            "aitbc_miner.storage",
-            "aitbc_miner.supervisor",
-            "aitbc_miner.sweeping",
+            "aitbc_miner.supervisor.allowing",
+            "aitbc_miner.supervisor.children",
+            "aitbc_miner.supervisor.control_api",
+            "aitbc_miner.supervisor.historian",
+            "aitbc_miner.supervisor.job_index",
+            "aitbc_miner.supervisor.job_use",
+            "aitbc_miner.supervisor.adoption",
+            "aitbc_miner.supervisor.reload",
+            "aitbc_miner.supervisor.running_slot",
+            "aitbc_miner.supervisor.slot_pool",
+            "aitbc_miner.supervisor.shutdown",
+            "aitbc_miner.supervisor.disk_watch",
+            "aitbc_miner.supervisor.loop",
+            "aitbc_miner.supervisor.sweep",
         },
         "worker": {
             "aitbc_miner.worker.causes",
@@ -101,7 +101,7 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "coordinator": {"aitbc_miner.coordinator"},
-        "control socket": {"aitbc_miner.control", "aitbc_miner.history"},
+        "control socket": {"aitbc_miner.control", "aitbc_miner.supervisor.history"},
         "telemetry": {
             "aitbc_miner.telemetry.counters",
             "aitbc_miner.telemetry.pages",
@@ -292,7 +292,7 @@ def test_what_is_shipped_needs_neither_tests_nor_tools(module: str) -> None:
 def test_the_supervisor_loads_no_network_code() -> None:
     """By what its modules import in turn; the node itself forks the other processes and so loads all."""
     seen: set[str] = set()
-    waiting = ["supervisor"]
+    waiting = ["supervisor.loop"]
     foreign: set[str] = set()
     while waiting:
         module = waiting.pop()

@@ -15,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.children import Child
 from aitbc_miner.ipc.messages import FromWorker
+from aitbc_miner.supervisor.children import Child
 from aitbc_miner.util.log import (
     BACKLOG_BYTES,
     MASK,

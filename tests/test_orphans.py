@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.orphans import WorkerBook, children, end_worker, kill_strangers, works_in
-from aitbc_miner.supervisor import Supervisor
+from aitbc_miner.supervisor.adoption import WorkerBook, children, end_worker, kill_strangers, works_in
+from aitbc_miner.supervisor.loop import Supervisor
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
 from tools.local_node import wait_until

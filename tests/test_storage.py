@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner import storage
-from aitbc_miner.children import Errands, Main
 from aitbc_miner.config import Workspace
 from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import SpaceWanted, Sweepable, Swept
-from aitbc_miner.storage import AGAIN_S, MIB, Storage
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import MARK
-from aitbc_miner.sweeping import Sweep
+from aitbc_miner.supervisor import disk_watch
+from aitbc_miner.supervisor.children import Errands, Main
+from aitbc_miner.supervisor.disk_watch import AGAIN_S, MIB, Storage
+from aitbc_miner.supervisor.sweep import Sweep
 from aitbc_miner.util import clock, fs
 
 LEAST, RESERVE = 160, 1
@@ -239,9 +239,9 @@ def test_the_child_fills_the_reserve_and_says_why_it_cannot(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     pipe = SimpleNamespace(close=lambda: None)
-    storage._fill(Workspace(tmp_path, reserve_mb=1), pipe)  # type: ignore[arg-type]
+    disk_watch._fill(Workspace(tmp_path, reserve_mb=1), pipe)  # type: ignore[arg-type]
     assert reserve.lacking(tmp_path, 1).size == 0
-    storage._fill(Workspace(tmp_path / "none", reserve_mb=1), pipe)  # type: ignore[arg-type]
+    disk_watch._fill(Workspace(tmp_path / "none", reserve_mb=1), pipe)  # type: ignore[arg-type]
     [record] = caplog.records
     assert record.getMessage() == "no reserve"
 

@@ -12,7 +12,7 @@ import pytest
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.jobs import FINAL, State, StateRecord
 from aitbc_miner.store.records import Records
-from aitbc_miner.sweeping import LEAVING, Sweep, sweep
+from aitbc_miner.supervisor.sweep import LEAVING, Sweep, sweep
 from aitbc_miner.util import fs
 
 SIZE = 1 << 20

@@ -11,7 +11,7 @@ import msgspec
 import psutil
 
 from aitbc_miner.cgroup.group import CgroupError, Group
-from aitbc_miner.orphans import WorkerName
+from aitbc_miner.supervisor.adoption import WorkerName
 from aitbc_miner.util.system import process_start
 from tools.fault_plan import Whom
 from tools.local_node import LocalNode, wait_until

@@ -15,13 +15,13 @@ from aitbc_miner.agent.recovery import recover
 from aitbc_miner.errors import JobError
 from aitbc_miner.historyview import csv_lines, history_page, json_lines
 from aitbc_miner.jobs import ArtifactSpec, Outcome, StateRecord
-from aitbc_miner.orphans import WorkerBook, WorkerName
 from aitbc_miner.queue import Kind, QueueError, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
 from aitbc_miner.store.database import Database, DatabaseError
 from aitbc_miner.store.ledger import Accounts, JobAccount
 from aitbc_miner.store.ledger import Totals as Sums
 from aitbc_miner.store.records import MANIFEST, OUTCOME, STATE, RecordError, Records, pretty
+from aitbc_miner.supervisor.adoption import WorkerBook, WorkerName
 from aitbc_miner.telemetry.counters import Counters, Totals
 from aitbc_miner.util.system import process_start
 from aitbc_miner.worker import cleanup

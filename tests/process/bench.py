@@ -10,7 +10,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner.children import Child
 from aitbc_miner.config import Config, Coordinator, Workspace
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import FromWorker, JobEnded, StartJob, ToWorker, WorkerReady
@@ -19,6 +18,7 @@ from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, ended_badly
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.store.records import Records
+from aitbc_miner.supervisor.children import Child
 from aitbc_miner.task import Report
 from aitbc_miner.util import clock
 from aitbc_miner.worker.loop import Settings, Worker

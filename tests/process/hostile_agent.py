@@ -14,7 +14,6 @@ from typing import Any
 import msgspec
 
 from aitbc_miner import node
-from aitbc_miner.children import Keeper
 from aitbc_miner.config import load_config
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import (
@@ -29,7 +28,8 @@ from aitbc_miner.ipc.messages import (
     Ticket,
 )
 from aitbc_miner.jobs import State
-from aitbc_miner.supervisor import Parts
+from aitbc_miner.supervisor.children import Keeper
+from aitbc_miner.supervisor.loop import Parts
 
 BIG = "x" * 1_000_000
 

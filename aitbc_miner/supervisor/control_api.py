@@ -31,11 +31,11 @@ from aitbc_miner.ipc.messages import (
     Starved,
     Ticket,
 )
-from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.jobs import JobUse, State, directory_of, valid_job_id
-from aitbc_miner.jobuse import Said, use_of
 from aitbc_miner.slot import SlotState
-from aitbc_miner.slots import RunningSlot
+from aitbc_miner.supervisor.job_index import JobIndex
+from aitbc_miner.supervisor.job_use import Said, use_of
+from aitbc_miner.supervisor.running_slot import RunningSlot
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.build import build
 

@@ -14,12 +14,8 @@ from typing import Any, TypeVar
 
 from msgspec import Struct
 
-from aitbc_miner.allowing import Examiner
-from aitbc_miner.children import Errands, Keeper, Main
 from aitbc_miner.config import Config
 from aitbc_miner.control import ControlServer, Problem, Request, Source
-from aitbc_miner.desk import Desk, RetryDesk
-from aitbc_miner.historian import Historian
 from aitbc_miner.ipc.channel import ExcessError
 from aitbc_miner.ipc.messages import (
     CancelJob,
@@ -47,15 +43,19 @@ from aitbc_miner.ipc.messages import (
     Sweepable,
     Troubles,
 )
-from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.jobs import State
-from aitbc_miner.orphans import WorkerBook, kill_strangers
-from aitbc_miner.reloading import Reloader
 from aitbc_miner.slot import Cancel, Slot
-from aitbc_miner.slots import Layout, Outcomes, SlotPlan
-from aitbc_miner.slotset import SlotSet
-from aitbc_miner.stopping import Stopping
-from aitbc_miner.storage import Storage
+from aitbc_miner.supervisor.adoption import WorkerBook, kill_strangers
+from aitbc_miner.supervisor.allowing import Examiner
+from aitbc_miner.supervisor.children import Errands, Keeper, Main
+from aitbc_miner.supervisor.control_api import Desk, RetryDesk
+from aitbc_miner.supervisor.disk_watch import Storage
+from aitbc_miner.supervisor.historian import Historian
+from aitbc_miner.supervisor.job_index import JobIndex
+from aitbc_miner.supervisor.reload import Reloader
+from aitbc_miner.supervisor.running_slot import Layout, Outcomes, SlotPlan
+from aitbc_miner.supervisor.shutdown import Stopping
+from aitbc_miner.supervisor.slot_pool import SlotSet
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.log import flush as flush_log

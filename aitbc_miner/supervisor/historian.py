@@ -1,4 +1,4 @@
-"""Has the history of jobs read for the operator, by a child (`history.py`), for that may take its time.
+"""Has the history of jobs read for the operator, by a child (supervisor/history.py): that may take its time.
 
 What that finds goes into memory which the supervisor has made for it, and hands on to the client unread.
 """
@@ -11,8 +11,8 @@ from typing import Any
 
 from msgspec import Struct
 
-from aitbc_miner.children import Child, Errands
 from aitbc_miner.control import LATER_S, History, Later, Refusal, Request
+from aitbc_miner.supervisor.children import Child, Errands
 from aitbc_miner.util import clock
 
 MAX_AT_ONCE = 4

@@ -1,7 +1,7 @@
 """The jobs' disk, as the supervisor watches it: whether there is room for more jobs, and who makes some.
 
 Only looks here (statvfs, a few names); what takes time is done by one child at a time: a sweep
-(`sweeping.py`), or filling the reserve up again.
+(`supervisor/sweep.py`), or filling the reserve up again.
 """
 
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from math import inf
 from multiprocessing.connection import Connection
 from typing import Any
 
-from aitbc_miner.children import Errands, Main
 from aitbc_miner.config import Workspace
 from aitbc_miner.control import Problem
 from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import Retuned, SpaceWanted, Sweepable, Swept
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import MARK
-from aitbc_miner.sweeping import Sweep, sweep
+from aitbc_miner.supervisor.children import Errands, Main
+from aitbc_miner.supervisor.sweep import Sweep, sweep
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 

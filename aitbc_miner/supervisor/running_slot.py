@@ -11,7 +11,6 @@ import msgspec
 from msgspec import Struct
 
 from aitbc_miner.cgroup.group import CgroupError, Group
-from aitbc_miner.children import Child, Main
 from aitbc_miner.ipc.messages import (
     END_SIGNALS,
     FromWorker,
@@ -29,7 +28,6 @@ from aitbc_miner.ipc.messages import (
     WorkerRefused,
 )
 from aitbc_miner.jobs import State
-from aitbc_miner.jobuse import Said
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slot import (
     Action,
@@ -53,6 +51,8 @@ from aitbc_miner.slot import (
     step,
 )
 from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.supervisor.children import Child, Main
+from aitbc_miner.supervisor.job_use import Said
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start

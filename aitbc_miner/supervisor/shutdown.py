@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from aitbc_miner.children import Keeper
 from aitbc_miner.config import Config
-from aitbc_miner.desk import Desk
 from aitbc_miner.ipc.messages import Stop
-from aitbc_miner.jobindex import JobIndex
 from aitbc_miner.slot import Cancel
-from aitbc_miner.slotset import HOLDING, SlotSet
+from aitbc_miner.supervisor.children import Keeper
+from aitbc_miner.supervisor.control_api import Desk
+from aitbc_miner.supervisor.job_index import JobIndex
+from aitbc_miner.supervisor.slot_pool import HOLDING, SlotSet
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.notify import Notifier
