@@ -24,7 +24,7 @@ from aitbc_miner.runners.catalogue import Task, list_tasks
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, cannot_import, find_interpreter
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, group_of, resolve
 from aitbc_miner.services import Service, read_services
-from aitbc_miner.slotspec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
+from aitbc_miner.slots.spec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
 from aitbc_miner.supervisor.running_slot import Layout
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util.dropins import drop_ins

@@ -16,7 +16,7 @@ from aitbc_miner.errors import MinerError
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.sandbox.bubblewrap import why_not
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.worker.launch import slot_sandbox
 
 CONTAINER_MARKS = ("/run/systemd/container", "/.dockerenv", "/run/.containerenv")

@@ -18,7 +18,7 @@ from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, Machine
 from aitbc_miner.reaching import look, unused_proxy
 from aitbc_miner.sandbox.bubblewrap import Sandbox, lacking_packages, why_not
 from aitbc_miner.sandbox.users import Identity, job_user
-from aitbc_miner.slotspec import derive_slots, read_slots
+from aitbc_miner.slots.spec import derive_slots, read_slots
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util.yamldoc import Fault
 

@@ -42,8 +42,8 @@ from aitbc_miner.requirements import Place, foreign, require
 from aitbc_miner.runnerset import RunnerSet
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_unallocated, resolve
-from aitbc_miner.slotgroup import SlotGroup
-from aitbc_miner.slotspec import SlotSpec, derive_slots, lay_out
+from aitbc_miner.slots.cgroups import SlotGroup
+from aitbc_miner.slots.spec import SlotSpec, derive_slots, lay_out
 from aitbc_miner.store.records import PASSABLE
 from aitbc_miner.supervisor.adoption import WorkerBook
 from aitbc_miner.supervisor.allowing import judge

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from aitbc_miner.cgroup.group import CgroupError, Group, find_mount
-from aitbc_miner.cgrouplimits import limit_job
 from aitbc_miner.checks import machine_facts, slots_for
 from aitbc_miner.config import Config, load_config
 from aitbc_miner.confinement import find_sandbox
@@ -22,7 +21,8 @@ from aitbc_miner.runners import JobPaths, job_env
 from aitbc_miner.sandbox.bubblewrap import HOME, Sandbox, enclose
 from aitbc_miner.sandbox.spawn import Job, become_subreaper, spawn
 from aitbc_miner.sandbox.users import Identity, resolve
-from aitbc_miner.slotspec import SlotSpec, derive_slots
+from aitbc_miner.slots.cgroup_limits import limit_job
+from aitbc_miner.slots.spec import SlotSpec, derive_slots
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util import fs
 from aitbc_miner.util.limits import plan_limits

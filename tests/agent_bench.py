@@ -31,7 +31,7 @@ from aitbc_miner.ipc.messages import (
 from aitbc_miner.jobs import Artifact, Outcome, State
 from aitbc_miner.queue import Claim, Kind, QueueError, Task
 from aitbc_miner.queue_sqlite import SqliteQueue
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.ledger import Accounts
 from aitbc_miner.util import clock

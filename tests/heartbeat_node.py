@@ -26,7 +26,7 @@ from aitbc_miner.ipc.messages import (
     Stop,
     ToHeartbeat,
 )
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from aitbc_miner.util import clock
 
 LONG_S = 20.0

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from aitbc_miner.jobs import ExitStatus, Manifest
 from aitbc_miner.runners import JobPaths, Verdict
 from aitbc_miner.runners.python import PythonRunner
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.task import Report, ReportReader
 
 DEADLINE_S = 60

@@ -14,8 +14,8 @@ import pytest
 from aitbc_miner.cgroup import delegation
 from aitbc_miner.cgroup.delegation import LEAF, prepare
 from aitbc_miner.cgroup.group import CgroupError, CpuUsage, Group, Mount, find_mount, own_group
-from aitbc_miner.slotgroup import WORKER_MEMORY, SlotGroup
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.cgroups import WORKER_MEMORY, SlotGroup
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util import limits
 
 HYBRID = """\
@@ -149,7 +149,7 @@ def limits_of(slot: SlotGroup) -> dict[str, str]:
 
 
 def test_enforce_writes_each_limit_on_slot_or_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("aitbc_miner.cgrouplimits.disk_of", lambda path: "8:0")
+    monkeypatch.setattr("aitbc_miner.slots.cgroup_limits.disk_of", lambda path: "8:0")
     slot = fake_slot(tmp_path)
     spec = SlotSpec(
         name="cpu0",

@@ -10,7 +10,7 @@ from aitbc_miner.control import Files, Later, Refusal, Reply, Request, Status
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, JobUpdate, Offer, SlotView
 from aitbc_miner.jobs import State
-from aitbc_miner.slot import Slot, SlotState
+from aitbc_miner.slots.state import Slot, SlotState
 from aitbc_miner.supervisor.control_api import DEATH_SHOWN_S, Desk
 from aitbc_miner.supervisor.job_index import JobIndex
 from aitbc_miner.util import clock

@@ -40,7 +40,7 @@ from aitbc_miner.ipc.messages import (
     TokenWanted,
     Troubles,
 )
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from aitbc_miner.telemetry.counters import FILE
 from aitbc_miner.util import clock
 from tools.mock_aitbc import MockAitbc

@@ -131,14 +131,14 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.store.ledger",
             "aitbc_miner.jobs",
             "aitbc_miner.ipc.messages",
-            "aitbc_miner.placing",
+            "aitbc_miner.slots.placement",
             "aitbc_miner.identity.receipts",
             "aitbc_miner.store.records",
             "aitbc_miner.store.reserve",
             "aitbc_miner.agent.retry_policy",
             "aitbc_miner.serviceresult",
             "aitbc_miner.services",
-            "aitbc_miner.slot",
+            "aitbc_miner.slots.state",
         },
         "queue": {"aitbc_miner.queue", "aitbc_miner.queue_redis", "aitbc_miner.queue_sqlite"},
     },
@@ -153,7 +153,7 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.config",
             "aitbc_miner.configvalues",
             "aitbc_miner.identity.credentials",
-            "aitbc_miner.slotspec",
+            "aitbc_miner.slots.spec",
         },
         "discovery": {
             "aitbc_miner.gpu",
@@ -168,11 +168,15 @@ LAYERS: list[dict[str, set[str]]] = [
     {
         "cgroup": {
             "aitbc_miner.cgroup.group",
-            "aitbc_miner.cgrouplimits",
+            "aitbc_miner.slots.cgroup_limits",
             "aitbc_miner.cgroup.delegation",
-            "aitbc_miner.slotgroup",
+            "aitbc_miner.slots.cgroups",
         },
-        "the machine": {"aitbc_miner.fitting", "aitbc_miner.layout", "aitbc_miner.probe.topology"},
+        "the machine": {
+            "aitbc_miner.slots.fit",
+            "aitbc_miner.slots.cpu_layout",
+            "aitbc_miner.probe.topology",
+        },
     },
     {
         "util": {
@@ -305,7 +309,7 @@ def test_the_supervisor_loads_no_network_code() -> None:
                 foreign.add(target.partition(".")[0])
             elif ours:
                 waiting.append(ours)
-    assert "slot" in seen
+    assert "slots.state" in seen
     assert (
         foreign & {"requests", "requests_toolbelt", "urllib3", "http", "ssl", "threading", "asyncio"} == set()
     )

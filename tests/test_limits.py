@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from aitbc_miner.errors import MinerError
-from aitbc_miner.slotspec import IoNice, SlotSpec
+from aitbc_miner.slots.spec import IoNice, SlotSpec
 from aitbc_miner.util.limits import (
     FALLBACK_IONICE,
     ProcessLimits,

@@ -13,7 +13,7 @@ from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Inputs, InputUrl, Manifest
 from aitbc_miner.runners import JobPaths, Launch, Runner, job_env, printable, shortest
 from aitbc_miner.runners.cli import CliRunner, input_names
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.spec import SlotSpec
 
 PATHS = JobPaths(Path("/jobs/j1"))
 GPU = {"CUDA_VISIBLE_DEVICES": "GPU-1"}

@@ -9,7 +9,7 @@ from msgspec.structs import replace
 
 from aitbc_miner.ipc.messages import CancelJob, StartJob
 from aitbc_miner.jobs import State
-from aitbc_miner.slot import (
+from aitbc_miner.slots.state import (
     MOVES,
     Action,
     Adopt,

@@ -9,8 +9,8 @@ from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.channel import MAX_WAITING, ExcessError
 from aitbc_miner.ipc.messages import FoundJob, Ticket
 from aitbc_miner.jobs import Requirements, State
-from aitbc_miner.slot import Assign, Ended, Slot, SlotState
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.state import Assign, Ended, Slot, SlotState
 from aitbc_miner.supervisor.adoption import WorkerBook
 from aitbc_miner.supervisor.running_slot import Outcomes, SlotPlan, make_offer
 from aitbc_miner.supervisor.slot_pool import SlotSet

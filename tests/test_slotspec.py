@@ -14,7 +14,7 @@ from aitbc_miner.checks import Checker
 from aitbc_miner.config import load_config
 from aitbc_miner.gpu import GpuList
 from aitbc_miner.probe.topology import MachineFacts, NumaNode
-from aitbc_miner.slotspec import (
+from aitbc_miner.slots.spec import (
     IoNice,
     SlotFile,
     SlotKeys,
@@ -221,7 +221,7 @@ def test_no_machine_is_rented_out_by_mistake(
 def test_the_machine_is_derived_where_nothing_was_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aitbc_miner.slotspec.SLOTS_DIR", tmp_path / "slots.d")
+    monkeypatch.setattr("aitbc_miner.slots.spec.SLOTS_DIR", tmp_path / "slots.d")
     faults: list[Fault] = []
     assert read_slots(tmp_path / "slots.d", faults) == []
     (tmp_path / "slots.d").mkdir()

@@ -17,7 +17,7 @@ from aitbc_miner.coordinator import CoordinatorError, Gone, PulledJob, Refused
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CancelJob, JobReady, Slots, SlotView
 from aitbc_miner.jobs import ManifestError, State
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 
 ODD: list[Exception] = [
     ValueError("odd"),

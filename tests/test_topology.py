@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from aitbc_miner.checks import machine_facts
 from aitbc_miner.gpu import GpuInfo, GpuList, MigInstance
-from aitbc_miner.layout import Want, cores_of, divide, memory_nodes
 from aitbc_miner.probe.topology import MachineFacts, NumaNode, read_machine
-from aitbc_miner.slotspec import derive_slots
+from aitbc_miner.slots.cpu_layout import Want, cores_of, divide, memory_nodes
+from aitbc_miner.slots.spec import derive_slots
 from aitbc_miner.util.units import format_cpus, parse_cpus
 
 G = 1 << 30

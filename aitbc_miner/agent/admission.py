@@ -28,7 +28,7 @@ from aitbc_miner.coordinator import (
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.ipc.messages import Offer, Ticket
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, State, StateRecord, decode_manifest
-from aitbc_miner.placing import refuse_hopeless, ticket_for
+from aitbc_miner.slots.placement import refuse_hopeless, ticket_for
 from aitbc_miner.store.records import BUILDING, JobDir, RecordError, Records
 from aitbc_miner.store.reserve import disk_error
 from aitbc_miner.util import clock

@@ -51,7 +51,7 @@ from aitbc_miner.ipc.messages import (
 )
 from aitbc_miner.probe.machine import capabilities, probe_machine
 from aitbc_miner.runners.catalogue import TaskWatch
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from aitbc_miner.telemetry.metrics import Metrics, Snapshot, Upkeep
 from aitbc_miner.telemetry.pages import Served
 from aitbc_miner.telemetry.sampling import GpuWatch, Sampler, inventory

@@ -18,7 +18,7 @@ from aitbc_miner.util.trust import may_be_set
 
 if TYPE_CHECKING:
     # The child of every task imports this package, and reading YAML would make it a third slower to start.
-    from aitbc_miner.slotspec import SlotSpec
+    from aitbc_miner.slots.spec import SlotSpec
 
 
 class Launch(Struct, frozen=True):

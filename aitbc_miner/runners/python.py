@@ -13,7 +13,7 @@ from aitbc_miner.runners import JobPaths, Launch, Verdict, ended_badly, job_env,
 from aitbc_miner.runners.interpreter import Interpreter, find_interpreter
 from aitbc_miner.runners.task_child import MESSAGE_MAX, Order
 from aitbc_miner.sandbox.spawn import REPORT_FD
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.task import REPORT_VARIABLE, Progress, Report, TaskFailure
 from aitbc_miner.util.nesting import MAX_NESTING, too_deep
 from aitbc_miner.util.trust import distrust, distrust_tree

@@ -32,7 +32,7 @@ from aitbc_miner.ipc.messages import (
     Ticket,
 )
 from aitbc_miner.jobs import JobUse, State, directory_of, valid_job_id
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from aitbc_miner.supervisor.job_index import JobIndex
 from aitbc_miner.supervisor.job_use import Said, use_of
 from aitbc_miner.supervisor.running_slot import RunningSlot

@@ -44,7 +44,7 @@ from aitbc_miner.ipc.messages import (
     Troubles,
 )
 from aitbc_miner.jobs import State
-from aitbc_miner.slot import Cancel, Slot
+from aitbc_miner.slots.state import Cancel, Slot
 from aitbc_miner.supervisor.adoption import WorkerBook, kill_strangers
 from aitbc_miner.supervisor.allowing import Examiner
 from aitbc_miner.supervisor.children import Errands, Keeper, Main

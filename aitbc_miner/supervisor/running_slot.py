@@ -1,4 +1,4 @@
-"""The slots of a running node: each one's rules (`slot.py`), its worker's process, and what it offers."""
+"""The slots of a running node: each one's rules (slots/state.py), its worker process, and what it offers."""
 
 import contextlib
 import math
@@ -29,7 +29,8 @@ from aitbc_miner.ipc.messages import (
 )
 from aitbc_miner.jobs import State
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.slot import (
+from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.state import (
     Action,
     Died,
     Ended,
@@ -50,7 +51,6 @@ from aitbc_miner.slot import (
     Unusable,
     step,
 )
-from aitbc_miner.slotspec import SlotSpec
 from aitbc_miner.supervisor.children import Child, Main
 from aitbc_miner.supervisor.job_use import Said
 from aitbc_miner.util import clock, fs

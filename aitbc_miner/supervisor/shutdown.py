@@ -4,7 +4,7 @@ from typing import Any
 
 from aitbc_miner.config import Config
 from aitbc_miner.ipc.messages import Stop
-from aitbc_miner.slot import Cancel
+from aitbc_miner.slots.state import Cancel
 from aitbc_miner.supervisor.children import Keeper
 from aitbc_miner.supervisor.control_api import Desk
 from aitbc_miner.supervisor.job_index import JobIndex

@@ -6,8 +6,19 @@ from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.errors import JobError
 from aitbc_miner.ipc.channel import MAX_WAITING, ExcessError
 from aitbc_miner.ipc.messages import FoundJob, Stop, Ticket
-from aitbc_miner.placing import place, refuse_hopeless
-from aitbc_miner.slot import Adopt, Assign, Begin, Cancel, Event, Retire, Slot, SlotState, Tick, Unretire
+from aitbc_miner.slots.placement import place, refuse_hopeless
+from aitbc_miner.slots.state import (
+    Adopt,
+    Assign,
+    Begin,
+    Cancel,
+    Event,
+    Retire,
+    Slot,
+    SlotState,
+    Tick,
+    Unretire,
+)
 from aitbc_miner.supervisor.adoption import WorkerBook, end_worker, works_in
 from aitbc_miner.supervisor.running_slot import Outcomes, RunningSlot, SlotPlan
 from aitbc_miner.util.log import events

@@ -23,7 +23,7 @@ from aitbc_miner import __version__
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.gpu import GpuUsage
 from aitbc_miner.ipc.messages import NodeView, SlotView
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from aitbc_miner.telemetry.counters import BOUNDS, Counters
 from aitbc_miner.telemetry.sampling import Use
 from aitbc_miner.util import clock

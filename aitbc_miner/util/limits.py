@@ -20,7 +20,7 @@ from aitbc_miner.errors import MinerError
 
 if TYPE_CHECKING:
     # Only its attributes matter here; reading slots.d is far above this layer.
-    from aitbc_miner.slotspec import SlotSpec
+    from aitbc_miner.slots.spec import SlotSpec
 
 FALLBACK_IONICE = (int(psutil.IOPRIO_CLASS_BE), 7)
 """For io limits that nothing can hold: last among the ordinary ones. Idle would starve on a busy disk."""

@@ -16,7 +16,7 @@ from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, LogInfo, Manifest, O
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, last_line, shortest
 from aitbc_miner.sandbox.bubblewrap import HOME
 from aitbc_miner.sandbox.spawn import Job
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import JobDir, pretty
 from aitbc_miner.util import clock, fs

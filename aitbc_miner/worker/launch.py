@@ -17,8 +17,8 @@ from aitbc_miner.runners import Launch
 from aitbc_miner.sandbox.bubblewrap import Enclosed, Sandbox, enclose
 from aitbc_miner.sandbox.spawn import REPORT_FD, Job, spawn
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.slotgroup import SlotGroup
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.cgroups import SlotGroup
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util.limits import ProcessLimits
 from aitbc_miner.worker.monitor import Delays
 

@@ -28,8 +28,8 @@ from aitbc_miner.runners.interpreter import Interpreter
 from aitbc_miner.sandbox.bubblewrap import Sandbox
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.slotgroup import SlotGroup
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.cgroups import SlotGroup
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store.records import JobDir, Records
 from aitbc_miner.util.limits import plan_limits
 from aitbc_miner.util.log import events

@@ -16,7 +16,7 @@ from aitbc_miner.ipc.messages import FromWorker, JobEnded, StartJob, ToWorker, W
 from aitbc_miner.jobs import ExitStatus, Manifest, Outcome, State, StateRecord
 from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, ended_badly
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store.records import Records
 from aitbc_miner.supervisor.children import Child
 from aitbc_miner.task import Report

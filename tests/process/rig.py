@@ -12,7 +12,7 @@ from harness import Node, assert_once, wait_final
 from hostile_jobs import OK, cli
 
 from aitbc_miner.jobs import Outcome
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import Job

@@ -21,7 +21,7 @@ from aitbc_miner.ipc.messages import CancelJob, JobStep, StartJob
 from aitbc_miner.jobs import ExitStatus, Outcome
 from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util import clock
 from aitbc_miner.util.fs import Room
 from aitbc_miner.worker import cleanup, workspace

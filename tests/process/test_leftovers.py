@@ -19,7 +19,7 @@ from msgspec.structs import replace
 from aitbc_miner.cgroup.group import CgroupError, Group, find_mount, own_group
 from aitbc_miner.ipc.messages import StartJob
 from aitbc_miner.sandbox.users import UNALLOCATED, Identity
-from aitbc_miner.slotgroup import SlotGroup
+from aitbc_miner.slots.cgroups import SlotGroup
 from aitbc_miner.worker import cleanup
 
 needs_root = pytest.mark.xfail(os.geteuid() != 0, reason="only root can become another user", strict=True)

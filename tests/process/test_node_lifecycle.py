@@ -22,7 +22,7 @@ from harness import (
 
 from aitbc_miner.errors import EXIT_CONFIG
 from aitbc_miner.ipc.messages import SlotView
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import State

@@ -8,8 +8,8 @@ from msgspec.structs import replace
 
 from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import State
-from aitbc_miner.slot import Adopt, Cancel, SlotState, Tick, Timing
-from aitbc_miner.slotspec import SlotSpec
+from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.state import Adopt, Cancel, SlotState, Tick, Timing
 from aitbc_miner.supervisor.running_slot import Outcomes, RunningSlot, SlotPlan
 from aitbc_miner.util.system import process_start
 

@@ -17,7 +17,7 @@ import yaml
 from aitbc_miner.control import Request, Status, ask
 from aitbc_miner.ipc.messages import SlotView
 from aitbc_miner.sandbox.users import job_user
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from tools.local_node import wait_until
 from tools.marked_jobs import MarkedJobs, allow_programs
 from tools.mock_coordinator import MockCoordinator

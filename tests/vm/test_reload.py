@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from tools.local_node import wait_until
 from tools.mock_records import State
 from vm.machine import ETC, MAIN, WAIT_S, Machine, alive, hold, run

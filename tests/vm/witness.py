@@ -9,7 +9,7 @@ from typing import Any
 
 import psutil
 
-from aitbc_miner.slot import SlotState
+from aitbc_miner.slots.state import SlotState
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import Verdict

@@ -11,9 +11,9 @@ from msgspec import Meta, Struct
 from msgspec.structs import replace
 
 from aitbc_miner.config import SLOTS_DIR
-from aitbc_miner.fitting import misfits, shared_cpus
-from aitbc_miner.layout import Want, cores_of, divide, memory_nodes
 from aitbc_miner.probe.topology import MachineFacts
+from aitbc_miner.slots.cpu_layout import Want, cores_of, divide, memory_nodes
+from aitbc_miner.slots.fit import misfits, shared_cpus
 from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.trust import parse_bind
 from aitbc_miner.util.units import AUTO, CpuList, Percent, Size, format_cpus, format_size, parse_size

@@ -10,7 +10,7 @@ from aitbc_miner.util.units import format_cpus, format_size
 
 if TYPE_CHECKING:
     # Only its attributes matter here; reading slots.d is above this layer.
-    from aitbc_miner.slotspec import SlotSpec
+    from aitbc_miner.slots.spec import SlotSpec
 
 MIB = 1 << 20
 LEFT_TO_SYSTEM = 512 * MIB

@@ -12,7 +12,7 @@ from aitbc_miner.util.units import format_cpus
 
 if TYPE_CHECKING:
     # Only its attributes matter here; reading slots.d is far above this layer.
-    from aitbc_miner.slotspec import SlotSpec
+    from aitbc_miner.slots.spec import SlotSpec
 
 IO_RATES = ("rbps", "wbps", "riops", "wiops")
 IO_WEIGHTS = {"io.weight": 10_000, "io.bfq.weight": 1000}
