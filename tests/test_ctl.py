@@ -15,7 +15,6 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aitbc_miner import ctl
 from aitbc_miner.control import (
     Answer,
     ControlServer,
@@ -32,7 +31,8 @@ from aitbc_miner.control import (
     SlotStatus,
     Status,
 )
-from aitbc_miner.ctlview import amount, job_page, jobs_page, plain, slots_page, status_page
+from aitbc_miner.ctl import main as ctl
+from aitbc_miner.ctl.pages import amount, job_page, jobs_page, plain, slots_page, status_page
 from aitbc_miner.errors import CODES, ErrorCode
 from aitbc_miner.ipc.messages import CoordinatorView, Offer, SlotView
 from aitbc_miner.jobs import Artifact, ExitStatus, JobUse, LogInfo, Outcome, State, Usage
@@ -101,7 +101,7 @@ def environ(**more: str) -> dict[str, str]:
 
 
 def run(path: Path | str, *words: str, **more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(path), *words]
+    command = [sys.executable, "-m", "aitbc_miner.ctl.main", "--socket", str(path), *words]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=DEADLINE_S, env=environ(**more), check=False
     )
@@ -123,7 +123,7 @@ def child_in_time(*command: str) -> Iterator[subprocess.Popen[bytes]]:
 
 def on_terminal(path: Path, *words: str, **more: str) -> str:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(path), *words]
+    command = [sys.executable, "-m", "aitbc_miner.ctl.main", "--socket", str(path), *words]
     with subprocess.Popen(command, stdout=theirs, env=environ(TERM="xterm", **more)) as child:
         os.close(theirs)
         shown = b""
@@ -477,7 +477,7 @@ def test_logs_copies_bytes_as_they_are(served: Served, tmp_path: Path) -> None:
     log = tmp_path / "exec.log"
     log.write_bytes(bytes(range(256)) * 2000)
     served.desk.says(Files(row(State.RUNNING), ["exec.log"]), log)
-    command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(served.path), "logs", "j-1"]
+    command = [sys.executable, "-m", "aitbc_miner.ctl.main", "--socket", str(served.path), "logs", "j-1"]
     done = subprocess.run(command, capture_output=True, env=environ(), timeout=DEADLINE_S, check=True)
     assert done.stdout == log.read_bytes()
 
@@ -532,7 +532,16 @@ def test_follow_shows_a_line_without_asking_again(served: Served, tmp_path: Path
     log = tmp_path / "exec.log"
     log.write_text("first\n")
     served.desk.says(Files(row(State.RUNNING), ["exec.log"]), log)
-    command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(served.path), "logs", "-f", "j-1"]
+    command = [
+        sys.executable,
+        "-m",
+        "aitbc_miner.ctl.main",
+        "--socket",
+        str(served.path),
+        "logs",
+        "-f",
+        "j-1",
+    ]
     # As in the background of a script.
     with child_in_time("sh", "-c", "trap '' INT; exec \"$@\"", "sh", *command) as child:
         assert child.stdout
@@ -563,7 +572,7 @@ def test_a_reader_that_leaves_is_no_error(served: Served, tmp_path: Path) -> Non
     log = tmp_path / "exec.log"
     log.write_bytes(b"x" * (4 << 20))
     served.desk.says(Files(row(), ["exec.log"]), log)
-    command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(served.path), "logs", "j-1"]
+    command = [sys.executable, "-m", "aitbc_miner.ctl.main", "--socket", str(served.path), "logs", "j-1"]
     with child_in_time(*command) as child:
         assert child.stdout
         assert child.stderr
@@ -575,7 +584,7 @@ def test_a_reader_that_leaves_is_no_error(served: Served, tmp_path: Path) -> Non
 
 def test_a_full_disk_is_told(served: Served) -> None:
     served.desk.says(status())
-    command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(served.path), "status"]
+    command = [sys.executable, "-m", "aitbc_miner.ctl.main", "--socket", str(served.path), "status"]
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             command, stdout=full, stderr=subprocess.PIPE, env=environ(), timeout=DEADLINE_S, check=False
@@ -691,7 +700,7 @@ def test_no_miner_there(tmp_path: Path) -> None:
 
 
 def test_the_socket_of_the_configuration_s_variable_is_used(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "aitbc_miner.ctl", "status"]
+    command = [sys.executable, "-m", "aitbc_miner.ctl.main", "status"]
     path = str(tmp_path / "elsewhere.sock")
     done = subprocess.run(
         command,
@@ -787,7 +796,7 @@ def test_a_closed_socket_is_not_permitted(
 
 
 def test_it_imports_little() -> None:
-    code = "import sys, aitbc_miner.ctl; print(*sys.modules)"
+    code = "import sys, aitbc_miner.ctl.main; print(*sys.modules)"
     # Where the coverage of children is measured, what measures it would be seen as well.
     alone = {name: value for name, value in environ().items() if not name.startswith("COV")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=alone, check=True)

@@ -17,11 +17,11 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner import ctl
 from aitbc_miner.control import LATER_S, Answer, Done, History, Refusal, Reply, Request
-from aitbc_miner.ctlview import plain
+from aitbc_miner.ctl import main as ctl
+from aitbc_miner.ctl.history_page import csv_lines, history_page, json_lines, read_rows, read_totals
+from aitbc_miner.ctl.pages import plain
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.historyview import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.store import database

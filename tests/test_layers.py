@@ -22,11 +22,11 @@ LAYERS: list[dict[str, set[str]]] = [
     {
         "command line": {"aitbc_miner.main"},
         "operator's client": {
-            "aitbc_miner.ctl",
-            "aitbc_miner.ctlargs",
-            "aitbc_miner.ctlview",
-            "aitbc_miner.historyview",
-            "aitbc_miner.stopped",
+            "aitbc_miner.ctl.main",
+            "aitbc_miner.ctl.arguments",
+            "aitbc_miner.ctl.pages",
+            "aitbc_miner.ctl.history_page",
+            "aitbc_miner.ctl.stopped_node",
         },
     },
     {

@@ -66,7 +66,15 @@ class Site:
 
     def ctl(self, *words: str, config: Path | None = None) -> subprocess.CompletedProcess[str]:
         socket, config = self.root / "run" / "control.sock", config or self.config
-        command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(socket), "--config", str(config)]
+        command = [
+            sys.executable,
+            "-m",
+            "aitbc_miner.ctl.main",
+            "--socket",
+            str(socket),
+            "--config",
+            str(config),
+        ]
         return subprocess.run(
             [*command, *words], capture_output=True, text=True, timeout=DEADLINE_S, check=False
         )
@@ -130,7 +138,13 @@ def test_a_job_that_is_not_there(site: Site) -> None:
 
 @pytest.mark.xfail(os.geteuid() != 0, reason="only root can become another user", strict=True)
 def test_who_may_not_read_is_told(site: Site) -> None:
-    command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(site.root / "run" / "control.sock")]
+    command = [
+        sys.executable,
+        "-m",
+        "aitbc_miner.ctl.main",
+        "--socket",
+        str(site.root / "run" / "control.sock"),
+    ]
     command += ["--config", str(site.config)]
     for verb, mode in (("jobs", 0o644), ("history", 0o644), ("jobs", 0o640)):
         site.config.chmod(mode)

@@ -12,8 +12,8 @@ import msgspec
 from hypothesis import strategies as st
 
 from aitbc_miner.agent.recovery import recover
+from aitbc_miner.ctl.history_page import csv_lines, history_page, json_lines
 from aitbc_miner.errors import JobError
-from aitbc_miner.historyview import csv_lines, history_page, json_lines
 from aitbc_miner.jobs import ArtifactSpec, Outcome, StateRecord
 from aitbc_miner.queue import Kind, QueueError, Task
 from aitbc_miner.queue_sqlite import SqliteQueue

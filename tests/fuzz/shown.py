@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from requests_toolbelt import MultipartEncoder
 
-from aitbc_miner import ctl, ctlview, historyview
 from aitbc_miner.control import Answer, JobRow, Request
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
+from aitbc_miner.ctl import history_page, pages
+from aitbc_miner.ctl import main as ctl
 from aitbc_miner.errors import JobError
 from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Artifact, Outcome, State
@@ -37,7 +38,7 @@ from fuzz.said import MANIFESTS, framed
 from fuzz.shapes import encoded
 
 SECRET = "s3cr3t/\"t0k\\en'"
-PAINT = ctlview.plain
+PAINT = pages.plain
 
 
 # --- log lines ---------------------------------------------------------------------------------------------
@@ -87,7 +88,7 @@ def _job_page(data: bytes) -> None:
     }
     with only(size=len(data)), contextlib.redirect_stderr(io.StringIO()) as told:
         records = ctl._records(files)
-        page = ctlview.job_page(JobRow("job-1", State.DONE), records, PAINT)
+        page = pages.job_page(JobRow("job-1", State.DONE), records, PAINT)
         assert not raw(page + told.getvalue(), "\n")
         assert not raw(ctl._json({"job": None, **records}), "\n")
 
@@ -95,9 +96,9 @@ def _job_page(data: bytes) -> None:
 def _history(data: bytes) -> None:
     file = io.BytesIO(data)
     with only(msgspec.DecodeError, ValueError, RecursionError, size=len(data)):
-        totals, rows = historyview.read_totals(file), [*historyview.read_rows(file)]
-        page = historyview.history_page(totals, 86_400.0, PAINT)
-        lines = [*historyview.csv_lines(rows), *historyview.json_lines(1.0, totals, rows)]
+        totals, rows = history_page.read_totals(file), [*history_page.read_rows(file)]
+        page = history_page.history_page(totals, 86_400.0, PAINT)
+        lines = [*history_page.csv_lines(rows), *history_page.json_lines(1.0, totals, rows)]
         assert not raw("".join((page, *lines)), "\n")
 
 

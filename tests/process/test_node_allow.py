@@ -19,7 +19,7 @@ operands: [{value: input, max: 3}]
 
 
 def allow(node: Node, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(node.socket), "allow", *words]
+    command = [sys.executable, "-m", "aitbc_miner.ctl.main", "--socket", str(node.socket), "allow", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 

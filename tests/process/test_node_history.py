@@ -17,7 +17,7 @@ WAIT_S = 120.0
 
 
 def ctl(node: Node, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(node.socket), *words]
+    command = [sys.executable, "-m", "aitbc_miner.ctl.main", "--socket", str(node.socket), *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, check=False)
 
 

@@ -97,7 +97,7 @@ def test_what_is_wrong_changes_nothing(node: Node) -> None:
     assert answer.exit_code == EXIT_CONFIG
     assert "slots.yaml:2" in answer.message
     told = subprocess.run(
-        [sys.executable, "-m", "aitbc_miner.ctl", "--socket", str(node.socket), "reload"],
+        [sys.executable, "-m", "aitbc_miner.ctl.main", "--socket", str(node.socket), "reload"],
         check=False,
         capture_output=True,
         text=True,

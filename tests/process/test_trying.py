@@ -35,7 +35,7 @@ def config(tmp_path: Path) -> Path:
 
 
 Done = subprocess.CompletedProcess[str]
-CTL = "import sys; sys.path.insert(0, {root!r}); from aitbc_miner.ctl import main; sys.exit(main())"
+CTL = "import sys; sys.path.insert(0, {root!r}); from aitbc_miner.ctl.main import main; sys.exit(main())"
 
 
 def sandbox(config: Path, *command: str, slot: str = "cpu0", **how: Any) -> Done:

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from aitbc_miner.ctlview import Paint, amount
+from aitbc_miner.ctl.pages import Paint, amount
 from aitbc_miner.store.ledger import JobAccount, Total, Totals
 from aitbc_miner.util.terminal import duration, pad, size, visible
 

@@ -33,16 +33,9 @@ from aitbc_miner.control import (
     Status,
     ask,
 )
-from aitbc_miner.ctlargs import CONFIG, parser
-from aitbc_miner.ctlview import (
-    Paint,
-    job_page,
-    jobs_page,
-    judged_page,
-    plain,
-    slots_page,
-    status_page,
-)
+from aitbc_miner.ctl.arguments import CONFIG, parser
+from aitbc_miner.ctl.history_page import csv_lines, history_page, json_lines, read_rows, read_totals
+from aitbc_miner.ctl.pages import Paint, job_page, jobs_page, judged_page, plain, slots_page, status_page
 from aitbc_miner.errors import (
     EXIT_FAILURE,
     EXIT_NOT_PERMITTED,
@@ -51,7 +44,6 @@ from aitbc_miner.errors import (
     EXIT_USAGE,
     MinerError,
 )
-from aitbc_miner.historyview import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.jobs import FINAL, State
 from aitbc_miner.util import clock
 from aitbc_miner.util.inherited import begin_command
@@ -231,12 +223,12 @@ def _ask(where: Where, request: Request) -> tuple[Any, list[int]]:
 
 
 def _ask_the_disk(where: Where, request: Request, cause: CtlError) -> tuple[Any, list[int]]:
-    from aitbc_miner import stopped  # noqa: PLC0415  # reads YAML, records and the database
+    from aitbc_miner.ctl import stopped_node  # noqa: PLC0415  # reads YAML, records and the database
 
-    if request.verb not in stopped.VERBS:
+    if request.verb not in stopped_node.VERBS:
         raise cause
     try:
-        told = stopped.answer(where.config, where.socket, request)
+        told = stopped_node.answer(where.config, where.socket, request)
     except (MinerError, OSError) as error:
         raise CtlError(f"{cause}; and its disk: {error}", EXIT_UNREACHABLE) from error
     if told is None:
