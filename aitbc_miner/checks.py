@@ -14,7 +14,7 @@ from aitbc_miner.allowlist import abuse
 from aitbc_miner.allowlist.entries import Entry, load_allowlist
 from aitbc_miner.config import Config, PythonRunner, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, offered_controllers
-from aitbc_miner.gpu import GpuList
+from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.identity.credentials import CredentialError, read_credential
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, SlotCapability
 from aitbc_miner.probe.topology import MachineFacts, read_machine

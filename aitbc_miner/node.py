@@ -20,7 +20,7 @@ from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox
 from aitbc_miner.control import Request
 from aitbc_miner.coordinator.connect import connect, proxy_of
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
-from aitbc_miner.gpuview import gpu_view
+from aitbc_miner.gpu.job_view import gpu_view
 from aitbc_miner.heartbeat.loop import run_heartbeat
 from aitbc_miner.identity.credentials import credential_of_root
 from aitbc_miner.ipc.channel import Allowance, Channel

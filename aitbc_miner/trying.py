@@ -12,8 +12,8 @@ from aitbc_miner.checks import machine_facts, slots_for
 from aitbc_miner.config import Config, load_config
 from aitbc_miner.confinement import find_sandbox
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_NOT_PERMITTED, EXIT_USAGE, MinerError
-from aitbc_miner.gpu import GpuReader
-from aitbc_miner.gpuview import gpu_view
+from aitbc_miner.gpu.job_view import gpu_view
+from aitbc_miner.gpu.reader import GpuReader
 from aitbc_miner.ipc.messages import GpuFact
 from aitbc_miner.jobs import ExitStatus, Manifest
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS

@@ -8,9 +8,9 @@ import psutil
 import pytest
 from nvml_stub import NvmlStub, no_library
 
-from aitbc_miner import gpu
-from aitbc_miner.gpu import GpuReader, MigInstance
-from aitbc_miner.gpunodes import mig_capabilities, minor_of
+from aitbc_miner.gpu import reader as gpu
+from aitbc_miner.gpu.devices import mig_capabilities, minor_of
+from aitbc_miner.gpu.reader import GpuReader, MigInstance
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util import clock
 from tools.local_node import wait_until

@@ -8,10 +8,10 @@ from attacks import ATTACKS
 from nvml_stub import NvmlStub
 
 import aitbc_miner
-from aitbc_miner import gpunodes
-from aitbc_miner.gpu import GpuReader
-from aitbc_miner.gpunodes import make_nodes
-from aitbc_miner.gpuview import VIEW, devices_of, gpu_view
+from aitbc_miner.gpu import devices
+from aitbc_miner.gpu.devices import make_nodes
+from aitbc_miner.gpu.job_view import VIEW, devices_of, gpu_view
+from aitbc_miner.gpu.reader import GpuReader
 from aitbc_miner.ipc.messages import GpuFact
 from aitbc_miner.sandbox.bubblewrap import ETC, ETC_OF_NETWORK
 from aitbc_miner.telemetry.sampling import inventory
@@ -99,11 +99,11 @@ def test_a_driver_that_hangs_is_not_waited_for(
     hung = tmp_path / "hung"
     os.mkfifo(hung)
     modprobe.write_text(f"#!/bin/sh\nread x <{hung}\n")
-    monkeypatch.setattr(gpunodes, "MAKE_S", 0.05)
+    monkeypatch.setattr(devices, "MAKE_S", 0.05)
     assert make_nodes(modprobe, tmp_path) == [f"{modprobe} -u -c 0: no end after 0.05 s"]
     # Left alone, it ends when its wait does.
     hung.write_text("on\n")
-    assert gpunodes._ABANDONED.pop().wait(30) == 0
+    assert devices._ABANDONED.pop().wait(30) == 0
 
 
 def test_the_documents_have_what_jobs_see_as_it_is() -> None:

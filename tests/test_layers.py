@@ -109,7 +109,7 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.telemetry.metrics",
         },
         "running jobs": {
-            "aitbc_miner.gpuview",
+            "aitbc_miner.gpu.job_view",
             "aitbc_miner.worker.cleanup",
             "aitbc_miner.sandbox.private_mounts",
             "aitbc_miner.runners",
@@ -156,9 +156,9 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.slots.spec",
         },
         "discovery": {
-            "aitbc_miner.gpu",
-            "aitbc_miner.gpunodes",
-            "aitbc_miner.nvml",
+            "aitbc_miner.gpu.reader",
+            "aitbc_miner.gpu.devices",
+            "aitbc_miner.gpu.nvml",
             "aitbc_miner.sandbox.users",
             "aitbc_miner.probe.machine",
         },

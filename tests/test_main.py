@@ -25,7 +25,7 @@ from aitbc_miner.checks import Checker, may_read
 from aitbc_miner.config import Config, load_config
 from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox
 from aitbc_miner.doctor import Finding, diagnose
-from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList
+from aitbc_miner.gpu.reader import NO_LIBRARY, GpuInfo, GpuList
 from aitbc_miner.probe.machine import probe_machine
 from aitbc_miner.runners import interpreter
 from aitbc_miner.runners.interpreter import InterpreterError

@@ -9,7 +9,7 @@ import pytest
 from nvml_stub import NvmlStub
 
 from aitbc_miner import __version__
-from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuList, GpuReader, MigInstance
+from aitbc_miner.gpu.reader import NO_LIBRARY, GpuInfo, GpuList, GpuReader, MigInstance
 from aitbc_miner.probe.machine import (
     CgroupFacts,
     Machine,

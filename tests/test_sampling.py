@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 from nvml_stub import NvmlStub, no_library
 
-from aitbc_miner.gpu import GpuInfo, GpuList, GpuReader, MigInstance
+from aitbc_miner.gpu.reader import GpuInfo, GpuList, GpuReader, MigInstance
 from aitbc_miner.ipc.messages import GpuFact, Offer, SlotView
 from aitbc_miner.telemetry.sampling import GpuWatch, Sampler, Use, inventory
 from aitbc_miner.util import clock

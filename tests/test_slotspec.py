@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from aitbc_miner.checks import Checker
 from aitbc_miner.config import load_config
-from aitbc_miner.gpu import GpuList
+from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.probe.topology import MachineFacts, NumaNode
 from aitbc_miner.slots.spec import (
     IoNice,

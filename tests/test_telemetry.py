@@ -15,7 +15,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from aitbc_miner.errors import ErrorCode, MinerError
-from aitbc_miner.gpu import GpuUsage
+from aitbc_miner.gpu.reader import GpuUsage
 from aitbc_miner.ipc.messages import Counted, NodeView, Offer, SlotView
 from aitbc_miner.slots.state import SlotState
 from aitbc_miner.telemetry.httpd import MAX_CONNECTIONS, Page, PageServer

@@ -26,7 +26,7 @@ from aitbc_miner.coordinator import (
 )
 from aitbc_miner.coordinator.looking import likely_cause
 from aitbc_miner.errors import MinerError
-from aitbc_miner.gpu import GpuReader
+from aitbc_miner.gpu.reader import GpuReader
 from aitbc_miner.heartbeat.registration import Registration, RegistrationError, connector
 from aitbc_miner.heartbeat.status_report import remedy_for, rest_after, slot_report, told_of
 from aitbc_miner.identity.credentials import Credential, CredentialError, digest, stamp

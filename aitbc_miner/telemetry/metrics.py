@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 
 from aitbc_miner import __version__
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.gpu import GpuUsage
+from aitbc_miner.gpu.reader import GpuUsage
 from aitbc_miner.ipc.messages import NodeView, SlotView
 from aitbc_miner.slots.state import SlotState
 from aitbc_miner.telemetry.counters import BOUNDS, Counters

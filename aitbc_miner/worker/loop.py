@@ -17,8 +17,8 @@ from msgspec.structs import replace
 from aitbc_miner.cgroup.group import CgroupError
 from aitbc_miner.config import Config
 from aitbc_miner.errors import ErrorCode, MinerError
-from aitbc_miner.gpunodes import make_nodes
-from aitbc_miner.gpuview import devices_of
+from aitbc_miner.gpu.devices import make_nodes
+from aitbc_miner.gpu.job_view import devices_of
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import JobEnded, Retune, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
 from aitbc_miner.jobs import State

@@ -1,4 +1,4 @@
-"""The child process that asks NVML. A call may never return, so `gpu.py` waits for it with a deadline.
+"""The child process that asks NVML. A call may never return, so `gpu/reader.py` waits for it with a deadline.
 
 A driver answers some questions with an error, or with nonsense (all bits set). Each answer stands by itself:
 what is not told or cannot be is absent, and all else of the card and of the others is told.
@@ -15,8 +15,8 @@ from typing import Any
 import msgspec
 from msgspec.structs import replace
 
-from aitbc_miner.gpu import NO_LIBRARY, GpuInfo, GpuUsage, MigInstance, Reply
-from aitbc_miner.gpunodes import CAPABILITIES, CARDS, mig_capabilities, minor_of
+from aitbc_miner.gpu.devices import CAPABILITIES, CARDS, mig_capabilities, minor_of
+from aitbc_miner.gpu.reader import NO_LIBRARY, GpuInfo, GpuUsage, MigInstance, Reply
 
 MAX_GPUS = 1024
 MAX_PARTS = 64

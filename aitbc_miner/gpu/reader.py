@@ -1,7 +1,7 @@
 """The machine's NVIDIA GPUs, asked through NVML without ever trusting it to answer.
 
 A call into NVML can hang in the driver for ever, and then not even SIGKILL ends the caller. So it is made in
-a child process only (`nvml.py`); `GpuReader` waits for that with a deadline and leaves it behind if it must.
+a child process only (`gpu/nvml.py`); `GpuReader` waits for that with a deadline and leaves it behind if it must.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import msgspec
 from msgspec import Struct
 
 from aitbc_miner.errors import MinerError
-from aitbc_miner.gpunodes import numa_node_of
+from aitbc_miner.gpu.devices import numa_node_of
 from aitbc_miner.util import clock
 
 MAX_REPLY_BYTES = 4 * 2**20
@@ -215,8 +215,8 @@ class GpuReader:
 def _child_command() -> Sequence[str]:
     # Isolated (-I), so that neither the environment nor the current directory can slip a module in; the place
     # of our own package is then unknown unless it is installed.
-    start = "import sys; sys.path.append(sys.argv[1]); from aitbc_miner.nvml import serve; serve()"
-    return [sys.executable, "-I", "-c", start, str(Path(__file__).resolve().parents[1])]
+    start = "import sys; sys.path.append(sys.argv[1]); from aitbc_miner.gpu.nvml import serve; serve()"
+    return [sys.executable, "-I", "-c", start, str(Path(__file__).resolve().parents[2])]
 
 
 def _exchange(child: subprocess.Popen[bytes], request: str, deadline: float) -> Reply:

@@ -1,0 +1,7 @@
+"""NVIDIA GPUs.
+
+* reader: GpuReader: asks NVML in a child that may hang
+* nvml: that child
+* devices: device nodes, and how they are made
+* job_view: what a job sees of a card
+"""
