@@ -7,13 +7,13 @@ from pathlib import Path
 
 import msgspec
 
-from aitbc_miner.checks import Checker, machine_facts, told_of
 from aitbc_miner.config import Config, Workspace, derive_node_id, load_config
-from aitbc_miner.doctor import diagnose
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from aitbc_miner.gpu.reader import GpuList, GpuReader
+from aitbc_miner.preflight.check import Checker, machine_facts, told_of
+from aitbc_miner.preflight.doctor import diagnose
+from aitbc_miner.preflight.requirements import Place, RequirementError, require, resolved
 from aitbc_miner.probe.machine import capabilities, probe_machine, render_page
-from aitbc_miner.requirements import Place, RequirementError, require, resolved
 from aitbc_miner.runners.catalogue import Task, list_tasks, params_of, told
 from aitbc_miner.sandbox.users import resolve
 from aitbc_miner.slots.spec import SlotSpec, derive_slots, lay_out, read_slots, to_yaml

@@ -14,9 +14,7 @@ from msgspec.structs import replace
 
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.cgroup.group import CgroupError, Group
-from aitbc_miner.checks import find_python, read_layout, slots_for
 from aitbc_miner.config import Config
-from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
 from aitbc_miner.control import Request
 from aitbc_miner.coordinator.connect import connect, proxy_of
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
@@ -36,9 +34,11 @@ from aitbc_miner.ipc.messages import (
     ToHeartbeat,
     ToWorker,
 )
+from aitbc_miner.preflight.check import find_python, read_layout, slots_for
+from aitbc_miner.preflight.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
+from aitbc_miner.preflight.requirements import Place, foreign, require
 from aitbc_miner.probe.topology import read_machine
 from aitbc_miner.queue_shared import open_shared
-from aitbc_miner.requirements import Place, foreign, require
 from aitbc_miner.runnerset import RunnerSet
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_unallocated, resolve

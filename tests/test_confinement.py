@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner import confinement
 from aitbc_miner.cgroup.delegation import LEAF
 from aitbc_miner.cgroup.group import CgroupError, Mount
 from aitbc_miner.config import Cgroup, Config, Coordinator
-from aitbc_miner.confinement import Cgroups, ConfinementError, find_cgroups, take_cgroups
+from aitbc_miner.preflight import confinement
+from aitbc_miner.preflight.confinement import Cgroups, ConfinementError, find_cgroups, take_cgroups
 
 COORDINATOR = Coordinator(base_url="http://127.0.0.1:9/api", auth_token="env:MINER_AUTH")
 ALL = "cpu memory pids"

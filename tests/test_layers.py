@@ -34,13 +34,13 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "what it requires": {
-            "aitbc_miner.checks",
-            "aitbc_miner.confinement",
-            "aitbc_miner.doctor",
-            "aitbc_miner.reaching",
-            "aitbc_miner.requirements",
-            "aitbc_miner.trying",
-            "aitbc_miner.visible",
+            "aitbc_miner.preflight.check",
+            "aitbc_miner.preflight.confinement",
+            "aitbc_miner.preflight.doctor",
+            "aitbc_miner.preflight.network",
+            "aitbc_miner.preflight.requirements",
+            "aitbc_miner.preflight.try_sandbox",
+            "aitbc_miner.preflight.sandbox_view",
         },
     },
     {

@@ -19,13 +19,14 @@ import pytest
 import yaml
 from msgspec.structs import replace
 
-from aitbc_miner import checks, confinement, main
+from aitbc_miner import main
 from aitbc_miner.cgroup.group import Mount
-from aitbc_miner.checks import Checker, may_read
 from aitbc_miner.config import Config, load_config
-from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox
-from aitbc_miner.doctor import Finding, diagnose
 from aitbc_miner.gpu.reader import NO_LIBRARY, GpuInfo, GpuList
+from aitbc_miner.preflight import check, confinement
+from aitbc_miner.preflight.check import Checker, may_read
+from aitbc_miner.preflight.confinement import ConfinementError, find_cgroups, find_sandbox
+from aitbc_miner.preflight.doctor import Finding, diagnose
 from aitbc_miner.probe.machine import probe_machine
 from aitbc_miner.runners import interpreter
 from aitbc_miner.runners.interpreter import InterpreterError
@@ -470,7 +471,7 @@ def test_a_shell_of_root_has_less_than_the_service_will(
     checker = site.checker()
     assert not [fault for fault in checker.faults if fault.key == "cgroup.mode"]
     assert any("this concerns this shell" in warning for warning in checker.warnings)
-    monkeypatch.setattr(checks, "offered_controllers", set)
+    monkeypatch.setattr(check, "offered_controllers", set)
     assert "cgroup.mode: cannot limit jobs" in fault_texts(site.checker())
 
 

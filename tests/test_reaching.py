@@ -6,7 +6,7 @@ import pytest
 from test_aitbc import token
 from test_main import Site, fault_texts, findings, run, site
 
-from aitbc_miner.reaching import unused_proxy
+from aitbc_miner.preflight.network import unused_proxy
 from aitbc_miner.sandbox.users import Identity, group_of
 from tools.mock_aitbc import MockAitbc
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from aitbc_miner import requirements
 from aitbc_miner.config import Config, Control, Coordinator, Logging, Queue, Workspace
-from aitbc_miner.requirements import Place, RequirementError, require, resolved, unmet
+from aitbc_miner.preflight import requirements
+from aitbc_miner.preflight.requirements import Place, RequirementError, require, resolved, unmet
 from aitbc_miner.sandbox.users import Identities, Identity
 
 Change = Callable[[Path, Config], Config]

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from aitbc_miner.checks import Checker
 from aitbc_miner.config import load_config
 from aitbc_miner.gpu.reader import GpuList
+from aitbc_miner.preflight.check import Checker
 from aitbc_miner.probe.topology import MachineFacts, NumaNode
 from aitbc_miner.slots.spec import (
     IoNice,

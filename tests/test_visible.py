@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner import visible
+from aitbc_miner.preflight import sandbox_view
+from aitbc_miner.preflight.sandbox_view import needs, special, unseen
 from aitbc_miner.sandbox import bubblewrap
-from aitbc_miner.visible import needs, special, unseen
 from tools.compiler import c_compiler
 
 
@@ -84,7 +84,7 @@ def test_links_of_a_program_to_its_settings_must_be_seen_too(
     (tool.parent.parent / "conf").symlink_to(settings / "security")
     (tool.parent.parent / "nowhere").symlink_to("/none")
     assert unseen([place / "jvm"], needs(tool)) == [settings / "security"]
-    monkeypatch.setattr(visible, "etc_shown", lambda *, network: [settings])
+    monkeypatch.setattr(sandbox_view, "etc_shown", lambda *, network: [settings])
     assert unseen([place / "jvm"], needs(tool)) == []
 
 
@@ -103,7 +103,7 @@ def test_what_can_be_used_though_it_is_read_only_is_told(place: Path) -> None:
 
 
 def test_no_more_is_looked_at_than_a_bound(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visible, "_LOOKED_AT", 3)
+    monkeypatch.setattr(sandbox_view, "_LOOKED_AT", 3)
     for number in range(10):
         os.mkfifo(place / str(number))
     assert len(list(special(place))) == 2

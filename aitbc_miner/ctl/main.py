@@ -132,7 +132,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _sandbox(asked: argparse.Namespace) -> None:
-    from aitbc_miner.trying import try_out  # noqa: PLC0415  # reads YAML and asks for GPUs
+    from aitbc_miner.preflight.try_sandbox import try_out  # noqa: PLC0415  # reads YAML and asks for GPUs
 
     try:
         status = try_out(asked.config, asked.slot, asked.command, os.environ, _warn)

@@ -8,14 +8,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from aitbc_miner.cgroup.group import CgroupError, Group, find_mount
-from aitbc_miner.checks import machine_facts, slots_for
 from aitbc_miner.config import Config, load_config
-from aitbc_miner.confinement import find_sandbox
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_NOT_PERMITTED, EXIT_USAGE, MinerError
 from aitbc_miner.gpu.job_view import gpu_view
 from aitbc_miner.gpu.reader import GpuReader
 from aitbc_miner.ipc.messages import GpuFact
 from aitbc_miner.jobs import ExitStatus, Manifest
+from aitbc_miner.preflight.check import machine_facts, slots_for
+from aitbc_miner.preflight.confinement import find_sandbox
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.runners import JobPaths, job_env
 from aitbc_miner.sandbox.bubblewrap import HOME, Sandbox, enclose

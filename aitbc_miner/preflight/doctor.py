@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from aitbc_miner.checks import machine_facts
 from aitbc_miner.config import Config, Privileges
-from aitbc_miner.confinement import offered_controllers
 from aitbc_miner.control import READERS, WRITERS
 from aitbc_miner.gpu.reader import GpuList
+from aitbc_miner.preflight.check import machine_facts
+from aitbc_miner.preflight.confinement import offered_controllers
+from aitbc_miner.preflight.network import look, unused_proxy
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, Machine
-from aitbc_miner.reaching import look, unused_proxy
 from aitbc_miner.sandbox.bubblewrap import Sandbox, lacking_packages, why_not
 from aitbc_miner.sandbox.users import Identity, job_user
 from aitbc_miner.slots.spec import derive_slots, read_slots

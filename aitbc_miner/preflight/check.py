@@ -9,17 +9,23 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner import reaching
 from aitbc_miner.allowlist import abuse
 from aitbc_miner.allowlist.entries import Entry, load_allowlist
 from aitbc_miner.config import Config, PythonRunner, load_config
-from aitbc_miner.confinement import ConfinementError, find_cgroups, find_sandbox, offered_controllers
 from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.identity.credentials import CredentialError, read_credential
+from aitbc_miner.preflight import network
+from aitbc_miner.preflight.confinement import (
+    ConfinementError,
+    find_cgroups,
+    find_sandbox,
+    offered_controllers,
+)
+from aitbc_miner.preflight.network import proxy_faults, refused_later
+from aitbc_miner.preflight.requirements import Place, RequirementError, full_disks, resolved, unmet
+from aitbc_miner.preflight.sandbox_view import needs, special, unseen
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, SlotCapability
 from aitbc_miner.probe.topology import MachineFacts, read_machine
-from aitbc_miner.reaching import proxy_faults, refused_later
-from aitbc_miner.requirements import Place, RequirementError, full_disks, resolved, unmet
 from aitbc_miner.runners.catalogue import Task, list_tasks
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, cannot_import, find_interpreter
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, group_of, resolve
@@ -33,7 +39,6 @@ from aitbc_miner.util.units import format_cpus
 from aitbc_miner.util.web import tls_context
 from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
 from aitbc_miner.util.yamltext import line_of
-from aitbc_miner.visible import needs, special, unseen
 from aitbc_miner.worker.prewarm import NO_PRELOAD
 
 
@@ -93,7 +98,7 @@ class Checker:
         service = identities.service if identities else None
         self._check_credential(service)
         self._check_ca_file(service)
-        self.warnings += reaching.warnings(self._config, self._environ)
+        self.warnings += network.warnings(self._config, self._environ)
         for key, message in [*full_disks(self._config), *proxy_faults(self._config, self._environ)]:
             self._fault(key, message)
 
