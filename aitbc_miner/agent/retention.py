@@ -1,6 +1,6 @@
 """What is kept of jobs that are done: which directories may go, and which rows of the books.
 
-Chosen here, by when a report was settled; removed by a process that is root (supervisor/sweep.py), which looks
+Chosen here, by when a report was settled; removed by a process that is root (supervisor/sweep.py), that looks
 again.
 """
 

@@ -1,7 +1,7 @@
 """The machine's NVIDIA GPUs, asked through NVML without ever trusting it to answer.
 
 A call into NVML can hang in the driver for ever, and then not even SIGKILL ends the caller. So it is made in
-a child process only (`gpu/nvml.py`); `GpuReader` waits for that with a deadline and leaves it behind if it must.
+a child process only (gpu/nvml.py); `GpuReader` waits for it with a deadline and leaves it behind if it must.
 """
 
 import contextlib
