@@ -7,7 +7,8 @@ from pathlib import Path
 
 import msgspec
 
-from aitbc_miner.config import Config, Workspace, derive_node_id, load_config
+from aitbc_miner.config.document import Fault
+from aitbc_miner.config.settings import Config, Workspace, derive_node_id, load_config
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from aitbc_miner.gpu.reader import GpuList, GpuReader
 from aitbc_miner.preflight.check import Checker, machine_facts, told_of
@@ -20,7 +21,6 @@ from aitbc_miner.slots.spec import SlotSpec, derive_slots, lay_out, read_slots, 
 from aitbc_miner.util.build import build
 from aitbc_miner.util.inherited import begin_command, begin_node
 from aitbc_miner.util.terminal import width, wrap
-from aitbc_miner.util.yamldoc import Fault
 
 CONFIG = Path("/etc/aitbc/miner/config.yaml")
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Mapping
 
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.identity.credentials import Credential, read_credential
 from aitbc_miner.queue import RetryQueue
 from aitbc_miner.queue_redis import RedisQueue

@@ -13,7 +13,7 @@ import responses
 from msgspec.structs import replace
 from nvml_stub import no_library
 
-from aitbc_miner import config as settings
+from aitbc_miner.config import settings
 from aitbc_miner.heartbeat.loop import Timing, run_heartbeat
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import (

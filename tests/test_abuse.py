@@ -9,7 +9,7 @@ import yaml
 from aitbc_miner.allowlist import abuse
 from aitbc_miner.allowlist.abuse import TRICKS
 from aitbc_miner.allowlist.entries import Entry, load_allowlist
-from aitbc_miner.util.yamldoc import Fault
+from aitbc_miner.config.document import Fault
 
 SAMPLES = Path(__file__).parents[1] / "etc" / "allowlist.d"
 

@@ -13,7 +13,7 @@ from test_intake import pulled
 from aitbc_miner.agent.admission import Intake
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.agent.pull import MAX_KNOWN
-from aitbc_miner.config import Config, Heartbeat
+from aitbc_miner.config.settings import Config, Heartbeat
 from aitbc_miner.coordinator import Busy, CoordinatorError, Refused, Told, Unauthorized, Unreachable
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.credentials import digest

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from aitbc_miner.allowlist.entries import Allowlist, Denied, Digests, load_allowlist
+from aitbc_miner.config.document import Fault
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.util.yamldoc import Fault
 
 SAMPLES = Path(__file__).parents[1] / "etc" / "allowlist.d"
 

@@ -14,7 +14,7 @@ from aitbc_miner.allowlist.entries import Entry
 from aitbc_miner.allowlist.grammar import judge_sections
 from aitbc_miner.allowlist.patterns import Objection
 from aitbc_miner.allowlist.rules import Section
-from aitbc_miner.util.yamldoc import Fault, decode_text
+from aitbc_miner.config.document import Fault, decode_text
 
 PROGRAM = {"command": {"path": "/usr/bin/true"}}
 COMMAND = "command: {path: /usr/bin/true}\n"

@@ -18,7 +18,7 @@ from test_allowlist_grammar import FFMPEG, PROGRAM, WRITES, entries
 from aitbc_miner.allowlist.entries import Command, Entry
 from aitbc_miner.allowlist.rules import Operand, Option, Section
 from aitbc_miner.allowlist.values import FloatRange, InputFile, IntRange, OutputFile, Text, Value
-from aitbc_miner.util.yamldoc import Fault, decode_text
+from aitbc_miner.config.document import Fault, decode_text
 
 CHECKOUT = Path(__file__).parents[1]
 SCHEMA: dict[str, Any] = json.loads((CHECKOUT / "docs" / "allowlist.schema.json").read_text())

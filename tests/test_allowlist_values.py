@@ -13,7 +13,7 @@ from test_allowlist_grammar import COMMAND, entry
 from aitbc_miner.allowlist.entries import Entry
 from aitbc_miner.allowlist.patterns import A_MATCH, MAX_WORK, TooMuchWork, Work, parse_pattern
 from aitbc_miner.allowlist.values import InputFile, OutputFile
-from aitbc_miner.util.yamldoc import Fault, decode_text
+from aitbc_miner.config.document import Fault, decode_text
 
 
 def fits(value: str, text: str, inputs: list[str] | None = None) -> bool:

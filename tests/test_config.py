@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aitbc_miner.config import Config, Coordinator, Queue, derive_node_id, load_config
+from aitbc_miner.config.settings import Config, Coordinator, Queue, derive_node_id, load_config
 
 GOOD = "coordinator: {base_url: 'https://c.example/api/v1', auth_token: 'env:MINER_AUTH'}\n"
 SAMPLE = Path(__file__).parent.parent / "etc" / "config.yaml"

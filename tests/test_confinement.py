@@ -7,7 +7,7 @@ import pytest
 
 from aitbc_miner.cgroup.delegation import LEAF
 from aitbc_miner.cgroup.group import CgroupError, Mount
-from aitbc_miner.config import Cgroup, Config, Coordinator
+from aitbc_miner.config.settings import Cgroup, Config, Coordinator
 from aitbc_miner.preflight import confinement
 from aitbc_miner.preflight.confinement import Cgroups, ConfinementError, find_cgroups, take_cgroups
 

@@ -22,7 +22,7 @@ from aitbc_miner.agent.delivery import (
     settle,
     take_back_refused,
 )
-from aitbc_miner.config import GiveUp
+from aitbc_miner.config.settings import GiveUp
 from aitbc_miner.coordinator import (
     ArtifactChanged,
     Busy,

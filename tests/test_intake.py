@@ -14,7 +14,7 @@ from mute_coordinator import MuteCoordinator
 from aitbc_miner.agent import admission as module
 from aitbc_miner.agent.admission import Intake, Stopping, Taken
 from aitbc_miner.agent.fleet import Fleet
-from aitbc_miner.config import Config, Coordinator
+from aitbc_miner.config.settings import Config, Coordinator
 from aitbc_miner.coordinator import (
     CoordinatorError,
     Gone,

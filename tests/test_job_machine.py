@@ -16,7 +16,7 @@ from mute_coordinator import MuteCoordinator
 from aitbc_miner.agent.delivery import REFUSED, deliver, settle, take_back_refused
 from aitbc_miner.agent.recovery import Found, recover
 from aitbc_miner.agent.retry_policy import Where, next_attempt
-from aitbc_miner.config import GiveUp
+from aitbc_miner.config.settings import GiveUp
 from aitbc_miner.coordinator import CoordinatorError, Gone, Refused, Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CancelJob, JobSettled

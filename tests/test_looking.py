@@ -8,7 +8,7 @@ import pytest
 from certificates import Party
 from test_coordinator_http import Peer, Start, peer, read_request
 
-from aitbc_miner.config import Coordinator
+from aitbc_miner.config.settings import Coordinator
 from aitbc_miner.coordinator import looking
 from aitbc_miner.coordinator.looking import likely_cause
 from tools.mock_aitbc import MockAitbc

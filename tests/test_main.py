@@ -21,7 +21,8 @@ from msgspec.structs import replace
 
 from aitbc_miner import main
 from aitbc_miner.cgroup.group import Mount
-from aitbc_miner.config import Config, load_config
+from aitbc_miner.config.document import decode_text
+from aitbc_miner.config.settings import Config, load_config
 from aitbc_miner.gpu.reader import NO_LIBRARY, GpuInfo, GpuList
 from aitbc_miner.preflight import check, confinement
 from aitbc_miner.preflight.check import Checker, may_read
@@ -33,7 +34,6 @@ from aitbc_miner.runners.interpreter import InterpreterError
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slots.spec import SlotFile
 from aitbc_miner.util.build import build
-from aitbc_miner.util.yamldoc import decode_text
 
 DEADLINE_S = 30.0
 TOKEN = "very-secret-token"

@@ -9,7 +9,7 @@ from test_coordinator_http import OK, Start, answering, client, failure, peer
 from test_inputs import Server, fetch, server
 from test_inputs import failure as input_failure
 
-from aitbc_miner.config import Coordinator
+from aitbc_miner.config.settings import Coordinator
 from aitbc_miner.coordinator import Unreachable
 from aitbc_miner.coordinator.connect import proxy_of
 from aitbc_miner.coordinator.looking import likely_cause

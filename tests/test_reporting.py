@@ -12,7 +12,7 @@ from aitbc_miner.agent import delivery_queue
 from aitbc_miner.agent.context import POOLS, Pool
 from aitbc_miner.agent.delivery_queue import LARGE_BYTES, Reporter
 from aitbc_miner.agent.fleet import Fleet
-from aitbc_miner.config import GiveUp
+from aitbc_miner.config.settings import GiveUp
 from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Counted, Deliveries

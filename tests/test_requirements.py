@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from aitbc_miner.config import Config, Control, Coordinator, Logging, Queue, Workspace
+from aitbc_miner.config.settings import Config, Control, Coordinator, Logging, Queue, Workspace
 from aitbc_miner.preflight import requirements
 from aitbc_miner.preflight.requirements import Place, RequirementError, require, resolved, unmet
 from aitbc_miner.sandbox.users import Identities, Identity

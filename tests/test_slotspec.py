@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from aitbc_miner.config import load_config
+from aitbc_miner.config.document import Fault, decode_text
+from aitbc_miner.config.settings import load_config
+from aitbc_miner.config.units import AUTO
 from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.preflight.check import Checker
 from aitbc_miner.probe.topology import MachineFacts, NumaNode
@@ -25,8 +27,6 @@ from aitbc_miner.slots.spec import (
     read_slots,
     to_yaml,
 )
-from aitbc_miner.util.units import AUTO
-from aitbc_miner.util.yamldoc import Fault, decode_text
 
 G = 1 << 30
 SAMPLE = Path(__file__).parent.parent / "etc" / "slots.d" / "slots.yaml.sample"

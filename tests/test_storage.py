@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.config import Workspace
+from aitbc_miner.config.settings import Workspace
 from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import SpaceWanted, Sweepable, Swept
 from aitbc_miner.store import reserve

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from aitbc_miner.config.units import format_cpus, parse_cpus
 from aitbc_miner.gpu.reader import GpuInfo, GpuList, MigInstance
 from aitbc_miner.preflight.check import machine_facts
 from aitbc_miner.probe.topology import MachineFacts, NumaNode, read_machine
 from aitbc_miner.slots.cpu_layout import Want, cores_of, divide, memory_nodes
 from aitbc_miner.slots.spec import derive_slots
-from aitbc_miner.util.units import format_cpus, parse_cpus
 
 G = 1 << 30
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.util import units
+from aitbc_miner.config import units
 
 
 @pytest.mark.parametrize(

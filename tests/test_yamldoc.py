@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec import Meta, Struct
 
-from aitbc_miner.util.units import Size
-from aitbc_miner.util.yamldoc import BadField, Fault, decode_text, read_document
-from aitbc_miner.util.yamltext import line_of
+from aitbc_miner.config.document import BadField, Fault, decode_text, read_document
+from aitbc_miner.config.units import Size
+from aitbc_miner.config.yaml_text import line_of
 
 SIZE = "must be a size: bytes, or a number with K, M, G, T or P, such as 512M"
 

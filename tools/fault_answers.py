@@ -22,9 +22,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from aitbc_miner import config
 from aitbc_miner.agent import admission, delivery_queue, reconcile
 from aitbc_miner.agent.loop import Agent
+from aitbc_miner.config import settings as config
 from aitbc_miner.coordinator import limits
 from aitbc_miner.coordinator.aitbc import LIMITS
 from aitbc_miner.coordinator.connect import connect

@@ -14,7 +14,7 @@ from msgspec import Struct
 from aitbc_miner.agent.delivery import conclude
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.inputs import InputLimits, fetch_inputs
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator import (
     Busy,
     Coordinator,

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.config import GiveUp
+from aitbc_miner.config.settings import GiveUp
 from aitbc_miner.coordinator import Coordinator, Gone, Refused, Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.receipts import Receipt

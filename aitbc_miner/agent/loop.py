@@ -28,7 +28,7 @@ from aitbc_miner.agent.reconcile import Assignments
 from aitbc_miner.agent.recovery import Found, read_outcome, recover, recover_rest
 from aitbc_miner.agent.retention import Pruning
 from aitbc_miner.agent.retries import Reruns
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator import Coordinator, CoordinatorError, Gone, PulledJob, Refused, Unauthorized
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.identity.node_token import TokenLine

@@ -17,11 +17,11 @@ from msgspec import Meta, Struct
 from aitbc_miner.allowlist.grammar import judge_sections
 from aitbc_miner.allowlist.patterns import Objection, Pattern, judge_groups, parse_pattern, shown, some
 from aitbc_miner.allowlist.rules import MAX_RULES, Names, Operand, Option, Section
+from aitbc_miner.config.document import BadField, Fault, Parse, read_document
+from aitbc_miner.config.dropins import drop_ins
+from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.trust import distrust, may_be_set, parse_bind
-from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
-from aitbc_miner.util.yamltext import line_of
 
 MAX_GROUPS = 64
 MAX_PATTERNS = 512

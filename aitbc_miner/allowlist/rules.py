@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from msgspec import Meta, Struct, field
 
 from aitbc_miner.allowlist.values import Choice, FloatRange, Inputs, IntRange, Value, value_of
-from aitbc_miner.util.yamldoc import BadField
+from aitbc_miner.config.document import BadField
 
 MAX_RULES = 128
 

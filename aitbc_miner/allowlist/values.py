@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from aitbc_miner.allowlist.patterns import Pattern, Work, parse_pattern, some
-from aitbc_miner.util.yamldoc import BadField, Parse
+from aitbc_miner.config.document import BadField, Parse
 
 MAX_TEXT = 4096
 """Characters in one argument, whatever it is for."""

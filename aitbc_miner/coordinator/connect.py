@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator import Coordinator
 from aitbc_miner.coordinator.aitbc import LIMITS, AitbcCoordinator, Profile
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator

@@ -93,7 +93,7 @@ def _job_id(text: str) -> str:
 
 
 def _duration(text: str) -> float:
-    from aitbc_miner.util.units import parse_duration  # noqa: PLC0415  # reads YAML, too
+    from aitbc_miner.config.units import parse_duration  # noqa: PLC0415  # reads YAML, too
 
     try:
         return parse_duration(text)

@@ -37,7 +37,7 @@ def read_rows(file: BinaryIO) -> Iterator[JobAccount]:
 
 def history_page(totals: Totals, since_s: float, paint: Paint) -> str:
     """Show the sums by slot, code and day, in 80 columns."""
-    from aitbc_miner.util.units import format_duration  # noqa: PLC0415  # reads YAML, too
+    from aitbc_miner.config.units import format_duration  # noqa: PLC0415  # reads YAML, too
 
     since = format_duration(since_s)
     if not totals.all.jobs:

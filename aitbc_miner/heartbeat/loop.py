@@ -15,7 +15,7 @@ import psutil
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator import (
     Busy,
     CoordinatorError,

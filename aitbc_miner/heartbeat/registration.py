@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator import (
     Coordinator,
     CoordinatorError,

@@ -11,7 +11,11 @@ from msgspec.structs import replace
 
 from aitbc_miner.allowlist import abuse
 from aitbc_miner.allowlist.entries import Entry, load_allowlist
-from aitbc_miner.config import Config, PythonRunner, load_config
+from aitbc_miner.config.document import ENV_PREFIX, Fault
+from aitbc_miner.config.dropins import drop_ins
+from aitbc_miner.config.settings import Config, PythonRunner, load_config
+from aitbc_miner.config.units import format_cpus
+from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.identity.credentials import CredentialError, read_credential
 from aitbc_miner.preflight import network
@@ -33,12 +37,8 @@ from aitbc_miner.services import Service, read_services
 from aitbc_miner.slots.spec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
 from aitbc_miner.supervisor.running_slot import Layout
 from aitbc_miner.telemetry.sampling import inventory
-from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.trust import distrust, distrust_tree
-from aitbc_miner.util.units import format_cpus
 from aitbc_miner.util.web import tls_context
-from aitbc_miner.util.yamldoc import ENV_PREFIX, Fault
-from aitbc_miner.util.yamltext import line_of
 from aitbc_miner.worker.prewarm import NO_PRELOAD
 
 

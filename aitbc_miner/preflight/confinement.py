@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from aitbc_miner.cgroup.delegation import LEAF, prepare
 from aitbc_miner.cgroup.group import CgroupError, Group, Mount, find_mount, own_group
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.errors import MinerError
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.sandbox.bubblewrap import why_not

@@ -9,7 +9,8 @@ from urllib.parse import urlsplit
 
 from msgspec import Struct
 
-from aitbc_miner.config import Config, Privileges
+from aitbc_miner.config.document import Fault
+from aitbc_miner.config.settings import Config, Privileges
 from aitbc_miner.control import READERS, WRITERS
 from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.preflight.check import machine_facts
@@ -20,7 +21,6 @@ from aitbc_miner.sandbox.bubblewrap import Sandbox, lacking_packages, why_not
 from aitbc_miner.sandbox.users import Identity, job_user
 from aitbc_miner.slots.spec import derive_slots, read_slots
 from aitbc_miner.telemetry.sampling import inventory
-from aitbc_miner.util.yamldoc import Fault
 
 MIB = 1 << 20
 # Debian's user nobody.

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Mapping
 from urllib.parse import urlsplit
 
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator import aitbc_wire as wire
 from aitbc_miner.coordinator.connect import proxy_of
 from aitbc_miner.coordinator.looking import diagnosis

@@ -13,7 +13,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.config import MACHINE_ID, Config, derive_node_id, is_machine_id, read_machine_id
+from aitbc_miner.config.settings import MACHINE_ID, Config, derive_node_id, is_machine_id, read_machine_id
 from aitbc_miner.errors import MinerError
 from aitbc_miner.sandbox.users import Identities
 from aitbc_miner.util.trust import distrust_place

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from aitbc_miner.cgroup.group import CgroupError, Group, find_mount
-from aitbc_miner.config import Config, load_config
+from aitbc_miner.config.settings import Config, load_config
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_NOT_PERMITTED, EXIT_USAGE, MinerError
 from aitbc_miner.gpu.job_view import gpu_view
 from aitbc_miner.gpu.reader import GpuReader

@@ -17,10 +17,10 @@ from msgspec import Struct
 
 from aitbc_miner import __version__
 from aitbc_miner.cgroup.group import CgroupError, find_mount, own_group
+from aitbc_miner.config.units import format_cpus
 from aitbc_miner.gpu.reader import GpuInfo, GpuList
 from aitbc_miner.probe.topology import NumaNode, read_machine
 from aitbc_miner.util.terminal import wrap
-from aitbc_miner.util.units import format_cpus
 
 TOOLS = ("bwrap", "nft", "systemd-run", "nvidia-smi", "ffmpeg", "python3")
 NEEDED_CONTROLLERS = ("cpu", "memory", "pids")

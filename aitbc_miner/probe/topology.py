@@ -10,7 +10,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from aitbc_miner.util.units import parse_cpus
+from aitbc_miner.config.units import parse_cpus
 
 
 class NumaNode(Struct, frozen=True):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.config import PythonRunner
+from aitbc_miner.config.settings import PythonRunner
 from aitbc_miner.errors import JobError
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, as_user, find_interpreter
 from aitbc_miner.runners.python import TASK_NAME, find_task

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from aitbc_miner.cgroup.group import CgroupError, Group
+from aitbc_miner.config.units import format_cpus
 from aitbc_miner.util.limits import disk_of
-from aitbc_miner.util.units import format_cpus
 
 if TYPE_CHECKING:
     # Only its attributes matter here; reading slots.d is far above this layer.

@@ -4,9 +4,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+from aitbc_miner.config.units import format_cpus, format_size
 from aitbc_miner.probe.topology import MachineFacts
 from aitbc_miner.util.limits import disk_of
-from aitbc_miner.util.units import format_cpus, format_size
 
 if TYPE_CHECKING:
     # Only its attributes matter here; reading slots.d is above this layer.

@@ -10,15 +10,15 @@ import yaml
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
-from aitbc_miner.config import SLOTS_DIR
+from aitbc_miner.config.document import BadField, Fault, Parse, read_document
+from aitbc_miner.config.dropins import drop_ins
+from aitbc_miner.config.settings import SLOTS_DIR
+from aitbc_miner.config.units import AUTO, CpuList, Percent, Size, format_cpus, format_size, parse_size
+from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.probe.topology import MachineFacts
 from aitbc_miner.slots.cpu_layout import Want, cores_of, divide, memory_nodes
 from aitbc_miner.slots.fit import misfits, shared_cpus
-from aitbc_miner.util.dropins import drop_ins
 from aitbc_miner.util.trust import parse_bind
-from aitbc_miner.util.units import AUTO, CpuList, Percent, Size, format_cpus, format_size, parse_size
-from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
-from aitbc_miner.util.yamltext import line_of
 
 MIB = 1 << 20
 _RATES = ("rbps", "wbps", "riops", "wiops")

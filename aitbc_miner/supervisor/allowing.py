@@ -12,12 +12,12 @@ from typing import Any
 
 from aitbc_miner.allowlist.entries import Allowlist, Denied, load_allowlist
 from aitbc_miner.allowlist.patterns import Objection
-from aitbc_miner.config import CliRunner
+from aitbc_miner.config.document import Fault
+from aitbc_miner.config.settings import CliRunner
+from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.control import LATER_S, Judged, Later, Refusal, Request
 from aitbc_miner.supervisor.children import Child, Errands
 from aitbc_miner.util import clock
-from aitbc_miner.util.yamldoc import Fault
-from aitbc_miner.util.yamltext import line_of
 
 MAX_AT_ONCE = 4
 MAX_NOTES = 20

@@ -10,7 +10,7 @@ from math import inf
 from multiprocessing.connection import Connection
 from typing import Any
 
-from aitbc_miner.config import Workspace
+from aitbc_miner.config.settings import Workspace
 from aitbc_miner.control import Problem
 from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import Retuned, SpaceWanted, Sweepable, Swept

@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Struct
 
 from aitbc_miner.cgroup.group import CgroupError, Group
+from aitbc_miner.config.units import format_cpus
 from aitbc_miner.ipc.messages import (
     END_SIGNALS,
     FromWorker,
@@ -56,7 +57,6 @@ from aitbc_miner.supervisor.job_use import Said
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
-from aitbc_miner.util.units import format_cpus
 
 MIB = 1 << 20
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.slots.state import Cancel
 from aitbc_miner.supervisor.children import Keeper

@@ -10,7 +10,7 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.ipc.messages import GpuFact
 from aitbc_miner.runners import Launch

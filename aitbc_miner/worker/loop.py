@@ -15,7 +15,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner.cgroup.group import CgroupError
-from aitbc_miner.config import Config
+from aitbc_miner.config.settings import Config
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.gpu.devices import make_nodes
 from aitbc_miner.gpu.job_view import devices_of

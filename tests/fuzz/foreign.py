@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 
+from aitbc_miner.config.document import Fault
 from aitbc_miner.coordinator import Assignments, CoordinatorError, Heartbeat, PulledJob, PullFilters
 from aitbc_miner.coordinator.aitbc import AitbcCoordinator, Profile
 from aitbc_miner.coordinator.http import HttpClient, Reply
@@ -17,7 +18,6 @@ from aitbc_miner.jobs import Manifest, ManifestError, Outcome, decode_manifest
 from aitbc_miner.serviceresult import FileChanged
 from aitbc_miner.services import ServiceBook, read_services
 from aitbc_miner.util.nesting import too_deep
-from aitbc_miner.util.yamldoc import Fault
 from fuzz.engine import Check, Target, directory, fit_to_print, only
 from fuzz.mutations import JSON, YAML, joined, mutated, parted, words
 from fuzz.shapes import JSON_VALUES, TEXT

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
+from aitbc_miner.config.yaml_text import MAX_BYTES
 from aitbc_miner.errors import MinerError
-from aitbc_miner.util.yamltext import MAX_BYTES
 from fuzz.engine import Check, Explorer, Target, TooMuchWork, bounded, judged_log, only, raw, simply
 from fuzz.found import FOUND
 from fuzz.mutations import mutated

@@ -9,13 +9,14 @@ import msgspec
 from hypothesis import strategies as st
 
 from aitbc_miner.allowlist.entries import load_allowlist
-from aitbc_miner.config import load_config
+from aitbc_miner.config import units
+from aitbc_miner.config.document import Fault
+from aitbc_miner.config.settings import load_config
 from aitbc_miner.errors import JobError
 from aitbc_miner.identity.credentials import CredentialError, read_credential
 from aitbc_miner.probe.topology import MachineFacts
 from aitbc_miner.slots.spec import SlotSpec, lay_out, read_slots, to_yaml
-from aitbc_miner.util import trust, units
-from aitbc_miner.util.yamldoc import Fault
+from aitbc_miner.util import trust
 from fuzz.engine import Check, Target, directory, fit_to_print, only, simply
 from fuzz.mutations import YAML, joined, mutated, parted, words
 

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner.config import Config, Coordinator, Workspace
+from aitbc_miner.config.settings import Config, Coordinator, Workspace
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import FromWorker, JobEnded, StartJob, ToWorker, WorkerReady
 from aitbc_miner.jobs import ExitStatus, Manifest, Outcome, State, StateRecord

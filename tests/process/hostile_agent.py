@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from aitbc_miner import node
-from aitbc_miner.config import load_config
+from aitbc_miner.config.settings import load_config
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import (
     Counted,

@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from aitbc_miner.config.document import absolute_path
 from aitbc_miner.util.trust import refusal
-from aitbc_miner.util.yamldoc import absolute_path
 
 _LISTEN = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", re.ASCII)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from fractions import Fraction
 from typing import Annotated
 
-from aitbc_miner.util.yamldoc import Parse
+from aitbc_miner.config.document import Parse
 
 _SIZE = re.compile(r"(\d{1,19}(?:\.\d{1,6})?)\s*(?:([KMGTP])(?:i?B)?|B)?", re.IGNORECASE | re.ASCII)
 _FACTORS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40, "P": 1 << 50}

@@ -17,8 +17,7 @@ import msgspec
 from msgspec.structs import FieldInfo
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from aitbc_miner.util.trust import refusal
-from aitbc_miner.util.yamltext import (
+from aitbc_miner.config.yaml_text import (
     NO_TAGS,
     YamlTextError,
     compose,
@@ -28,7 +27,7 @@ from aitbc_miner.util.yamltext import (
     read_text,
     resolve_scalar,
 )
-from aitbc_miner.util.yamltypes import (
+from aitbc_miner.config.yaml_types import (
     Parse,
     absolute_path,
     allowed,
@@ -41,6 +40,7 @@ from aitbc_miner.util.yamltypes import (
     node_kind,
     parser_of,
 )
+from aitbc_miner.util.trust import refusal
 
 __all__ = ["BadField", "Fault", "Parse", "absolute_path", "decode_text", "describe", "read_document"]
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from aitbc_miner.config.document import Fault
 from aitbc_miner.util.trust import refusal
-from aitbc_miner.util.yamldoc import Fault
 
 # What editors and packages leave beside a file, and our own samples.
 _LEFT = re.compile(r".*(~|\.(sample|bak|orig|rej|swp|tmp|(dpkg|ucf)-(new|old|dist|tmp)))")

@@ -13,7 +13,9 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from aitbc_miner.configvalues import (
+from aitbc_miner.config.document import BadField, Fault, Parse, read_document
+from aitbc_miner.config.units import Duration
+from aitbc_miner.config.values import (
     is_loopback,
     parse_base_url,
     parse_ca_file,
@@ -24,8 +26,6 @@ from aitbc_miner.configvalues import (
     parse_textfile,
 )
 from aitbc_miner.identity.credentials import parse_source
-from aitbc_miner.util.units import Duration
-from aitbc_miner.util.yamldoc import BadField, Fault, Parse, read_document
 
 MACHINE_ID = Path("/etc/machine-id")
 SLOTS_DIR = Path("/etc/aitbc/miner/slots.d")
