@@ -38,7 +38,7 @@ from aitbc_miner.preflight.check import find_python, read_layout, slots_for
 from aitbc_miner.preflight.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
 from aitbc_miner.preflight.requirements import Place, foreign, require
 from aitbc_miner.probe.topology import read_machine
-from aitbc_miner.queue_shared import open_shared
+from aitbc_miner.queue.shared import open_shared
 from aitbc_miner.runnerset import RunnerSet
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_unallocated, resolve

@@ -29,8 +29,8 @@ from aitbc_miner.ipc.messages import (
     ToAgent,
 )
 from aitbc_miner.jobs import Artifact, Outcome, State
-from aitbc_miner.queue import Claim, Kind, QueueError, Task
-from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.queue.interface import Claim, Kind, QueueError, Task
+from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.slots.state import SlotState
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.ledger import Accounts

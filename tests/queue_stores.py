@@ -11,9 +11,9 @@ from typing import Protocol
 import pytest
 from redis_server import RedisServer
 
-from aitbc_miner.queue import Claim, Kind, RetryQueue, Task
-from aitbc_miner.queue_redis import RedisQueue
-from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.queue.interface import Claim, Kind, RetryQueue, Task
+from aitbc_miner.queue.redis import RedisQueue
+from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store.database import Database
 
 BACKENDS = ["sqlite", pytest.param("redis", marks=pytest.mark.needs("redis-server"))]

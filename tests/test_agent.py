@@ -30,7 +30,7 @@ from aitbc_miner.ipc.messages import (
     TokenWanted,
 )
 from aitbc_miner.jobs import Outcome, State
-from aitbc_miner.queue import Kind
+from aitbc_miner.queue.interface import Kind
 from aitbc_miner.store.database import DatabaseError
 from aitbc_miner.util import clock
 

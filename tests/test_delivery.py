@@ -37,7 +37,7 @@ from aitbc_miner.coordinator import (
 from aitbc_miner.errors import ErrorCode, LocalError
 from aitbc_miner.ipc.messages import CancelJob, JobSettled
 from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord
-from aitbc_miner.queue import QueueError
+from aitbc_miner.queue.interface import QueueError
 from aitbc_miner.store.records import JobDir, RecordError, Records, pretty
 from aitbc_miner.util import clock, fs
 

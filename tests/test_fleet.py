@@ -15,7 +15,7 @@ from aitbc_miner.agent.fleet_watch import FleetWatch
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Deliveries, Offer
 from aitbc_miner.jobs import Outcome, State, StateRecord
-from aitbc_miner.queue import Kind, QueueError, Task
+from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import Records
 

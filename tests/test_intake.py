@@ -26,8 +26,8 @@ from aitbc_miner.coordinator import (
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import ManifestError, Outcome, State, decode_manifest
-from aitbc_miner.queue import Kind, Task
-from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.queue.interface import Kind, Task
+from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import Records
 from aitbc_miner.util import clock

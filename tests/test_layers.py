@@ -86,7 +86,7 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.agent.progress",
             "aitbc_miner.agent.retention",
             "aitbc_miner.agent.pull",
-            "aitbc_miner.queue_shared",
+            "aitbc_miner.queue.shared",
             "aitbc_miner.agent.recovery",
             "aitbc_miner.agent.delivery_queue",
             "aitbc_miner.agent.retries",
@@ -140,7 +140,12 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.services",
             "aitbc_miner.slots.state",
         },
-        "queue": {"aitbc_miner.queue", "aitbc_miner.queue_redis", "aitbc_miner.queue_sqlite"},
+        "queue": {
+            "aitbc_miner.queue",
+            "aitbc_miner.queue.interface",
+            "aitbc_miner.queue.redis",
+            "aitbc_miner.queue.sqlite",
+        },
     },
     {
         "configuration": {

@@ -21,8 +21,8 @@ from queue_stores import (
 )
 from redis_server import RedisServer, redis_server
 
-from aitbc_miner.queue import Claim, QueueError, RetryQueue, Task
-from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.queue.interface import Claim, QueueError, RetryQueue, Task
+from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store.database import Database
 
 

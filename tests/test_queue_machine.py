@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from queue_stores import BACKENDS, open_store
 from redis_server import RedisServer, redis_server
 
-from aitbc_miner.queue import Kind, RetryQueue, Task
+from aitbc_miner.queue.interface import Kind, RetryQueue, Task
 
 # No sum of steps is near one of the times: how long it takes to run makes no difference.
 TIMES = st.sampled_from([0.0, 10_000.0, 30_000.0])

@@ -12,8 +12,8 @@ import redis
 from queue_stores import DEAD_MAX, LEASE_S, REPORT, RUN, RedisStore, claimed, open_store, report, run
 from redis_server import RedisServer, redis_server
 
-from aitbc_miner.queue import QueueError
-from aitbc_miner.queue_redis import RedisQueue
+from aitbc_miner.queue.interface import QueueError
+from aitbc_miner.queue.redis import RedisQueue
 
 pytestmark = pytest.mark.needs("redis-server")
 

@@ -17,8 +17,8 @@ from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unaut
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Counted, Deliveries
 from aitbc_miner.jobs import Artifact, State
-from aitbc_miner.queue import Kind, QueueError, Task
-from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.queue.interface import Kind, QueueError, Task
+from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import JobDir
 

@@ -12,8 +12,8 @@ from aitbc_miner.agent.retries import Reruns
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Counted
 from aitbc_miner.jobs import State
-from aitbc_miner.queue import Kind, QueueError
-from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.queue.interface import Kind, QueueError
+from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import STATE, JobDir
 

@@ -21,7 +21,7 @@ from aitbc_miner.identity.node_token import TokenLine
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Counted, CounterName, Deliveries, JobUpdate, ToAgent
 from aitbc_miner.jobs import Outcome, State
-from aitbc_miner.queue import RetryQueue
+from aitbc_miner.queue.interface import RetryQueue
 from aitbc_miner.store.database import DatabaseError
 from aitbc_miner.store.ledger import Accounts, JobAccount
 from aitbc_miner.store.records import Records

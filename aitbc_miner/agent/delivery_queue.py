@@ -12,7 +12,7 @@ from aitbc_miner.coordinator import Paced, Refused
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.ipc.messages import CounterName
 from aitbc_miner.jobs import Outcome, State, StateRecord
-from aitbc_miner.queue import Kind, QueueError, Task
+from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.store.ledger import account_of
 from aitbc_miner.util import clock
 from aitbc_miner.util.system import boot_id

@@ -15,7 +15,7 @@ from aitbc_miner.agent.retry_policy import outlives_its_node
 from aitbc_miner.coordinator import CoordinatorError
 from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, StateRecord, decode_manifest
-from aitbc_miner.queue import Kind, QueueError, RetryQueue, Task
+from aitbc_miner.queue.interface import Kind, QueueError, RetryQueue, Task
 from aitbc_miner.slots.placement import fits, ticket_for
 from aitbc_miner.store.records import JobDir, RecordError, Records
 from aitbc_miner.util import clock

@@ -7,7 +7,7 @@ from functools import partial
 from aitbc_miner.agent.context import Workbench
 from aitbc_miner.agent.fleet import Fleet, Seen
 from aitbc_miner.ipc.messages import Offer
-from aitbc_miner.queue import QueueError
+from aitbc_miner.queue.interface import QueueError
 from aitbc_miner.util import clock
 
 # How often a lease is renewed while it lasts, so that one or two that fail are no loss.

@@ -47,8 +47,8 @@ from aitbc_miner.ipc.messages import (
     ToAgent,
 )
 from aitbc_miner.jobs import Outcome, State
-from aitbc_miner.queue import RetryQueue
-from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.queue.interface import RetryQueue
+from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store import reserve
 from aitbc_miner.store.anchor import Anchor
 from aitbc_miner.store.database import Database

@@ -10,7 +10,7 @@ from typing import Any
 
 from aitbc_miner.agent.context import Workbench
 from aitbc_miner.ipc.messages import SpaceWanted, Sweepable, Swept
-from aitbc_miner.queue import Kind
+from aitbc_miner.queue.interface import Kind
 from aitbc_miner.store.database import DatabaseError
 from aitbc_miner.util import clock
 

@@ -10,7 +10,7 @@ from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.retry_policy import Where, next_attempt, pause_before
 from aitbc_miner.errors import MinerError
 from aitbc_miner.jobs import MOVES, Outcome, RetryPolicy, State
-from aitbc_miner.queue import Kind, QueueError, Task
+from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.store.ledger import account_of
 from aitbc_miner.store.records import JobDir, RecordError
 from aitbc_miner.util import clock

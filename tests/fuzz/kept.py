@@ -15,8 +15,8 @@ from aitbc_miner.agent.recovery import recover
 from aitbc_miner.ctl.history_page import csv_lines, history_page, json_lines
 from aitbc_miner.errors import JobError
 from aitbc_miner.jobs import ArtifactSpec, Outcome, StateRecord
-from aitbc_miner.queue import Kind, QueueError, Task
-from aitbc_miner.queue_sqlite import SqliteQueue
+from aitbc_miner.queue.interface import Kind, QueueError, Task
+from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store.database import Database, DatabaseError
 from aitbc_miner.store.ledger import Accounts, JobAccount
 from aitbc_miner.store.ledger import Totals as Sums

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
-from aitbc_miner import queue_redis
 from aitbc_miner.agent import fleet
 from aitbc_miner.agent.input_urls import check_names, name_of, parse, shown
 from aitbc_miner.control import MAX_REQUEST, Answer, Request
@@ -35,7 +34,8 @@ from aitbc_miner.jobs import (
     decode_manifest,
     valid_job_id,
 )
-from aitbc_miner.queue import Kind, Task
+from aitbc_miner.queue import redis
+from aitbc_miner.queue.interface import Kind, Task
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.store.records import pretty
 from aitbc_miner.task import LINE_MAX, Progress, Report, ReportReader
@@ -319,11 +319,9 @@ def _handover(data: bytes) -> None:
 def _redis(data: bytes) -> None:
     attempts, blob = parted(data, 2)
     with only(size=len(data)):
-        task = queue_redis._task([blob or None, attempts or None])
+        task = redis._task([blob or None, attempts or None])
         if task is not None:
-            assert (
-                cast("Any", queue_redis._task)([msgspec.msgpack.encode(task), b"%d" % task.attempts]) == task
-            )
+            assert cast("Any", redis._task)([msgspec.msgpack.encode(task), b"%d" % task.attempts]) == task
 
 
 HANDOVERS = MANIFESTS.flatmap(

@@ -11,7 +11,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from aitbc_miner.queue import Claim, Kind, QueueError, Task
+from aitbc_miner.queue.interface import Claim, Kind, QueueError, Task
 from aitbc_miner.store.database import Database, DatabaseError
 
 _SCHEMA = (

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 
 from aitbc_miner.config.settings import Config
 from aitbc_miner.identity.credentials import Credential, read_credential
-from aitbc_miner.queue import RetryQueue
-from aitbc_miner.queue_redis import RedisQueue
+from aitbc_miner.queue.interface import RetryQueue
+from aitbc_miner.queue.redis import RedisQueue
 
 
 def open_shared(

@@ -24,7 +24,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from aitbc_miner.queue import Claim, Kind, QueueError, Task
+from aitbc_miner.queue.interface import Claim, Kind, QueueError, Task
 
 _BEGIN = """
 local space, kind, job = KEYS[1], ARGV[1], ARGV[2]

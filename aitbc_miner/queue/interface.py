@@ -1,6 +1,6 @@
 """What is to be done later: reports to send again, and jobs to run again, here or on any node of a fleet.
 
-One small interface, a file for each backend: `queue_sqlite` is this node's own, `queue_redis` may be shared.
+One small interface, a file for each backend: `sqlite` is this node's own, `redis` may be shared.
 The records of jobs on disk stay the truth about them; this holds when, how often, and whose turn it is.
 
 A task is waiting, held, or dead. Who holds one has a lease, and keeps it by renewing it. When a lease has run
