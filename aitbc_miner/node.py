@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.config.settings import Config
-from aitbc_miner.control import Request
+from aitbc_miner.control.protocol import Request
 from aitbc_miner.coordinator.connect import connect, proxy_of
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.gpu.job_view import gpu_view

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from aitbc_miner.allowlist.entries import load_allowlist
 from aitbc_miner.config.settings import CliRunner as Settings
-from aitbc_miner.control import Answer, Judged, Refusal, Reply, Request
+from aitbc_miner.control.protocol import Answer, Judged, Refusal, Reply, Request
 from aitbc_miner.errors import JobError
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Stop

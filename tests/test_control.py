@@ -16,14 +16,13 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner import control
-from aitbc_miner.control import (
-    MAX_CLIENTS,
+from aitbc_miner.control import server as control
+from aitbc_miner.control.client import ask
+from aitbc_miner.control.protocol import (
     MAX_REQUEST,
     READ_VERBS,
     WRITE_VERBS,
     Answer,
-    ControlServer,
     Done,
     Files,
     JobRow,
@@ -32,9 +31,8 @@ from aitbc_miner.control import (
     Refusal,
     Reply,
     Request,
-    ask,
-    peer,
 )
+from aitbc_miner.control.server import MAX_CLIENTS, ControlServer, peer
 from aitbc_miner.errors import EXIT_FAILURE, EXIT_NOT_PERMITTED
 from aitbc_miner.ipc.channel import HEADER
 from aitbc_miner.jobs import State

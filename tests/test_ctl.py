@@ -15,9 +15,8 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aitbc_miner.control import (
+from aitbc_miner.control.protocol import (
     Answer,
-    ControlServer,
     Done,
     Files,
     JobRow,
@@ -31,6 +30,7 @@ from aitbc_miner.control import (
     SlotStatus,
     Status,
 )
+from aitbc_miner.control.server import ControlServer
 from aitbc_miner.ctl import main as ctl
 from aitbc_miner.ctl.pages import amount, job_page, jobs_page, plain, slots_page, status_page
 from aitbc_miner.errors import CODES, ErrorCode
@@ -801,7 +801,7 @@ def test_it_imports_little() -> None:
     alone = {name: value for name, value in environ().items() if not name.startswith("COV")}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=alone, check=True)
     loaded = set(done.stdout.split())
-    assert "aitbc_miner.control" in loaded
+    assert "aitbc_miner.control.server" in loaded
     assert not loaded & {"requests", "yaml", "psutil", "asyncio", "multiprocessing", "prometheus_client"}
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from aitbc_miner.config.settings import Config, Coordinator, Workspace
-from aitbc_miner.control import Files, Later, Refusal, Reply, Request, Status
+from aitbc_miner.control.protocol import Files, Later, Refusal, Reply, Request, Status
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, JobUpdate, Offer, SlotView
 from aitbc_miner.jobs import State

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner.control import LATER_S, Answer, Done, History, Refusal, Reply, Request
+from aitbc_miner.control.protocol import LATER_S, Answer, Done, History, Refusal, Reply, Request
 from aitbc_miner.ctl import main as ctl
 from aitbc_miner.ctl.history_page import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.ctl.pages import plain

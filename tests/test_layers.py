@@ -101,7 +101,7 @@ LAYERS: list[dict[str, set[str]]] = [
     },
     {
         "coordinator": {"aitbc_miner.coordinator"},
-        "control socket": {"aitbc_miner.control", "aitbc_miner.supervisor.history"},
+        "control socket": {"aitbc_miner.control.server", "aitbc_miner.supervisor.history"},
         "telemetry": {
             "aitbc_miner.telemetry.counters",
             "aitbc_miner.telemetry.pages",
@@ -192,7 +192,7 @@ LAYERS: list[dict[str, set[str]]] = [
             "aitbc_miner.config.yaml_types",
             "aitbc_miner.config.units",
             "aitbc_miner.config.dropins",
-            "aitbc_miner.util.listening",
+            "aitbc_miner.control.listening",
             "aitbc_miner.telemetry.httpd",
         },
     },

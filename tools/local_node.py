@@ -21,7 +21,8 @@ import psutil
 import yaml
 
 from aitbc_miner.cgroup.group import find_mount, own_group
-from aitbc_miner.control import Request, Status, ask
+from aitbc_miner.control.client import ask
+from aitbc_miner.control.protocol import Request, Status
 
 TOKEN = "demo-token"
 START_S = 60.0

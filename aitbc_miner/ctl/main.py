@@ -18,10 +18,10 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import msgspec
 
-from aitbc_miner.control import (
+from aitbc_miner.control.client import ask
+from aitbc_miner.control.protocol import (
     LATER_S,
     MAX_REQUEST,
-    READERS,
     Done,
     Files,
     History,
@@ -31,8 +31,8 @@ from aitbc_miner.control import (
     Refusal,
     Request,
     Status,
-    ask,
 )
+from aitbc_miner.control.server import READERS
 from aitbc_miner.ctl.arguments import CONFIG, parser
 from aitbc_miner.ctl.history_page import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.ctl.pages import Paint, job_page, jobs_page, judged_page, plain, slots_page, status_page

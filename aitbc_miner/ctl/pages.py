@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from aitbc_miner.control import JobRow, Jobs, Judged, Problem, SlotStatus, Status
+from aitbc_miner.control.protocol import JobRow, Jobs, Judged, Problem, SlotStatus, Status
 from aitbc_miner.errors import CODES, ErrorCode
 from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import JobUse, Outcome, State

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from aitbc_miner.config.settings import Config, load_config
-from aitbc_miner.control import Answer, Files, History, JobRow, Jobs, Refusal, Request
+from aitbc_miner.control.protocol import Answer, Files, History, JobRow, Jobs, Refusal, Request
 from aitbc_miner.errors import EXIT_NOT_PERMITTED
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.store.records import JobDir, RecordError, Records

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from aitbc_miner.config.document import Fault
 from aitbc_miner.config.settings import Config, Privileges
-from aitbc_miner.control import READERS, WRITERS
+from aitbc_miner.control.server import READERS, WRITERS
 from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.preflight.check import machine_facts
 from aitbc_miner.preflight.confinement import offered_controllers

@@ -15,7 +15,7 @@ from aitbc_miner.allowlist.patterns import Objection
 from aitbc_miner.config.document import Fault
 from aitbc_miner.config.settings import CliRunner
 from aitbc_miner.config.yaml_text import line_of
-from aitbc_miner.control import LATER_S, Judged, Later, Refusal, Request
+from aitbc_miner.control.protocol import LATER_S, Judged, Later, Refusal, Request
 from aitbc_miner.supervisor.children import Child, Errands
 from aitbc_miner.util import clock
 

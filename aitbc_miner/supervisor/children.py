@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from aitbc_miner.control import Source
+from aitbc_miner.control.server import Source
 from aitbc_miner.errors import MinerError
 from aitbc_miner.ipc.channel import Allowance, Channel, ChannelError, ExcessError
 from aitbc_miner.util import clock

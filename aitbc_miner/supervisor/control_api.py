@@ -8,7 +8,7 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from aitbc_miner.config.settings import Config
-from aitbc_miner.control import (
+from aitbc_miner.control.protocol import (
     Answer,
     Done,
     Files,

@@ -11,7 +11,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from aitbc_miner.config.settings import Workspace
-from aitbc_miner.control import Problem
+from aitbc_miner.control.protocol import Problem
 from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import Retuned, SpaceWanted, Sweepable, Swept
 from aitbc_miner.store import reserve

@@ -11,7 +11,7 @@ from typing import Any
 
 from msgspec import Struct
 
-from aitbc_miner.control import LATER_S, History, Later, Refusal, Request
+from aitbc_miner.control.protocol import LATER_S, History, Later, Refusal, Request
 from aitbc_miner.supervisor.children import Child, Errands
 from aitbc_miner.util import clock
 

@@ -8,7 +8,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from aitbc_miner.control import Request
+from aitbc_miner.control.protocol import Request
 from aitbc_miner.errors import MinerError
 from aitbc_miner.store.database import Database, DatabaseError
 from aitbc_miner.store.ledger import Accounts, Totals

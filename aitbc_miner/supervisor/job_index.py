@@ -4,7 +4,7 @@ from collections import Counter, OrderedDict
 
 from msgspec.structs import replace
 
-from aitbc_miner.control import JobRow
+from aitbc_miner.control.protocol import JobRow
 from aitbc_miner.ipc.channel import MAX_LINE, MAX_UNFINISHED, ExcessError
 from aitbc_miner.ipc.messages import JobEnded, JobUpdate
 from aitbc_miner.jobs import FINAL, State

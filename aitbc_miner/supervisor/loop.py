@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from msgspec import Struct
 
 from aitbc_miner.config.settings import Config
-from aitbc_miner.control import ControlServer, Problem, Request, Source
+from aitbc_miner.control.protocol import Problem, Request
+from aitbc_miner.control.server import ControlServer, Source
 from aitbc_miner.ipc.channel import ExcessError
 from aitbc_miner.ipc.messages import (
     CancelJob,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from aitbc_miner.control import Done, Later, Refusal
+from aitbc_miner.control.protocol import Done, Later, Refusal
 from aitbc_miner.errors import EXIT_CONFIG, MinerError
 from aitbc_miner.supervisor.children import Child, Errands, Main
 from aitbc_miner.supervisor.running_slot import Layout

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from requests_toolbelt import MultipartEncoder
 
-from aitbc_miner.control import Answer, JobRow, Request
+from aitbc_miner.control.protocol import Answer, JobRow, Request
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
 from aitbc_miner.ctl import history_page, pages

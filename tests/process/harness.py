@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 
 from aitbc_miner.cgroup.group import CgroupError, Group
-from aitbc_miner.control import Done, Request, Status, ask
+from aitbc_miner.control.client import ask
+from aitbc_miner.control.protocol import Done, Request, Status
 from aitbc_miner.ipc.messages import SlotView
 from tools.local_node import LocalNode, wait_until
 from tools.marked_jobs import MarkedJobs, allow_programs

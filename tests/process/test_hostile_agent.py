@@ -10,7 +10,8 @@ from harness import WAIT_S
 from hostile_agent import KINDS
 from rig import peak_mib
 
-from aitbc_miner.control import Request, Status, ask
+from aitbc_miner.control.client import ask
+from aitbc_miner.control.protocol import Request, Status
 from aitbc_miner.util import clock
 from tools.local_node import TOKEN, wait_until
 

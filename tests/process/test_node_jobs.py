@@ -24,7 +24,7 @@ from harness import (
     wait_settled,
 )
 
-from aitbc_miner.control import Refusal
+from aitbc_miner.control.protocol import Refusal
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_ledger import Ledger

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from harness import Node, assert_once, states, submit, until, wait_final, wait_gone
 
-from aitbc_miner.control import Done, Refusal
+from aitbc_miner.control.protocol import Done, Refusal
 from aitbc_miner.errors import EXIT_CONFIG
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator

@@ -12,7 +12,7 @@ import pytest
 from conftest import NodeFactory
 from harness import WAIT_S, Node, assert_once, noop, until, wait_final, wait_gone, wait_settled
 
-from aitbc_miner.control import Done, JobRow, Refusal
+from aitbc_miner.control.protocol import Done, JobRow, Refusal
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.store.records import Records

@@ -14,7 +14,8 @@ from typing import Any
 import psutil
 import yaml
 
-from aitbc_miner.control import Request, Status, ask
+from aitbc_miner.control.client import ask
+from aitbc_miner.control.protocol import Request, Status
 from aitbc_miner.ipc.messages import SlotView
 from aitbc_miner.sandbox.users import job_user
 from aitbc_miner.slots.state import SlotState

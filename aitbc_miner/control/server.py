@@ -1,8 +1,4 @@
-"""The control socket: what `aitbc-minerctl` may ask, who may ask it, and the answers.
-
-One request a connection: a frame with a `Request`, answered by a frame with an answer, which may carry open
-files (SCM_RIGHTS), so that the supervisor never reads a log itself. Who asks is told by the kernel.
-"""
+"""Serves the control socket. The kernel tells who asks."""
 
 import contextlib
 import grp
@@ -13,150 +9,35 @@ import struct
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import msgspec
-from msgspec import Struct
 
-from aitbc_miner.errors import EXIT_FAILURE, EXIT_NOT_PERMITTED, ErrorCode
+from aitbc_miner.control.listening import identity, listen
+from aitbc_miner.control.protocol import (
+    LATER_S,
+    MAX_REQUEST,
+    READ_VERBS,
+    WRITE_VERBS,
+    Answer,
+    Later,
+    Refusal,
+    Reply,
+    Request,
+)
+from aitbc_miner.errors import EXIT_NOT_PERMITTED
 from aitbc_miner.ipc.channel import HEADER, Channel, ChannelError
-from aitbc_miner.ipc.messages import CoordinatorView, SlotView
-from aitbc_miner.jobs import JobUse, State
 from aitbc_miner.util import clock
-from aitbc_miner.util.listening import identity, listen
 from aitbc_miner.util.log import events
 
-READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs", "history", "allow"})
-WRITE_VERBS = frozenset({"drain", "resume", "cancel", "retry", "reload"})
 READERS, WRITERS = "aitbc-view", "aitbc-admin"  # not the service's group, which reads the token
-MAX_REQUEST = 256 * 1024
 MAX_CLIENTS = 32
 CLIENT_TIMEOUT_S = 5.0
-# For an answer that has to wait for something.
-LATER_S = 60.0
 # What is asked may take this long in one turn of the loop, and the rest waits for the next.
 TURN_S = 0.02
 SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module does not name it
 # As much as Python's getsockopt can take: 256 groups. Who is in more is refused, not let in.
 MAX_GROUPS = 1024
 
-
-class Request(Struct, frozen=True):
-    """What a client wants; of the history the last `since_s` seconds, or all, and with `each` every job.
-
-    `command` is a program with its arguments, `inputs` the files that its job has: None means any.
-    """
-
-    verb: str
-    job_id: str | None = None
-    state: State | None = None
-    since_s: float | None = None
-    each: bool = False
-    command: list[str] = []
-    inputs: list[str] | None = None
-
-
-class Refusal(Struct, frozen=True, tag="refusal"):
-    """No: why, and the exit status that the command should end with."""
-
-    message: str
-    exit_code: int = EXIT_FAILURE
-
-
-class Done(Struct, frozen=True, tag="done"):
-    """It was done."""
-
-    message: str
-
-
-class JobRow(Struct, frozen=True):
-    """A job in one line."""
-
-    job_id: str
-    state: State
-    runner: str = ""
-    slot: str | None = None
-    code: ErrorCode | None = None
-    message: str = ""
-    since_wall: str = ""
-    wall_s: float | None = None
-    artifacts: int = 0
-    use: JobUse | None = None
-
-
-class Jobs(Struct, frozen=True, tag="jobs"):
-    """The jobs that this node holds, the newest last."""
-
-    jobs: list[JobRow]
-
-
-class Files(Struct, frozen=True, tag="files"):
-    """A job, and the files that come along with this answer, in this order."""
-
-    job: JobRow
-    names: list[str]
-
-
-class History(Struct, frozen=True, tag="history"):
-    """What jobs have come to. With this answer comes one file, as `supervisor/history.py` describes it."""
-
-
-class Judged(Struct, frozen=True, tag="judged"):
-    """Whether a job may run a command: by which file and rule, at which argument (from 1), what fits there.
-
-    `message` is what the job would be told, or of one that is permitted what would be started.
-    """
-
-    permitted: bool
-    message: str
-    file: str | None = None
-    line: int | None = None
-    rule: str = ""
-    argument: int | None = None
-    fits: list[str] = []
-    notes: list[str] = []
-
-
-class SlotStatus(Struct, frozen=True):
-    """A slot and how long, in seconds, it has been in its state."""
-
-    slot: SlotView
-    for_s: float
-    use: JobUse | None = None
-
-
-class Problem(Struct, frozen=True):
-    """Something the operator should know, and what to do about it."""
-
-    what: str
-    remedy: str = ""
-
-
-class Status(Struct, frozen=True, tag="status"):
-    """The node on one screen. `accepting`: jobs are pulled; if not, `paused` says why."""
-
-    node_id: str
-    version: str
-    pid: int
-    up_s: float
-    accepting: bool
-    stopping: bool
-    coordinator: CoordinatorView
-    base_url: str
-    slots: list[SlotStatus]
-    queued: list[str]
-    pending_reports: int
-    finished: dict[str, int]
-    problems: list[Problem]
-    paused: str = ""
-
-
-Answer = Refusal | Done | Jobs | Files | History | Judged | Status
-Reply = tuple[Answer, list[int]]
-"""An answer, and the descriptors that go with it; the server closes them."""
-
-Later = Callable[[Answer | Reply], None]
-"""How to answer when the answer is not known yet; it may be used after the client has gone."""
 
 Source = tuple[Callable[[], None], int]
 
@@ -333,24 +214,3 @@ def _reply(client: Client, answer: Answer, fds: list[int]) -> None:
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def ask(path: Path, request: Request, timeout_s: float) -> tuple[Any, list[int]]:
-    """Ask the daemon; for the client.
-
-    Raises:
-        OSError: it is not there, does not answer in time, or does not let us connect.
-        msgspec.DecodeError: what answers is not our daemon.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(timeout_s)
-        sock.connect(os.fspath(path))
-        body = msgspec.json.encode(request)
-        sock.sendall(len(body).to_bytes(HEADER, "big") + body)
-        data, fds, _, _ = socket.recv_fds(sock, 1 << 16, 8)
-        while len(data) < HEADER or len(data) < HEADER + int.from_bytes(data[:HEADER], "big"):
-            more = sock.recv(1 << 16)
-            if not more:
-                raise ConnectionError("the daemon closed the connection without an answer")
-            data += more
-    return msgspec.json.decode(data[HEADER:], type=Answer), list(fds)
