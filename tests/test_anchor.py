@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.store.anchor import LOOK_S, Anchor
+from aitbc_miner.agent.anchor import LOOK_S, Anchor
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import MARK, Records
 from aitbc_miner.util import clock

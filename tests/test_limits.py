@@ -9,16 +9,9 @@ from pathlib import Path
 import pytest
 
 from aitbc_miner.errors import MinerError
+from aitbc_miner.slots.limits import FALLBACK_IONICE, asked, plan_limits
 from aitbc_miner.slots.spec import IoNice, SlotSpec
-from aitbc_miner.util.limits import (
-    FALLBACK_IONICE,
-    ProcessLimits,
-    apply,
-    asked,
-    disk_of,
-    plan_limits,
-    rlimit_name,
-)
+from aitbc_miner.util.limits import ProcessLimits, apply, disk_of, rlimit_name
 
 MIB = 1 << 20
 FULL = SlotSpec(

@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 from aitbc_miner.agent.local_faults import Persisting
+from aitbc_miner.agent.node_token import TokenLine
 from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator import (
     Busy,
@@ -17,7 +18,6 @@ from aitbc_miner.coordinator import (
     Unreachable,
 )
 from aitbc_miner.errors import ErrorCode, MinerError
-from aitbc_miner.identity.node_token import TokenLine
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Counted, CounterName, Deliveries, JobUpdate, ToAgent
 from aitbc_miner.jobs import Outcome, State

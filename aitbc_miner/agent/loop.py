@@ -14,6 +14,7 @@ from functools import partial
 
 from aitbc_miner.agent.admission import RESUMABLE
 from aitbc_miner.agent.admission_queue import Taker, by_coordinator, id_of
+from aitbc_miner.agent.anchor import Anchor
 from aitbc_miner.agent.context import Workbench
 from aitbc_miner.agent.delivery import settle
 from aitbc_miner.agent.delivery_queue import Reporter
@@ -21,6 +22,7 @@ from aitbc_miner.agent.fleet import Fleet, Seen
 from aitbc_miner.agent.fleet_watch import FleetWatch
 from aitbc_miner.agent.idle_monitor import IdleWatch
 from aitbc_miner.agent.local_faults import Persisting
+from aitbc_miner.agent.node_token import TokenLine
 from aitbc_miner.agent.ondemand import OnDemand
 from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.agent.pull import Puller
@@ -31,7 +33,6 @@ from aitbc_miner.agent.retries import Reruns
 from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator import Coordinator, CoordinatorError, Gone, PulledJob, Refused, Unauthorized
 from aitbc_miner.errors import ErrorCode, MinerError
-from aitbc_miner.identity.node_token import TokenLine
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import (
     CancelJob,
@@ -50,7 +51,6 @@ from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.queue.interface import RetryQueue
 from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store import reserve
-from aitbc_miner.store.anchor import Anchor
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.ledger import Accounts, account_of
 from aitbc_miner.util import clock

@@ -22,10 +22,10 @@ from aitbc_miner.sandbox.bubblewrap import HOME, Sandbox, enclose
 from aitbc_miner.sandbox.spawn import Job, become_subreaper, spawn
 from aitbc_miner.sandbox.users import Identity, resolve
 from aitbc_miner.slots.cgroup_limits import limit_job
+from aitbc_miner.slots.limits import plan_limits
 from aitbc_miner.slots.spec import SlotSpec, derive_slots
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util import fs
-from aitbc_miner.util.limits import plan_limits
 from aitbc_miner.worker.launch import gpu_env, slot_sandbox
 
 SLOTS_GROUP = Path("aitbc.slice", "aitbc-miner-slots.service")

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Self
 from aitbc_miner.cgroup.group import LIMITS, CgroupError, Group, enable
 from aitbc_miner.config.units import format_size
 from aitbc_miner.slots.cgroup_limits import limit_job, limit_slot
-from aitbc_miner.util.limits import asked
+from aitbc_miner.slots.limits import asked
 
 if TYPE_CHECKING:
     # Only its attributes matter here; reading slots.d is far above this layer.

@@ -40,7 +40,7 @@ T = TypeVar("T")
 R = TypeVar("R", StateRecord, Outcome)
 
 MARK = "+workspace"
-"""A file in `workspace.root` that tells it from any other, see `store/anchor.py`."""
+"""A file in `workspace.root` that tells it from any other, see `agent/anchor.py`."""
 MANIFEST, STATE, OUTCOME = "manifest.json", "state.json", "outcome.json"
 # A slot's user must reach its own directories below, but list nothing on the way there.
 PASSABLE = 0o711

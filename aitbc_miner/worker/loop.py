@@ -29,9 +29,9 @@ from aitbc_miner.sandbox.bubblewrap import Sandbox
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slots.cgroups import SlotGroup
+from aitbc_miner.slots.limits import plan_limits
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store.records import JobDir, Records
-from aitbc_miner.util.limits import plan_limits
 from aitbc_miner.util.log import events
 from aitbc_miner.worker.cleanup import clear_user, named
 from aitbc_miner.worker.job_run import JobRun
