@@ -15,7 +15,7 @@ from aitbc_miner.preflight.check import Checker, machine_facts, told_of
 from aitbc_miner.preflight.doctor import diagnose
 from aitbc_miner.preflight.requirements import Place, RequirementError, require, resolved
 from aitbc_miner.probe.machine import capabilities, probe_machine, render_page
-from aitbc_miner.runners.catalogue import Task, list_tasks, params_of, told
+from aitbc_miner.runners.task_catalogue import Task, list_tasks, params_of, told
 from aitbc_miner.sandbox.users import resolve
 from aitbc_miner.slots.spec import SlotSpec, derive_slots, lay_out, read_slots, to_yaml
 from aitbc_miner.util.build import build

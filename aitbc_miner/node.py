@@ -39,7 +39,7 @@ from aitbc_miner.preflight.confinement import ConfinementError, find_cgroups, fi
 from aitbc_miner.preflight.requirements import Place, foreign, require
 from aitbc_miner.probe.topology import read_machine
 from aitbc_miner.queue.shared import open_shared
-from aitbc_miner.runnerset import RunnerSet
+from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_unallocated, resolve
 from aitbc_miner.slots.cgroups import SlotGroup

@@ -15,7 +15,7 @@ from test_intake import CONFIG, pulled
 from aitbc_miner.agent.context import Workbench
 from aitbc_miner.agent.node_token import TokenLine
 from aitbc_miner.config.settings import Config, GiveUp, Queue, Workspace
-from aitbc_miner.coordinator import PulledJob, PullFilters, Told
+from aitbc_miner.coordinator.interface import PulledJob, PullFilters, Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import (

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from aitbc_miner.coordinator import Assignments, Heartbeat, PulledJob, PullFilters, Standing, Told
+from aitbc_miner.coordinator.interface import Assignments, Heartbeat, PulledJob, PullFilters, Standing, Told
 from aitbc_miner.jobs import Outcome
 
 

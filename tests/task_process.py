@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from aitbc_miner.jobs import ExitStatus, Manifest
-from aitbc_miner.runners import JobPaths, Verdict
+from aitbc_miner.runners.interface import JobPaths, Verdict
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.task import Report, ReportReader

@@ -14,7 +14,7 @@ from aitbc_miner.agent.admission import Intake
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.agent.pull import MAX_KNOWN
 from aitbc_miner.config.settings import Config, Heartbeat
-from aitbc_miner.coordinator import Busy, CoordinatorError, Refused, Told, Unauthorized, Unreachable
+from aitbc_miner.coordinator.interface import Busy, CoordinatorError, Refused, Told, Unauthorized, Unreachable
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.credentials import digest
 from aitbc_miner.identity.receipts import Receipt

@@ -10,7 +10,9 @@ import pytest
 import responses
 from agent_bench import Time
 
-from aitbc_miner.coordinator import (
+from aitbc_miner.coordinator.aitbc import LIMITS, AitbcCoordinator, Profile
+from aitbc_miner.coordinator.http import HttpClient
+from aitbc_miner.coordinator.interface import (
     Busy,
     CoordinatorError,
     Gone,
@@ -23,12 +25,10 @@ from aitbc_miner.coordinator import (
     UnknownNode,
     Unreachable,
 )
-from aitbc_miner.coordinator.aitbc import LIMITS, AitbcCoordinator, Profile
-from aitbc_miner.coordinator.http import HttpClient
-from aitbc_miner.coordinator.limits import Limits
+from aitbc_miner.coordinator.rate_limits import Limits
+from aitbc_miner.coordinator.services import ServiceBook
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import LogInfo, Outcome, Usage
-from aitbc_miner.services import ServiceBook
 
 URL = "http://127.0.0.1:8203/v1"
 KEY = "demo-key-0123456789"

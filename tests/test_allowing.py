@@ -20,8 +20,8 @@ from aitbc_miner.errors import JobError
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.jobs import Inputs, Manifest
-from aitbc_miner.runners import JobPaths
 from aitbc_miner.runners.cli import CliRunner
+from aitbc_miner.runners.interface import JobPaths
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.supervisor import allowing, children
 from aitbc_miner.supervisor.allowing import Examiner, judge

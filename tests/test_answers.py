@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from aitbc_miner.coordinator import Busy, CoordinatorError, Unreachable
 from aitbc_miner.coordinator.answers import AITBC, BOOTSTRAP, Dialect, answer, check
 from aitbc_miner.coordinator.http import Reply
+from aitbc_miner.coordinator.interface import Busy, CoordinatorError, Unreachable
 
 DIALECTS = {"bootstrap": BOOTSTRAP, "aitbc-v1": AITBC}
 CALLS = [(name, call) for name, dialect in DIALECTS.items() for call in dialect.calls]

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.bootstrap import _log as unsent_log
 from aitbc_miner.coordinator.http import HttpClient
+from aitbc_miner.coordinator.service_result import result_object
 from aitbc_miner.errors import JobError, LocalError
 from aitbc_miner.jobs import Artifact, ArtifactSpec, Outcome
-from aitbc_miner.serviceresult import result_object
 from aitbc_miner.util import fs
 from aitbc_miner.worker.artifacts import Caps, Collector, check_path
 

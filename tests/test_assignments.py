@@ -8,9 +8,9 @@ import pytest
 from agent_bench import Desk, Time
 from test_intake import pulled
 
-from aitbc_miner.agent.reconcile import AGAIN_S, MAX_BUSY, Assignments
-from aitbc_miner.coordinator import Assignment, Busy, Paced, PulledJob, Unreachable
-from aitbc_miner.coordinator import Assignments as Told
+from aitbc_miner.agent.reconcile import AGAIN_S, MAX_BUSY, Reconciler
+from aitbc_miner.coordinator.interface import Assignment, Busy, Paced, PulledJob, Unreachable
+from aitbc_miner.coordinator.interface import Assignments as Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Beaten, BeatWanted, CancelJob, NodeToken, PrivateLine
 from aitbc_miner.jobs import ManifestError, State
@@ -31,7 +31,7 @@ class Compared(Desk):
         self.cancelled: list[CancelJob] = []
         self.meanwhile: list[str] = []
         self.coordinator.assignments = self.answer  # type: ignore[method-assign]
-        self.list = Assignments(
+        self.list = Reconciler(
             self.bench,
             lambda: self.ours | self.reporting,
             lambda: set(self.ours),

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import responses
 
-from aitbc_miner.coordinator import (
+from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
+from aitbc_miner.coordinator.http import HttpClient
+from aitbc_miner.coordinator.interface import (
     ArtifactChanged,
     Busy,
     Coordinator,
@@ -28,8 +30,6 @@ from aitbc_miner.coordinator import (
     UnknownNode,
     Unreachable,
 )
-from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
-from aitbc_miner.coordinator.http import HttpClient
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.jobs import Artifact, ExitStatus, LogInfo, Outcome
 from aitbc_miner.util.clock import now

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.coordinator.brokenjson import find_text
+from aitbc_miner.coordinator.broken_json import find_text
 
 PATH = ("jobs[]", "job_id")
 

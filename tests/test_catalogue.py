@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from aitbc_miner.config.settings import PythonRunner
-from aitbc_miner.runners.catalogue import TOLD_MAX, Task, TaskWatch, list_tasks, params_of, told
 from aitbc_miner.runners.interpreter import InterpreterError, cannot_import, find_interpreter
+from aitbc_miner.runners.task_catalogue import TOLD_MAX, Task, TaskWatch, list_tasks, params_of, told
 from aitbc_miner.runners.task_reader import TaskInfo
 from aitbc_miner.util.trust import distrust_tree
 

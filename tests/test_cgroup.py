@@ -14,9 +14,9 @@ import pytest
 from aitbc_miner.cgroup import delegation
 from aitbc_miner.cgroup.delegation import LEAF, prepare
 from aitbc_miner.cgroup.group import CgroupError, CpuUsage, Group, Mount, find_mount, own_group
+from aitbc_miner.slots import limits
 from aitbc_miner.slots.cgroups import WORKER_MEMORY, SlotGroup
 from aitbc_miner.slots.spec import SlotSpec
-from aitbc_miner.util import limits
 
 HYBRID = """\
 31 23 0:28 / /sys/fs/cgroup rw,relatime - tmpfs tmpfs rw,mode=755

@@ -20,9 +20,9 @@ import requests
 import responses
 from requests_toolbelt import MultipartEncoder
 
-from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
 from aitbc_miner.coordinator.answers import BOOTSTRAP, Call, check, decode
 from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, Reply, clean, retry_after
+from aitbc_miner.coordinator.interface import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.web import Dialer

@@ -8,8 +8,8 @@ from agent_bench import Time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aitbc_miner.coordinator import Paced
-from aitbc_miner.coordinator.limits import PAUSES_S, WINDOW_S, Limits
+from aitbc_miner.coordinator.interface import Paced
+from aitbc_miner.coordinator.rate_limits import PAUSES_S, WINDOW_S, Limits
 from aitbc_miner.util import clock
 
 MOST = {"result": 50, "fail": 50}

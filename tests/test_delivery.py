@@ -23,7 +23,7 @@ from aitbc_miner.agent.delivery import (
     take_back_refused,
 )
 from aitbc_miner.config.settings import GiveUp
-from aitbc_miner.coordinator import (
+from aitbc_miner.coordinator.interface import (
     ArtifactChanged,
     Busy,
     Coordinator,

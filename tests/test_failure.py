@@ -5,7 +5,7 @@ import traceback
 import pytest
 
 from aitbc_miner.coordinator import aitbc_wire
-from aitbc_miner.coordinator.failure import log_of, message_of
+from aitbc_miner.coordinator.job_failure import log_of, message_of
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import LogInfo, Outcome
 

@@ -5,11 +5,10 @@ import msgspec
 import pytest
 from msgspec import Struct
 
-from aitbc_miner import services
-from aitbc_miner.coordinator import aitbc_wire
+from aitbc_miner.coordinator import aitbc_wire, services
 from aitbc_miner.coordinator.http import Reply
+from aitbc_miner.coordinator.services import Field
 from aitbc_miner.jobs import ManifestError, decode_manifest
-from aitbc_miner.services import Field
 from aitbc_miner.store.records import Records
 from aitbc_miner.util import forgiving
 

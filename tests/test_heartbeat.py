@@ -23,7 +23,7 @@ from heartbeat_node import (
 from nvml_stub import NvmlStub, no_library
 
 from aitbc_miner.config import settings
-from aitbc_miner.coordinator import Unreachable
+from aitbc_miner.coordinator.interface import Unreachable
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.heartbeat.loop import Timing
 from aitbc_miner.heartbeat.registration import Registration

@@ -8,7 +8,7 @@ import pytest
 from agent_bench import Desk, Time
 
 from aitbc_miner.agent.idle_monitor import STARVED_S, IdleWatch
-from aitbc_miner.coordinator import Standing
+from aitbc_miner.coordinator.interface import Standing
 from aitbc_miner.ipc.messages import Starved
 
 

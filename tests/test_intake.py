@@ -15,14 +15,7 @@ from aitbc_miner.agent import admission as module
 from aitbc_miner.agent.admission import Intake, Stopping, Taken
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.config.settings import Config, Coordinator
-from aitbc_miner.coordinator import (
-    CoordinatorError,
-    Gone,
-    PulledJob,
-    Refused,
-    Told,
-    Unreachable,
-)
+from aitbc_miner.coordinator.interface import CoordinatorError, Gone, PulledJob, Refused, Told, Unreachable
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import ManifestError, Outcome, State, decode_manifest

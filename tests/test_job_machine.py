@@ -17,7 +17,7 @@ from aitbc_miner.agent.delivery import REFUSED, deliver, settle, take_back_refus
 from aitbc_miner.agent.recovery import Found, recover
 from aitbc_miner.agent.retry_policy import Where, next_attempt
 from aitbc_miner.config.settings import GiveUp
-from aitbc_miner.coordinator import CoordinatorError, Gone, Refused, Told
+from aitbc_miner.coordinator.interface import CoordinatorError, Gone, Refused, Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CancelJob, JobSettled
 from aitbc_miner.jobs import FINAL, MOVES, Outcome, RetryPolicy, State, StateRecord

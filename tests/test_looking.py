@@ -9,8 +9,8 @@ from certificates import Party
 from test_coordinator_http import Peer, Start, peer, read_request
 
 from aitbc_miner.config.settings import Coordinator
-from aitbc_miner.coordinator import looking
-from aitbc_miner.coordinator.looking import likely_cause
+from aitbc_miner.coordinator import diagnosis
+from aitbc_miner.coordinator.diagnosis import likely_cause
 from tools.mock_aitbc import MockAitbc
 from tools.mock_coordinator import MockCoordinator
 
@@ -111,7 +111,7 @@ def test_an_aitbc_coordinator_that_denies_only_what_is_there(peer: Start) -> Non
 def test_http_and_https_taken_for_each_other(
     peer: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(looking, "LOOK_S", 1.0)  # this server waits for more of the handshake
+    monkeypatch.setattr(diagnosis, "LOOK_S", 1.0)  # this server waits for more of the handshake
     plain = peer(replying("404 Not Found", b"{}", "application/json"))
     said = guess(f"https://{plain.address}/v1")
     assert said.startswith(f"http is spoken there: set coordinator.base_url: http://{plain.address}/v1, and")

@@ -10,9 +10,9 @@ from test_inputs import Server, fetch, server
 from test_inputs import failure as input_failure
 
 from aitbc_miner.config.settings import Coordinator
-from aitbc_miner.coordinator import Unreachable
 from aitbc_miner.coordinator.connect import proxy_of
-from aitbc_miner.coordinator.looking import likely_cause
+from aitbc_miner.coordinator.diagnosis import likely_cause
+from aitbc_miner.coordinator.interface import Unreachable
 from aitbc_miner.util.web import Proxy
 
 __all__ = ["peer", "server"]

@@ -9,7 +9,14 @@ from agent_bench import OFFER, Desk, Time
 from test_intake import pulled
 
 from aitbc_miner.agent.pull import MAX_KNOWN, MAX_UNREPORTED, Puller
-from aitbc_miner.coordinator import Busy, CoordinatorError, Paced, PulledJob, Unauthorized, Unreachable
+from aitbc_miner.coordinator.interface import (
+    Busy,
+    CoordinatorError,
+    Paced,
+    PulledJob,
+    Unauthorized,
+    Unreachable,
+)
 from aitbc_miner.ipc.channel import ChannelError
 from aitbc_miner.ipc.messages import Deliveries, Offer, TokenWanted
 

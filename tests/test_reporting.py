@@ -13,7 +13,7 @@ from aitbc_miner.agent.context import POOLS, Pool
 from aitbc_miner.agent.delivery_queue import LARGE_BYTES, Reporter
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.config.settings import GiveUp
-from aitbc_miner.coordinator import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
+from aitbc_miner.coordinator.interface import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Counted, Deliveries
 from aitbc_miner.jobs import Artifact, State

@@ -12,7 +12,7 @@ from task_process import SLOT, Ran, execute
 
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Manifest
-from aitbc_miner.runners import JobPaths, Verdict
+from aitbc_miner.runners.interface import JobPaths, Verdict
 from aitbc_miner.runners.python import PythonRunner, find_task
 from aitbc_miner.task import (
     LINE_MAX,

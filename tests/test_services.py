@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from aitbc_miner.allowlist.entries import load_allowlist
 from aitbc_miner.config.document import Fault
+from aitbc_miner.coordinator.service_result import MAX_INLINE, RESERVED, FileChanged, result_object
+from aitbc_miner.coordinator.services import ServiceBook, ServiceError, read_services
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Artifact, LogInfo, ManifestError, Outcome, decode_manifest
-from aitbc_miner.serviceresult import MAX_INLINE, RESERVED, FileChanged, result_object
-from aitbc_miner.services import ServiceBook, ServiceError, read_services
 
 ETC = Path(__file__).parent.parent / "etc"
 JOB = "a" * 32

@@ -13,7 +13,7 @@ from test_intake import pulled
 from aitbc_miner.agent.admission import Intake, Taken
 from aitbc_miner.agent.admission_queue import Taker, by_coordinator, id_of
 from aitbc_miner.agent.progress import ProgressBook
-from aitbc_miner.coordinator import CoordinatorError, Gone, PulledJob, Refused
+from aitbc_miner.coordinator.interface import CoordinatorError, Gone, PulledJob, Refused
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CancelJob, JobReady, Slots, SlotView
 from aitbc_miner.jobs import ManifestError, State

@@ -15,7 +15,7 @@ from task_process import Ran, execute
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Manifest
-from aitbc_miner.runners import JobPaths
+from aitbc_miner.runners.interface import JobPaths
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.task import Progress, hear_cancellation, output_dir, progress, work_dir
 

@@ -25,7 +25,7 @@ import msgspec
 from aitbc_miner.agent import admission, delivery_queue, reconcile
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.config import settings as config
-from aitbc_miner.coordinator import limits
+from aitbc_miner.coordinator import rate_limits
 from aitbc_miner.coordinator.aitbc import LIMITS
 from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.errors import ErrorCode
@@ -323,7 +323,7 @@ def _shrunk() -> Iterator[None]:
     """Shorten what is not configured; a process of its own has it so to its end."""
     delivery_queue.RETRY_MIN_S = admission.ACK_RETRY_MIN_S = 0.01
     reconcile.AGAIN_S = 0.02
-    limits.WINDOW_S, limits.PAUSES_S = 0.1, (0.02,) * 5
+    rate_limits.WINDOW_S, rate_limits.PAUSES_S = 0.1, (0.02,) * 5
     for name in LIMITS:
         LIMITS[name] = 10_000
     yield

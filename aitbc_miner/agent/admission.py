@@ -15,7 +15,7 @@ from aitbc_miner.agent.delivery import conclude
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.inputs import InputLimits, fetch_inputs
 from aitbc_miner.config.settings import Config
-from aitbc_miner.coordinator import (
+from aitbc_miner.coordinator.interface import (
     Busy,
     Coordinator,
     CoordinatorError,

@@ -9,7 +9,7 @@ from aitbc_miner.agent.admission import Intake, Stopping, Taken
 from aitbc_miner.agent.context import Workbench
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.progress import ProgressBook
-from aitbc_miner.coordinator import PulledJob
+from aitbc_miner.coordinator.interface import PulledJob
 from aitbc_miner.ipc.messages import CancelJob, JobReady, Offer, Slots, Ticket
 from aitbc_miner.jobs import State, valid_job_id
 from aitbc_miner.queue.interface import QueueError

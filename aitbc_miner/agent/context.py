@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar
 from aitbc_miner.agent.local_faults import Persisting
 from aitbc_miner.agent.node_token import TokenLine
 from aitbc_miner.config.settings import Config
-from aitbc_miner.coordinator import (
+from aitbc_miner.coordinator.interface import (
     Busy,
     Coordinator,
     CoordinatorError,

@@ -11,12 +11,12 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner.config.settings import GiveUp
-from aitbc_miner.coordinator import Coordinator, Gone, Refused, Told
+from aitbc_miner.coordinator.interface import Coordinator, Gone, Refused, Told
+from aitbc_miner.coordinator.service_result import FileChanged
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.ipc.messages import CancelJob, JobSettled
 from aitbc_miner.jobs import FINAL, Outcome, State, StateRecord
-from aitbc_miner.serviceresult import FileChanged
 from aitbc_miner.store.records import OUTCOME, JobDir, RecordError, Records, pretty
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.backoff import Backoff

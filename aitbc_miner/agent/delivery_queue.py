@@ -8,7 +8,7 @@ from aitbc_miner.agent.context import POOLS, Pool, Workbench
 from aitbc_miner.agent.delivery import Delivered, Schedule, deliver, take_back_refused, was_refused
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.recovery import read_outcome
-from aitbc_miner.coordinator import Paced, Refused
+from aitbc_miner.coordinator.interface import Paced, Refused
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.ipc.messages import CounterName
 from aitbc_miner.jobs import Outcome, State, StateRecord

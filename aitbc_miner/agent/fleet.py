@@ -12,7 +12,7 @@ from msgspec import Raw, Struct
 from msgspec.structs import replace
 
 from aitbc_miner.agent.retry_policy import outlives_its_node
-from aitbc_miner.coordinator import CoordinatorError
+from aitbc_miner.coordinator.interface import CoordinatorError
 from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, StateRecord, decode_manifest
 from aitbc_miner.queue.interface import Kind, QueueError, RetryQueue, Task

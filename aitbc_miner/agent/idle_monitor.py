@@ -4,7 +4,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from aitbc_miner.agent.context import Workbench
-from aitbc_miner.coordinator import Standing
+from aitbc_miner.coordinator.interface import Standing
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Starved
 from aitbc_miner.store.ledger import OK

@@ -26,12 +26,19 @@ from aitbc_miner.agent.node_token import TokenLine
 from aitbc_miner.agent.ondemand import OnDemand
 from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.agent.pull import Puller
-from aitbc_miner.agent.reconcile import Assignments
+from aitbc_miner.agent.reconcile import Reconciler
 from aitbc_miner.agent.recovery import Found, read_outcome, recover, recover_rest
 from aitbc_miner.agent.retention import Pruning
 from aitbc_miner.agent.retries import Reruns
 from aitbc_miner.config.settings import Config
-from aitbc_miner.coordinator import Coordinator, CoordinatorError, Gone, PulledJob, Refused, Unauthorized
+from aitbc_miner.coordinator.interface import (
+    Coordinator,
+    CoordinatorError,
+    Gone,
+    PulledJob,
+    Refused,
+    Unauthorized,
+)
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import (
@@ -94,7 +101,7 @@ class Agent:
         self._demand = OnDemand(bench, fleet, self._reruns, self._reporter)
         self._taker = Taker(bench, fleet, self._progress, self._stopping, self._conclude, self._enter)
         room = self._taker.room
-        self._assignments = listed = Assignments(
+        self._assignments = listed = Reconciler(
             bench, self._busy, self._ours, self._accept, self._repeat, self._end_unwanted
         )
         self._puller = Puller(bench, room, self._known, self._accept, self._pulls_from, listed.hurry)
@@ -124,7 +131,7 @@ class Agent:
     def _parts(
         self,
     ) -> list[
-        Taker | Puller | Reporter | Assignments | IdleWatch | FleetWatch | Pruning | Persisting | Anchor
+        Taker | Puller | Reporter | Reconciler | IdleWatch | FleetWatch | Pruning | Persisting | Anchor
     ]:
         watch = [self._watch] if self._watch else []
         # Reports before pulls: a coordinator may count a job as under way until it has its report.

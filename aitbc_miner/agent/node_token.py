@@ -5,7 +5,7 @@ The heartbeat is also told how much there is to do, and when the coordinator sho
 
 from collections.abc import Callable
 
-from aitbc_miner.coordinator import Coordinator
+from aitbc_miner.coordinator.interface import Coordinator
 from aitbc_miner.identity.credentials import digest
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Beaten, BeatWanted, Load, NodeToken, PrivateLine, TokenWanted

@@ -7,9 +7,8 @@ list any more is not wanted: its client cancelled it. And the list says until wh
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from aitbc_miner import coordinator
 from aitbc_miner.agent.context import Workbench
-from aitbc_miner.coordinator import Paced, PulledJob
+from aitbc_miner.coordinator.interface import Assignments, Paced, PulledJob
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.ipc.channel import ChannelError
 from aitbc_miner.ipc.messages import CancelJob, EndReason
@@ -22,7 +21,7 @@ MAX_BUSY = 1000
 """With so many jobs no more are taken up, whatever is listed; a later list names them again."""
 
 
-class Assignments:
+class Reconciler:
     """Asks at the start, at each interval, and when the reply to a poll may have been lost.
 
     `busy` names all jobs that we have and that are not reported, `ours` those of them that are acknowledged
@@ -93,7 +92,7 @@ class Assignments:
         self._seen = self._busy()
         self._bench.start("assigned", self._bench.coordinator.assignments, self._answered)
 
-    def _answered(self, future: "Future[coordinator.Assignments | None]") -> None:
+    def _answered(self, future: "Future[Assignments | None]") -> None:
         self._asking, self.asked = False, True
         try:
             told = future.result()
@@ -111,7 +110,7 @@ class Assignments:
         self._told = told is not None
         self._at = clock.now() + self._every_s
 
-    def _compare(self, told: coordinator.Assignments) -> None:
+    def _compare(self, told: Assignments) -> None:
         listed = {each.job_id for each in told.jobs}
         self._forgotten -= listed
         self._ends = {}

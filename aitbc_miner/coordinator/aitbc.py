@@ -16,7 +16,10 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.coordinator import (
+from aitbc_miner.coordinator import aitbc_wire as wire
+from aitbc_miner.coordinator.answers import AITBC, check, confirm, decode, is_own_error
+from aitbc_miner.coordinator.http import HttpClient, Reply, clean
+from aitbc_miner.coordinator.interface import (
     Assignment,
     Assignments,
     Busy,
@@ -30,16 +33,13 @@ from aitbc_miner.coordinator import (
     Told,
     Unauthorized,
 )
-from aitbc_miner.coordinator import aitbc_wire as wire
-from aitbc_miner.coordinator.answers import AITBC, check, confirm, decode, is_own_error
-from aitbc_miner.coordinator.http import HttpClient, Reply, clean
-from aitbc_miner.coordinator.idleness import Known, why_idle
-from aitbc_miner.coordinator.limits import Limits
+from aitbc_miner.coordinator.rate_limits import Limits
+from aitbc_miner.coordinator.service_result import result_object, unsendable
+from aitbc_miner.coordinator.services import ServiceBook
+from aitbc_miner.coordinator.why_idle import Known, why_idle
 from aitbc_miner.errors import ErrorCode, LocalError, MinerError
 from aitbc_miner.identity.receipts import Receipt, examine
 from aitbc_miner.jobs import Outcome
-from aitbc_miner.serviceresult import result_object, unsendable
-from aitbc_miner.services import ServiceBook
 from aitbc_miner.util import clock, fs
 
 LIMITS = {"register": 50, "heartbeat": 100, "poll": 100, "result": 50, "fail": 50, "jobs": 200, "leave": 50}

@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.coordinator import Assignment, Heartbeat, PulledJob, Unreachable
 from aitbc_miner.coordinator.answers import AITBC, confirm
-from aitbc_miner.coordinator.brokenjson import find_text
-from aitbc_miner.coordinator.failure import log_of, message_of
+from aitbc_miner.coordinator.broken_json import find_text
 from aitbc_miner.coordinator.http import Reply, clean
+from aitbc_miner.coordinator.interface import Assignment, Heartbeat, PulledJob, Unreachable
+from aitbc_miner.coordinator.job_failure import log_of, message_of
 from aitbc_miner.jobs import ManifestError, Outcome, decode_manifest
 from aitbc_miner.util import forgiving
 from aitbc_miner.util.nesting import too_deep

@@ -11,7 +11,8 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.coordinator import (
+from aitbc_miner.coordinator.http import Reply, clean
+from aitbc_miner.coordinator.interface import (
     Busy,
     CoordinatorError,
     Gone,
@@ -20,7 +21,6 @@ from aitbc_miner.coordinator import (
     UnknownNode,
     Unreachable,
 )
-from aitbc_miner.coordinator.http import Reply, clean
 
 ABOUT_US = frozenset({403, 408, 425})
 """What answers 403 is as often a filter on the way, or a credential that has just expired."""

@@ -13,7 +13,10 @@ from msgspec import Raw, Struct
 from msgspec.structs import replace
 from requests_toolbelt import MultipartEncoder
 
-from aitbc_miner.coordinator import (
+from aitbc_miner.coordinator.answers import BOOTSTRAP, answer, check, confirm
+from aitbc_miner.coordinator.broken_json import find_text
+from aitbc_miner.coordinator.http import HttpClient, Reply, clean
+from aitbc_miner.coordinator.interface import (
     ArtifactChanged,
     Assignments,
     Heartbeat,
@@ -24,13 +27,10 @@ from aitbc_miner.coordinator import (
     Unauthorized,
     Unreachable,
 )
-from aitbc_miner.coordinator.answers import BOOTSTRAP, answer, check, confirm
-from aitbc_miner.coordinator.brokenjson import find_text
-from aitbc_miner.coordinator.failure import log_of, message_of
-from aitbc_miner.coordinator.http import HttpClient, Reply, clean
+from aitbc_miner.coordinator.job_failure import log_of, message_of
+from aitbc_miner.coordinator.service_result import unsendable
 from aitbc_miner.errors import LocalError, MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
-from aitbc_miner.serviceresult import unsendable
 from aitbc_miner.util import fs
 from aitbc_miner.util.nesting import too_deep
 

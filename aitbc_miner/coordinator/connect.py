@@ -3,14 +3,14 @@
 from collections.abc import Callable, Mapping
 
 from aitbc_miner.config.settings import Config
-from aitbc_miner.coordinator import Coordinator
 from aitbc_miner.coordinator.aitbc import LIMITS, AitbcCoordinator, Profile
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient
-from aitbc_miner.coordinator.limits import Limits
+from aitbc_miner.coordinator.interface import Coordinator
+from aitbc_miner.coordinator.rate_limits import Limits
+from aitbc_miner.coordinator.services import ServiceBook
 from aitbc_miner.identity.credentials import Credential, credential_of_root, read_credential
 from aitbc_miner.probe.machine import cuda_toolkits
-from aitbc_miner.services import ServiceBook
 from aitbc_miner.util.web import Proxy
 
 

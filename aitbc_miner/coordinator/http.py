@@ -27,7 +27,7 @@ import urllib3
 from msgspec import Struct
 from requests_toolbelt import MultipartEncoder
 
-from aitbc_miner.coordinator import Unreachable
+from aitbc_miner.coordinator.interface import Unreachable
 from aitbc_miner.coordinator.transport import Adapter, Session
 from aitbc_miner.errors import MinerError
 from aitbc_miner.identity.credentials import CredentialError

@@ -16,7 +16,8 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner.config.settings import Config
-from aitbc_miner.coordinator import (
+from aitbc_miner.coordinator.diagnosis import likely_cause
+from aitbc_miner.coordinator.interface import (
     Busy,
     CoordinatorError,
     Heartbeat,
@@ -24,7 +25,6 @@ from aitbc_miner.coordinator import (
     UnknownNode,
     Unreachable,
 )
-from aitbc_miner.coordinator.looking import likely_cause
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu.reader import GpuReader
 from aitbc_miner.heartbeat.registration import Registration, RegistrationError, connector
@@ -50,7 +50,7 @@ from aitbc_miner.ipc.messages import (
     Troubles,
 )
 from aitbc_miner.probe.machine import capabilities, probe_machine
-from aitbc_miner.runners.catalogue import TaskWatch
+from aitbc_miner.runners.task_catalogue import TaskWatch
 from aitbc_miner.slots.state import SlotState
 from aitbc_miner.telemetry.metrics import Metrics, Snapshot, Upkeep
 from aitbc_miner.telemetry.pages import Served

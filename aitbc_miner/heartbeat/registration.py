@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from aitbc_miner.config.settings import Config
-from aitbc_miner.coordinator import (
+from aitbc_miner.coordinator.connect import connect
+from aitbc_miner.coordinator.interface import (
     Coordinator,
     CoordinatorError,
     Heartbeat,
@@ -13,7 +14,6 @@ from aitbc_miner.coordinator import (
     Unauthorized,
     UnknownNode,
 )
-from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.errors import MinerError
 from aitbc_miner.identity.credentials import Credential, CredentialError, read_credential
 from aitbc_miner.probe.machine import SlotCapability

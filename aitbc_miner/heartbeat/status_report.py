@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from aitbc_miner.coordinator import Busy, CoordinatorError, Paced, Refused, Unreachable
+from aitbc_miner.coordinator.interface import Busy, CoordinatorError, Paced, Refused, Unreachable
 from aitbc_miner.errors import MinerError
 from aitbc_miner.heartbeat.registration import RegistrationError
 from aitbc_miner.ipc.messages import SlotView

@@ -16,6 +16,7 @@ from aitbc_miner.config.dropins import drop_ins
 from aitbc_miner.config.settings import Config, PythonRunner, load_config
 from aitbc_miner.config.units import format_cpus
 from aitbc_miner.config.yaml_text import line_of
+from aitbc_miner.coordinator.services import Service, read_services
 from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.identity.credentials import CredentialError, read_credential
 from aitbc_miner.preflight import network
@@ -30,10 +31,9 @@ from aitbc_miner.preflight.requirements import Place, RequirementError, full_dis
 from aitbc_miner.preflight.sandbox_view import needs, special, unseen
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, SlotCapability
 from aitbc_miner.probe.topology import MachineFacts, read_machine
-from aitbc_miner.runners.catalogue import Task, list_tasks
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, cannot_import, find_interpreter
+from aitbc_miner.runners.task_catalogue import Task, list_tasks
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, group_of, resolve
-from aitbc_miner.services import Service, read_services
 from aitbc_miner.slots.spec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
 from aitbc_miner.supervisor.running_slot import Layout
 from aitbc_miner.telemetry.sampling import inventory

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator import aitbc_wire as wire
 from aitbc_miner.coordinator.connect import proxy_of
-from aitbc_miner.coordinator.looking import diagnosis
+from aitbc_miner.coordinator.diagnosis import diagnosis
 from aitbc_miner.errors import MinerError
 from aitbc_miner.identity.credentials import Credential, CredentialError, read_credential
 from aitbc_miner.util.system import drop_privileges

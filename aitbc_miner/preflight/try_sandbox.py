@@ -17,7 +17,7 @@ from aitbc_miner.jobs import ExitStatus, Manifest
 from aitbc_miner.preflight.check import machine_facts, slots_for
 from aitbc_miner.preflight.confinement import find_sandbox
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
-from aitbc_miner.runners import JobPaths, job_env
+from aitbc_miner.runners.interface import JobPaths, job_env
 from aitbc_miner.sandbox.bubblewrap import HOME, Sandbox, enclose
 from aitbc_miner.sandbox.spawn import Job, become_subreaper, spawn
 from aitbc_miner.sandbox.users import Identity, resolve

@@ -6,7 +6,7 @@ from urllib.parse import unquote, urlsplit
 from aitbc_miner.allowlist.entries import Allowlist
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, InputUrl, Manifest
-from aitbc_miner.runners import JobPaths, Launch, Verdict, ended_badly, job_env, shortest
+from aitbc_miner.runners.interface import JobPaths, Launch, Verdict, ended_badly, job_env, shortest
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.task import Report
 

@@ -9,7 +9,7 @@ import msgspec
 
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Manifest
-from aitbc_miner.runners import JobPaths, Launch, Verdict, ended_badly, job_env, printable, shortest
+from aitbc_miner.runners.interface import JobPaths, Launch, Verdict, ended_badly, job_env, printable, shortest
 from aitbc_miner.runners.interpreter import Interpreter, find_interpreter
 from aitbc_miner.runners.task_child import MESSAGE_MAX, Order
 from aitbc_miner.sandbox.spawn import REPORT_FD

@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ExitStatus, Usage
-from aitbc_miner.runners import Verdict, printable
+from aitbc_miner.runners.interface import Verdict, printable
 from aitbc_miner.util import fs
 
 MIB = 1 << 20

@@ -13,7 +13,7 @@ import aitbc_miner
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.ipc.messages import JobStep
 from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, LogInfo, Manifest, Outcome, State, Usage
-from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, last_line, shortest
+from aitbc_miner.runners.interface import JobPaths, Launch, Runner, Verdict, last_line, shortest
 from aitbc_miner.sandbox.bubblewrap import HOME
 from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.slots.spec import SlotSpec

@@ -23,7 +23,7 @@ from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import JobEnded, Retune, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
 from aitbc_miner.jobs import State
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
-from aitbc_miner.runners import Runner
+from aitbc_miner.runners.interface import Runner
 from aitbc_miner.runners.interpreter import Interpreter
 from aitbc_miner.sandbox.bubblewrap import Sandbox
 from aitbc_miner.sandbox.spawn import become_subreaper

@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 
 import msgspec
 
-from aitbc_miner.runners import JobPaths, Launch, Runner
+from aitbc_miner.runners.interface import JobPaths, Launch, Runner
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.sandbox.bubblewrap import HOME
 from aitbc_miner.task import Preloaded

@@ -9,14 +9,14 @@ import msgspec
 from hypothesis import strategies as st
 
 from aitbc_miner.config.document import Fault
-from aitbc_miner.coordinator import Assignments, CoordinatorError, Heartbeat, PulledJob, PullFilters
 from aitbc_miner.coordinator.aitbc import AitbcCoordinator, Profile
 from aitbc_miner.coordinator.http import HttpClient, Reply
-from aitbc_miner.coordinator.limits import Limits
+from aitbc_miner.coordinator.interface import Assignments, CoordinatorError, Heartbeat, PulledJob, PullFilters
+from aitbc_miner.coordinator.rate_limits import Limits
+from aitbc_miner.coordinator.service_result import FileChanged
+from aitbc_miner.coordinator.services import ServiceBook, read_services
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, decode_manifest
-from aitbc_miner.serviceresult import FileChanged
-from aitbc_miner.services import ServiceBook, read_services
 from aitbc_miner.util.nesting import too_deep
 from fuzz.engine import Check, Target, directory, fit_to_print, only
 from fuzz.mutations import JSON, YAML, joined, mutated, parted, words

@@ -26,7 +26,7 @@ from aitbc_miner.ctl import main as ctl
 from aitbc_miner.errors import JobError
 from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Artifact, Outcome, State
-from aitbc_miner.runners import last_line, printable
+from aitbc_miner.runners.interface import last_line, printable
 from aitbc_miner.store.ledger import JobAccount, Totals
 from aitbc_miner.util.log import MASK, Formatter
 from aitbc_miner.util.terminal import visible

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from hypothesis import strategies as st
 
 from aitbc_miner.agent.inputs import InputLimits, fetch_inputs
-from aitbc_miner.coordinator import CoordinatorError
 from aitbc_miner.coordinator.answers import AITBC, BOOTSTRAP, answer
 from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient
+from aitbc_miner.coordinator.interface import CoordinatorError
 from aitbc_miner.errors import JobError
 from aitbc_miner.jobs import Inputs, Manifest
 from aitbc_miner.telemetry.httpd import Page, PageServer

@@ -14,7 +14,7 @@ from aitbc_miner.config.settings import Config, Coordinator, Workspace
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import FromWorker, JobEnded, StartJob, ToWorker, WorkerReady
 from aitbc_miner.jobs import ExitStatus, Manifest, Outcome, State, StateRecord
-from aitbc_miner.runners import JobPaths, Launch, Runner, Verdict, ended_badly
+from aitbc_miner.runners.interface import JobPaths, Launch, Runner, Verdict, ended_badly
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store.records import Records

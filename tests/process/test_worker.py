@@ -21,7 +21,7 @@ from bench import WAIT_S, Bench, Prepare, Shell
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CancelJob, JobEnded, JobStep, JobTrouble, StartJob
 from aitbc_miner.jobs import ExitStatus, Outcome, State
-from aitbc_miner.runners import Runner
+from aitbc_miner.runners.interface import Runner
 from aitbc_miner.sandbox import spawn
 from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.sandbox.users import Identity

@@ -5,8 +5,8 @@ from pathlib import Path
 from aitbc_miner.allowlist.entries import Allowlist, load_allowlist
 from aitbc_miner.config.document import Fault
 from aitbc_miner.config.settings import Runners
-from aitbc_miner.runners import Runner
 from aitbc_miner.runners.cli import CliRunner
+from aitbc_miner.runners.interface import Runner
 from aitbc_miner.runners.interpreter import Interpreter
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.util.log import events

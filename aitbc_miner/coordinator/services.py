@@ -17,9 +17,9 @@ from aitbc_miner.allowlist.patterns import Pattern, parse_pattern
 from aitbc_miner.config.document import BadField, Fault, Parse, read_document
 from aitbc_miner.config.dropins import drop_ins
 from aitbc_miner.config.yaml_text import line_of
+from aitbc_miner.coordinator.service_result import RESERVED, Source
 from aitbc_miner.errors import ErrorCode, brief
 from aitbc_miner.jobs import ArtifactSpec, ManifestError, RetryPolicy
-from aitbc_miner.serviceresult import RESERVED, Source
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
 

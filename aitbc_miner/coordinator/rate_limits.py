@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 from msgspec import Struct, field
 
-from aitbc_miner.coordinator import Paced
+from aitbc_miner.coordinator.interface import Paced
 from aitbc_miner.util import clock
 from aitbc_miner.util.system import boot_id
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from msgspec import Struct
 
-from aitbc_miner.coordinator import Standing
+from aitbc_miner.coordinator.interface import Standing
 
 
 class Known(Struct, frozen=True):

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import msgspec
 
 from aitbc_miner.config.settings import Coordinator as Settings
-from aitbc_miner.coordinator import Unreachable
 from aitbc_miner.coordinator.http import HttpClient, Reply
+from aitbc_miner.coordinator.interface import Unreachable
 from aitbc_miner.util.web import Proxy
 
 LOOK_S = 5.0
