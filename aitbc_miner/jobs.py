@@ -26,6 +26,10 @@ NAMED = "+job"
 Count = Annotated[int, Meta(ge=0, le=2**31)]
 MegaBytes = Annotated[float, Meta(ge=0, le=2**31)]
 Text = Annotated[str, Meta(max_length=4096)]
+Short = Annotated[str, Meta(max_length=256)]
+# What comes from a process that is not root is checked again by the one that is.
+JobId = Annotated[str, Meta(pattern=f"^{JOB_ID.pattern}\\Z")]
+EndReason = Literal["cancel", "shutdown", "timeout", "expired"]
 
 
 def valid_job_id(job_id: object) -> bool:

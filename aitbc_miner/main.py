@@ -17,7 +17,9 @@ from aitbc_miner.preflight.requirements import Place, RequirementError, require,
 from aitbc_miner.probe.machine import capabilities, probe_machine, render_page
 from aitbc_miner.runners.task_catalogue import Task, list_tasks, params_of, told
 from aitbc_miner.sandbox.users import resolve
-from aitbc_miner.slots.spec import SlotSpec, derive_slots, lay_out, read_slots, to_yaml
+from aitbc_miner.slots.derive import derive_slots, lay_out
+from aitbc_miner.slots.reader import read_slots, to_yaml
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util.build import build
 from aitbc_miner.util.inherited import begin_command, begin_node
 from aitbc_miner.util.terminal import width, wrap

@@ -18,6 +18,7 @@ from aitbc_miner.config.settings import Config
 from aitbc_miner.control.protocol import Request
 from aitbc_miner.coordinator.connect import connect, proxy_of
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
+from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.gpu.job_view import gpu_view
 from aitbc_miner.heartbeat.loop import run_heartbeat
 from aitbc_miner.identity.credentials import credential_of_root
@@ -26,7 +27,6 @@ from aitbc_miner.ipc.messages import (
     FromAgent,
     FromHeartbeat,
     FromWorker,
-    GpuFact,
     PrivateLine,
     Retuned,
     Stop,
@@ -42,8 +42,10 @@ from aitbc_miner.queue.shared import open_shared
 from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_unallocated, resolve
-from aitbc_miner.slots.cgroups import SlotGroup
-from aitbc_miner.slots.spec import SlotSpec, derive_slots, lay_out
+from aitbc_miner.slots.cgroups import SlotGroup, slot_groups
+from aitbc_miner.slots.derive import derive_slots, lay_out
+from aitbc_miner.slots.placement import make_offer
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store.records import PASSABLE
 from aitbc_miner.supervisor.adoption import WorkerBook
 from aitbc_miner.supervisor.allowing import judge
@@ -51,7 +53,7 @@ from aitbc_miner.supervisor.children import Child, Keeper
 from aitbc_miner.supervisor.historian import Wrote
 from aitbc_miner.supervisor.history import read_history
 from aitbc_miner.supervisor.loop import Parts, Supervisor
-from aitbc_miner.supervisor.running_slot import Layout, SlotPlan, make_offer
+from aitbc_miner.supervisor.running_slot import Layout, SlotPlan
 from aitbc_miner.util import clock, fs, log
 from aitbc_miner.util.locks import HeldError, Locks
 from aitbc_miner.util.notify import Notifier
@@ -347,11 +349,6 @@ def adjust_slot(settings: Settings, pipe: "Connection[Any, Any]") -> None:
             note = f"cannot give the slot its new limits, and goes on with the old: {error}"
             said = Retuned({}, note, done=False)
     channel.send(said)
-
-
-def slot_groups(parent: Path) -> list[Path]:
-    """Give the groups of slots; those of others (a service manager's) begin with a dot or an underscore."""
-    return [path for path in sorted(parent.iterdir()) if path.is_dir() and path.name[0] not in "._"]
 
 
 def _make_workspace(root: Path, service: Identity | None) -> None:

@@ -18,19 +18,11 @@ from aitbc_miner.config.settings import Config, GiveUp, Queue, Workspace
 from aitbc_miner.coordinator.interface import PulledJob, PullFilters, Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.channel import Channel
-from aitbc_miner.ipc.messages import (
-    FromAgent,
-    JobUpdate,
-    NodeToken,
-    Offer,
-    PrivateLine,
-    Slots,
-    SlotView,
-    ToAgent,
-)
+from aitbc_miner.ipc.messages import FromAgent, JobUpdate, NodeToken, PrivateLine, Slots, SlotView, ToAgent
 from aitbc_miner.jobs import Artifact, Outcome, State
 from aitbc_miner.queue.interface import Claim, Kind, QueueError, Task
 from aitbc_miner.queue.sqlite import SqliteQueue
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.slots.state import SlotState
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.ledger import Accounts

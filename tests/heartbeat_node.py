@@ -19,13 +19,13 @@ from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import (
     CoordinatorView,
     FromHeartbeat,
-    Offer,
     PrivateLine,
     Slots,
     SlotView,
     Stop,
     ToHeartbeat,
 )
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.slots.state import SlotState
 from aitbc_miner.util import clock
 

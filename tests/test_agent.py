@@ -373,7 +373,7 @@ def test_a_crash_while_a_report_is_taken_back_loses_neither(
     rig: Rig, started: Callable[[], Rig], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     refused(rig)
-    where = "accounts.Accounts.reopen" if step == "reopen" else "records.JobDir.move"
+    where = "ledger.Accounts.reopen" if step == "reopen" else "records.JobDir.move"
 
     class Cut(BaseException):
         """The power is gone."""
@@ -382,7 +382,7 @@ def test_a_crash_while_a_report_is_taken_back_loses_neither(
         raise Cut
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"aitbc_miner.{where}", cut)
+        patch.setattr(f"aitbc_miner.store.{where}", cut)
         with pytest.raises(Cut):
             rig.agent._obey(RetryJob("j1"))
     again = started()

@@ -26,7 +26,7 @@ def test_a_build_is_its_version_and_its_code(tmp_path: Path) -> None:
     here = build()
     assert here.startswith(f"{__version__}+")
     shutil.copytree(PACKAGE, tmp_path / "aitbc_miner", ignore=shutil.ignore_patterns("__pycache__"))
-    assert build_of(tmp_path) == build_of(tmp_path, "ctl") == here
+    assert build_of(tmp_path) == build_of(tmp_path, "ctl.main") == here
     with (tmp_path / "aitbc_miner" / "errors.py").open("a") as file:
         file.write("# another\n")
     other = build_of(tmp_path)

@@ -12,17 +12,9 @@ import msgspec
 import pytest
 
 from aitbc_miner.errors import MinerError
+from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.ipc.channel import Channel
-from aitbc_miner.ipc.messages import (
-    CancelJob,
-    FromAgent,
-    FromWorker,
-    GpuFact,
-    Inventory,
-    JobReady,
-    NodeView,
-    Starved,
-)
+from aitbc_miner.ipc.messages import CancelJob, FromAgent, FromWorker, Inventory, JobReady, NodeView, Starved
 from aitbc_miner.supervisor.children import LAST_WORDS, Child, Keeper
 from aitbc_miner.util import clock
 from aitbc_miner.util.signals import signal_name

@@ -30,7 +30,7 @@ def log() -> Iterator[list[logging.LogRecord]]:
         def emit(self, record: logging.LogRecord) -> None:
             records.append(record)
 
-    logger, handler = logging.getLogger("aitbc_miner.heartbeat.loop"), Keep()
+    logger, handler = logging.getLogger("aitbc_miner.heartbeat"), Keep()
     level = logger.level
     logger.setLevel("DEBUG")
     logger.addHandler(handler)

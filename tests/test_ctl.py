@@ -34,8 +34,9 @@ from aitbc_miner.control.server import ControlServer
 from aitbc_miner.ctl import main as ctl
 from aitbc_miner.ctl.pages import amount, job_page, jobs_page, plain, slots_page, status_page
 from aitbc_miner.errors import CODES, ErrorCode
-from aitbc_miner.ipc.messages import CoordinatorView, Offer, SlotView
+from aitbc_miner.ipc.messages import CoordinatorView, SlotView
 from aitbc_miner.jobs import Artifact, ExitStatus, JobUse, LogInfo, Outcome, State, Usage
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.util.terminal import columns, cut, duration, visible, wrap
 
 DEADLINE_S = 20.0

@@ -8,8 +8,9 @@ import pytest
 from aitbc_miner.config.settings import Config, Coordinator, Workspace
 from aitbc_miner.control.protocol import Files, Later, Refusal, Reply, Request, Status
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, JobUpdate, Offer, SlotView
+from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, JobUpdate, SlotView
 from aitbc_miner.jobs import State
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.slots.state import Slot, SlotState
 from aitbc_miner.supervisor.control_api import DEATH_SHOWN_S, Desk
 from aitbc_miner.supervisor.job_index import JobIndex

@@ -10,12 +10,12 @@ from agent_bench import FREE, NODE, OFFER, Desk, FlakyQueue, Time
 from msgspec.structs import replace
 from test_intake import pulled
 
-from aitbc_miner.agent.fleet import GIVE_UP_S, Fleet, Seen
-from aitbc_miner.agent.fleet_watch import FleetWatch
+from aitbc_miner.agent.fleet import GIVE_UP_S, Fleet, FleetWatch, Seen
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.ipc.messages import Deliveries, Offer
+from aitbc_miner.ipc.messages import Deliveries
 from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.queue.interface import Kind, QueueError, Task
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import Records
 

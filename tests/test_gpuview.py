@@ -10,9 +10,9 @@ from nvml_stub import NvmlStub
 import aitbc_miner
 from aitbc_miner.gpu import devices
 from aitbc_miner.gpu.devices import make_nodes
+from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.gpu.job_view import VIEW, devices_of, gpu_view
 from aitbc_miner.gpu.reader import GpuReader
-from aitbc_miner.ipc.messages import GpuFact
 from aitbc_miner.sandbox.bubblewrap import ETC, ETC_OF_NETWORK
 from aitbc_miner.telemetry.sampling import inventory
 

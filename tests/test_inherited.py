@@ -105,10 +105,10 @@ def _lost_directory(directory: Path) -> Callable[[], None]:
 def start(
     directory: Path, spoil: Callable[[], None] | None = None, environ: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    (directory / "probe/machine.py").write_text(PROBE)
+    (directory / "probe.py").write_text(PROBE)
     out = directory / "said.json"
     subprocess.run(
-        [sys.executable, str(directory / "probe/machine.py"), str(out)],
+        [sys.executable, str(directory / "probe.py"), str(out)],
         check=True,
         preexec_fn=spoil,
         env={"PATH": "/nowhere", **(environ or {})},

@@ -17,10 +17,10 @@ from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.config.settings import Config, Coordinator
 from aitbc_miner.coordinator.interface import CoordinatorError, Gone, PulledJob, Refused, Told, Unreachable
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import ManifestError, Outcome, State, decode_manifest
 from aitbc_miner.queue.interface import Kind, Task
 from aitbc_miner.queue.sqlite import SqliteQueue
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import Records
 from aitbc_miner.util import clock

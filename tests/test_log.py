@@ -442,7 +442,7 @@ def test_a_secret_that_begins_like_another_leaves_nothing_behind(either: Log) ->
 
 
 def test_secrets_can_be_given_at_once_or_later() -> None:
-    record = logging.makeLogRecord({"name": "aitbc_miner.agent.loop", "msg": f"{TOKEN} and other-one"})
+    record = logging.makeLogRecord({"name": "aitbc_miner.agent", "msg": f"{TOKEN} and other-one"})
     formatter = Formatter("node-1", as_json=True, secrets=[TOKEN])
     assert TOKEN not in formatter.format(record)
     assert "other-one" in formatter.format(record)

@@ -32,7 +32,7 @@ from aitbc_miner.probe.machine import probe_machine
 from aitbc_miner.runners import interpreter
 from aitbc_miner.runners.interpreter import InterpreterError
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.slots.spec import SlotFile
+from aitbc_miner.slots.reader import SlotFile
 from aitbc_miner.util.build import build
 
 DEADLINE_S = 30.0

@@ -7,8 +7,8 @@ from functools import partial
 
 import pytest
 
-from aitbc_miner.agent.local_faults import MAX_S, Persisting
 from aitbc_miner.util import clock
+from aitbc_miner.util.persisting import MAX_S, Persisting
 
 
 @pytest.fixture

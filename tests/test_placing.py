@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.ipc.messages import Offer, Ticket
 from aitbc_miner.jobs import Manifest, Requirements
-from aitbc_miner.slots.placement import fits, place, refuse_hopeless, ticket_for
+from aitbc_miner.slots.placement import Offer, Ticket, fits, place, refuse_hopeless, ticket_for
 
 SMALL = Offer("small", "cpu", 1, 1000, runners=("cli",))
 LARGE = Offer("large", "cpu", 8, 16_000, runners=("cli", "python"))

@@ -18,7 +18,8 @@ from aitbc_miner.coordinator.interface import (
     Unreachable,
 )
 from aitbc_miner.ipc.channel import ChannelError
-from aitbc_miner.ipc.messages import Deliveries, Offer, TokenWanted
+from aitbc_miner.ipc.messages import Deliveries, TokenWanted
+from aitbc_miner.slots.placement import Offer
 
 
 class Pulling(Desk):

@@ -8,8 +8,10 @@ from typing import Any
 import psutil
 from nvml_stub import NvmlStub, no_library
 
+from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.gpu.reader import GpuInfo, GpuList, GpuReader, MigInstance
-from aitbc_miner.ipc.messages import GpuFact, Offer, SlotView
+from aitbc_miner.ipc.messages import SlotView
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.telemetry.sampling import GpuWatch, Sampler, Use, inventory
 from aitbc_miner.util import clock
 

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from aitbc_miner.ipc.messages import CancelJob, StartJob
 from aitbc_miner.jobs import State
 from aitbc_miner.slots.state import (
     MOVES,
@@ -15,9 +14,11 @@ from aitbc_miner.slots.state import (
     Adopt,
     Assign,
     Begin,
+    BeginJob,
     Cancel,
     Died,
     Ended,
+    EndJob,
     Event,
     IllegalMove,
     KillAdopted,
@@ -26,7 +27,6 @@ from aitbc_miner.slots.state import (
     Ready,
     Retire,
     Retry,
-    Send,
     Settle,
     Slot,
     SlotState,
@@ -100,18 +100,18 @@ def test_an_illegal_move_names_slot_and_states(source: SlotState, to: SlotState)
 
 def test_a_job_runs_and_the_next_one_can_follow() -> None:
     slot, actions = play(Slot("cpu0"), Begin(), Ready(), Assign("j1"), at=1.0)
-    assert actions == [SpawnWorker(), Send(StartJob("j1"))]
+    assert actions == [SpawnWorker(), BeginJob("j1")]
     assert (slot.state, slot.job_id, slot.job_state) == (S.BUSY, "j1", State.PREP)
     slot, actions = play(slot, Step("j1", State.RUNNING, 77), Step("j1", State.COLLECTING))
     assert (slot.job_state, slot.job_pid, actions) == (State.COLLECTING, 77, [])
     slot, actions = play(slot, Ended("j1"), Assign("j2"), at=9.0)
-    assert actions == [Settle("j1"), Send(StartJob("j2"))]
+    assert actions == [Settle("j1"), BeginJob("j2")]
     assert (slot.job_id, slot.job_state, slot.job_pid, slot.since) == ("j2", State.PREP, None, 9.0)
 
 
 def test_cancelling_tells_the_worker_once_and_ends_it_when_it_takes_too_long() -> None:
     slot, actions = play(busy(), Cancel("cancel", "an operator"), Cancel("cancel", "again"), at=10.0)
-    assert actions == [Send(CancelJob("j1", "cancel", "an operator"))]
+    assert actions == [EndJob("j1", "cancel", "an operator")]
     assert (slot.state, slot.reason) == (S.CANCELLING, "an operator")
     limit = slot.timing.cancel_timeout
     assert play(slot, Tick(), at=10.0 + limit)[1] == []
@@ -275,9 +275,8 @@ def test_a_worker_that_does_not_end_its_job_in_time_is_told_to_and_then_killed()
     slot, actions = play(slot, Tick(), at=100.1 + limit)
     assert slot.state is S.CANCELLING
     (sent,) = actions
-    assert isinstance(sent, Send)
-    assert isinstance(sent.message, CancelJob)
-    assert (sent.message.job_id, sent.message.why) == ("j1", "timeout")
+    assert isinstance(sent, EndJob)
+    assert (sent.job_id, sent.why) == ("j1", "timeout")
     assert play(slot, Tick(), at=100.2 + 2 * limit)[1] == [KillWorker()]
     slot = play(slot, Ended("j1"), Assign("j2"))[0]
     assert slot.deadline is None
@@ -294,7 +293,7 @@ def test_a_worker_that_collects_finished_work_is_left_alone() -> None:
 
 def test_a_worker_that_is_ending_its_job_is_told_that_the_miner_stops() -> None:
     slot = play(busy(), Cancel("cancel"), at=1.0)[0]
-    assert play(slot, Cancel("shutdown"), at=2.0) == (slot, [Send(CancelJob("j1", "shutdown"))])
+    assert play(slot, Cancel("shutdown"), at=2.0) == (slot, [EndJob("j1", "shutdown")])
 
 
 def test_words_about_another_job_change_nothing() -> None:
@@ -334,10 +333,8 @@ def taken(before: Slot, event: Event, after: Slot) -> list[str]:
 def check(before: Slot, event: Event, after: Slot, actions: Sequence[Action], now: float) -> None:
     assert after.state is before.state or after.state in MOVES[before.state]
     assert (after.job_id is not None) == (after.state in HOLDS_JOB)
-    sent = [action.message for action in actions if isinstance(action, Send)]
-    assert all(
-        isinstance(message, StartJob | CancelJob) and message.job_id == after.job_id for message in sent
-    )
+    sent = [action.job_id for action in actions if isinstance(action, BeginJob | EndJob)]
+    assert all(job_id == after.job_id for job_id in sent)
     if SpawnWorker() in actions:
         assert after.state is S.STARTING
         assert not after.retiring

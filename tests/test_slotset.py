@@ -7,12 +7,13 @@ import pytest
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.channel import MAX_WAITING, ExcessError
-from aitbc_miner.ipc.messages import FoundJob, Ticket
+from aitbc_miner.ipc.messages import FoundJob
 from aitbc_miner.jobs import Requirements, State
+from aitbc_miner.slots.placement import Ticket, make_offer
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.slots.state import Assign, Ended, Slot, SlotState
 from aitbc_miner.supervisor.adoption import WorkerBook
-from aitbc_miner.supervisor.running_slot import Outcomes, SlotPlan, make_offer
+from aitbc_miner.supervisor.running_slot import Outcomes, SlotPlan
 from aitbc_miner.supervisor.slot_pool import SlotSet
 
 GIB = 1 << 30

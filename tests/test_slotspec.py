@@ -16,17 +16,9 @@ from aitbc_miner.config.units import AUTO
 from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.preflight.check import Checker
 from aitbc_miner.probe.topology import MachineFacts, NumaNode
-from aitbc_miner.slots.spec import (
-    IoNice,
-    SlotFile,
-    SlotKeys,
-    SlotSpec,
-    check_slots,
-    derive_slots,
-    lay_out,
-    read_slots,
-    to_yaml,
-)
+from aitbc_miner.slots.derive import derive_slots, lay_out
+from aitbc_miner.slots.reader import SlotFile, SlotKeys, check_slots, read_slots, to_yaml
+from aitbc_miner.slots.spec import IoNice, SlotSpec
 
 G = 1 << 30
 SAMPLE = Path(__file__).parent.parent / "etc" / "slots.d" / "slots.yaml.sample"
@@ -221,7 +213,7 @@ def test_no_machine_is_rented_out_by_mistake(
 def test_the_machine_is_derived_where_nothing_was_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("aitbc_miner.slots.spec.SLOTS_DIR", tmp_path / "slots.d")
+    monkeypatch.setattr("aitbc_miner.slots.reader.SLOTS_DIR", tmp_path / "slots.d")
     faults: list[Fault] = []
     assert read_slots(tmp_path / "slots.d", faults) == []
     (tmp_path / "slots.d").mkdir()
@@ -590,3 +582,14 @@ SPECS = st.builds(
 @given(st.lists(SPECS, min_size=1, max_size=3))
 def test_what_is_written_reads_back(specs: list[SlotSpec]) -> None:
     assert read(to_yaml(specs)) == (specs, [])
+
+
+def test_a_slot_has_the_keys_of_slots_d_and_their_defaults() -> None:
+    """And the NUMA nodes, which follow from the machine."""
+    read, plain = (
+        {field.name: field for field in msgspec.structs.fields(kind)} for kind in (SlotKeys, SlotSpec)
+    )
+    assert plain.keys() - read.keys() == {"mems"}
+    for name, field in read.items():
+        assert (field.default, name) == (plain[name].default, name)
+    assert SlotKeys(name="a", kind="cpu").runners == SlotSpec(name="a", kind="cpu").runners

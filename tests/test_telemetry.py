@@ -16,7 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.gpu.reader import GpuUsage
-from aitbc_miner.ipc.messages import Counted, NodeView, Offer, SlotView
+from aitbc_miner.ipc.messages import Counted, NodeView, SlotView
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.slots.state import SlotState
 from aitbc_miner.telemetry.httpd import MAX_CONNECTIONS, Page, PageServer
 from aitbc_miner.telemetry.metrics import COUNTERS, Metrics, Snapshot, Upkeep, health
@@ -91,7 +92,7 @@ def log() -> Iterator[list[logging.LogRecord]]:
         def emit(self, record: logging.LogRecord) -> None:
             records.append(record)
 
-    logger, handler = logging.getLogger("aitbc_miner.heartbeat.loop"), Keep()
+    logger, handler = logging.getLogger("aitbc_miner.heartbeat"), Keep()
     level = logger.level
     logger.setLevel("DEBUG")
     logger.addHandler(handler)

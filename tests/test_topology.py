@@ -13,7 +13,7 @@ from aitbc_miner.gpu.reader import GpuInfo, GpuList, MigInstance
 from aitbc_miner.preflight.check import machine_facts
 from aitbc_miner.probe.topology import MachineFacts, NumaNode, read_machine
 from aitbc_miner.slots.cpu_layout import Want, cores_of, divide, memory_nodes
-from aitbc_miner.slots.spec import derive_slots
+from aitbc_miner.slots.derive import derive_slots
 
 G = 1 << 30
 

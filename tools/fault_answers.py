@@ -33,6 +33,7 @@ from aitbc_miner.heartbeat.loop import Timing, run_heartbeat
 from aitbc_miner.ipc import messages
 from aitbc_miner.ipc.channel import Channel, ChannelError
 from aitbc_miner.jobs import Outcome, State
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.store.records import Records
 from tools.mock_aitbc import KEY, MockAitbc
 from tools.mock_coordinator import MockCoordinator
@@ -251,7 +252,7 @@ class _Node:
             channel.send(messages.Stop())
 
     def _tell(self, running: list[str]) -> None:
-        offer = messages.Offer("cpu0", "cpu", 4, 4096, 0, ("cli",))
+        offer = Offer("cpu0", "cpu", 4, 4096, 0, ("cli",))
         job_id = running[0] if running else None
         view = messages.SlotView(offer, "busy" if running else "idle", free=not running, job_id=job_id)
         for channel in (self._to_agent, self._to_beat):

@@ -9,11 +9,12 @@
 * progress: what is reported of running jobs, and when
 * delivery_queue: which report is sent when
 * delivery: sends one report, and records that it was accepted
-* retries, ondemand, retry_policy: a failed job is run again: here, elsewhere, or by the operator's word
+* retries, retry_policy: a failed job is run again: here, elsewhere, or by the operator's word
 * reconcile: our jobs against the coordinator's list
 * idle_monitor: tells the operator why no jobs come
 * recovery: reads the records at the start
 * retention: which finished jobs may be removed
-* fleet, fleet_watch: leases on jobs that nodes share through Redis
-* local_faults: what a fault of this machine's own does not end
+* fleet: leases on jobs that nodes share through Redis
+* anchor: whether the disk with the records is the one that was there before
+* node_token: the line to the heartbeat on which the node's token comes
 """

@@ -26,9 +26,8 @@ from aitbc_miner.coordinator.interface import (
     Unreachable,
 )
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.ipc.messages import Offer, Ticket
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, State, StateRecord, decode_manifest
-from aitbc_miner.slots.placement import refuse_hopeless, ticket_for
+from aitbc_miner.slots.placement import Offer, Ticket, refuse_hopeless, ticket_for
 from aitbc_miner.store.records import BUILDING, JobDir, RecordError, Records
 from aitbc_miner.store.reserve import disk_error
 from aitbc_miner.util import clock

@@ -10,10 +10,10 @@ from aitbc_miner.agent.context import Workbench
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.coordinator.interface import PulledJob
-from aitbc_miner.ipc.messages import CancelJob, JobReady, Offer, Slots, Ticket
+from aitbc_miner.ipc.messages import CancelJob, JobReady, Slots
 from aitbc_miner.jobs import State, valid_job_id
 from aitbc_miner.queue.interface import QueueError
-from aitbc_miner.slots.placement import room, ticket_for
+from aitbc_miner.slots.placement import Offer, Ticket, room, ticket_for
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 

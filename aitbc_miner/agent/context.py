@@ -3,9 +3,8 @@
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-from aitbc_miner.agent.local_faults import Persisting
 from aitbc_miner.agent.node_token import TokenLine
 from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator.interface import (
@@ -28,6 +27,7 @@ from aitbc_miner.store.records import Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.background import Background
 from aitbc_miner.util.log import events
+from aitbc_miner.util.persisting import Persisting
 from aitbc_miner.util.web import Proxy
 
 T = TypeVar("T")
@@ -46,6 +46,18 @@ POOLS: dict[Pool, int] = {
     "fleet": 1,
     "assigned": 1,
 }
+
+
+class Part(Protocol):
+    """A part of the agent: it says when it is due, and does what is."""
+
+    def next_due(self) -> float | None:
+        """When there is something to do; None while there is nothing."""
+        ...
+
+    def start_due(self) -> None:
+        """Do what is due."""
+        ...
 
 
 class Workbench:

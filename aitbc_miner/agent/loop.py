@@ -15,21 +15,18 @@ from functools import partial
 from aitbc_miner.agent.admission import RESUMABLE
 from aitbc_miner.agent.admission_queue import Taker, by_coordinator, id_of
 from aitbc_miner.agent.anchor import Anchor
-from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.context import Part, Workbench
 from aitbc_miner.agent.delivery import settle
 from aitbc_miner.agent.delivery_queue import Reporter
-from aitbc_miner.agent.fleet import Fleet, Seen
-from aitbc_miner.agent.fleet_watch import FleetWatch
+from aitbc_miner.agent.fleet import Fleet, FleetWatch, Seen
 from aitbc_miner.agent.idle_monitor import IdleWatch
-from aitbc_miner.agent.local_faults import Persisting
 from aitbc_miner.agent.node_token import TokenLine
-from aitbc_miner.agent.ondemand import OnDemand
 from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.agent.pull import Puller
 from aitbc_miner.agent.reconcile import Reconciler
 from aitbc_miner.agent.recovery import Found, read_outcome, recover, recover_rest
 from aitbc_miner.agent.retention import Pruning
-from aitbc_miner.agent.retries import Reruns
+from aitbc_miner.agent.retries import OnDemand, Reruns
 from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator.interface import (
     Coordinator,
@@ -128,19 +125,11 @@ class Agent:
             self._token.tell_load(len(self._ours() | set(self._taker.ids())))
         self._bench.close()
 
-    def _parts(
-        self,
-    ) -> list[
-        Taker | Puller | Reporter | Reconciler | IdleWatch | FleetWatch | Pruning | Persisting | Anchor
-    ]:
+    def _parts(self) -> list[Part]:
         watch = [self._watch] if self._watch else []
         # Reports before pulls: a coordinator may count a job as under way until it has its report.
-        return [
-            *(self._taker, self._reporter, self._assignments, self._puller, self._idle, self._pruning),
-            *watch,
-            self._bench.persisting,
-            self._anchor,
-        ]
+        own: list[Part] = [self._taker, self._reporter, self._assignments, self._puller, self._idle]
+        return [*own, self._pruning, *watch, self._bench.persisting, self._anchor]
 
     def _wait(self) -> None:
         poller = select.poll()

@@ -9,7 +9,7 @@ import msgspec
 from aitbc_miner.agent.context import Workbench
 from aitbc_miner.coordinator.interface import Paced, PulledJob, PullFilters, Unreachable
 from aitbc_miner.ipc.channel import ChannelError
-from aitbc_miner.ipc.messages import Offer
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 

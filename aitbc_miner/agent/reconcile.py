@@ -11,8 +11,8 @@ from aitbc_miner.agent.context import Workbench
 from aitbc_miner.coordinator.interface import Assignments, Paced, PulledJob
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.ipc.channel import ChannelError
-from aitbc_miner.ipc.messages import CancelJob, EndReason
-from aitbc_miner.jobs import FINAL, ManifestError
+from aitbc_miner.ipc.messages import CancelJob
+from aitbc_miner.jobs import FINAL, EndReason, ManifestError
 from aitbc_miner.util import clock
 
 AGAIN_S = 5.0

@@ -5,7 +5,7 @@ Device nodes: "Device Nodes and Capabilities" of NVIDIA's MIG user guide. None o
 
 from pathlib import Path
 
-from aitbc_miner.ipc.messages import GpuFact
+from aitbc_miner.gpu.facts import GpuFact
 
 VIEW = {
     "/dev/nvidia{minor}": "the card",

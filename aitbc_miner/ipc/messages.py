@@ -5,53 +5,26 @@ that sends anything else is ended. Times are seconds of the boot-time clock unle
 """
 
 import signal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from msgspec import Meta, Struct
 
 from aitbc_miner.errors import ErrorCode
+from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.ipc.channel import MAX_WAITING
-from aitbc_miner.jobs import JOB_ID, Requirements, State
+from aitbc_miner.jobs import EndReason, JobId, Short, State
+from aitbc_miner.slots.placement import Offer, Ticket
+from aitbc_miner.slots.spec import SlotSpec
 
 # How a worker is told what `CancelJob.why` says when there is no channel to it. SIGTERM is also what systemd
 # sends to stop the slots: then the job is lost, and nobody has said that it is not wanted any more.
 END_SIGNALS = {"shutdown": signal.SIGTERM, "cancel": signal.SIGUSR1, "expired": signal.SIGUSR2}
 
-Short = Annotated[str, Meta(max_length=256)]
-# What comes from a process that is not root is checked again by the one that is.
-JobId = Annotated[str, Meta(pattern=f"^{JOB_ID.pattern}\\Z")]
-EndReason = Literal["cancel", "shutdown", "timeout", "expired"]
 CounterName = Literal["broken_records", "retries", "deliveries", "rate_limited", "receipts", "units", "price"]
 
 
 class Message(Struct, frozen=True, tag=True):
     """The root of all messages: a frozen struct, tagged with the name of its class."""
-
-
-class Ticket(Struct, frozen=True):
-    """What the choice of a slot depends on. `received` orders jobs of the same priority.
-
-    `egress` is the network policy that the job asks for; without one, any slot will do.
-    """
-
-    job_id: JobId
-    runner: Short
-    requirements: Requirements = Requirements()
-    priority: int = 0
-    received: float = 0.0
-    egress: Annotated[str, Meta(max_length=4096)] | None = None
-
-
-class Offer(Struct, frozen=True):
-    """What a slot has to give: threads, MiB of memory, MB of video memory, runners, its network policy."""
-
-    name: str
-    kind: str
-    cpu_threads: int
-    memory_mb: int
-    vram_mb: int = 0
-    runners: tuple[str, ...] = ()
-    egress: str = "none"
 
 
 class SlotView(Struct, frozen=True):
@@ -71,22 +44,6 @@ class SlotView(Struct, frozen=True):
     worker_pid: int | None = None
     gpu: str | None = None
     cpus: str | None = None
-
-
-class GpuFact(Struct, frozen=True):
-    """A GPU or MIG instance that a slot can be given: all its names, MB of memory (or 0), its NUMA node.
-
-    minor: the number of its node /dev/nvidia<minor>. capabilities: those of its nodes in /dev/nvidia-caps.
-    pci_bus_id: of the card, as in sysfs; "" where there is none.
-    """
-
-    ids: Annotated[tuple[str, ...], Meta(min_length=1)]
-    vram_mb: int
-    numa_node: int | None = None
-    minor: int | None = None
-    capabilities: tuple[int, ...] = ()
-    unified: bool = False
-    pci_bus_id: str = ""
 
 
 class FoundJob(Struct, frozen=True):
@@ -333,12 +290,9 @@ class StartJob(Message, frozen=True):
 
 
 class Retune(Message, frozen=True):
-    """to worker: the slot is to have other limits, for the job that runs as far as can be.
+    """to worker: the slot is to have other limits, for the job that runs as far as can be."""
 
-    `spec` is a SlotSpec as plain data: who only asks the node something need not know what slots are made of.
-    """
-
-    spec: dict[str, Any]
+    spec: SlotSpec
     gpu_env: dict[str, str] = {}
     devices: tuple[str, ...] = ()
 

@@ -34,7 +34,9 @@ from aitbc_miner.probe.topology import MachineFacts, read_machine
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, cannot_import, find_interpreter
 from aitbc_miner.runners.task_catalogue import Task, list_tasks
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, group_of, resolve
-from aitbc_miner.slots.spec import MIB, SlotSpec, check_slots, derive_slots, lay_out, read_slots
+from aitbc_miner.slots.derive import derive_slots, lay_out
+from aitbc_miner.slots.reader import MIB, check_slots, read_slots
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.supervisor.running_slot import Layout
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util.trust import distrust, distrust_tree

@@ -6,19 +6,16 @@ A runner turns a manifest into what the worker starts (`plan`) and what came of 
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from msgspec import Struct
 
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import ExitStatus, Manifest
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.task import Report
 from aitbc_miner.util.signals import signal_name
 from aitbc_miner.util.trust import may_be_set
-
-if TYPE_CHECKING:
-    # The child of every task imports this package, and reading YAML would make it a third slower to start.
-    from aitbc_miner.slots.spec import SlotSpec
 
 
 class Launch(Struct, frozen=True):
@@ -84,9 +81,7 @@ class Runner(Protocol):
 
     name: str
 
-    def plan(
-        self, manifest: Manifest, paths: JobPaths, slot: "SlotSpec", gpu_env: Mapping[str, str]
-    ) -> Launch:
+    def plan(self, manifest: Manifest, paths: JobPaths, slot: SlotSpec, gpu_env: Mapping[str, str]) -> Launch:
         """Say what to start.
 
         Raises:
@@ -102,7 +97,7 @@ class Runner(Protocol):
 def job_env(
     manifest: Manifest,
     paths: JobPaths,
-    slot: "SlotSpec",
+    slot: SlotSpec,
     gpu_env: Mapping[str, str],
     allowed: list[str],
 ) -> dict[str, str]:

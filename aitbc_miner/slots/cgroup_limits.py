@@ -4,15 +4,11 @@ What is not asked for is written as unlimited, for a group that was adopted may 
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.config.units import format_cpus
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util.limits import disk_of
-
-if TYPE_CHECKING:
-    # Only its attributes matter here; reading slots.d is far above this layer.
-    from aitbc_miner.slots.spec import SlotSpec
 
 IO_RATES = ("rbps", "wbps", "riops", "wiops")
 IO_WEIGHTS = {"io.weight": 10_000, "io.bfq.weight": 1000}
@@ -21,7 +17,7 @@ PERIOD_US = 100_000
 """Over which a quota of CPU time is counted; the kernel's own default."""
 
 
-def limit_slot(group: Group, name: str, spec: "SlotSpec") -> bool:
+def limit_slot(group: Group, name: str, spec: SlotSpec) -> bool:
     """Write what a controller lets the slot compete with; False when the kernel can hold only a part of it.
 
     Raises:
@@ -60,7 +56,7 @@ def _weighs_io(group: Group) -> bool:
     return switch.exists() and "enable=1" in switch.read_text("ascii")
 
 
-def limit_job(group: Group, name: str, spec: "SlotSpec") -> None:
+def limit_job(group: Group, name: str, spec: SlotSpec) -> None:
     """Write what a controller must not let the job exceed.
 
     Raises:
@@ -81,7 +77,7 @@ def limit_job(group: Group, name: str, spec: "SlotSpec") -> None:
             _limit_io(group, spec)
 
 
-def _limit_io(group: Group, spec: "SlotSpec") -> None:
+def _limit_io(group: Group, spec: SlotSpec) -> None:
     wanted = {}
     for path, rates in spec.io_max.items():
         try:

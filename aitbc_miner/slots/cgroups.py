@@ -11,16 +11,13 @@ which has to read the job's log, keep its deadline and write its outcome.
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from aitbc_miner.cgroup.group import LIMITS, CgroupError, Group, enable
 from aitbc_miner.config.units import format_size
 from aitbc_miner.slots.cgroup_limits import limit_job, limit_slot
 from aitbc_miner.slots.limits import asked
-
-if TYPE_CHECKING:
-    # Only its attributes matter here; reading slots.d is far above this layer.
-    from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.spec import SlotSpec
 
 WORKER_MEMORY = 32 << 20
 """What the worker keeps of memory while the machine is short of it; about its size."""
@@ -87,7 +84,7 @@ class SlotGroup:
         self._limit_job()
 
     def enforce(
-        self, spec: "SlotSpec", available: tuple[str, ...], *, required: frozenset[str] = frozenset()
+        self, spec: SlotSpec, available: tuple[str, ...], *, required: frozenset[str] = frozenset()
     ) -> dict[str, str]:
         """Write the slot's limits where the controllers for them are there; may be called again.
 
@@ -121,7 +118,7 @@ class SlotGroup:
             )
         return self.held
 
-    def adjust(self, spec: "SlotSpec", available: tuple[str, ...]) -> str:
+    def adjust(self, spec: SlotSpec, available: tuple[str, ...]) -> str:
         """Give a running job other limits; what would kill it waits for the next job, and is returned.
 
         Raises:
@@ -153,3 +150,8 @@ class SlotGroup:
         # Half a job that lost one process to the OOM killer would hang, or deliver nonsense.
         if self.job.has("memory.oom.group"):
             self.job.memory_oom_group = True
+
+
+def slot_groups(parent: Path) -> list[Path]:
+    """Give the groups of slots; those of others (a service manager's) begin with a dot or an underscore."""
+    return [path for path in sorted(parent.iterdir()) if path.is_dir() and path.name[0] not in "._"]

@@ -2,15 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from aitbc_miner.config.units import format_cpus, format_size
 from aitbc_miner.probe.topology import MachineFacts
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util.limits import disk_of
-
-if TYPE_CHECKING:
-    # Only its attributes matter here; reading slots.d is above this layer.
-    from aitbc_miner.slots.spec import SlotSpec
 
 MIB = 1 << 20
 LEFT_TO_SYSTEM = 512 * MIB
@@ -26,7 +23,7 @@ class Misfit(NamedTuple):
     possible: bool = False
 
 
-def misfits(specs: Sequence["SlotSpec"], machine: MachineFacts) -> Iterator[Misfit]:
+def misfits(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[Misfit]:
     """Yield all that does not fit, slot by slot, then what they do not fit into together."""
     for spec in specs:
         yield from _cpus(spec, machine)
@@ -36,7 +33,7 @@ def misfits(specs: Sequence["SlotSpec"], machine: MachineFacts) -> Iterator[Misf
     yield from _memory(specs, machine)
 
 
-def shared_cpus(specs: Sequence["SlotSpec"]) -> Iterator[str]:
+def shared_cpus(specs: Sequence[SlotSpec]) -> Iterator[str]:
     """Yield a warning for each set of slots that have CPUs in common."""
     sharers: dict[int, list[str]] = defaultdict(list)
     for spec in specs:
@@ -50,7 +47,7 @@ def shared_cpus(specs: Sequence["SlotSpec"]) -> Iterator[str]:
         yield f"slots {', '.join(slots)} share the CPUs {format_cpus(cpus)}; their jobs slow each other down"
 
 
-def _cpus(spec: "SlotSpec", machine: MachineFacts) -> Iterator[Misfit]:
+def _cpus(spec: SlotSpec, machine: MachineFacts) -> Iterator[Misfit]:
     asked = set(spec.cpus or ())
     offline, barred = asked.intersection(machine.offline), asked.intersection(machine.barred)
     usable = format_cpus(machine.cpus)
@@ -71,7 +68,7 @@ def _cpus(spec: "SlotSpec", machine: MachineFacts) -> Iterator[Misfit]:
         yield Misfit(spec.name, ("cpu_max",), message, possible=True)
 
 
-def _kernel_caps(spec: "SlotSpec", machine: MachineFacts) -> Iterator[Misfit]:
+def _kernel_caps(spec: SlotSpec, machine: MachineFacts) -> Iterator[Misfit]:
     swap, nofile = machine.swap_bytes, spec.rlimits.get("nofile", 0)
     if swap is not None and (spec.swap_max or 0) > swap:
         message = f"{format_size(spec.swap_max or 0)} is more than the {swap // MIB}M of swap of this machine"
@@ -86,7 +83,7 @@ def _kernel_caps(spec: "SlotSpec", machine: MachineFacts) -> Iterator[Misfit]:
         yield Misfit(spec.name, ("rlimits", "nofile"), f"{message}; {remedy}")
 
 
-def _disks(spec: "SlotSpec", machine: MachineFacts) -> Iterator[Misfit]:
+def _disks(spec: SlotSpec, machine: MachineFacts) -> Iterator[Misfit]:
     if machine.sysfs is None:
         return
     paths: dict[str, str] = {}
@@ -103,7 +100,7 @@ def _disks(spec: "SlotSpec", machine: MachineFacts) -> Iterator[Misfit]:
             yield Misfit(spec.name, ("io_max", path), message)
 
 
-def _gpus(specs: Sequence["SlotSpec"], machine: MachineFacts) -> Iterator[Misfit]:
+def _gpus(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[Misfit]:
     users: dict[tuple[str, ...], str] = {}
     for spec in specs:
         if spec.gpu is None:
@@ -122,7 +119,7 @@ def _gpus(specs: Sequence["SlotSpec"], machine: MachineFacts) -> Iterator[Misfit
             yield Misfit(spec.name, ("gpu",), f"there is no GPU {spec.gpu}; this machine has {here}")
 
 
-def _memory(specs: Sequence["SlotSpec"], machine: MachineFacts) -> Iterator[Misfit]:
+def _memory(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[Misfit]:
     total, here = sum(spec.memory_max or 0 for spec in specs), machine.memory_bytes
     if total > here - min(here // 20, LEFT_TO_SYSTEM):
         most = max(specs, key=lambda spec: spec.memory_max or 0)

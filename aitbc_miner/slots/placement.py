@@ -1,10 +1,42 @@
 """Which slot a job goes to: the tightest free one that fits; higher priority first, then the older job."""
 
+import math
 from collections.abc import Sequence
+from typing import Annotated
+
+from msgspec import Meta, Struct
 
 from aitbc_miner.errors import ErrorCode, JobError
-from aitbc_miner.ipc.messages import Offer, Ticket
-from aitbc_miner.jobs import Manifest
+from aitbc_miner.jobs import JobId, Manifest, Requirements, Short
+from aitbc_miner.slots.spec import SlotSpec
+
+MIB = 1 << 20
+
+
+class Ticket(Struct, frozen=True):
+    """What the choice of a slot depends on. `received` orders jobs of the same priority.
+
+    `egress` is the network policy that the job asks for; without one, any slot will do.
+    """
+
+    job_id: JobId
+    runner: Short
+    requirements: Requirements = Requirements()
+    priority: int = 0
+    received: float = 0.0
+    egress: Annotated[str, Meta(max_length=4096)] | None = None
+
+
+class Offer(Struct, frozen=True):
+    """What a slot has to give: threads, MiB of memory, MB of video memory, runners, its network policy."""
+
+    name: str
+    kind: str
+    cpu_threads: int
+    memory_mb: int
+    vram_mb: int = 0
+    runners: tuple[str, ...] = ()
+    egress: str = "none"
 
 
 def ticket_for(manifest: Manifest, received: float = 0.0) -> Ticket:
@@ -99,3 +131,12 @@ def refuse_hopeless(ticket: Ticket, offers: Sequence[Offer]) -> None:
         f"cannot place the job: it needs {needs.cpu_threads} threads and {needs.memory_mb} MiB together; "
         f"the largest slots here have {threads} threads and {memory} MiB",
     )
+
+
+def make_offer(spec: SlotSpec, *, threads: int, memory_bytes: int, vram_mb: int) -> Offer:
+    """Say what a slot has to give, from its limits and the machine."""
+    by_quota = math.ceil(spec.cpu_max / 100) if spec.cpu_max else threads
+    cpus = min(len(spec.cpus) if spec.cpus else threads, by_quota)
+    memory = min(spec.memory_max or memory_bytes, memory_bytes)
+    runners = tuple(spec.runners)
+    return Offer(spec.name, spec.kind, max(1, cpus), memory // MIB, vram_mb, runners, spec.egress)

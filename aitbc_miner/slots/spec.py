@@ -1,74 +1,14 @@
-"""What the operator wants each slot to be: slots.d read and checked, or a layout derived from the machine."""
+"""A slot as plain data: which limits it has, and what it lets its jobs use.
 
-import math
-from collections.abc import Iterator, Sequence
+`reader` reads it from slots.d; `derive` makes it from what the machine has. No file is read here, so every
+process may import it.
+"""
+
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
-import yaml
 from msgspec import Meta, Struct
-from msgspec.structs import replace
-
-from aitbc_miner.config.document import BadField, Fault, Parse, read_document
-from aitbc_miner.config.dropins import drop_ins
-from aitbc_miner.config.settings import SLOTS_DIR
-from aitbc_miner.config.units import AUTO, CpuList, Percent, Size, format_cpus, format_size, parse_size
-from aitbc_miner.config.yaml_text import line_of
-from aitbc_miner.probe.topology import MachineFacts
-from aitbc_miner.slots.cpu_layout import Want, cores_of, divide, memory_nodes
-from aitbc_miner.slots.fit import misfits, shared_cpus
-from aitbc_miner.util.trust import parse_bind
-
-MIB = 1 << 20
-_RATES = ("rbps", "wbps", "riops", "wiops")
-_BYTES = ("swap_max", "rbps", "wbps", "as", "core", "data", "fsize", "memlock", "msgqueue", "stack")
-"""Those of the rates and limits that are bytes; the others are numbers of things, or seconds."""
-_LEAST_BYTES = 64 << 10
-_RLIMITS = ("as", "core", "cpu", "data", "fsize", "memlock", "msgqueue", "nofile", "nproc", "stack")
-
-
-def _parse_memory(value: object) -> int:
-    size = parse_size(value)
-    if size < MIB:
-        guess = f"did you mean {value}G or {value}M?" if str(value).isdecimal() else "such as 16G"
-        raise ValueError(f"must be at least 1M; add a unit: {guess}")
-    return size
-
-
-def _one_of(names: Sequence[str]) -> Parse:
-    def parse(value: object) -> object:
-        if value not in names:
-            raise ValueError(f"must be one of {', '.join(names)}")
-        return value
-
-    return Parse(parse)
-
-
-Memory = Annotated[int, Parse(_parse_memory)]
-Weight = Annotated[int, Meta(ge=1, le=10_000)]
-# Not `$`, which would also accept a line break at the end. At most 22, for the name of a user has at most 32
-# letters, and the slot's is aitbc-job-<slot>.
-SlotName = Annotated[
-    str,
-    Meta(
-        pattern=r"^[a-z0-9][a-z0-9_-]{0,21}\Z",
-        description="1 to 22 of a-z 0-9 _ -, not beginning with _ or -",
-    ),
-]
-EnvName = Annotated[
-    str,
-    Meta(
-        pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,254}\Z",
-        description="the name of a variable, such as OMP_NUM_THREADS",
-    ),
-]
-GpuName = Annotated[
-    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}\Z", description="the UUID of a GPU")
-]
-
-
-Bind = Annotated[Path, Parse(parse_bind)]
 
 
 class IoNice(Struct, frozen=True):
@@ -78,255 +18,32 @@ class IoNice(Struct, frozen=True):
     level: Annotated[int, Meta(ge=0, le=7)] = 4
 
 
-class SlotKeys(Struct, frozen=True):
-    """One slot as slots.d describes it: bytes, seconds, percent of one CPU; None is "not limited".
+class SlotSpec(Struct, frozen=True):
+    """One slot: bytes, seconds, percent of one CPU; None is "not limited".
 
-    `cpus` is AUTO until `lay_out` has chosen them.
+    The keys are those of slots.d (`reader.SlotKeys`), and `mems`: the NUMA nodes to take memory from, which
+    follow from the machine. `cpus` is `units.AUTO` until `derive.lay_out` has chosen them.
     """
 
-    name: SlotName
+    name: str
     kind: Literal["cpu", "gpu"]
-    gpu: GpuName | Annotated[int, Meta(ge=0, le=255)] | None = None
-    cpus: CpuList | None = None
-    cpu_max: Percent | None = None
-    cpu_weight: Weight | None = None
-    memory_max: Memory | None = None
-    memory_high: Memory | None = None
-    swap_max: Size | None = None
-    pids_max: Annotated[int, Meta(ge=1, le=4_194_304)] | None = None
-    io_weight: Weight | None = None
-    io_max: dict[str, dict[Annotated[str, _one_of(_RATES)], Size]] = {}
-    nice: Annotated[int, Meta(ge=-20, le=19)] = 10
+    gpu: str | int | None = None
+    cpus: tuple[int, ...] | None = None
+    cpu_max: int | None = None
+    cpu_weight: int | None = None
+    memory_max: int | None = None
+    memory_high: int | None = None
+    swap_max: int | None = None
+    pids_max: int | None = None
+    io_weight: int | None = None
+    io_max: dict[str, dict[str, int]] = {}
+    nice: int = 10
     ionice: IoNice | None = None
-    rlimits: dict[Annotated[str, _one_of(_RLIMITS)], Size] = {}
-    max_runtime_s: Annotated[float, Meta(gt=0, le=31_536_000)] | None = 86_400.0
+    rlimits: dict[str, int] = {}
+    max_runtime_s: float | None = 86_400.0
     egress: Literal["none", "open"] = "none"
-    runners: Annotated[list[Literal["cli", "python"]], Meta(min_length=1)] = msgspec.field(
-        default_factory=lambda: ["cli", "python"]
-    )
-    env: list[EnvName] = []
-    binds: list[Bind] = []
+    runners: list[Literal["cli", "python"]] = msgspec.field(default_factory=lambda: ["cli", "python"])
+    env: list[str] = []
+    binds: list[Path] = []
     io_uring: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kind == "gpu" and self.gpu is None:
-            raise BadField("gpu", "this key is missing; a slot of kind gpu needs a UUID or an index")
-        if self.kind == "cpu" and self.gpu is not None:
-            raise BadField("gpu", "a slot of kind cpu has no GPU; remove this key or use kind: gpu")
-        if self.memory_high and self.memory_max and self.memory_high > self.memory_max:
-            shown = f"{format_size(self.memory_high)} is above memory_max ({format_size(self.memory_max)})"
-            raise BadField("memory_high", f"{shown}; it must not be, or the job dies before it is slowed")
-        for path in self.io_max:
-            if not path.startswith("/"):
-                raise BadField("io_max", f"{path[:80]!r} is no absolute path; name a directory on the disk")
-
-
-class SlotSpec(SlotKeys, frozen=True):
-    """A slot with what follows from its keys and the machine: `mems`, the NUMA nodes to take memory from."""
-
     mems: tuple[int, ...] | None = None
-
-
-class SlotFile(Struct, frozen=True):
-    """The content of one file of slots.d: slots, or that they are to be derived from the machine."""
-
-    slots: list[SlotKeys] = []
-    derive: bool = False
-
-    def __post_init__(self) -> None:
-        if self.derive and self.slots:
-            raise BadField("derive", "is true, but there are `slots`; keep one of the two")
-        if not (self.derive or self.slots):
-            raise BadField("slots", f"there is no slot in it; describe one, or {DERIVE}")
-
-
-DERIVE = "write `derive: true` instead of `slots` to have all of the machine rented out"
-
-
-def read_slots(directory: Path, faults: list[Fault], warnings: list[Fault] | None = None) -> list[SlotSpec]:
-    """Read all of slots.d and append what is wrong to `faults`.
-
-    None without a fault means that the slots are to be derived from the machine. That is so where a file says
-    it, and where nothing was ever said: the default directory is not there, or holds no file.
-    """
-    places: dict[str, Path] = {}
-    specs: list[SlotSpec] = []
-    derived: list[Path] = []
-    for path, file in _read_files(directory, faults, warnings):
-        derived += [path] if file.derive else []
-        for index, spec in enumerate(file.slots):
-            if spec.name in places:
-                other = f"is also the name of a slot in {places[spec.name]}; rename one of them"
-                faults.append(_at(path, index, ["name"], f"{spec.name!r} {other}"))
-                continue
-            places[spec.name] = path
-            for steps, message in _without_unit(spec):
-                faults.append(_at(path, index, steps, message))
-            specs.append(SlotSpec(**msgspec.structs.asdict(spec)))
-    for path in derived if specs else ():
-        message = f"is true, but {next(iter(places.values()))} has slots; keep one of the two"
-        faults.append(Fault(str(path), line_of(path, ["derive"]), "derive", message))
-    return specs
-
-
-def _without_unit(spec: SlotKeys) -> Iterator[tuple[list[str], str]]:
-    """Yield the way to what was written without its unit, for nobody means so few bytes, and the remedy."""
-    sizes = [(["swap_max"], spec.swap_max or 0)]
-    sizes += [(["rlimits", name], n) for name, n in spec.rlimits.items()]
-    sizes += [(["io_max", path, name], n) for path, rates in spec.io_max.items() for name, n in rates.items()]
-    for steps, size in sizes:
-        if steps[-1] in _BYTES and 0 < size < _LEAST_BYTES:
-            yield steps, f"is {size} bytes; must be 0, or at least 64K: did you mean {size}G or {size}M?"
-
-
-def _read_files(
-    directory: Path, faults: list[Fault], warnings: list[Fault] | None = None
-) -> Iterator[tuple[Path, SlotFile]]:
-    before = len(faults)
-    found = drop_ins(directory, faults)
-    if found and warnings is not None:
-        warnings += found.warnings()
-    if not (found and found.files) and len(faults) == before:
-        missing = "this directory is not there" if found is None else "no file here ends in .yaml"
-        if directory != SLOTS_DIR or not (found is None or found.empty):
-            message = f"{missing}, so there would be no slot; describe one in a file here, or {DERIVE}"
-            if found and found.strange:
-                message += f"; not read: {', '.join(path.name for path in found.strange)}"
-            faults.append(Fault(str(directory), None, "", message))
-    for path in found.files if found else ():
-        if file := read_document(path, SlotFile, faults):
-            yield path, file
-
-
-def check_slots(
-    specs: Sequence[SlotSpec], machine: MachineFacts, directory: Path | None = None
-) -> tuple[list[Fault], list[str]]:
-    """Compare slots with the machine they are to run on.
-
-    Args:
-        specs: all slots of the node.
-        machine: what there is.
-        directory: slots.d, if that is where the slots are from, so that the faults name file and line.
-
-    Returns:
-        What is impossible, and warnings about what is possible but probably not meant.
-    """
-    faults: list[Fault] = []
-    warnings: list[str] = []
-    for misfit in misfits(specs, machine):
-        fault = _fault(directory, misfit.slot, misfit.key, misfit.message)
-        if misfit.possible:
-            warnings.append(str(fault))
-        else:
-            faults.append(fault)
-    return faults, [*warnings, *shared_cpus(specs)]
-
-
-def _fault(directory: Path | None, slot: str, steps: Sequence[str], message: str) -> Fault:
-    for path, file in _read_files(directory, []) if directory else ():
-        for index, other in enumerate(file.slots):
-            if other.name == slot:
-                return _at(path, index, steps, message)
-    return Fault(f"slot {slot}", None, _key(steps), message)
-
-
-def _at(path: Path, index: int, steps: Sequence[str], message: str) -> Fault:
-    line = line_of(path, ["slots", index, *steps])
-    return Fault(str(path), line, f"slots[{index}].{_key(steps)}", message)
-
-
-def _key(steps: Sequence[str]) -> str:
-    return steps[0] + "".join(f".{step}" if step.isidentifier() else f"[{step!r}]" for step in steps[1:])
-
-
-def lay_out(
-    specs: Sequence[SlotSpec], machine: MachineFacts, faults: list[Fault], directory: Path | None = None
-) -> list[SlotSpec]:
-    """Choose the CPUs of the slots with `cpus: auto`, among those that no slot names, and all slots' `mems`.
-
-    A slot that nothing is left for is appended to `faults`, and stays as it was.
-
-    Args:
-        specs: all slots of the node.
-        machine: what there is.
-        faults: where faults go.
-        directory: slots.d, if that is where the slots are from, so that the faults name file and line.
-    """
-    auto = [spec for spec in specs if spec.cpus == AUTO]
-    named = {cpu for spec in specs for cpu in spec.cpus or ()}
-    wants = [
-        Want(math.ceil(spec.cpu_max / 100) if spec.cpu_max else None, machine.gpu_nodes.get(str(spec.gpu)))
-        for spec in auto
-    ]
-    chosen = dict(
-        zip((spec.name for spec in auto), divide(wants, {*machine.cpus} - named, machine), strict=True)
-    )
-    for spec in auto:
-        if not chosen[spec.name]:
-            used = format_cpus(named.intersection(machine.cpus)) or "none"
-            message = (
-                f"no CPU is left for auto: this node may use {format_cpus(machine.cpus)}, slots name {used}, "
-                f"and {len(auto)} slots are auto; name fewer CPUs, or remove a slot"
-            )
-            faults.append(_fault(directory, spec.name, ["cpus"], message))
-    laid = [replace(spec, cpus=chosen.get(spec.name, spec.cpus)) for spec in specs]
-    return _bind_memory(laid, machine)
-
-
-def _bind_memory(specs: Sequence[SlotSpec], machine: MachineFacts) -> list[SlotSpec]:
-    homes = memory_nodes([(spec.cpus or (), spec.memory_max) for spec in specs], machine)
-    return [replace(spec, mems=mems) for spec, mems in zip(specs, homes, strict=True)]
-
-
-def derive_slots(facts: MachineFacts) -> list[SlotSpec]:
-    """Lay out the machine: a slot for each GPU with its share of the CPUs, about one for each 4 CPUs left.
-
-    A share is an equal part of the CPUs, one part being kept for CPU slots. 80 % of the memory is divided
-    equally; the rest is for the system and this program.
-    """
-    # All of them only if there is the time of all of them.
-    cpus = facts.cpus[: facts.threads]
-    share = max(1, len(cpus) // (len(facts.gpu_ids) + 1))
-    wants = [Want(share, facts.gpu_nodes.get(ids[0])) for ids in facts.gpu_ids]
-    # More GPUs than CPUs have to share them.
-    groups = [group or (cpus[i % len(cpus)],) for i, group in enumerate(divide(wants, cpus, facts))]
-    rest = set(cpus).difference(*groups)
-    # Two small slots keep a small machine busier than one: a job rarely uses all that it is given.
-    count = min(len(cores_of(rest, facts)), max(2, len(rest) // 4))
-    memory = facts.memory_bytes * 8 // 10 // (len(groups) + count) // MIB * MIB
-    limits: dict[str, Any] = {"memory_max": max(MIB, memory), "pids_max": 1024}
-    specs = [
-        SlotSpec(name=f"gpu{i}", kind="gpu", gpu=_best_id(facts.gpu_ids[i]), cpus=group, **limits)
-        for i, group in enumerate(groups)
-    ]
-    specs += [
-        SlotSpec(name=f"cpu{i}", kind="cpu", cpus=group, **limits)
-        for i, group in enumerate(divide([Want()] * count, rest, facts))
-    ]
-    return _bind_memory(specs, facts)
-
-
-def _best_id(ids: tuple[str, ...]) -> str:
-    # Indices change when a card is added or its driver fails; a UUID stays.
-    return next((name for name in ids if not name.isdecimal()), ids[0])
-
-
-def to_yaml(specs: Sequence[SlotSpec]) -> str:
-    """Write slots as a file for slots.d that reads back as the same; what is at its default is left out."""
-    return yaml.safe_dump({"slots": [_plain(spec) for spec in specs]}, sort_keys=False, allow_unicode=True)
-
-
-def _plain(spec: SlotSpec) -> dict[str, Any]:
-    defaults = SlotSpec(name="", kind="cpu")
-    plain = {
-        name: value
-        for name, value in msgspec.to_builtins(spec).items()
-        if name in {"name", "kind"} or (name != "mems" and value != getattr(defaults, name))
-    }
-    if spec.cpus is not None:
-        plain["cpus"] = format_cpus(spec.cpus) or "auto"
-    if spec.cpu_max is not None:
-        plain["cpu_max"] = f"{spec.cpu_max}%"
-    for name in plain.keys() & {"memory_max", "memory_high", "swap_max"}:
-        plain[name] = format_size(plain[name]) if plain[name] else 0
-    return plain

@@ -9,8 +9,7 @@ from enum import StrEnum
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.ipc.messages import CancelJob, EndReason, StartJob, ToWorker
-from aitbc_miner.jobs import State
+from aitbc_miner.jobs import EndReason, State
 
 
 class SlotState(StrEnum):
@@ -75,9 +74,6 @@ class Slot(Struct, frozen=True):
     quarantines: int = 0
     retry_at: float = 0.0
     timing: Timing = Timing()
-
-
-# --- events ------------------------------------------------------------------------------------------------
 
 
 class Begin(Struct, frozen=True):
@@ -171,9 +167,6 @@ Event = (
 )
 
 
-# --- actions -----------------------------------------------------------------------------------------------
-
-
 class SpawnWorker(Struct, frozen=True):
     """Start the slot's worker."""
 
@@ -186,10 +179,18 @@ class KillJob(Struct, frozen=True):
     """End all that is left of the job in the slot's group."""
 
 
-class Send(Struct, frozen=True):
-    """Say this to the worker."""
+class BeginJob(Struct, frozen=True):
+    """Have the worker run the job."""
 
-    message: ToWorker
+    job_id: str
+
+
+class EndJob(Struct, frozen=True):
+    """Have the worker end the job; `why` and `detail` as in `Cancel`."""
+
+    job_id: str
+    why: EndReason
+    detail: str = ""
 
 
 class TerminateAdopted(Struct, frozen=True):
@@ -209,7 +210,7 @@ class Settle(Struct, frozen=True):
     why: str = ""
 
 
-Action = SpawnWorker | KillWorker | KillJob | Send | TerminateAdopted | KillAdopted | Settle
+Action = SpawnWorker | KillWorker | KillJob | BeginJob | EndJob | TerminateAdopted | KillAdopted | Settle
 Result = tuple[Slot, list[Action]]
 
 
@@ -255,7 +256,7 @@ def _assign(slot: Slot, event: Assign, now: float) -> Result:
     if slot.state is not SlotState.IDLE:
         return slot, []
     busy = replace(transition(slot, SlotState.BUSY, now), job_id=event.job_id, job_state=State.PREP)
-    return busy, [Send(StartJob(event.job_id))]
+    return busy, [BeginJob(event.job_id)]
 
 
 def _step(slot: Slot, event: Step, _now: float) -> Result:
@@ -275,13 +276,13 @@ def _cancel(slot: Slot, event: Cancel, now: float) -> Result:
         return replace(slot, cancelled_at=first), [TerminateAdopted(event.why)]
     if slot.job_id is None:
         return slot, []
-    message = CancelJob(slot.job_id, event.why, event.detail)
+    end = EndJob(slot.job_id, event.why, event.detail)
     if slot.state is SlotState.CANCELLING and event.why == "shutdown":
         # Otherwise a worker that waits for a full disk to take the job's outcome would go on waiting.
-        return slot, [Send(message)]
+        return slot, [end]
     if slot.state is not SlotState.BUSY:
         return slot, []
-    return transition(slot, SlotState.CANCELLING, now, event.detail or event.why), [Send(message)]
+    return transition(slot, SlotState.CANCELLING, now, event.detail or event.why), [end]
 
 
 def _ended(slot: Slot, event: Ended, now: float) -> Result:

@@ -4,5 +4,4 @@
 * records: a directory for each job, with its state and outcome
 * ledger: what each job used and earned
 * reserve: room that is kept for the node itself
-* anchor: whether the disk with the records is the one that was there before
 """

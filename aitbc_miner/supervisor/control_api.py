@@ -22,16 +22,9 @@ from aitbc_miner.control.protocol import (
     SlotStatus,
     Status,
 )
-from aitbc_miner.ipc.messages import (
-    CoordinatorView,
-    Deliveries,
-    EndReason,
-    Retried,
-    RetryJob,
-    Starved,
-    Ticket,
-)
-from aitbc_miner.jobs import JobUse, State, directory_of, valid_job_id
+from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, Retried, RetryJob, Starved
+from aitbc_miner.jobs import EndReason, JobUse, State, directory_of, valid_job_id
+from aitbc_miner.slots.placement import Ticket
 from aitbc_miner.slots.state import SlotState
 from aitbc_miner.supervisor.job_index import JobIndex
 from aitbc_miner.supervisor.job_use import Said, use_of

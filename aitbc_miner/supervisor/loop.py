@@ -17,17 +17,16 @@ from msgspec import Struct
 from aitbc_miner.config.settings import Config
 from aitbc_miner.control.protocol import Problem, Request
 from aitbc_miner.control.server import ControlServer, Source
+from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.ipc.channel import ExcessError
 from aitbc_miner.ipc.messages import (
     CancelJob,
     CoordinatorView,
     Counted,
     Deliveries,
-    EndReason,
     FoundJob,
     FromAgent,
     FromHeartbeat,
-    GpuFact,
     Inventory,
     JobDone,
     JobEnded,
@@ -44,7 +43,7 @@ from aitbc_miner.ipc.messages import (
     Sweepable,
     Troubles,
 )
-from aitbc_miner.jobs import State
+from aitbc_miner.jobs import EndReason, State
 from aitbc_miner.slots.state import Cancel, Slot
 from aitbc_miner.supervisor.adoption import WorkerBook, kill_strangers
 from aitbc_miner.supervisor.allowing import Examiner

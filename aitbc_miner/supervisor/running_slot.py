@@ -1,40 +1,43 @@
 """The slots of a running node: each one's rules (slots/state.py), its worker process, and what it offers."""
 
 import contextlib
-import math
 import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.config.units import format_cpus
 from aitbc_miner.ipc.messages import (
     END_SIGNALS,
+    CancelJob,
     FromWorker,
     JobEnded,
     JobOnDisk,
     JobProgress,
     JobStep,
     JobTrouble,
-    Offer,
     Retune,
     Retuned,
     SlotView,
+    StartJob,
     Stop,
+    ToWorker,
     WorkerReady,
     WorkerRefused,
 )
 from aitbc_miner.jobs import State
 from aitbc_miner.sandbox.users import Identity
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.slots.state import (
     Action,
+    BeginJob,
     Died,
     Ended,
+    EndJob,
     Event,
     KillAdopted,
     KillJob,
@@ -42,7 +45,6 @@ from aitbc_miner.slots.state import (
     Ready,
     Retire,
     Retry,
-    Send,
     Settle,
     Slot,
     SlotState,
@@ -168,15 +170,20 @@ class RunningSlot:
                     self.child.kill()
             case KillJob():
                 self._kill_job()
-            case Send():
-                if self.child:
-                    self.child.send(action.message)
+            case BeginJob():
+                self._say(StartJob(action.job_id))
+            case EndJob():
+                self._say(CancelJob(action.job_id, action.why, action.detail))
             case TerminateAdopted():
                 self._signal_adopted(END_SIGNALS[action.why])
             case KillAdopted():
                 self._signal_adopted(signal.SIGKILL)
             case Settle():
                 self._outcomes.settle(action.job_id, action.why)
+
+    def _say(self, message: ToWorker) -> None:
+        if self.child:
+            self.child.send(message)
 
     def _signal_adopted(self, number: int) -> None:
         if self.adopted is not None:
@@ -281,7 +288,7 @@ class RunningSlot:
         self.plan = plan
         if self.child:
             devices = tuple(map(str, plan.devices))
-            self.child.send(Retune(msgspec.to_builtins(plan.spec), plan.gpu_env, devices))
+            self.child.send(Retune(plan.spec, plan.gpu_env, devices))
         elif self.adopted is not None:
             self._outcomes.aside(f"limits of {self.name}", plan.adjust, self._retuned)
         self.feed(Retry())
@@ -307,12 +314,3 @@ class RunningSlot:
 def _wanted(plan: SlotPlan) -> tuple[object, ...]:
     """Give what of a plan the operator can change."""
     return plan.spec, plan.offer, plan.gpu_env, plan.devices, plan.problem
-
-
-def make_offer(spec: SlotSpec, *, threads: int, memory_bytes: int, vram_mb: int) -> Offer:
-    """Say what a slot has to give, from its limits and the machine."""
-    by_quota = math.ceil(spec.cpu_max / 100) if spec.cpu_max else threads
-    cpus = min(len(spec.cpus) if spec.cpus else threads, by_quota)
-    memory = min(spec.memory_max or memory_bytes, memory_bytes)
-    runners = tuple(spec.runners)
-    return Offer(spec.name, spec.kind, max(1, cpus), memory // MIB, vram_mb, runners, spec.egress)

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.errors import JobError
 from aitbc_miner.ipc.channel import MAX_WAITING, ExcessError
-from aitbc_miner.ipc.messages import FoundJob, Stop, Ticket
-from aitbc_miner.slots.placement import place, refuse_hopeless
+from aitbc_miner.ipc.messages import FoundJob, Stop
+from aitbc_miner.slots.placement import Ticket, place, refuse_hopeless
 from aitbc_miner.slots.state import (
     Adopt,
     Assign,

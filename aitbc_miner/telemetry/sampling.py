@@ -8,8 +8,9 @@ import psutil
 from msgspec import Struct
 
 from aitbc_miner.cgroup.group import Group
+from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.gpu.reader import GpuList, GpuReader, GpuUsage
-from aitbc_miner.ipc.messages import GpuFact, Inventory, SlotView
+from aitbc_miner.ipc.messages import Inventory, SlotView
 from aitbc_miner.util import clock
 
 

@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from aitbc_miner.config.settings import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
-from aitbc_miner.ipc.messages import GpuFact
+from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.runners.interface import Launch
 from aitbc_miner.sandbox.bubblewrap import Enclosed, Sandbox, enclose
 from aitbc_miner.sandbox.spawn import REPORT_FD, Job, spawn

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import msgspec
 from msgspec import Struct
 from msgspec.structs import replace
 
@@ -156,7 +155,7 @@ class Worker:
     def _retune(self, wanted: Retune) -> None:
         """Give the slot other limits: those of its cgroups now, a process's own from the next job on."""
         around, note = self._around, ""
-        spec = msgspec.convert(wanted.spec, SlotSpec)
+        spec = wanted.spec
         if around is None:
             return
         try:

@@ -15,7 +15,9 @@ from aitbc_miner.config.settings import load_config
 from aitbc_miner.errors import JobError
 from aitbc_miner.identity.credentials import CredentialError, read_credential
 from aitbc_miner.probe.topology import MachineFacts
-from aitbc_miner.slots.spec import SlotSpec, lay_out, read_slots, to_yaml
+from aitbc_miner.slots.derive import lay_out
+from aitbc_miner.slots.reader import read_slots, to_yaml
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util import trust
 from fuzz.engine import Check, Target, directory, fit_to_print, only, simply
 from fuzz.mutations import YAML, joined, mutated, parted, words

@@ -25,9 +25,9 @@ from aitbc_miner.ipc.messages import (
     Recovered,
     Starved,
     Sweepable,
-    Ticket,
 )
 from aitbc_miner.jobs import State
+from aitbc_miner.slots.placement import Ticket
 from aitbc_miner.supervisor.children import Keeper
 from aitbc_miner.supervisor.loop import Parts
 

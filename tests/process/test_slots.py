@@ -6,8 +6,8 @@ import subprocess
 import pytest
 from msgspec.structs import replace
 
-from aitbc_miner.ipc.messages import Offer
 from aitbc_miner.jobs import State
+from aitbc_miner.slots.placement import Offer
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.slots.state import Adopt, Cancel, SlotState, Tick, Timing
 from aitbc_miner.supervisor.running_slot import Outcomes, RunningSlot, SlotPlan

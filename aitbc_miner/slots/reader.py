@@ -1,0 +1,246 @@
+"""Reads slots.d, checks it, and writes slots as such a file."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+from msgspec import Meta, Struct
+
+from aitbc_miner.config.document import BadField, Fault, Parse, read_document
+from aitbc_miner.config.dropins import drop_ins
+from aitbc_miner.config.settings import SLOTS_DIR
+from aitbc_miner.config.units import CpuList, Percent, Size, format_cpus, format_size, parse_size
+from aitbc_miner.config.yaml_text import line_of
+from aitbc_miner.probe.topology import MachineFacts
+from aitbc_miner.slots.fit import misfits, shared_cpus
+from aitbc_miner.slots.spec import IoNice, SlotSpec
+from aitbc_miner.util.trust import parse_bind
+
+MIB = 1 << 20
+_RATES = ("rbps", "wbps", "riops", "wiops")
+_BYTES = ("swap_max", "rbps", "wbps", "as", "core", "data", "fsize", "memlock", "msgqueue", "stack")
+"""Those of the rates and limits that are bytes; the others are numbers of things, or seconds."""
+_LEAST_BYTES = 64 << 10
+_RLIMITS = ("as", "core", "cpu", "data", "fsize", "memlock", "msgqueue", "nofile", "nproc", "stack")
+
+
+def _parse_memory(value: object) -> int:
+    size = parse_size(value)
+    if size < MIB:
+        guess = f"did you mean {value}G or {value}M?" if str(value).isdecimal() else "such as 16G"
+        raise ValueError(f"must be at least 1M; add a unit: {guess}")
+    return size
+
+
+def _one_of(names: Sequence[str]) -> Parse:
+    def parse(value: object) -> object:
+        if value not in names:
+            raise ValueError(f"must be one of {', '.join(names)}")
+        return value
+
+    return Parse(parse)
+
+
+Memory = Annotated[int, Parse(_parse_memory)]
+Weight = Annotated[int, Meta(ge=1, le=10_000)]
+# Not `$`, which would also accept a line break at the end. At most 22, for the name of a user has at most 32
+# letters, and the slot's is aitbc-job-<slot>.
+SlotName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[a-z0-9][a-z0-9_-]{0,21}\Z",
+        description="1 to 22 of a-z 0-9 _ -, not beginning with _ or -",
+    ),
+]
+EnvName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,254}\Z",
+        description="the name of a variable, such as OMP_NUM_THREADS",
+    ),
+]
+GpuName = Annotated[
+    str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}\Z", description="the UUID of a GPU")
+]
+
+
+Bind = Annotated[Path, Parse(parse_bind)]
+
+
+class SlotKeys(Struct, frozen=True):
+    """One slot as slots.d describes it: bytes, seconds, percent of one CPU; None is "not limited".
+
+    The same keys with the same defaults as `SlotSpec`, in the kinds that people write.
+    """
+
+    name: SlotName
+    kind: Literal["cpu", "gpu"]
+    gpu: GpuName | Annotated[int, Meta(ge=0, le=255)] | None = None
+    cpus: CpuList | None = None
+    cpu_max: Percent | None = None
+    cpu_weight: Weight | None = None
+    memory_max: Memory | None = None
+    memory_high: Memory | None = None
+    swap_max: Size | None = None
+    pids_max: Annotated[int, Meta(ge=1, le=4_194_304)] | None = None
+    io_weight: Weight | None = None
+    io_max: dict[str, dict[Annotated[str, _one_of(_RATES)], Size]] = {}
+    nice: Annotated[int, Meta(ge=-20, le=19)] = 10
+    ionice: IoNice | None = None
+    rlimits: dict[Annotated[str, _one_of(_RLIMITS)], Size] = {}
+    max_runtime_s: Annotated[float, Meta(gt=0, le=31_536_000)] | None = 86_400.0
+    egress: Literal["none", "open"] = "none"
+    runners: Annotated[list[Literal["cli", "python"]], Meta(min_length=1)] = msgspec.field(
+        default_factory=lambda: ["cli", "python"]
+    )
+    env: list[EnvName] = []
+    binds: list[Bind] = []
+    io_uring: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind == "gpu" and self.gpu is None:
+            raise BadField("gpu", "this key is missing; a slot of kind gpu needs a UUID or an index")
+        if self.kind == "cpu" and self.gpu is not None:
+            raise BadField("gpu", "a slot of kind cpu has no GPU; remove this key or use kind: gpu")
+        if self.memory_high and self.memory_max and self.memory_high > self.memory_max:
+            shown = f"{format_size(self.memory_high)} is above memory_max ({format_size(self.memory_max)})"
+            raise BadField("memory_high", f"{shown}; it must not be, or the job dies before it is slowed")
+        for path in self.io_max:
+            if not path.startswith("/"):
+                raise BadField("io_max", f"{path[:80]!r} is no absolute path; name a directory on the disk")
+
+
+class SlotFile(Struct, frozen=True):
+    """The content of one file of slots.d: slots, or that they are to be derived from the machine."""
+
+    slots: list[SlotKeys] = []
+    derive: bool = False
+
+    def __post_init__(self) -> None:
+        if self.derive and self.slots:
+            raise BadField("derive", "is true, but there are `slots`; keep one of the two")
+        if not (self.derive or self.slots):
+            raise BadField("slots", f"there is no slot in it; describe one, or {DERIVE}")
+
+
+DERIVE = "write `derive: true` instead of `slots` to have all of the machine rented out"
+
+
+def read_slots(directory: Path, faults: list[Fault], warnings: list[Fault] | None = None) -> list[SlotSpec]:
+    """Read all of slots.d and append what is wrong to `faults`.
+
+    None without a fault means that the slots are to be derived from the machine. That is so where a file says
+    it, and where nothing was ever said: the default directory is not there, or holds no file.
+    """
+    places: dict[str, Path] = {}
+    specs: list[SlotSpec] = []
+    derived: list[Path] = []
+    for path, file in _read_files(directory, faults, warnings):
+        derived += [path] if file.derive else []
+        for index, spec in enumerate(file.slots):
+            if spec.name in places:
+                other = f"is also the name of a slot in {places[spec.name]}; rename one of them"
+                faults.append(_at(path, index, ["name"], f"{spec.name!r} {other}"))
+                continue
+            places[spec.name] = path
+            for steps, message in _without_unit(spec):
+                faults.append(_at(path, index, steps, message))
+            specs.append(SlotSpec(**msgspec.structs.asdict(spec)))
+    for path in derived if specs else ():
+        message = f"is true, but {next(iter(places.values()))} has slots; keep one of the two"
+        faults.append(Fault(str(path), line_of(path, ["derive"]), "derive", message))
+    return specs
+
+
+def _without_unit(spec: SlotKeys) -> Iterator[tuple[list[str], str]]:
+    """Yield the way to what was written without its unit, for nobody means so few bytes, and the remedy."""
+    sizes = [(["swap_max"], spec.swap_max or 0)]
+    sizes += [(["rlimits", name], n) for name, n in spec.rlimits.items()]
+    sizes += [(["io_max", path, name], n) for path, rates in spec.io_max.items() for name, n in rates.items()]
+    for steps, size in sizes:
+        if steps[-1] in _BYTES and 0 < size < _LEAST_BYTES:
+            yield steps, f"is {size} bytes; must be 0, or at least 64K: did you mean {size}G or {size}M?"
+
+
+def _read_files(
+    directory: Path, faults: list[Fault], warnings: list[Fault] | None = None
+) -> Iterator[tuple[Path, SlotFile]]:
+    before = len(faults)
+    found = drop_ins(directory, faults)
+    if found and warnings is not None:
+        warnings += found.warnings()
+    if not (found and found.files) and len(faults) == before:
+        missing = "this directory is not there" if found is None else "no file here ends in .yaml"
+        if directory != SLOTS_DIR or not (found is None or found.empty):
+            message = f"{missing}, so there would be no slot; describe one in a file here, or {DERIVE}"
+            if found and found.strange:
+                message += f"; not read: {', '.join(path.name for path in found.strange)}"
+            faults.append(Fault(str(directory), None, "", message))
+    for path in found.files if found else ():
+        if file := read_document(path, SlotFile, faults):
+            yield path, file
+
+
+def check_slots(
+    specs: Sequence[SlotSpec], machine: MachineFacts, directory: Path | None = None
+) -> tuple[list[Fault], list[str]]:
+    """Compare slots with the machine they are to run on.
+
+    Args:
+        specs: all slots of the node.
+        machine: what there is.
+        directory: slots.d, if that is where the slots are from, so that the faults name file and line.
+
+    Returns:
+        What is impossible, and warnings about what is possible but probably not meant.
+    """
+    faults: list[Fault] = []
+    warnings: list[str] = []
+    for misfit in misfits(specs, machine):
+        fault = fault_at(directory, misfit.slot, misfit.key, misfit.message)
+        if misfit.possible:
+            warnings.append(str(fault))
+        else:
+            faults.append(fault)
+    return faults, [*warnings, *shared_cpus(specs)]
+
+
+def fault_at(directory: Path | None, slot: str, steps: Sequence[str], message: str) -> Fault:
+    """Say what is wrong with a key of a slot, by file and line where the slot is from slots.d."""
+    for path, file in _read_files(directory, []) if directory else ():
+        for index, other in enumerate(file.slots):
+            if other.name == slot:
+                return _at(path, index, steps, message)
+    return Fault(f"slot {slot}", None, _key(steps), message)
+
+
+def _at(path: Path, index: int, steps: Sequence[str], message: str) -> Fault:
+    line = line_of(path, ["slots", index, *steps])
+    return Fault(str(path), line, f"slots[{index}].{_key(steps)}", message)
+
+
+def _key(steps: Sequence[str]) -> str:
+    return steps[0] + "".join(f".{step}" if step.isidentifier() else f"[{step!r}]" for step in steps[1:])
+
+
+def to_yaml(specs: Sequence[SlotSpec]) -> str:
+    """Write slots as a file for slots.d that reads back as the same; what is at its default is left out."""
+    return yaml.safe_dump({"slots": [_plain(spec) for spec in specs]}, sort_keys=False, allow_unicode=True)
+
+
+def _plain(spec: SlotSpec) -> dict[str, Any]:
+    defaults = SlotSpec(name="", kind="cpu")
+    plain = {
+        name: value
+        for name, value in msgspec.to_builtins(spec).items()
+        if name in {"name", "kind"} or (name != "mems" and value != getattr(defaults, name))
+    }
+    if spec.cpus is not None:
+        plain["cpus"] = format_cpus(spec.cpus) or "auto"
+    if spec.cpu_max is not None:
+        plain["cpu_max"] = f"{spec.cpu_max}%"
+    for name in plain.keys() & {"memory_max", "memory_high", "swap_max"}:
+        plain[name] = format_size(plain[name]) if plain[name] else 0
+    return plain
