@@ -29,7 +29,10 @@ POLICY = {"max_attempts": 3}
 SMALL = [{"name": "cpu0", "kind": "cpu", "memory_max": "64M"}]
 LARGE = [{"name": "cpu0", "kind": "cpu", "memory_max": "512M"}]
 # A node that waits a second, not a quarter of an hour, for another one.
-HASTY = "import sys; from aitbc_miner import fleet, main; fleet.GIVE_UP_S = 1.0; sys.exit(main.start())"
+HASTY = (
+    "import sys; from aitbc_miner import main; from aitbc_miner.agent import fleet; fleet.GIVE_UP_S = 1.0; "
+    "sys.exit(main.start())"
+)
 
 
 class Link(socketserver.ThreadingTCPServer):
