@@ -12,7 +12,7 @@ from msgspec.structs import replace
 from mute_coordinator import MuteCoordinator
 from test_intake import CONFIG, pulled
 
-from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.node_token import TokenLine
 from aitbc_miner.config.settings import Config, GiveUp, Queue, Workspace
 from aitbc_miner.coordinator.interface import PulledJob, PullFilters, Told
@@ -25,7 +25,7 @@ from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.slots.placement import Offer
 from aitbc_miner.slots.state import SlotState
 from aitbc_miner.store.database import Database
-from aitbc_miner.store.ledger import Accounts
+from aitbc_miner.store.ledger import Ledger
 from aitbc_miner.util import clock
 
 TOKEN = "node-t0ken"
@@ -89,7 +89,7 @@ class ScriptedCoordinator(MuteCoordinator):
 class Around:
     """The other ends of an agent's channels, and its coordinator."""
 
-    bench: Workbench
+    context: AgentContext
 
     def __init__(self) -> None:
         self.ends = [*socket.socketpair(), *socket.socketpair()]
@@ -113,31 +113,31 @@ class Around:
     def register(self) -> None:
         """Have the heartbeat hand over a token."""
         self.heartbeat.send(NodeToken(TOKEN))
-        assert self.bench.token.receive()
+        assert self.context.token.receive()
 
     def turn_until(self, done: Callable[[], object]) -> None:
         """Do what has come back to the main thread until something is so."""
         deadline = time.monotonic() + PATIENCE_S
         poller = select.poll()
-        poller.register(self.bench.background.woken, select.POLLIN)
+        poller.register(self.context.background.woken, select.POLLIN)
         while not done():
             assert time.monotonic() < deadline, "it never came"
             if poller.poll(20):
-                self.bench.background.clear()
-            self.bench.background.finish()
+                self.context.background.clear()
+            self.context.background.finish()
 
     def note_all(self) -> None:
         """Wait until all that was said to the queues so far is there."""
         noted = threading.Event()
         # By its callback: then those of all that came before have been run, too.
-        self.bench.start("queue", lambda: None, lambda _: noted.set())
+        self.context.start("queue", lambda: None, lambda _: noted.set())
         self.turn_until(noted.is_set)
 
     def close(self) -> None:
         """End all threads and close all descriptors."""
         for gate in self.coordinator.gates.values():
             gate.set()
-        for pool in self.bench._pools.values():
+        for pool in self.context._pools.values():
             pool.shutdown()
         for end in self.ends:
             end.close()
@@ -165,14 +165,14 @@ class Desk(Around):
         config = config_in(directory)
         database = Database(config.queue.path)
         token = TokenLine(self.line, self.coordinator, lambda _: None)
-        self.bench = Workbench(
-            config, self.channel, self.coordinator, token, Accounts(database), SqliteQueue(database)
+        self.context = AgentContext(
+            config, self.channel, self.coordinator, token, Ledger(database), SqliteQueue(database)
         )
 
     def record(self, job_id: str = "j1", *steps: State, **more: object) -> None:
         """Record a job, and how far it has come; `more` is for its manifest."""
-        self.bench.records.create(job_id, pulled(job_id=job_id, **more).raw)
-        with self.bench.records.open(job_id) as job:
+        self.context.records.create(job_id, pulled(job_id=job_id, **more).raw)
+        with self.context.records.open(job_id) as job:
             for step in steps:
                 job.move(step, **({"started": True} if step is State.RUNNING else {}))
 
@@ -180,7 +180,7 @@ class Desk(Around):
         self, job_id: str = "j1", code: ErrorCode | None = None, artifacts: Sequence[Artifact] = ()
     ) -> Outcome:
         """Write a job's outcome."""
-        with self.bench.records.open(job_id) as job:
+        with self.context.records.open(job_id) as job:
             attempt = job.state().attempt
             outcome = Outcome(
                 job_id, attempt=attempt, code=code, message=str(code or ""), artifacts=list(artifacts)
@@ -190,7 +190,7 @@ class Desk(Around):
 
     def state(self, job_id: str = "j1") -> tuple[State, str | None]:
         """Give where a job is, and what became of its report."""
-        with self.bench.records.open(job_id) as job:
+        with self.context.records.open(job_id) as job:
             record = job.state()
             return record.state, record.delivery
 

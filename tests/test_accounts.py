@@ -10,7 +10,7 @@ from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord, Usage
 from aitbc_miner.store.database import Database, DatabaseError
-from aitbc_miner.store.ledger import Accounts, JobAccount, Total, Totals, account_of
+from aitbc_miner.store.ledger import Ledger, LedgerRow, Total, Totals, account_of
 from aitbc_miner.util import clock
 
 DAY = 86_400.0
@@ -37,34 +37,34 @@ def database(tmp_path: Path, time: Time) -> Iterator[Database]:
 
 
 @pytest.fixture
-def accounts(database: Database) -> Accounts:
-    return Accounts(database)
+def accounts(database: Database) -> Ledger:
+    return Ledger(database)
 
 
-def row(job_id: str, code: ErrorCode | None = None, **more: Any) -> JobAccount:
+def row(job_id: str, code: ErrorCode | None = None, **more: Any) -> LedgerRow:
     given = {"slot": "cpu0", "runner": "cli", "message": "", "delivery": "accepted", "attempts": 1}
-    return JobAccount(job_id=job_id, code=code, **{**given, "finished_wall": "2026-07-01T10:00:00Z", **more})
+    return LedgerRow(job_id=job_id, code=code, **{**given, "finished_wall": "2026-07-01T10:00:00Z", **more})
 
 
-def enter(accounts: Accounts, *rows: JobAccount) -> None:
+def enter(accounts: Ledger, *rows: LedgerRow) -> None:
     for each in rows:
         assert accounts.enter(each)
 
 
-def ids(rows: Iterator[JobAccount] | list[JobAccount]) -> list[str]:
+def ids(rows: Iterator[LedgerRow] | list[LedgerRow]) -> list[str]:
     return [each.job_id for each in rows]
 
 
 # --- entering ----------------------------------------------------------------------------------------------
 
 
-def test_a_row_comes_back_as_it_was_entered(accounts: Accounts) -> None:
+def test_a_row_comes_back_as_it_was_entered(accounts: Ledger) -> None:
     whole = row(
         "j1",
         ErrorCode.E_OOM,
         message="too much\nof it \x00",
         finished=7.5,
-        **{name: number for number, name in enumerate(JobAccount.__struct_fields__[9:-1], 11)},
+        **{name: number for number, name in enumerate(LedgerRow.__struct_fields__[9:-1], 11)},
         receipt="verified",
     )
     bare = row("j2", slot=None, finished=8.0)
@@ -74,14 +74,14 @@ def test_a_row_comes_back_as_it_was_entered(accounts: Accounts) -> None:
     assert accounts.of("j3") is None
 
 
-def test_a_job_is_entered_and_counted_once(accounts: Accounts) -> None:
+def test_a_job_is_entered_and_counted_once(accounts: Ledger) -> None:
     enter(accounts, row("j1"), row("j2", ErrorCode.E_EXIT), row("j3"))
     assert not accounts.enter(row("j1", ErrorCode.E_LOST, message="again"))
     assert accounts.finished_counts() == {"OK": 2, "E_EXIT": 1}
     assert (accounts.of("j1") or row("none")).code is None
 
 
-def test_a_row_that_cannot_be_entered_is_not_counted(accounts: Accounts, database: Database) -> None:
+def test_a_row_that_cannot_be_entered_is_not_counted(accounts: Ledger, database: Database) -> None:
     with database.writing() as connection:
         connection.execute("DROP TABLE finished")
     with pytest.raises(DatabaseError):
@@ -89,15 +89,15 @@ def test_a_row_that_cannot_be_entered_is_not_counted(accounts: Accounts, databas
     assert not accounts.knows("j1"), "the row and its count are one transaction"
 
 
-def test_counts_and_rows_are_there_for_the_next(accounts: Accounts, database: Database) -> None:
+def test_counts_and_rows_are_there_for_the_next(accounts: Ledger, database: Database) -> None:
     enter(accounts, row("j1"))
     again = Database(database.path)
-    assert Accounts(again).finished_counts() == {"OK": 1}
-    assert not Accounts(again).enter(row("j1"))
+    assert Ledger(again).finished_counts() == {"OK": 1}
+    assert not Ledger(again).enter(row("j1"))
     again.close()
 
 
-def test_known_ones_are_found_among_many(accounts: Accounts) -> None:
+def test_known_ones_are_found_among_many(accounts: Ledger) -> None:
     enter(accounts, *(row(f"j{number}") for number in range(20)))
     asked = [f"j{number}" for number in range(10, 2000)]
     assert accounts.known(asked) == {f"j{number}" for number in range(10, 20)}
@@ -106,7 +106,7 @@ def test_known_ones_are_found_among_many(accounts: Accounts) -> None:
     assert not accounts.knows("j20")
 
 
-def test_nothing_that_is_done_often_walks_through_all_rows(accounts: Accounts, database: Database) -> None:
+def test_nothing_that_is_done_often_walks_through_all_rows(accounts: Ledger, database: Database) -> None:
     enter(accounts, *(row(f"j{number}") for number in range(100)))
     said: list[str] = []
     with database.reading() as connection:
@@ -131,7 +131,7 @@ def test_nothing_that_is_done_often_walks_through_all_rows(accounts: Accounts, d
     assert walks == []
 
 
-def test_the_latest_are_given_with_the_newest_last(accounts: Accounts, time: Time) -> None:
+def test_the_latest_are_given_with_the_newest_last(accounts: Ledger, time: Time) -> None:
     for number in range(5):
         time.now += 1
         enter(accounts, row(f"j{number}"))
@@ -139,9 +139,9 @@ def test_the_latest_are_given_with_the_newest_last(accounts: Accounts, time: Tim
     assert ids(accounts.latest(3)) == ["j3", "j4", "same time"]
 
 
-def test_what_is_read_at_once_is_of_one_moment(accounts: Accounts, database: Database) -> None:
+def test_what_is_read_at_once_is_of_one_moment(accounts: Ledger, database: Database) -> None:
     enter(accounts, row("j1"))
-    seen = Accounts(Database(database.path, read_only=True), read_only=True)
+    seen = Ledger(Database(database.path, read_only=True), read_only=True)
     assert seen.there
     with seen.standing_still():
         assert seen.totals().all.jobs == 1
@@ -153,13 +153,13 @@ def test_what_is_read_at_once_is_of_one_moment(accounts: Accounts, database: Dat
 def test_a_database_without_accounts_says_so(database: Database) -> None:
     with database.writing():
         pass
-    assert not Accounts(Database(database.path, read_only=True), read_only=True).there
+    assert not Ledger(Database(database.path, read_only=True), read_only=True).there
 
 
 # --- time --------------------------------------------------------------------------------------------------
 
 
-def test_the_wall_clock_changes_nothing(accounts: Accounts, time: Time) -> None:
+def test_the_wall_clock_changes_nothing(accounts: Ledger, time: Time) -> None:
     for year in (1970, 2036, 2016):
         enter(accounts, row(f"in {year}", finished_wall=f"{year}-01-01T00:00:00.000Z"))
         time.now += 10
@@ -170,7 +170,7 @@ def test_the_wall_clock_changes_nothing(accounts: Accounts, time: Time) -> None:
     assert ids(accounts.rows()) == ["in 2036", "in 2016"]
 
 
-def test_old_rows_are_pruned_a_few_at_a_time_and_their_counts_stay(accounts: Accounts, time: Time) -> None:
+def test_old_rows_are_pruned_a_few_at_a_time_and_their_counts_stay(accounts: Ledger, time: Time) -> None:
     enter(accounts, *(row(f"old{number}", finished=float(number)) for number in range(5)))
     time.now += 91 * DAY
     enter(accounts, row("new"))
@@ -182,7 +182,7 @@ def test_old_rows_are_pruned_a_few_at_a_time_and_their_counts_stay(accounts: Acc
     assert accounts.finished_counts() == {"OK": 6}
 
 
-def test_directories_are_kept_for_as_long_as_what_came_of_their_jobs(accounts: Accounts, time: Time) -> None:
+def test_directories_are_kept_for_as_long_as_what_came_of_their_jobs(accounts: Ledger, time: Time) -> None:
     enter(accounts, row("bad1", ErrorCode.E_EXIT), row("good1"))
     time.now += DAY
     enter(accounts, row("good2"), row("bad2", ErrorCode.E_OOM, delivery="superseded"))
@@ -196,7 +196,7 @@ def test_directories_are_kept_for_as_long_as_what_came_of_their_jobs(accounts: A
 
 
 def test_for_space_the_oldest_delivered_go_first_and_what_was_refused_stays(
-    accounts: Accounts, time: Time
+    accounts: Ledger, time: Time
 ) -> None:
     for number, delivery in enumerate(("accepted", "refused", "superseded", "lost", "accepted")):
         time.now += 1
@@ -207,7 +207,7 @@ def test_for_space_the_oldest_delivered_go_first_and_what_was_refused_stays(
     assert accounts.oldest_delivered(2) == ["j3", "j4"]
 
 
-def test_a_report_that_goes_out_again_keeps_its_directory(accounts: Accounts, time: Time) -> None:
+def test_a_report_that_goes_out_again_keeps_its_directory(accounts: Ledger, time: Time) -> None:
     enter(accounts, row("j1", ErrorCode.E_UPLOAD, delivery="refused"))
     accounts.reopen("j1")
     time.now += 30 * DAY
@@ -223,7 +223,7 @@ def test_a_report_that_goes_out_again_keeps_its_directory(accounts: Accounts, ti
 # --- sums --------------------------------------------------------------------------------------------------
 
 
-def test_totals(accounts: Accounts, time: Time) -> None:
+def test_totals(accounts: Ledger, time: Time) -> None:
     enter(accounts, row("before", cpu_s=1000.0))
     time.now += 100
     enter(
@@ -255,7 +255,7 @@ def test_totals(accounts: Accounts, time: Time) -> None:
     assert accounts.totals(since_s=0.0) == Totals()
 
 
-def test_receipts_are_added_up_and_those_that_do_not_verify_apart(accounts: Accounts) -> None:
+def test_receipts_are_added_up_and_those_that_do_not_verify_apart(accounts: Ledger) -> None:
     good: dict[str, Any] = {"receipt": "verified"}
     enter(
         accounts,
@@ -284,7 +284,7 @@ def test_receipts_are_added_up_and_those_that_do_not_verify_apart(accounts: Acco
     ],
 )
 def test_a_job_has_one_receipt_however_often_its_result_was_sent(
-    accounts: Accounts,
+    accounts: Ledger,
     first: tuple[str, float] | None,
     second: tuple[str, float] | None,
     kept: tuple[str, float],
@@ -299,7 +299,7 @@ def test_a_job_has_one_receipt_however_often_its_result_was_sent(
     assert accounts.finished_counts() == {"OK": 1}
 
 
-def test_a_report_that_was_sent_once_more_brings_its_receipt(accounts: Accounts) -> None:
+def test_a_report_that_was_sent_once_more_brings_its_receipt(accounts: Ledger) -> None:
     enter(accounts, row("j1", ErrorCode.E_UPLOAD, delivery="refused"))
     accounts.reopen("j1")
     assert not accounts.enter(row("j1", receipt="verified", price=0.5))
@@ -349,11 +349,11 @@ def earlier(database: Database) -> Database:
 
 def test_an_earlier_database_is_brought_up_to_date_once(earlier: Database) -> None:
     for _ in range(2):
-        accounts = Accounts(earlier)
+        accounts = Ledger(earlier)
         assert list(accounts.rows()) == [OLD]
         assert accounts.settled() == set(), "of what else it knows nothing is lost"
     enter(accounts, row("new", receipt="verified", price=0.5, finished=2.0))
-    assert ids(Accounts(earlier).rows()) == ["old", "new"]
+    assert ids(Ledger(earlier).rows()) == ["old", "new"]
     assert accounts.totals().all == Total("all", 2, 2, 0, 3.0, None, 7, 1, None, 0.5)
     assert accounts.finished_counts() == {"OK": 8}
 
@@ -361,14 +361,14 @@ def test_an_earlier_database_is_brought_up_to_date_once(earlier: Database) -> No
 def test_who_only_looks_reads_an_earlier_database_as_it_is(earlier: Database) -> None:
     with earlier.reading() as connection:
         before = connection.execute("SELECT sql FROM sqlite_schema").fetchall()
-    looking = Accounts(Database(earlier.path, read_only=True), read_only=True)
+    looking = Ledger(Database(earlier.path, read_only=True), read_only=True)
     assert looking.there
     assert list(looking.rows()) == looking.latest(5) == [looking.of("old")] == [OLD]
     assert looking.totals().all == Total("all", 1, 1, 0, 3.0, None, 7)
     with earlier.reading() as connection:
         assert connection.execute("SELECT sql FROM sqlite_schema").fetchall() == before
         # Who looked before goes on looking after it was brought up to date.
-    Accounts(earlier)
+    Ledger(earlier)
     assert list(looking.rows()) == [OLD]
 
 

@@ -10,7 +10,7 @@ from agent_bench import FREE, NODE, TOKEN, Around, Desk, config_in
 from msgspec.structs import replace
 from test_intake import pulled
 
-from aitbc_miner.agent.admission import Intake
+from aitbc_miner.agent.admission import Admission
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.agent.pull import MAX_KNOWN
 from aitbc_miner.config.settings import Config, Heartbeat
@@ -49,7 +49,7 @@ class Rig(Around):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.agent = Agent(self.channel, self.line, config, self.coordinator, lambda _: None)
-        self.bench = self.agent._bench
+        self.context = self.agent._context
 
     def turn(self, done: Callable[[], object]) -> None:
         """Turn the loop, but for its waiting, until something is so."""
@@ -104,8 +104,8 @@ def failed_so_far(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 def record(rig: Rig, job_id: str = "j1", code: ErrorCode | None = None) -> None:
-    rig.bench.records.create(job_id, pulled(job_id=job_id).raw)
-    with rig.bench.records.open(job_id) as job:
+    rig.context.records.create(job_id, pulled(job_id=job_id).raw)
+    with rig.context.records.open(job_id) as job:
         job.write_outcome(Outcome(job_id, code=code))
 
 
@@ -146,7 +146,7 @@ def test_nothing_is_pulled_while_what_was_pulled_cannot_be_taken_in(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(Intake, "take", fail)
+    monkeypatch.setattr(Admission, "take", fail)
     rig.register()
     rig.agent._obey(FREE)
     rig.coordinator.jobs = [pulled()]
@@ -158,7 +158,7 @@ def test_nothing_is_pulled_while_what_was_pulled_cannot_be_taken_in(
 
 
 def test_a_job_whose_record_is_in_the_way_ends_nothing(rig: Rig) -> None:
-    root = rig.bench.records.root
+    root = rig.context.records.root
     (root / "j1").mkdir()
     (root / "j1/state.json").symlink_to("/dev/null")
     rig.register()
@@ -183,10 +183,10 @@ def test_an_unregistered_agent_waits(rig: Rig) -> None:
 
 
 def test_a_refused_token_is_named_and_not_told(rig: Rig) -> None:
-    rig.bench.failed(Unauthorized("cannot pull a job: 401"))
+    rig.context.failed(Unauthorized("cannot pull a job: 401"))
     rig.register()
     assert rig.coordinator.token == TOKEN
-    rig.bench.failed(Unauthorized("cannot pull a job: 401"))
+    rig.context.failed(Unauthorized("cannot pull a job: 401"))
     # Before there was one, there was nothing to refuse.
     assert rig.heartbeat.receive() == [TokenWanted(refused=digest(TOKEN))]
 
@@ -221,7 +221,7 @@ def test_a_job_that_is_done_is_not_run_again(rig: Rig, swept: bool) -> None:
     rig.agent._report("j1")
     rig.turn(lambda: "j1" not in rig.agent._reporter)
     if swept:
-        rig.bench.records.set_aside("j1")
+        rig.context.records.set_aside("j1")
     before = len(rig.coordinator.told)
     rig.coordinator.jobs = [pulled()]
     assert not rig.agent._accept(pulled())
@@ -268,7 +268,7 @@ def test_a_job_is_cancelled_while_its_inputs_are_fetched(rig: Rig, by: str) -> N
             agent._start_progress()
         rig.turn_until(lambda: "j1" in agent._reporter)
     assert "j1" not in agent._progress
-    with rig.bench.records.open("j1") as job:
+    with rig.context.records.open("j1") as job:
         outcome = job.outcome()
     assert outcome is not None
     assert outcome.code is ErrorCode.E_CANCELLED
@@ -281,7 +281,7 @@ def test_an_accepted_report_is_over(rig: Rig) -> None:
     rig.agent._report("j1")
     rig.turn(lambda: "j1" not in rig.agent._reporter)
     assert rig.shown() == [State.UPLOADING, State.DONE]
-    assert rig.bench.accounts.knows("j1")
+    assert rig.context.ledger.knows("j1")
 
 
 # --- the start ---------------------------------------------------------------------------------------------
@@ -297,16 +297,16 @@ def test_each_job_goes_on_where_it_was(left: Desk, started: Callable[[], Rig]) -
     left.record("runs", State.ACKED, State.PREP, State.RUNNING)
     left.record("done", State.ACKED, State.UPLOADING)
     left.conclude("done")
-    with left.bench.records.open("done") as job:
+    with left.context.records.open("done") as job:
         job.move(State.DONE, delivery="accepted")
-    (left.bench.records.root / "torn").mkdir()
+    (left.context.records.root / "torn").mkdir()
     rig = started()
     agent = rig.agent
     assert agent._taker.ids() == ["new"]
     assert set(agent._reporter.newest()) == {"sends", "ended"}
     assert agent._reruns.ids() == ["waits"]
     # The node died between the coordinator's word and the books.
-    assert rig.bench.accounts.knows("done")
+    assert rig.context.ledger.knows("done")
     said = rig.said()
     (recovered,) = [each for each in said if isinstance(each, Recovered)]
     assert [found.job_id for found in recovered.started] == ["runs"]
@@ -319,16 +319,16 @@ def test_what_cannot_be_entered_in_the_books_is_entered_at_the_next_start(
 ) -> None:
     left.record("done", State.ACKED, State.UPLOADING)
     left.conclude("done")
-    with left.bench.records.open("done") as job:
+    with left.context.records.open("done") as job:
         job.move(State.DONE, delivery="accepted")
 
     def full(*_: object) -> None:
         raise DatabaseError("cannot write: database or disk is full; free space")
 
     with monkeypatch.context() as patch:
-        patch.setattr("aitbc_miner.store.ledger.Accounts.enter", full)
-        assert not started().bench.accounts.knows("done")
-    assert started().bench.accounts.knows("done")
+        patch.setattr("aitbc_miner.store.ledger.Ledger.enter", full)
+        assert not started().context.ledger.knows("done")
+    assert started().context.ledger.knows("done")
 
 
 # --- the operator's retry ----------------------------------------------------------------------------------
@@ -352,20 +352,20 @@ def refused(rig: Rig) -> None:
 
 def test_a_refused_report_is_among_the_dead_and_can_be_sent_once_more(rig: Rig) -> None:
     refused(rig)
-    assert [(task.kind, task.job_id) for task in rig.bench.queue.dead()] == [(Kind.REPORT, "j1")]
-    assert rig.bench.refused == 1
+    assert [(task.kind, task.job_id) for task in rig.context.queue.dead()] == [(Kind.REPORT, "j1")]
+    assert rig.context.refused == 1
     assert retried(rig).done
     rig.turn(lambda: "j1" not in rig.agent._reporter)
     rig.note_all()
     assert [call for call, _ in rig.coordinator.told] == ["result", "fail", "result"]
-    with rig.bench.records.open("j1") as job:
+    with rig.context.records.open("j1") as job:
         assert (job.state().state, job.state().delivery) == (State.DONE, "accepted")
-    row = rig.bench.accounts.of("j1")
+    row = rig.context.ledger.of("j1")
     assert row is not None
     assert (row.delivery, row.code) == ("accepted", None)
-    assert (rig.bench.queue.dead(), rig.bench.queue.waiting(Kind.REPORT, NODE)) == ([], [])
-    assert rig.bench.refused == 0
-    assert "j1" in rig.bench.accounts.settled()
+    assert (rig.context.queue.dead(), rig.context.queue.waiting(Kind.REPORT, NODE)) == ([], [])
+    assert rig.context.refused == 0
+    assert "j1" in rig.context.ledger.settled()
 
 
 @pytest.mark.parametrize("step", ["reopen", "move"])
@@ -373,7 +373,7 @@ def test_a_crash_while_a_report_is_taken_back_loses_neither(
     rig: Rig, started: Callable[[], Rig], monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     refused(rig)
-    where = "ledger.Accounts.reopen" if step == "reopen" else "records.JobDir.move"
+    where = "ledger.Ledger.reopen" if step == "reopen" else "records.JobDir.move"
 
     class Cut(BaseException):
         """The power is gone."""
@@ -390,7 +390,7 @@ def test_a_crash_while_a_report_is_taken_back_loses_neither(
     assert retried(again).done
     again.register()
     again.turn(lambda: "j1" not in again.agent._reporter)
-    with again.bench.records.open("j1") as job:
+    with again.context.records.open("j1") as job:
         assert job.state().delivery == "accepted"
 
 
@@ -436,7 +436,7 @@ def test_a_job_that_never_started_is_made_ready_again(left: Desk, started: Calla
 
     rig.turn(ready)
     assert rig.coordinator.told == []
-    with rig.bench.records.open("j1") as job:
+    with rig.context.records.open("j1") as job:
         assert (job.state().state, job.state().attempt) == (State.RETRY_WAIT, 2)
 
 
@@ -456,9 +456,9 @@ def test_a_job_that_was_started_is_reported_lost(left: Desk, started: Callable[[
 def test_an_outage_is_logged_once_and_at_its_end(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     for call in ("pull", "jobs", "report") * 5:
-        rig.bench.call_failed(call, f"{call} failed", Unreachable("cannot: connection refused"))
+        rig.context.call_failed(call, f"{call} failed", Unreachable("cannot: connection refused"))
     for call in ("pull", "report", "jobs", "pull"):
-        rig.bench.answered(call)
+        rig.context.answered(call)
     said = [each for each in caplog.records if each.name.startswith("aitbc_miner")]
     assert [each.msg for each in said] == ["pull failed", "the coordinator answers again"]
     assert said[1].attrs["failed_calls"] == 15  # type: ignore[attr-defined]
@@ -466,9 +466,9 @@ def test_an_outage_is_logged_once_and_at_its_end(rig: Rig, caplog: pytest.LogCap
 
 def test_one_call_that_goes_on_failing_is_logged_once(rig: Rig, caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(5):
-        rig.bench.call_failed("report", "report failed", CoordinatorError("cannot: 500"))
-        rig.bench.call_failed("pull", "pull failed", Busy("cannot: 429", None, 429))
-        rig.bench.answered("pull")
+        rig.context.call_failed("report", "report failed", CoordinatorError("cannot: 500"))
+        rig.context.call_failed("pull", "pull failed", Busy("cannot: 429", None, 429))
+        rig.context.answered("pull")
     failed = [each.msg for each in caplog.records if each.levelno >= logging.WARNING]
     assert failed.count("report failed") == 1
     assert rig.said().count(Counted("rate_limited", "pull")) == 5

@@ -27,15 +27,15 @@ class Home:
         self._patch = patch
         self._database = Database(folder / "queue.db")
         patch.setattr(clock, "now", lambda: self.now)
-        self.bench: Any = SimpleNamespace(homeless=None, log=events("agent"), records=Records(self.root))
-        self.bench.accounts = SimpleNamespace(settled=lambda: self.kept)
-        self.bench.tell = lambda: self.told.append(self.bench.homeless)
+        self.context: Any = SimpleNamespace(homeless=None, log=events("agent"), records=Records(self.root))
+        self.context.ledger = SimpleNamespace(settled=lambda: self.kept)
+        self.context.tell = lambda: self.told.append(self.context.homeless)
         self.anchor = self.started()
 
     def started(self) -> Anchor:
         """Start anew, with the same database."""
-        self.bench.homeless = None
-        self.anchor = Anchor(self.bench, self._database, self._begin)
+        self.context.homeless = None
+        self.anchor = Anchor(self.context, self._database, self._begin)
         self.anchor.start()
         return self.anchor
 
@@ -46,7 +46,7 @@ class Home:
         """Let the time pass until it looks again, and give what is wrong."""
         self.now += LOOK_S
         self.anchor.start_due()
-        said: str | None = self.bench.homeless
+        said: str | None = self.context.homeless
         return said
 
     def swap(self) -> Path:
@@ -72,10 +72,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
 
 
 def test_a_new_node_marks_its_workspace_and_finds_it_again(home: Home) -> None:
-    assert (home.begun, home.bench.homeless) == (1, None)
+    assert (home.begun, home.context.homeless) == (1, None)
     mark = (home.root / MARK).read_text()
     home.started()
-    assert (home.begun, home.bench.homeless, (home.root / MARK).read_text()) == (2, None, mark)
+    assert (home.begun, home.context.homeless, (home.root / MARK).read_text()) == (2, None, mark)
 
 
 def test_nothing_begins_before_the_right_one_is_there(home: Home) -> None:
@@ -100,7 +100,7 @@ def test_what_goes_while_the_node_runs_is_seen(home: Home, how: str) -> None:
         (home.root / MARK).write_text("0123\n")
     assert home.anchor.lost()
     assert "no jobs are pulled" in (home.look() or "")
-    assert how != "another's" or "another's mark, '0123'" in home.bench.homeless
+    assert how != "another's" or "another's mark, '0123'" in home.context.homeless
     home.root.mkdir(exist_ok=True)
     home.back(away)
     assert not home.anchor.lost()
@@ -125,11 +125,11 @@ def test_of_an_older_version_the_jobs_say_where_they_are(
         home = Home(tmp_path, monkeypatch)
     home.kept = {"j1", "swept-meanwhile"}
     if there:
-        home.bench.records.create("j1", b"{}")
+        home.context.records.create("j1", b"{}")
     home.started()
     assert (home.begun, (home.root / MARK).exists()) == (there, there)
     if not there:
-        home.bench.records.create("j1", b"{}")
+        home.context.records.create("j1", b"{}")
         assert home.look(), "once it is known to be missing, the mark alone counts"
 
 

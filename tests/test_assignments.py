@@ -32,7 +32,7 @@ class Compared(Desk):
         self.meanwhile: list[str] = []
         self.coordinator.assignments = self.answer  # type: ignore[method-assign]
         self.list = Reconciler(
-            self.bench,
+            self.context,
             lambda: self.ours | self.reporting,
             lambda: set(self.ours),
             self.accept,
@@ -64,7 +64,7 @@ class Compared(Desk):
         """Have the heartbeat say something."""
         for word in words:
             self.heartbeat.send(word)
-        assert self.bench.token.receive()
+        assert self.context.token.receive()
         self.list.heard()
 
     def ask(self) -> None:
@@ -204,7 +204,7 @@ def test_a_list_that_is_cut_off_ends_nothing(desk: Compared) -> None:
 
 def test_a_job_of_another_node_of_the_fleet_is_on_its_list(desk: Compared) -> None:
     desk.record("j1")
-    with desk.bench.records.open("j1") as job:
+    with desk.context.records.open("j1") as job:
         job.move(State.ACKED, origin="node-b")
     desk.ours = {"j1"}
     for _ in range(2):
@@ -282,7 +282,7 @@ def test_books_that_cannot_be_read_now_end_no_agent(
         raise OSError(errno.EIO, "Input/output error")
 
     with monkeypatch.context() as broken:
-        broken.setattr(desk.bench.records, "known", unreadable)
+        broken.setattr(desk.context.records, "known", unreadable)
         desk.lists("lost")
         desk.ask()
         due = desk.list.next_due()

@@ -3,14 +3,14 @@ import random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aitbc_miner.util.backoff import Backoff, Schedule, jittered
+from aitbc_miner.util.backoff import Backoff, BeatSchedule, jittered
 
 SEEDS = st.integers(0, 2**32)
 
 
-def schedule(seed: int, interval_s: float = 15, jitter_pct: float = 10, now: float = 0.0) -> Schedule:
+def schedule(seed: int, interval_s: float = 15, jitter_pct: float = 10, now: float = 0.0) -> BeatSchedule:
     rng = random.Random(seed)
-    return Schedule(interval_s, jitter_pct, Backoff(5, 120, rng), rng, now)
+    return BeatSchedule(interval_s, jitter_pct, Backoff(5, 120, rng), rng, now)
 
 
 @given(SEEDS, st.floats(0.01, 10), st.floats(1, 100))

@@ -17,7 +17,7 @@ from aitbc_miner.agent.delivery import (
     CALLED_FAILED,
     REFUSED,
     Delivered,
-    Schedule,
+    Lane,
     declare,
     settle,
     take_back_refused,
@@ -540,7 +540,7 @@ def test_reports_of_several_jobs_can_be_sent_at_once(records: Records) -> None:
 
 
 def test_what_is_added_is_due_once() -> None:
-    schedule = Schedule(1, 10)
+    schedule = Lane(1, 10)
     for _ in range(3):
         schedule.add("a", 5.0)
     assert (len(schedule), "a" in schedule, schedule.next_due()) == (1, True, 5.0)
@@ -562,7 +562,7 @@ def test_what_is_added_is_due_once() -> None:
 
 
 def test_the_oldest_come_first_and_no_more_than_there_is_room_for() -> None:
-    schedule = Schedule(1, 10)
+    schedule = Lane(1, 10)
     for at, job_id in enumerate("cab"):
         schedule.add(job_id, at)
     assert schedule.start_due(9, 2) == ["c", "a"]
@@ -572,7 +572,7 @@ def test_the_oldest_come_first_and_no_more_than_there_is_room_for() -> None:
 
 
 def test_a_failed_one_waits_ever_longer_but_within_bounds_and_as_long_as_asked() -> None:
-    schedule = Schedule(1, 8)
+    schedule = Lane(1, 8)
     schedule.add("a", 0)
     now, pauses = 0.0, []
     for _ in range(50):
@@ -591,7 +591,7 @@ def test_a_failed_one_waits_ever_longer_but_within_bounds_and_as_long_as_asked()
 
 
 def test_the_newest_report_is_named_first_even_while_it_is_being_sent() -> None:
-    schedule = Schedule(1, 8)
+    schedule = Lane(1, 8)
     for job_id in "abc":
         schedule.add(job_id, 0)
     assert schedule.start_due(0, 2) == ["a", "b"]
@@ -601,7 +601,7 @@ def test_the_newest_report_is_named_first_even_while_it_is_being_sent() -> None:
 
 
 def test_the_tries_of_an_earlier_run_count() -> None:
-    schedule = Schedule(1, 1000)
+    schedule = Lane(1, 1000)
     schedule.add("a", 0, failures=9)
     schedule.add("a", 0, failures=1)
     schedule.add("b", 0)
@@ -617,7 +617,7 @@ def test_the_tries_of_an_earlier_run_count() -> None:
 
 
 def test_one_success_makes_the_others_due() -> None:
-    schedule = Schedule(50, 100)
+    schedule = Lane(50, 100)
     for job_id in "ab":
         schedule.add(job_id, 0)
     schedule.start_due(0, 2)
@@ -634,7 +634,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 def test_no_report_is_ever_lost_or_sent_twice_at_once(steps: list[tuple[str, str, float]]) -> None:
-    schedule, now = Schedule(1, 10), 0.0
+    schedule, now = Lane(1, 10), 0.0
     waiting, sending = set[str](), set[str]()
     for step, job_id, passed in steps:
         now += passed

@@ -461,7 +461,7 @@ class Watching(Desk):
         self.lost: list[str] = []
         self.seen: list[Seen] = []
         self.watch = FleetWatch(
-            self.bench, fleet, lambda: [FREE.slots[0].offer], self.lost.append, self.seen.append
+            self.context, fleet, lambda: [FREE.slots[0].offer], self.lost.append, self.seen.append
         )
 
     def ask(self) -> None:
@@ -480,7 +480,7 @@ def desk(tmp_path: Path, a: Node) -> Iterator[Watching]:
 
 
 def test_it_asks_often_enough_to_keep_its_leases(desk: Watching, time: Time) -> None:
-    lease_s = desk.bench.config.queue.lease_s
+    lease_s = desk.context.config.queue.lease_s
     for _ in range(3):
         desk.ask()
         due = desk.watch.next_due()
@@ -500,7 +500,7 @@ def test_it_tells_what_is_lost_and_what_is_taken(desk: Watching, a: Node, b: Nod
     b.hand_on("j2")
     desk.ask()
     assert (desk.lost, desk.seen) == (["j1"], [Seen(["j2"], [])])
-    assert desk.bench.records.known("j2")
+    assert desk.context.records.known("j2")
 
 
 def test_it_takes_nothing_without_a_token(tmp_path: Path, a: Node, b: Node) -> None:
@@ -522,10 +522,10 @@ def test_it_says_once_that_the_queue_is_away_and_once_that_it_is_back(
         due = desk.watch.next_due()
         assert due is not None
         time.now = due
-    assert desk.bench.queue_error == "cannot reach the queue: it is down; start it"
+    assert desk.context.queue_error == "cannot reach the queue: it is down; start it"
     queue.down = False
     desk.ask()
-    assert not desk.bench.queue_error
+    assert not desk.context.queue_error
     assert Deliveries(0, None, 0) in desk.said()
     said = [record.getMessage() for record in caplog.records if "fleet" in record.getMessage()]
     assert said == ["queue of the fleet out of reach", "queue of the fleet is back"]
@@ -546,7 +546,7 @@ def test_what_was_found_before_an_error_is_dealt_with(
     with monkeypatch.context() as patch:
         patch.setattr(FlakyQueue, "due", fail)
         desk.ask()
-    assert (desk.lost, desk.bench.queue_error) == (["j1"], str(error))
+    assert (desk.lost, desk.context.queue_error) == (["j1"], str(error))
     time.now += LEASE_S
     desk.ask()
     assert desk.lost == ["j1"]

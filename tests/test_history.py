@@ -26,7 +26,7 @@ from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.store import database
 from aitbc_miner.store.database import Database
-from aitbc_miner.store.ledger import Accounts, JobAccount, Total, Totals
+from aitbc_miner.store.ledger import Ledger, LedgerRow, Total, Totals
 from aitbc_miner.supervisor import children, historian, history
 from aitbc_miner.supervisor.children import Errands
 from aitbc_miner.supervisor.historian import Historian, Wrote
@@ -37,9 +37,9 @@ EVIL = "=cmd|'/c calc'!A1\n\"; \x1b[2J\u2028,end"
 WEEK = 604_800.0
 
 
-def row(job_id: str, code: str | None = None, **more: Any) -> JobAccount:
+def row(job_id: str, code: str | None = None, **more: Any) -> LedgerRow:
     given = {"slot": "cpu0", "runner": "cli", "message": "", "delivery": "accepted", "attempts": 1}
-    return JobAccount(job_id=job_id, code=code, **{**given, "finished_wall": "2026-07-01T10:00:00Z", **more})
+    return LedgerRow(job_id=job_id, code=code, **{**given, "finished_wall": "2026-07-01T10:00:00Z", **more})
 
 
 @pytest.fixture
@@ -47,12 +47,12 @@ def path(tmp_path: Path) -> Path:
     """Give a database with two jobs in it."""
     made = Database(tmp_path / "q.db")
     for each in (row("j1", cpu_s=90.0, artifact_bytes=2048), row("j2", "E_EXIT", message=EVIL)):
-        Accounts(made).enter(each)
+        Ledger(made).enter(each)
     made.close()
     return tmp_path / "q.db"
 
 
-def read(path: Path, **asked: Any) -> tuple[Totals, list[JobAccount]]:
+def read(path: Path, **asked: Any) -> tuple[Totals, list[LedgerRow]]:
     out = io.BytesIO()
     assert history.read_history(path, Request("history", **asked), out) == ""
     return read_totals(out), list(read_rows(out))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from agent_bench import Desk, Time
 
-from aitbc_miner.agent.idle_monitor import STARVED_S, IdleWatch
+from aitbc_miner.agent.idle_monitor import STARVED_S, IdleMonitor
 from aitbc_miner.coordinator.interface import Standing
 from aitbc_miner.ipc.messages import Starved
 
@@ -21,7 +21,7 @@ class Idle(Desk):
         self.causes = ["no region"]
         self.standings: list[Standing] = []
         self.coordinator.why_idle = self.why  # type: ignore[method-assign]
-        self.watch = IdleWatch(self.bench, lambda: self.since)
+        self.watch = IdleMonitor(self.context, lambda: self.since)
 
     def why(self, standing: Standing) -> list[str]:
         self.standings.append(standing)

@@ -12,7 +12,7 @@ import pytest
 from mute_coordinator import MuteCoordinator
 
 from aitbc_miner.agent import admission as module
-from aitbc_miner.agent.admission import Intake, Stopping, Taken
+from aitbc_miner.agent.admission import Admission, Stopping, Taken
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.config.settings import Config, Coordinator
 from aitbc_miner.coordinator.interface import CoordinatorError, Gone, PulledJob, Refused, Told, Unreachable
@@ -54,7 +54,7 @@ class FakeCoordinator(MuteCoordinator):
 class Rig(NamedTuple):
     records: Records
     coordinator: FakeCoordinator
-    intake: Intake
+    intake: Admission
     stopping: threading.Event
     acked: list[tuple[str, str]]
 
@@ -81,7 +81,7 @@ class Passing(threading.Event):
 def rig(tmp_path: Path, *answers: Exception | None, stopping: threading.Event | None = None) -> Rig:
     records, coordinator = Records(tmp_path), FakeCoordinator(*answers)
     stopping, acked = stopping or Passing(), list[tuple[str, str]]()
-    taking = Intake(
+    taking = Admission(
         CONFIG,
         records,
         coordinator,
@@ -314,7 +314,7 @@ def test_another_attempt_gets_its_inputs_anew_and_is_not_acknowledged_again(tmp_
 def shared(at: Rig) -> tuple[Rig, SqliteQueue]:
     queue = SqliteQueue(Database(at.records.root.parent / "shared.db"))
     fleet = Fleet(queue, "node-a", 60.0)
-    taking = Intake(
+    taking = Admission(
         CONFIG,
         at.records,
         at.coordinator,

@@ -34,7 +34,7 @@ class Pulling(Desk):
         self.not_before = 0.0
         self.lost: list[bool] = []
         self.puller = Puller(
-            self.bench,
+            self.context,
             lambda: self.room,
             lambda: self.known,
             self.accept,
@@ -70,7 +70,7 @@ def desk(tmp_path: Path, time: Time) -> Iterator[Pulling]:
 
 def test_one_job_follows_the_other_and_an_empty_hand_waits(desk: Pulling, time: Time) -> None:
     desk.coordinator.jobs = [pulled(job_id="a"), pulled(job_id="b")]
-    for due in (time.now, time.now, time.now + desk.bench.config.coordinator.poll_interval_s):
+    for due in (time.now, time.now, time.now + desk.context.config.coordinator.poll_interval_s):
         desk.pull()
         assert desk.puller.next_due() == due
     assert [job.manifest and job.manifest.job_id for job in desk.accepted] == ["a", "b"]
@@ -83,7 +83,7 @@ def test_a_job_that_was_known_already_does_not_make_it_pull_without_a_pause(
 ) -> None:
     desk.coordinator.jobs, desk.is_new = [pulled()], False
     desk.pull()
-    assert desk.puller.next_due() == time.now + desk.bench.config.coordinator.poll_interval_s
+    assert desk.puller.next_due() == time.now + desk.context.config.coordinator.poll_interval_s
 
 
 def test_the_coordinator_is_told_what_is_free_and_what_is_here(desk: Pulling) -> None:
@@ -133,9 +133,9 @@ def test_failures_wait_ever_longer_and_as_long_as_asked(desk: Pulling, time: Tim
         assert due is not None
         pauses.append(due - time.now)
         time.now = due
-    assert pauses[0] <= 2 * desk.bench.config.coordinator.poll_interval_s
-    assert max(pauses) > 4 * desk.bench.config.coordinator.poll_interval_s
-    assert desk.bench.error == "cannot pull: 500"
+    assert pauses[0] <= 2 * desk.context.config.coordinator.poll_interval_s
+    assert max(pauses) > 4 * desk.context.config.coordinator.poll_interval_s
+    assert desk.context.error == "cannot pull: 500"
     desk.coordinator.answers["pull"] = [Busy("cannot pull: 503", 777.0)]
     desk.pull()
     assert desk.puller.next_due() == time.now + 777.0
@@ -147,7 +147,7 @@ def test_failures_wait_ever_longer_and_as_long_as_asked(desk: Pulling, time: Tim
     time.now += 10
     desk.pull()
     # It had worked in between.
-    assert (desk.puller.next_due() or 0) - time.now <= 2 * desk.bench.config.coordinator.poll_interval_s
+    assert (desk.puller.next_due() or 0) - time.now <= 2 * desk.context.config.coordinator.poll_interval_s
 
 
 def test_a_refused_token_is_asked_for_anew(desk: Pulling) -> None:
@@ -159,7 +159,7 @@ def test_a_refused_token_is_asked_for_anew(desk: Pulling) -> None:
 def test_a_job_that_cannot_be_accepted_ends_nothing_but_a_lost_supervisor_does(desk: Pulling) -> None:
     desk.coordinator.jobs, desk.is_new = [pulled()], OSError(28, "No space left on device")
     desk.pull()
-    assert desk.bench.error == "[Errno 28] No space left on device"
+    assert desk.context.error == "[Errno 28] No space left on device"
     desk.coordinator.jobs, desk.is_new = [pulled()], ChannelError("cannot send: Broken pipe")
     desk.puller.hurry()
     with pytest.raises(ChannelError):
@@ -178,7 +178,7 @@ def test_pauses_grow_while_there_is_nothing_as_far_as_the_coordinator_wants(
         time.now = desk.puller.next_due() or 0.0
         desk.pull()
         pauses.append((desk.puller.next_due() or 0.0) - time.now)
-    every = desk.bench.config.coordinator.poll_interval_s
+    every = desk.context.config.coordinator.poll_interval_s
     assert pauses[0] == pytest.approx(every)
     assert pauses == sorted(pauses)
     assert pauses[-1] == pytest.approx(4.0 * every)
@@ -192,7 +192,7 @@ def test_after_thousands_of_empty_answers_it_asks_on(desk: Pulling, time: Time) 
     for _ in range(2000):
         time.now = desk.puller.next_due() or 0.0
         desk.pull()
-    every = desk.bench.config.coordinator.poll_interval_s * desk.coordinator.slowest
+    every = desk.context.config.coordinator.poll_interval_s * desk.coordinator.slowest
     assert (desk.puller.next_due() or 0.0) - time.now == pytest.approx(every)
 
 
@@ -200,7 +200,7 @@ def test_what_is_held_back_by_ourselves_is_no_failure(desk: Pulling, time: Time)
     desk.coordinator.answers["pull"] = [Paced("slowly", 5.0)]
     desk.pull()
     assert desk.puller.next_due() == time.now + 5.0
-    assert desk.bench.error is None
+    assert desk.context.error is None
 
 
 def test_a_lost_reply_may_have_brought_a_job(desk: Pulling, time: Time) -> None:
@@ -213,9 +213,9 @@ def test_a_lost_reply_may_have_brought_a_job(desk: Pulling, time: Time) -> None:
 
 
 def test_with_too_many_results_waiting_no_more_work_is_begun(desk: Pulling) -> None:
-    desk.bench.pending = MAX_UNREPORTED
+    desk.context.pending = MAX_UNREPORTED
     assert desk.puller.next_due() is None
-    desk.bench.pending -= 1
+    desk.context.pending -= 1
     assert desk.puller.next_due() is not None
 
 

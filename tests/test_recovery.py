@@ -14,7 +14,7 @@ from aitbc_miner.agent.recovery import Found, read_outcome, recover, recover_res
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import BROKEN, Outcome, State, StateRecord
 from aitbc_miner.store.database import Database
-from aitbc_miner.store.ledger import Accounts, account_of
+from aitbc_miner.store.ledger import Ledger, account_of
 from aitbc_miner.store.records import MANIFEST, OUTCOME, STATE, RecordError, Records
 from aitbc_miner.util import fs
 
@@ -355,7 +355,7 @@ def test_ten_thousand_jobs_that_are_done_are_not_read(
     records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     database = Database(tmp_path / "+books" / "queue.db")
-    accounts = Accounts(database)
+    accounts = Ledger(database)
     accounts.enter(account_of(GOOD, StateRecord("j1", S.DONE), "cli", "accepted"))
     with database.writing() as connection:
         connection.execute("CREATE TEMP TABLE one AS SELECT * FROM accounts")

@@ -10,7 +10,7 @@ from agent_bench import LARGE, NODE, Desk, FlakyQueue, Time
 
 from aitbc_miner.agent import delivery_queue
 from aitbc_miner.agent.context import POOLS, Pool
-from aitbc_miner.agent.delivery_queue import LARGE_BYTES, Reporter
+from aitbc_miner.agent.delivery_queue import LARGE_BYTES, DeliveryQueue
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.config.settings import GiveUp
 from aitbc_miner.coordinator.interface import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
@@ -28,7 +28,7 @@ class Reporting(Desk):
 
     def __init__(self, directory: Path) -> None:
         super().__init__(directory)
-        self.reporter = Reporter(self.bench, None, lambda _: None)
+        self.reporter = DeliveryQueue(self.context, None, lambda _: None)
 
     def ended(self, job_id: str, code: ErrorCode | None = None, *artifacts: Artifact) -> None:
         """Record a job that has come to its end."""
@@ -48,7 +48,7 @@ class Reporting(Desk):
 
     def waiting(self) -> list[tuple[str, int]]:
         """Give the reports that are noted for after a restart, with their attempts."""
-        return [(task.job_id, task.attempts) for task, _ in self.bench.queue.waiting(Kind.REPORT, NODE)]
+        return [(task.job_id, task.attempts) for task, _ in self.context.queue.waiting(Kind.REPORT, NODE)]
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_an_accepted_report_is_in_the_books_and_out_of_the_way(desk: Reporting) 
     desk.send()
     assert sorted(desk.coordinator.told) == [("fail", "bad"), ("result", "good")]
     assert (len(desk.reporter), desk.reporter.next_due()) == (0, None)
-    rows = {row.job_id: row for row in desk.bench.accounts.latest(9)}
+    rows = {row.job_id: row for row in desk.context.ledger.latest(9)}
     assert {job_id: (row.code, row.delivery) for job_id, row in rows.items()} == {
         "good": (None, "accepted"),
         "bad": ("E_EXIT", "accepted"),
@@ -108,12 +108,12 @@ def test_a_report_is_in_the_books_before_it_is_forgotten(
         raise QueueError("cannot write: full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(desk.bench.accounts, "enter", full)
+        patch.setattr(desk.context.ledger, "enter", full)
         desk.send()
     assert "j1" in desk.reporter
     desk.reporter.hurry()
     desk.send()
-    assert desk.bench.accounts.knows("j1")
+    assert desk.context.ledger.knows("j1")
     assert desk.state("j1") == (State.DONE, "accepted")
 
 
@@ -188,15 +188,15 @@ def test_a_report_is_sent_until_it_is_accepted_and_then_nothing_is_left_of_it(
         assert desk.waiting() == [("j1", tries)]
         due = desk.reporter.next_due()
         assert due is not None
-        assert time.now < due <= time.now + desk.bench.config.heartbeat.backoff.max_s
+        assert time.now < due <= time.now + desk.context.config.heartbeat.backoff.max_s
         # Not before its time.
         desk.reporter.start_due()
         assert len(desk.coordinator.told) == tries
         time.now = due
-    assert desk.bench.error == str(AWAY)
+    assert desk.context.error == str(AWAY)
     desk.send()
     assert (desk.waiting(), len(desk.reporter)) == ([], 0)
-    assert not desk.bench.error
+    assert not desk.context.error
     assert len(set(desk.coordinator.keys)) == 1
 
 
@@ -233,7 +233,7 @@ def test_a_report_that_was_noted_is_forgotten_even_if_it_is_accepted_at_once_aft
 ) -> None:
     before = start()
     before.ended("j1")
-    before.bench.queue.put(Task(Kind.REPORT, "j1", NODE, attempts=2), 5.0)
+    before.context.queue.put(Task(Kind.REPORT, "j1", NODE, attempts=2), 5.0)
     after = start()
     after.reporter.recovered()
     after.reporter.add("j1")
@@ -302,9 +302,9 @@ def test_what_is_not_ours_any_more_is_superseded(desk: Reporting, outcome: Error
     desk.coordinator.answers = {"result": [Gone("409", 409)], "fail": [Gone("410", 410)]}
     desk.add("j1", outcome)
     desk.send()
-    row = desk.bench.accounts.of("j1")
+    row = desk.context.ledger.of("j1")
     assert row is not None
-    assert (row.delivery, len(desk.reporter), desk.bench.queue.dead()) == ("superseded", 0, [])
+    assert (row.delivery, len(desk.reporter), desk.context.queue.dead()) == ("superseded", 0, [])
     assert Counted("deliveries", "superseded") in desk.said()
 
 
@@ -313,13 +313,13 @@ def test_what_is_refused_is_among_the_dead_and_counted_over_restarts(start: Call
     before.coordinator.answers = {"result": [Refused("413 too large", 413)], "fail": [Refused("400", 400)]}
     before.add("j1")
     before.send()
-    (dead,) = before.bench.queue.dead()
+    (dead,) = before.context.queue.dead()
     assert (dead.kind, dead.job_id, dead.node) == (Kind.REPORT, "j1", NODE)
     assert "413 too large" in dead.reason
-    assert (len(before.reporter), before.bench.refused) == (0, 1)
+    assert (len(before.reporter), before.context.refused) == (0, 1)
     after = start()
     after.reporter.recovered()
-    assert after.bench.refused == 1
+    assert after.context.refused == 1
     assert (after.waiting(), len(after.reporter)) == ([], 0)
 
 
@@ -336,7 +336,7 @@ def test_a_refused_report_is_sent_anew_each_day_and_after_a_reboot(
     time.now += 500.0
     assert (desk.reporter.next_due() or time.now) <= time.now
     desk.send()
-    assert (len(desk.coordinator.told), desk.bench.refused) == (4, 1)
+    assert (len(desk.coordinator.told), desk.context.refused) == (4, 1)
     after = start()
     after.reporter.recovered()
     after.send()
@@ -345,8 +345,8 @@ def test_a_refused_report_is_sent_anew_each_day_and_after_a_reboot(
     after.reporter.recovered()
     after.send()
     assert after.coordinator.told == [("result", "j1")]
-    assert (after.state("j1"), after.bench.refused) == ((State.DONE, "accepted"), 0)
-    row = after.bench.accounts.of("j1")
+    assert (after.state("j1"), after.context.refused) == ((State.DONE, "accepted"), 0)
+    row = after.context.ledger.of("j1")
     assert row is not None
     assert (row.code, row.delivery) == (None, "accepted")
 
@@ -356,7 +356,7 @@ def test_what_is_gone_from_the_disk_is_not_sent_anew(start: Callable[[], Reporti
     desk.coordinator.answers = {"result": [Refused("413", 413)]}
     desk.add("j1")
     desk.send()
-    shutil.rmtree(desk.bench.records.root / "j1")
+    shutil.rmtree(desk.context.records.root / "j1")
     time.now += 90_000.0
     desk.send()
     assert desk.coordinator.told == [("result", "j1"), ("fail", "j1")]
@@ -384,12 +384,12 @@ def test_a_failed_report_that_is_refused_at_last_does_not_wait_any_more(desk: Re
     desk.send()
     time.now += 1000.0
     desk.send()
-    assert (desk.waiting(), [task.job_id for task in desk.bench.queue.dead()]) == ([], ["j1"])
+    assert (desk.waiting(), [task.job_id for task in desk.context.queue.dead()]) == ([], ["j1"])
 
 
 def test_a_job_without_a_readable_outcome_keeps_its_place(desk: Reporting) -> None:
     desk.ended("j1")
-    outcome = desk.bench.records.root / "j1/outcome.json"
+    outcome = desk.context.records.root / "j1/outcome.json"
     good = outcome.read_bytes()
     outcome.write_bytes(b"{")
     desk.reporter.add("j1")
@@ -408,10 +408,10 @@ def test_a_job_without_a_readable_outcome_keeps_its_place(desk: Reporting) -> No
 def test_a_report_goes_only_for_a_job_that_is_ours(desk: Reporting, tmp_path: Path, time: Time) -> None:
     queue = FlakyQueue(Database(tmp_path / "shared.db"))
     fleet = Fleet(queue, NODE, 60.0)
-    desk.reporter = Reporter(desk.bench, fleet, lambda _: None)
+    desk.reporter = DeliveryQueue(desk.context, fleet, lambda _: None)
     for job_id in ("ours", "theirs"):
         desk.record(job_id, State.ACKED, retry={"max_attempts": 2})
-        with desk.bench.records.open(job_id) as job:
+        with desk.context.records.open(job_id) as job:
             assert hold(fleet, job)
         desk.conclude(job_id)
     time.now += 61.0
@@ -426,7 +426,7 @@ def test_a_report_goes_only_for_a_job_that_is_ours(desk: Reporting, tmp_path: Pa
     time.now += 61.0
     assert [task.job_id for task in queue.due("node-c", 9)] == []
     assert [task.job_id for task in queue.dead()] == ["theirs"]
-    row = desk.bench.accounts.of("theirs")
+    row = desk.context.ledger.of("theirs")
     assert row is not None
     assert row.delivery == "lost"
 
@@ -440,10 +440,10 @@ def test_a_report_waits_for_the_queue_when_the_lease_is_over(
 ) -> None:
     queue = FlakyQueue(Database(tmp_path / "shared.db"))
     fleet = Fleet(queue, NODE, 60.0)
-    desk.reporter = Reporter(desk.bench, fleet, lambda _: None)
+    desk.reporter = DeliveryQueue(desk.context, fleet, lambda _: None)
     for job_id in ("early", "late"):
         desk.record(job_id, State.ACKED, retry={"max_attempts": 2})
-        with desk.bench.records.open(job_id) as job:
+        with desk.context.records.open(job_id) as job:
             assert hold(fleet, job)
         desk.conclude(job_id)
     queue.down = True

@@ -8,7 +8,7 @@ from agent_bench import NODE, Desk, FlakyQueue, Time
 from msgspec.structs import replace
 
 from aitbc_miner.agent.fleet import Fleet
-from aitbc_miner.agent.retries import Reruns
+from aitbc_miner.agent.retries import Retries
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Counted
 from aitbc_miner.jobs import State
@@ -24,14 +24,14 @@ THRICE: dict[str, object] = {"retry": {"max_attempts": 3}}
 
 
 class Judging(Desk):
-    """Reruns, and what they had reported."""
+    """Retries, and what they had reported."""
 
     def __init__(self, directory: Path, *, in_fleet: bool = False) -> None:
         super().__init__(directory)
         self.reported: list[str] = []
         self.shared = FlakyQueue(Database(directory / "shared.db"))
         fleet = Fleet(self.shared, NODE, 60.0) if in_fleet else None
-        self.reruns = Reruns(self.bench, fleet, self.reported.append)
+        self.reruns = Retries(self.context, fleet, self.reported.append)
 
     def fail(self, code: ErrorCode | None, *steps: State, **more: object) -> None:
         """Have a job end with a code, and decide about it."""
@@ -42,7 +42,7 @@ class Judging(Desk):
     def waiting(self) -> list[str]:
         """Give the retries that are noted for after a restart."""
         self.note_all()
-        return [task.job_id for task, _ in self.bench.queue.waiting(Kind.RUN, NODE)]
+        return [task.job_id for task, _ in self.context.queue.waiting(Kind.RUN, NODE)]
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_a_job_that_is_over_is_reported(
 ) -> None:
     alone.fail(code, *steps, **more)
     assert (alone.reported, alone.reruns.ids(), alone.waiting()) == (["j1"], [], [])
-    with alone.bench.records.open("j1") as job:
+    with alone.context.records.open("j1") as job:
         assert job.state().attempt == 1
         assert job.has_outcome()
 
@@ -103,7 +103,7 @@ def test_a_job_that_is_over_is_reported(
 def test_what_cannot_be_judged_is_reported(alone: Judging, name: str) -> None:
     alone.record("j1", *RAN, **THRICE)
     alone.conclude("j1", E.E_LOST)
-    (alone.bench.records.root / "j1" / name).write_bytes(b"{")
+    (alone.context.records.root / "j1" / name).write_bytes(b"{")
     alone.reruns.settle("j1")
     assert (alone.reported, alone.reruns.ids()) == (["j1"], [])
 
@@ -143,13 +143,13 @@ def test_a_job_that_may_be_tried_again_waits(
     alone.fail(code, *steps, **more)
     assert (alone.reported, alone.reruns.ids(), "j1" in alone.reruns) == ([], ["j1"], True)
     assert alone.waiting() == ["j1"]
-    with alone.bench.records.open("j1") as job:
+    with alone.context.records.open("j1") as job:
         state = job.state()
         assert (state.state, state.attempt, job.outcome()) == (S.RETRY_WAIT, 2, None)
-        assert (alone.bench.records.root / "j1/outcome.1.json").exists()
+        assert (alone.context.records.root / "j1/outcome.1.json").exists()
     said = alone.said()
     assert Counted("retries", str(code)) in said
-    bounds = alone.bench.config.heartbeat.backoff
+    bounds = alone.context.config.heartbeat.backoff
     due = alone.reruns.next_due()
     assert due is not None
     assert bounds.min_s <= due - time.now <= 2 * bounds.min_s
@@ -167,14 +167,14 @@ def test_the_last_failure_is_the_report(alone: Judging, time: Time) -> None:
         assert alone.reported == []
         time.now += 1000.0
         assert alone.reruns.take_due(()) == ["j1"]
-        with alone.bench.records.open("j1") as job:
+        with alone.context.records.open("j1") as job:
             assert job.state().attempt == attempt
             for step in (S.PREP, S.RUNNING):
                 job.move(step)
         alone.conclude("j1", E.E_LOST)
         alone.reruns.settle("j1")
     assert (alone.reported, alone.reruns.ids()) == (["j1"], [])
-    with alone.bench.records.open("j1") as job:
+    with alone.context.records.open("j1") as job:
         outcome = job.outcome()
     assert outcome is not None
     assert outcome.attempt == 3
@@ -248,7 +248,7 @@ def test_what_another_node_may_do_better_is_left_to_it(fleet: Judging) -> None:
     assert (fleet.reported, fleet.reruns.ids()) == ([], [])
     (task,) = fleet.shared.due("node-b", 9)
     assert (task.job_id, task.node, task.attempts, task.max_attempts) == ("j1", NODE, 1, 5)
-    row = fleet.bench.accounts.of("j1")
+    row = fleet.context.ledger.of("j1")
     assert row is not None
     assert row.delivery == "handed_on"
     assert fleet.coordinator.told == []
@@ -256,7 +256,7 @@ def test_what_another_node_may_do_better_is_left_to_it(fleet: Judging) -> None:
 
 def test_what_another_node_has_already_is_lost_here(fleet: Judging) -> None:
     fleet.record("j1", S.ACKED)
-    with fleet.bench.records.open("j1") as job:
+    with fleet.context.records.open("j1") as job:
         job.write_state(replace(job.state(), lease="an old token"))
     fleet.conclude("j1", E.E_NOGPU)
     fleet.reruns.settle("j1")
@@ -275,17 +275,17 @@ def test_without_the_fleet_it_is_reported(fleet: Judging, caplog: pytest.LogCapt
 def test_what_a_broken_record_keeps_from_being_handed_on_is_reported(fleet: Judging) -> None:
     fleet.record("j1", S.ACKED)
     fleet.conclude("j1", E.E_NOGPU)
-    (fleet.bench.records.root / "j1/manifest.json").unlink()
+    (fleet.context.records.root / "j1/manifest.json").unlink()
     fleet.reruns.settle("j1")
     fleet.note_all()
     assert fleet.reported == ["j1"]
-    assert (fleet.bench.records.root / "j1" / STATE).exists()
+    assert (fleet.context.records.root / "j1" / STATE).exists()
 
 
 def test_a_crash_after_handing_on_hands_the_same_on_once_more(fleet: Judging, time: Time) -> None:
     fleet.record("j1", S.ACKED)
     outcome = fleet.conclude("j1", E.E_NOGPU)
-    with fleet.bench.records.open("j1") as job:
+    with fleet.context.records.open("j1") as job:
         assert Fleet(fleet.shared, NODE, 60.0).hand_on(job, outcome, 5)
     # That much is in the queue; the record knows nothing of it.
     fleet.reruns.settle("j1")

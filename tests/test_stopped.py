@@ -15,7 +15,7 @@ import yaml
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.store.database import Database
-from aitbc_miner.store.ledger import Accounts, account_of
+from aitbc_miner.store.ledger import Ledger, account_of
 from aitbc_miner.store.records import PASSABLE, Records
 from aitbc_miner.util import clock
 
@@ -53,7 +53,7 @@ class Site:
             (self.jobs / "done" / "logs" / "exec.log").write_text("what it said\n")
         self.database.parent.mkdir()
         database = Database(self.database)
-        Accounts(database).enter(account_of(failed, state, "cli", "accepted"))
+        Ledger(database).enter(account_of(failed, state, "cli", "accepted"))
         database.close()
         if os.geteuid() == 0:
             for path in (

@@ -10,8 +10,8 @@ from agent_bench import FREE, OFFER, Desk, Time
 from msgspec.structs import replace
 from test_intake import pulled
 
-from aitbc_miner.agent.admission import Intake, Taken
-from aitbc_miner.agent.admission_queue import Taker, by_coordinator, id_of
+from aitbc_miner.agent.admission import Admission, Taken
+from aitbc_miner.agent.admission_queue import AdmissionQueue, by_coordinator, id_of
 from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.coordinator.interface import CoordinatorError, Gone, PulledJob, Refused
 from aitbc_miner.errors import ErrorCode
@@ -36,8 +36,8 @@ class Taking(Desk):
         self.given_up: list[str] = []
         self.progress = ProgressBook(15.0, 1.0)
         self.stopping = threading.Event()
-        self.taker = Taker(
-            self.bench, None, self.progress, self.stopping, self.settled.append, self.given_up.append
+        self.taker = AdmissionQueue(
+            self.context, None, self.progress, self.stopping, self.settled.append, self.given_up.append
         )
 
     def ready(self, n: int = 1) -> list[str]:
@@ -101,7 +101,7 @@ def test_a_job_that_cannot_be_done_is_settled(desk: Taking, manifest: bool) -> N
     desk.taker.take("j1", job)
     desk.turn_until(lambda: desk.settled)
     assert (desk.settled, desk.taker.ids(), desk.given_up) == (["j1"], [], [])
-    with desk.bench.records.open("j1") as opened:
+    with desk.context.records.open("j1") as opened:
         outcome = opened.outcome()
     assert outcome is not None
     assert outcome.code is (ErrorCode.E_NOGPU if manifest else ErrorCode.E_MANIFEST)
@@ -114,7 +114,7 @@ def test_a_job_that_is_not_ours_is_on_no_way_any_more(desk: Taking, answer: Exce
     desk.taker.take("j1", pulled())
     desk.turn_until(lambda: not desk.taker.ids())
     assert (desk.settled, desk.given_up, "j1" in desk.progress) == ([], [], False)
-    assert not desk.bench.records.known("j1")
+    assert not desk.context.records.known("j1")
     assert len(desk.taker.room()) == 1
 
 
@@ -125,14 +125,14 @@ def test_an_odd_job_ends_nothing_and_is_tried_again_if_it_is_recorded(
 ) -> None:
     def fail(*_: object) -> None:
         if recorded:
-            desk.bench.records.create("j1", pulled().raw)
+            desk.context.records.create("j1", pulled().raw)
         raise error
 
     time = Time(monkeypatch)
-    monkeypatch.setattr(Intake, "take", fail)
+    monkeypatch.setattr(Admission, "take", fail)
     desk.taker.see(FREE)
     desk.taker.take("j1", pulled())
-    desk.turn_until(lambda: desk.bench.error == str(error))
+    desk.turn_until(lambda: desk.context.error == str(error))
     assert desk.taker.troubled_until() > time.now
     # What is not on disk comes from the coordinator once more.
     assert desk.taker.ids() == (["j1"] if recorded else [])
@@ -152,15 +152,15 @@ def test_failures_wait_ever_longer(desk: Taking, monkeypatch: pytest.MonkeyPatch
     time, pauses = Time(monkeypatch), []
     desk.record("j1")
     desk.taker.see(FREE)
-    monkeypatch.setattr(Intake, "resume", fail)
+    monkeypatch.setattr(Admission, "resume", fail)
     desk.taker.resume(["j1"])
     for _ in range(15):
         desk.taker.start_due()
         desk.turn_until(lambda: "j1" not in desk.taker and desk.taker.ids())
         pauses.append(desk.taker.troubled_until() - time.now)
         time.now = desk.taker.troubled_until()
-    assert max(pauses) > 4 * desk.bench.config.coordinator.poll_interval_s
-    assert max(pauses) <= desk.bench.config.heartbeat.backoff.max_s
+    assert max(pauses) > 4 * desk.context.config.coordinator.poll_interval_s
+    assert max(pauses) <= desk.context.config.heartbeat.backoff.max_s
 
 
 # --- resumed -----------------------------------------------------------------------------------------------
@@ -184,11 +184,11 @@ def test_what_is_in_a_slot_or_under_way_already_is_not_taken_in_twice(
 ) -> None:
     begun: list[str] = []
 
-    def resume(_: Intake, job_id: str, *__: object) -> Taken:
+    def resume(_: Admission, job_id: str, *__: object) -> Taken:
         begun.append(job_id)
         return Taken(job_id)
 
-    monkeypatch.setattr(Intake, "resume", resume)
+    monkeypatch.setattr(Admission, "resume", resume)
     for job_id in ("there", "once"):
         desk.record(job_id, State.ACKED)
     desk.taker.see(slots("a", job_id="there"))
@@ -201,18 +201,18 @@ def test_what_is_in_a_slot_or_under_way_already_is_not_taken_in_twice(
 
 def test_a_stop_leaves_the_job_for_the_next_start(desk: Taking) -> None:
     desk.record("j1", State.ACKED)
-    with desk.bench.records.open("j1") as job:
+    with desk.context.records.open("j1") as job:
         before = job.state()
     desk.stopping.set()
     desk.coordinator.answers["ack"] = [CoordinatorError("500")]
     desk.taker.see(FREE)
     desk.taker.take("j2", pulled(job_id="j2"))
-    desk.bench._pools["intake"].shutdown()
-    desk.bench.background.finish()
+    desk.context._pools["intake"].shutdown()
+    desk.context.background.finish()
     assert (desk.settled, desk.given_up) == ([], [])
-    with desk.bench.records.open("j1") as job:
+    with desk.context.records.open("j1") as job:
         assert job.state() == before
-    with desk.bench.records.open("j2") as job:
+    with desk.context.records.open("j2") as job:
         assert job.state().state is State.PULLED
 
 
@@ -231,14 +231,14 @@ def test_a_cancel_that_comes_too_late_for_the_inputs_follows_the_job(
     desk: Taking, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gate = threading.Event()
-    real = Intake.resume
+    real = Admission.resume
 
-    def late(intake: Intake, job_id: str, offers: list[object], cancelled: threading.Event) -> Taken:
+    def late(intake: Admission, job_id: str, offers: list[object], cancelled: threading.Event) -> Taken:
         taken = real(intake, job_id, [OFFER], threading.Event())
         assert gate.wait(20)
         return taken
 
-    monkeypatch.setattr(Intake, "resume", late)
+    monkeypatch.setattr(Admission, "resume", late)
     desk.taker.see(FREE)
     desk.taker.take("j1", pulled())
     assert desk.taker.cancel("j1")
@@ -271,4 +271,4 @@ def test_a_nameless_job_is_refused_and_leaves_nothing(desk: Taking, caplog: pyte
     desk.taker.refuse_nameless("../x", "cannot accept the job")
     desk.turn_until(lambda: desk.coordinator.told)
     assert desk.coordinator.told == [("fail", "../x")]
-    assert list(desk.bench.records.root.iterdir()) == []
+    assert list(desk.context.records.root.iterdir()) == []

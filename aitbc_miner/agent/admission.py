@@ -69,7 +69,7 @@ class _NeverOurs(Exception):  # noqa: N818  # says what happened
     """The coordinator is there, and has not taken our word for this job in a long time."""
 
 
-class Intake:
+class Admission:
     """Takes pulled jobs in. Its methods run in threads, several at a time, each for another job.
 
     So do the functions that it is given: `unauthorized` when the token is refused, and `acked`, with the id

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from aitbc_miner.agent.admission import Intake, Stopping, Taken
-from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.admission import Admission, Stopping, Taken
+from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.coordinator.interface import PulledJob
@@ -18,7 +18,7 @@ from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 
 
-class Taker:
+class AdmissionQueue:
     """Has jobs taken in, each in a thread (`agent/admission.py`), until the supervisor has a slot for them.
 
     `settle` is told of those that have an outcome already: they were refused or are cancelled. `given_up`,
@@ -27,26 +27,26 @@ class Taker:
 
     def __init__(
         self,
-        bench: Workbench,
+        context: AgentContext,
         fleet: Fleet | None,
         progress: ProgressBook,
         stopping: threading.Event,
         settle: Callable[[str], None],
         given_up: Callable[[str], None],
     ) -> None:
-        self._bench = bench
+        self._context = context
         self._progress = progress
         self._settle = settle
         self._given_up = given_up
-        self._intake = Intake(
-            bench.config,
-            bench.records,
-            bench.coordinator,
+        self._intake = Admission(
+            context.config,
+            context.records,
+            context.coordinator,
             stopping,
-            unauthorized=lambda: bench.background.post(bench.token.refused),
-            acked=lambda job_id, runner: bench.background.post(partial(self._acked, job_id, runner)),
+            unauthorized=lambda: context.background.post(context.token.refused),
+            acked=lambda job_id, runner: context.background.post(partial(self._acked, job_id, runner)),
             fleet=fleet,
-            proxy=bench.input_proxy,
+            proxy=context.input_proxy,
         )
         self._view: Slots | None = None
         self._unplaced: dict[str, Ticket | None] = {}
@@ -55,7 +55,7 @@ class Taker:
         self._resume_at = 0.0
         self._troubled_until = 0.0
         self._backoff = Backoff(
-            bench.config.coordinator.poll_interval_s, bench.config.heartbeat.backoff.max_s
+            context.config.coordinator.poll_interval_s, context.config.heartbeat.backoff.max_s
         )
 
     def __contains__(self, job_id: str) -> bool:
@@ -100,17 +100,17 @@ class Taker:
     def take(self, job_id: str, job: PulledJob) -> None:
         """Begin to take in a job that was just pulled."""
         if job.error:
-            self._bench.log.warning("manifest refused", job_id=job_id, error=str(job.error))
+            self._context.log.warning("manifest refused", job_id=job_id, error=str(job.error))
         ticket = None
         if job.manifest:
             ticket = ticket_for(job.manifest, clock.now())
         self._start(job_id, partial(self._intake.take, job, job_id), ticket)
-        self._bench.show(job_id, State.PULLED)
+        self._context.show(job_id, State.PULLED)
 
     def refuse_nameless(self, job_id: str, why: str) -> None:
         """Refuse a job whose id may not touch the file system."""
         call = partial(self._intake.refuse_nameless, job_id, why)
-        self._bench.start("intake", call, Future.result)
+        self._context.start("intake", call, Future.result)
 
     def resume(self, job_ids: list[str]) -> None:
         """Go on with jobs that are recorded, as soon as there are slots."""
@@ -138,12 +138,12 @@ class Taker:
         offers = [slot.offer for slot in self._view.slots if slot.offers] if self._view else []
         self._unplaced[job_id] = ticket
         cancelled = self._cancels.setdefault(job_id, threading.Event())
-        self._bench.start("intake", partial(call, offers, cancelled), partial(self._taken, job_id))
+        self._context.start("intake", partial(call, offers, cancelled), partial(self._taken, job_id))
 
     def _acked(self, job_id: str, runner: str) -> None:
         """Note that a job is ours: from now on the coordinator may cancel it."""
         self._progress.began(job_id, clock.now())
-        self._bench.show(job_id, State.ACKED, runner=runner)
+        self._context.show(job_id, State.ACKED, runner=runner)
 
     def _taken(self, job_id: str, future: Future[Taken]) -> None:
         try:
@@ -157,19 +157,19 @@ class Taker:
         cancelled = self._cancels.pop(job_id).is_set()
         self._unplaced[job_id] = taken.ticket
         if taken.ticket is not None:
-            self._bench.channel.send(JobReady(taken.ticket))
+            self._context.channel.send(JobReady(taken.ticket))
             if cancelled:
                 # It came too late for the inputs, so it is for the supervisor, which knows the job by now.
-                self._bench.channel.send(by_coordinator(job_id))
+                self._context.channel.send(by_coordinator(job_id))
             return
         del self._unplaced[job_id]
         if taken.report:
             self._settle(job_id)
         elif taken.gone:
             self._progress.ended(job_id)
-            self._bench.log.info("job is not ours any more", job_id=job_id)
-            self._bench.show(job_id, State.FAILED)
-            if self._bench.records.known(job_id):
+            self._context.log.info("job is not ours any more", job_id=job_id)
+            self._context.show(job_id, State.FAILED)
+            if self._context.records.known(job_id):
                 self._given_up(job_id)
 
     def _failed(self, job_id: str, error: Exception) -> None:
@@ -178,12 +178,12 @@ class Taker:
         self._resume_at = clock.now() + self._backoff.next()
         if not isinstance(error, QueueError):
             self._troubled_until = self._resume_at
-        if self._bench.records.known(job_id):
+        if self._context.records.known(job_id):
             self._to_resume.append(job_id)
         else:
             del self._cancels[job_id]
-        self._bench.failed(error)
-        self._bench.warn("cannot take job in", error, job_id=job_id)
+        self._context.failed(error)
+        self._context.warn("cannot take job in", error, job_id=job_id)
 
     def troubled_until(self) -> float:
         """Until when it is no use to pull more, since what was pulled could not be taken in."""

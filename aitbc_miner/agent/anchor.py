@@ -9,7 +9,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.store import reserve
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import MARK
@@ -28,8 +28,8 @@ CREATE TABLE IF NOT EXISTS workspace (
 class Anchor:
     """For the agent's main thread. `begin` is called once, when the right workspace is there."""
 
-    def __init__(self, bench: Workbench, database: Database, begin: Callable[[], None]) -> None:
-        self._bench = bench
+    def __init__(self, context: AgentContext, database: Database, begin: Callable[[], None]) -> None:
+        self._context = context
         self._database = database
         self._begin = begin
         self._waits = False
@@ -56,17 +56,17 @@ class Anchor:
 
     def lost(self) -> bool:
         """Whether it is not there now; says why, to the operator. Nothing may be taken in then."""
-        bench, before = self._bench, self._bench.homeless
+        context, before = self._context, self._context.homeless
         try:
             self._known = self._known or self._find()
             self._compare(*self._known)
-            bench.homeless = None
+            context.homeless = None
         except OSError as error:
-            bench.homeless = str(error)
-        if bench.homeless != before:
-            bench.log.warning("workspace", error=bench.homeless or "it is there")
-            bench.tell()
-        return bench.homeless is not None
+            context.homeless = str(error)
+        if context.homeless != before:
+            context.log.warning("workspace", error=context.homeless or "it is there")
+            context.tell()
+        return context.homeless is not None
 
     def _find(self) -> tuple[str, str]:
         """Give the mark that the database knows, and where it was; makes both where there is none yet."""
@@ -75,10 +75,10 @@ class Anchor:
             known: tuple[str, str] | None = connection.execute("SELECT mark, place FROM workspace").fetchone()
         if known is not None:
             return known
-        records, found = self._bench.records, self._read()
+        records, found = self._context.records, self._read()
         known = (found or secrets.token_hex(8), _place_of(records.root))
         # An earlier version has made no mark: then it is where the jobs are that it knows.
-        kept = self._bench.accounts.settled()
+        kept = self._context.ledger.settled()
         if kept and not any(map(records.known, kept)):
             known = (secrets.token_hex(8), "another disk")
         elif not found:
@@ -89,7 +89,7 @@ class Anchor:
         return known
 
     def _compare(self, mark: str, place: str) -> None:
-        found, root = self._read(), self._bench.records.root
+        found, root = self._read(), self._context.records.root
         if found != mark:
             lacks = f"it has another's mark, {found!a:.80}" if found else f"there is no {MARK} in it"
             raise OSError(
@@ -100,7 +100,7 @@ class Anchor:
 
     def _read(self) -> str:
         try:
-            with fs.directory(self._bench.records.root) as root:
+            with fs.directory(self._context.records.root) as root:
                 return fs.read_bounded(root, MARK, MAX_MARK).decode("ascii", "replace").strip()
         except (FileNotFoundError, NotADirectoryError):
             return ""

@@ -22,7 +22,7 @@ from aitbc_miner.ipc.messages import Counted, CounterName, Deliveries, JobUpdate
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.queue.interface import RetryQueue
 from aitbc_miner.store.database import DatabaseError
-from aitbc_miner.store.ledger import Accounts, JobAccount
+from aitbc_miner.store.ledger import Ledger, LedgerRow
 from aitbc_miner.store.records import Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.background import Background
@@ -60,7 +60,7 @@ class Part(Protocol):
         ...
 
 
-class Workbench:
+class AgentContext:
     """For the agent's main thread; what is started here comes back to it."""
 
     def __init__(
@@ -69,7 +69,7 @@ class Workbench:
         channel: Channel[ToAgent],
         coordinator: Coordinator,
         token: TokenLine,
-        accounts: Accounts,
+        ledger: Ledger,
         queue: RetryQueue,
         input_proxy: Proxy | None = None,
     ) -> None:
@@ -77,7 +77,7 @@ class Workbench:
         self.channel = channel
         self.coordinator = coordinator
         self.token = token
-        self.accounts = accounts
+        self.ledger = ledger
         self.queue = queue
         self.log_too = config.coordinator.dialect == "bootstrap"
         self.input_proxy = input_proxy
@@ -97,10 +97,10 @@ class Workbench:
         self._failing: dict[str, tuple[bool, int]] = {}
         self._outage_since = 0.0
         self._failed_calls = 0
-        self._unbooked: deque[JobAccount] = deque()
+        self._unbooked: deque[LedgerRow] = deque()
         self._pools = {name: ThreadPoolExecutor(n, name) for name, n in POOLS.items()}
 
-    def book(self, row: JobAccount) -> None:
+    def book(self, row: LedgerRow) -> None:
         """Enter a settled job in the books, now or, when they cannot be written, later. From any thread.
 
         Its report is settled all the same, and after a restart its record is found without a row.
@@ -113,7 +113,7 @@ class Workbench:
         while self._unbooked:
             row = self._unbooked.popleft()
             try:
-                self.accounts.enter(row)
+                self.ledger.enter(row)
             except DatabaseError as error:
                 self._unbooked.appendleft(row)
                 self.warn("job not entered in the books yet", error, job_id=row.job_id)
@@ -200,7 +200,7 @@ class Workbench:
             )
         )
 
-    def show_row(self, row: JobAccount) -> None:
+    def show_row(self, row: LedgerRow) -> None:
         """Have `jobs` show one that was done in an earlier run of the node."""
         state = State.DONE if row.code is None else State.FAILED
         self.channel.send(

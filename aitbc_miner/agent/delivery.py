@@ -218,7 +218,7 @@ def conclude(job: JobDir, code: ErrorCode, message: str) -> Outcome:
     return outcome
 
 
-class Schedule:
+class Lane:
     """Which reports wait, and until when. Pure: the times are given."""
 
     def __init__(self, min_s: float, max_s: float) -> None:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from aitbc_miner.agent.context import POOLS, Pool, Workbench
-from aitbc_miner.agent.delivery import Delivered, Schedule, deliver, take_back_refused, was_refused
+from aitbc_miner.agent.context import POOLS, Pool, AgentContext
+from aitbc_miner.agent.delivery import Delivered, Lane, deliver, take_back_refused, was_refused
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.recovery import read_outcome
 from aitbc_miner.coordinator.interface import Paced, Refused
@@ -25,22 +25,22 @@ MOST_AT_ONCE = 2**53
 """Of what a metric can be added to; amounts are counted in millionths."""
 
 
-class Reporter:
+class DeliveryQueue:
     """Sends what `add` names until it is settled, and says so to `settled`.
 
     When to try next is kept in memory; what has failed is also noted in the queue, for after a restart.
     What was refused for good is tried anew now and then, and after a reboot.
     """
 
-    def __init__(self, bench: Workbench, fleet: Fleet | None, settled: Callable[[str], None]) -> None:
-        self._bench = bench
+    def __init__(self, context: AgentContext, fleet: Fleet | None, settled: Callable[[str], None]) -> None:
+        self._context = context
         self._fleet = fleet
         self._tell_settled = settled
-        bounds = (RETRY_MIN_S, bench.config.heartbeat.backoff.max_s)
+        bounds = (RETRY_MIN_S, context.config.heartbeat.backoff.max_s)
         pools: tuple[Pool, ...] = ("report", "upload", "fail")
-        self._lanes: dict[Pool, Schedule] = {pool: Schedule(*bounds) for pool in pools}
+        self._lanes: dict[Pool, Lane] = {pool: Lane(*bounds) for pool in pools}
         self._before: dict[str, tuple[Task, float]] = {}
-        self._give_up = bench.config.coordinator.give_up
+        self._give_up = context.config.coordinator.give_up
         self._anew: dict[str, float] = {}
 
     def __len__(self) -> int:
@@ -56,19 +56,19 @@ class Reporter:
     def recovered(self) -> None:
         """Read when reports that an earlier run of the node could not deliver are due."""
         try:
-            waiting = self._bench.queue.waiting(Kind.REPORT, self._bench.config.node_id)
-            dead = self._bench.queue.dead()
+            waiting = self._context.queue.waiting(Kind.REPORT, self._context.config.node_id)
+            dead = self._context.queue.dead()
         except QueueError as error:
-            self._bench.warn("times of reports not read", error)
+            self._context.warn("times of reports not read", error)
             return
-        self._bench.refused = len(dead)
+        self._context.refused = len(dead)
         self._anew = {task.job_id: self._due_anew(task.job_id) for task in dead if task.kind is Kind.REPORT}
         self._before = {task.job_id: (task, max(0.0, due_s)) for task, due_s in waiting}
 
     def _due_anew(self, job_id: str) -> float:
         """Say when a refused report is to be sent once more; of one that another boot has seen: now."""
         try:
-            with self._bench.records.open(job_id) as job:
+            with self._context.records.open(job_id) as job:
                 state = job.state()
         except (MinerError, OSError):
             return clock.now()
@@ -80,29 +80,29 @@ class Reporter:
         Raises:
             MinerError, OSError: it cannot be now, or there is no such job any more.
         """
-        bench = self._bench
-        with bench.records.open(job_id) as job:
+        context = self._context
+        with context.records.open(job_id) as job:
             if not was_refused(job):
                 return False
             # First: what the books call settled is not even read at the next start.
-            bench.book_rest()
-            bench.accounts.reopen(job_id)
+            context.book_rest()
+            context.ledger.reopen(job_id)
             take_back_refused(job)
         self._anew.pop(job_id, None)
-        self._note(partial(bench.queue.remove, Kind.REPORT, job_id))
-        bench.refused = max(0, bench.refused - 1)
+        self._note(partial(context.queue.remove, Kind.REPORT, job_id))
+        context.refused = max(0, context.refused - 1)
         self.add(job_id)
         return True
 
     def add(self, job_id: str) -> None:
         """Have the job's outcome, which is on disk, delivered."""
-        outcome = read_outcome(self._bench.records, job_id)
+        outcome = read_outcome(self._context.records, job_id)
         size = sum(artifact.bytes for artifact in outcome.artifacts) if outcome else 0
         task, due_s = self._before.pop(job_id, (None, 0.0))
         failed = outcome is not None and not outcome.ok
         lane = self._lanes["fail" if failed else "upload" if size > LARGE_BYTES else "report"]
         lane.add(job_id, clock.now() + due_s, task.attempts if task else 0)
-        self._bench.show(job_id, State.UPLOADING, outcome=outcome)
+        self._context.show(job_id, State.UPLOADING, outcome=outcome)
         self._tell()
 
     def hurry(self) -> None:
@@ -112,7 +112,7 @@ class Reporter:
 
     def next_due(self) -> float | None:
         """When there is something to send, and room to send it."""
-        if not self._bench.token:
+        if not self._context.token:
             return None
         waiting = [lane for pool, lane in self._lanes.items() if lane.running < POOLS[pool]]
         dues = [due for lane in waiting if (due := lane.next_due()) is not None]
@@ -120,7 +120,7 @@ class Reporter:
 
     def start_due(self) -> None:
         """Send what is due."""
-        if not self._bench.token:
+        if not self._context.token:
             return
         for job_id in [job_id for job_id, at in self._anew.items() if at <= clock.now()]:
             # Where that is not possible, its directory is gone; or the next start does it.
@@ -128,26 +128,26 @@ class Reporter:
             try:
                 self.take_back(job_id)
             except (MinerError, OSError) as error:
-                self._bench.warn("refused report not sent anew", error, job_id=job_id)
+                self._context.warn("refused report not sent anew", error, job_id=job_id)
         for pool, lane in self._lanes.items():
             for job_id in lane.start_due(clock.now(), POOLS[pool] - lane.running):
-                self._bench.start(pool, partial(self._deliver, job_id), partial(self._ended, lane, job_id))
+                self._context.start(pool, partial(self._deliver, job_id), partial(self._ended, lane, job_id))
 
     def _deliver(self, job_id: str) -> Delivered:
         """Deliver and enter it in the books; runs in a thread."""
-        bench = self._bench
+        context = self._context
         is_ours: Callable[[StateRecord], bool] = self._fleet.is_ours if self._fleet else lambda _: True
-        node_id = bench.config.node_id
-        delivered = deliver(bench.records, bench.coordinator, node_id, job_id, is_ours, self._give_up)
+        node_id = context.config.node_id
+        delivered = deliver(context.records, context.coordinator, node_id, job_id, is_ours, self._give_up)
         state = delivered.state
         outcome, how, receipt = delivered.outcome, delivered.how, delivered.receipt
-        bench.book(account_of(outcome, state, state.runner, how, receipt, log_too=bench.log_too))
+        context.book(account_of(outcome, state, state.runner, how, receipt, log_too=context.log_too))
         if self._fleet:
             self._fleet.done(state)
         return delivered
 
-    def _ended(self, lane: Schedule, job_id: str, future: Future[Delivered]) -> None:
-        bench = self._bench
+    def _ended(self, lane: Lane, job_id: str, future: Future[Delivered]) -> None:
+        context = self._context
         try:
             delivered = future.result()
         except Paced as error:
@@ -155,52 +155,52 @@ class Reporter:
             return
         except Exception as error:  # noqa: BLE001  # one odd job must not end the agent, again and again
             alone = isinstance(error, Refused)
-            pause = lane.failed(job_id, clock.now(), bench.failed(error), alone=alone)
-            task = Task(Kind.REPORT, job_id, bench.config.node_id, lane.failures(job_id), 0, str(error))
-            self._note(partial(bench.queue.put, task, pause))
+            pause = lane.failed(job_id, clock.now(), context.failed(error), alone=alone)
+            task = Task(Kind.REPORT, job_id, context.config.node_id, lane.failures(job_id), 0, str(error))
+            self._note(partial(context.queue.put, task, pause))
             again_s = round(pause, 1)
-            bench.call_failed("report", "report not accepted", error, job_id=job_id, again_in_s=again_s)
+            context.call_failed("report", "report not accepted", error, job_id=job_id, again_in_s=again_s)
             return
         failures = lane.failures(job_id)
         lane.succeeded(job_id, clock.now())
         self.hurry()
-        bench.error = None
-        bench.answered("report")
+        context.error = None
+        context.answered("report")
         if (receipt := delivered.receipt) is not None:
             check = "verified" if receipt.verified else "unverified"
-            bench.count("receipts", check)
+            context.count("receipts", check)
             amounts: dict[CounterName, float | None] = {"units": receipt.units, "price": receipt.price}
             for name, amount in amounts.items():
                 if millionths := min(round((amount or 0.0) * 1e6), MOST_AT_ONCE):
-                    bench.count(name, check, millionths)
+                    context.count(name, check, millionths)
         if delivered.beat:
-            bench.token.want_beat()
+            context.token.want_beat()
         self._settled(delivered.outcome, delivered.how, had_failed=failures > 0)
         self._tell_settled(job_id)
 
     def _settled(self, outcome: Outcome, how: str, *, had_failed: bool) -> None:
-        bench, job_id = self._bench, outcome.job_id
-        bench.log.info("report accepted", job_id=job_id, code=outcome.code or "OK", how=how)
-        bench.count("deliveries", how)
+        context, job_id = self._context, outcome.job_id
+        context.log.info("report accepted", job_id=job_id, code=outcome.code or "OK", how=how)
+        context.count("deliveries", how)
         if how == "refused" or (outcome.code is ErrorCode.E_UPLOAD and how != "superseded"):
             self._anew[job_id] = clock.now() + self._give_up.again_s
             reason = f"the coordinator refuses it: {outcome.message}"
-            task = Task(Kind.REPORT, job_id, bench.config.node_id, 1, 0, reason)
-            self._note(partial(bench.queue.bury, task))
-            bench.refused += 1
+            task = Task(Kind.REPORT, job_id, context.config.node_id, 1, 0, reason)
+            self._note(partial(context.queue.bury, task))
+            context.refused += 1
         elif had_failed:
-            self._note(partial(bench.queue.remove, Kind.REPORT, job_id))
-        bench.show(job_id, State.DONE if outcome.ok else State.FAILED, outcome=outcome)
+            self._note(partial(context.queue.remove, Kind.REPORT, job_id))
+        context.show(job_id, State.DONE if outcome.ok else State.FAILED, outcome=outcome)
         self._tell()
 
     def _note(self, call: Callable[[], object]) -> None:
-        self._bench.start("queue", call, self._noted)
+        self._context.start("queue", call, self._noted)
 
     def _noted(self, future: Future[object]) -> None:
         if isinstance(error := future.exception(), Exception):
             # After a restart the report is sent at once then, which loses nothing.
-            self._bench.warn("time of a report not noted", error)
+            self._context.warn("time of a report not noted", error)
 
     def _tell(self) -> None:
-        self._bench.pending = len(self)
-        self._bench.tell()
+        self._context.pending = len(self)
+        self._context.tell()

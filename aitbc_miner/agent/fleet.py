@@ -13,7 +13,7 @@ import msgspec
 from msgspec import Raw, Struct
 from msgspec.structs import replace
 
-from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.retry_policy import outlives_its_node
 from aitbc_miner.coordinator.interface import CoordinatorError
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, StateRecord, decode_manifest
@@ -281,18 +281,18 @@ class FleetWatch:
 
     def __init__(
         self,
-        bench: Workbench,
+        context: AgentContext,
         fleet: Fleet,
         room: Callable[[], list[Offer]],
         lost: Callable[[str], None],
         seen: Callable[[Seen], None],
     ) -> None:
-        self._bench = bench
+        self._context = context
         self._fleet = fleet
         self._room = room
         self._lost = lost
         self._seen = seen
-        self._every_s = bench.config.queue.lease_s / RENEWALS
+        self._every_s = context.config.queue.lease_s / RENEWALS
         self._due = 0.0
         self._busy = False
         self._down = False
@@ -306,7 +306,7 @@ class FleetWatch:
         if self._busy or clock.now() < self._due:
             return
         self._busy = True
-        self._bench.start("fleet", partial(self._ask, self._room()), self._asked)
+        self._context.start("fleet", partial(self._ask, self._room()), self._asked)
 
     def _ask(self, offers: list[Offer]) -> tuple[list[str], Seen, Exception | None]:
         """Renew and look; runs in a thread. What was found before an error is dealt with all the same."""
@@ -314,8 +314,8 @@ class FleetWatch:
         seen = Seen([], [])
         try:
             self._fleet.renew(lost)
-            if offers and self._bench.token:
-                self._fleet.seek(self._bench.records, offers, self._bench.accounts.knows, seen)
+            if offers and self._context.token:
+                self._fleet.seek(self._context.records, offers, self._context.ledger.knows, seen)
             self._fleet.examine()
         except Exception as error:  # noqa: BLE001  # one odd task must not end the agent, again and again
             return lost, seen, error
@@ -324,14 +324,14 @@ class FleetWatch:
     def _asked(self, future: Future[tuple[list[str], Seen, Exception | None]]) -> None:
         self._busy = False
         lost, seen, error = future.result()
-        self._due = clock.now() + min(self._every_s, self._bench.config.coordinator.poll_interval_s)
+        self._due = clock.now() + min(self._every_s, self._context.config.coordinator.poll_interval_s)
         if error is not None:
             # However long a lease is, a queue that is back is not left waiting.
-            most = self._bench.config.heartbeat.backoff.max_s
+            most = self._context.config.heartbeat.backoff.max_s
             self._due = clock.now() + min(self._every_s, most)
             self._failed(error)
         elif self._down:
-            self._bench.log.info("queue of the fleet is back")
+            self._context.log.info("queue of the fleet is back")
             self._tell(None)
             self._down = False
         for job_id in lost:
@@ -341,10 +341,10 @@ class FleetWatch:
     def _failed(self, error: Exception) -> None:
         # Once, not at every try; what we hold goes on.
         if not (self._down and isinstance(error, QueueError)):
-            self._bench.warn("queue of the fleet out of reach", error)
+            self._context.warn("queue of the fleet out of reach", error)
         self._down = True
         self._tell(str(error))
 
     def _tell(self, error: str | None) -> None:
-        self._bench.queue_error = error
-        self._bench.tell()
+        self._context.queue_error = error
+        self._context.tell()

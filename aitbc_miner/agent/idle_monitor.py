@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.coordinator.interface import Standing
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Starved
@@ -16,13 +16,13 @@ _OURS = frozenset({ErrorCode.E_CANCELLED})
 """Failures that cost no reputation: nobody reports them."""
 
 
-class IdleWatch:
+class IdleMonitor:
     """`since` says since when each pull has come back empty, None while there is work."""
 
     def __init__(
-        self, bench: Workbench, since: Callable[[], float | None], *, starved_s: float = STARVED_S
+        self, context: AgentContext, since: Callable[[], float | None], *, starved_s: float = STARVED_S
     ) -> None:
-        self._bench = bench
+        self._context = context
         self._since = since
         self._starved_s = starved_s
         self._told = Starved()
@@ -45,12 +45,12 @@ class IdleWatch:
             self._tell(Starved())
             return
         self._asking = True
-        self._bench.start("queue", self._why, self._found)
+        self._context.start("queue", self._why, self._found)
 
     def _why(self) -> list[str]:
-        counts = self._bench.accounts.finished_counts()
+        counts = self._context.ledger.finished_counts()
         failed = sum(jobs for code, jobs in counts.items() if code not in {OK, *_OURS})
-        return self._bench.coordinator.why_idle(Standing(counts.get(OK, 0), failed))
+        return self._context.coordinator.why_idle(Standing(counts.get(OK, 0), failed))
 
     def _found(self, future: Future[list[str]]) -> None:
         self._asking = False
@@ -59,7 +59,7 @@ class IdleWatch:
         try:
             causes = future.result()
         except Exception as error:  # noqa: BLE001  # it is a help and nothing depends on it
-            self._bench.warn("cannot say why there are no jobs", error)
+            self._context.warn("cannot say why there are no jobs", error)
             return
         if since is not None and causes:
             self._tell(Starved(since, causes))
@@ -67,9 +67,9 @@ class IdleWatch:
     def _tell(self, said: Starved) -> None:
         if said != self._told:
             if said.since is None:
-                self._bench.log.info("jobs come again")
+                self._context.log.info("jobs come again")
             elif said.since != self._told.since:
                 idle_s = round(clock.now() - said.since)
-                self._bench.log.warning("no job has come for long", idle_s=idle_s, perhaps=said.causes)
+                self._context.log.warning("no job has come for long", idle_s=idle_s, perhaps=said.causes)
             self._told = said
-            self._bench.channel.send(said)
+            self._context.channel.send(said)

@@ -13,20 +13,20 @@ from concurrent.futures import Future
 from functools import partial
 
 from aitbc_miner.agent.admission import RESUMABLE
-from aitbc_miner.agent.admission_queue import Taker, by_coordinator, id_of
+from aitbc_miner.agent.admission_queue import AdmissionQueue, by_coordinator, id_of
 from aitbc_miner.agent.anchor import Anchor
-from aitbc_miner.agent.context import Part, Workbench
+from aitbc_miner.agent.context import Part, AgentContext
 from aitbc_miner.agent.delivery import settle
-from aitbc_miner.agent.delivery_queue import Reporter
+from aitbc_miner.agent.delivery_queue import DeliveryQueue
 from aitbc_miner.agent.fleet import Fleet, FleetWatch, Seen
-from aitbc_miner.agent.idle_monitor import IdleWatch
+from aitbc_miner.agent.idle_monitor import IdleMonitor
 from aitbc_miner.agent.node_token import TokenLine
 from aitbc_miner.agent.progress import ProgressBook
 from aitbc_miner.agent.pull import Puller
 from aitbc_miner.agent.reconcile import Reconciler
 from aitbc_miner.agent.recovery import Found, read_outcome, recover, recover_rest
-from aitbc_miner.agent.retention import Pruning
-from aitbc_miner.agent.retries import OnDemand, Reruns
+from aitbc_miner.agent.retention import Retention
+from aitbc_miner.agent.retries import RetryOnDemand, Retries
 from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator.interface import (
     Coordinator,
@@ -56,7 +56,7 @@ from aitbc_miner.queue.interface import RetryQueue
 from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store import reserve
 from aitbc_miner.store.database import Database
-from aitbc_miner.store.ledger import Accounts, account_of
+from aitbc_miner.store.ledger import Ledger, account_of
 from aitbc_miner.util import clock
 from aitbc_miner.util.web import Proxy
 
@@ -85,26 +85,26 @@ class Agent:
         # An agent that cannot start on a full disk would leave all its reports unsent.
         reserve.ensure(config.workspace.root)
         database = Database(config.queue.path)
-        self._accounts = Accounts(database)
-        self._bench = bench = Workbench(
-            config, channel, coordinator, self._token, self._accounts, SqliteQueue(database), input_proxy
+        self._ledger = Ledger(database)
+        self._context = context = AgentContext(
+            config, channel, coordinator, self._token, self._ledger, SqliteQueue(database), input_proxy
         )
         lease_s = config.queue.lease_s
-        self._anchor = Anchor(bench, database, self._recover)
+        self._anchor = Anchor(context, database, self._recover)
         self._fleet = fleet = Fleet(shared, config.node_id, lease_s, self._belongs) if shared else None
         self._progress = ProgressBook(config.heartbeat.interval_s, PROGRESS_PAUSE_S)
-        self._reporter = Reporter(bench, fleet, self._settled)
-        self._reruns = Reruns(bench, fleet, self._report)
-        self._demand = OnDemand(bench, fleet, self._reruns, self._reporter)
-        self._taker = Taker(bench, fleet, self._progress, self._stopping, self._conclude, self._enter)
+        self._reporter = DeliveryQueue(context, fleet, self._settled)
+        self._reruns = Retries(context, fleet, self._report)
+        self._demand = RetryOnDemand(context, fleet, self._reruns, self._reporter)
+        self._taker = AdmissionQueue(context, fleet, self._progress, self._stopping, self._conclude, self._enter)
         room = self._taker.room
         self._assignments = listed = Reconciler(
-            bench, self._busy, self._ours, self._accept, self._repeat, self._end_unwanted
+            context, self._busy, self._ours, self._accept, self._repeat, self._end_unwanted
         )
-        self._puller = Puller(bench, room, self._known, self._accept, self._pulls_from, listed.hurry)
-        self._idle = IdleWatch(bench, lambda: self._puller.idle_since)
-        self._watch = FleetWatch(bench, fleet, room, self._lost, self._seen) if fleet else None
-        self._pruning = Pruning(bench)
+        self._puller = Puller(context, room, self._known, self._accept, self._pulls_from, listed.hurry)
+        self._idle = IdleMonitor(context, lambda: self._puller.idle_since)
+        self._watch = FleetWatch(context, fleet, room, self._lost, self._seen) if fleet else None
+        self._pruning = Retention(context)
         self._just_ended: set[str] = set()
         # Jobs of which it is not known yet how far they have come.
         self._unread: set[str] = set()
@@ -117,19 +117,19 @@ class Agent:
         self._token.ask()
         while not self._stopping.is_set():
             self._wait()
-            self._bench.background.finish()
+            self._context.background.finish()
             self._retry_due()
             for part in self._parts():
                 part.start_due()
             self._start_progress()
             self._token.tell_load(len(self._ours() | set(self._taker.ids())))
-        self._bench.close()
+        self._context.close()
 
     def _parts(self) -> list[Part]:
         watch = [self._watch] if self._watch else []
         # Reports before pulls: a coordinator may count a job as under way until it has its report.
         own: list[Part] = [self._taker, self._reporter, self._assignments, self._puller, self._idle]
-        return [*own, self._pruning, *watch, self._bench.persisting, self._anchor]
+        return [*own, self._pruning, *watch, self._context.persisting, self._anchor]
 
     def _wait(self) -> None:
         poller = select.poll()
@@ -137,7 +137,7 @@ class Agent:
             self._channel.fileno(), select.POLLIN | (select.POLLOUT if self._channel.has_unsent else 0)
         )
         poller.register(self._token.fileno(), select.POLLIN)
-        poller.register(self._bench.background.woken, select.POLLIN)
+        poller.register(self._context.background.woken, select.POLLIN)
         ready = dict(poller.poll(self._pause() * 1000))
         if ready.get(self._channel.fileno(), 0) & select.POLLOUT:
             self._channel.flush()
@@ -148,8 +148,8 @@ class Agent:
             self._puller.hurry()
             self._reporter.hurry()
             self._assignments.heard()
-        if self._bench.background.woken in ready:
-            self._bench.background.clear()
+        if self._context.background.woken in ready:
+            self._context.background.clear()
 
     def _pause(self) -> float:
         dues = [part.next_due() for part in self._parts()]
@@ -184,16 +184,16 @@ class Agent:
 
     def _recover(self) -> None:
         """Read the records and go on with each job where it was; nothing is pulled before."""
-        bench = self._bench
-        for row in self._accounts.latest(SHOWN):
-            bench.show_row(row)
-        found = recover(bench.records, self._accounts.settled())
+        context = self._context
+        for row in self._ledger.latest(SHOWN):
+            context.show_row(row)
+        found = recover(context.records, self._ledger.settled())
         self._reporter.recovered()
         self._go_on(found)
 
     def _go_on(self, found: Found) -> None:
         """Go on with each job that was found where it was, and later with those that could not be read."""
-        bench = self._bench
+        context = self._context
         for job_id in found.finished:
             self._enter(job_id)
         if self._fleet:
@@ -208,37 +208,37 @@ class Agent:
             self._conclude(job_id)
         self._taker.resume(found.to_resume)
         for _ in range(found.broken):
-            bench.count("broken_records")
+            context.count("broken_records")
         self._channel.send(Recovered(found.started))
-        bench.tell()
+        context.tell()
         self._unread = set(found.unread)
         if found.unread:
             what = f"read the records of {len(found.unread)} jobs, such as {next(iter(found.unread))}"
-            bench.persisting.do(what, partial(self._read_rest, found))
+            context.persisting.do(what, partial(self._read_rest, found))
 
     def _read_rest(self, before: Found) -> None:
-        found = recover_rest(self._bench.records, before)
+        found = recover_rest(self._context.records, before)
         if found.unread.keys() == before.unread.keys():
             raise OSError(next(iter(found.unread.values())))
         self._go_on(found)
 
     def _enter(self, job_id: str) -> None:
         """Enter a job in the books that is settled and not there: it was just given up, or the node died."""
-        bench = self._bench
+        context = self._context
         try:
-            with bench.records.open(job_id) as job:
+            with context.records.open(job_id) as job:
                 state = job.state()
                 # One that was given up on its way here came to nothing that anybody waits for.
                 nothing = Outcome(job_id=job_id, code=ErrorCode.E_CANCELLED, message=state.note or "")
                 outcome = job.outcome() or nothing
                 receipt = job.receipt()
             how = state.delivery or ""
-            bench.book(account_of(outcome, state, state.runner, how, receipt, log_too=bench.log_too))
+            context.book(account_of(outcome, state, state.runner, how, receipt, log_too=context.log_too))
         except (MinerError, OSError) as error:
             # On a full disk, say; the next start does it.
-            bench.warn("cannot enter job", error, job_id=job_id)
+            context.warn("cannot enter job", error, job_id=job_id)
             return
-        bench.show(job_id, state.state, outcome=outcome)
+        context.show(job_id, state.state, outcome=outcome)
 
     # --- jobs ----------------------------------------------------------------------------------------------
 
@@ -251,7 +251,7 @@ class Agent:
 
     def _pulls_from(self) -> float:
         """Say from when on to pull: what the coordinator takes for ours already comes first."""
-        if self._assignments.asked and not self._bench.homeless:
+        if self._assignments.asked and not self._context.homeless:
             return self._taker.troubled_until()
         return max(self._taker.troubled_until(), clock.now() + 60.0)
 
@@ -273,9 +273,9 @@ class Agent:
             return False
         if self._anchor.lost():
             return False  # it comes again: nobody was told that we have it
-        known = self._bench.records.known(job_id)
-        if known or job_id in self._taker or self._accounts.knows(job_id):
-            self._bench.log.info("job known already", job_id=job_id, directory=known)
+        known = self._context.records.known(job_id)
+        if known or job_id in self._taker or self._ledger.knows(job_id):
+            self._context.log.info("job known already", job_id=job_id, directory=known)
             if known:
                 self._repeat(job_id)
             return False
@@ -286,7 +286,7 @@ class Agent:
     def _repeat(self, job_id: str) -> None:
         """Run a job that is here already never again; if it has a report, send that again."""
         busy = (self._taker, self._progress, self._reruns, self._reporter, self._unread)
-        if not any(job_id in part for part in busy) and read_outcome(self._bench.records, job_id):
+        if not any(job_id in part for part in busy) and read_outcome(self._context.records, job_id):
             self._reporter.add(job_id)
 
     def _settle(self, said: JobSettled | CancelJob) -> None:
@@ -296,10 +296,10 @@ class Agent:
             return
         self._taker.forget(said.job_id)
         self._reruns.drop(said.job_id)
-        self._bench.persisting.do(f"settle job {said.job_id}", partial(self._settle_now, said))
+        self._context.persisting.do(f"settle job {said.job_id}", partial(self._settle_now, said))
 
     def _settle_now(self, said: JobSettled | CancelJob) -> None:
-        if settle(self._bench.records, said):
+        if settle(self._context.records, said):
             self._conclude(said.job_id)
 
     def _waits(self, job_id: str) -> bool:
@@ -307,14 +307,14 @@ class Agent:
         if job_id not in self._reruns and job_id not in self._taker.ids():
             return False
         try:
-            with self._bench.records.open(job_id) as job:
+            with self._context.records.open(job_id) as job:
                 return job.state().state in RESUMABLE
         except (MinerError, OSError):
             return False
 
     def _conclude(self, job_id: str) -> None:
         """Have a job that has an outcome reported or tried again."""
-        self._bench.persisting.do(f"decide about job {job_id}", partial(self._decide, job_id))
+        self._context.persisting.do(f"decide about job {job_id}", partial(self._decide, job_id))
 
     def _decide(self, job_id: str) -> None:
         self._reruns.settle(job_id)
@@ -337,7 +337,7 @@ class Agent:
     def _belongs(self, job_id: str) -> bool:
         """Ask the coordinator whether a job is ours, as it was when it was acknowledged; in a thread."""
         try:
-            self._bench.coordinator.ack(job_id)
+            self._context.coordinator.ack(job_id)
         except Gone:
             return False
         except Refused:
@@ -346,7 +346,7 @@ class Agent:
 
     def _lost(self, job_id: str) -> None:
         """Another node has this job: it ends here, and its report is never sent (`Fleet.is_ours`)."""
-        self._bench.log.warning("job lost to another node", job_id=job_id)
+        self._context.log.warning("job lost to another node", job_id=job_id)
         self._channel.send(CancelJob(job_id, "cancel", "another node of the fleet has it"))
 
     def _seen(self, seen: Seen) -> None:
@@ -354,11 +354,11 @@ class Agent:
         for job_id in seen.returned:
             try:
                 # First: what the books call settled is not even read at the next start.
-                self._accounts.reopen(job_id)
-                with self._bench.records.open(job_id) as job:
+                self._ledger.reopen(job_id)
+                with self._context.records.open(job_id) as job:
                     job.move(State.UPLOADING, delivery=None)
             except (MinerError, OSError) as error:
-                self._bench.warn("cannot report job that nobody took", error, job_id=job_id)
+                self._context.warn("cannot report job that nobody took", error, job_id=job_id)
             else:
                 self._reporter.add(job_id)
 
@@ -368,8 +368,8 @@ class Agent:
         if not self._token:
             return
         for job_id, pct, note in self._progress.start_due(clock.now()):
-            call = partial(self._bench.coordinator.progress, job_id, pct, note)
-            self._bench.start("progress", call, partial(self._progressed, job_id))
+            call = partial(self._context.coordinator.progress, job_id, pct, note)
+            self._context.start("progress", call, partial(self._progressed, job_id))
 
     def _progressed(self, job_id: str, future: Future[bool]) -> None:
         self._progress.sent(job_id, clock.now())
@@ -380,7 +380,7 @@ class Agent:
             if isinstance(error, Unauthorized):
                 self._token.refused()
             if not isinstance(error, CoordinatorError):
-                self._bench.warn("progress not accepted", error, job_id=job_id)
+                self._context.warn("progress not accepted", error, job_id=job_id)
             return
         if wants_end:
             self._end_unwanted(by_coordinator(job_id))

@@ -6,7 +6,7 @@ from functools import partial
 
 import msgspec
 
-from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.coordinator.interface import Paced, PulledJob, PullFilters, Unreachable
 from aitbc_miner.ipc.channel import ChannelError
 from aitbc_miner.slots.placement import Offer
@@ -31,14 +31,14 @@ class Puller:
 
     def __init__(
         self,
-        bench: Workbench,
+        context: AgentContext,
         room: Callable[[], list[Offer]],
         known: Callable[[], list[str]],
         accept: Callable[[PulledJob], bool],
         not_before: Callable[[], float],
         lost: Callable[[], None],
     ) -> None:
-        self._bench = bench
+        self._context = context
         self._room = room
         self._known = known
         self._accept = accept
@@ -50,7 +50,7 @@ class Puller:
         self._stretch = 1.0
         self.idle_since: float | None = None
         """Since when each pull has come back empty; None while there is work."""
-        config = bench.config
+        config = context.config
         self._backoff = Backoff(config.coordinator.poll_interval_s, config.heartbeat.backoff.max_s)
 
     def next_due(self) -> float | None:
@@ -65,19 +65,19 @@ class Puller:
     def start_due(self) -> None:
         """Pull, if it is time; say so where something else than that keeps us from it."""
         paused = self._why_paused()
-        if paused != self._bench.paused:
-            self._bench.paused = paused
-            self._bench.tell()
+        if paused != self._context.paused:
+            self._context.paused = paused
+            self._context.tell()
         due = self.next_due()
         if due is None or clock.now() < due:
             return
         self._pulling = True
         offers = [msgspec.to_builtins(offer) for offer in self._room()]
         filters = PullFilters(offers, list(dict.fromkeys(self._known()))[:MAX_KNOWN])
-        self._bench.start("pull", partial(self._bench.coordinator.pull, filters), self._pulled)
+        self._context.start("pull", partial(self._context.coordinator.pull, filters), self._pulled)
 
     def _why_paused(self) -> str:
-        if self._bench.pending >= MAX_UNREPORTED:
+        if self._context.pending >= MAX_UNREPORTED:
             return f"the coordinator has not taken {MAX_UNREPORTED} results or more yet"
         if self._closed_s > PAUSE_TOLD_S and clock.now() < self._closed_until:
             return f"the coordinator wants to be left alone for {self._closed_s:.0f} s"
@@ -89,7 +89,7 @@ class Puller:
         self._closed_s, self._closed_until = seconds, clock.now() + seconds
 
     def _may_pull(self) -> bool:
-        if self._pulling or not self._bench.token or self._bench.pending >= MAX_UNREPORTED:
+        if self._pulling or not self._context.token or self._context.pending >= MAX_UNREPORTED:
             return False
         return bool(self._room())
 
@@ -104,16 +104,16 @@ class Puller:
             self._close(error.wait_s)
             return
         except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
-            wanted = self._bench.failed(error)
-            self._bench.call_failed("pull", "pull failed", error)
+            wanted = self._context.failed(error)
+            self._context.call_failed("pull", "pull failed", error)
             self._at = clock.now() + self._backoff.next()
             self._close(wanted or 0.0)
             if isinstance(error, Unreachable):
                 self._lost()
             return
         self._backoff.reset()
-        self._bench.worked()
-        self._bench.answered("pull")
+        self._context.worked()
+        self._context.answered("pull")
         self._at = clock.now() + (0.0 if is_new else self._pause())
         if is_new:
             self._stretch = 1.0
@@ -123,6 +123,6 @@ class Puller:
 
     def _pause(self) -> float:
         """Give the pause after a pull that came back empty, and make the next one longer."""
-        pause_s = self._stretch * self._bench.config.coordinator.poll_interval_s
-        self._stretch = min(self._stretch * GROWTH, self._bench.coordinator.slowest)
+        pause_s = self._stretch * self._context.config.coordinator.poll_interval_s
+        self._stretch = min(self._stretch * GROWTH, self._context.coordinator.slowest)
         return pause_s

@@ -7,7 +7,7 @@ list any more is not wanted: its client cancelled it. And the list says until wh
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.coordinator.interface import Assignments, Paced, PulledJob
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.ipc.channel import ChannelError
@@ -31,17 +31,17 @@ class Reconciler:
 
     def __init__(
         self,
-        bench: Workbench,
+        context: AgentContext,
         busy: Callable[[], set[str]],
         ours: Callable[[], set[str]],
         accept: Callable[[PulledJob], bool],
         repeat: Callable[[str], None],
         cancel: Callable[[CancelJob], None],
     ) -> None:
-        self._bench = bench
+        self._context = context
         self._busy, self._ours = busy, ours
         self._accept, self._repeat, self._cancel = accept, repeat, cancel
-        self._every_s = bench.config.heartbeat.interval_s
+        self._every_s = context.config.heartbeat.interval_s
         self._at = 0.0
         self._asking = False
         self._told = True
@@ -62,8 +62,8 @@ class Reconciler:
 
         With this node it has forgotten its jobs, which are wanted all the same: nobody has cancelled them.
         """
-        if self._bench.token.forgotten:
-            self._bench.token.forgotten = False
+        if self._context.token.forgotten:
+            self._context.token.forgotten = False
             self._forgotten = self._ours()
         if self._missing:
             self.hurry()
@@ -75,7 +75,7 @@ class Reconciler:
     def next_due(self) -> float | None:
         """When to ask, or to end a job whose time is over."""
         due = [*self._ends.values()]
-        if self._bench.token and self._told and not self._asking:
+        if self._context.token and self._told and not self._asking:
             due.append(self._at)
         return min(due, default=None)
 
@@ -85,12 +85,12 @@ class Reconciler:
         for job_id in [job_id for job_id, end in self._ends.items() if end <= now]:
             del self._ends[job_id]
             self._end(job_id, "expired", "the coordinator waits for it no longer")
-        if not self._bench.token or not self._told or self._asking or now < self._at:
+        if not self._context.token or not self._told or self._asking or now < self._at:
             return
         self._asking = True
         self._before = self._ours()
         self._seen = self._busy()
-        self._bench.start("assigned", self._bench.coordinator.assignments, self._answered)
+        self._context.start("assigned", self._context.coordinator.assignments, self._answered)
 
     def _answered(self, future: "Future[Assignments | None]") -> None:
         self._asking, self.asked = False, True
@@ -101,12 +101,12 @@ class Reconciler:
         except ChannelError:
             raise
         except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
-            wait_s = error.wait_s if isinstance(error, Paced) else self._bench.failed(error) or 0.0
+            wait_s = error.wait_s if isinstance(error, Paced) else self._context.failed(error) or 0.0
             self._at = clock.now() + max(wait_s, AGAIN_S)
             if not isinstance(error, Paced):
-                self._bench.call_failed("jobs", "list of our jobs not had", error)
+                self._context.call_failed("jobs", "list of our jobs not had", error)
             return
-        self._bench.answered("jobs")
+        self._context.answered("jobs")
         self._told = told is not None
         self._at = clock.now() + self._every_s
 
@@ -127,43 +127,43 @@ class Reconciler:
 
     def _take_up(self, job_id: str, job: PulledJob) -> None:
         """Begin with a job that is new to us; of one that is done, the coordinator has not heard it."""
-        if not self._bench.records.known(job_id) and not self._bench.accounts.knows(job_id):
-            self._bench.log.warning("job taken up", job_id=job_id, cause="the coordinator lists it as ours")
+        if not self._context.records.known(job_id) and not self._context.ledger.knows(job_id):
+            self._context.log.warning("job taken up", job_id=job_id, cause="the coordinator lists it as ours")
             self._accept(job)
         elif self._is_final(job_id):
-            self._bench.log.warning(
+            self._context.log.warning(
                 "report repeated", job_id=job_id, cause="the coordinator has not heard it"
             )
             self._repeat(job_id)
 
     def _is_final(self, job_id: str) -> bool:
         try:
-            with self._bench.records.open(job_id) as job:
+            with self._context.records.open(job_id) as job:
                 return job.state().state in FINAL
         except (MinerError, OSError):
             return False
 
     def _miss(self, missing: set[str]) -> None:
         """End what is missing again after a heartbeat, which tells whether we are known there at all."""
-        ended = missing & self._missing - self._forgotten if self._bench.token.beaten else set()
+        ended = missing & self._missing - self._forgotten if self._context.token.beaten else set()
         for job_id in ended:
             self._end(job_id, "cancel", "by the coordinator")
         self._forgotten &= self._ours()
         self._missing = missing - ended - self._forgotten
         if self._missing:
-            self._bench.token.beaten = False
-            self._bench.token.want_beat()
+            self._context.token.beaten = False
+            self._context.token.want_beat()
 
     def _end(self, job_id: str, why: EndReason, detail: str) -> None:
         if job_id not in self._ours() or self._is_anothers(job_id):
             return
-        self._bench.log.info("job not wanted any more", job_id=job_id, why=why)
+        self._context.log.info("job not wanted any more", job_id=job_id, why=why)
         self._cancel(CancelJob(job_id, why, detail))
 
     def _is_anothers(self, job_id: str) -> bool:
         """Whether the coordinator knows the job under the name of another node of our fleet."""
         try:
-            with self._bench.records.open(job_id) as job:
+            with self._context.records.open(job_id) as job:
                 return job.state().origin is not None
         except (MinerError, OSError):
             return True

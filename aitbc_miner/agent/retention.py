@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from functools import partial
 from typing import Any
 
-from aitbc_miner.agent.context import Workbench
+from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.ipc.messages import SpaceWanted, Sweepable, Swept
 from aitbc_miner.queue.interface import Kind
 from aitbc_miner.store.database import DatabaseError
@@ -19,11 +19,11 @@ SOON_S = 1.0
 AT_ONCE = 200
 
 
-class Pruning:
+class Retention:
     """Names what may go, now and then and when space is short."""
 
-    def __init__(self, bench: Workbench) -> None:
-        self._bench = bench
+    def __init__(self, context: AgentContext) -> None:
+        self._context = context
         self._due = clock.now()
 
     def next_due(self) -> float:
@@ -35,45 +35,45 @@ class Pruning:
         if clock.now() < self._due:
             return
         self._due = clock.now() + EVERY_S
-        kept = self._bench.config.workspace
-        self._name(partial(self._bench.accounts.expired, kept.keep_success, kept.keep_failed, AT_ONCE))
-        self._bench.start("queue", self._bench.book_rest, self._done)
-        self._bench.start("queue", self._bench.accounts.prune, self._done)
+        kept = self._context.config.workspace
+        self._name(partial(self._context.ledger.expired, kept.keep_success, kept.keep_failed, AT_ONCE))
+        self._context.start("queue", self._context.book_rest, self._done)
+        self._context.start("queue", self._context.ledger.prune, self._done)
 
     def obey(self, said: Swept | SpaceWanted) -> None:
         """Take note of what is gone, or name what may go before its time."""
         if isinstance(said, SpaceWanted):
-            self._name(partial(self._bench.accounts.oldest_delivered, AT_ONCE), early=True)
+            self._name(partial(self._context.ledger.oldest_delivered, AT_ONCE), early=True)
             return
-        self._bench.start("queue", partial(self._forget, said.job_ids), self._forgotten)
+        self._context.start("queue", partial(self._forget, said.job_ids), self._forgotten)
         if said.job_ids:
             self._due = min(self._due, clock.now() + SOON_S)  # there may be more
 
     def _forget(self, job_ids: list[str]) -> int:
         """Enter what is gone; gives how many reports there are that were refused. Runs in a thread."""
-        bench = self._bench
-        bench.accounts.mark_swept(job_ids)
+        context = self._context
+        context.ledger.mark_swept(job_ids)
         gone = set(job_ids)
-        dead = [task.job_id for task in bench.queue.dead()]
+        dead = [task.job_id for task in context.queue.dead()]
         for job_id in gone.intersection(dead):
-            bench.queue.remove(Kind.REPORT, job_id)
+            context.queue.remove(Kind.REPORT, job_id)
         return len(set(dead) - gone)
 
     def _forgotten(self, future: Future[int]) -> None:
         self._done(future)
-        if future.exception() is None and future.result() != self._bench.refused:
-            self._bench.refused = future.result()
-            self._bench.tell()
+        if future.exception() is None and future.result() != self._context.refused:
+            self._context.refused = future.result()
+            self._context.tell()
 
     def _name(self, choose: "partial[list[str]]", *, early: bool = False) -> None:
         try:
             job_ids = choose()
         except DatabaseError as error:
-            self._bench.warn("cannot say what may go", error)
+            self._context.warn("cannot say what may go", error)
             return
         if job_ids:
-            self._bench.channel.send(Sweepable(job_ids, early))
+            self._context.channel.send(Sweepable(job_ids, early))
 
     def _done(self, future: Future[Any]) -> None:
         if isinstance(error := future.exception(), Exception):
-            self._bench.warn("books not kept", error)
+            self._context.warn("books not kept", error)

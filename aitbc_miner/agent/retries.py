@@ -5,8 +5,8 @@ from collections.abc import Callable, Container
 from concurrent.futures import Future
 from functools import partial
 
-from aitbc_miner.agent.context import Workbench
-from aitbc_miner.agent.delivery_queue import Reporter
+from aitbc_miner.agent.context import AgentContext
+from aitbc_miner.agent.delivery_queue import DeliveryQueue
 from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.retry_policy import Where, next_attempt, pause_before
 from aitbc_miner.errors import MinerError
@@ -20,15 +20,15 @@ from aitbc_miner.util import clock
 LOOK_AGAIN_S = 0.1
 
 
-class Reruns:
+class Retries:
     """Decides, and keeps the jobs that wait for their next attempt on this node.
 
     `report` is told of jobs whose report ends them. When to try next is kept in memory, and noted in the
     queue for after a restart.
     """
 
-    def __init__(self, bench: Workbench, fleet: Fleet | None, report: Callable[[str], None]) -> None:
-        self._bench = bench
+    def __init__(self, context: AgentContext, fleet: Fleet | None, report: Callable[[str], None]) -> None:
+        self._context = context
         self._fleet = fleet
         self._report = report
         self._due: dict[str, float] = {}
@@ -72,18 +72,18 @@ class Reruns:
         """Wait on for those that an earlier run of the node has left waiting."""
         left: dict[str, float] = {}
         try:
-            waiting = self._bench.queue.waiting(Kind.RUN, self._bench.config.node_id)
+            waiting = self._context.queue.waiting(Kind.RUN, self._context.config.node_id)
             left = {task.job_id: max(0.0, due_s) for task, due_s in waiting}
         except QueueError as error:
-            self._bench.warn("times of retries not read", error)
+            self._context.warn("times of retries not read", error)
         for job_id in job_ids:
             self._due[job_id] = clock.now() + left.get(job_id, 0.0)
-            self._bench.show(job_id, State.RETRY_WAIT)
+            self._context.show(job_id, State.RETRY_WAIT)
 
     def settle(self, job_id: str) -> None:
         """Decide about a job whose attempt is over; its outcome is on disk. Raises OSError: not now."""
         try:
-            with self._bench.records.open(job_id) as job:
+            with self._context.records.open(job_id) as job:
                 outcome = job.outcome()
                 where, most = self._judge(job, outcome)
                 if outcome is not None and where is Where.HERE:
@@ -91,11 +91,11 @@ class Reruns:
                     return
         except RecordError as error:
             # Whatever it is, to try to report it is never wrong.
-            self._bench.warn("cannot decide about job", error, job_id=job_id)
+            self._context.warn("cannot decide about job", error, job_id=job_id)
             where = None
         if where is Where.ELSEWHERE and outcome is not None and self._fleet is not None:
             call = partial(self._hand_on, self._fleet, job_id, outcome, most)
-            self._bench.start("queue", call, partial(self._handed_on, job_id, outcome))
+            self._context.start("queue", call, partial(self._handed_on, job_id, outcome))
         else:
             self._report(job_id)
 
@@ -106,7 +106,7 @@ class Reruns:
             policy = job.manifest().retry
         except RecordError:
             policy = RetryPolicy()
-        most = self._bench.config.queue.max_attempts
+        most = self._context.config.queue.max_attempts
         where = next_attempt(
             outcome.code if outcome else None,
             started=state.started,
@@ -120,7 +120,7 @@ class Reruns:
         return where, policy.max_attempts if state.started else most
 
     def _again(self, job: JobDir, outcome: Outcome, most: int) -> None:
-        bench, bounds = self._bench, self._bench.config.heartbeat.backoff
+        context, bounds = self._context, self._context.config.heartbeat.backoff
         try:
             state = job.try_again(note=outcome.message)
         except OSError:
@@ -131,10 +131,10 @@ class Reruns:
         pause = pause_before(state.attempt, bounds.min_s, bounds.max_s, self._rng)
         self._due[job.job_id] = clock.now() + pause
         # What is noted is the attempt that has failed: the next one may always be made.
-        task = Task(Kind.RUN, job.job_id, bench.config.node_id, 1, 0, outcome.message)
-        self._note(partial(bench.queue.put, task, pause))
-        bench.count("retries", str(outcome.code))
-        bench.log.info(
+        task = Task(Kind.RUN, job.job_id, context.config.node_id, 1, 0, outcome.message)
+        self._note(partial(context.queue.put, task, pause))
+        context.count("retries", str(outcome.code))
+        context.log.info(
             "job is tried again",
             job_id=job.job_id,
             code=outcome.code,
@@ -142,50 +142,50 @@ class Reruns:
             of=most,
             in_s=round(pause, 1),
         )
-        bench.show(job.job_id, State.RETRY_WAIT, outcome=outcome)
+        context.show(job.job_id, State.RETRY_WAIT, outcome=outcome)
 
     def begun(self, job_id: str) -> None:
         """Forget what was noted of a job that waited."""
-        self._note(partial(self._bench.queue.remove, Kind.RUN, job_id))
+        self._note(partial(self._context.queue.remove, Kind.RUN, job_id))
 
     def _note(self, call: Callable[[], object]) -> None:
-        self._bench.start("queue", call, self._noted)
+        self._context.start("queue", call, self._noted)
 
     def _noted(self, future: Future[object]) -> None:
         if isinstance(error := future.exception(), Exception):
             # After a restart the job is tried at once then, which loses nothing.
-            self._bench.warn("time of a retry not noted", error)
+            self._context.warn("time of a retry not noted", error)
 
     # --- another node's ------------------------------------------------------------------------------------
 
     def _hand_on(self, fleet: Fleet, job_id: str, outcome: Outcome, most: int) -> str:
         """Give the job to the fleet and end it here; runs in a thread."""
-        bench = self._bench
-        with bench.records.open(job_id) as job:
+        context = self._context
+        with context.records.open(job_id) as job:
             how = "handed_on" if fleet.hand_on(job, outcome, most) else "lost"
             job.move(State.UPLOADING)
             state = job.move(State.FAILED, delivery=how)
-        bench.book(account_of(outcome, state, state.runner, how, log_too=bench.log_too))
+        context.book(account_of(outcome, state, state.runner, how, log_too=context.log_too))
         return how
 
     def _handed_on(self, job_id: str, outcome: Outcome, future: Future[str]) -> None:
-        bench = self._bench
+        context = self._context
         try:
             how = future.result()
         except (MinerError, OSError) as error:
             # The coordinator may have another node for it; to be asked is better than to wait for the fleet.
-            bench.warn("job not handed on", error, job_id=job_id)
+            context.warn("job not handed on", error, job_id=job_id)
             self._report(job_id)
             return
-        bench.log.info("job left to the fleet", job_id=job_id, code=outcome.code, how=how)
-        bench.show(job_id, State.FAILED, outcome=outcome)
+        context.log.info("job left to the fleet", job_id=job_id, code=outcome.code, how=how)
+        context.show(job_id, State.FAILED, outcome=outcome)
 
 
-class OnDemand:
+class RetryOnDemand:
     """Tells the supervisor, for each job that it is asked about, what comes of it."""
 
-    def __init__(self, bench: Workbench, fleet: Fleet | None, reruns: Reruns, reporter: Reporter) -> None:
-        self._bench = bench
+    def __init__(self, context: AgentContext, fleet: Fleet | None, reruns: Retries, reporter: DeliveryQueue) -> None:
+        self._context = context
         self._fleet = fleet
         self._reruns = reruns
         self._reporter = reporter
@@ -198,21 +198,21 @@ class OnDemand:
         elif job_id in self._reporter:
             self._reporter.hurry()
             self._tell(Retried(job_id, f"the report of job {job_id} is sent again now"))
-        elif self._fleet is not None and not self._bench.records.known(job_id):
+        elif self._fleet is not None and not self._context.records.known(job_id):
             call = partial(self._fleet.requeue, job_id)
-            self._bench.start("queue", call, partial(self._requeued, job_id))
+            self._context.start("queue", call, partial(self._requeued, job_id))
         else:
             self._tell(self._retry_dead(job_id))
 
     def _tell(self, said: Retried) -> None:
-        self._bench.channel.send(said)
+        self._context.channel.send(said)
 
     def _retry_dead(self, job_id: str) -> Retried:
-        bench = self._bench
+        context = self._context
         try:
             if self._reporter.take_back(job_id):
                 return Retried(job_id, f"the report of job {job_id}, which was refused, is sent once more")
-            with bench.records.open(job_id) as job:
+            with context.records.open(job_id) as job:
                 state = job.state().state
         except (MinerError, OSError) as error:
             return Retried(job_id, f"cannot retry job {job_id}: {error}", done=False)

@@ -9,10 +9,10 @@ from typing import BinaryIO
 import msgspec
 
 from aitbc_miner.ctl.pages import Paint, amount
-from aitbc_miner.store.ledger import JobAccount, Total, Totals
+from aitbc_miner.store.ledger import LedgerRow, Total, Totals
 from aitbc_miner.util.terminal import duration, pad, size, visible
 
-COLUMNS = tuple(name for name in JobAccount.__struct_fields__ if name != "finished")
+COLUMNS = tuple(name for name in LedgerRow.__struct_fields__ if name != "finished")
 """All but the node's own time, which means nothing to anybody else."""
 NAME = 24
 # A spreadsheet takes what begins so for a formula; the wide forms are the same letters to some of them.
@@ -29,9 +29,9 @@ def read_totals(file: BinaryIO) -> Totals:
     return msgspec.json.decode(file.readline(), type=Totals)
 
 
-def read_rows(file: BinaryIO) -> Iterator[JobAccount]:
+def read_rows(file: BinaryIO) -> Iterator[LedgerRow]:
     """Read the lines after the first; raises as `read_totals`."""
-    decoder = msgspec.json.Decoder(JobAccount)
+    decoder = msgspec.json.Decoder(LedgerRow)
     return map(decoder.decode, file)
 
 
@@ -81,7 +81,7 @@ def _time(seconds: float | None) -> str:
     return duration(seconds) if seconds >= 60 else f"{seconds:.1f}s"
 
 
-def csv_lines(rows: Iterable[JobAccount]) -> Iterator[str]:
+def csv_lines(rows: Iterable[LedgerRow]) -> Iterator[str]:
     """Write one line a job, and a head; texts of strangers can be neither further lines nor formulas."""
     yield _csv_line(COLUMNS)
     for row in rows:
@@ -101,7 +101,7 @@ def _cell(value: object) -> str:
     return f"'{text}" if isinstance(value, str) and text.lstrip().startswith(FORMULA) else text
 
 
-def json_lines(since_s: float, totals: Totals, rows: Iterable[JobAccount]) -> Iterator[str]:
+def json_lines(since_s: float, totals: Totals, rows: Iterable[LedgerRow]) -> Iterator[str]:
     """Write one JSON document in ASCII, with the totals and each job on a line of its own."""
     yield f'{{"since_s": {json.dumps(since_s)},'
     yield f'"totals": {json.dumps(msgspec.to_builtins(totals))},'

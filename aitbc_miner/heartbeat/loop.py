@@ -56,7 +56,7 @@ from aitbc_miner.telemetry.metrics import Metrics, Snapshot, Upkeep
 from aitbc_miner.telemetry.pages import Served
 from aitbc_miner.telemetry.sampling import GpuWatch, Sampler, inventory
 from aitbc_miner.util import clock
-from aitbc_miner.util.backoff import Backoff, Schedule
+from aitbc_miner.util.backoff import Backoff, BeatSchedule
 from aitbc_miner.util.log import events
 from aitbc_miner.util.web import Proxy
 
@@ -102,7 +102,7 @@ class HeartbeatProcess:
         rng = random.Random()  # noqa: S311  # spreads load, protects nothing
         beat, pause = config.heartbeat, config.heartbeat.backoff
         backoff = Backoff(pause.min_s, pause.max_s, rng)
-        self._schedule = Schedule(beat.interval_s, beat.jitter_pct, backoff, rng, self._started)
+        self._schedule = BeatSchedule(beat.interval_s, beat.jitter_pct, backoff, rng, self._started)
         self._sampler = Sampler()
         self._sample_due = self._started
         self._inventory: Inventory | None = None

@@ -53,7 +53,7 @@ _ADDED = {"units": "REAL", "price": "REAL", "receipt": "TEXT"}
 """Columns that databases of earlier versions lack."""
 
 
-class JobAccount(Struct, frozen=True):
+class LedgerRow(Struct, frozen=True):
     """What one job came to and cost; None where this machine cannot tell.
 
     `code` is None for a job that did what it was asked to. `delivery` is what became of its report:
@@ -138,10 +138,10 @@ def account_of(
     receipt: "Receipt | None" = None,
     *,
     log_too: bool = True,
-) -> JobAccount:
+) -> LedgerRow:
     """Make the row of a job whose report is settled."""
     usage = outcome.usage
-    return JobAccount(
+    return LedgerRow(
         job_id=outcome.job_id,
         slot=outcome.slot or state.slot,
         runner=runner,
@@ -169,11 +169,11 @@ _RECEIPTS = (
     "count(*) FILTER (WHERE receipt = 'verified'), sum(units) FILTER (WHERE receipt = 'verified'),"
     " sum(price) FILTER (WHERE receipt = 'verified'), count(*) FILTER (WHERE receipt = 'unverified')"
 )
-_COLUMNS = JobAccount.__struct_fields__
+_COLUMNS = LedgerRow.__struct_fields__
 _LISTED = ", ".join(_COLUMNS)
 
 
-class Accounts:
+class Ledger:
     """The rows of a database. Every method may be called from any thread and raises DatabaseError."""
 
     def __init__(self, database: "Database", *, read_only: bool = False) -> None:
@@ -187,7 +187,7 @@ class Accounts:
             # Who only looks cannot change one of an earlier version.
             self._has_receipts = _columns(connection) >= _ADDED.keys()
 
-    def enter(self, row: JobAccount) -> bool:
+    def enter(self, row: LedgerRow) -> bool:
         """Enter a row and count its job; False, and nothing changes, when the job has one already.
 
         It is finished now, unless the row says when.
@@ -253,16 +253,16 @@ class Accounts:
         with self._database.writing() as connection:
             connection.execute("UPDATE accounts SET delivery = ? WHERE job_id = ?", (REOPENED, job_id))
 
-    def latest(self, n: int) -> list[JobAccount]:
+    def latest(self, n: int) -> list[LedgerRow]:
         """Give the rows of the jobs that were settled last, the newest last."""
         return list(self._select("ORDER BY finished DESC, rowid DESC LIMIT ?", n))[::-1]
 
-    def of(self, job_id: str) -> JobAccount | None:
+    def of(self, job_id: str) -> LedgerRow | None:
         """Give a job's row, if it has one."""
         rows = list(self._select("WHERE job_id = ?", job_id))
         return rows[0] if rows else None
 
-    def rows(self, since_s: float | None = None) -> Iterator[JobAccount]:
+    def rows(self, since_s: float | None = None) -> Iterator[LedgerRow]:
         """Give the rows of the last so many seconds, or all, the newest last.
 
         Nobody else gets at the database object before the last one is taken.
@@ -365,12 +365,12 @@ class Accounts:
     def _edge(self, ago_s: float | None) -> float:
         return -1.0 if ago_s is None else self._database.now() - ago_s
 
-    def _select(self, rest: str, value: float | str) -> Iterator[JobAccount]:
+    def _select(self, rest: str, value: float | str) -> Iterator[LedgerRow]:
         # Those that were added are the last ones, and have defaults.
         listed = _LISTED if self._has_receipts else ", ".join(_COLUMNS[: -len(_ADDED)])
         with self._database.reading() as connection:
             for row in connection.execute(f"SELECT {listed} FROM accounts {rest}", (value,)):  # noqa: S608
-                yield JobAccount(*row)
+                yield LedgerRow(*row)
 
 
 def _columns(connection: "sqlite3.Connection") -> set[str]:

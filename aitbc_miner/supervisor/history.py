@@ -1,6 +1,6 @@
 """Reads the history of jobs from the node's database, and writes it down for `aitbc-minerctl`.
 
-A line of JSON with the `Totals` and, where they are asked for, one with the `JobAccount` of each job.
+A line of JSON with the `Totals` and, where they are asked for, one with the `LedgerRow` of each job.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import msgspec
 from aitbc_miner.control.protocol import Request
 from aitbc_miner.errors import MinerError
 from aitbc_miner.store.database import Database, DatabaseError
-from aitbc_miner.store.ledger import Accounts, Totals
+from aitbc_miner.store.ledger import Ledger, Totals
 
 MAX_BYTES = 128 << 20
 """Of memory for one answer, some 300,000 jobs."""
@@ -24,7 +24,7 @@ def read_history(path: Path, request: Request, out: BinaryIO, *, still: bool = F
     """
     try:
         if path.exists():
-            _write(Accounts(Database(path, read_only=True, still=still), read_only=True), request, out)
+            _write(Ledger(Database(path, read_only=True, still=still), read_only=True), request, out)
         else:
             _line(out, Totals())
         out.flush()
@@ -38,7 +38,7 @@ def read_history(path: Path, request: Request, out: BinaryIO, *, still: bool = F
     return ""
 
 
-def _write(accounts: Accounts, request: Request, out: BinaryIO) -> None:
+def _write(accounts: Ledger, request: Request, out: BinaryIO) -> None:
     if not accounts.there:
         _line(out, Totals())
         return

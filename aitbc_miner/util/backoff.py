@@ -34,7 +34,7 @@ def jittered(interval: float, pct: float, rng: random.Random) -> float:
     return interval * (1 + rng.uniform(-pct, pct) / 100)
 
 
-class Schedule:
+class BeatSchedule:
     """When the next beat is due (`due`): on a fixed grid with jitter, or after a backoff when one failed.
 
     Being late moves nothing, so lateness does not add up; what was missed, as in a suspend, is left out.

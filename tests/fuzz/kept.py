@@ -18,7 +18,7 @@ from aitbc_miner.jobs import ArtifactSpec, Outcome, StateRecord
 from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store.database import Database, DatabaseError
-from aitbc_miner.store.ledger import Accounts, JobAccount
+from aitbc_miner.store.ledger import Ledger, LedgerRow
 from aitbc_miner.store.ledger import Totals as Sums
 from aitbc_miner.store.records import MANIFEST, OUTCOME, STATE, RecordError, Records, pretty
 from aitbc_miner.supervisor.adoption import WorkerBook, WorkerName
@@ -79,12 +79,12 @@ def database() -> bytes:
     with directory() as where:
         path = where / "queue.db"
         made = Database(path)
-        queue, accounts = SqliteQueue(made), Accounts(made)
+        queue, accounts = SqliteQueue(made), Ledger(made)
         for number in range(3):
             queue.put(Task(Kind.RUN, f"job-{number}", "node", 1, 3, "its node was lost", b'{"a":1}'), 0.0)
             queue.bury(Task(Kind.REPORT, f"job-{number}", "node", reason="refused"))
             accounts.enter(
-                JobAccount(
+                LedgerRow(
                     f"job-{number}",
                     "cpu0",
                     "cli",
@@ -135,7 +135,7 @@ def _databases() -> Iterator[Check]:
 
 
 def _use(database: Database) -> None:
-    queue, accounts = SqliteQueue(database), Accounts(database)
+    queue, accounts = SqliteQueue(database), Ledger(database)
     assert database.now() >= 0
     for task in (
         *queue.due("node", 10),
@@ -149,7 +149,7 @@ def _use(database: Database) -> None:
     accounts.settled(), accounts.finished_counts(), accounts.expired(1.0, 1.0, 5)
     # What the operator's command makes of them.
     sent = msgspec.json.decode(msgspec.json.encode(sums), type=Sums)
-    again = [msgspec.json.decode(msgspec.json.encode(row), type=JobAccount) for row in rows]
+    again = [msgspec.json.decode(msgspec.json.encode(row), type=LedgerRow) for row in rows]
     for text in (
         history_page(sent, 1.0, lambda text, _: text),
         *csv_lines(again),

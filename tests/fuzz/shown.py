@@ -27,7 +27,7 @@ from aitbc_miner.errors import JobError
 from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Artifact, Outcome, State
 from aitbc_miner.runners.interface import last_line, printable
-from aitbc_miner.store.ledger import JobAccount, Totals
+from aitbc_miner.store.ledger import LedgerRow, Totals
 from aitbc_miner.util.log import MASK, Formatter
 from aitbc_miner.util.terminal import visible
 from aitbc_miner.worker.artifacts import check_path
@@ -255,7 +255,7 @@ TARGETS = (
     ),
     Target(
         "history",
-        joined(mutated(encoded(Totals), JSON), mutated(encoded(JobAccount), JSON)),
+        joined(mutated(encoded(Totals), JSON), mutated(encoded(LedgerRow), JSON)),
         simply(_history),
     ),
     Target("client", ANSWERS, _client),
