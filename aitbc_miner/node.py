@@ -4,7 +4,6 @@ import fcntl
 import os
 import socket
 import sys
-from collections.abc import Callable
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -72,7 +71,7 @@ def run_node(path: Path, config: Config, warnings: list[str]) -> int:
 
     `config` is what the file `path` says; a reload reads that again.
     """
-    formatter = log.configure(
+    log.configure(
         config.node_id,
         level=config.logging.level,
         # Whoever runs it at a terminal reads it himself.
@@ -82,7 +81,7 @@ def run_node(path: Path, config: Config, warnings: list[str]) -> int:
     events = log.events("supervisor")
     try:
         become_subreaper()
-        node = Node(path, config, formatter.add_secret)
+        node = Node(path, config)
         for line in [*warnings, *node.notices]:
             events.warning("notice", text=line)
         supervisor = Supervisor(node.parts(), Notifier(os.environ))
@@ -105,10 +104,9 @@ def run_node(path: Path, config: Config, warnings: list[str]) -> int:
 class Node:
     """What does not change while the node runs, and how each kind of child begins."""
 
-    def __init__(self, path: Path, config: Config, mask: Callable[[str], None]) -> None:
+    def __init__(self, path: Path, config: Config) -> None:
         self._path = path
         self._config = config
-        self._mask = mask
         found = find_cgroups(config)
         self._facts = read_machine(found.home)
         self._specs, faults = slots_for(config.slots_dir, self._facts)
@@ -284,9 +282,9 @@ class Node:
         early = credential_of_root(self._config.queue.password or "", os.environ)
         proxy, input_proxy = self._proxies()
         self._become_service()
-        shared = open_shared(self._config, os.environ, self._mask, early)
+        shared = open_shared(self._config, os.environ, early)
         coordinator = connect(self._config, None, proxy)
-        Agent(channel, line, self._config, coordinator, self._mask, shared, input_proxy).run()
+        Agent(channel, line, self._config, coordinator, shared, input_proxy).run()
 
     def _be_heartbeat(self, pipe: "Connection[Any, Any]") -> None:
         channel: Channel[ToHeartbeat] = Channel(pipe, ToHeartbeat)
@@ -294,15 +292,14 @@ class Node:
         early = credential_of_root(self._config.coordinator.auth_token, os.environ)
         proxy, _ = self._proxies()
         self._become_service()
-        config, mask = self._config, self._mask
-        run_heartbeat(channel, line, config, os.environ, mask, early=early, proxy=proxy)
+        run_heartbeat(channel, line, self._config, os.environ, early=early, proxy=proxy)
 
     def _proxies(self) -> tuple[Proxy | None, Proxy | None]:
         """Make the coordinator's proxy and that of inputs, while we can read all credentials."""
         there, inputs = self._config.coordinator, self._config.inputs
         return (
-            proxy_of(there.proxy, there.proxy_auth, os.environ, self._mask),
-            proxy_of(inputs.proxy, inputs.proxy_auth, os.environ, self._mask),
+            proxy_of(there.proxy, there.proxy_auth, os.environ),
+            proxy_of(inputs.proxy, inputs.proxy_auth, os.environ),
         )
 
     def _read_history(self, request: Request, memory: int, pipe: "Connection[Any, Any]") -> None:

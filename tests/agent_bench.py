@@ -12,8 +12,14 @@ from msgspec.structs import replace
 from mute_coordinator import MuteCoordinator
 from test_intake import CONFIG, pulled
 
+from aitbc_miner.agent.admission_queue import AdmissionQueue
+from aitbc_miner.agent.anchor import Anchor
 from aitbc_miner.agent.context import AgentContext
+from aitbc_miner.agent.delivery_queue import DeliveryQueue
+from aitbc_miner.agent.fleet import Fleet
+from aitbc_miner.agent.job_table import Stage
 from aitbc_miner.agent.node_token import TokenLine
+from aitbc_miner.agent.retries import Retries
 from aitbc_miner.config.settings import Config, GiveUp, Queue, Workspace
 from aitbc_miner.coordinator.interface import PulledJob, PullFilters, Told
 from aitbc_miner.errors import ErrorCode
@@ -32,6 +38,13 @@ TOKEN = "node-t0ken"
 NODE = "node-a"
 OFFER = Offer("cpu0", "cpu", 4, 4096, 0, ("cli",))
 FREE = Slots([SlotView(OFFER, SlotState.IDLE, free=True)], [], accepting=True)
+
+
+def in_slot(job_id: str) -> Slots:
+    """Give the word of a supervisor whose only slot has a job."""
+    return Slots([SlotView(OFFER, SlotState.BUSY, free=False, job_id=job_id)], [], accepting=True)
+
+
 LARGE = Artifact("a", "artifacts/0000", 50_000_000, "0" * 64)
 PATIENCE_S = 20.0
 
@@ -164,10 +177,32 @@ class Desk(Around):
         super().__init__()
         config = config_in(directory)
         database = Database(config.queue.path)
-        token = TokenLine(self.line, self.coordinator, lambda _: None)
-        self.context = AgentContext(
+        token = TokenLine(self.line, self.coordinator)
+        self.context = context = AgentContext(
             config, self.channel, self.coordinator, token, Ledger(database), SqliteQueue(database)
         )
+        self.jobs = context.jobs
+        self.stopping = threading.Event()
+        self.fleet = self.make_fleet()
+        self.anchor = Anchor(context, database)
+        self.delivery = DeliveryQueue(context, self.fleet)
+        self.retries = Retries(context, self.fleet, self.delivery)
+        self.admission = AdmissionQueue(
+            context, self.fleet, self.anchor, self.retries, self.delivery, self.stopping
+        )
+
+    def make_fleet(self) -> Fleet | None:
+        """Give the node's part in a fleet; a test that has one says here which."""
+        return None
+
+    def among(self, *stages: Stage) -> list[str]:
+        """Name the jobs in some stages."""
+        return [entry.job_id for entry in self.jobs.among(*stages)]
+
+    def close(self) -> None:
+        """End all threads and close all descriptors."""
+        self.stopping.set()
+        super().close()
 
     def record(self, job_id: str = "j1", *steps: State, **more: object) -> None:
         """Record a job, and how far it has come; `more` is for its manifest."""

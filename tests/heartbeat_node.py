@@ -85,12 +85,11 @@ class Node:
         our_line, their_line = socket.socketpair()
         self.supervisor: Channel[FromHeartbeat] = Channel(ours, FromHeartbeat)
         self.agent: Channel[PrivateLine] = Channel(our_line, PrivateLine)
-        self.secrets: list[str] = []
         self.received: list[Any] = []
         self._theirs = (theirs, their_line)
         channel: Channel[ToHeartbeat] = Channel(theirs, ToHeartbeat)
         line: Channel[PrivateLine] = Channel(their_line, PrivateLine)
-        arguments = (channel, line, replace(config, node_id="node-1"), environ, self.secrets.append)
+        arguments = (channel, line, replace(config, node_id="node-1"), environ)
         self.thread = threading.Thread(target=run_heartbeat, args=arguments, kwargs={"timing": timing})
 
     def __enter__(self) -> Self:

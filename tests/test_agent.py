@@ -11,6 +11,7 @@ from msgspec.structs import replace
 from test_intake import pulled
 
 from aitbc_miner.agent.admission import Admission
+from aitbc_miner.agent.job_table import Stage
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.agent.pull import MAX_KNOWN
 from aitbc_miner.config.settings import Config, Heartbeat
@@ -21,6 +22,7 @@ from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.ipc.messages import (
     CancelJob,
     Counted,
+    JobProgress,
     JobReady,
     JobSettled,
     JobUpdate,
@@ -48,20 +50,31 @@ class Rig(Around):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.agent = Agent(self.channel, self.line, config, self.coordinator, lambda _: None)
+        self.agent = Agent(self.channel, self.line, config, self.coordinator)
         self.context = self.agent._context
 
     def turn(self, done: Callable[[], object]) -> None:
         """Turn the loop, but for its waiting, until something is so."""
 
         def over() -> object:
-            self.agent._retry_due()
-            for part in self.agent._parts():
-                part.start_due()
-            self.agent._start_progress()
+            self.agent.turn()
             return done()
 
         self.turn_until(over)
+
+    def stage(self, job_id: str) -> Stage:
+        return self.context.jobs.stage(job_id)
+
+    def says(self, job_id: str) -> None:
+        """Have a job that is ours say something that is due to be passed on."""
+        jobs = self.context.jobs
+        if job_id not in jobs:
+            jobs.move(job_id, Stage.RUNNING)
+        self.agent._obey(JobProgress(job_id, 1.0, ""))
+        entry = jobs.get(job_id)
+        assert entry is not None
+        assert entry.progress is not None
+        entry.progress.due = clock.now() - 10
 
     def close(self) -> None:
         self.agent._stopping.set()
@@ -71,6 +84,8 @@ class Rig(Around):
 @pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Rig]:
     made = Rig(config_in(tmp_path))
+    made.agent._recover()
+    made.said()
     yield made
     made.close()
 
@@ -120,8 +135,8 @@ def test_no_reply_ends_the_agent(rig: Rig, error: Exception, caplog: pytest.LogC
     rig.register()
     agent._obey(FREE)
     record(rig)
-    agent._report("j1")
-    agent._progress.note("j2", 1.0, "", clock.now() - 10)
+    agent._delivery.add("j1")
+    rig.says("j2")
     rig.turn(lambda: not any(rig.coordinator.answers.values()))
     foreseen = isinstance(error, CoordinatorError | OSError)
     said = {"pull failed", "report not accepted"} | (
@@ -129,12 +144,12 @@ def test_no_reply_ends_the_agent(rig: Rig, error: Exception, caplog: pytest.LogC
     )
     rig.turn_until(lambda: said <= set(failed_so_far(caplog)))
     # Tried again, but not at once.
-    for part in (agent._puller, agent._reporter):
+    for part in (agent._puller, agent._delivery):
         due = part.next_due()
         assert due is not None
         assert due > before
-    assert "j1" in agent._reporter
-    assert "j2" in agent._progress
+    assert rig.stage("j1") is Stage.REPORTING
+    assert "j2" in rig.context.jobs.ours()
     tracebacks = sum(bool(each.exc_info) for each in caplog.records if each.levelno >= logging.WARNING)
     assert tracebacks == (0 if foreseen else 3)
 
@@ -150,11 +165,11 @@ def test_nothing_is_pulled_while_what_was_pulled_cannot_be_taken_in(
     rig.register()
     rig.agent._obey(FREE)
     rig.coordinator.jobs = [pulled()]
-    rig.turn(lambda: rig.coordinator.asked and rig.agent._taker.troubled_until() > clock.now())
+    rig.turn(lambda: rig.coordinator.asked and rig.agent._admission.troubled_until > clock.now())
     rig.turn_until(lambda: rig.agent._puller.next_due() is not None)
-    assert rig.agent._puller.next_due() == rig.agent._taker.troubled_until()
+    assert rig.agent._puller.next_due() == rig.agent._admission.troubled_until
     # What is not on disk comes from the coordinator once more: it is not called known.
-    assert rig.agent._known() == []
+    assert rig.context.jobs.names() == []
 
 
 def test_a_job_whose_record_is_in_the_way_ends_nothing(rig: Rig) -> None:
@@ -165,7 +180,7 @@ def test_a_job_whose_record_is_in_the_way_ends_nothing(rig: Rig) -> None:
     rig.agent._obey(FREE)
     rig.coordinator.jobs = [pulled()]
     rig.turn(lambda: rig.coordinator.asked and rig.agent._puller.next_due())
-    rig.agent._settle(JobSettled("j1", "its worker ended"))
+    rig.agent._obey(JobSettled("j1", "its worker ended"))
     assert any(isinstance(each, JobUpdate) for each in rig.said())
 
 
@@ -173,10 +188,10 @@ def test_a_job_whose_record_is_in_the_way_ends_nothing(rig: Rig) -> None:
 
 
 def test_an_unregistered_agent_waits(rig: Rig) -> None:
-    rig.agent._pruning.start_due()
+    rig.agent.turn()
     record(rig)
-    rig.agent._report("j1")
-    rig.agent._progress.note("j1", 1.0, "", clock.now() - 10)
+    rig.agent._delivery.add("j1")
+    rig.says("j2")
     assert rig.agent._pause() > 1
     rig.register()
     assert rig.agent._pause() == 0
@@ -197,19 +212,18 @@ def test_a_refused_token_is_named_and_not_told(rig: Rig) -> None:
 def test_the_coordinator_is_told_of_all_that_is_here(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("aitbc_miner.agent.pull.MAX_UNREPORTED", 2 * MAX_KNOWN)
     agent = rig.agent
-    agent._assignments.asked = True
+    agent._reconciler.asked = True
     for number in range(MAX_KNOWN + 10):
-        agent._reporter.add(f"old-{number}")
-    agent._progress.began("runs", clock.now())
-    agent._reporter.add("runs")
-    agent._reruns.hurry("waits")
-    agent._taker.resume(["resumed"])
+        agent._delivery.add(f"old-{number}")
+    agent._admission.resume(["resumed"])
+    agent._retries.recovered(["waits"])
+    rig.context.jobs.move("runs", Stage.RUNNING)
     rig.register()
     agent._obey(FREE)
     agent._puller.start_due()
     rig.turn_until(lambda: rig.coordinator.asked)
     known = rig.coordinator.asked[0].known
-    assert known[:4] == ["resumed", "runs", "waits", f"old-{MAX_KNOWN + 9}"]
+    assert known[:4] == ["resumed", "waits", "runs", f"old-{MAX_KNOWN + 9}"]
     assert len(known) == len(set(known)) == MAX_KNOWN
 
 
@@ -218,17 +232,17 @@ def test_a_job_that_is_done_is_not_run_again(rig: Rig, swept: bool) -> None:
     rig.register()
     rig.agent._obey(FREE)
     record(rig)
-    rig.agent._report("j1")
-    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    rig.agent._delivery.add("j1")
+    rig.turn(lambda: rig.stage("j1") is not Stage.REPORTING)
     if swept:
         rig.context.records.set_aside("j1")
     before = len(rig.coordinator.told)
     rig.coordinator.jobs = [pulled()]
-    assert not rig.agent._accept(pulled())
+    assert not rig.agent._admission.accept(pulled())
     # Its report is said once more, if there is one.
-    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    rig.turn(lambda: rig.stage("j1") is not Stage.REPORTING)
     assert rig.coordinator.told[before:] == ([] if swept else [("result", "j1")])
-    assert "j1" not in rig.agent._taker
+    assert rig.stage("j1") is Stage.GONE
 
 
 # --- one job -----------------------------------------------------------------------------------------------
@@ -236,7 +250,7 @@ def test_a_job_that_is_done_is_not_run_again(rig: Rig, swept: bool) -> None:
 
 def test_a_job_is_ours_before_it_is_ready(rig: Rig) -> None:
     rig.agent._obey(FREE)
-    assert rig.agent._accept(pulled())
+    assert rig.agent._admission.accept(pulled())
     said: list[object] = []
 
     def ready() -> bool:
@@ -257,17 +271,17 @@ def test_a_job_is_cancelled_while_its_inputs_are_fetched(rig: Rig, by: str) -> N
     agent._obey(FREE)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/a"
-        agent._accept(pulled(input={"urls": [url]}))
-        rig.turn_until(lambda: "j1" in agent._progress)
+        agent._admission.accept(pulled(input={"urls": [url]}))
+        rig.turn_until(lambda: "j1" in rig.context.jobs.ours())
         if by == "an operator":
             agent._obey(CancelJob("j1", "cancel", by))
         else:
             rig.register()
             rig.coordinator.wants_end = True
-            agent._progress.note("j1", 0.0, "", clock.now() - 10)
-            agent._start_progress()
-        rig.turn_until(lambda: "j1" in agent._reporter)
-    assert "j1" not in agent._progress
+            rig.says("j1")
+            agent._progress.start_due()
+        rig.turn_until(lambda: rig.stage("j1") is Stage.REPORTING)
+    assert "j1" not in rig.context.jobs.ours()
     with rig.context.records.open("j1") as job:
         outcome = job.outcome()
     assert outcome is not None
@@ -278,13 +292,21 @@ def test_a_job_is_cancelled_while_its_inputs_are_fetched(rig: Rig, by: str) -> N
 def test_an_accepted_report_is_over(rig: Rig) -> None:
     rig.register()
     record(rig)
-    rig.agent._report("j1")
-    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    rig.agent._delivery.add("j1")
+    rig.turn(lambda: rig.stage("j1") is not Stage.REPORTING)
     assert rig.shown() == [State.UPLOADING, State.DONE]
     assert rig.context.ledger.knows("j1")
 
 
 # --- the start ---------------------------------------------------------------------------------------------
+
+
+EXPECTED = {
+    Stage.RESUMING: {"new"},
+    Stage.RETRY_WAIT: {"waits"},
+    Stage.RUNNING: {"runs"},
+    Stage.REPORTING: {"sends", "ended"},
+}
 
 
 def test_each_job_goes_on_where_it_was(left: Desk, started: Callable[[], Rig]) -> None:
@@ -301,10 +323,10 @@ def test_each_job_goes_on_where_it_was(left: Desk, started: Callable[[], Rig]) -
         job.move(State.DONE, delivery="accepted")
     (left.context.records.root / "torn").mkdir()
     rig = started()
-    agent = rig.agent
-    assert agent._taker.ids() == ["new"]
-    assert set(agent._reporter.newest()) == {"sends", "ended"}
-    assert agent._reruns.ids() == ["waits"]
+    jobs = rig.context.jobs
+    for stage, job_ids in EXPECTED.items():
+        assert {entry.job_id for entry in jobs.among(stage)} == job_ids
+    assert jobs.ours() == {"waits", "runs"}
     # The node died between the coordinator's word and the books.
     assert rig.context.ledger.knows("done")
     said = rig.said()
@@ -345,8 +367,8 @@ def refused(rig: Rig) -> None:
     rig.register()
     record(rig)
     rig.coordinator.answers = {"result": [Refused("413", 413)], "fail": [Refused("400", 400)]}
-    rig.agent._report("j1")
-    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    rig.agent._delivery.add("j1")
+    rig.turn(lambda: rig.stage("j1") is not Stage.REPORTING)
     rig.note_all()
 
 
@@ -355,7 +377,7 @@ def test_a_refused_report_is_among_the_dead_and_can_be_sent_once_more(rig: Rig) 
     assert [(task.kind, task.job_id) for task in rig.context.queue.dead()] == [(Kind.REPORT, "j1")]
     assert rig.context.refused == 1
     assert retried(rig).done
-    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    rig.turn(lambda: rig.stage("j1") is not Stage.REPORTING)
     rig.note_all()
     assert [call for call, _ in rig.coordinator.told] == ["result", "fail", "result"]
     with rig.context.records.open("j1") as job:
@@ -389,7 +411,7 @@ def test_a_crash_while_a_report_is_taken_back_loses_neither(
     # As if nobody had asked; and it can be asked for again.
     assert retried(again).done
     again.register()
-    again.turn(lambda: "j1" not in again.agent._reporter)
+    again.turn(lambda: again.stage("j1") is not Stage.REPORTING)
     with again.context.records.open("j1") as job:
         assert job.state().delivery == "accepted"
 
@@ -398,20 +420,21 @@ def test_what_waits_is_tried_or_sent_now(rig: Rig) -> None:
     rig.register()
     record(rig)
     rig.coordinator.answers["result"] = [CoordinatorError("cannot report: 500")] * 2
-    rig.agent._report("j1")
-    rig.turn(lambda: not rig.agent._reporter._lanes["report"].running and rig.coordinator.told)
+    rig.agent._delivery.add("j1")
+    rig.turn(lambda: not rig.agent._delivery._lanes["report"].running and rig.coordinator.told)
     assert retried(rig).done
-    assert (rig.agent._reporter.next_due() or 0.0) <= clock.now()
-    rig.agent._reruns._due["j2"] = clock.now() + 1000
+    assert (rig.agent._delivery.next_due() or 0.0) <= clock.now()
+    rig.context.jobs.move("j2", Stage.RETRY_WAIT).due = clock.now() + 1000
     assert retried(rig, "j2").done
-    assert rig.agent._reruns.take_due(()) == ["j2"]
+    rig.agent._retries.start_due()
+    assert rig.stage("j2") is Stage.RESUMING
 
 
 def test_what_is_over_is_not_tried_again(rig: Rig) -> None:
     rig.register()
     record(rig)
-    rig.agent._report("j1")
-    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    rig.agent._delivery.add("j1")
+    rig.turn(lambda: rig.stage("j1") is not Stage.REPORTING)
     for job_id, why in {"j1": "it is DONE", "j2": "cannot open job j2"}.items():
         said = retried(rig, job_id)
         assert not said.done
@@ -426,8 +449,8 @@ def test_a_job_that_never_started_is_made_ready_again(left: Desk, started: Calla
     rig = started()
     rig.register()
     rig.agent._obey(FREE)
-    rig.agent._settle(JobSettled("j1", "its worker was killed"))
-    assert ("j1" in rig.agent._reruns, "j1" in rig.agent._reporter) == (True, False)
+    rig.agent._obey(JobSettled("j1", "its worker was killed"))
+    assert rig.stage("j1") is Stage.RETRY_WAIT
     said: list[object] = []
 
     def ready() -> bool:
@@ -443,10 +466,10 @@ def test_a_job_that_never_started_is_made_ready_again(left: Desk, started: Calla
 def test_a_job_that_was_started_is_reported_lost(left: Desk, started: Callable[[], Rig]) -> None:
     left.record("j1", State.ACKED, State.PREP, State.RUNNING)
     rig = started()
-    rig.agent._settle(JobSettled("j1", "its worker was killed"))
-    assert ("j1" in rig.agent._reruns, "j1" in rig.agent._reporter) == (False, True)
+    rig.agent._obey(JobSettled("j1", "its worker was killed"))
+    assert rig.stage("j1") is Stage.REPORTING
     rig.register()
-    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    rig.turn(lambda: rig.stage("j1") is not Stage.REPORTING)
     assert rig.coordinator.told == [("fail", "j1")]
 
 
@@ -479,8 +502,8 @@ def test_what_receipts_name_is_counted(rig: Rig) -> None:
     record(rig)
     receipt = Receipt({"receipt_id": "r"}, verified=True, units=12.5, price=0.25)
     rig.coordinator.result = lambda *_, **__: Told(receipt)  # type: ignore[method-assign]
-    rig.agent._report("j1")
-    rig.turn(lambda: "j1" not in rig.agent._reporter)
+    rig.agent._delivery.add("j1")
+    rig.turn(lambda: rig.stage("j1") is not Stage.REPORTING)
     said = rig.said()
     for name, n in (("receipts", 1), ("units", 12_500_000), ("price", 250_000)):
         assert Counted(name, "verified", n) in said  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ class Home:
         self.root.mkdir()
         self.kept: set[str] = set()
         self.told: list[str | None] = []
-        self.begun = 0
+        self.anchors: list[Anchor] = []
         self.now = 100.0
         self._patch = patch
         self._database = Database(folder / "queue.db")
@@ -35,12 +35,15 @@ class Home:
     def started(self) -> Anchor:
         """Start anew, with the same database."""
         self.context.homeless = None
-        self.anchor = Anchor(self.context, self._database, self._begin)
-        self.anchor.start()
+        self.anchor = Anchor(self.context, self._database)
+        self.anchors.append(self.anchor)
+        self.anchor.start_due()
         return self.anchor
 
-    def _begin(self) -> None:
-        self.begun += 1
+    @property
+    def begun(self) -> int:
+        """Count the starts after which the jobs could be read."""
+        return sum(anchor.found for anchor in self.anchors)
 
     def look(self) -> str | None:
         """Let the time pass until it looks again, and give what is wrong."""
@@ -121,7 +124,7 @@ def test_of_an_older_version_the_jobs_say_where_they_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Anchor, "start", lambda _: None)
+        patch.setattr(Anchor, "start_due", lambda _: None)
         home = Home(tmp_path, monkeypatch)
     home.kept = {"j1", "swept-meanwhile"}
     if there:

@@ -31,19 +31,17 @@ class Compared(Desk):
         self.cancelled: list[CancelJob] = []
         self.meanwhile: list[str] = []
         self.coordinator.assignments = self.answer  # type: ignore[method-assign]
-        self.list = Reconciler(
-            self.context,
-            lambda: self.ours | self.reporting,
-            lambda: set(self.ours),
-            self.accept,
-            self.repeated.append,
-            self.cancelled.append,
-        )
+        self.admission.accept = self.accept  # type: ignore[method-assign]
+        self.admission.cancel = self.cancelled.append  # type: ignore[method-assign,assignment]
+        self.delivery.repeat = self.repeated.append  # type: ignore[method-assign,assignment]
+        self.jobs.ours = lambda: set(self.ours)  # type: ignore[method-assign]
+        self.jobs.names = lambda: [*self.ours, *self.reporting]  # type: ignore[method-assign]
+        self.list = Reconciler(self.context, self.admission, self.delivery)
 
     def answer(self) -> Told | None:
         self.asks += 1
-        for job_id in self.meanwhile:
-            self.list.saw(job_id)
+        assert self.jobs.came is not None
+        self.jobs.came.update(self.meanwhile)
         if isinstance(self.told, Exception):
             raise self.told
         return self.told

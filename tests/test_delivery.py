@@ -13,15 +13,9 @@ from msgspec.structs import replace
 from mute_coordinator import MuteCoordinator
 
 from aitbc_miner.agent import delivery
-from aitbc_miner.agent.delivery import (
-    CALLED_FAILED,
-    REFUSED,
-    Delivered,
-    Lane,
-    declare,
-    settle,
-    take_back_refused,
-)
+from aitbc_miner.agent.delivery import Delivered
+from aitbc_miner.agent.delivery_queue import Lane
+from aitbc_miner.agent.outcomes import CALLED_FAILED, REFUSED, declare, settle, take_back_refused
 from aitbc_miner.config.settings import GiveUp
 from aitbc_miner.coordinator.interface import (
     ArtifactChanged,

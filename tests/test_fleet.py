@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 from agent_bench import FREE, NODE, OFFER, Desk, FlakyQueue, Time
 from msgspec.structs import replace
-from test_intake import pulled
+from test_intake import Stranger, pulled
 
-from aitbc_miner.agent.fleet import GIVE_UP_S, Fleet, FleetWatch, Seen
+from aitbc_miner.agent.fleet import GIVE_UP_S, Fleet, Seen
+from aitbc_miner.agent.fleet_watch import FleetWatch
+from aitbc_miner.agent.job_table import Stage
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.ipc.messages import Deliveries
+from aitbc_miner.ipc.messages import CancelJob, Deliveries
 from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.slots.placement import Offer
@@ -33,7 +35,7 @@ class Node:
         self.queue = queue
         self.records = Records(directory / name)
         self.records.root.mkdir(exist_ok=True)
-        self.fleet = Fleet(queue, name, LEASE_S)
+        self.fleet = Fleet(queue, name, LEASE_S, Stranger())
 
     def restarted(self) -> "Node":
         """Come back from the dead."""
@@ -454,21 +456,25 @@ def test_a_record_that_is_gone_by_then_hides_no_other(
 
 
 class Watching(Desk):
-    """A fleet watch, and what it told the agent."""
+    """A fleet watch, for a node with a free slot."""
 
     def __init__(self, directory: Path, fleet: Fleet) -> None:
+        self.node = fleet
         super().__init__(directory)
+        self.jobs.see(FREE)
+        self.watch = FleetWatch(self.context, fleet, self.admission, self.delivery)
         self.lost: list[str] = []
-        self.seen: list[Seen] = []
-        self.watch = FleetWatch(
-            self.context, fleet, lambda: [FREE.slots[0].offer], self.lost.append, self.seen.append
-        )
+
+    def make_fleet(self) -> Fleet:
+        return self.node
 
     def ask(self) -> None:
         """Ask the queue, and wait for what comes of it."""
         self.watch.start_due()
         assert self.watch.next_due() is None
         self.turn_until(lambda: self.watch.next_due() is not None)
+        self.told = self.said()
+        self.lost += [each.job_id for each in self.told if isinstance(each, CancelJob)]
 
 
 @pytest.fixture
@@ -499,7 +505,7 @@ def test_it_tells_what_is_lost_and_what_is_taken(desk: Watching, a: Node, b: Nod
     b.pulls("j2")
     b.hand_on("j2")
     desk.ask()
-    assert (desk.lost, desk.seen) == (["j1"], [Seen(["j2"], [])])
+    assert (desk.lost, desk.among(Stage.RESUMING)) == (["j1"], ["j2"])
     assert desk.context.records.known("j2")
 
 
@@ -508,7 +514,7 @@ def test_it_takes_nothing_without_a_token(tmp_path: Path, a: Node, b: Node) -> N
     b.pulls("j2")
     b.hand_on("j2")
     desk.ask()
-    assert desk.seen == [Seen([], [])]
+    assert desk.jobs.names() == []
     desk.close()
 
 
@@ -526,7 +532,7 @@ def test_it_says_once_that_the_queue_is_away_and_once_that_it_is_back(
     queue.down = False
     desk.ask()
     assert not desk.context.queue_error
-    assert Deliveries(0, None, 0) in desk.said()
+    assert Deliveries(0, None, 0) in desk.told
     said = [record.getMessage() for record in caplog.records if "fleet" in record.getMessage()]
     assert said == ["queue of the fleet out of reach", "queue of the fleet is back"]
 

@@ -15,11 +15,13 @@ from typing import Any, BinaryIO
 import pytest
 from test_coordinator_http import CERTIFICATE
 
-from aitbc_miner.agent import input_urls, inputs
-from aitbc_miner.agent.inputs import InputLimits, fetch_inputs
 from aitbc_miner.errors import ErrorCode, JobError, LocalError
+from aitbc_miner.inputs import addresses as neighbours
+from aitbc_miner.inputs import fetch as inputs
+from aitbc_miner.inputs import urls
+from aitbc_miner.inputs.fetch import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Inputs, InputUrl, Manifest
-from aitbc_miner.util import fs, neighbours, web
+from aitbc_miner.util import fs, web
 from aitbc_miner.util.clock import now
 
 LIMITS = InputLimits(max_bytes_each=1_000_000, max_bytes_total=1_500_000, timeout_s=20, stall_s=5)
@@ -331,7 +333,7 @@ def test_a_cancelled_job_does_not_wait_for_another_attempt(server: Server, tmp_p
 def test_a_full_disk(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     server.pages["/x"] = lambda h: h.reply(body=DATA)
     monkeypatch.setattr(inputs, "_create", lambda _: Path("/dev/full").open("r+b"))  # noqa: SIM115
-    monkeypatch.setattr("aitbc_miner.agent.inputs._Transfer.restart", restart_without_truncate)
+    monkeypatch.setattr("aitbc_miner.inputs.fetch._Transfer.restart", restart_without_truncate)
     # There is room: somebody else was about to give it back.
     with pytest.raises(LocalError, match="No space left"):
         fetch(tmp_path, f"{server.base}/x")
@@ -355,7 +357,7 @@ def test_a_want_of_descriptors_is_not_the_servers_fault(
     def none_left(*_: object, **__: object) -> None:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
-    monkeypatch.setattr("aitbc_miner.agent.inputs.Dialer.connect", none_left)
+    monkeypatch.setattr("aitbc_miner.inputs.fetch.Dialer.connect", none_left)
     with pytest.raises(LocalError, match="Too many open files"):
         fetch(tmp_path, f"{server.base}/x")
 
@@ -577,10 +579,10 @@ def test_redirects_that_are_not_followed(server: Server, tmp_path: Path, locatio
 
 def test_no_redirect_from_https_to_http() -> None:
     with pytest.raises(JobError) as caught:
-        input_urls.redirected("https://h/a?k=1", "http://i/b?k=2")
+        urls.redirected("https://h/a?k=1", "http://i/b?k=2")
     assert caught.value.message == "cannot fetch https://h/a: it redirects from https to http://i/b"
-    assert input_urls.redirected("https://h/a", "/b") == "https://h/b"
-    assert input_urls.redirected("http://h/a", "https://h/b") == "https://h/b"
+    assert urls.redirected("https://h/a", "/b") == "https://h/b"
+    assert urls.redirected("http://h/a", "https://h/b") == "https://h/b"
 
 
 # TLS

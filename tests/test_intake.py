@@ -5,6 +5,7 @@ import socket
 import stat
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import msgspec
@@ -51,6 +52,13 @@ class FakeCoordinator(MuteCoordinator):
         return Told()
 
 
+class Stranger(MuteCoordinator):
+    """Says of each job that it is another node's."""
+
+    def ack(self, job_id: str, holder: str | None = None) -> None:
+        raise Gone("cannot accept: 409", 409)
+
+
 class Rig(NamedTuple):
     records: Records
     coordinator: FakeCoordinator
@@ -81,15 +89,22 @@ class Passing(threading.Event):
 def rig(tmp_path: Path, *answers: Exception | None, stopping: threading.Event | None = None) -> Rig:
     records, coordinator = Records(tmp_path), FakeCoordinator(*answers)
     stopping, acked = stopping or Passing(), list[tuple[str, str]]()
-    taking = Admission(
-        CONFIG,
-        records,
-        coordinator,
-        stopping,
-        unauthorized=lambda: None,
-        acked=lambda job_id, runner: acked.append((job_id, runner)),
-    )
+    taking = Admission(context_of(records, coordinator, acked), None, stopping)
     return Rig(records, coordinator, taking, stopping, acked)
+
+
+def context_of(records: Records, coordinator: FakeCoordinator, acked: list[tuple[str, str]]) -> Any:
+    """Give what an admission uses of the agent's context; the main thread is the caller's."""
+    return SimpleNamespace(
+        config=CONFIG,
+        records=records,
+        coordinator=coordinator,
+        input_proxy=None,
+        background=SimpleNamespace(post=lambda call: call()),
+        token=SimpleNamespace(refused=lambda: None),
+        jobs=SimpleNamespace(acknowledge=lambda _: None),
+        show=lambda job_id, state, runner: acked.append((job_id, runner)),
+    )
 
 
 def pulled(**more: Any) -> PulledJob:
@@ -313,16 +328,8 @@ def test_another_attempt_gets_its_inputs_anew_and_is_not_acknowledged_again(tmp_
 
 def shared(at: Rig) -> tuple[Rig, SqliteQueue]:
     queue = SqliteQueue(Database(at.records.root.parent / "shared.db"))
-    fleet = Fleet(queue, "node-a", 60.0)
-    taking = Admission(
-        CONFIG,
-        at.records,
-        at.coordinator,
-        at.stopping,
-        unauthorized=lambda: None,
-        acked=lambda job_id, runner: at.acked.append((job_id, runner)),
-        fleet=fleet,
-    )
+    fleet = Fleet(queue, "node-a", 60.0, Stranger())
+    taking = Admission(context_of(at.records, at.coordinator, at.acked), fleet, at.stopping)
     return at._replace(intake=taking), queue
 
 

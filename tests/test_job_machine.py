@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from mute_coordinator import MuteCoordinator
 
-from aitbc_miner.agent.delivery import REFUSED, deliver, settle, take_back_refused
+from aitbc_miner.agent.delivery import deliver
+from aitbc_miner.agent.outcomes import REFUSED, settle, take_back_refused
 from aitbc_miner.agent.recovery import Found, recover
 from aitbc_miner.agent.retry_policy import Where, next_attempt
 from aitbc_miner.config.settings import GiveUp

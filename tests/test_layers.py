@@ -24,7 +24,7 @@ ROWS = [
     {"node"},
     {"preflight"},
     {"supervisor", "worker", "agent", "heartbeat"},
-    {"coordinator", "control", "telemetry", "queue", "runners"},
+    {"coordinator", "control", "telemetry", "queue", "runners", "inputs"},
     {"allowlist", "store", "ipc", "sandbox"},
     {"slots"},
     {"probe", "task"},

@@ -26,6 +26,7 @@ from aitbc_miner.util.log import (
     descriptors,
     events,
     flush,
+    mask,
 )
 
 TOKEN = "tok-5f3a9c"
@@ -62,7 +63,10 @@ def either(request: pytest.FixtureRequest) -> Log:
 
 def made(*, as_json: bool = True, level: str = "debug") -> Log:
     stream = io.StringIO()
-    return Log(configure("node-1", level=level, as_json=as_json, stream=stream), stream)
+    configure("node-1", level=level, as_json=as_json, stream=stream)
+    formatter = logging.getLogger("aitbc_miner").handlers[0].formatter
+    assert isinstance(formatter, Formatter)
+    return Log(formatter, stream)
 
 
 # --- lines -------------------------------------------------------------------------------------------------
@@ -397,7 +401,7 @@ SECRETS = [
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_a_secret_is_in_no_part_of_a_line(either: Log, secret: str) -> None:
-    either.formatter.add_secret(secret)
+    mask(secret)
     log = events("agent", slot=f"slot-{secret}")
     nested = {"a": [secret, {secret: 1}]}
     log.info(" ".join(["sent", secret, "off"]), job_id=secret, header=f"Bearer {secret}", nested=nested)
@@ -409,7 +413,7 @@ def test_a_secret_is_in_no_part_of_a_line(either: Log, secret: str) -> None:
 
 @pytest.mark.parametrize("secret", SECRETS)
 def test_a_secret_is_in_no_traceback(either: Log, secret: str) -> None:
-    either.formatter.add_secret(secret)
+    mask(secret)
     try:
         # Two arguments make Python show each as in source code.
         fail(ValueError(f"with {secret}", {"token": secret}))

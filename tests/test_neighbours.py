@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from aitbc_miner.util import neighbours
-from aitbc_miner.util.neighbours import forbidden
+from aitbc_miner.inputs import addresses
+from aitbc_miner.inputs.addresses import forbidden
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_addresses_that_must_be_allowed(address: str) -> None:
     ],
 )
 def test_public_addresses(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neighbours, "_is_near", lambda _: False)  # whatever this machine's networks are
+    monkeypatch.setattr(addresses, "_is_near", lambda _: False)  # whatever this machine's networks are
     assert not forbidden(address, allow_private=False)
 
 
@@ -85,7 +85,7 @@ ip route add 25.0.0.0/16 via inet6 2a00:1450::1 dev lan
 PROGRAM = """
 import subprocess, sys
 subprocess.run(["sh", "-c", sys.argv[1]], check=True)
-from aitbc_miner.util.neighbours import forbidden
+from aitbc_miner.inputs.addresses import forbidden
 for address in sys.argv[2:]:
     print(address, forbidden(address, allow_private=False), forbidden(address, allow_private=True))
 """

@@ -13,6 +13,7 @@ from aitbc_miner.config.settings import Coordinator
 from aitbc_miner.coordinator.connect import proxy_of
 from aitbc_miner.coordinator.diagnosis import likely_cause
 from aitbc_miner.coordinator.interface import Unreachable
+from aitbc_miner.util import log
 from aitbc_miner.util.web import Proxy
 
 __all__ = ["peer", "server"]
@@ -64,12 +65,15 @@ def test_a_proxy_that_refuses_our_credential(scheme: str) -> None:
         assert "wrong" not in said
 
 
-def test_a_credential_that_is_replaced_is_used_for_the_next_call(peer: Start, tmp_path: Path) -> None:
+def test_a_credential_that_is_replaced_is_used_for_the_next_call(
+    peer: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     there = peer(answering(OK))
     kept = tmp_path / "credential"
     masked: list[str] = []
+    monkeypatch.setattr(log, "mask", masked.append)
     with SmallProxy(SECRET) as proxy:
-        ours = proxy_of(proxy.url, f"file:{kept}", {}, masked.append)
+        ours = proxy_of(proxy.url, f"file:{kept}", {})
         with client(there.url, proxy=ours) as http:
             with pytest.raises(Unreachable, match=r"^cannot x: cannot read the credential file:"):
                 http.call("POST", "/x", {}, doing="x")

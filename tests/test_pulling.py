@@ -9,6 +9,7 @@ from agent_bench import OFFER, Desk, Time
 from test_intake import pulled
 
 from aitbc_miner.agent.pull import MAX_KNOWN, MAX_UNREPORTED, Puller
+from aitbc_miner.agent.reconcile import Reconciler
 from aitbc_miner.coordinator.interface import (
     Busy,
     CoordinatorError,
@@ -31,16 +32,14 @@ class Pulling(Desk):
         self.known: list[str] = []
         self.accepted: list[PulledJob] = []
         self.is_new: bool | Exception = True
-        self.not_before = 0.0
         self.lost: list[bool] = []
-        self.puller = Puller(
-            self.context,
-            lambda: self.room,
-            lambda: self.known,
-            self.accept,
-            lambda: self.not_before,
-            lambda: self.lost.append(True),
-        )
+        self.jobs.room = lambda: self.room  # type: ignore[method-assign]
+        self.jobs.names = lambda: self.known  # type: ignore[method-assign]
+        self.admission.accept = self.accept  # type: ignore[method-assign]
+        reconciler = Reconciler(self.context, self.admission, self.delivery)
+        reconciler.asked = True
+        reconciler.hurry = lambda: self.lost.append(True)  # type: ignore[method-assign]
+        self.puller = Puller(self.context, self.admission, reconciler)
 
     def accept(self, job: PulledJob) -> bool:
         self.accepted.append(job)
@@ -87,7 +86,7 @@ def test_a_job_that_was_known_already_does_not_make_it_pull_without_a_pause(
 
 
 def test_the_coordinator_is_told_what_is_free_and_what_is_here(desk: Pulling) -> None:
-    desk.known = ["a", "b", "a", *map(str, range(MAX_KNOWN))]
+    desk.known = ["a", "b", *map(str, range(MAX_KNOWN))]
     desk.pull()
     (filters,) = desk.coordinator.asked
     assert filters.slots == [msgspec.to_builtins(OFFER)]
@@ -114,7 +113,7 @@ def test_nothing_is_pulled_without_room_or_token_or_while_one_pull_is_under_way(
 
 
 def test_nothing_is_pulled_as_long_as_jobs_cannot_be_taken_in(desk: Pulling, time: Time) -> None:
-    desk.not_before = time.now + 30
+    desk.admission.troubled_until = time.now + 30
     assert desk.puller.next_due() == time.now + 30
     # Not even when a new token has come.
     desk.puller.hurry()
@@ -210,6 +209,24 @@ def test_a_lost_reply_may_have_brought_a_job(desk: Pulling, time: Time) -> None:
     time.now = desk.puller.next_due() or 0.0
     desk.pull()
     assert desk.lost == [True]
+
+
+def test_nothing_is_pulled_before_the_list_of_our_jobs_was_asked_for(desk: Pulling, time: Time) -> None:
+    desk.puller._reconciler.asked = False
+    assert (desk.puller.next_due() or 0.0) > time.now
+    desk.puller._reconciler.asked = True
+    assert desk.puller.next_due() == 0.0
+    desk.context.homeless = "its disk is not there"
+    assert (desk.puller.next_due() or 0.0) > time.now
+
+
+def test_the_end_of_a_job_and_the_end_of_its_report_let_it_pull_at_once(desk: Pulling, time: Time) -> None:
+    desk.pull()
+    for _ in range(2):
+        assert (desk.puller.next_due() or 0.0) > time.now
+        desk.jobs.ends += 1
+        assert desk.puller.next_due() == time.now
+        desk.pull()
 
 
 def test_with_too_many_results_waiting_no_more_work_is_begun(desk: Pulling) -> None:

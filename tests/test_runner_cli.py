@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aitbc_miner.agent import input_urls
 from aitbc_miner.allowlist.entries import load_allowlist
 from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.inputs import urls as input_urls
 from aitbc_miner.jobs import ExitStatus, Inputs, InputUrl, Manifest
 from aitbc_miner.runners.cli import CliRunner, input_names
 from aitbc_miner.runners.interface import JobPaths, Launch, Runner, job_env, printable, shortest

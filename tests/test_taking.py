@@ -11,14 +11,15 @@ from msgspec.structs import replace
 from test_intake import pulled
 
 from aitbc_miner.agent.admission import Admission, Taken
-from aitbc_miner.agent.admission_queue import AdmissionQueue, by_coordinator, id_of
-from aitbc_miner.agent.progress import ProgressBook
+from aitbc_miner.agent.admission_queue import by_coordinator, id_of
+from aitbc_miner.agent.job_table import TAKEN_IN, Stage
 from aitbc_miner.coordinator.interface import CoordinatorError, Gone, PulledJob, Refused
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CancelJob, JobReady, Slots, SlotView
 from aitbc_miner.jobs import ManifestError, State
 from aitbc_miner.slots.state import SlotState
 
+ON_THE_WAY = (Stage.RESUMING, *TAKEN_IN)
 ODD: list[Exception] = [
     ValueError("odd"),
     RecursionError("deep"),
@@ -28,17 +29,7 @@ ODD: list[Exception] = [
 
 
 class Taking(Desk):
-    """A taker, and what it told the agent."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__(directory)
-        self.settled: list[str] = []
-        self.given_up: list[str] = []
-        self.progress = ProgressBook(15.0, 1.0)
-        self.stopping = threading.Event()
-        self.taker = AdmissionQueue(
-            self.context, None, self.progress, self.stopping, self.settled.append, self.given_up.append
-        )
+    """A workbench of which the admission queue is looked at."""
 
     def ready(self, n: int = 1) -> list[str]:
         """Wait for so many jobs that are ready for a slot."""
@@ -56,7 +47,6 @@ class Taking(Desk):
 def desk(tmp_path: Path) -> Iterator[Taking]:
     made = Taking(tmp_path)
     yield made
-    made.stopping.set()
     made.close()
 
 
@@ -67,40 +57,44 @@ def slots(*names: str, job_id: str | None = None) -> Slots:
 
 
 def test_a_pulled_job_takes_a_place_until_it_is_in_a_slot(desk: Taking) -> None:
-    assert desk.taker.room() == []
-    desk.taker.see(slots("a", "b"))
-    assert len(desk.taker.room()) == 2
-    desk.taker.take("j1", pulled())
-    assert ("j1" in desk.taker, desk.taker.ids(), len(desk.taker.room())) == (True, ["j1"], 1)
+    assert desk.jobs.room() == []
+    desk.jobs.see(slots("a", "b"))
+    assert len(desk.jobs.room()) == 2
+    desk.admission.accept(pulled())
+    assert (desk.jobs.stage("j1") in TAKEN_IN, desk.among(*ON_THE_WAY), len(desk.jobs.room())) == (
+        True,
+        ["j1"],
+        1,
+    )
     assert desk.ready() == ["j1"]
-    assert len(desk.taker.room()) == 1
-    assert "j1" in desk.progress
-    desk.taker.see(slots("a", job_id="j1"))
-    assert (desk.taker.ids(), desk.taker.room()) == ([], [])
+    assert len(desk.jobs.room()) == 1
+    assert "j1" in desk.jobs.ours()
+    desk.jobs.see(slots("a", job_id="j1"))
+    assert (desk.among(*ON_THE_WAY), desk.jobs.room()) == ([], [])
 
 
 def test_nothing_fits_into_a_node_that_takes_nothing(desk: Taking) -> None:
-    desk.taker.see(Slots(FREE.slots, [], accepting=False))
-    assert desk.taker.room() == []
+    desk.jobs.see(Slots(FREE.slots, [], accepting=False))
+    assert desk.jobs.room() == []
 
 
-def test_a_job_that_is_forgotten_leaves_its_place(desk: Taking) -> None:
-    desk.taker.see(FREE)
-    desk.taker.take("j1", pulled())
+def test_a_job_that_is_settled_leaves_its_place(desk: Taking) -> None:
+    desk.jobs.see(FREE)
+    desk.admission.accept(pulled())
     desk.ready()
-    desk.taker.forget("j1")
-    desk.taker.forget("j1")
-    assert ("j1" in desk.taker, len(desk.taker.room())) == (False, 1)
+    for _ in range(2):
+        desk.retries.settle(CancelJob("j1", "cancel", "an operator"))
+        assert (desk.jobs.stage("j1"), len(desk.jobs.room())) == (Stage.REPORTING, 1)
 
 
 @pytest.mark.parametrize("manifest", [True, False])
 def test_a_job_that_cannot_be_done_is_settled(desk: Taking, manifest: bool) -> None:
-    desk.taker.see(FREE)
+    desk.jobs.see(FREE)
     error = ManifestError("cannot read the manifest: odd", "j1")
     job = pulled(requirements={"gpu": True}) if manifest else PulledJob(b"{}", error=error)
-    desk.taker.take("j1", job)
-    desk.turn_until(lambda: desk.settled)
-    assert (desk.settled, desk.taker.ids(), desk.given_up) == (["j1"], [], [])
+    desk.admission.accept(job)
+    desk.turn_until(lambda: desk.among(Stage.REPORTING))
+    assert (desk.among(Stage.REPORTING), desk.jobs.names()) == (["j1"], ["j1"])
     with desk.context.records.open("j1") as opened:
         outcome = opened.outcome()
     assert outcome is not None
@@ -110,12 +104,12 @@ def test_a_job_that_cannot_be_done_is_settled(desk: Taking, manifest: bool) -> N
 @pytest.mark.parametrize("answer", [Gone("cannot accept: 409", 409), Refused("400", 400)])
 def test_a_job_that_is_not_ours_is_on_no_way_any_more(desk: Taking, answer: Exception) -> None:
     desk.coordinator.answers["ack"] = [answer]
-    desk.taker.see(FREE)
-    desk.taker.take("j1", pulled())
-    desk.turn_until(lambda: not desk.taker.ids())
-    assert (desk.settled, desk.given_up, "j1" in desk.progress) == ([], [], False)
+    desk.jobs.see(FREE)
+    desk.admission.accept(pulled())
+    desk.turn_until(lambda: not desk.among(*ON_THE_WAY))
+    assert desk.jobs.names() == []
     assert not desk.context.records.known("j1")
-    assert len(desk.taker.room()) == 1
+    assert len(desk.jobs.room()) == 1
 
 
 @pytest.mark.parametrize("error", ODD, ids=repr)
@@ -130,17 +124,17 @@ def test_an_odd_job_ends_nothing_and_is_tried_again_if_it_is_recorded(
 
     time = Time(monkeypatch)
     monkeypatch.setattr(Admission, "take", fail)
-    desk.taker.see(FREE)
-    desk.taker.take("j1", pulled())
+    desk.jobs.see(FREE)
+    desk.admission.accept(pulled())
     desk.turn_until(lambda: desk.context.error == str(error))
-    assert desk.taker.troubled_until() > time.now
+    assert desk.admission.troubled_until > time.now
     # What is not on disk comes from the coordinator once more.
-    assert desk.taker.ids() == (["j1"] if recorded else [])
-    assert desk.taker.next_due() == (desk.taker.troubled_until() if recorded else None)
-    desk.taker.start_due()
-    assert "j1" not in desk.taker
-    time.now = desk.taker.troubled_until()
-    desk.taker.start_due()
+    assert desk.among(*ON_THE_WAY) == (["j1"] if recorded else [])
+    assert desk.admission.next_due() == (desk.admission.troubled_until if recorded else None)
+    desk.admission.start_due()
+    assert desk.jobs.stage("j1") not in TAKEN_IN
+    time.now = desk.admission.troubled_until
+    desk.admission.start_due()
     if recorded:
         assert desk.ready() == ["j1"]
 
@@ -151,14 +145,14 @@ def test_failures_wait_ever_longer(desk: Taking, monkeypatch: pytest.MonkeyPatch
 
     time, pauses = Time(monkeypatch), []
     desk.record("j1")
-    desk.taker.see(FREE)
+    desk.jobs.see(FREE)
     monkeypatch.setattr(Admission, "resume", fail)
-    desk.taker.resume(["j1"])
+    desk.admission.resume(["j1"])
     for _ in range(15):
-        desk.taker.start_due()
-        desk.turn_until(lambda: "j1" not in desk.taker and desk.taker.ids())
-        pauses.append(desk.taker.troubled_until() - time.now)
-        time.now = desk.taker.troubled_until()
+        desk.admission.start_due()
+        desk.turn_until(lambda: desk.jobs.stage("j1") not in TAKEN_IN and desk.among(*ON_THE_WAY))
+        pauses.append(desk.admission.troubled_until - time.now)
+        time.now = desk.admission.troubled_until
     assert max(pauses) > 4 * desk.context.config.coordinator.poll_interval_s
     assert max(pauses) <= desk.context.config.heartbeat.backoff.max_s
 
@@ -168,13 +162,13 @@ def test_failures_wait_ever_longer(desk: Taking, monkeypatch: pytest.MonkeyPatch
 
 def test_what_a_restart_left_waits_for_slots(desk: Taking) -> None:
     desk.record("j1", State.ACKED)
-    desk.taker.resume(["j1"])
-    assert (desk.taker.ids(), desk.taker.next_due()) == (["j1"], None)
-    desk.taker.start_due()
-    assert "j1" not in desk.taker
-    desk.taker.see(FREE)
-    assert desk.taker.next_due() is not None
-    desk.taker.start_due()
+    desk.admission.resume(["j1"])
+    assert (desk.among(*ON_THE_WAY), desk.admission.next_due()) == (["j1"], None)
+    desk.admission.start_due()
+    assert desk.jobs.stage("j1") not in TAKEN_IN
+    desk.jobs.see(FREE)
+    assert desk.admission.next_due() is not None
+    desk.admission.start_due()
     assert desk.ready() == ["j1"]
     assert desk.coordinator.told == []
 
@@ -191,11 +185,11 @@ def test_what_is_in_a_slot_or_under_way_already_is_not_taken_in_twice(
     monkeypatch.setattr(Admission, "resume", resume)
     for job_id in ("there", "once"):
         desk.record(job_id, State.ACKED)
-    desk.taker.see(slots("a", job_id="there"))
-    desk.taker.resume(["there", "once", "once"])
-    desk.taker.start_due()
-    assert desk.taker.ids() == ["once"]
-    desk.turn_until(lambda: not desk.taker.ids())
+    desk.jobs.see(slots("a", job_id="there"))
+    desk.admission.resume(["there", "once", "once"])
+    desk.admission.start_due()
+    assert desk.among(*ON_THE_WAY) == ["once"]
+    desk.turn_until(lambda: not desk.among(*ON_THE_WAY))
     assert begun == ["once"]
 
 
@@ -205,11 +199,11 @@ def test_a_stop_leaves_the_job_for_the_next_start(desk: Taking) -> None:
         before = job.state()
     desk.stopping.set()
     desk.coordinator.answers["ack"] = [CoordinatorError("500")]
-    desk.taker.see(FREE)
-    desk.taker.take("j2", pulled(job_id="j2"))
+    desk.jobs.see(FREE)
+    desk.admission.accept(pulled(job_id="j2"))
     desk.context._pools["intake"].shutdown()
     desk.context.background.finish()
-    assert (desk.settled, desk.given_up) == ([], [])
+    assert desk.jobs.names() == ["j2"]
     with desk.context.records.open("j1") as job:
         assert job.state() == before
     with desk.context.records.open("j2") as job:
@@ -220,11 +214,11 @@ def test_a_stop_leaves_the_job_for_the_next_start(desk: Taking) -> None:
 
 
 def test_only_a_job_on_its_way_can_be_cancelled_here(desk: Taking) -> None:
-    assert not desk.taker.cancel("j1")
-    desk.taker.see(FREE)
-    desk.taker.take("j1", pulled())
-    assert desk.taker.cancel("j1")
-    desk.turn_until(lambda: not desk.taker.cancel("j1"))
+    assert not desk.admission.stop_fetching("j1")
+    desk.jobs.see(FREE)
+    desk.admission.accept(pulled())
+    assert desk.admission.stop_fetching("j1")
+    desk.turn_until(lambda: not desk.admission.stop_fetching("j1"))
 
 
 def test_a_cancel_that_comes_too_late_for_the_inputs_follows_the_job(
@@ -239,9 +233,9 @@ def test_a_cancel_that_comes_too_late_for_the_inputs_follows_the_job(
         return taken
 
     monkeypatch.setattr(Admission, "resume", late)
-    desk.taker.see(FREE)
-    desk.taker.take("j1", pulled())
-    assert desk.taker.cancel("j1")
+    desk.jobs.see(FREE)
+    desk.admission.accept(pulled())
+    assert desk.admission.stop_fetching("j1")
     gate.set()
     said: list[object] = []
 
@@ -268,7 +262,7 @@ def test_whether_a_job_can_be_named_is_known_before_it_touches_the_disk(
 
 def test_a_nameless_job_is_refused_and_leaves_nothing(desk: Taking, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    desk.taker.refuse_nameless("../x", "cannot accept the job")
+    assert not desk.admission.accept(PulledJob(b"", error=ManifestError("cannot accept the job", "../x")))
     desk.turn_until(lambda: desk.coordinator.told)
     assert desk.coordinator.told == [("fail", "../x")]
     assert list(desk.context.records.root.iterdir()) == []

@@ -150,11 +150,11 @@ class _Node:
         self._to_agent: Channel[messages.FromAgent] = Channel(self._agent, messages.FromAgent)
         self._to_beat: Channel[messages.FromHeartbeat] = Channel(self._beat, messages.FromHeartbeat)
         line: Channel[messages.PrivateLine] = Channel(left, messages.PrivateLine)
-        made = Agent(Channel(agent, messages.ToAgent), line, settings, connect(settings, None), _no_mask)
+        made = Agent(Channel(agent, messages.ToAgent), line, settings, connect(settings, None))
         there: Channel[messages.ToHeartbeat] = Channel(beat, messages.ToHeartbeat)
         other: Channel[messages.PrivateLine] = Channel(right, messages.PrivateLine)
         timing = Timing(settle=0.01, between_beats=0.02)
-        beating = partial(run_heartbeat, there, other, settings, environ, _no_mask, timing=timing)
+        beating = partial(run_heartbeat, there, other, settings, environ, timing=timing)
         self._threads = [
             threading.Thread(target=_until_closed, args=(target,), daemon=True)
             for target in (made.run, beating, self._serve)
@@ -265,10 +265,6 @@ class _Node:
             code = ErrorCode.E_EXIT if b"bad-" in raw else None
             job.write_outcome(Outcome(job_id=job_id, code=code, message="as asked for", slot="cpu0"))
         self._to_agent.send(messages.JobSettled(job_id))
-
-
-def _no_mask(_secret: str) -> None:
-    """Hide nothing: these tokens are public."""
 
 
 def _until_closed(target: Callable[[], None]) -> None:

@@ -6,18 +6,17 @@ Each step is recorded before the next begins, so a restart goes on where this on
 import hashlib
 import shutil
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.agent.delivery import conclude
+from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.fleet import Fleet
-from aitbc_miner.agent.inputs import InputLimits, fetch_inputs
-from aitbc_miner.config.settings import Config
+from aitbc_miner.agent.outcomes import conclude
 from aitbc_miner.coordinator.interface import (
     Busy,
-    Coordinator,
     CoordinatorError,
     Gone,
     PulledJob,
@@ -26,14 +25,14 @@ from aitbc_miner.coordinator.interface import (
     Unreachable,
 )
 from aitbc_miner.errors import ErrorCode, JobError
+from aitbc_miner.inputs.fetch import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, State, StateRecord, decode_manifest
 from aitbc_miner.slots.placement import Offer, Ticket, refuse_hopeless, ticket_for
-from aitbc_miner.store.records import BUILDING, JobDir, RecordError, Records
+from aitbc_miner.store.records import BUILDING, JobDir, RecordError
 from aitbc_miner.store.reserve import disk_error
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
-from aitbc_miner.util.web import Proxy
 
 MB = 1_000_000
 RESUMABLE = frozenset({State.PULLED, State.ACKED, State.RETRY_WAIT})
@@ -70,31 +69,15 @@ class _NeverOurs(Exception):  # noqa: N818  # says what happened
 
 
 class Admission:
-    """Takes pulled jobs in. Its methods run in threads, several at a time, each for another job.
+    """Takes pulled jobs in. Its methods run in threads, several at a time, each for another job."""
 
-    So do the functions that it is given: `unauthorized` when the token is refused, and `acked`, with the id
-    and the runner of a job that is ours from now on.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        records: Records,
-        coordinator: Coordinator,
-        stopping: threading.Event,
-        unauthorized: Callable[[], None],
-        acked: Callable[[str, str], None],
-        fleet: Fleet | None = None,
-        proxy: Proxy | None = None,
-    ) -> None:
-        self._proxy = proxy
-        self._config = config
-        self._records = records
-        self._coordinator = coordinator
-        self._stopping = stopping
-        self._unauthorized = unauthorized
-        self._acked = acked
+    def __init__(self, context: AgentContext, fleet: Fleet | None, stopping: threading.Event) -> None:
+        self._context = context
+        self._config = context.config
+        self._records = context.records
+        self._coordinator = context.coordinator
         self._fleet = fleet
+        self._stopping = stopping
 
     def take(
         self, pulled: PulledJob, job_id: str, offers: Sequence[Offer], cancelled: threading.Event
@@ -149,7 +132,7 @@ class Admission:
             self._acknowledge(job, manifest.runner)
         elif self._fleet is not None and not self._fleet.is_ours(state):
             self._acknowledge_again(state)
-        self._acked(job.job_id, manifest.runner)
+        self._context.background.post(partial(self._acknowledged, job.job_id, manifest.runner))
         if self._fleet is not None and not self._fleet.hold(job, manifest):
             raise _TakenOver("another node of the fleet has it")
         if hopeless is not None:
@@ -206,7 +189,7 @@ class Admission:
                 pause_s = backoff.next()
                 if isinstance(error, Unauthorized):
                     # Another token may be there at any moment.
-                    self._unauthorized()
+                    self._context.background.post(self._context.token.refused)
                     pause_s = min(pause_s, self._config.coordinator.poll_interval_s)
                 asked = error.retry_after if isinstance(error, Busy) else None
                 if self._stopping.wait(max(pause_s, asked or 0.0)):
@@ -214,6 +197,11 @@ class Admission:
             else:
                 job.move(State.ACKED, runner=runner)
                 return
+
+    def _acknowledged(self, job_id: str, runner: str) -> None:
+        """Note that a job is ours; in the main thread."""
+        self._context.jobs.acknowledge(job_id)
+        self._context.show(job_id, State.ACKED, runner=runner)
 
     def _forget(self, job: JobDir) -> None:
         """Drop a job that is not ours and was never started: it may be handed to this node once more."""
@@ -241,7 +229,7 @@ class Admission:
             limits=InputLimits(int(most), int(most), INPUTS_TIMEOUT_S, STALL_S),
             cancelled=lambda: cancelled.is_set() or self._stopping.is_set(),
             allow_private=self._config.coordinator.allow_private_inputs,
-            proxy=self._proxy,
+            proxy=self._context.input_proxy,
         )
 
     def _refuse(self, job: JobDir, error: JobError) -> Taken:

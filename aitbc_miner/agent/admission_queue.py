@@ -6,146 +6,104 @@ from concurrent.futures import Future
 from functools import partial
 
 from aitbc_miner.agent.admission import Admission, Stopping, Taken
+from aitbc_miner.agent.anchor import Anchor
 from aitbc_miner.agent.context import AgentContext
+from aitbc_miner.agent.delivery_queue import DeliveryQueue
 from aitbc_miner.agent.fleet import Fleet
-from aitbc_miner.agent.progress import ProgressBook
+from aitbc_miner.agent.job_table import Stage
+from aitbc_miner.agent.retries import Retries
 from aitbc_miner.coordinator.interface import PulledJob
-from aitbc_miner.ipc.messages import CancelJob, JobReady, Slots
+from aitbc_miner.ipc.messages import CancelJob, JobReady
 from aitbc_miner.jobs import State, valid_job_id
 from aitbc_miner.queue.interface import QueueError
-from aitbc_miner.slots.placement import Offer, Ticket, room, ticket_for
+from aitbc_miner.slots.placement import Offer, Ticket, ticket_for
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 
 
 class AdmissionQueue:
-    """Has jobs taken in, each in a thread (`agent/admission.py`), until the supervisor has a slot for them.
-
-    `settle` is told of those that have an outcome already: they were refused or are cancelled. `given_up`,
-    of those that are not ours and leave their record here.
-    """
+    """Has jobs taken in, each in a thread (`Admission`), until the supervisor has a slot for them."""
 
     def __init__(
         self,
         context: AgentContext,
         fleet: Fleet | None,
-        progress: ProgressBook,
+        anchor: Anchor,
+        retries: Retries,
+        delivery: DeliveryQueue,
         stopping: threading.Event,
-        settle: Callable[[str], None],
-        given_up: Callable[[str], None],
     ) -> None:
         self._context = context
-        self._progress = progress
-        self._settle = settle
-        self._given_up = given_up
-        self._intake = Admission(
-            context.config,
-            context.records,
-            context.coordinator,
-            stopping,
-            unauthorized=lambda: context.background.post(context.token.refused),
-            acked=lambda job_id, runner: context.background.post(partial(self._acked, job_id, runner)),
-            fleet=fleet,
-            proxy=context.input_proxy,
-        )
-        self._view: Slots | None = None
-        self._unplaced: dict[str, Ticket | None] = {}
-        self._cancels: dict[str, threading.Event] = {}
-        self._to_resume: list[str] = []
+        self._jobs = context.jobs
+        self._anchor = anchor
+        self._retries = retries
+        self._delivery = delivery
+        self._admission = Admission(context, fleet, stopping)
         self._resume_at = 0.0
-        self._troubled_until = 0.0
-        self._backoff = Backoff(
-            context.config.coordinator.poll_interval_s, context.config.heartbeat.backoff.max_s
-        )
-
-    def __contains__(self, job_id: str) -> bool:
-        return job_id in self._unplaced
-
-    def ids(self) -> list[str]:
-        """Name the jobs on their way."""
-        return [*self._unplaced, *self._to_resume]
-
-    # --- slots ---------------------------------------------------------------------------------------------
-
-    def see(self, view: Slots) -> None:
-        """Take note of what the slots are and have."""
-        self._view = view
-        for slot in view.slots:
-            if slot.job_id is not None:
-                self._unplaced.pop(slot.job_id, None)
-
-    def room(self) -> list[Offer]:
-        """Say which free slots no job on its way will take."""
-        if self._view is None or not self._view.accepting:
-            return []
-        return room([slot.offer for slot in self._view.slots if slot.free], list(self._unplaced.values()))
-
-    def in_slots(self) -> set[str]:
-        """Name the jobs that are in slots, as the supervisor last said."""
-        return {slot.job_id for slot in self._view.slots if slot.job_id is not None} if self._view else set()
-
-    def forget(self, job_id: str) -> None:
-        """Note that a job is on no way to a slot any more."""
-        self._unplaced.pop(job_id, None)
-
-    def cancel(self, job_id: str) -> bool:
-        """End a job whose inputs are being fetched; False when it is none of these."""
-        if job_id not in self._cancels:
-            return False
-        self._cancels[job_id].set()
-        return True
+        self.troubled_until = 0.0
+        """Until when it is no use to pull more, since what was pulled could not be taken in."""
+        beat, coordinator = context.config.heartbeat, context.config.coordinator
+        self._backoff = Backoff(coordinator.poll_interval_s, beat.backoff.max_s)
 
     # --- what comes in -------------------------------------------------------------------------------------
 
-    def take(self, job_id: str, job: PulledJob) -> None:
-        """Begin to take in a job that was just pulled."""
+    def accept(self, job: PulledJob) -> bool:
+        """Begin to take in a job that the coordinator has handed us; False when it brought no new work."""
+        job_id, usable = id_of(job)
+        if not usable:
+            call = partial(self._admission.refuse_nameless, job_id, str(job.error))
+            self._context.start("intake", call, Future.result)
+            return False
+        if self._anchor.lost():
+            return False  # it comes again: nobody was told that we have it
+        known = self._context.records.known(job_id)
+        if known or job_id in self._jobs or self._context.ledger.knows(job_id):
+            self._context.log.info("job known already", job_id=job_id, directory=known)
+            if known:
+                self._delivery.repeat(job_id)
+            return False
+        self._take(job_id, job)
+        return True
+
+    def _take(self, job_id: str, job: PulledJob) -> None:
         if job.error:
             self._context.log.warning("manifest refused", job_id=job_id, error=str(job.error))
-        ticket = None
-        if job.manifest:
-            ticket = ticket_for(job.manifest, clock.now())
-        self._start(job_id, partial(self._intake.take, job, job_id), ticket)
+        ticket = ticket_for(job.manifest, clock.now()) if job.manifest else None
+        self._start(job_id, partial(self._admission.take, job, job_id), ticket)
         self._context.show(job_id, State.PULLED)
-
-    def refuse_nameless(self, job_id: str, why: str) -> None:
-        """Refuse a job whose id may not touch the file system."""
-        call = partial(self._intake.refuse_nameless, job_id, why)
-        self._context.start("intake", call, Future.result)
 
     def resume(self, job_ids: list[str]) -> None:
         """Go on with jobs that are recorded, as soon as there are slots."""
-        self._to_resume += job_ids
+        for job_id in job_ids:
+            # One that is in a slot already was ready before an earlier agent died.
+            if self._jobs.stage(job_id) in {Stage.GONE, Stage.UNREAD}:
+                in_slot = job_id in self._jobs.in_slots()
+                self._jobs.move(job_id, Stage.RUNNING if in_slot else Stage.RESUMING)
 
     def next_due(self) -> float | None:
         """When there is something to resume."""
-        return self._resume_at if self._to_resume and self._view and self._view.slots else None
+        slots = self._jobs.slots
+        return self._resume_at if slots and slots.slots and self._jobs.among(Stage.RESUMING) else None
 
     def start_due(self) -> None:
         """Go on with the jobs that a restart, or an error of the disk, left half taken in."""
         due = self.next_due()
-        if due is None or clock.now() < due or self._view is None:
+        if due is None or clock.now() < due:
             return
-        in_slots = self.in_slots()
-        while self._to_resume:
-            job_id = self._to_resume.pop()
-            # One that is in a slot already was ready before an earlier agent died.
-            if job_id not in in_slots and job_id not in self._unplaced:
-                self._start(job_id, partial(self._intake.resume, job_id), None)
+        for entry in self._jobs.among(Stage.RESUMING):
+            self._start(entry.job_id, partial(self._admission.resume, entry.job_id), None)
 
     def _start(
         self, job_id: str, call: Callable[[list[Offer], threading.Event], Taken], ticket: Ticket | None
     ) -> None:
-        offers = [slot.offer for slot in self._view.slots if slot.offers] if self._view else []
-        self._unplaced[job_id] = ticket
-        cancelled = self._cancels.setdefault(job_id, threading.Event())
-        self._context.start("intake", partial(call, offers, cancelled), partial(self._taken, job_id))
-
-    def _acked(self, job_id: str, runner: str) -> None:
-        """Note that a job is ours: from now on the coordinator may cancel it."""
-        self._progress.began(job_id, clock.now())
-        self._context.show(job_id, State.ACKED, runner=runner)
+        slots = self._jobs.slots.slots if self._jobs.slots else []
+        offers = [slot.offer for slot in slots if slot.offers]
+        entry = self._jobs.move(job_id, Stage.ADMITTING)
+        entry.ticket = ticket
+        self._context.start("intake", partial(call, offers, entry.cancelled), partial(self._taken, job_id))
 
     def _taken(self, job_id: str, future: Future[Taken]) -> None:
+        entry = self._jobs.get(job_id)
         try:
             taken = future.result()
         except Stopping:
@@ -154,40 +112,51 @@ class AdmissionQueue:
             self._failed(job_id, error)
             return
         self._backoff.reset()
-        cancelled = self._cancels.pop(job_id).is_set()
-        self._unplaced[job_id] = taken.ticket
+        if entry is None or entry.stage is not Stage.ADMITTING:
+            return  # it is in a slot, or has ended
         if taken.ticket is not None:
+            self._jobs.move(job_id, Stage.READY).ticket = taken.ticket
             self._context.channel.send(JobReady(taken.ticket))
-            if cancelled:
+            if entry.cancelled.is_set():
                 # It came too late for the inputs, so it is for the supervisor, which knows the job by now.
                 self._context.channel.send(by_coordinator(job_id))
-            return
-        del self._unplaced[job_id]
-        if taken.report:
-            self._settle(job_id)
+        elif taken.report:
+            self._retries.conclude(job_id)
         elif taken.gone:
-            self._progress.ended(job_id)
+            self._jobs.move(job_id, Stage.GONE)
             self._context.log.info("job is not ours any more", job_id=job_id)
             self._context.show(job_id, State.FAILED)
             if self._context.records.known(job_id):
-                self._given_up(job_id)
+                self._context.enter(job_id)
+        else:
+            self._jobs.move(job_id, Stage.RUNNING)
 
     def _failed(self, job_id: str, error: Exception) -> None:
         # What is not recorded is not acknowledged either, and will be handed out again.
-        self._unplaced.pop(job_id, None)
         self._resume_at = clock.now() + self._backoff.next()
         if not isinstance(error, QueueError):
-            self._troubled_until = self._resume_at
-        if self._context.records.known(job_id):
-            self._to_resume.append(job_id)
-        else:
-            del self._cancels[job_id]
+            self.troubled_until = self._resume_at
+        if self._jobs.stage(job_id) is Stage.ADMITTING:
+            known = self._context.records.known(job_id)
+            self._jobs.move(job_id, Stage.RESUMING if known else Stage.GONE)
         self._context.failed(error)
         self._context.warn("cannot take job in", error, job_id=job_id)
 
-    def troubled_until(self) -> float:
-        """Until when it is no use to pull more, since what was pulled could not be taken in."""
-        return self._troubled_until
+    # --- jobs that are not wanted any more -----------------------------------------------------------------
+
+    def cancel(self, word: CancelJob) -> None:
+        """End a job that the coordinator does not want any more, wherever it is."""
+        if not self.stop_fetching(word.job_id):
+            # The supervisor learns of a job when its inputs are there.
+            self._context.channel.send(word)
+
+    def stop_fetching(self, job_id: str) -> bool:
+        """End a job whose inputs are being fetched; False when it is none of these."""
+        entry = self._jobs.get(job_id)
+        if entry is None or entry.stage is not Stage.ADMITTING:
+            return False
+        entry.cancelled.set()
+        return True
 
 
 def by_coordinator(job_id: str) -> CancelJob:

@@ -6,7 +6,6 @@ before, and its record is lost when the disk comes back.
 
 import os
 import secrets
-from collections.abc import Callable
 from pathlib import Path
 
 from aitbc_miner.agent.context import AgentContext
@@ -26,15 +25,15 @@ CREATE TABLE IF NOT EXISTS workspace (
 
 
 class Anchor:
-    """For the agent's main thread. `begin` is called once, when the right workspace is there."""
+    """For the agent's main thread. `found` is set when the right workspace is there."""
 
-    def __init__(self, context: AgentContext, database: Database, begin: Callable[[], None]) -> None:
+    def __init__(self, context: AgentContext, database: Database) -> None:
         self._context = context
         self._database = database
-        self._begin = begin
-        self._waits = False
         self._known: tuple[str, str] | None = None
-        self._due = clock.now() + LOOK_S
+        self._due = clock.now()
+        self.found = False
+        """Whether it has been there since the start: only then the records may be read."""
 
     def next_due(self) -> float:
         """When to look next."""
@@ -44,15 +43,7 @@ class Anchor:
         """Look whether it is still there, or there at last."""
         if clock.now() >= self._due:
             self._due = clock.now() + LOOK_S
-            if not self.lost() and self._waits:
-                self._waits = False
-                self._begin()
-
-    def start(self) -> None:
-        """Begin now, or as soon as it is there."""
-        self._waits = True
-        self._due = clock.now()
-        self.start_due()
+            self.found |= not self.lost()
 
     def lost(self) -> bool:
         """Whether it is not there now; says why, to the operator. Nothing may be taken in then."""

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal, Protocol, TypeVar
 
+from aitbc_miner.agent.job_table import JobTable
 from aitbc_miner.agent.node_token import TokenLine
 from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator.interface import (
@@ -22,7 +23,7 @@ from aitbc_miner.ipc.messages import Counted, CounterName, Deliveries, JobUpdate
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.queue.interface import RetryQueue
 from aitbc_miner.store.database import DatabaseError
-from aitbc_miner.store.ledger import Ledger, LedgerRow
+from aitbc_miner.store.ledger import Ledger, LedgerRow, account_of
 from aitbc_miner.store.records import Records
 from aitbc_miner.util import clock
 from aitbc_miner.util.background import Background
@@ -88,6 +89,7 @@ class AgentContext:
         # Apart, for a coordinator that answers makes the fleet's queue no better.
         self.queue_error: str | None = None
         self.persisting = Persisting(self.tell)
+        self.jobs = JobTable(config.heartbeat.interval_s)
         # Why nothing is pulled, although there are free slots.
         self.paused = ""
         # What is wrong with the workspace, if it is not the one with this node's jobs.
@@ -118,6 +120,23 @@ class AgentContext:
                 self._unbooked.appendleft(row)
                 self.warn("job not entered in the books yet", error, job_id=row.job_id)
                 return
+
+    def enter(self, job_id: str) -> None:
+        """Enter a job in the ledger that is settled and has no row: it was given up, or the node died."""
+        try:
+            with self.records.open(job_id) as job:
+                state = job.state()
+                # A job that was given up before it ran came to nothing that anybody waits for.
+                nothing = Outcome(job_id=job_id, code=ErrorCode.E_CANCELLED, message=state.note or "")
+                outcome = job.outcome() or nothing
+                receipt = job.receipt()
+            how = state.delivery or ""
+            self.book(account_of(outcome, state, state.runner, how, receipt, log_too=self.log_too))
+        except (MinerError, OSError) as error:
+            # On a full disk, say; the next start does it.
+            self.warn("cannot enter job", error, job_id=job_id)
+            return
+        self.show(job_id, state.state, outcome=outcome)
 
     def start(self, pool: Pool, call: Callable[[], T], done: Callable[[Future[T]], None]) -> None:
         """Run a call in one of the pools, then `done` with its future in the main thread."""

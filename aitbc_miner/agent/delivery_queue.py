@@ -4,9 +4,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
-from aitbc_miner.agent.context import POOLS, Pool, AgentContext
-from aitbc_miner.agent.delivery import Delivered, Lane, deliver, take_back_refused, was_refused
+from aitbc_miner.agent.context import POOLS, AgentContext, Pool
+from aitbc_miner.agent.delivery import Delivered, deliver
 from aitbc_miner.agent.fleet import Fleet
+from aitbc_miner.agent.job_table import Stage
+from aitbc_miner.agent.outcomes import take_back_refused, was_refused
 from aitbc_miner.agent.recovery import read_outcome
 from aitbc_miner.coordinator.interface import Paced, Refused
 from aitbc_miner.errors import ErrorCode, MinerError
@@ -15,6 +17,7 @@ from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.store.ledger import account_of
 from aitbc_miner.util import clock
+from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.system import boot_id
 
 # Reports larger than this have a pool of their own: none that is small waits for one that takes minutes. So
@@ -25,33 +28,109 @@ MOST_AT_ONCE = 2**53
 """Of what a metric can be added to; amounts are counted in millionths."""
 
 
+class Lane:
+    """Which reports wait, and until when. Pure: the times are given."""
+
+    def __init__(self, min_s: float, max_s: float) -> None:
+        self._bounds = (min_s, max_s)
+        self._due: dict[str, float] = {}
+        self._backoffs: dict[str, Backoff] = {}
+        self._asked: dict[str, float] = {}
+        self._running: set[str] = set()
+        self._open_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._backoffs)
+
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._backoffs
+
+    def newest(self) -> list[str]:
+        """Name all jobs with a report to send, the latest first."""
+        return list(reversed(self._backoffs))
+
+    def add(self, job_id: str, due: float, failures: int = 0) -> None:
+        """Have this job's report sent when it is due; adding it again changes nothing.
+
+        `failures` are the tries that an earlier run of the node has made.
+        """
+        if job_id not in self._backoffs:
+            self._backoffs[job_id] = Backoff(*self._bounds, failures=failures)
+            self._due[job_id] = due
+
+    def failures(self, job_id: str) -> int:
+        """Count the tries that have failed."""
+        return self._backoffs[job_id].failures if job_id in self._backoffs else 0
+
+    def start_due(self, now: float, room: int) -> list[str]:
+        """Take what is due, at most `room` of it."""
+        if now < self._open_at:
+            return []
+        due = sorted((at, job_id) for job_id, at in self._due.items() if at <= now)[: max(0, room)]
+        for _, job_id in due:
+            del self._due[job_id]
+            self._running.add(job_id)
+        return [job_id for _, job_id in due]
+
+    def succeeded(self, job_id: str, now: float) -> None:
+        """Forget this one; and since the coordinator answers, let the others not wait any longer."""
+        self._running.discard(job_id)
+        self._backoffs.pop(job_id, None)
+        self._asked.pop(job_id, None)
+        self.hurry(now)
+
+    def failed(
+        self, job_id: str, now: float, retry_after: float | None = None, *, alone: bool = False
+    ) -> float:
+        """Try this one again later; gives the pause in seconds.
+
+        `alone`: it is this one that is not wanted, so that the success of another means nothing for it.
+        """
+        self._running.discard(job_id)
+        pause = max(self._backoffs[job_id].next(), retry_after or 0.0)
+        self._due[job_id] = now + pause
+        self._asked[job_id] = now + (pause if alone else retry_after or 0.0)
+        return pause
+
+    def paced(self, job_id: str, until: float) -> None:
+        """Send nothing before this time, nor this one, which was not tried and has not failed."""
+        self._running.discard(job_id)
+        self._due[job_id] = until
+        self._open_at = until
+
+    def hurry(self, now: float) -> None:
+        """Make all that waits due now, or when the coordinator asked for it."""
+        self._due = {
+            job_id: min(at, max(now, self._asked.get(job_id, now))) for job_id, at in self._due.items()
+        }
+
+    @property
+    def running(self) -> int:
+        """How many are being sent."""
+        return len(self._running)
+
+    def next_due(self) -> float | None:
+        """When the next one is due."""
+        return max(self._open_at, min(self._due.values())) if self._due else None
+
+
 class DeliveryQueue:
-    """Sends what `add` names until it is settled, and says so to `settled`.
+    """Sends what `add` names until it is settled.
 
     When to try next is kept in memory; what has failed is also noted in the queue, for after a restart.
     What was refused for good is tried anew now and then, and after a reboot.
     """
 
-    def __init__(self, context: AgentContext, fleet: Fleet | None, settled: Callable[[str], None]) -> None:
+    def __init__(self, context: AgentContext, fleet: Fleet | None) -> None:
         self._context = context
+        self._jobs = context.jobs
         self._fleet = fleet
-        self._tell_settled = settled
         bounds = (RETRY_MIN_S, context.config.heartbeat.backoff.max_s)
         pools: tuple[Pool, ...] = ("report", "upload", "fail")
         self._lanes: dict[Pool, Lane] = {pool: Lane(*bounds) for pool in pools}
         self._before: dict[str, tuple[Task, float]] = {}
         self._give_up = context.config.coordinator.give_up
         self._anew: dict[str, float] = {}
-
-    def __len__(self) -> int:
-        return sum(map(len, self._lanes.values()))
-
-    def __contains__(self, job_id: str) -> bool:
-        return any(job_id in lane for lane in self._lanes.values())
-
-    def newest(self) -> list[str]:
-        """Name all jobs with a report to send, the latest first."""
-        return [job_id for lane in self._lanes.values() for job_id in lane.newest()]
 
     def recovered(self) -> None:
         """Read when reports that an earlier run of the node could not deliver are due."""
@@ -95,7 +174,9 @@ class DeliveryQueue:
         return True
 
     def add(self, job_id: str) -> None:
-        """Have the job's outcome, which is on disk, delivered."""
+        """Have the job's outcome, which is on disk, delivered; adding it again changes nothing."""
+        if self._jobs.stage(job_id) is not Stage.REPORTING:
+            self._jobs.move(job_id, Stage.REPORTING)
         outcome = read_outcome(self._context.records, job_id)
         size = sum(artifact.bytes for artifact in outcome.artifacts) if outcome else 0
         task, due_s = self._before.pop(job_id, (None, 0.0))
@@ -104,6 +185,11 @@ class DeliveryQueue:
         lane.add(job_id, clock.now() + due_s, task.attempts if task else 0)
         self._context.show(job_id, State.UPLOADING, outcome=outcome)
         self._tell()
+
+    def repeat(self, job_id: str) -> None:
+        """Send the report of a job once more that is settled here: the coordinator has not heard it."""
+        if job_id not in self._jobs and read_outcome(self._context.records, job_id):
+            self.add(job_id)
 
     def hurry(self) -> None:
         """Let no report wait any longer than the coordinator asked for."""
@@ -175,8 +261,10 @@ class DeliveryQueue:
                     context.count(name, check, millionths)
         if delivered.beat:
             context.token.want_beat()
+        if self._jobs.move(job_id, Stage.GONE).ended_here:
+            # The report makes room on the other side, too.
+            self._jobs.ends += 1
         self._settled(delivered.outcome, delivered.how, had_failed=failures > 0)
-        self._tell_settled(job_id)
 
     def _settled(self, outcome: Outcome, how: str, *, had_failed: bool) -> None:
         context, job_id = self._context, outcome.job_id
@@ -202,5 +290,5 @@ class DeliveryQueue:
             self._context.warn("time of a report not noted", error)
 
     def _tell(self) -> None:
-        self._context.pending = len(self)
+        self._context.pending = len(self._jobs.among(Stage.REPORTING))
         self._context.tell()

@@ -6,16 +6,13 @@ as we renew our lease. Whoever has lost it says nothing of the job any more: the
 
 import secrets
 from collections.abc import Callable
-from concurrent.futures import Future
-from functools import partial
 
 import msgspec
 from msgspec import Raw, Struct
 from msgspec.structs import replace
 
-from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.retry_policy import outlives_its_node
-from aitbc_miner.coordinator.interface import CoordinatorError
+from aitbc_miner.coordinator.interface import Coordinator, CoordinatorError, Gone, Refused
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, StateRecord, decode_manifest
 from aitbc_miner.queue.interface import Kind, QueueError, RetryQueue, Task
 from aitbc_miner.slots.placement import Offer, fits, ticket_for
@@ -45,20 +42,11 @@ class Seen(Struct, frozen=True):
 
 
 class Fleet:
-    """Its methods may be called from any thread.
+    """Its methods may be called from any thread."""
 
-    `belongs` asks the coordinator whether a job is this node's; it raises CoordinatorError.
-    """
-
-    def __init__(
-        self,
-        queue: RetryQueue,
-        node_id: str,
-        lease_s: float,
-        belongs: Callable[[str], bool] = lambda _: False,
-    ) -> None:
+    def __init__(self, queue: RetryQueue, node_id: str, lease_s: float, coordinator: Coordinator) -> None:
         self._queue = queue
-        self._belongs = belongs
+        self._coordinator = coordinator
         self._node_id = node_id
         self._lease_s = lease_s
         self._tokens: dict[str, str] = {}
@@ -135,6 +123,16 @@ class Fleet:
             return True
         # Another node may have it, or have done it; or the queue has lost what it knew.
         return self._belongs(state.job_id)
+
+    def _belongs(self, job_id: str) -> bool:
+        """Ask the coordinator whether a job is ours, as it was when it was acknowledged."""
+        try:
+            self._coordinator.ack(job_id)
+        except Gone:
+            return False
+        except Refused:
+            return True  # whatever it has against the question; a report is answered for itself
+        return True
 
     def renew(self, lost: list[str]) -> None:
         """Renew all our leases; the jobs that another node has by now are appended to `lost`.
@@ -270,81 +268,3 @@ def _read(task: Task) -> tuple[Handover, Manifest] | None:
         events("agent").debug("task of the fleet not read", job_id=task.job_id, error=str(error))
         return None
     return (handover, manifest) if manifest.job_id == task.job_id else None
-
-
-# How often a lease is renewed while it lasts, so that one or two that fail are no loss.
-RENEWALS = 4
-
-
-class FleetWatch:
-    """`lost` is told of a job that another node has taken over, `seen` of what was found for us."""
-
-    def __init__(
-        self,
-        context: AgentContext,
-        fleet: Fleet,
-        room: Callable[[], list[Offer]],
-        lost: Callable[[str], None],
-        seen: Callable[[Seen], None],
-    ) -> None:
-        self._context = context
-        self._fleet = fleet
-        self._room = room
-        self._lost = lost
-        self._seen = seen
-        self._every_s = context.config.queue.lease_s / RENEWALS
-        self._due = 0.0
-        self._busy = False
-        self._down = False
-
-    def next_due(self) -> float | None:
-        """When to ask the queue next."""
-        return None if self._busy else self._due
-
-    def start_due(self) -> None:
-        """Ask the queue, if it is time."""
-        if self._busy or clock.now() < self._due:
-            return
-        self._busy = True
-        self._context.start("fleet", partial(self._ask, self._room()), self._asked)
-
-    def _ask(self, offers: list[Offer]) -> tuple[list[str], Seen, Exception | None]:
-        """Renew and look; runs in a thread. What was found before an error is dealt with all the same."""
-        lost: list[str] = []
-        seen = Seen([], [])
-        try:
-            self._fleet.renew(lost)
-            if offers and self._context.token:
-                self._fleet.seek(self._context.records, offers, self._context.ledger.knows, seen)
-            self._fleet.examine()
-        except Exception as error:  # noqa: BLE001  # one odd task must not end the agent, again and again
-            return lost, seen, error
-        return lost, seen, None
-
-    def _asked(self, future: Future[tuple[list[str], Seen, Exception | None]]) -> None:
-        self._busy = False
-        lost, seen, error = future.result()
-        self._due = clock.now() + min(self._every_s, self._context.config.coordinator.poll_interval_s)
-        if error is not None:
-            # However long a lease is, a queue that is back is not left waiting.
-            most = self._context.config.heartbeat.backoff.max_s
-            self._due = clock.now() + min(self._every_s, most)
-            self._failed(error)
-        elif self._down:
-            self._context.log.info("queue of the fleet is back")
-            self._tell(None)
-            self._down = False
-        for job_id in lost:
-            self._lost(job_id)
-        self._seen(seen)
-
-    def _failed(self, error: Exception) -> None:
-        # Once, not at every try; what we hold goes on.
-        if not (self._down and isinstance(error, QueueError)):
-            self._context.warn("queue of the fleet out of reach", error)
-        self._down = True
-        self._tell(str(error))
-
-    def _tell(self, error: str | None) -> None:
-        self._context.queue_error = error
-        self._context.tell()

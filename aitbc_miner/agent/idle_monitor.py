@@ -1,9 +1,9 @@
 """Tells the operator when there has been no job for long, and why as far as that can be told."""
 
-from collections.abc import Callable
 from concurrent.futures import Future
 
 from aitbc_miner.agent.context import AgentContext
+from aitbc_miner.agent.pull import Puller
 from aitbc_miner.coordinator.interface import Standing
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Starved
@@ -17,13 +17,11 @@ _OURS = frozenset({ErrorCode.E_CANCELLED})
 
 
 class IdleMonitor:
-    """`since` says since when each pull has come back empty, None while there is work."""
+    """Looks now and then, as long as each pull has come back empty."""
 
-    def __init__(
-        self, context: AgentContext, since: Callable[[], float | None], *, starved_s: float = STARVED_S
-    ) -> None:
+    def __init__(self, context: AgentContext, puller: Puller, *, starved_s: float = STARVED_S) -> None:
         self._context = context
-        self._since = since
+        self._puller = puller
         self._starved_s = starved_s
         self._told = Starved()
         self._asking = False
@@ -31,7 +29,7 @@ class IdleMonitor:
 
     def next_due(self) -> float | None:
         """When to look next."""
-        since = self._since()
+        since = self._puller.idle_since
         if since is None:
             return None if self._told.since is None else clock.now()
         return None if self._asking else max(self._at, since + self._starved_s)
@@ -41,7 +39,7 @@ class IdleMonitor:
         due = self.next_due()
         if due is None or clock.now() < due:
             return
-        if self._since() is None:
+        if self._puller.idle_since is None:
             self._tell(Starved())
             return
         self._asking = True
@@ -55,7 +53,7 @@ class IdleMonitor:
     def _found(self, future: Future[list[str]]) -> None:
         self._asking = False
         self._at = clock.now() + LOOK_S
-        since = self._since()
+        since = self._puller.idle_since
         try:
             causes = future.result()
         except Exception as error:  # noqa: BLE001  # it is a help and nothing depends on it

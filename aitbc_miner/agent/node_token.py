@@ -3,23 +3,19 @@
 The heartbeat is also told how much there is to do, and when the coordinator should hear of it.
 """
 
-from collections.abc import Callable
-
 from aitbc_miner.coordinator.interface import Coordinator
 from aitbc_miner.identity.credentials import digest
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import Beaten, BeatWanted, Load, NodeToken, PrivateLine, TokenWanted
+from aitbc_miner.util import log
 
 
 class TokenLine:
-    """Asks for tokens and has the client use what comes. `mask` keeps a token out of the log."""
+    """Asks for tokens and has the client use what comes."""
 
-    def __init__(
-        self, line: Channel[PrivateLine], coordinator: Coordinator, mask: Callable[[str], None]
-    ) -> None:
+    def __init__(self, line: Channel[PrivateLine], coordinator: Coordinator) -> None:
         self._line = line
         self._coordinator = coordinator
-        self._mask = mask
         self._token: str | None = None
         self._load: int | None = None
         self.forgotten = False
@@ -63,7 +59,7 @@ class TokenLine:
         for word in words:
             if isinstance(word, NodeToken):
                 self._token = word.token
-                self._mask(word.token)
+                log.mask(word.token)
                 self._coordinator.use_token(word.token)
                 self.forgotten |= word.forgotten
             self.beaten |= isinstance(word, Beaten)

@@ -1,63 +1,75 @@
-"""What jobs say of themselves, and when to pass it on to the coordinator.
+"""What jobs say of themselves, passed on to the coordinator.
 
-The report is also how the coordinator says that a job is cancelled, so each job makes one now and then, from
-the moment it is acknowledged, even if it says nothing.
+With its reply the coordinator also says that a job is cancelled. So the agent reports on each job now and
+then, from the moment when the job is acknowledged, even if the job says nothing.
 """
 
-from msgspec import Struct
+from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import partial
+
+from aitbc_miner.agent.admission_queue import AdmissionQueue, by_coordinator
+from aitbc_miner.agent.context import AgentContext
+from aitbc_miner.agent.job_table import Progress
+from aitbc_miner.coordinator.interface import CoordinatorError, Unauthorized
+from aitbc_miner.ipc.messages import JobProgress
+from aitbc_miner.util import clock
+
+PAUSE_S = 1.0
+"""A task may report as often as it likes; the coordinator hears of it once in this time."""
 
 
-class Progress(Struct):
-    """A job's word on itself, and when to pass it on. Mutable: this is the agent's own notebook."""
+class ProgressReports:
+    """Reports on the acknowledged jobs of the table."""
 
-    pct: float = 0.0
-    note: str = ""
-    due: float = 0.0
-    sending: bool = False
+    def __init__(self, context: AgentContext, admission: AdmissionQueue) -> None:
+        self._context = context
+        self._jobs = context.jobs
+        self._admission = admission
 
-
-class ProgressBook:
-    """The acknowledged jobs of this node. Pure: the times are given, in seconds of the boot-time clock."""
-
-    def __init__(self, every_s: float, pause_s: float) -> None:
-        self._every_s = every_s
-        self._pause_s = pause_s
-        self._jobs: dict[str, Progress] = {}
-
-    def __contains__(self, job_id: str) -> bool:
-        return job_id in self._jobs
-
-    def ids(self) -> list[str]:
-        """Name the jobs."""
-        return list(self._jobs)
-
-    def began(self, job_id: str, now: float) -> None:
-        """Note that a job is ours now."""
-        self._jobs.setdefault(job_id, Progress(due=now + self._every_s))
-
-    def ended(self, job_id: str) -> None:
-        """Forget a job."""
-        self._jobs.pop(job_id, None)
-
-    def note(self, job_id: str, pct: float, note: str, now: float) -> None:
+    def note(self, said: JobProgress) -> None:
         """Take what a job says; it is passed on soon, but not at the pace of a chatty task."""
-        progress = self._jobs.setdefault(job_id, Progress(due=now))
-        progress.pct, progress.note = pct, note
-        progress.due = min(progress.due, now + self._pause_s)
-
-    def start_due(self, now: float) -> list[tuple[str, float, str]]:
-        """Take what is due and not under way: job, percent, note."""
-        due = [(job_id, it) for job_id, it in self._jobs.items() if it.due <= now and not it.sending]
-        for _, progress in due:
-            progress.sending = True
-        return [(job_id, progress.pct, progress.note) for job_id, progress in due]
-
-    def sent(self, job_id: str, now: float) -> None:
-        """Note that a report has come through, or failed: the next one says the same and more."""
-        if progress := self._jobs.get(job_id):
-            progress.sending = False
-            progress.due = now + self._every_s
+        self._jobs.acknowledge(said.job_id)
+        entry = self._jobs.get(said.job_id)
+        if entry is not None and (progress := entry.progress) is not None:
+            progress.pct, progress.note = said.pct or 0.0, said.note
+            progress.due = min(progress.due, clock.now() + PAUSE_S)
 
     def next_due(self) -> float | None:
         """When the next report is due."""
-        return min((it.due for it in self._jobs.values() if not it.sending), default=None)
+        # Without a token nothing can be sent: what is due then would keep the loop from waiting at all.
+        if not self._context.token:
+            return None
+        return min((progress.due for _, progress in self._waiting()), default=None)
+
+    def start_due(self) -> None:
+        """Send what is due."""
+        if not self._context.token:
+            return
+        now = clock.now()
+        for job_id, progress in [each for each in self._waiting() if each[1].due <= now]:
+            progress.sending = True
+            call = partial(self._context.coordinator.progress, job_id, progress.pct, progress.note)
+            self._context.start("progress", call, partial(self._sent, job_id, progress))
+
+    def _waiting(self) -> Iterator[tuple[str, Progress]]:
+        for job_id in self._jobs.ours():
+            entry = self._jobs.get(job_id)
+            if entry is not None and entry.progress is not None and not entry.progress.sending:
+                yield job_id, entry.progress
+
+    def _sent(self, job_id: str, progress: Progress, future: Future[bool]) -> None:
+        # Whether it came through or failed: the next report says the same and more.
+        progress.sending = False
+        progress.due = clock.now() + self._context.config.heartbeat.interval_s
+        try:
+            wants_end = future.result()
+        except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
+            # Only a refused token must be dealt with.
+            if isinstance(error, Unauthorized):
+                self._context.token.refused()
+            if not isinstance(error, CoordinatorError):
+                self._context.warn("progress not accepted", error, job_id=job_id)
+            return
+        if wants_end:
+            self._admission.cancel(by_coordinator(job_id))

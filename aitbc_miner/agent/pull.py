@@ -1,15 +1,15 @@
 """Asking the coordinator for jobs, when there is room for them."""
 
-from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
 import msgspec
 
+from aitbc_miner.agent.admission_queue import AdmissionQueue
 from aitbc_miner.agent.context import AgentContext
+from aitbc_miner.agent.reconcile import Reconciler
 from aitbc_miner.coordinator.interface import Paced, PulledJob, PullFilters, Unreachable
 from aitbc_miner.ipc.channel import ChannelError
-from aitbc_miner.slots.placement import Offer
 from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 
@@ -23,27 +23,14 @@ GROWTH = 1.5
 
 
 class Puller:
-    """Pulls one job at a time. `room` gives the free slots, `known` the jobs that we have.
+    """Pulls one job at a time, as long as there is a free slot."""
 
-    `accept` takes a job and says whether it was a new one. Nothing is pulled before the time `not_before`.
-    `lost` is told when a reply was, which may have brought a job.
-    """
-
-    def __init__(
-        self,
-        context: AgentContext,
-        room: Callable[[], list[Offer]],
-        known: Callable[[], list[str]],
-        accept: Callable[[PulledJob], bool],
-        not_before: Callable[[], float],
-        lost: Callable[[], None],
-    ) -> None:
+    def __init__(self, context: AgentContext, admission: AdmissionQueue, reconciler: Reconciler) -> None:
         self._context = context
-        self._room = room
-        self._known = known
-        self._accept = accept
-        self._not_before = not_before
-        self._lost = lost
+        self._jobs = context.jobs
+        self._admission = admission
+        self._reconciler = reconciler
+        self._ends_seen = 0
         self._pulling = False
         self._at = 0.0
         self._closed_s = self._closed_until = 0.0
@@ -55,12 +42,22 @@ class Puller:
 
     def next_due(self) -> float | None:
         """When to pull next; None as long as nothing may be pulled."""
+        if self._jobs.ends != self._ends_seen:
+            self._ends_seen = self._jobs.ends
+            self.hurry()
         return max(self._at, self._closed_until, self._not_before()) if self._may_pull() else None
 
     def hurry(self) -> None:
         """Pull now, or when the coordinator lets us: there may be work."""
         self._at = clock.now()
         self._stretch = 1.0
+
+    def _not_before(self) -> float:
+        """Say from when on to pull: what the coordinator takes for ours already comes first."""
+        troubled_until = self._admission.troubled_until
+        if self._reconciler.asked and not self._context.homeless:
+            return troubled_until
+        return max(troubled_until, clock.now() + 60.0)
 
     def start_due(self) -> None:
         """Pull, if it is time; say so where something else than that keeps us from it."""
@@ -72,8 +69,8 @@ class Puller:
         if due is None or clock.now() < due:
             return
         self._pulling = True
-        offers = [msgspec.to_builtins(offer) for offer in self._room()]
-        filters = PullFilters(offers, list(dict.fromkeys(self._known()))[:MAX_KNOWN])
+        offers = [msgspec.to_builtins(offer) for offer in self._jobs.room()]
+        filters = PullFilters(offers, self._jobs.names()[:MAX_KNOWN])
         self._context.start("pull", partial(self._context.coordinator.pull, filters), self._pulled)
 
     def _why_paused(self) -> str:
@@ -91,13 +88,13 @@ class Puller:
     def _may_pull(self) -> bool:
         if self._pulling or not self._context.token or self._context.pending >= MAX_UNREPORTED:
             return False
-        return bool(self._room())
+        return bool(self._jobs.room())
 
     def _pulled(self, future: Future[PulledJob | None]) -> None:
         self._pulling = False
         try:
             job = future.result()
-            is_new = job is not None and self._accept(job)
+            is_new = job is not None and self._admission.accept(job)
         except ChannelError:
             raise
         except Paced as error:
@@ -109,7 +106,7 @@ class Puller:
             self._at = clock.now() + self._backoff.next()
             self._close(wanted or 0.0)
             if isinstance(error, Unreachable):
-                self._lost()
+                self._reconciler.hurry()
             return
         self._backoff.reset()
         self._context.worked()

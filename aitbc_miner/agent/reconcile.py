@@ -4,10 +4,11 @@ What it lists and we do not have is taken up: the reply to a poll was lost, or o
 list any more is not wanted: its client cancelled it. And the list says until when each job is wanted.
 """
 
-from collections.abc import Callable
 from concurrent.futures import Future
 
+from aitbc_miner.agent.admission_queue import AdmissionQueue
 from aitbc_miner.agent.context import AgentContext
+from aitbc_miner.agent.delivery_queue import DeliveryQueue
 from aitbc_miner.coordinator.interface import Assignments, Paced, PulledJob
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.ipc.channel import ChannelError
@@ -22,30 +23,17 @@ MAX_BUSY = 1000
 
 
 class Reconciler:
-    """Asks at the start, at each interval, and when the reply to a poll may have been lost.
+    """Asks at the start, at each interval, and when the reply to a poll may have been lost."""
 
-    `busy` names all jobs that we have and that are not reported, `ours` those of them that are acknowledged
-    and have no outcome. `accept` takes a job up, `repeat` sends the report of one once more, `cancel` ends
-    one.
-    """
-
-    def __init__(
-        self,
-        context: AgentContext,
-        busy: Callable[[], set[str]],
-        ours: Callable[[], set[str]],
-        accept: Callable[[PulledJob], bool],
-        repeat: Callable[[str], None],
-        cancel: Callable[[CancelJob], None],
-    ) -> None:
+    def __init__(self, context: AgentContext, admission: AdmissionQueue, delivery: DeliveryQueue) -> None:
         self._context = context
-        self._busy, self._ours = busy, ours
-        self._accept, self._repeat, self._cancel = accept, repeat, cancel
+        self._jobs = context.jobs
+        self._admission = admission
+        self._delivery = delivery
         self._every_s = context.config.heartbeat.interval_s
         self._at = 0.0
         self._asking = False
         self._told = True
-        self._seen: set[str] = set()
         self._before: set[str] = set()
         self._missing: set[str] = set()
         self._forgotten: set[str] = set()
@@ -64,13 +52,9 @@ class Reconciler:
         """
         if self._context.token.forgotten:
             self._context.token.forgotten = False
-            self._forgotten = self._ours()
+            self._forgotten = self._jobs.ours()
         if self._missing:
             self.hurry()
-
-    def saw(self, job_id: str) -> None:
-        """Note that a job has come: a list that was made before does not know it."""
-        self._seen.add(job_id)
 
     def next_due(self) -> float | None:
         """When to ask, or to end a job whose time is over."""
@@ -88,16 +72,18 @@ class Reconciler:
         if not self._context.token or not self._told or self._asking or now < self._at:
             return
         self._asking = True
-        self._before = self._ours()
-        self._seen = self._busy()
+        self._before = self._jobs.ours()
+        # A job that comes from now on is not missing in the list that is being made.
+        self._jobs.came = set(self._jobs.names())
         self._context.start("assigned", self._context.coordinator.assignments, self._answered)
 
     def _answered(self, future: "Future[Assignments | None]") -> None:
         self._asking, self.asked = False, True
+        came, self._jobs.came = self._jobs.came or set(), None
         try:
             told = future.result()
             if told is not None:
-                self._compare(told)
+                self._compare(told, came)
         except ChannelError:
             raise
         except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
@@ -110,31 +96,31 @@ class Reconciler:
         self._told = told is not None
         self._at = clock.now() + self._every_s
 
-    def _compare(self, told: Assignments) -> None:
+    def _compare(self, told: Assignments, came: set[str]) -> None:
         listed = {each.job_id for each in told.jobs}
         self._forgotten -= listed
         self._ends = {}
-        ours, busy = self._ours(), self._busy()
+        ours, busy = self._jobs.ours(), set(self._jobs.names())
         for each in told.jobs:
             if each.job_id in ours and each.left_s is not None:
                 self._ends[each.job_id] = clock.now() + each.left_s
-            elif each.job_id not in self._seen | busy and len(busy) < MAX_BUSY:
+            elif each.job_id not in came | busy and len(busy) < MAX_BUSY:
                 busy.add(each.job_id)
                 is_late = each.left_s is not None and each.left_s <= 0
                 self._take_up(each.job_id, _too_late(each.job_id, each.job) if is_late else each.job)
         if told.complete:
-            self._miss(self._before & self._ours() - listed)
+            self._miss(self._before & self._jobs.ours() - listed)
 
     def _take_up(self, job_id: str, job: PulledJob) -> None:
         """Begin with a job that is new to us; of one that is done, the coordinator has not heard it."""
         if not self._context.records.known(job_id) and not self._context.ledger.knows(job_id):
             self._context.log.warning("job taken up", job_id=job_id, cause="the coordinator lists it as ours")
-            self._accept(job)
+            self._admission.accept(job)
         elif self._is_final(job_id):
             self._context.log.warning(
                 "report repeated", job_id=job_id, cause="the coordinator has not heard it"
             )
-            self._repeat(job_id)
+            self._delivery.repeat(job_id)
 
     def _is_final(self, job_id: str) -> bool:
         try:
@@ -148,17 +134,17 @@ class Reconciler:
         ended = missing & self._missing - self._forgotten if self._context.token.beaten else set()
         for job_id in ended:
             self._end(job_id, "cancel", "by the coordinator")
-        self._forgotten &= self._ours()
+        self._forgotten &= self._jobs.ours()
         self._missing = missing - ended - self._forgotten
         if self._missing:
             self._context.token.beaten = False
             self._context.token.want_beat()
 
     def _end(self, job_id: str, why: EndReason, detail: str) -> None:
-        if job_id not in self._ours() or self._is_anothers(job_id):
+        if job_id not in self._jobs.ours() or self._is_anothers(job_id):
             return
         self._context.log.info("job not wanted any more", job_id=job_id, why=why)
-        self._cancel(CancelJob(job_id, why, detail))
+        self._admission.cancel(CancelJob(job_id, why, detail))
 
     def _is_anothers(self, job_id: str) -> bool:
         """Whether the coordinator knows the job under the name of another node of our fleet."""

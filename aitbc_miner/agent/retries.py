@@ -1,16 +1,19 @@
 """What becomes of a job that has failed: its report, another attempt here, or another node's."""
 
 import random
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
+from aitbc_miner.agent.admission import RESUMABLE
 from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.delivery_queue import DeliveryQueue
 from aitbc_miner.agent.fleet import Fleet
+from aitbc_miner.agent.job_table import CONCLUDED, WAITING, Stage
+from aitbc_miner.agent.outcomes import settle
 from aitbc_miner.agent.retry_policy import Where, next_attempt, pause_before
 from aitbc_miner.errors import MinerError
-from aitbc_miner.ipc.messages import Retried
+from aitbc_miner.ipc.messages import CancelJob, JobSettled, Retried
 from aitbc_miner.jobs import MOVES, Outcome, RetryPolicy, State
 from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.store.ledger import account_of
@@ -21,52 +24,37 @@ LOOK_AGAIN_S = 0.1
 
 
 class Retries:
-    """Decides, and keeps the jobs that wait for their next attempt on this node.
+    """Decides about jobs whose attempt is over, and keeps those that wait for their next attempt here.
 
-    `report` is told of jobs whose report ends them. When to try next is kept in memory, and noted in the
-    queue for after a restart.
+    When to try next is kept in memory, and noted in the queue for after a restart.
     """
 
-    def __init__(self, context: AgentContext, fleet: Fleet | None, report: Callable[[str], None]) -> None:
+    def __init__(self, context: AgentContext, fleet: Fleet | None, delivery: DeliveryQueue) -> None:
         self._context = context
+        self._jobs = context.jobs
         self._fleet = fleet
-        self._report = report
-        self._due: dict[str, float] = {}
+        self._delivery = delivery
         self._rng = random.Random()  # noqa: S311  # spreads load, protects nothing
 
-    def __contains__(self, job_id: str) -> bool:
-        return job_id in self._due
-
-    def ids(self) -> list[str]:
-        """Name the jobs that wait."""
-        return list(self._due)
-
     def next_due(self) -> float | None:
-        """When the next one is due."""
-        return min(self._due.values(), default=None)
+        """When the next attempt is due."""
+        return min((entry.due for entry in self._jobs.among(Stage.RETRY_WAIT)), default=None)
 
-    def take_due(self, in_slots: Container[str]) -> list[str]:
-        """Take what is due.
+    def start_due(self) -> None:
+        """Have the jobs taken in once more whose next attempt is due.
 
         A job that the supervisor last showed in a slot waits until a later word of it: the end of the attempt
         may be known here before that word comes.
         """
-        now = clock.now()
-        due = [job_id for job_id, at in self._due.items() if at <= now]
-        for job_id in due:
-            if job_id in in_slots:
-                self._due[job_id] = now + LOOK_AGAIN_S
-            else:
-                del self._due[job_id]
-        return [job_id for job_id in due if job_id not in in_slots]
-
-    def hurry(self, job_id: str) -> None:
-        """Have a job tried now."""
-        self._due[job_id] = clock.now()
-
-    def drop(self, job_id: str) -> None:
-        """Forget a job."""
-        self._due.pop(job_id, None)
+        now, in_slots = clock.now(), self._jobs.in_slots()
+        for entry in self._jobs.among(Stage.RETRY_WAIT):
+            if entry.due > now:
+                continue
+            if entry.job_id in in_slots:
+                entry.due = now + LOOK_AGAIN_S
+                continue
+            self._jobs.move(entry.job_id, Stage.RESUMING)
+            self._note(partial(self._context.queue.remove, Kind.RUN, entry.job_id))
 
     def recovered(self, job_ids: list[str]) -> None:
         """Wait on for those that an earlier run of the node has left waiting."""
@@ -77,11 +65,48 @@ class Retries:
         except QueueError as error:
             self._context.warn("times of retries not read", error)
         for job_id in job_ids:
-            self._due[job_id] = clock.now() + left.get(job_id, 0.0)
+            self._jobs.move(job_id, Stage.RETRY_WAIT).due = clock.now() + left.get(job_id, 0.0)
+            # The coordinator counts it as ours, and may cancel it while it waits.
+            self._jobs.acknowledge(job_id)
             self._context.show(job_id, State.RETRY_WAIT)
 
-    def settle(self, job_id: str) -> None:
+    # --- the end of an attempt -----------------------------------------------------------------------------
+
+    def settle(self, said: JobSettled | CancelJob) -> None:
+        """Nobody works on the job any more: what it left is its outcome, or it is lost or cancelled."""
+        job_id = said.job_id
+        stage = self._jobs.stage(job_id)
+        if stage in CONCLUDED:
+            return
+        if isinstance(said, JobSettled) and said.code is None and stage in WAITING and self._waits(job_id):
+            # Of an attempt whose outcome was found on the disk before its worker's end was heard of.
+            return
+        if stage is not Stage.SETTLING:
+            self._jobs.move(job_id, Stage.SETTLING)
+        self._context.persisting.do(f"settle job {job_id}", partial(self._settle, said))
+
+    def _waits(self, job_id: str) -> bool:
+        """Whether a job waits for a slot by its record, too, which a worker writes."""
+        try:
+            with self._context.records.open(job_id) as job:
+                return job.state().state in RESUMABLE
+        except (MinerError, OSError):
+            return False
+
+    def _settle(self, said: JobSettled | CancelJob) -> None:
+        if settle(self._context.records, said):
+            self.conclude(said.job_id)
+        else:
+            self._jobs.move(said.job_id, Stage.GONE)
+
+    def conclude(self, job_id: str) -> None:
+        """Have a job that has an outcome reported or tried again."""
+        self._jobs.move(job_id, Stage.ENDED)
+        self._context.persisting.do(f"decide about job {job_id}", partial(self._decide, job_id))
+
+    def _decide(self, job_id: str) -> None:
         """Decide about a job whose attempt is over; its outcome is on disk. Raises OSError: not now."""
+        self._jobs.ends += 1
         try:
             with self._context.records.open(job_id) as job:
                 outcome = job.outcome()
@@ -94,10 +119,11 @@ class Retries:
             self._context.warn("cannot decide about job", error, job_id=job_id)
             where = None
         if where is Where.ELSEWHERE and outcome is not None and self._fleet is not None:
+            self._jobs.move(job_id, Stage.HANDING_ON)
             call = partial(self._hand_on, self._fleet, job_id, outcome, most)
             self._context.start("queue", call, partial(self._handed_on, job_id, outcome))
         else:
-            self._report(job_id)
+            self._delivery.add(job_id)
 
     def _judge(self, job: JobDir, outcome: Outcome | None) -> tuple[Where | None, int]:
         """Say where the job goes next, and how many attempts it has in all."""
@@ -129,7 +155,7 @@ class Retries:
                 raise
             # It stands that there is a next attempt; the old outcome is set aside when that begins.
         pause = pause_before(state.attempt, bounds.min_s, bounds.max_s, self._rng)
-        self._due[job.job_id] = clock.now() + pause
+        self._jobs.move(job.job_id, Stage.RETRY_WAIT).due = clock.now() + pause
         # What is noted is the attempt that has failed: the next one may always be made.
         task = Task(Kind.RUN, job.job_id, context.config.node_id, 1, 0, outcome.message)
         self._note(partial(context.queue.put, task, pause))
@@ -143,10 +169,6 @@ class Retries:
             in_s=round(pause, 1),
         )
         context.show(job.job_id, State.RETRY_WAIT, outcome=outcome)
-
-    def begun(self, job_id: str) -> None:
-        """Forget what was noted of a job that waited."""
-        self._note(partial(self._context.queue.remove, Kind.RUN, job_id))
 
     def _note(self, call: Callable[[], object]) -> None:
         self._context.start("queue", call, self._noted)
@@ -175,28 +197,29 @@ class Retries:
         except (MinerError, OSError) as error:
             # The coordinator may have another node for it; to be asked is better than to wait for the fleet.
             context.warn("job not handed on", error, job_id=job_id)
-            self._report(job_id)
+            self._delivery.add(job_id)
             return
+        self._jobs.move(job_id, Stage.GONE)
         context.log.info("job left to the fleet", job_id=job_id, code=outcome.code, how=how)
         context.show(job_id, State.FAILED, outcome=outcome)
 
 
 class RetryOnDemand:
-    """Tells the supervisor, for each job that it is asked about, what comes of it."""
+    """Tells the supervisor, for each job that an operator wants tried once more, what comes of it."""
 
-    def __init__(self, context: AgentContext, fleet: Fleet | None, reruns: Retries, reporter: DeliveryQueue) -> None:
+    def __init__(self, context: AgentContext, fleet: Fleet | None, delivery: DeliveryQueue) -> None:
         self._context = context
         self._fleet = fleet
-        self._reruns = reruns
-        self._reporter = reporter
+        self._delivery = delivery
 
     def retry(self, job_id: str) -> None:
         """Have a job tried, or its report sent, once more."""
-        if job_id in self._reruns:
-            self._reruns.hurry(job_id)
+        entry = self._context.jobs.get(job_id)
+        if entry is not None and entry.stage is Stage.RETRY_WAIT:
+            entry.due = clock.now()
             self._tell(Retried(job_id, f"job {job_id} is tried again now"))
-        elif job_id in self._reporter:
-            self._reporter.hurry()
+        elif entry is not None and entry.stage is Stage.REPORTING:
+            self._delivery.hurry()
             self._tell(Retried(job_id, f"the report of job {job_id} is sent again now"))
         elif self._fleet is not None and not self._context.records.known(job_id):
             call = partial(self._fleet.requeue, job_id)
@@ -210,7 +233,7 @@ class RetryOnDemand:
     def _retry_dead(self, job_id: str) -> Retried:
         context = self._context
         try:
-            if self._reporter.take_back(job_id):
+            if self._delivery.take_back(job_id):
                 return Retried(job_id, f"the report of job {job_id}, which was refused, is sent once more")
             with context.records.open(job_id) as job:
                 state = job.state().state

@@ -1,6 +1,6 @@
 """Makes the client for the configured coordinator; the one place that knows all dialects."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator.aitbc import LIMITS, AitbcCoordinator, Profile
@@ -11,12 +11,11 @@ from aitbc_miner.coordinator.rate_limits import Limits
 from aitbc_miner.coordinator.services import ServiceBook
 from aitbc_miner.identity.credentials import Credential, credential_of_root, read_credential
 from aitbc_miner.probe.machine import cuda_toolkits
+from aitbc_miner.util import log
 from aitbc_miner.util.web import Proxy
 
 
-def proxy_of(
-    url: str | None, source: str | None, environ: Mapping[str, str], mask: Callable[[str], None]
-) -> Proxy | None:
+def proxy_of(url: str | None, source: str | None, environ: Mapping[str, str]) -> Proxy | None:
     """Make a proxy of its address and the source of its credential; None without an address.
 
     Its credential is read when it is used, but for one that only root can read, which is read here.
@@ -27,7 +26,7 @@ def proxy_of(
 
     def reveal() -> str:
         text = (early or read_credential(source, environ)).reveal()
-        mask(text)
+        log.mask(text)
         return text
 
     return Proxy(url, reveal)

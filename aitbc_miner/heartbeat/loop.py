@@ -8,7 +8,6 @@ import os
 import random
 import select
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import psutil
@@ -16,7 +15,6 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner.config.settings import Config
-from aitbc_miner.coordinator.diagnosis import likely_cause
 from aitbc_miner.coordinator.interface import (
     Busy,
     CoordinatorError,
@@ -27,9 +25,9 @@ from aitbc_miner.coordinator.interface import (
 )
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu.reader import GpuReader
-from aitbc_miner.heartbeat.registration import Registration, RegistrationError, connector
+from aitbc_miner.heartbeat.registration import Access, Registration, RegistrationError
 from aitbc_miner.heartbeat.status_report import remedy_for, rest_after, slot_report, told_of
-from aitbc_miner.identity.credentials import Credential, CredentialError, digest, stamp
+from aitbc_miner.identity.credentials import Credential, CredentialError, digest
 from aitbc_miner.ipc.channel import Channel, ChannelError
 from aitbc_miner.ipc.messages import (
     Beaten,
@@ -358,7 +356,6 @@ def run_heartbeat(
     line: Channel[PrivateLine],
     config: Config,
     environ: Mapping[str, str],
-    mask: Callable[[str], None],
     *,
     early: Credential | None = None,
     proxy: Proxy | None = None,
@@ -367,17 +364,11 @@ def run_heartbeat(
     """Be the heartbeat process, after the fork, until Stop comes or one of the other processes is gone.
 
     `channel` goes to the supervisor, `line` to the agent; `environ` is where the credential may be, or
-    `early` is it; `mask` is told each secret before it is used, to keep it out of the log.
+    `early` is it.
     """
     timing = timing or Timing()
     metrics = Metrics(_first(config), config.queue.path.parent)
-    registration = Registration(
-        connector(config, environ, mask, early, proxy),
-        mask,
-        metrics,
-        partial(likely_cause, config.coordinator, proxy),
-        partial(stamp, config.coordinator.auth_token, environ),
-    )
+    registration = Registration(Access(config, environ, early, proxy), metrics)
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
     tasks = TaskWatch(config.runners.python)
     process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, tasks, timing)

@@ -86,7 +86,7 @@ def look(config: Config, environ: Mapping[str, str]) -> str | None:
     ours, theirs = context.Pipe(duplex=False)
 
     def be_child() -> None:
-        proxy = proxy_of(there.proxy, there.proxy_auth, environ, lambda _: None)
+        proxy = proxy_of(there.proxy, there.proxy_auth, environ)
         if os.geteuid() == 0:
             drop_privileges(NOBODY, NOBODY)
         try:

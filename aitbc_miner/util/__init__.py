@@ -15,6 +15,5 @@
 * notify: tells systemd how the service is
 * web: connections: addresses, time-outs, TLS, proxies
 * terminal: what may be shown on a terminal
-* neighbours: other programs on this machine
 * build: which code this is
 """

@@ -344,10 +344,17 @@ def flush() -> None:
         handler.flush()
 
 
+def mask(secret: str) -> None:
+    """Keep a secret out of all log lines of this process from now on."""
+    for handler in logging.getLogger("aitbc_miner").handlers:
+        if isinstance(handler.formatter, Formatter):
+            handler.formatter.add_secret(secret)
+
+
 def configure(
     node_id: str, *, level: str, as_json: bool, path: str | None = None, stream: TextIO | None = None
-) -> Formatter:
-    """Send all log lines to one place; gives the formatter, which learns the secrets to mask.
+) -> None:
+    """Send all log lines to one place.
 
     A reader that stalls stops no process of ours: lines that it leaves are kept for a while, then dropped.
 
@@ -355,12 +362,10 @@ def configure(
         OSError: the log file cannot be opened.
     """
     handler = _handler(Path(path) if path else None, stream or sys.stderr)
-    formatter = Formatter(node_id, as_json=as_json)
-    handler.setFormatter(formatter)
+    handler.setFormatter(Formatter(node_id, as_json=as_json))
     # A full disk or a closed pipe under the log must never end the process that logs.
     logging.raiseExceptions = False
     root = logging.getLogger("aitbc_miner")
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     root.propagate = False
-    return formatter

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 
 from aitbc_miner.agent import fleet
-from aitbc_miner.agent.input_urls import check_names, name_of, parse, shown
 from aitbc_miner.control.protocol import MAX_REQUEST, Answer, Request
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, Reply, retry_after
 from aitbc_miner.coordinator.interface import CoordinatorError, Heartbeat, PulledJob, PullFilters
 from aitbc_miner.errors import JobError, MinerError
 from aitbc_miner.identity.receipts import MAX_AMOUNT, Receipt, canonical, examine
+from aitbc_miner.inputs.urls import check_names, name_of, parse, shown
 from aitbc_miner.ipc import messages
 from aitbc_miner.ipc.channel import MAX_FRAME, Channel, ChannelError
 from aitbc_miner.jobs import (

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 from hypothesis import strategies as st
 
-from aitbc_miner.agent.inputs import InputLimits, fetch_inputs
 from aitbc_miner.coordinator.answers import AITBC, BOOTSTRAP, answer
 from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient
 from aitbc_miner.coordinator.interface import CoordinatorError
 from aitbc_miner.errors import JobError
+from aitbc_miner.inputs.fetch import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Inputs, Manifest
 from aitbc_miner.telemetry.httpd import Page, PageServer
 from fuzz.engine import Check, Target, directory, only

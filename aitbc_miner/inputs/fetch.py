@@ -27,14 +27,14 @@ from msgspec import Struct
 from urllib3.util import parse_url
 from urllib3.util.ssltransport import SSLTransport
 
-from aitbc_miner.agent.input_urls import check_names, name_of, parse, redirected, refuse, shown
 from aitbc_miner.errors import ErrorCode, JobError, LocalError, MinerError
 from aitbc_miner.identity.credentials import CredentialError
+from aitbc_miner.inputs.addresses import forbidden
+from aitbc_miner.inputs.urls import check_names, name_of, parse, redirected, refuse, shown
 from aitbc_miner.jobs import InputUrl, Manifest
 from aitbc_miner.store.reserve import disk_error
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.clock import now
-from aitbc_miner.util.neighbours import forbidden
 from aitbc_miner.util.web import (
     Address,
     Dialer,

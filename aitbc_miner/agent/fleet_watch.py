@@ -1,0 +1,102 @@
+"""The agent's clock for its fleet: leases are renewed in time, and free slots look for jobs to take over."""
+
+from concurrent.futures import Future
+from functools import partial
+
+from aitbc_miner.agent.admission_queue import AdmissionQueue
+from aitbc_miner.agent.context import AgentContext
+from aitbc_miner.agent.delivery_queue import DeliveryQueue
+from aitbc_miner.agent.fleet import Fleet, Seen
+from aitbc_miner.errors import MinerError
+from aitbc_miner.ipc.messages import CancelJob
+from aitbc_miner.jobs import State
+from aitbc_miner.queue.interface import QueueError
+from aitbc_miner.slots.placement import Offer
+from aitbc_miner.util import clock
+
+# How often a lease is renewed while it lasts, so that one or two that fail are no loss.
+RENEWALS = 4
+
+
+class FleetWatch:
+    """Renews our leases in time, and has free slots look for jobs to take over."""
+
+    def __init__(
+        self, context: AgentContext, fleet: Fleet, admission: AdmissionQueue, delivery: DeliveryQueue
+    ) -> None:
+        self._context = context
+        self._fleet = fleet
+        self._admission = admission
+        self._delivery = delivery
+        self._every_s = context.config.queue.lease_s / RENEWALS
+        self._due = 0.0
+        self._busy = False
+        self._down = False
+
+    def next_due(self) -> float | None:
+        """When to ask the queue next."""
+        return None if self._busy else self._due
+
+    def start_due(self) -> None:
+        """Ask the queue, if it is time."""
+        if self._busy or clock.now() < self._due:
+            return
+        self._busy = True
+        self._context.start("fleet", partial(self._ask, self._context.jobs.room()), self._asked)
+
+    def _ask(self, offers: list[Offer]) -> tuple[list[str], Seen, Exception | None]:
+        """Renew and look; runs in a thread. What was found before an error is dealt with all the same."""
+        lost: list[str] = []
+        seen = Seen([], [])
+        try:
+            self._fleet.renew(lost)
+            if offers and self._context.token:
+                self._fleet.seek(self._context.records, offers, self._context.ledger.knows, seen)
+            self._fleet.examine()
+        except Exception as error:  # noqa: BLE001  # one odd task must not end the agent, again and again
+            return lost, seen, error
+        return lost, seen, None
+
+    def _asked(self, future: Future[tuple[list[str], Seen, Exception | None]]) -> None:
+        self._busy = False
+        lost, seen, error = future.result()
+        self._due = clock.now() + min(self._every_s, self._context.config.coordinator.poll_interval_s)
+        if error is not None:
+            # However long a lease is, a queue that is back is not left waiting.
+            most = self._context.config.heartbeat.backoff.max_s
+            self._due = clock.now() + min(self._every_s, most)
+            self._failed(error)
+        elif self._down:
+            self._context.log.info("queue of the fleet is back")
+            self._tell(None)
+            self._down = False
+        for job_id in lost:
+            # It ends here, and its report is never sent (`Fleet.is_ours`).
+            self._context.log.warning("job lost to another node", job_id=job_id)
+            self._context.channel.send(CancelJob(job_id, "cancel", "another node of the fleet has it"))
+        self._admission.resume(seen.taken)
+        for job_id in seen.returned:
+            self._report(job_id)
+
+    def _report(self, job_id: str) -> None:
+        """Have a job reported that nobody of the fleet has taken."""
+        try:
+            # First: what the ledger calls settled is not even read at the next start.
+            self._context.ledger.reopen(job_id)
+            with self._context.records.open(job_id) as job:
+                job.move(State.UPLOADING, delivery=None)
+        except (MinerError, OSError) as error:
+            self._context.warn("cannot report job that nobody took", error, job_id=job_id)
+        else:
+            self._delivery.add(job_id)
+
+    def _failed(self, error: Exception) -> None:
+        # Once, not at every try; what we hold goes on.
+        if not (self._down and isinstance(error, QueueError)):
+            self._context.warn("queue of the fleet out of reach", error)
+        self._down = True
+        self._tell(str(error))
+
+    def _tell(self, error: str | None) -> None:
+        self._context.queue_error = error
+        self._context.tell()
