@@ -18,7 +18,7 @@ from aitbc_miner.control.protocol import Request
 from aitbc_miner.coordinator.connect import connect, proxy_of
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.gpu.facts import GpuFact
-from aitbc_miner.gpu.job_view import gpu_view
+from aitbc_miner.gpu.job_view import gpu_env, gpu_view
 from aitbc_miner.heartbeat.loop import run_heartbeat
 from aitbc_miner.identity.credentials import credential_of_root
 from aitbc_miner.ipc.channel import Allowance, Channel
@@ -58,7 +58,6 @@ from aitbc_miner.util.locks import HeldError, Locks
 from aitbc_miner.util.notify import Notifier
 from aitbc_miner.util.system import drop_privileges
 from aitbc_miner.util.web import Proxy
-from aitbc_miner.worker.launch import gpu_env
 from aitbc_miner.worker.loop import Settings, Worker
 
 

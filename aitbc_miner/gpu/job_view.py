@@ -42,6 +42,16 @@ def gpu_view(gpu: GpuFact | None) -> tuple[Path, ...]:
     return tuple(map(Path, found))
 
 
+def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
+    """Give the variables that show a job its own GPU, or none at all."""
+    uuid = next((name for name in gpu.ids if not name.isdecimal()), gpu.ids[0]) if gpu else ""
+    return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": uuid,
+        "NVIDIA_VISIBLE_DEVICES": uuid or "void",
+    }
+
+
 def devices_of(view: tuple[Path, ...]) -> list[Path]:
     """Give the device nodes of a view."""
     return [path for path in view if path.is_relative_to("/dev")]

@@ -14,10 +14,9 @@ from aitbc_miner.cgroup.group import CgroupError, Group, Mount, find_mount, own_
 from aitbc_miner.config.settings import Config
 from aitbc_miner.errors import MinerError
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
-from aitbc_miner.sandbox.bubblewrap import why_not
+from aitbc_miner.sandbox.bubblewrap import slot_sandbox, why_not
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slots.spec import SlotSpec
-from aitbc_miner.worker.launch import slot_sandbox
 
 CONTAINER_MARKS = ("/run/systemd/container", "/.dockerenv", "/run/.containerenv")
 UNIT, SLOTS_UNIT = ".service", "-slots.service"

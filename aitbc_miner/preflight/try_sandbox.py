@@ -11,14 +11,14 @@ from aitbc_miner.cgroup.group import CgroupError, Group, find_mount
 from aitbc_miner.config.settings import Config, load_config
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_NOT_PERMITTED, EXIT_USAGE, MinerError
 from aitbc_miner.gpu.facts import GpuFact
-from aitbc_miner.gpu.job_view import gpu_view
+from aitbc_miner.gpu.job_view import gpu_env, gpu_view
 from aitbc_miner.gpu.reader import GpuReader
 from aitbc_miner.jobs import ExitStatus, Manifest
 from aitbc_miner.preflight.check import machine_facts, slots_for
 from aitbc_miner.preflight.confinement import find_sandbox
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.runners.interface import JobPaths, job_env
-from aitbc_miner.sandbox.bubblewrap import HOME, Sandbox, enclose
+from aitbc_miner.sandbox.bubblewrap import HOME, Sandbox, enclose, slot_sandbox
 from aitbc_miner.sandbox.spawn import Job, become_subreaper, spawn
 from aitbc_miner.sandbox.users import Identity, resolve
 from aitbc_miner.slots.cgroup_limits import limit_job
@@ -27,7 +27,6 @@ from aitbc_miner.slots.limits import plan_limits
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util import fs
-from aitbc_miner.worker.launch import gpu_env, slot_sandbox
 
 SLOTS_GROUP = Path("aitbc.slice", "aitbc-miner-slots.service")
 KILL_S = 5.0

@@ -17,10 +17,12 @@ from pathlib import Path
 
 from msgspec import Struct
 
+from aitbc_miner.config.settings import Config
 from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.sandbox.private_mounts import NO_DIRECTORY, NO_FILE, PTS, SHM, TMP, make_mounts
 from aitbc_miner.sandbox.seccomp import filter_fd
 from aitbc_miner.sandbox.users import Identity
+from aitbc_miner.slots.spec import SlotSpec
 
 BWRAP, TIME = "/usr/bin/bwrap", "/usr/bin/time"
 PACKAGES = {BWRAP: "bubblewrap", TIME: "time"}
@@ -64,6 +66,7 @@ _SHUT = f'exec "$@" {STATUS_FD}>&- {{}}>&-'
 _OF_JOB = ("work", "output", "tmp")
 _BY_SIGNAL = 128
 _WRITABLE = 0o222
+_MIB = 1 << 20
 
 
 class Sandbox(Struct, frozen=True):
@@ -85,6 +88,22 @@ class Sandbox(Struct, frozen=True):
     io_uring: bool = False
     binds: tuple[Path, ...] = ()
     devices: tuple[Path, ...] = ()
+
+
+def slot_sandbox(
+    config: Config, spec: SlotSpec, runs_as: Identity | None, devices: tuple[Path, ...] = ()
+) -> Sandbox:
+    """Give the sandbox of a slot's jobs, whatever `sandbox.mode` is."""
+    return Sandbox(
+        runs_as=runs_as,
+        tmp_bytes=config.sandbox.tmp_mb * _MIB,
+        shm_bytes=config.sandbox.shm_mb * _MIB,
+        # Anything else is a policy that this version cannot enforce.
+        network=spec.egress == "open",
+        io_uring=spec.io_uring,
+        binds=tuple(spec.binds),
+        devices=devices,
+    )
 
 
 class Enclosed(Struct, frozen=True):

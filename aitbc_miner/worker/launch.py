@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from aitbc_miner.config.settings import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
-from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.runners.interface import Launch
 from aitbc_miner.sandbox.bubblewrap import Enclosed, Sandbox, enclose
 from aitbc_miner.sandbox.spawn import REPORT_FD, Job, spawn
@@ -21,8 +20,6 @@ from aitbc_miner.slots.cgroups import SlotGroup
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util.limits import ProcessLimits
 from aitbc_miner.worker.monitor import Delays
-
-MIB = 1 << 20
 
 
 class Surroundings(Struct, frozen=True):
@@ -38,32 +35,6 @@ class Surroundings(Struct, frozen=True):
     gpu_env: dict[str, str]
     delays: Delays
     sandbox: Sandbox | None = None
-
-
-def slot_sandbox(
-    config: Config, spec: SlotSpec, runs_as: Identity | None, devices: tuple[Path, ...] = ()
-) -> Sandbox:
-    """Give the sandbox of a slot's jobs, whatever `sandbox.mode` is."""
-    return Sandbox(
-        runs_as=runs_as,
-        tmp_bytes=config.sandbox.tmp_mb * MIB,
-        shm_bytes=config.sandbox.shm_mb * MIB,
-        # Anything else is a policy that this version cannot enforce.
-        network=spec.egress == "open",
-        io_uring=spec.io_uring,
-        binds=tuple(spec.binds),
-        devices=devices,
-    )
-
-
-def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
-    """Give the variables that show a job its own GPU, or none at all."""
-    uuid = next((name for name in gpu.ids if not name.isdecimal()), gpu.ids[0]) if gpu else ""
-    return {
-        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
-        "CUDA_VISIBLE_DEVICES": uuid,
-        "NVIDIA_VISIBLE_DEVICES": uuid or "void",
-    }
 
 
 class Started(Struct, frozen=True):

@@ -24,7 +24,7 @@ from aitbc_miner.jobs import State
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.runners.interface import Runner
 from aitbc_miner.runners.interpreter import Interpreter
-from aitbc_miner.sandbox.bubblewrap import Sandbox
+from aitbc_miner.sandbox.bubblewrap import Sandbox, slot_sandbox
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slots.cgroups import SlotGroup
@@ -34,7 +34,7 @@ from aitbc_miner.store.records import JobDir, Records
 from aitbc_miner.util.log import events
 from aitbc_miner.worker.cleanup import clear_user, named
 from aitbc_miner.worker.job_run import JobRun
-from aitbc_miner.worker.launch import Surroundings, slot_sandbox
+from aitbc_miner.worker.launch import Surroundings
 from aitbc_miner.worker.link import Supervision
 from aitbc_miner.worker.monitor import Delays
 from aitbc_miner.worker.prewarm import Warmer
