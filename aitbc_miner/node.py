@@ -58,7 +58,8 @@ from aitbc_miner.util.locks import HeldError, Locks
 from aitbc_miner.util.notify import Notifier
 from aitbc_miner.util.system import drop_privileges
 from aitbc_miner.util.web import Proxy
-from aitbc_miner.worker.loop import Settings, Worker
+from aitbc_miner.worker.context import SlotContext
+from aitbc_miner.worker.loop import Worker
 
 
 class WorkspaceError(MinerError):
@@ -231,7 +232,7 @@ class Node:
             vram_mb = min(vram_mb, memory >> 20)
         offer = make_offer(spec, threads=self._facts.threads, memory_bytes=memory, vram_mb=vram_mb)
         parent = self._cgroups.parent
-        settings = Settings(
+        slot = SlotContext(
             config=self._config,
             spec=spec,
             group_parent=parent,
@@ -250,11 +251,11 @@ class Node:
             spec,
             offer,
             parent / spec.name if parent else None,
-            partial(self._spawn_worker, settings),
-            partial(adjust_slot, settings),
-            settings.gpu_env,
+            partial(self._spawn_worker, slot),
+            partial(adjust_slot, slot),
+            slot.gpu_env,
             problem,
-            settings.devices,
+            slot.devices,
         )
 
     def _claim(self, user: Identity | None) -> str | None:
@@ -267,9 +268,9 @@ class Node:
             return str(error)
         return None
 
-    def _spawn_worker(self, settings: Settings) -> Child[FromWorker]:
-        name = settings.spec.name
-        child: Child[FromWorker] = Child(f"worker {name}", partial(be_worker, settings), FromWorker)
+    def _spawn_worker(self, slot: SlotContext) -> Child[FromWorker]:
+        name = slot.spec.name
+        child: Child[FromWorker] = Child(f"worker {name}", partial(be_worker, slot), FromWorker)
         self._book.note(name, child.pid)
         return child
 
@@ -320,25 +321,25 @@ class Node:
             drop_privileges(self._identities.service.uid, self._identities.service.gid)
 
 
-def be_worker(settings: Settings, pipe: "Connection[Any, Any]") -> None:
+def be_worker(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
     """Be a slot's worker, after the fork."""
     # The operator's secrets are none of its business, nor of what it starts.
-    for secret in settings.config.sources():
+    for secret in slot.config.sources():
         source, _, name = secret.partition(":")
         if source == "env":
             os.environ.pop(name, None)
     channel: Channel[ToWorker] = Channel(pipe, ToWorker)
-    Worker(settings, channel, RunnerSet(settings.config.runners, settings.interpreter)).run()
+    Worker(slot, channel, RunnerSet(slot.config.runners, slot.interpreter)).run()
 
 
-def adjust_slot(settings: Settings, pipe: "Connection[Any, Any]") -> None:
+def adjust_slot(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
     """Limit a slot's groups, in a child: its worker is of an earlier run, and cannot be told."""
     channel: Channel[Stop] = Channel(pipe, Stop)
     said = Retuned({})
-    if settings.group_parent is not None:
-        group = SlotGroup(settings.group_parent, settings.spec.name)
+    if slot.group_parent is not None:
+        group = SlotGroup(slot.group_parent, slot.spec.name)
         try:
-            note = group.adjust(settings.spec, settings.controllers)
+            note = group.adjust(slot.spec, slot.controllers)
             # What its processes carry themselves is not known here.
             said = Retuned(group.held, note)
         except CgroupError as error:

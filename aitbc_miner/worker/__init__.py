@@ -1,6 +1,7 @@
 """The root process of a slot: it runs one job after another.
 
 * loop: Worker: the process
+* context: SlotContext: what it knows of its slot
 * link: what ties a worker to its supervisor
 * job_run: JobRun: prepares, runs, judges, collects, writes the outcome
 * workspace: a job's directories and their owners

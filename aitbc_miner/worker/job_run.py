@@ -26,9 +26,10 @@ from aitbc_miner.worker import workspace
 from aitbc_miner.worker.artifacts import LOG, Caps, Collector, log_artifact
 from aitbc_miner.worker.causes import Evidence, cause_of
 from aitbc_miner.worker.cleanup import clear_user, named
+from aitbc_miner.worker.context import SlotContext
 from aitbc_miner.worker.disk_use import DiskUse
 from aitbc_miner.worker.job_log import JobLog
-from aitbc_miner.worker.launch import Started, Surroundings, limits_for, start
+from aitbc_miner.worker.launch import Started, limits_for, start
 from aitbc_miner.worker.link import FULL_TRIES, Supervision, is_full
 from aitbc_miner.worker.monitor import Ending, Execution
 from aitbc_miner.worker.prewarm import Warm
@@ -44,15 +45,15 @@ class JobRun:
     def __init__(
         self,
         job: JobDir,
-        around: Surroundings,
+        slot: SlotContext,
         runners: Callable[[], dict[str, Runner]],
         supervision: Supervision,
-        take_warm: Callable[[Launch, Surroundings], Warm | None] = lambda *_: None,
+        take_warm: Callable[[Launch, SlotContext], Warm | None] = lambda *_: None,
     ) -> None:
         self._job = job
         self._take_warm = take_warm
         self._warm: Warm | None = None
-        self._around = around
+        self._slot = slot
         self._runners = runners
         self._supervision = supervision
         self._began = clock.now()
@@ -62,7 +63,7 @@ class JobRun:
         self._remains = ""
         self._usage = Usage()
         self._log = LogInfo()
-        self._events = events("worker", slot=around.spec.name, job_id=job.job_id)
+        self._events = events("worker", slot=slot.spec.name, job_id=job.job_id)
         self._artifacts: list[Artifact] = []
         self._left_out: list[LeftOut] = []
         self._attempt = job.state().attempt
@@ -140,7 +141,7 @@ class JobRun:
 
     def _record(self, state: State, deadline: float | None) -> None:
         own = os.getpid()
-        slot = self._around.spec.name
+        slot = self._slot.spec.name
         over = state is State.COLLECTING
         start = self._patiently("look at our own process", lambda: process_start(own), over=over)
         changes = {"slot": slot, "worker_pid": own, "worker_start": start, "deadline": deadline}
@@ -158,33 +159,33 @@ class JobRun:
         with self._step("prepare", State.PREP):
             manifest = self._patiently("read the manifest", self._job.manifest)
             runner = self._patiently("read what may run", self._runners).get(manifest.runner)
-            if runner is None or manifest.runner not in self._around.spec.runners:
+            if runner is None or manifest.runner not in self._slot.spec.runners:
                 raise JobError(
                     ErrorCode.E_DENY,
-                    f"cannot run the job: slot {self._around.spec.name} offers no runner {manifest.runner!r}",
+                    f"cannot run the job: slot {self._slot.spec.name} offers no runner {manifest.runner!r}",
                 )
-            _refuse_unmet(manifest, self._around.spec)
+            _refuse_unmet(manifest, self._slot.spec)
             # As the job sees them.
-            paths = JobPaths(HOME if self._around.sandbox else self._job.path)
-            plan = partial(runner.plan, manifest, paths, self._around.spec, self._around.gpu_env)
+            paths = JobPaths(HOME if self._slot.sandbox else self._job.path)
+            plan = partial(runner.plan, manifest, paths, self._slot.spec, self._slot.gpu_env)
             launch = self._patiently("see whether the job may run", plan)
-            self._warm = self._take_warm(launch, self._around)
+            self._warm = self._take_warm(launch, self._slot)
             self._patiently("make the job's directories", self._make_directories)
-            users = self._around.runs_as, self._around.service
+            users = self._slot.runs_as, self._slot.service
             self._patiently("take the inputs", lambda: workspace.hand_over(self._job, *users))
         return manifest, runner, launch
 
     def _make_directories(self) -> None:
-        around, warm, self._warm = self._around, self._warm, None
+        slot, warm, self._warm = self._slot, self._warm, None
         try:
-            workspace.prepare(self._job, around.runs_as, around.service, around.spec.name if warm else None)
+            workspace.prepare(self._job, slot.runs_as, slot.service, slot.spec.name if warm else None)
         except OSError:
             # What it was to have may be half moved by now; the next try goes without.
             if warm is not None:
                 warm.end()
             raise
-        if around.group is not None and warm is None:
-            around.group.renew_job()
+        if slot.group is not None and warm is None:
+            slot.group.renew_job()
         self._warm = warm
 
     def _execute(self, manifest: Manifest, launch: Launch) -> None:
@@ -206,7 +207,7 @@ class JobRun:
                         self._supervision,
                         log,
                         deadline=deadline,
-                        delays=self._around.delays,
+                        delays=self._slot.delays,
                         disk=disk,
                     )
                     self._ending = execution.run(started.log, started.reports)
@@ -215,8 +216,8 @@ class JobRun:
                 self._log = log.close()
 
     def _open_log(self) -> JobLog:
-        service = self._around.service
-        cap = self._around.config.workspace.max_log_mb * MIB
+        service = self._slot.service
+        cap = self._slot.config.workspace.max_log_mb * MIB
         with fs.directory("logs", at=self._job.fd) as logs:
             return JobLog(logs, cap, service.gid if service else None)
 
@@ -224,20 +225,20 @@ class JobRun:
         warm, self._warm = self._warm, None
         with ExitStack() as ours:
             if warm is None:
-                started = start(launch, self._job.path, self._around, ours)
+                started = start(launch, self._job.path, self._slot, ours)
             else:
                 try:
                     started = warm.give(launch, ours)
                 except OSError:
                     warm.end()
-                    if self._around.group is not None:
-                        self._around.group.renew_job()
+                    if self._slot.group is not None:
+                        self._slot.group.renew_job()
                     raise
             stack.push(ours.pop_all())
         return started
 
     def _disk_use(self) -> DiskUse:
-        kept = self._around.config.workspace
+        kept = self._slot.config.workspace
         most_bytes = None if kept.max_job_mb is None else kept.max_job_mb * MIB
         return DiskUse(self._job.fd, workspace.OF_JOB, most_bytes, kept.max_job_files)
 
@@ -248,7 +249,7 @@ class JobRun:
             yield
         except BaseException:
             self._ending = Ending(ExitStatus(), clean=False, reports=[])
-            clean = job.kill_all(self._around.delays.kill)
+            clean = job.kill_all(self._slot.delays.kill)
             self._ending = Ending(job.poll() or ExitStatus(), clean, reports=[])
             raise
         finally:
@@ -257,7 +258,7 @@ class JobRun:
             self._remains = self._patiently("see what the job has left behind", look, over=True)
 
     def _left_behind(self, job: Job) -> str:
-        runs_as, most = self._around.runs_as, self._around.delays.kill
+        runs_as, most = self._slot.runs_as, self._slot.delays.kill
         if not self._ending.clean:
             # Between the last look and this one it may have ended after all.
             left = named(job.survivors()) or "something"
@@ -268,7 +269,7 @@ class JobRun:
         return ""
 
     def _time_limit(self, manifest: Manifest, launch: Launch) -> float | None:
-        return shortest(manifest.timeout_s, self._around.spec.max_runtime_s, launch.max_runtime_s)
+        return shortest(manifest.timeout_s, self._slot.spec.max_runtime_s, launch.max_runtime_s)
 
     def _judge(self, manifest: Manifest, runner: Runner, launch: Launch) -> None:
         """Say why it ended: by our own record of kills, then the kernel's counters, then its exit."""
@@ -283,12 +284,12 @@ class JobRun:
 
     def _evidence(self, manifest: Manifest, launch: Launch) -> Evidence:
         ended = self._ending.exit
-        group = self._around.group.job if self._around.group else None
-        rlimits = limits_for(launch, self._around.limits).rlimits
+        group = self._slot.group.job if self._slot.group else None
+        rlimits = limits_for(launch, self._slot.limits).rlimits
         file_max = rlimits.get(resource.RLIMIT_FSIZE)
         # Looked for only where it can matter, for the job may have left very many files.
         suspect = file_max if ended.status != 0 and ended.killed_for is None else None
-        kept = self._around.config.workspace
+        kept = self._slot.config.workspace
         free = workspace.room_left(self._job.fd, reserve.spent(kept.root, kept.reserve_mb))
         return Evidence(
             exit=ended,
@@ -313,14 +314,14 @@ class JobRun:
             # killed and hang in the kernel: they do nothing more of their own, and cost the slot alone.)
             raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect the output: {self._remains}")
         with self._step("collect", State.COLLECTING):
-            own = self._around.config.workspace
+            own = self._slot.config.workspace
             caps = Caps(own.max_artifacts, own.max_artifacts_mb * MIB, launch.max_output_bytes)
-            service = self._around.service
+            service = self._slot.service
             owner = (service.uid, service.gid) if service else None
 
             def collect() -> list[Artifact]:
                 try:
-                    group = self._around.group.job if self._around.group else None
+                    group = self._slot.group.job if self._slot.group else None
                     collector = Collector(
                         self._job.fd, caps, owner, group, partial(reserve.release, own.root)
                     )
@@ -370,7 +371,7 @@ class JobRun:
             attempt=self._attempt,
             code=self._verdict.code,
             message=self._verdict.message,
-            slot=self._around.spec.name,
+            slot=self._slot.spec.name,
             exit=self._ending.exit,
             usage=self._usage,
             timings=self._timings,
@@ -378,7 +379,7 @@ class JobRun:
             left_out=self._left_out if ok else [],
             result=self._verdict.result,
             log=self._log,
-            enforced=self._around.enforced,
+            enforced=self._slot.enforced,
             versions={"aitbc_miner": aitbc_miner.__version__, "python": platform.python_version()},
             finished_wall=clock.wall(),
         )

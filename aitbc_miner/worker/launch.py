@@ -10,31 +10,13 @@ from pathlib import Path
 from msgspec import Struct
 from msgspec.structs import replace
 
-from aitbc_miner.config.settings import Config
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.runners.interface import Launch
 from aitbc_miner.sandbox.bubblewrap import Enclosed, Sandbox, enclose
 from aitbc_miner.sandbox.spawn import REPORT_FD, Job, spawn
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.slots.cgroups import SlotGroup
-from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util.limits import ProcessLimits
-from aitbc_miner.worker.monitor import Delays
-
-
-class Surroundings(Struct, frozen=True):
-    """What a slot gives each of its jobs; `sandbox` None: they see the machine as it is."""
-
-    config: Config
-    spec: SlotSpec
-    group: SlotGroup | None
-    limits: ProcessLimits
-    enforced: dict[str, str]
-    runs_as: Identity | None
-    service: Identity | None
-    gpu_env: dict[str, str]
-    delays: Delays
-    sandbox: Sandbox | None = None
+from aitbc_miner.worker.context import SlotContext
 
 
 class Started(Struct, frozen=True):
@@ -46,7 +28,7 @@ class Started(Struct, frozen=True):
 
 
 def start(
-    launch: Launch, directory: Path, around: Surroundings, stack: ExitStack, stdin: int | None = None
+    launch: Launch, directory: Path, slot: SlotContext, stack: ExitStack, stdin: int | None = None
 ) -> Started:
     """Start a program in its slot; `stack` closes what was opened for it, and ends no process.
 
@@ -63,16 +45,16 @@ def start(
         fds = {0: _stdin(launch.stdin, ours) if stdin is None else stdin, 1: log_end, 2: log_end}
         if reports_end is not None:
             fds[REPORT_FD] = reports_end
-        enclosed = _enclose(launch, directory, around.sandbox, fds, stack)
-        runs_as = around.runs_as
+        enclosed = _enclose(launch, directory, slot.sandbox, fds, stack)
+        runs_as = slot.runs_as
         give_pipes(fds, runs_as)
         job = spawn(
             enclosed.argv if enclosed else launch.argv,
             cwd=directory / "work",
             env=launch.env,
             fds=fds | (enclosed.fds if enclosed else {}),
-            limits=limits_for(launch, around.limits),
-            group=around.group.job if around.group else None,
+            limits=limits_for(launch, slot.limits),
+            group=slot.group.job if slot.group else None,
             uid=runs_as.uid if runs_as else None,
             gid=runs_as.gid if runs_as else None,
             enclosed=enclosed,

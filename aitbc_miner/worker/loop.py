@@ -10,11 +10,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner.cgroup.group import CgroupError
-from aitbc_miner.config.settings import Config
 from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.gpu.devices import make_nodes
 from aitbc_miner.gpu.job_view import devices_of
@@ -23,49 +21,18 @@ from aitbc_miner.ipc.messages import JobEnded, Retune, Retuned, StartJob, ToWork
 from aitbc_miner.jobs import State
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.runners.interface import Runner
-from aitbc_miner.runners.interpreter import Interpreter
-from aitbc_miner.sandbox.bubblewrap import Sandbox, slot_sandbox
 from aitbc_miner.sandbox.spawn import become_subreaper
-from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slots.cgroups import SlotGroup
 from aitbc_miner.slots.limits import plan_limits
-from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store.records import JobDir, Records
 from aitbc_miner.util.log import events
 from aitbc_miner.worker.cleanup import clear_user, named
+from aitbc_miner.worker.context import SlotContext
 from aitbc_miner.worker.job_run import JobRun
-from aitbc_miner.worker.launch import Surroundings
 from aitbc_miner.worker.link import Supervision
-from aitbc_miner.worker.monitor import Delays
 from aitbc_miner.worker.prewarm import Warmer
 
 STARTABLE = frozenset({State.ACKED, State.RETRY_WAIT})
-
-
-class Settings(Struct, frozen=True):
-    """What a worker needs to know.
-
-    group_parent: None where there is no cgroup2 to use. sandboxed: whether jobs are. interpreter: of Python
-    tasks; None: our own. devices: of the GPU (`gpuview`).
-    """
-
-    config: Config
-    spec: SlotSpec
-    group_parent: Path | None
-    controllers: tuple[str, ...]
-    runs_as: Identity | None
-    service: Identity | None
-    gpu_env: dict[str, str]
-    sandboxed: bool = False
-    interpreter: Interpreter | None = None
-    devices: tuple[Path, ...] = ()
-    delays: Delays = Delays()
-
-    def sandbox(self, spec: SlotSpec, devices: tuple[Path, ...]) -> Sandbox | None:
-        """Give the sandbox of the slot's jobs."""
-        if not self.sandboxed:
-            return None
-        return slot_sandbox(self.config, spec, self.runs_as, devices)
 
 
 class Worker:
@@ -75,15 +42,14 @@ class Worker:
     """
 
     def __init__(
-        self, settings: Settings, channel: Channel[ToWorker], runners: Callable[[], dict[str, Runner]]
+        self, slot: SlotContext, channel: Channel[ToWorker], runners: Callable[[], dict[str, Runner]]
     ) -> None:
-        self._settings = settings
+        self._slot = slot
         self._supervision = Supervision(channel)
         self._runners = runners
-        self._records = Records(settings.config.workspace.root)
-        self._around: Surroundings | None = None
-        self._warmer = Warmer(runners, settings.spec.name)
-        self._log = events("worker", slot=settings.spec.name)
+        self._records = Records(slot.config.workspace.root)
+        self._warmer = Warmer(runners, slot.spec.name)
+        self._log = events("worker", slot=slot.spec.name)
 
     def run(self) -> None:
         """Set the slot up, then take one job after another until told otherwise."""
@@ -91,60 +57,49 @@ class Worker:
         supervision = self._supervision
         supervision.listen_for_signals()
         try:
-            around = self._around = self._set_up()
+            self._set_up()
         except MinerError as error:
             self._log.error("slot unusable", reason=str(error))
             supervision.send(WorkerRefused(str(error)))
             return
         supervision.retune = self._retune
-        supervision.send(WorkerReady(around.enforced))
+        supervision.send(WorkerReady(self._slot.enforced))
         try:
-            self._serve(around)
+            self._serve()
         finally:
             self._warmer.end()
 
-    def _serve(self, around: Surroundings) -> None:
+    def _serve(self) -> None:
         supervision, warmer = self._supervision, self._warmer
         while supervision.connected and not supervision.stopping and not supervision.terminated:
-            pause = warmer.tend(self._around or around)
+            pause = warmer.tend(self._slot)
             for message in supervision.wait(pause, warmer.sources):
                 if isinstance(message, StartJob):
-                    supervision.send(self._run_job(message.job_id, self._around or around))
+                    supervision.send(self._run_job(message.job_id))
                     warmer.rest()
 
-    def _set_up(self) -> Surroundings:
-        settings = self._settings
+    def _set_up(self) -> None:
+        slot = self._slot
         group = None
         by_cgroup: dict[str, str] = {}
-        if settings.group_parent is not None:
-            group = SlotGroup(settings.group_parent, settings.spec.name)
+        if slot.group_parent is not None:
+            group = SlotGroup(slot.group_parent, slot.spec.name)
             # Whatever an earlier worker left running here ends now; if it cannot, the slot is no good.
             group.empty()
             group.worker.write("cgroup.procs", str(os.getpid()))
             group.renew_job()
-            must = frozenset(NEEDED_CONTROLLERS if settings.config.cgroup.mode == "required" else ())
-            by_cgroup = group.enforce(settings.spec, settings.controllers, required=must)
-        user = settings.runs_as
-        if user is not None and (pids := clear_user(user.uid, settings.delays.kill)):
+            must = frozenset(NEEDED_CONTROLLERS if slot.config.cgroup.mode == "required" else ())
+            by_cgroup = group.enforce(slot.spec, slot.controllers, required=must)
+        user = slot.runs_as
+        if user is not None and (pids := clear_user(user.uid, slot.delays.kill)):
             raise MinerError(f"cannot use the slot: its user {user.name} still owns {named(pids)}")
         self._have_nodes()
-        limits, enforced = plan_limits(settings.spec, by_cgroup, own_user=user is not None)
-        return Surroundings(
-            config=settings.config,
-            spec=settings.spec,
-            group=group,
-            limits=limits,
-            enforced=enforced,
-            runs_as=user,
-            service=settings.service,
-            gpu_env=settings.gpu_env,
-            delays=settings.delays,
-            sandbox=settings.sandbox(settings.spec, settings.devices),
-        )
+        limits, enforced = plan_limits(slot.spec, by_cgroup, own_user=user is not None)
+        self._slot = replace(slot, group=group, limits=limits, enforced=enforced)
 
     def _have_nodes(self) -> None:
         """Have the nodes of the slot's GPU made; under systemd our unit has had that done already."""
-        nodes = devices_of(self._settings.devices)
+        nodes = devices_of(self._slot.devices)
         if all(node.exists() for node in nodes):
             return
         failed = make_nodes()
@@ -154,34 +109,27 @@ class Worker:
 
     def _retune(self, wanted: Retune) -> None:
         """Give the slot other limits: those of its cgroups now, a process's own from the next job on."""
-        around, note = self._around, ""
-        spec = wanted.spec
-        if around is None:
-            return
+        slot, spec, note = self._slot, wanted.spec, ""
         try:
-            if around.group is not None:
-                note = around.group.adjust(spec, self._settings.controllers)
+            if slot.group is not None:
+                note = slot.group.adjust(spec, slot.controllers)
         except CgroupError as error:
             failed = f"cannot give the slot its new limits, and goes on with the old: {error}"
-            self._supervision.send(Retuned(around.enforced, failed, done=False))
+            self._supervision.send(Retuned(slot.enforced, failed, done=False))
             return
-        by_cgroup = around.group.held if around.group is not None else {}
-        limits, enforced = plan_limits(spec, by_cgroup, own_user=around.runs_as is not None)
-        self._around = replace(
-            around,
-            spec=spec,
-            limits=limits,
-            enforced=enforced,
-            gpu_env=wanted.gpu_env,
-            sandbox=self._settings.sandbox(spec, tuple(map(Path, wanted.devices))),
+        by_cgroup = slot.group.held if slot.group is not None else {}
+        limits, enforced = plan_limits(spec, by_cgroup, own_user=slot.runs_as is not None)
+        devices = tuple(map(Path, wanted.devices))
+        self._slot = replace(
+            slot, spec=spec, limits=limits, enforced=enforced, gpu_env=wanted.gpu_env, devices=devices
         )
         self._supervision.send(Retuned(enforced, note))
 
-    def _run_job(self, job_id: str, around: Surroundings) -> JobEnded:
+    def _run_job(self, job_id: str) -> JobEnded:
         """Run a job and say what came of it, whatever it does: a worker that dies costs the slot."""
         try:
             with ExitStack() as stack:
-                begin = partial(self._begin, job_id, around, stack)
+                begin = partial(self._begin, job_id, stack)
                 run = self._supervision.patiently(job_id, "read the job's record", begin)
                 ended = run if isinstance(run, JobEnded) else self._run(job_id, run)
         except Exception as error:  # noqa: BLE001  # without an outcome the agent declares the job lost
@@ -191,11 +139,11 @@ class Worker:
         self._log.info("job ended", job_id=job_id, code=ended.code or "OK", message=ended.message)
         return ended
 
-    def _begin(self, job_id: str, around: Surroundings, stack: ExitStack) -> JobRun | JobEnded:
+    def _begin(self, job_id: str, stack: ExitStack) -> JobRun | JobEnded:
         """Open the job's directory, which `stack` closes, and say how it ended if it is not to be started."""
         with ExitStack() as ours:
             job = ours.enter_context(self._records.open(job_id))
-            run = _refuse(job) or JobRun(job, around, self._runners, self._supervision, self._warmer.take)
+            run = _refuse(job) or JobRun(job, self._slot, self._runners, self._supervision, self._warmer.take)
             # Not before: each try that fails would keep a descriptor, of which there may be none left.
             stack.push(ours.pop_all())
         return run

@@ -21,6 +21,7 @@ from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.task import Progress, Report, ReportReader
 from aitbc_miner.util import clock
+from aitbc_miner.worker.context import Delays
 from aitbc_miner.worker.disk_use import DiskUse
 from aitbc_miner.worker.job_log import JobLog
 from aitbc_miner.worker.link import READ_AT_ONCE, Supervision
@@ -35,18 +36,6 @@ REAP_EVERY_S = 1.0
 PROGRESS_EVERY_S = 0.2
 # A shell whose program was ended by a signal exits with its number and this.
 BY_SIGNAL = 128
-
-
-class Delays(Struct, frozen=True):
-    """Seconds: from SIGTERM to SIGKILL; how long killing and reading the rest of the output may take.
-
-    notice: how long a program may be seen dead of SIGTERM before we are told that it should end.
-    """
-
-    term_grace: float = 5.0
-    kill: float = 10.0
-    drain: float = 2.0
-    notice: float = 2.0
 
 
 class Ending(Struct, frozen=True):

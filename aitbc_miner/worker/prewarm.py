@@ -20,7 +20,8 @@ from aitbc_miner.task import Preloaded
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.worker import workspace
-from aitbc_miner.worker.launch import Started, Surroundings, start
+from aitbc_miner.worker.context import SlotContext
+from aitbc_miner.worker.launch import Started, start
 
 NO_PRELOAD = "there is no sandbox, and nothing waits without one"
 # Seconds: a slot with a job after the other keeps its CPUs for them; what has not imported all by then never
@@ -32,8 +33,8 @@ ORDER_MAX = 1 << 20
 class Warm:
     """One such process; ends with `end`, or with the job that it was given to."""
 
-    def __init__(self, launch: Launch, around: Surroundings) -> None:
-        self.launch, self.around = launch, around
+    def __init__(self, launch: Launch, slot: SlotContext) -> None:
+        self.launch, self.slot = launch, slot
         self.since = clock.now()
         self.ready = False
         self._said = b""
@@ -45,17 +46,17 @@ class Warm:
             raise
 
     def _start(self) -> None:
-        around = self.around
-        place = workspace.make_ahead(around.config.workspace.root, around.spec.name, around.runs_as)
-        if around.group is not None:
-            around.group.renew_job()
+        slot = self.slot
+        place = workspace.make_ahead(slot.config.workspace.root, slot.spec.name, slot.runs_as)
+        if slot.group is not None:
+            slot.group.renew_job()
         read_end, self._order = os.pipe2(os.O_CLOEXEC)
         self._stack.callback(os.close, self._order)
         try:
             # Written in one go, so that a process that does not read holds up nobody.
             with suppress(OSError):
                 fcntl.fcntl(self._order, fcntl.F_SETPIPE_SZ, ORDER_MAX)
-            self.started: Started = start(self.launch, place, around, self._stack, stdin=read_end)
+            self.started: Started = start(self.launch, place, slot, self._stack, stdin=read_end)
         finally:
             os.close(read_end)
 
@@ -67,7 +68,7 @@ class Warm:
 
     def listen(self) -> str:
         """Hear what it says; the reason when it is of no use any more, else ''."""
-        log = events("worker", slot=self.around.spec.name)
+        log = events("worker", slot=self.slot.spec.name)
         reports = self.started.reports
         if not self.ready and reports is not None and select.select([reports], [], [], 0)[0]:
             with suppress(BlockingIOError):
@@ -82,11 +83,11 @@ class Warm:
             return f"it imports for more than {IMPORT_S:g} s"
         return ""
 
-    def fits(self, launch: Launch, around: Surroundings) -> bool:
+    def fits(self, launch: Launch, slot: SlotContext) -> bool:
         """Whether it can run this in place of a process of its own."""
         return (
             launch.may_wait
-            and around is self.around
+            and slot is self.slot
             and self.launch.argv[: len(launch.argv)] == launch.argv
             and set(launch.binds) <= set(self.launch.binds)
             and len(launch.stdin) <= fcntl.fcntl(self._order, fcntl.F_GETPIPE_SZ)
@@ -113,28 +114,28 @@ class Warm:
 
     def end(self) -> None:
         """Kill it, and remove what it was to have."""
-        self.started.job.kill_all(self.around.delays.kill)
+        self.started.job.kill_all(self.slot.delays.kill)
         self._stack.close()
-        workspace.remove_ahead(self.around.config.workspace.root, self.around.spec.name)
+        workspace.remove_ahead(self.slot.config.workspace.root, self.slot.spec.name)
 
 
 class Warmer:
     """Sees to it that one waits whenever the slot is idle and its jobs may be tasks."""
 
-    def __init__(self, runners: Callable[[], dict[str, Runner]], slot: str) -> None:
+    def __init__(self, runners: Callable[[], dict[str, Runner]], name: str) -> None:
         self._runners = runners
         self._warm: Warm | None = None
         self._not_before = 0.0
-        self._log = events("worker", slot=slot)
+        self._log = events("worker", slot=name)
 
     @property
     def sources(self) -> list[int]:
         """Give the descriptors that say when to `tend` again."""
         return self._warm.sources if self._warm else []
 
-    def tend(self, around: Surroundings) -> float | None:
+    def tend(self, slot: SlotContext) -> float | None:
         """Start, hear or end it as is due; gives the seconds until there is more to do, if that is known."""
-        if self._warm and self._warm.around is not around:
+        if self._warm and self._warm.slot is not slot:
             self.end()
         if self._warm and (reason := self._warm.listen()):
             self._log.warning("lost the process that waits for a task", reason=reason)
@@ -142,16 +143,16 @@ class Warmer:
         if self._warm is None:
             if (left := self._not_before - clock.now()) > 0:
                 return left
-            self._start(around)
+            self._start(slot)
         if self._warm is None:
             return max(0.0, self._not_before - clock.now()) or None
         if self._warm.ready:
             return None
         return max(0.0, self._warm.since + IMPORT_S - clock.now())
 
-    def take(self, launch: Launch, around: Surroundings) -> Warm | None:
+    def take(self, launch: Launch, slot: SlotContext) -> Warm | None:
         """Give away the one that waits, if it fits; else it is ended, and makes room."""
-        if self._warm and self._warm.fits(launch, around):
+        if self._warm and self._warm.fits(launch, slot):
             warm, self._warm = self._warm, None
             return warm
         self.end()
@@ -167,13 +168,13 @@ class Warmer:
         if warm is not None:
             warm.end()
 
-    def _start(self, around: Surroundings) -> None:
-        if "python" not in around.spec.runners or around.sandbox is None:
+    def _start(self, slot: SlotContext) -> None:
+        if "python" not in slot.spec.runners or slot.sandbox is None:
             return
         try:
             runner = self._runners().get("python")
             if isinstance(runner, PythonRunner) and runner.preload:
-                self._warm = Warm(runner.waiting(JobPaths(HOME), around.spec, around.gpu_env), around)
+                self._warm = Warm(runner.waiting(JobPaths(HOME), slot.spec, slot.gpu_env), slot)
         except Exception as error:  # noqa: BLE001  # whatever it is, jobs can do without
             self._log.warning("cannot preload", reason=f"{error!a:.300}")
             self._fail()

@@ -21,8 +21,8 @@ from aitbc_miner.store.records import Records
 from aitbc_miner.supervisor.children import Child
 from aitbc_miner.task import Report
 from aitbc_miner.util import clock
-from aitbc_miner.worker.loop import Settings, Worker
-from aitbc_miner.worker.monitor import Delays
+from aitbc_miner.worker.context import Delays, SlotContext
+from aitbc_miner.worker.loop import Worker
 
 WAIT_S = 120.0
 # Far from the ids that belong to somebody, and those that nodes take; of no other process that runs tests
@@ -67,7 +67,7 @@ class Bench:
         self, prepare: Prepare = lambda _: None, runners: Callable[[], dict[str, Runner]] | None = None
     ) -> None:
         """Start the worker, `prepare` changing what it is made of."""
-        settings = Settings(
+        slot = SlotContext(
             config=Config(Coordinator("https://c.example", "env:X"), workspace=Workspace(root=self.root)),
             spec=self.spec,
             group_parent=self.group_parent,
@@ -84,7 +84,7 @@ class Bench:
             )
             prepare(pytest.MonkeyPatch())
             channel: Channel[ToWorker] = Channel(pipe, ToWorker)
-            Worker(settings, channel, runners or (lambda: {"cli": Shell()})).run()
+            Worker(slot, channel, runners or (lambda: {"cli": Shell()})).run()
 
         self.child = Child("worker", main, FromWorker)
         self.until(lambda message: isinstance(message, WorkerReady))

@@ -25,7 +25,8 @@ from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util import clock
 from aitbc_miner.util.fs import Room
 from aitbc_miner.worker import cleanup, workspace
-from aitbc_miner.worker.monitor import Delays, Execution
+from aitbc_miner.worker.context import Delays
+from aitbc_miner.worker.monitor import Execution
 
 ROOT = os.geteuid() == 0
 STRANGER = Identity(JOB_UID, JOB_UID, "aitbc-job-cpu0")
