@@ -30,8 +30,8 @@ from aitbc_miner.worker.context import SlotContext
 from aitbc_miner.worker.disk_use import DiskUse
 from aitbc_miner.worker.job_log import JobLog
 from aitbc_miner.worker.launch import Started, limits_for, start
-from aitbc_miner.worker.link import FULL_TRIES, Supervision, is_full
-from aitbc_miner.worker.monitor import Ending, Execution
+from aitbc_miner.worker.link import FULL_TRIES, SupervisorLink, is_full
+from aitbc_miner.worker.monitor import Ending, JobMonitor
 from aitbc_miner.worker.prewarm import Warm
 
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class JobRun:
         job: JobDir,
         slot: SlotContext,
         runners: Callable[[], dict[str, Runner]],
-        supervision: Supervision,
+        link: SupervisorLink,
         take_warm: Callable[[Launch, SlotContext], Warm | None] = lambda *_: None,
     ) -> None:
         self._job = job
@@ -55,7 +55,7 @@ class JobRun:
         self._warm: Warm | None = None
         self._slot = slot
         self._runners = runners
-        self._supervision = supervision
+        self._link = link
         self._began = clock.now()
         self._timings: dict[str, float] = {}
         self._verdict = Verdict(ErrorCode.E_INTERNAL, "cannot run the job: it came to no end")
@@ -127,17 +127,17 @@ class JobRun:
 
     def _why_ended(self, trouble: BaseException | None) -> Verdict | None:
         """Say why trouble that may pass is waited for no longer, where somebody wants the job to end."""
-        why = self._supervision.why_end(self._job.job_id)
+        why = self._link.why_end(self._job.job_id)
         if why is None or not fs.may_pass(trouble):
             return None
         return cause_of(Evidence(ExitStatus(killed_for=why), cancel_detail=self._cancel_detail()))
 
     def _cancel_detail(self) -> str:
-        cancel = self._supervision.cancelled.get(self._job.job_id)
+        cancel = self._link.cancelled.get(self._job.job_id)
         return cancel.detail if cancel else ""
 
     def _patiently(self, doing: str, call: Callable[[], T], *, over: bool = False) -> T:
-        return self._supervision.patiently(self._job.job_id, doing, call, over=over)
+        return self._link.patiently(self._job.job_id, doing, call, over=over)
 
     def _record(self, state: State, deadline: float | None) -> None:
         own = os.getpid()
@@ -151,7 +151,7 @@ class JobRun:
         # Made once: a write may fail when the new state stands already, which cannot follow itself.
         after = self._patiently("read the job's state", lambda: self._job.after(state, **changes), over=over)
         self._patiently("write the job's state", lambda: self._job.write_state(after), over=over)
-        self._supervision.send(JobStep(self._job.job_id, state))
+        self._link.send(JobStep(self._job.job_id, state))
 
     # --- the steps, in their order -------------------------------------------------------------------------
 
@@ -200,17 +200,17 @@ class JobRun:
                     pid = started.job.pid
                     # Its time is its own: however long it has taken to start it.
                     deadline = None if limit is None else clock.now() + limit
-                    self._supervision.send(JobStep(self._job.job_id, State.RUNNING, pid, deadline))
-                    execution = Execution(
+                    self._link.send(JobStep(self._job.job_id, State.RUNNING, pid, deadline))
+                    monitor = JobMonitor(
                         started.job,
                         self._job.job_id,
-                        self._supervision,
+                        self._link,
                         log,
                         deadline=deadline,
                         delays=self._slot.delays,
                         disk=disk,
                     )
-                    self._ending = execution.run(started.log, started.reports)
+                    self._ending = monitor.run(started.log, started.reports)
                     self._usage = started.job.usage()
             finally:
                 self._log = log.close()

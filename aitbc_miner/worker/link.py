@@ -4,6 +4,7 @@ It outlives each job. The supervisor may go away, which changes nothing for a jo
 """
 
 import os
+import random
 import select
 import signal
 from collections.abc import Callable, Iterable
@@ -14,6 +15,7 @@ from aitbc_miner.ipc.channel import Channel, ChannelError
 from aitbc_miner.ipc.messages import END_SIGNALS, CancelJob, JobStep, JobTrouble, Retune, Stop, ToWorker
 from aitbc_miner.jobs import State
 from aitbc_miner.util import clock, fs
+from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
 
 T = TypeVar("T")
@@ -35,7 +37,7 @@ def _is_refusal(error: OSError | MinerError) -> bool:
     return isinstance(error, MinerError) and isinstance(error.__cause__, PermissionError)
 
 
-class Supervision:
+class SupervisorLink:
     """What ties a worker to its supervisor while a job runs; `stopping` outlives the job."""
 
     def __init__(self, channel: Channel[ToWorker]) -> None:
@@ -47,6 +49,7 @@ class Supervision:
         self.retune: Callable[[Retune], None] = lambda _: None
         # Set by a signal to why the job is to end: how a supervisor that has no channel to us says so.
         self.terminated: str | None = None
+        self._rng = random.Random()  # noqa: S311  # spreads attempts, protects nothing
         self.woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def fileno(self) -> int:
@@ -114,18 +117,18 @@ class Supervision:
         Raises:
             OSError: it is no such trouble, the job is to end, or the disk is full.
         """
-        failures = 0
+        backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S, self._rng)
         while True:
             try:
                 done = call()
             except (OSError, MinerError) as error:
-                failures += 1
+                delay_s = backoff.next()
                 cause = error if isinstance(error, OSError) else error.__cause__
-                full = is_full(cause) and failures >= FULL_TRIES and not over
+                full = is_full(cause) and backoff.failures >= FULL_TRIES and not over
                 to_end = self.must_end(job_id) if over else self.why_end(job_id)
                 if full or to_end or not fs.may_pass(cause) or _is_refusal(error):
                     raise
-                if failures == 1:
+                if backoff.failures == 1:
                     said = f"cannot {doing}: {error}"
                     events("worker").error("tried until it can be done", job_id=job_id, error=said)
                     self.send(JobTrouble(job_id, said))
@@ -133,10 +136,10 @@ class Supervision:
                         # So that nobody takes us for a worker that hangs: the job itself is over.
                         self.send(JobStep(job_id, State.COLLECTING))
             else:
-                if failures:
+                if backoff.failures:
                     self.send(JobTrouble(job_id, ""))
                 return done
-            self.pause(min(RETRY_MIN_S * 2 ** min(failures - 1, 8), RETRY_MAX_S), job_id)
+            self.pause(delay_s, job_id)
 
     def why_end(self, job_id: str) -> str | None:
         """Say why somebody wants the job to end, if anybody does."""

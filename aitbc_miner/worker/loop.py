@@ -29,7 +29,7 @@ from aitbc_miner.util.log import events
 from aitbc_miner.worker.cleanup import clear_user, named
 from aitbc_miner.worker.context import SlotContext
 from aitbc_miner.worker.job_run import JobRun
-from aitbc_miner.worker.link import Supervision
+from aitbc_miner.worker.link import SupervisorLink
 from aitbc_miner.worker.prewarm import Warmer
 
 STARTABLE = frozenset({State.ACKED, State.RETRY_WAIT})
@@ -45,7 +45,7 @@ class Worker:
         self, slot: SlotContext, channel: Channel[ToWorker], runners: Callable[[], dict[str, Runner]]
     ) -> None:
         self._slot = slot
-        self._supervision = Supervision(channel)
+        self._link = SupervisorLink(channel)
         self._runners = runners
         self._records = Records(slot.config.workspace.root)
         self._warmer = Warmer(runners, slot.spec.name)
@@ -54,28 +54,28 @@ class Worker:
     def run(self) -> None:
         """Set the slot up, then take one job after another until told otherwise."""
         become_subreaper()
-        supervision = self._supervision
-        supervision.listen_for_signals()
+        link = self._link
+        link.listen_for_signals()
         try:
             self._set_up()
         except MinerError as error:
             self._log.error("slot unusable", reason=str(error))
-            supervision.send(WorkerRefused(str(error)))
+            link.send(WorkerRefused(str(error)))
             return
-        supervision.retune = self._retune
-        supervision.send(WorkerReady(self._slot.enforced))
+        link.retune = self._retune
+        link.send(WorkerReady(self._slot.enforced))
         try:
             self._serve()
         finally:
             self._warmer.end()
 
     def _serve(self) -> None:
-        supervision, warmer = self._supervision, self._warmer
-        while supervision.connected and not supervision.stopping and not supervision.terminated:
+        link, warmer = self._link, self._warmer
+        while link.connected and not link.stopping and not link.terminated:
             pause = warmer.tend(self._slot)
-            for message in supervision.wait(pause, warmer.sources):
+            for message in link.wait(pause, warmer.sources):
                 if isinstance(message, StartJob):
-                    supervision.send(self._run_job(message.job_id))
+                    link.send(self._run_job(message.job_id))
                     warmer.rest()
 
     def _set_up(self) -> None:
@@ -115,7 +115,7 @@ class Worker:
                 note = slot.group.adjust(spec, slot.controllers)
         except CgroupError as error:
             failed = f"cannot give the slot its new limits, and goes on with the old: {error}"
-            self._supervision.send(Retuned(slot.enforced, failed, done=False))
+            self._link.send(Retuned(slot.enforced, failed, done=False))
             return
         by_cgroup = slot.group.held if slot.group is not None else {}
         limits, enforced = plan_limits(spec, by_cgroup, own_user=slot.runs_as is not None)
@@ -123,19 +123,19 @@ class Worker:
         self._slot = replace(
             slot, spec=spec, limits=limits, enforced=enforced, gpu_env=wanted.gpu_env, devices=devices
         )
-        self._supervision.send(Retuned(enforced, note))
+        self._link.send(Retuned(enforced, note))
 
     def _run_job(self, job_id: str) -> JobEnded:
         """Run a job and say what came of it, whatever it does: a worker that dies costs the slot."""
         try:
             with ExitStack() as stack:
                 begin = partial(self._begin, job_id, stack)
-                run = self._supervision.patiently(job_id, "read the job's record", begin)
+                run = self._link.patiently(job_id, "read the job's record", begin)
                 ended = run if isinstance(run, JobEnded) else self._run(job_id, run)
         except Exception as error:  # noqa: BLE001  # without an outcome the agent declares the job lost
             self._log.exception("job failed without an outcome", job_id=job_id)
             ended = JobEnded(job_id, ErrorCode.E_INTERNAL, f"cannot run the job: {error!a:.300}")
-        self._supervision.cancelled.clear()
+        self._link.cancelled.clear()
         self._log.info("job ended", job_id=job_id, code=ended.code or "OK", message=ended.message)
         return ended
 
@@ -143,7 +143,7 @@ class Worker:
         """Open the job's directory, which `stack` closes, and say how it ended if it is not to be started."""
         with ExitStack() as ours:
             job = ours.enter_context(self._records.open(job_id))
-            run = _refuse(job) or JobRun(job, self._slot, self._runners, self._supervision, self._warmer.take)
+            run = _refuse(job) or JobRun(job, self._slot, self._runners, self._link, self._warmer.take)
             # Not before: each try that fails would keep a descriptor, of which there may be none left.
             stack.push(ours.pop_all())
         return run

@@ -24,7 +24,7 @@ from aitbc_miner.util import clock
 from aitbc_miner.worker.context import Delays
 from aitbc_miner.worker.disk_use import DiskUse
 from aitbc_miner.worker.job_log import JobLog
-from aitbc_miner.worker.link import READ_AT_ONCE, Supervision
+from aitbc_miner.worker.link import READ_AT_ONCE, SupervisorLink
 
 T = TypeVar("T")
 
@@ -50,14 +50,14 @@ class Ending(Struct, frozen=True):
     excess: str = ""
 
 
-class Execution:
+class JobMonitor:
     """One job from its start until nothing of it is alive."""
 
     def __init__(
         self,
         job: Job,
         job_id: str,
-        supervision: Supervision,
+        link: SupervisorLink,
         log: JobLog,
         *,
         deadline: float | None,
@@ -66,7 +66,7 @@ class Execution:
     ) -> None:
         self._job = job
         self._job_id = job_id
-        self._supervision = supervision
+        self._link = link
         self._log = log
         self._deadline = deadline
         self._delays = delays
@@ -92,9 +92,9 @@ class Execution:
         if report_pipe is not None:
             self._watch(report_pipe, lambda: self._read_reports(report_pipe))
         self._watch(self._job.pidfd, lambda: True)
-        self._watch(self._supervision.woken, self._woken)
-        if self._supervision.connected:
-            self._watch(self._supervision.fileno(), self._obey)
+        self._watch(self._link.woken, self._woken)
+        if self._link.connected:
+            self._watch(self._link.fileno(), self._obey)
         while (ended := self._job.poll()) is None and not self._unkillable:
             self._turn(self._time_left())
             self._enforce()
@@ -108,8 +108,8 @@ class Execution:
         return Ending(how, clean, self._reports, self._excess)
 
     def _turn(self, timeout_s: float) -> bool:
-        if self._supervision.fileno() in self._sources:
-            self._poll.modify(self._supervision.fileno(), self._supervision.events)
+        if self._link.fileno() in self._sources:
+            self._poll.modify(self._link.fileno(), self._link.events)
         ready = self._poll.poll(max(0.0, timeout_s) * 1000)
         began = time.thread_time()
         for fd, _ in ready:
@@ -155,13 +155,13 @@ class Execution:
         if self._progress and now >= self._progress_at:
             self._progress_at = now + PROGRESS_EVERY_S
             said, self._progress = self._progress, None
-            self._supervision.send(JobProgress(self._job_id, said.pct, said.note))
+            self._link.send(JobProgress(self._job_id, said.pct, said.note))
         if self._killed_for is None:
             overdue = self._deadline is not None and now >= self._deadline
             # What has ended in its last moment has ended in time.
             if overdue and self._job.poll() is None:
                 self._end("timeout")
-            elif why := self._supervision.why_end(self._job_id):
+            elif why := self._link.why_end(self._job_id):
                 self._end(why)
             elif self._log.disk_full:
                 self._end("disk")
@@ -177,12 +177,12 @@ class Execution:
     def _look(self, disk: DiskUse) -> str:
         before, excess = disk.counted, disk.look()
         if disk.counted is not None and disk.counted != before:
-            self._supervision.send(JobOnDisk(self._job_id, disk.counted))
+            self._link.send(JobOnDisk(self._job_id, disk.counted))
         return excess
 
     def _kill_all(self) -> bool:
         kill = partial(self._job.kill_all, self._delays.kill)
-        return self._supervision.patiently(self._job_id, "kill what is left of the job", kill, over=True)
+        return self._link.patiently(self._job_id, "kill what is left of the job", kill, over=True)
 
     def _notice(self, ended: ExitStatus | None) -> None:
         """See whether a program that failed was told to end, by somebody who was quicker than we are.
@@ -192,7 +192,7 @@ class Execution:
         if self._killed_for is None and ended is not None and ended.status != 0:
             told = signal.SIGTERM in {ended.signal, (ended.status or 0) - BY_SIGNAL}
             patience = self._delays.notice if told else 0.0
-            self._killed_for = self._supervision.why_end_within(patience, self._job_id)
+            self._killed_for = self._link.why_end_within(patience, self._job_id)
 
     def _end(self, why: str, grace: float | None = None) -> None:
         self._killed_for = why
@@ -221,11 +221,11 @@ class Execution:
         return bool(data)
 
     def _obey(self) -> bool:
-        self._supervision.take()
-        return self._supervision.connected
+        self._link.take()
+        return self._link.connected
 
     def _woken(self) -> bool:
-        os.read(self._supervision.woken, READ_AT_ONCE)
+        os.read(self._link.woken, READ_AT_ONCE)
         return True
 
     def _drain(self) -> None:

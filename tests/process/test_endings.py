@@ -26,7 +26,7 @@ from aitbc_miner.util import clock
 from aitbc_miner.util.fs import Room
 from aitbc_miner.worker import cleanup, workspace
 from aitbc_miner.worker.context import Delays
-from aitbc_miner.worker.monitor import Execution
+from aitbc_miner.worker.monitor import JobMonitor
 
 ROOT = os.geteuid() == 0
 STRANGER = Identity(JOB_UID, JOB_UID, "aitbc-job-cpu0")
@@ -119,14 +119,14 @@ def test_a_program_that_heard_of_the_stop_before_the_worker(
 
 
 def test_a_job_that_ends_in_its_last_moment_has_ended_in_time(bench: Bench) -> None:
-    def turn(execution: Execution, timeout_s: float) -> bool:
+    def turn(monitor: JobMonitor, timeout_s: float) -> bool:
         # Looks again only when the program has ended and its time is over as well.
-        select.select([execution._job.pidfd], [], [], WAIT_S)
-        while execution._deadline is not None and clock.now() < execution._deadline:
+        select.select([monitor._job.pidfd], [], [], WAIT_S)
+        while monitor._deadline is not None and clock.now() < monitor._deadline:
             pass
         return False
 
-    bench.start(lambda patch: patch.setattr(Execution, "_turn", turn))
+    bench.start(lambda patch: patch.setattr(JobMonitor, "_turn", turn))
     bench.submit("j1", timeout_s=0.3)
     assert bench.run("j1").code is None
 

@@ -28,7 +28,7 @@ from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.store.records import JobDir
 from aitbc_miner.util import clock
 from aitbc_miner.worker import link
-from aitbc_miner.worker.monitor import Execution
+from aitbc_miner.worker.monitor import JobMonitor
 from tools.local_node import wait_until
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -192,6 +192,7 @@ def test_trouble_that_lasts_takes_no_descriptor_with_each_try(bench: Bench) -> N
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     def prepare(patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(link, "RETRY_MIN_S", 0.001)
         patch.setattr(link, "RETRY_MAX_S", 0.001)
         patch.setattr(JobDir, "outcome", outcome)
 
@@ -323,12 +324,12 @@ def test_a_result_that_is_no_json_is_the_jobs_own_trouble(bench: Bench, result: 
 def test_a_defect_while_the_program_runs_leaves_nothing_of_it(bench: Bench) -> None:
     pids = bench.root / "+pids"
 
-    def turn(execution: Execution, timeout_s: float) -> bool:
+    def turn(monitor: JobMonitor, timeout_s: float) -> bool:
         if pids.exists():
             raise ValueError("a defect")
         return False
 
-    bench.start(lambda patch: patch.setattr(Execution, "_turn", turn))
+    bench.start(lambda patch: patch.setattr(JobMonitor, "_turn", turn))
     bench.submit("j1", f"sleep 600 & echo $! > {pids}.new; echo $$ >> {pids}.new; mv {pids}.new {pids}; wait")
     ended = bench.run("j1")
     assert (ended.code, ended.clean) == (ErrorCode.E_INTERNAL, True)
