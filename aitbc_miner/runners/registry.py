@@ -23,8 +23,8 @@ class RunnerSet:
         self._allowlist = Allowlist()
         self._stamp: Stamp | None = None
 
-    def __call__(self) -> dict[str, Runner]:
-        """Give the enabled runners by name."""
+    def current(self) -> dict[str, Runner]:
+        """Give the enabled runners by name, as their files are now."""
         runners: dict[str, Runner] = {}
         if self._config.cli.enable:
             self._refresh()

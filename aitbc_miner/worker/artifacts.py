@@ -14,6 +14,7 @@ import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 from msgspec import Struct
 from msgspec.structs import replace
@@ -21,6 +22,7 @@ from msgspec.structs import replace
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import Artifact, ArtifactSpec, LeftOut
+from aitbc_miner.store import reserve
 from aitbc_miner.util import fs
 from aitbc_miner.util.system import PR_SET_PDEATHSIG, prctl
 
@@ -51,8 +53,8 @@ class Caps(Struct, frozen=True):
 class Collector:
     """Takes one job's artifacts; `job_fd` is its directory, `owner` who shall be able to read them.
 
-    What is more than a little is hashed in the job's own `group`, if it has one. `make_room` gives a full
-    disk back what is set aside, a little at a time; False: there is no more of it.
+    What is more than a little is hashed in the job's own `group`, if it has one. A full disk is given back
+    what is set aside below `reserve_root`, a little at a time.
     """
 
     def __init__(
@@ -61,9 +63,9 @@ class Collector:
         caps: Caps,
         owner: tuple[int, int] | None,
         group: Group | None = None,
-        make_room: Callable[[], bool] = lambda: False,
+        reserve_root: Path | None = None,
     ) -> None:
-        self._make_room = make_room
+        self._reserve_root = reserve_root
         self._job_fd = job_fd
         self._group = group
         self._caps = caps
@@ -171,13 +173,14 @@ class Collector:
         self._taken = [replace(one, sha256=digest) for one, digest in zip(self._taken, sums, strict=True)]
 
     def _link(self, fd: int, stage: int, name: str) -> None:
+        root = self._reserve_root
         while True:
             try:
                 # Through the descriptor: it is this very file that gets the name, whatever the path says now.
                 return os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=stage, follow_symlinks=True)
             except OSError as error:
                 # A second name takes little, but takes something; an inode of tmpfs, for one.
-                if error.errno not in fs.FULL or not self._make_room():
+                if error.errno not in fs.FULL or root is None or not reserve.release(root):
                     raise
 
     def _check(self, info: os.stat_result, path: str, spec: ArtifactSpec) -> None:

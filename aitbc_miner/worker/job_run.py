@@ -14,6 +14,7 @@ from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.ipc.messages import JobStep
 from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, LogInfo, Manifest, Outcome, State, Usage
 from aitbc_miner.runners.interface import JobPaths, Launch, Runner, Verdict, last_line, shortest
+from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.bubblewrap import HOME
 from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.slots.spec import SlotSpec
@@ -32,7 +33,7 @@ from aitbc_miner.worker.job_log import JobLog
 from aitbc_miner.worker.launch import Started, limits_for, start
 from aitbc_miner.worker.link import FULL_TRIES, SupervisorLink, is_full
 from aitbc_miner.worker.monitor import Ending, JobMonitor
-from aitbc_miner.worker.prewarm import Warm
+from aitbc_miner.worker.prewarm import Warm, Warmer
 
 T = TypeVar("T")
 
@@ -46,12 +47,12 @@ class JobRun:
         self,
         job: JobDir,
         slot: SlotContext,
-        runners: Callable[[], dict[str, Runner]],
+        runners: RunnerSet,
         link: SupervisorLink,
-        take_warm: Callable[[Launch, SlotContext], Warm | None] = lambda *_: None,
+        warmer: Warmer,
     ) -> None:
         self._job = job
-        self._take_warm = take_warm
+        self._warmer = warmer
         self._warm: Warm | None = None
         self._slot = slot
         self._runners = runners
@@ -158,7 +159,7 @@ class JobRun:
     def _prepare(self) -> tuple[Manifest, Runner, Launch]:
         with self._step("prepare", State.PREP):
             manifest = self._patiently("read the manifest", self._job.manifest)
-            runner = self._patiently("read what may run", self._runners).get(manifest.runner)
+            runner = self._patiently("read what may run", self._runners.current).get(manifest.runner)
             if runner is None or manifest.runner not in self._slot.spec.runners:
                 raise JobError(
                     ErrorCode.E_DENY,
@@ -169,7 +170,7 @@ class JobRun:
             paths = JobPaths(HOME if self._slot.sandbox else self._job.path)
             plan = partial(runner.plan, manifest, paths, self._slot.spec, self._slot.gpu_env)
             launch = self._patiently("see whether the job may run", plan)
-            self._warm = self._take_warm(launch, self._slot)
+            self._warm = self._warmer.take(launch, self._slot)
             self._patiently("make the job's directories", self._make_directories)
             users = self._slot.runs_as, self._slot.service
             self._patiently("take the inputs", lambda: workspace.hand_over(self._job, *users))
@@ -322,9 +323,7 @@ class JobRun:
             def collect() -> list[Artifact]:
                 try:
                     group = self._slot.group.job if self._slot.group else None
-                    collector = Collector(
-                        self._job.fd, caps, owner, group, partial(reserve.release, own.root)
-                    )
+                    collector = Collector(self._job.fd, caps, owner, group, own.root)
                     found = [*log_artifact(self._job.fd, LOG), *collector.collect(manifest.artifacts)]
                 except OSError as error:
                     if is_full(error):

@@ -5,7 +5,6 @@ network. The job it has is written in the job's directory; it outlives its super
 """
 
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import JobEnded, Retune, Retuned, StartJob, ToWorker, WorkerReady, WorkerRefused
 from aitbc_miner.jobs import State
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
-from aitbc_miner.runners.interface import Runner
+from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.slots.cgroups import SlotGroup
 from aitbc_miner.slots.limits import plan_limits
@@ -36,14 +35,9 @@ STARTABLE = frozenset({State.ACKED, State.RETRY_WAIT})
 
 
 class Worker:
-    """One slot's worker, from its start until it is told to stop or its supervisor is gone.
+    """One slot's worker, from its start until it is told to stop or its supervisor is gone."""
 
-    `runners` gives the runners that the configuration enables, as their files are now.
-    """
-
-    def __init__(
-        self, slot: SlotContext, channel: Channel[ToWorker], runners: Callable[[], dict[str, Runner]]
-    ) -> None:
+    def __init__(self, slot: SlotContext, channel: Channel[ToWorker], runners: RunnerSet) -> None:
         self._slot = slot
         self._link = SupervisorLink(channel)
         self._runners = runners
@@ -143,7 +137,7 @@ class Worker:
         """Open the job's directory, which `stack` closes, and say how it ended if it is not to be started."""
         with ExitStack() as ours:
             job = ours.enter_context(self._records.open(job_id))
-            run = _refuse(job) or JobRun(job, self._slot, self._runners, self._link, self._warmer.take)
+            run = _refuse(job) or JobRun(job, self._slot, self._runners, self._link, self._warmer)
             # Not before: each try that fails would keep a descriptor, of which there may be none left.
             stack.push(ours.pop_all())
         return run

@@ -8,13 +8,13 @@ ends it.
 import fcntl
 import os
 import select
-from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
 import msgspec
 
-from aitbc_miner.runners.interface import JobPaths, Launch, Runner
+from aitbc_miner.runners.interface import JobPaths, Launch
 from aitbc_miner.runners.python import PythonRunner
+from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.bubblewrap import HOME
 from aitbc_miner.task import Preloaded
 from aitbc_miner.util import clock
@@ -122,7 +122,7 @@ class Warm:
 class Warmer:
     """Sees to it that one waits whenever the slot is idle and its jobs may be tasks."""
 
-    def __init__(self, runners: Callable[[], dict[str, Runner]], name: str) -> None:
+    def __init__(self, runners: RunnerSet, name: str) -> None:
         self._runners = runners
         self._warm: Warm | None = None
         self._not_before = 0.0
@@ -172,7 +172,7 @@ class Warmer:
         if "python" not in slot.spec.runners or slot.sandbox is None:
             return
         try:
-            runner = self._runners().get("python")
+            runner = self._runners.current().get("python")
             if isinstance(runner, PythonRunner) and runner.preload:
                 self._warm = Warm(runner.waiting(JobPaths(HOME), slot.spec, slot.gpu_env), slot)
         except Exception as error:  # noqa: BLE001  # whatever it is, jobs can do without

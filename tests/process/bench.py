@@ -11,10 +11,12 @@ import msgspec
 import pytest
 
 from aitbc_miner.config.settings import Config, Coordinator, Workspace
+from aitbc_miner.config.settings import Runners as Enabled
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import FromWorker, JobEnded, StartJob, ToWorker, WorkerReady
 from aitbc_miner.jobs import ExitStatus, Manifest, Outcome, State, StateRecord
 from aitbc_miner.runners.interface import JobPaths, Launch, Runner, Verdict, ended_badly
+from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store.records import Records
@@ -29,6 +31,17 @@ WAIT_S = 120.0
 # at the same time, for whatever such a user runs is found and killed.
 JOB_UID = 3_000_000 + 4 * os.getpid()
 Prepare = Callable[[pytest.MonkeyPatch], None]
+
+
+class Runners(RunnerSet):
+    """Those that `give` gives."""
+
+    def __init__(self, give: Callable[[], dict[str, Runner]]) -> None:
+        super().__init__(Enabled())
+        self._give = give
+
+    def current(self) -> dict[str, Runner]:
+        return self._give()
 
 
 class Shell:
@@ -84,7 +97,7 @@ class Bench:
             )
             prepare(pytest.MonkeyPatch())
             channel: Channel[ToWorker] = Channel(pipe, ToWorker)
-            Worker(slot, channel, runners or (lambda: {"cli": Shell()})).run()
+            Worker(slot, channel, Runners(runners or (lambda: {"cli": Shell()}))).run()
 
         self.child = Child("worker", main, FromWorker)
         self.until(lambda message: isinstance(message, WorkerReady))
