@@ -325,7 +325,7 @@ def _etc_files(sandbox: Sandbox, stack: ExitStack) -> dict[str, int]:
         "/etc/hosts": "127.0.0.1 localhost job\n::1 localhost job\n",
         "/etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
     }
-    return {name: _in_memory(text.encode(), stack) for name, text in contents.items()}
+    return {name: in_memory(text.encode(), stack) for name, text in contents.items()}
 
 
 def _ids(sandbox: Sandbox) -> tuple[int, int]:
@@ -337,9 +337,11 @@ def _free(used: Collection[int]) -> int:
     return next(fd for fd in range(FIRST_FILE_FD) if fd not in {*used, STATUS_FD})
 
 
-def _in_memory(content: bytes, stack: ExitStack) -> int:
-    fd = os.memfd_create("etc", os.MFD_CLOEXEC)
+def in_memory(content: bytes, stack: ExitStack) -> int:
+    """Give a descriptor to read this from, which `stack` closes: it touches no disk."""
+    fd = os.memfd_create("aitbc", os.MFD_CLOEXEC)
     stack.callback(os.close, fd)
-    os.write(fd, content)
+    with os.fdopen(fd, "wb", closefd=False) as file:
+        file.write(content)
     os.lseek(fd, 0, os.SEEK_SET)
     return fd

@@ -28,18 +28,10 @@ class Delays(Struct, frozen=True):
 class SlotContext(Struct, frozen=True):
     """What each job of the slot gets; a new one takes its place when the slot gets other limits.
 
-    Args:
-        group_parent: where the slot's cgroup is made; None: there is no cgroup2 to use.
-        controllers: of cgroup2, those to use.
-        runs_as: the user of the slot's jobs; None: our own.
-        service: the user of the agent, who may read what is delivered.
-        gpu_env: the variables that show a job its GPU.
-        sandboxed: whether jobs get a sandbox; without one they see the machine as it is.
-        interpreter: of Python tasks; None: our own.
-        devices: of the GPU, see `gpu_view`.
-        group: the slot's cgroup, once it is made.
-        limits: those that a job's process carries itself.
-        enforced: what holds each limit that is asked for.
+    group_parent: None where there is no cgroup2 to use. runs_as: None: jobs run as our own user. service: the
+    agent's user. sandboxed: whether jobs get a sandbox; without one they see the machine as it is.
+    interpreter: of Python tasks; None: our own. devices: of the GPU (`gpu_view`). From `group` on it is what
+    the set-up found: the cgroup, the limits that a job's process carries itself, what holds each limit.
     """
 
     config: Config

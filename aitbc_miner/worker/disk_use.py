@@ -12,6 +12,8 @@ from contextlib import suppress
 from typing import Self
 
 from aitbc_miner.util import clock, fs
+from aitbc_miner.worker.hold import JobHold
+from aitbc_miner.worker.workspace import OF_JOB
 
 MIB = 1 << 20
 MAX_DEPTH = 100
@@ -104,6 +106,13 @@ class DiskUse:
         if depth > MAX_DEPTH:
             return f"it had directories more than {MAX_DEPTH} deep"
         return ""
+
+
+def count_use(hold: JobHold) -> DiskUse:
+    """Count what the job has on disk, by the limits of the configuration."""
+    kept = hold.slot.config.workspace
+    most_bytes = None if kept.max_job_mb is None else kept.max_job_mb * MIB
+    return DiskUse(hold.job.fd, OF_JOB, most_bytes, kept.max_job_files)
 
 
 def _everything(job_fd: int, names: Sequence[str]) -> Seen:

@@ -4,11 +4,14 @@ import errno
 import os
 import stat
 from collections import deque
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from aitbc_miner.jobs import LogInfo
 from aitbc_miner.util import fs
+from aitbc_miner.worker.hold import JobHold
 
+MIB = 1 << 20
 TAIL = 4096
 LOG_NAME = "exec.log"
 
@@ -75,6 +78,19 @@ class JobLog:
         self._tail_bytes += len(self._tail[-1])
         while self._tail_bytes - len(self._tail[0]) >= TAIL:
             self._tail_bytes -= len(self._tail.popleft())
+
+
+@contextmanager
+def open_log(hold: JobHold) -> Iterator[JobLog]:
+    """Hold the job's log; when it is closed, `hold.log` says what became of it."""
+    service = hold.slot.service
+    cap = hold.slot.config.workspace.max_log_mb * MIB
+    with fs.directory("logs", at=hold.job.fd) as logs:
+        log = JobLog(logs, cap, service.gid if service else None)
+    try:
+        yield log
+    finally:
+        hold.log = log.close()
 
 
 def _refuse_shared(info: os.stat_result) -> None:

@@ -5,18 +5,17 @@ import os
 import platform
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import TypeVar
 
 import aitbc_miner
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.ipc.messages import JobStep
-from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, LogInfo, Manifest, Outcome, State, Usage
-from aitbc_miner.runners.interface import JobPaths, Launch, Runner, Verdict, last_line, shortest
+from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, Manifest, Outcome, State
+from aitbc_miner.runners.interface import JobPaths, Runner, Verdict, last_line, shortest
 from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.bubblewrap import HOME
-from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import JobDir, pretty
@@ -26,14 +25,13 @@ from aitbc_miner.util.system import process_start
 from aitbc_miner.worker import workspace
 from aitbc_miner.worker.artifacts import LOG, Caps, Collector, log_artifact
 from aitbc_miner.worker.causes import Evidence, cause_of
-from aitbc_miner.worker.cleanup import clear_user, named
 from aitbc_miner.worker.context import SlotContext
-from aitbc_miner.worker.disk_use import DiskUse
-from aitbc_miner.worker.job_log import JobLog
-from aitbc_miner.worker.launch import Started, limits_for, start
+from aitbc_miner.worker.hold import JobHold
+from aitbc_miner.worker.launch import Started, limits_for
 from aitbc_miner.worker.link import FULL_TRIES, SupervisorLink, is_full
-from aitbc_miner.worker.monitor import Ending, JobMonitor
-from aitbc_miner.worker.prewarm import Warm, Warmer
+from aitbc_miner.worker.monitor import JobMonitor
+from aitbc_miner.worker.prewarm import Warmer
+from aitbc_miner.worker.steps import STEPS
 
 T = TypeVar("T")
 
@@ -44,33 +42,25 @@ class JobRun:
     """One run of one job; what is known so far is in its attributes, and `_outcome` makes a record of it."""
 
     def __init__(
-        self,
-        job: JobDir,
-        slot: SlotContext,
-        runners: RunnerSet,
-        link: SupervisorLink,
-        warmer: Warmer,
+        self, job: JobDir, slot: SlotContext, link: SupervisorLink, runners: RunnerSet, warmer: Warmer
     ) -> None:
+        self.hold = JobHold(job, slot, link)
+        self.hold.give(warmer)
         self._job = job
-        self._warmer = warmer
-        self._warm: Warm | None = None
         self._slot = slot
         self._runners = runners
-        self._link = link
         self._began = clock.now()
         self._timings: dict[str, float] = {}
         self._verdict = Verdict(ErrorCode.E_INTERNAL, "cannot run the job: it came to no end")
-        self._ending = Ending(ExitStatus(), clean=True, reports=[])
-        self._remains = ""
-        self._usage = Usage()
-        self._log = LogInfo()
+        # Names the step that fails.
+        self._at = ""
         self._events = events("worker", slot=slot.spec.name, job_id=job.job_id)
         self._artifacts: list[Artifact] = []
         self._left_out: list[LeftOut] = []
         self._attempt = job.state().attempt
 
-    def run(self) -> tuple[Outcome, bool]:
-        """Take the job from its record to its outcome; False with it when something of it is still alive.
+    def run(self) -> Outcome:
+        """Take the job from its record to its outcome.
 
         A disk that does not take the outcome is waited for: what the job has done is not thrown away.
 
@@ -78,26 +68,10 @@ class JobRun:
             OSError: the outcome cannot be written, and the miner stops at once or the directory is gone.
         """
         with self._recording_failure():
-            try:
-                manifest, runner, launch = self._prepare()
-                self._execute(manifest, launch)
-            finally:
-                # Unless it has run the job.
-                if self._warm is not None:
-                    self._warm.end()
-            self._judge(manifest, runner, launch)
-            self._collect(manifest, launch)
+            runner = self._execute()
+            self._judge(runner)
+            self._collect()
         return self._finish()
-
-    @property
-    def clean(self) -> bool:
-        """Whether the slot's next job finds nothing of this one alive."""
-        return self._ending.clean and not self._remains
-
-    @property
-    def remains(self) -> str:
-        """What is still alive, as a sentence; empty when the slot is clean."""
-        return self._remains
 
     @contextmanager
     def _recording_failure(self) -> Iterator[None]:
@@ -109,16 +83,16 @@ class JobRun:
             self._verdict = self._why_ended(error.__cause__) or Verdict(code, error.message)
         except OSError as error:
             code = ErrorCode.E_DISK if is_full(error) else ErrorCode.E_INTERNAL
-            self._verdict = self._why_ended(error) or Verdict(code, f"cannot run the job: {error}")
+            self._verdict = self._why_ended(error) or Verdict(code, f"cannot run the job: {self._at}{error}")
         except MinerError as error:
             self._verdict = self._why_ended(error.__cause__) or Verdict(ErrorCode.E_INTERNAL, str(error))
         except Exception as error:  # noqa: BLE001  # a defect that the job has found costs the job, not the slot
             self._events.exception("job failed unexpectedly")
-            self._verdict = Verdict(ErrorCode.E_INTERNAL, f"cannot run the job: {error!a:.300}")
+            self._verdict = Verdict(ErrorCode.E_INTERNAL, f"cannot run the job: {self._at}{error!a:.300}")
 
     @contextmanager
-    def _step(self, name: str, state: State, deadline: float | None = None) -> Iterator[None]:
-        """Record that the job has come to this step, tell the supervisor, and take its time."""
+    def _phase(self, name: str, state: State, deadline: float | None = None) -> Iterator[None]:
+        """Record that the job has come to this state, tell the supervisor, and take the time."""
         began = clock.now()
         self._record(state, deadline)
         try:
@@ -128,21 +102,20 @@ class JobRun:
 
     def _why_ended(self, trouble: BaseException | None) -> Verdict | None:
         """Say why trouble that may pass is waited for no longer, where somebody wants the job to end."""
-        why = self._link.why_end(self._job.job_id)
+        why = self.hold.link.why_end(self._job.job_id)
         if why is None or not fs.may_pass(trouble):
             return None
         return cause_of(Evidence(ExitStatus(killed_for=why), cancel_detail=self._cancel_detail()))
 
     def _cancel_detail(self) -> str:
-        cancel = self._link.cancelled.get(self._job.job_id)
+        cancel = self.hold.link.cancelled.get(self._job.job_id)
         return cancel.detail if cancel else ""
 
     def _patiently(self, doing: str, call: Callable[[], T], *, over: bool = False) -> T:
-        return self._link.patiently(self._job.job_id, doing, call, over=over)
+        return self.hold.link.patiently(self._job.job_id, doing, call, over=over)
 
     def _record(self, state: State, deadline: float | None) -> None:
-        own = os.getpid()
-        slot = self._slot.spec.name
+        own, slot = os.getpid(), self._slot.spec.name
         over = state is State.COLLECTING
         start = self._patiently("look at our own process", lambda: process_start(own), over=over)
         changes = {"slot": slot, "worker_pid": own, "worker_start": start, "deadline": deadline}
@@ -152,141 +125,70 @@ class JobRun:
         # Made once: a write may fail when the new state stands already, which cannot follow itself.
         after = self._patiently("read the job's state", lambda: self._job.after(state, **changes), over=over)
         self._patiently("write the job's state", lambda: self._job.write_state(after), over=over)
-        self._link.send(JobStep(self._job.job_id, state))
+        self.hold.link.send(JobStep(self._job.job_id, state))
 
-    # --- the steps, in their order -------------------------------------------------------------------------
+    # --- what a job goes through, in its order -------------------------------------------------------------
 
-    def _prepare(self) -> tuple[Manifest, Runner, Launch]:
-        with self._step("prepare", State.PREP):
-            manifest = self._patiently("read the manifest", self._job.manifest)
-            runner = self._patiently("read what may run", self._runners.current).get(manifest.runner)
-            if runner is None or manifest.runner not in self._slot.spec.runners:
-                raise JobError(
-                    ErrorCode.E_DENY,
-                    f"cannot run the job: slot {self._slot.spec.name} offers no runner {manifest.runner!r}",
-                )
-            _refuse_unmet(manifest, self._slot.spec)
-            # As the job sees them.
-            paths = JobPaths(HOME if self._slot.sandbox else self._job.path)
-            plan = partial(runner.plan, manifest, paths, self._slot.spec, self._slot.gpu_env)
-            launch = self._patiently("see whether the job may run", plan)
-            self._warm = self._warmer.take(launch, self._slot)
-            self._patiently("make the job's directories", self._make_directories)
-            users = self._slot.runs_as, self._slot.service
-            self._patiently("take the inputs", lambda: workspace.hand_over(self._job, *users))
-        return manifest, runner, launch
+    def _execute(self) -> Runner:
+        with self.hold.stack:
+            with self._phase("prepare", State.PREP):
+                runner = self._plan()
+                self._take_steps(State.PREP)
+            limit = self._time_limit()
+            deadline = None if limit is None else clock.now() + limit
+            # What is held is let go within the phase, whose time that is.
+            with self._phase("run", State.RUNNING, deadline), self.hold.stack:
+                self._take_steps(State.RUNNING)
+                self._watch(limit)
+        return runner
 
-    def _make_directories(self) -> None:
-        slot, warm, self._warm = self._slot, self._warm, None
-        try:
-            workspace.prepare(self._job, slot.runs_as, slot.service, slot.spec.name if warm else None)
-        except OSError:
-            # What it was to have may be half moved by now; the next try goes without.
-            if warm is not None:
-                warm.end()
-            raise
-        if slot.group is not None and warm is None:
-            slot.group.renew_job()
-        self._warm = warm
+    def _plan(self) -> Runner:
+        hold, slot = self.hold, self._slot
+        manifest = hold.manifest = self._patiently("read the manifest", self._job.manifest)
+        runner = self._patiently("read what may run", self._runners.current).get(manifest.runner)
+        if runner is None or manifest.runner not in slot.spec.runners:
+            raise JobError(
+                ErrorCode.E_DENY,
+                f"cannot run the job: slot {slot.spec.name} offers no runner {manifest.runner!r}",
+            )
+        _refuse_unmet(manifest, slot.spec)
+        # As the job sees them.
+        paths = JobPaths(HOME if slot.sandbox else self._job.path)
+        plan = partial(runner.plan, manifest, paths, slot.spec, slot.gpu_env)
+        hold.launch = self._patiently("see whether the job may run", plan)
+        return runner
 
-    def _execute(self, manifest: Manifest, launch: Launch) -> None:
-        limit = self._time_limit(manifest, launch)
+    def _take_steps(self, state: State) -> None:
+        for step in STEPS:
+            if step.state is state:
+                self._at = f"cannot {step.doing}: "
+                self._patiently(step.doing, partial(self.hold.enter, step.enter))
+        self._at = ""
+
+    def _watch(self, limit: float | None) -> None:
+        hold, job = self.hold, self.hold[Started].job
+        # Its time is its own: however long it has taken to start it.
         deadline = None if limit is None else clock.now() + limit
-        with self._step("run", State.RUNNING, deadline), ExitStack() as stack:
-            log = self._patiently("make the job's log", self._open_log)
-            try:
-                disk = stack.enter_context(self._disk_use())
-                started = self._patiently("start the job", lambda: self._start(launch, stack))
-                with self._leaving_nothing(started.job):
-                    pid = started.job.pid
-                    # Its time is its own: however long it has taken to start it.
-                    deadline = None if limit is None else clock.now() + limit
-                    self._link.send(JobStep(self._job.job_id, State.RUNNING, pid, deadline))
-                    monitor = JobMonitor(
-                        started.job,
-                        self._job.job_id,
-                        self._link,
-                        log,
-                        deadline=deadline,
-                        delays=self._slot.delays,
-                        disk=disk,
-                    )
-                    self._ending = monitor.run(started.log, started.reports)
-                    self._usage = started.job.usage()
-            finally:
-                self._log = log.close()
+        hold.link.send(JobStep(self._job.job_id, State.RUNNING, job.pid, deadline))
+        hold.ending = JobMonitor(hold, deadline).run()
+        hold.usage = job.usage()
 
-    def _open_log(self) -> JobLog:
-        service = self._slot.service
-        cap = self._slot.config.workspace.max_log_mb * MIB
-        with fs.directory("logs", at=self._job.fd) as logs:
-            return JobLog(logs, cap, service.gid if service else None)
+    def _time_limit(self) -> float | None:
+        hold = self.hold
+        return shortest(hold.manifest.timeout_s, self._slot.spec.max_runtime_s, hold.launch.max_runtime_s)
 
-    def _start(self, launch: Launch, stack: ExitStack) -> Started:
-        warm, self._warm = self._warm, None
-        with ExitStack() as ours:
-            if warm is None:
-                started = start(launch, self._job.path, self._slot, ours)
-            else:
-                try:
-                    started = warm.give(launch, ours)
-                except OSError:
-                    warm.end()
-                    if self._slot.group is not None:
-                        self._slot.group.renew_job()
-                    raise
-            stack.push(ours.pop_all())
-        return started
-
-    def _disk_use(self) -> DiskUse:
-        kept = self._slot.config.workspace
-        most_bytes = None if kept.max_job_mb is None else kept.max_job_mb * MIB
-        return DiskUse(self._job.fd, workspace.OF_JOB, most_bytes, kept.max_job_files)
-
-    @contextmanager
-    def _leaving_nothing(self, job: Job) -> Iterator[None]:
-        """Kill what runs when we fail; the slot is not clean unless all of it is seen to be gone."""
-        try:
-            yield
-        except BaseException:
-            self._ending = Ending(ExitStatus(), clean=False, reports=[])
-            clean = job.kill_all(self._slot.delays.kill)
-            self._ending = Ending(job.poll() or ExitStatus(), clean, reports=[])
-            raise
-        finally:
-            self._remains = f"what job {self._job.job_id} has left behind is not known"
-            look = partial(self._left_behind, job)
-            self._remains = self._patiently("see what the job has left behind", look, over=True)
-
-    def _left_behind(self, job: Job) -> str:
-        runs_as, most = self._slot.runs_as, self._slot.delays.kill
-        if not self._ending.clean:
-            # Between the last look and this one it may have ended after all.
-            left = named(job.survivors()) or "something"
-            return f"{left} of job {self._job.job_id} could not be killed within {most:g} s"
-        # Not started by the job, but for it: by cron, at, or a service manager of the user.
-        if runs_as and (owned := clear_user(runs_as.uid, most)):
-            return f"user {runs_as.name} still owns {named(owned)}"
-        return ""
-
-    def _time_limit(self, manifest: Manifest, launch: Launch) -> float | None:
-        return shortest(manifest.timeout_s, self._slot.spec.max_runtime_s, launch.max_runtime_s)
-
-    def _judge(self, manifest: Manifest, runner: Runner, launch: Launch) -> None:
+    def _judge(self, runner: Runner) -> None:
         """Say why it ended: by our own record of kills, then the kernel's counters, then its exit."""
-        evidence = self._patiently(
-            "see why the job ended", lambda: self._evidence(manifest, launch), over=True
-        )
-        self._verdict = cause_of(evidence) or runner.verdict(
-            self._ending.exit, self._ending.reports, self._log.tail
-        )
+        ending = self.hold.ending
+        evidence = self._patiently("see why the job ended", self._evidence, over=True)
+        self._verdict = cause_of(evidence) or runner.verdict(ending.exit, ending.reports, self.hold.log.tail)
         if self._verdict.code is not None:
             raise JobError(self._verdict.code, self._verdict.message)
 
-    def _evidence(self, manifest: Manifest, launch: Launch) -> Evidence:
-        ended = self._ending.exit
+    def _evidence(self) -> Evidence:
+        hold, ended = self.hold, self.hold.ending.exit
         group = self._slot.group.job if self._slot.group else None
-        rlimits = limits_for(launch, self._slot.limits).rlimits
+        rlimits = limits_for(hold.launch, self._slot.limits).rlimits
         file_max = rlimits.get(resource.RLIMIT_FSIZE)
         # Looked for only where it can matter, for the job may have left very many files.
         suspect = file_max if ended.status != 0 and ended.killed_for is None else None
@@ -294,29 +196,30 @@ class JobRun:
         free = workspace.room_left(self._job.fd, reserve.spent(kept.root, kept.reserve_mb))
         return Evidence(
             exit=ended,
-            usage=self._usage,
+            usage=hold.usage,
             cancel_detail=self._cancel_detail(),
-            last_line=last_line(self._log.tail),
-            time_max_s=self._time_limit(manifest, launch),
+            last_line=last_line(hold.log.tail),
+            time_max_s=self._time_limit(),
             cpu_max_s=rlimits.get(resource.RLIMIT_CPU),
             memory_events=group.events("memory.events") if group else {},
             memory_max=group.limit("memory.max") if group else None,
             pids_events=group.events("pids.events") if group else {},
             pids_max=group.limit("pids.max") if group else None,
             file_max=file_max,
-            excess=self._ending.excess,
+            excess=hold.ending.excess,
             file_at_limit=workspace.file_of_size(self._job.fd, suspect) if suspect else None,
             disk_free=free,
         )
 
-    def _collect(self, manifest: Manifest, launch: Launch) -> None:
-        if not self._ending.clean:
+    def _collect(self) -> None:
+        hold = self.hold
+        if not hold.ending.clean:
             # What is alive could change a file while it is read, and after. (Others of its user have been
             # killed and hang in the kernel: they do nothing more of their own, and cost the slot alone.)
-            raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect the output: {self._remains}")
-        with self._step("collect", State.COLLECTING):
+            raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect the output: {hold.remains}")
+        with self._phase("collect", State.COLLECTING):
             own = self._slot.config.workspace
-            caps = Caps(own.max_artifacts, own.max_artifacts_mb * MIB, launch.max_output_bytes)
+            caps = Caps(own.max_artifacts, own.max_artifacts_mb * MIB, hold.launch.max_output_bytes)
             service = self._slot.service
             owner = (service.uid, service.gid) if service else None
 
@@ -324,7 +227,7 @@ class JobRun:
                 try:
                     group = self._slot.group.job if self._slot.group else None
                     collector = Collector(self._job.fd, caps, owner, group, own.root)
-                    found = [*log_artifact(self._job.fd, LOG), *collector.collect(manifest.artifacts)]
+                    found = [*log_artifact(self._job.fd, LOG), *collector.collect(hold.manifest.artifacts)]
                 except OSError as error:
                     if is_full(error):
                         workspace.make_room(self._job.fd, ("tmp",))
@@ -334,7 +237,7 @@ class JobRun:
 
             self._artifacts = self._patiently("collect the output", collect, over=True)
 
-    def _finish(self) -> tuple[Outcome, bool]:
+    def _finish(self) -> Outcome:
         self._timings["total"] = round(clock.now() - self._began, 6)
         outcome = self._outcome()
         try:
@@ -346,7 +249,7 @@ class JobRun:
             )
             outcome = self._outcome()
         self._write(outcome)
-        return outcome, self.clean
+        return outcome
 
     def _write(self, outcome: Outcome) -> None:
         """Write the outcome, when the disk takes it."""
@@ -371,13 +274,13 @@ class JobRun:
             code=self._verdict.code,
             message=self._verdict.message,
             slot=self._slot.spec.name,
-            exit=self._ending.exit,
-            usage=self._usage,
+            exit=self.hold.ending.exit,
+            usage=self.hold.usage,
             timings=self._timings,
             artifacts=self._artifacts if ok else [],
             left_out=self._left_out if ok else [],
             result=self._verdict.result,
-            log=self._log,
+            log=self.hold.log,
             enforced=self._slot.enforced,
             versions={"aitbc_miner": aitbc_miner.__version__, "python": platform.python_version()},
             finished_wall=clock.wall(),

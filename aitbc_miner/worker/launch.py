@@ -12,7 +12,7 @@ from msgspec.structs import replace
 
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.runners.interface import Launch
-from aitbc_miner.sandbox.bubblewrap import Enclosed, Sandbox, enclose
+from aitbc_miner.sandbox.bubblewrap import Enclosed, Sandbox, enclose, in_memory
 from aitbc_miner.sandbox.spawn import REPORT_FD, Job, spawn
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.util.limits import ProcessLimits
@@ -90,13 +90,10 @@ def give_pipes(fds: Mapping[int, int], user: Identity | None) -> None:
 
 
 def _stdin(content: bytes, stack: ExitStack) -> int:
-    # Anonymous memory: the parameters of a job touch no disk and are gone with the last descriptor.
-    fd = os.memfd_create("stdin", os.MFD_CLOEXEC) if content else os.open(os.devnull, os.O_RDONLY)
-    stack.callback(os.close, fd)
     if content:
-        with os.fdopen(fd, "wb", closefd=False) as file:
-            file.write(content)
-        os.lseek(fd, 0, os.SEEK_SET)
+        return in_memory(content, stack)
+    fd = os.open(os.devnull, os.O_RDONLY)
+    stack.callback(os.close, fd)
     return fd
 
 

@@ -5,8 +5,8 @@ network. The job it has is written in the job's directory; it outlives its super
 """
 
 import os
-from contextlib import ExitStack
-from functools import partial
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -123,8 +123,10 @@ class Worker:
         """Run a job and say what came of it, whatever it does: a worker that dies costs the slot."""
         try:
             with ExitStack() as stack:
-                begin = partial(self._begin, job_id, stack)
-                run = self._link.patiently(job_id, "read the job's record", begin)
+                # Each try opens the record anew: of one that fails no descriptor is kept.
+                run = self._link.patiently(
+                    job_id, "read the job's record", lambda: stack.enter_context(self._begun(job_id))
+                )
                 ended = run if isinstance(run, JobEnded) else self._run(job_id, run)
         except Exception as error:  # noqa: BLE001  # without an outcome the agent declares the job lost
             self._log.exception("job failed without an outcome", job_id=job_id)
@@ -133,23 +135,21 @@ class Worker:
         self._log.info("job ended", job_id=job_id, code=ended.code or "OK", message=ended.message)
         return ended
 
-    def _begin(self, job_id: str, stack: ExitStack) -> JobRun | JobEnded:
-        """Open the job's directory, which `stack` closes, and say how it ended if it is not to be started."""
-        with ExitStack() as ours:
-            job = ours.enter_context(self._records.open(job_id))
-            run = _refuse(job) or JobRun(job, self._slot, self._runners, self._link, self._warmer)
-            # Not before: each try that fails would keep a descriptor, of which there may be none left.
-            stack.push(ours.pop_all())
-        return run
+    @contextmanager
+    def _begun(self, job_id: str) -> Iterator[JobRun | JobEnded]:
+        """Open the job's record; how the job ended if it is not to be started."""
+        with self._records.open(job_id) as job:
+            yield _refuse(job) or JobRun(job, self._slot, self._link, self._runners, self._warmer)
 
     def _run(self, job_id: str, run: JobRun) -> JobEnded:
+        hold = run.hold
         try:
-            outcome, clean = run.run()
+            outcome = run.run()
         except OSError as error:
             message = f"cannot write the outcome of job {job_id}: {error}"
             self._log.error("no outcome", job_id=job_id, error=str(error))
-            return JobEnded(job_id, ErrorCode.E_INTERNAL, message, clean=run.clean, remains=run.remains)
-        return JobEnded(job_id, outcome.code, outcome.message, outcome.timings, clean, run.remains)
+            return JobEnded(job_id, ErrorCode.E_INTERNAL, message, clean=hold.clean, remains=hold.remains)
+        return JobEnded(job_id, outcome.code, outcome.message, outcome.timings, hold.clean, hold.remains)
 
 
 def _refuse(job: JobDir) -> JobEnded | None:

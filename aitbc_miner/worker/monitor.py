@@ -12,21 +12,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from math import inf
-from typing import TypeVar
-
-from msgspec import Struct
 
 from aitbc_miner.ipc.messages import JobOnDisk, JobProgress
 from aitbc_miner.jobs import ExitStatus
-from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.task import Progress, Report, ReportReader
 from aitbc_miner.util import clock
-from aitbc_miner.worker.context import Delays
 from aitbc_miner.worker.disk_use import DiskUse
+from aitbc_miner.worker.hold import Ending, JobHold
 from aitbc_miner.worker.job_log import JobLog
-from aitbc_miner.worker.link import READ_AT_ONCE, SupervisorLink
-
-T = TypeVar("T")
+from aitbc_miner.worker.launch import Started
+from aitbc_miner.worker.link import READ_AT_ONCE
 
 # Of our own CPU time, how much a job may have for what it writes to its pipes: a share of all time, and some
 # seconds at once. tee(2) fills a pipe at no cost to the job; bytes written one by one cost us more than it.
@@ -38,39 +33,18 @@ PROGRESS_EVERY_S = 0.2
 BY_SIGNAL = 128
 
 
-class Ending(Struct, frozen=True):
-    """How it went: the exit, why we ended it if we did, whether anything survived, and what it reported.
-
-    `excess` says what it had too much of on disk, where that is why.
-    """
-
-    exit: ExitStatus
-    clean: bool
-    reports: list[Report]
-    excess: str = ""
-
-
 class JobMonitor:
     """One job from its start until nothing of it is alive."""
 
-    def __init__(
-        self,
-        job: Job,
-        job_id: str,
-        link: SupervisorLink,
-        log: JobLog,
-        *,
-        deadline: float | None,
-        delays: Delays,
-        disk: DiskUse | None = None,
-    ) -> None:
-        self._job = job
-        self._job_id = job_id
-        self._link = link
-        self._log = log
+    def __init__(self, hold: JobHold, deadline: float | None) -> None:
+        self._started = hold[Started]
+        self._job = self._started.job
+        self._job_id = hold.job.job_id
+        self._link = hold.link
+        self._log = hold[JobLog]
         self._deadline = deadline
-        self._delays = delays
-        self._disk = disk
+        self._delays = hold.slot.delays
+        self._disk: DiskUse | None = hold[DiskUse]
         self._excess = ""
         self._killed_for: str | None = None
         self._kill_at: float | None = None
@@ -85,8 +59,9 @@ class JobMonitor:
         self._progress: Progress | None = None
         self._progress_at = 0.0
 
-    def run(self, log_pipe: int, report_pipe: int | None) -> Ending:
+    def run(self) -> Ending:
         """Wait for the end, which is also when nothing more can be done. Closes neither pipe."""
+        log_pipe, report_pipe = self._started.log, self._started.reports
         self._pipes = {log_pipe} if report_pipe is None else {log_pipe, report_pipe}
         self._watch(log_pipe, lambda: self._pump(log_pipe))
         if report_pipe is not None:

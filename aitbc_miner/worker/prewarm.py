@@ -8,7 +8,8 @@ ends it.
 import fcntl
 import os
 import select
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 
 import msgspec
 
@@ -21,6 +22,7 @@ from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.worker import workspace
 from aitbc_miner.worker.context import SlotContext
+from aitbc_miner.worker.hold import JobHold
 from aitbc_miner.worker.launch import Started, start
 
 NO_PRELOAD = "there is no sandbox, and nothing waits without one"
@@ -38,27 +40,18 @@ class Warm:
         self.since = clock.now()
         self.ready = False
         self._said = b""
-        self._stack = ExitStack()
-        try:
-            self._start()
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def _start(self) -> None:
-        slot = self.slot
         place = workspace.make_ahead(slot.config.workspace.root, slot.spec.name, slot.runs_as)
         if slot.group is not None:
             slot.group.renew_job()
-        read_end, self._order = os.pipe2(os.O_CLOEXEC)
-        self._stack.callback(os.close, self._order)
-        try:
+        with ExitStack() as stack, ExitStack() as ours:
+            read_end, self._order = os.pipe2(os.O_CLOEXEC)
+            ours.callback(os.close, read_end)
+            stack.callback(os.close, self._order)
             # Written in one go, so that a process that does not read holds up nobody.
             with suppress(OSError):
                 fcntl.fcntl(self._order, fcntl.F_SETPIPE_SZ, ORDER_MAX)
-            self.started: Started = start(self.launch, place, slot, self._stack, stdin=read_end)
-        finally:
-            os.close(read_end)
+            self.started = start(launch, place, slot, stack, stdin=read_end)
+            self._stack = stack.pop_all()
 
     @property
     def sources(self) -> list[int]:
@@ -182,6 +175,27 @@ class Warmer:
     def _fail(self) -> None:
         self.end()
         self._not_before = clock.now() + AGAIN_S
+
+
+@contextmanager
+def take_waiting(hold: JobHold) -> Iterator[Warm | None]:
+    """Hold the process that waits, if it can run the job, which then has its directories and its cgroup.
+
+    A job that is not started ends it.
+    """
+    warm = hold[Warmer].take(hold.launch, hold.slot)
+    if warm is None:
+        yield None
+        return
+    hold.prewarmed = True
+    try:
+        # Where this fails they may be half moved; the next try goes without.
+        workspace.prepare(hold.job, hold.slot, ahead=True)
+        yield warm
+    finally:
+        if hold.prewarmed:
+            hold.prewarmed = False
+            warm.end()
 
 
 def _failed(said: bytes) -> dict[str, str]:

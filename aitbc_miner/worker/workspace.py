@@ -14,13 +14,17 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from aitbc_miner.jobs import NEXT
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.store.records import PASSABLE, JobDir
 from aitbc_miner.util import fs
+from aitbc_miner.worker.context import SlotContext
+from aitbc_miner.worker.hold import JobHold
 
 OF_JOB = ("work", "output", "tmp")
 # How much is looked at in search of a file: how much there is, and how deep, is the job's to decide.
@@ -28,12 +32,26 @@ MAX_LOOKED_AT = 20_000
 MAX_DEPTH = 32
 
 
-def prepare(
-    job: JobDir, runs_as: Identity | None, service: Identity | None, ahead: str | None = None
-) -> None:
-    """Make the directories anew; `hand_over` then puts the inputs into work/. Both may be tried again.
+@contextmanager
+def make_directories(hold: JobHold) -> Iterator[None]:
+    """Make the job's directories, unless the job has those of a process that waits. They outlive it."""
+    if not hold.prewarmed:
+        prepare(hold.job, hold.slot)
+    yield
 
-    Those that `make_ahead` has made for the slot `ahead` are taken, where it is named.
+
+@contextmanager
+def take_inputs(hold: JobHold) -> Iterator[None]:
+    """Move the inputs into work/. Raises OSError: one of them is not what it should be."""
+    at = hold.job.fd
+    with fs.directory("input", at=at) as source, fs.directory("work", at=at) as target:
+        for name in sorted(os.listdir(source)):  # noqa: PTH208  # a descriptor
+            _hand_over(source, name, target, hold.slot)
+    yield
+
+
+def prepare(job: JobDir, slot: SlotContext, *, ahead: bool = False) -> None:
+    """Make the directories anew, or take those that `make_ahead` has made. May be tried again.
 
     Raises:
         OSError: the disk is full, or something in the job's directory is not what it should be.
@@ -42,20 +60,15 @@ def prepare(
         # Of an earlier attempt that came no further than this.
         if fs.exists(job.fd, name):
             fs.remove_tree(job.fd, name)
-    if ahead is None:
-        for name in OF_JOB:
-            _make(job.fd, name, 0o700, runs_as)
+    if ahead:
+        _take(job, slot.spec.name)
     else:
-        _take(job, ahead)
-    _make(job.fd, "artifacts", 0o750, service)
-    _make(job.fd, "logs", 0o750, None if service is None else _shown_to(service), kept=True)
-
-
-def hand_over(job: JobDir, runs_as: Identity | None, service: Identity | None) -> None:
-    """Move the inputs into work/. Raises OSError: one of them is not what it should be."""
-    with fs.directory("input", at=job.fd) as source, fs.directory("work", at=job.fd) as target:
-        for name in sorted(os.listdir(source)):  # noqa: PTH208  # a descriptor
-            _hand_over(source, name, target, runs_as, service)
+        for name in OF_JOB:
+            _make(job.fd, name, 0o700, slot.runs_as)
+    _make(job.fd, "artifacts", 0o750, slot.service)
+    # The agent may read the log, and only the worker may change it.
+    reader = None if slot.service is None else replace(slot.service, uid=os.geteuid())
+    _make(job.fd, "logs", 0o750, reader, kept=True)
 
 
 def make_ahead(root: Path, slot: str, runs_as: Identity | None) -> Path:
@@ -102,11 +115,6 @@ def _take(job: JobDir, slot: str) -> None:
             os.rename(name, name, src_dir_fd=place, dst_dir_fd=job.fd)
 
 
-def _shown_to(service: Identity) -> Identity:
-    """Give the owner of what the agent may read and only the worker may change."""
-    return Identity(os.geteuid(), service.gid, service.name)
-
-
 def _make(at: int, name: str, mode: int, owner: Identity | None, *, kept: bool = False) -> None:
     with suppress(*([FileExistsError] if kept else [])):
         os.mkdir(name, mode, dir_fd=at)
@@ -116,9 +124,7 @@ def _make(at: int, name: str, mode: int, owner: Identity | None, *, kept: bool =
             os.fchown(fd, owner.uid, owner.gid)
 
 
-def _hand_over(
-    source: int, name: str, target: int, runs_as: Identity | None, service: Identity | None
-) -> None:
+def _hand_over(source: int, name: str, target: int, slot: SlotContext) -> None:
     """Move an input to the job, which may do with it as it likes.
 
     Neither a copy, which costs time and disk, nor a second name, which programs such as gzip refuse.
@@ -128,11 +134,11 @@ def _hand_over(
         info = os.fstat(fd)
         fetched = stat.S_ISREG(info.st_mode) and info.st_nlink == 1
         # Ours already where an earlier try came no further: nobody but root can make it so.
-        owners = {each.uid for each in (service, runs_as) if each is not None}
-        if not fetched or (service is not None and info.st_uid not in owners):
+        owners = {each.uid for each in (slot.service, slot.runs_as) if each is not None}
+        if not fetched or (slot.service is not None and info.st_uid not in owners):
             raise OSError(errno.EPERM, "not a file that was fetched for this job", name)
-        if runs_as is not None:
-            os.fchown(fd, runs_as.uid, runs_as.gid)
+        if slot.runs_as is not None:
+            os.fchown(fd, slot.runs_as.uid, slot.runs_as.gid)
     finally:
         os.close(fd)
     os.rename(name, name, src_dir_fd=source, dst_dir_fd=target)
