@@ -10,7 +10,8 @@ from aitbc_miner.worker.hold import JobHold
 def make_group(hold: JobHold) -> Iterator[None]:
     """Make the job's cgroup anew, unless the job has that of a process that waits.
 
-    The program's step empties it. It stays until the slot's next job: its counters say why this one ended.
+    The program's step empties the cgroup. It stays until the slot's next job, for its counters say why this
+    job ended.
     """
     if hold.slot.group is not None and not hold.prewarmed:
         hold.slot.group.renew_job()

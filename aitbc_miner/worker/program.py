@@ -14,7 +14,10 @@ from aitbc_miner.worker.prewarm import Warm
 
 @contextmanager
 def run_program(hold: JobHold) -> Iterator[Started]:
-    """Start the program; at the end, the slot is not clean unless all that runs is seen to be gone."""
+    """Start the program; on the way out, say in `hold.remains` what of the job is still alive.
+
+    Where the worker fails meanwhile, all of the job is killed here; else the monitor has done that.
+    """
     job_id = hold.job.job_id
     with ExitStack() as stack:
         started = _start(hold, stack)

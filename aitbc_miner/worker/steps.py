@@ -1,6 +1,7 @@
-"""What a job holds while it runs, in the order in which it gets it; it is taken away in reverse.
+"""The steps of a job: what a job holds while it runs, in the order of acquisition.
 
-Each step is a context manager in the file of its concern, see `docs/adding.md`.
+Each step is a context manager in the file of its concern; the worker leaves them in reverse order.
+`docs/adding.md` says how to add one.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,11 @@ from aitbc_miner.worker.hold import JobHold
 
 
 class Step(NamedTuple):
-    """One step: in which state the job comes to it, what it does, and what does it.
+    """One step of a job.
 
-    `enter` either holds all that it is to hold, or raises and holds nothing: it is called again after trouble
-    that may pass. What it yields, the steps after it find in the JobHold. The operator is told "cannot
-    `doing`" where it fails.
+    state: that of the job when the worker takes the step. doing: what the step does, in words that go on from
+    "cannot". enter: makes the context manager, anew for each try after trouble that may pass; it either holds
+    all that it is to hold, or raises and holds nothing. What it yields, later steps find in the JobHold.
     """
 
     state: State

@@ -34,7 +34,7 @@ MAX_DEPTH = 32
 
 @contextmanager
 def make_directories(hold: JobHold) -> Iterator[None]:
-    """Make the job's directories, unless the job has those of a process that waits. They outlive it."""
+    """Make the job's directories, unless the job has those of a process that waits. They stay."""
     if not hold.prewarmed:
         prepare(hold.job, hold.slot)
     yield
