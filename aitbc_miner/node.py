@@ -27,7 +27,6 @@ from aitbc_miner.ipc.messages import (
     FromHeartbeat,
     FromWorker,
     PrivateLine,
-    Retuned,
     Stop,
     ToAgent,
     ToHeartbeat,
@@ -59,7 +58,7 @@ from aitbc_miner.util.notify import Notifier
 from aitbc_miner.util.system import drop_privileges
 from aitbc_miner.util.web import Proxy
 from aitbc_miner.worker.context import SlotContext
-from aitbc_miner.worker.loop import Worker
+from aitbc_miner.worker.loop import Worker, adjusted
 
 
 class WorkspaceError(MinerError):
@@ -335,17 +334,8 @@ def be_worker(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
 def adjust_slot(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
     """Limit a slot's groups, in a child: its worker is of an earlier run, and cannot be told."""
     channel: Channel[Stop] = Channel(pipe, Stop)
-    said = Retuned({})
-    if slot.group_parent is not None:
-        group = SlotGroup(slot.group_parent, slot.spec.name)
-        try:
-            note = group.adjust(slot.spec, slot.controllers)
-            # What its processes carry themselves is not known here.
-            said = Retuned(group.held, note)
-        except CgroupError as error:
-            note = f"cannot give the slot its new limits, and goes on with the old: {error}"
-            said = Retuned({}, note, done=False)
-    channel.send(said)
+    group = SlotGroup(slot.group_parent, slot.spec.name) if slot.group_parent else None
+    channel.send(adjusted(group, slot.spec, slot.controllers))
 
 
 def _make_workspace(root: Path, service: Identity | None) -> None:

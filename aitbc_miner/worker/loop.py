@@ -23,6 +23,7 @@ from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.slots.cgroups import SlotGroup
 from aitbc_miner.slots.limits import plan_limits
+from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store.records import JobDir, Records
 from aitbc_miner.util.log import events
 from aitbc_miner.worker.cleanup import clear_user, named
@@ -103,21 +104,15 @@ class Worker:
 
     def _retune(self, wanted: Retune) -> None:
         """Give the slot other limits: those of its cgroups now, a process's own from the next job on."""
-        slot, spec, note = self._slot, wanted.spec, ""
-        try:
-            if slot.group is not None:
-                note = slot.group.adjust(spec, slot.controllers)
-        except CgroupError as error:
-            failed = f"cannot give the slot its new limits, and goes on with the old: {error}"
-            self._link.send(Retuned(slot.enforced, failed, done=False))
-            return
-        by_cgroup = slot.group.held if slot.group is not None else {}
-        limits, enforced = plan_limits(spec, by_cgroup, own_user=slot.runs_as is not None)
-        devices = tuple(map(Path, wanted.devices))
-        self._slot = replace(
-            slot, spec=spec, limits=limits, enforced=enforced, gpu_env=wanted.gpu_env, devices=devices
-        )
-        self._link.send(Retuned(enforced, note))
+        slot, spec = self._slot, wanted.spec
+        said = adjusted(slot.group, spec, slot.controllers)
+        if said.done:
+            limits, enforced = plan_limits(spec, said.enforced, own_user=slot.runs_as is not None)
+            devices = tuple(map(Path, wanted.devices))
+            slot = self._slot = replace(
+                slot, spec=spec, limits=limits, enforced=enforced, gpu_env=wanted.gpu_env, devices=devices
+            )
+        self._link.send(replace(said, enforced=slot.enforced))
 
     def _run_job(self, job_id: str) -> JobEnded:
         """Run a job and say what came of it, whatever it does: a worker that dies costs the slot."""
@@ -150,6 +145,16 @@ class Worker:
             self._log.error("no outcome", job_id=job_id, error=str(error))
             return JobEnded(job_id, ErrorCode.E_INTERNAL, message, clean=hold.clean, remains=hold.remains)
         return JobEnded(job_id, outcome.code, outcome.message, outcome.timings, hold.clean, hold.remains)
+
+
+def adjusted(group: SlotGroup | None, spec: SlotSpec, controllers: tuple[str, ...]) -> Retuned:
+    """Give a slot's cgroups other limits; what its processes carry themselves is not known here."""
+    try:
+        note = group.adjust(spec, controllers) if group is not None else ""
+    except CgroupError as error:
+        failed = f"cannot give the slot its new limits, and goes on with the old: {error}"
+        return Retuned({}, failed, done=False)
+    return Retuned(group.held if group is not None else {}, note)
 
 
 def _refuse(job: JobDir) -> JobEnded | None:
