@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.config.settings import Config
-from aitbc_miner.control.protocol import Request
+from aitbc_miner.control.protocol import History, Judged, Refusal, Request
 from aitbc_miner.coordinator.connect import connect, proxy_of
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK, MinerError
 from aitbc_miner.gpu.facts import GpuFact
@@ -27,7 +27,7 @@ from aitbc_miner.ipc.messages import (
     FromHeartbeat,
     FromWorker,
     PrivateLine,
-    Stop,
+    Retuned,
     ToAgent,
     ToHeartbeat,
     ToWorker,
@@ -46,12 +46,10 @@ from aitbc_miner.slots.placement import make_offer
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store.records import PASSABLE
 from aitbc_miner.supervisor.adoption import WorkerBook
-from aitbc_miner.supervisor.allowing import judge
-from aitbc_miner.supervisor.children import Child, Keeper
-from aitbc_miner.supervisor.historian import Wrote
-from aitbc_miner.supervisor.history import read_history
-from aitbc_miner.supervisor.loop import Parts, Supervisor
-from aitbc_miner.supervisor.running_slot import Layout, SlotPlan
+from aitbc_miner.supervisor.children import Child, Keeper, Main
+from aitbc_miner.supervisor.loop import Supervisor
+from aitbc_miner.supervisor.node_plan import Layout, SlotPlan
+from aitbc_miner.supervisor.slow_answers import judge, read_history
 from aitbc_miner.util import clock, fs, log
 from aitbc_miner.util.locks import HeldError, Locks
 from aitbc_miner.util.notify import Notifier
@@ -83,7 +81,7 @@ def run_node(path: Path, config: Config, warnings: list[str]) -> int:
         node = Node(path, config)
         for line in [*warnings, *node.notices]:
             events.warning("notice", text=line)
-        supervisor = Supervisor(node.parts(), Notifier(os.environ))
+        supervisor = Supervisor(node, Notifier(os.environ))
     except (MinerError, OSError) as error:
         events.error("cannot start", error=str(error))
         # What only the operator can mend is not tried again; a full disk may be better in a moment.
@@ -105,14 +103,15 @@ class Node:
 
     def __init__(self, path: Path, config: Config) -> None:
         self._path = path
-        self._config = config
+        self.config = config
         found = find_cgroups(config)
         self._facts = read_machine(found.home)
-        self._specs, faults = slots_for(config.slots_dir, self._facts)
+        specs, faults = slots_for(config.slots_dir, self._facts)
         if faults:
             raise ConfinementError("cannot lay out the slots: " + "; ".join(map(str, faults)))
-        self._identities = self._resolve([spec.name for spec in self._specs])
-        require(Place(config, self._identities, len(self._specs)))
+        self._identities = self._resolve([spec.name for spec in specs])
+        self.layout = Layout(specs, self._identities.jobs)
+        require(Place(config, self._identities, len(specs)))
         self._locks = Locks(f"pid {os.getpid()}, since {clock.wall()}, configuration {path}")
         self._locks.take(f"the node id {config.node_id}", "stop that one, or set another node_id")
         if found.parent is not None:
@@ -133,10 +132,12 @@ class Node:
             self._locks.take(str(place.resolve()), f"stop that one, or set another {key}")
         # For those that have the directory, but not our /run: in containers.
         self._lock = _lock(config.workspace.root)
-        self._book = WorkerBook(config.control.socket.with_name("workers.json"))
+        self.book = WorkerBook(config.control.socket.with_name("workers.json"))
         # The node token goes this way and never through the supervisor, which keeps both ends open but
         # reads neither, so that a child that is started again finds its end as it was.
         self._heartbeat_end, self._agent_end = socket.socketpair()
+        self.agent = _keeper("agent", self._be_agent, FromAgent, self._agent_end)
+        self.heartbeat = _keeper("heartbeat", self._be_heartbeat, FromHeartbeat, self._heartbeat_end)
 
     def close(self) -> None:
         """Remove the slots' groups, except for one that a job is still in (hand-over)."""
@@ -150,33 +151,14 @@ class Node:
                 log.events("supervisor").debug("cgroup stays", reason=str(error))
         self._locks.close()
 
-    def parts(self) -> Parts:
-        """Give the supervisor what it is made of."""
-        pause = {"pause_min": 0.5, "pause_max": 5.0}
-        return Parts(
-            config=self._config,
-            agent=Keeper("agent", self._be_agent, FromAgent, [self._agent_end.fileno()], **pause),
-            heartbeat=Keeper(
-                "heartbeat", self._be_heartbeat, FromHeartbeat, [self._heartbeat_end.fileno()], **pause
-            ),
-            layout=Layout(self._specs, self._identities.jobs),
-            plan=self._plan,
-            stray=lambda name: self._plan_slot(SlotSpec(name=name, kind="cpu"), [], None, None),
-            end_others=self._end_others,
-            read_layout=self._read_layout,
-            read_history=self._read_history,
-            judge=self._judge,
-            book=self._book,
-            notices=self.notices,
-        )
-
     def _resolve(self, slots: list[str]) -> Identities:
-        privileges = self._config.privileges
+        privileges = self.config.privileges
         return resolve(privileges.mode, privileges.service_user, slots)
 
     # --- slots ---------------------------------------------------------------------------------------------
 
-    def _plan(self, layout: Layout, gpus: list[GpuFact]) -> list[SlotPlan]:
+    def plan(self, layout: Layout, gpus: list[GpuFact]) -> list[SlotPlan]:
+        """Say what each slot is to be, with these GPUs."""
         # For what reads a layout anew, too.
         nodes = {name: gpu.numa_node for gpu in gpus if gpu.numa_node is not None for name in gpu.ids}
         self._facts = replace(self._facts, gpu_ids=[gpu.ids for gpu in gpus], gpu_nodes=nodes)
@@ -186,6 +168,10 @@ class Node:
         if not users:
             users, problems = self._users_of([spec.name for spec in specs])
         return [self._plan_slot(spec, gpus, users.get(spec.name), problems.get(spec.name)) for spec in specs]
+
+    def plan_stray(self, name: str) -> SlotPlan:
+        """Plan a slot that is not wanted any more, and in which a worker of an earlier run has a job."""
+        return self._plan_slot(SlotSpec(name=name, kind="cpu"), [], None, None)
 
     def _users_of(self, names: list[str]) -> tuple[dict[str, Identity], dict[str, str]]:
         """Find the users of slots, and say of which slots there is none: these are not used."""
@@ -201,14 +187,7 @@ class Node:
                 problems[name] = str(error)
         return users, problems
 
-    def _read_layout(self, pipe: "Connection[Any, Any]") -> None:
-        """Read the configuration anew, in a child, and say what the slots are to be."""
-        channel: Channel[Stop] = Channel(pipe, Stop)
-        channel.send(read_layout(self._path, self._config, self._facts))
-        while channel.has_unsent:
-            channel.wait(1.0)
-
-    def _end_others(self, names: set[str], pipe: "Connection[Any, Any]") -> None:
+    def end_others(self, names: set[str]) -> None:
         """End what still runs in the groups of slots that are none of these, in a child."""
         parent = self._cgroups.parent
         for path in slot_groups(parent) if parent else ():
@@ -217,8 +196,6 @@ class Node:
                     SlotGroup(path.parent, path.name).teardown()
                 except CgroupError as error:
                     log.events("supervisor").warning("old slot not removed", error=str(error))
-        # Not before: a child that closes it is taken for one that hangs up, and is ended.
-        pipe.close()
 
     def _plan_slot(
         self, spec: SlotSpec, gpus: list[GpuFact], user: Identity | None, problem: str | None
@@ -232,7 +209,7 @@ class Node:
         offer = make_offer(spec, threads=self._facts.threads, memory_bytes=memory, vram_mb=vram_mb)
         parent = self._cgroups.parent
         slot = SlotContext(
-            config=self._config,
+            config=self.config,
             spec=spec,
             group_parent=parent,
             controllers=self._cgroups.controllers,
@@ -270,7 +247,7 @@ class Node:
     def _spawn_worker(self, slot: SlotContext) -> Child[FromWorker]:
         name = slot.spec.name
         child: Child[FromWorker] = Child(f"worker {name}", partial(be_worker, slot), FromWorker)
-        self._book.note(name, child.pid)
+        self.book.note(name, child.pid)
         return child
 
     # --- children, after the fork --------------------------------------------------------------------------
@@ -278,46 +255,51 @@ class Node:
     def _be_agent(self, pipe: "Connection[Any, Any]") -> None:
         channel: Channel[ToAgent] = Channel(pipe, ToAgent)
         line: Channel[PrivateLine] = Channel(self._agent_end, PrivateLine, allowance=Allowance())
-        early = credential_of_root(self._config.queue.password or "", os.environ)
+        early = credential_of_root(self.config.queue.password or "", os.environ)
         proxy, input_proxy = self._proxies()
         self._become_service()
-        shared = open_shared(self._config, os.environ, early)
-        coordinator = connect(self._config, None, proxy)
-        Agent(channel, line, self._config, coordinator, shared, input_proxy).run()
+        shared = open_shared(self.config, os.environ, early)
+        coordinator = connect(self.config, None, proxy)
+        Agent(channel, line, self.config, coordinator, shared, input_proxy).run()
 
     def _be_heartbeat(self, pipe: "Connection[Any, Any]") -> None:
         channel: Channel[ToHeartbeat] = Channel(pipe, ToHeartbeat)
         line: Channel[PrivateLine] = Channel(self._heartbeat_end, PrivateLine, allowance=Allowance())
-        early = credential_of_root(self._config.coordinator.auth_token, os.environ)
+        early = credential_of_root(self.config.coordinator.auth_token, os.environ)
         proxy, _ = self._proxies()
         self._become_service()
-        run_heartbeat(channel, line, self._config, os.environ, early=early, proxy=proxy)
+        run_heartbeat(channel, line, self.config, os.environ, early=early, proxy=proxy)
 
     def _proxies(self) -> tuple[Proxy | None, Proxy | None]:
         """Make the coordinator's proxy and that of inputs, while we can read all credentials."""
-        there, inputs = self._config.coordinator, self._config.inputs
+        there, inputs = self.config.coordinator, self.config.inputs
         return (
             proxy_of(there.proxy, there.proxy_auth, os.environ),
             proxy_of(inputs.proxy, inputs.proxy_auth, os.environ),
         )
 
-    def _read_history(self, request: Request, memory: int, pipe: "Connection[Any, Any]") -> None:
+    def read_layout(self) -> Layout:
+        """Read the configuration anew, in a child, and say what the slots are to be."""
+        return read_layout(self._path, self.config, self._facts)
+
+    def read_history(self, request: Request, memory: int) -> History | Refusal:
         """Read the history in a child: what the service writes into its database, root does not parse."""
-        channel: Channel[Stop] = Channel(pipe, Stop)
         self._become_service()
         with os.fdopen(memory, "wb") as out:
-            channel.send(Wrote(read_history(self._config.queue.path, request, out)))
+            fault = read_history(self.config.queue.path, request, out)
+        return Refusal(fault) if fault else History()
 
-    def _judge(self, request: Request, pipe: "Connection[Any, Any]") -> None:
+    def judge(self, request: Request) -> Judged:
         """Judge a command for the operator, in a child."""
-        channel: Channel[Stop] = Channel(pipe, Stop)
-        channel.send(judge(self._config.runners.cli, request))
-        while channel.has_unsent:
-            channel.wait(1.0)
+        return judge(self.config.runners.cli, request)
 
     def _become_service(self) -> None:
         if self._identities.service is not None:
             drop_privileges(self._identities.service.uid, self._identities.service.gid)
+
+
+def _keeper(name: str, main: Main, incoming: Any, line: socket.socket) -> Keeper[Any]:
+    return Keeper(name, main, incoming, [line.fileno()], pause_min=0.5, pause_max=5.0)
 
 
 def be_worker(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
@@ -331,11 +313,10 @@ def be_worker(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
     Worker(slot, channel, RunnerSet(slot.config.runners, slot.interpreter)).run()
 
 
-def adjust_slot(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
+def adjust_slot(slot: SlotContext) -> Retuned:
     """Limit a slot's groups, in a child: its worker is of an earlier run, and cannot be told."""
-    channel: Channel[Stop] = Channel(pipe, Stop)
     group = SlotGroup(slot.group_parent, slot.spec.name) if slot.group_parent else None
-    channel.send(adjusted(group, slot.spec, slot.controllers))
+    return adjusted(group, slot.spec, slot.controllers)
 
 
 def _make_workspace(root: Path, service: Identity | None) -> None:

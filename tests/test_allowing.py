@@ -1,13 +1,8 @@
 """`aitbc-minerctl allow`: the answer is what a job would get, with the rule that it comes from."""
 
 import os
-import select
 import shlex
-import threading
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,20 +10,14 @@ from hypothesis import strategies as st
 
 from aitbc_miner.allowlist.entries import load_allowlist
 from aitbc_miner.config.settings import CliRunner as Settings
-from aitbc_miner.control.protocol import Answer, Judged, Refusal, Reply, Request
+from aitbc_miner.control.protocol import Judged, Request
 from aitbc_miner.errors import JobError
-from aitbc_miner.ipc.channel import Channel
-from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.jobs import Inputs, Manifest
 from aitbc_miner.runners.cli import CliRunner
 from aitbc_miner.runners.interface import JobPaths
 from aitbc_miner.slots.spec import SlotSpec
-from aitbc_miner.supervisor import allowing, children
-from aitbc_miner.supervisor.allowing import Examiner, judge
-from aitbc_miner.supervisor.children import Errands
-from aitbc_miner.util import clock
+from aitbc_miner.supervisor.slow_answers import judge
 
-DEADLINE_S = 20.0
 ENTRY = """\
 command: {path: /usr/bin/true, name: prog}
 leading: [-q]
@@ -128,92 +117,3 @@ def plan(directory: Path, args: list[str], inputs: list[str]) -> str:
     except JobError as error:
         return error.message
     return shlex.join(launch.argv)
-
-
-# --- in a child of the supervisor --------------------------------------------------------------------------
-
-
-class Site:
-    """An examiner whose children do as they are told, and what was answered."""
-
-    def __init__(self, main: Callable[[Request, Any], None]) -> None:
-        self.errands = Errands()
-        self.answers: list[Answer | Reply] = []
-        self.examiner = Examiner(self.errands, main)
-
-    def ask(self, *command: str) -> None:
-        self.examiner.ask(Request("allow", command=[*command]), self.answers.append)
-
-    def turn_until(self, done: Callable[[], bool]) -> None:
-        deadline = clock.now() + DEADLINE_S
-        while not done():
-            assert clock.now() < deadline
-            sources: dict[int, Any] = {}
-            for errand in self.errands.under_way():
-                hear, over = partial(self.errands.hear, errand), partial(self.errands.over, errand)
-                sources |= errand.sources(hear, over)
-            poller = select.poll()
-            for fd, (_, wanted) in sources.items():
-                poller.register(fd, wanted)
-            for fd, _ in poller.poll(100):
-                sources[fd][0]()
-
-    def refusal(self) -> str:
-        answer = self.answers[-1]
-        assert isinstance(answer, Refusal)
-        return answer.message
-
-
-def say(request: Request, pipe: Any) -> None:
-    channel: Channel[Stop] = Channel(pipe, Stop)
-    channel.send(Judged(permitted=True, message=" ".join(request.command)))
-
-
-def die(_request: Request, _pipe: Any) -> None:
-    os.abort()
-
-
-def hang(_request: Request, _pipe: Any) -> None:
-    threading.Event().wait()
-
-
-def test_the_childs_judgement_goes_to_the_client() -> None:
-    site = Site(say)
-    site.ask("a", "b")
-    site.turn_until(lambda: bool(site.answers))
-    assert site.answers == [Judged(permitted=True, message="a b")]
-
-
-def test_a_child_that_dies_is_told() -> None:
-    site = Site(die)
-    site.ask("a")
-    site.turn_until(lambda: bool(site.answers))
-    assert site.refusal().endswith("what was to read the allowlist was killed by SIGABRT; see the journal")
-
-
-def test_a_request_without_a_command_starts_no_child() -> None:
-    site = Site(say)
-    site.ask()
-    assert "there is no command" in site.refusal()
-    assert site.errands.under_way() == []
-
-
-def test_a_child_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> int:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
-    site = Site(say)
-    monkeypatch.setattr(children, "Child", full)
-    site.ask("a")
-    assert "Resource temporarily unavailable; try again" in site.refusal()
-
-
-def test_children_that_hang_are_few_and_ended_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    site = Site(hang)
-    for _ in range(allowing.MAX_AT_ONCE + 1):
-        site.ask("a")
-    assert len(site.errands.under_way()) == allowing.MAX_AT_ONCE
-    assert site.refusal().endswith("try again")
-    monkeypatch.setattr(allowing, "LATER_S", -1.0)
-    site.ask("a")
-    site.turn_until(lambda: not site.errands.under_way())

@@ -1,24 +1,29 @@
-"""The operator's counter and the memory of jobs behind it: what they say, and that nothing stays open."""
+"""What answers the operator, and the memory of jobs behind it: what they say, and that nothing stays open."""
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from aitbc_miner.config.settings import Config, Coordinator, Workspace
 from aitbc_miner.control.protocol import Files, Later, Refusal, Reply, Request, Status
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, JobUpdate, SlotView
+from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, JobUpdate, Retried, RetryJob, SlotView
 from aitbc_miner.jobs import State
 from aitbc_miner.slots.placement import Offer
 from aitbc_miner.slots.state import Slot, SlotState
-from aitbc_miner.supervisor.control_api import DEATH_SHOWN_S, Desk
+from aitbc_miner.supervisor.children import OneShots
+from aitbc_miner.supervisor.control_api import DEATH_SHOWN_S, MAX_ASKED, ControlApi
 from aitbc_miner.supervisor.job_index import JobIndex
+from aitbc_miner.supervisor.running_slot import Outcomes
+from aitbc_miner.supervisor.slot_pool import SlotPool
 from aitbc_miner.util import clock
 
 
 class Site:
-    """A desk for a workspace of its own, with one job."""
+    """What answers for a workspace of its own, with one job."""
 
     def __init__(self, root: Path) -> None:
         self.job = root / "j1"
@@ -28,12 +33,19 @@ class Site:
         config = Config(
             node_id="node-1", coordinator=Coordinator(base_url="", auth_token=""), workspace=Workspace(root)
         )
-        self.reloads: list[Later] = []
-        others = {"reload": lambda _, tell: self.reloads.append(tell)}
-        self.desk = Desk(config, self.index, {}, {}, [], lambda *_: False, others)
+        self.slow: list[tuple[Request, Later]] = []
+        self.told: list[object] = []
+        agent: Any = SimpleNamespace(child=True, send=self.told.append)
+        node: Any = SimpleNamespace(config=config, notices=[], agent=agent)
+        disk: Any = SimpleNamespace(problem=None, short=False)
+        slow: Any = SimpleNamespace(ask=lambda *asked: self.slow.append(asked))
+        shutdown: Any = SimpleNamespace(mode=None)
+        self.slots = SlotPool(node, Outcomes(self.index, agent, agent, OneShots()))
+        self.agent, self.disk = agent, disk
+        self.api = ControlApi(node, self.index, self.slots, disk, slow, shutdown)
 
     def ask(self, request: Request) -> Reply:
-        reply = self.desk.answer(request, lambda _: None)
+        reply = self.api.answer(request, lambda _: None)
         assert reply is not None
         return reply
 
@@ -89,8 +101,8 @@ def test_refusals_say_what_could_not_be_done_and_what_to_do(site: Site) -> None:
 def test_a_death_is_shown_for_a_while(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     times = [1000.0]
     monkeypatch.setattr(clock, "now", lambda: times[-1])
-    site.desk.note_death("agent", "was killed by SIGKILL; 1 deaths so far")
-    site.desk.note_death("agent", "was killed by SIGKILL; 2 deaths so far")
+    site.api.note_death("agent", "was killed by SIGKILL; 1 deaths so far")
+    site.api.note_death("agent", "was killed by SIGKILL; 2 deaths so far")
     shown = "agent was killed by SIGKILL; 2 deaths so far"
     assert shown in site.problems()
     times.append(1000.0 + DEATH_SHOWN_S - 1)
@@ -108,12 +120,32 @@ def test_only_what_ended_is_counted(site: Site) -> None:
     assert dict(site.index.finished) == {"E_INPUT": 1}
 
 
-def test_a_reload_is_answered_when_it_is_done(site: Site) -> None:
+@pytest.mark.parametrize("verb", ["reload", "history", "allow"])
+def test_what_a_child_answers_is_answered_when_it_is_done(site: Site, verb: str) -> None:
     def later(answer: object) -> None:
         raise AssertionError(answer)
 
-    assert site.desk.answer(Request("reload"), later) is None
-    assert site.reloads == [later]
+    assert site.api.answer(Request(verb), later) is None
+    assert site.slow == [(Request(verb), later)]
+
+
+def test_all_who_want_a_job_tried_again_get_the_agents_answer(site: Site) -> None:
+    answers: list[object] = []
+    for _ in range(2):
+        assert site.api.answer(Request("retry", "j1"), answers.append) is None
+    assert site.told == [RetryJob("j1")] * 2
+    site.api.retried(Retried("j2", "of another job"))
+    assert answers == []
+    site.api.retried(Retried("j1", "cannot retry: it is done", done=False))
+    assert answers == [Refusal("cannot retry: it is done")] * 2
+    for job_id in (None, "../j"):
+        answer, _ = site.ask(Request("retry", job_id))
+        assert isinstance(answer, Refusal)
+        assert "is no job's id" in answer.message
+    for n in range(MAX_ASKED):
+        assert site.api.answer(Request("retry", f"k{n}"), answers.append) is None
+    answer, _ = site.ask(Request("retry", "one-more"))
+    assert answer == Refusal("cannot retry: the agent has not answered for 100 other jobs yet")
 
 
 # --- whether jobs are pulled -------------------------------------------------------------------------------
@@ -143,9 +175,9 @@ def test_before_anything_was_asked_nothing_is_wrong(site: Site) -> None:
 
 def test_each_reason_why_nothing_is_pulled_is_said(tmp_path: Path) -> None:
     site = Site(tmp_path)
-    slots = {"cpu0": Fake(SlotState.IDLE)}
-    site.desk._slots = slots  # type: ignore[assignment]
-    desk = site.desk
+    slots: dict[str, Any] = site.slots.slots
+    slots["cpu0"] = Fake(SlotState.IDLE)
+    desk = site.api
     assert told(site).paused == "the coordinator was not asked yet"
     desk.coordinator = CoordinatorView(False, "", error="cannot reach it", remedy="look")
     assert told(site).paused == "the coordinator has not registered this node"
@@ -153,9 +185,9 @@ def test_each_reason_why_nothing_is_pulled_is_said(tmp_path: Path) -> None:
     assert (told(site).accepting, told(site).paused) == (True, "")
     desk.deliveries = Deliveries(100, paused="the coordinator has not taken 100 results or more yet")
     assert told(site).paused.startswith("the coordinator has not taken")
-    desk.agent_runs = False
+    site.agent.child = None
     assert told(site).paused == "the agent does not run; it is started again"
-    desk.disk_short = True
+    site.disk.short = True
     assert told(site).paused == "there is too little space on the disk"
     slots["cpu0"] = Fake(SlotState.QUARANTINED)
     assert told(site).paused == "no slot can be used"
@@ -165,5 +197,5 @@ def test_each_reason_why_nothing_is_pulled_is_said(tmp_path: Path) -> None:
 
 
 def test_troubles_of_the_other_processes_are_shown(site: Site) -> None:
-    site.desk.reported = ["cannot serve 127.0.0.1:9464: taken; free it"]
+    site.api.reported = ["cannot serve 127.0.0.1:9464: taken; free it"]
     assert "cannot serve 127.0.0.1:9464: taken; free it" in site.problems()

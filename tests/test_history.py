@@ -5,34 +5,26 @@ import csv
 import io
 import json
 import os
-import select
 import sqlite3
 import sys
-import threading
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from aitbc_miner.control.protocol import LATER_S, Answer, Done, History, Refusal, Reply, Request
+from aitbc_miner.control.protocol import LATER_S, Done, History, Request
 from aitbc_miner.ctl import main as ctl
 from aitbc_miner.ctl.history_page import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.ctl.pages import plain
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.ipc.channel import Channel
-from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.store import database
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.ledger import Ledger, LedgerRow, Total, Totals
-from aitbc_miner.supervisor import children, historian, history
-from aitbc_miner.supervisor.children import Errands
-from aitbc_miner.supervisor.historian import Historian, Wrote
+from aitbc_miner.supervisor import slow_answers
 from aitbc_miner.util import clock
 
-DEADLINE_S = 20.0
 EVIL = "=cmd|'/c calc'!A1\n\"; \x1b[2J\u2028,end"
 WEEK = 604_800.0
 
@@ -54,7 +46,7 @@ def path(tmp_path: Path) -> Path:
 
 def read(path: Path, **asked: Any) -> tuple[Totals, list[LedgerRow]]:
     out = io.BytesIO()
-    assert history.read_history(path, Request("history", **asked), out) == ""
+    assert slow_answers.read_history(path, Request("history", **asked), out) == ""
     return read_totals(out), list(read_rows(out))
 
 
@@ -99,7 +91,7 @@ def test_reading_changes_nothing_beside_a_node_that_writes(path: Path) -> None:
 
 def fault(path: Path) -> str:
     out = io.BytesIO()
-    told = history.read_history(path, Request("history"), out)
+    told = slow_answers.read_history(path, Request("history"), out)
     assert told.startswith("cannot show the history")
     assert str(path) in told
     assert "; " in told
@@ -131,122 +123,10 @@ def test_a_directory_that_cannot_be_entered_is_told(path: Path, monkeypatch: pyt
 
 
 def test_more_than_there_is_room_for_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(history, "MAX_BYTES", 10)
+    monkeypatch.setattr(slow_answers, "MAX_HISTORY", 10)
     assert read(path)[0].all.jobs == 2, "the totals are never too much"
-    told = history.read_history(path, Request("history", each=True), io.BytesIO())
+    told = slow_answers.read_history(path, Request("history", each=True), io.BytesIO())
     assert told.endswith("; ask for less time with --since")
-
-
-# --- in a child of the supervisor --------------------------------------------------------------------------
-
-
-class Site:
-    """A historian whose children do as they are told, and what was answered."""
-
-    def __init__(self, main: Any) -> None:
-        self.errands = Errands()
-        self.answers: list[Answer | Reply] = []
-        self.historian = Historian(self.errands, main)
-
-    def ask(self) -> None:
-        self.historian.show(Request("history"), self.answers.append)
-
-    def turn_until_answered(self, number: int = 1) -> None:
-        deadline = clock.now() + DEADLINE_S
-        while len(self.answers) < number:
-            assert clock.now() < deadline
-            sources: dict[int, Any] = {}
-            for errand in self.errands.under_way():
-                hear, over = partial(self.errands.hear, errand), partial(self.errands.over, errand)
-                sources |= errand.sources(hear, over)
-            poller = select.poll()
-            for fd, (_, wanted) in sources.items():
-                poller.register(fd, wanted)
-            for fd, _ in poller.poll(100):
-                sources[fd][0]()
-
-    def refusal(self) -> str:
-        answer = self.answers[-1]
-        assert isinstance(answer, Refusal)
-        return answer.message
-
-
-def say(said: Wrote, text: bytes, _request: Request, memory: int, pipe: Any) -> None:
-    channel: Channel[Stop] = Channel(pipe, Stop)
-    os.write(memory, text)
-    channel.send(said)
-
-
-def die(_request: Request, _memory: int, _pipe: Any) -> None:
-    os.abort()
-
-
-def hang(_request: Request, _memory: int, _pipe: Any) -> None:
-    threading.Event().wait()
-
-
-def memories() -> int:
-    """Count those that are open; of what is not ours anything may be closed meanwhile."""
-    found = 0
-    for fd in Path("/proc/self/fd").iterdir():
-        with contextlib.suppress(FileNotFoundError):  # the listing's own
-            found += str(fd.readlink()).startswith("/memfd:history")
-    return found
-
-
-def test_what_the_child_wrote_goes_to_the_client_as_a_file() -> None:
-    site = Site(partial(say, Wrote(), b"written"))
-    site.ask()
-    site.turn_until_answered()
-    answer = site.answers[0]
-    assert isinstance(answer, tuple)
-    assert answer[0] == History()
-    (memory,) = answer[1]
-    assert os.pread(memory, 100, 0) == b"written"
-    os.close(memory)
-    assert memories() == 0
-
-
-@pytest.mark.parametrize(
-    ("main", "told"),
-    [
-        (partial(say, Wrote("cannot show it: a cause; a remedy"), b"x"), "cannot show it: a cause; a remedy"),
-        (die, "cannot show the history: what was to read it was killed by SIGABRT; see the journal"),
-    ],
-)
-def test_where_there_is_none_nothing_stays_open(main: Any, told: str) -> None:
-    site = Site(main)
-    site.ask()
-    site.turn_until_answered()
-    assert site.refusal() == told
-    assert memories() == 0
-
-
-def test_a_child_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> int:
-        raise BlockingIOError(11, "Resource temporarily unavailable")
-
-    site = Site(die)
-    with monkeypatch.context() as patched:
-        patched.setattr(children, "Child", full)
-        site.ask()
-    assert "Resource temporarily unavailable; try again" in site.refusal()
-    assert memories() == 0
-
-
-def test_readers_that_hang_are_few_and_ended_at_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    site = Site(hang)
-    for _ in range(historian.MAX_AT_ONCE + 1):
-        site.ask()
-    assert len(site.errands.under_way()) == historian.MAX_AT_ONCE
-    assert site.refusal().endswith("try again")
-    later = clock.now() + LATER_S + 1
-    with monkeypatch.context() as patched:
-        patched.setattr(clock, "now", lambda: later)
-        site.ask()
-    site.turn_until_answered(2 + historian.MAX_AT_ONCE)
-    assert "was killed by SIGKILL" in site.refusal()
-    assert site.errands.under_way() == []
 
 
 # --- for the operator --------------------------------------------------------------------------------------
@@ -334,6 +214,15 @@ def test_json_is_one_document(count: int) -> None:
 
 
 # --- the command -------------------------------------------------------------------------------------------
+
+
+def memories() -> int:
+    """Count those that are open; of what is not ours anything may be closed meanwhile."""
+    found = 0
+    for fd in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the listing's own
+            found += str(fd.readlink()).startswith("/memfd:history")
+    return found
 
 
 class Miner:

@@ -128,7 +128,7 @@ def test_trouble_with_a_chore_of_the_supervisor_is_shown_and_ends_nothing(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     shown: dict[str, object] = {}
-    supervisor: Any = SimpleNamespace(_desk=SimpleNamespace(troubles=shown), _log=events("supervisor"))
+    supervisor: Any = SimpleNamespace(_api=SimpleNamespace(troubles=shown), _log=events("supervisor"))
     book = WorkerBook(tmp_path / "workers.json")
     chores: dict[str, Callable[[], object]] = {"look": lambda: kill_strangers(children()), "note": book.write}
 

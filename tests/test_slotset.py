@@ -1,41 +1,47 @@
 """The slots together: layouts, jobs that wait, what is found of an earlier run; no process is started."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.channel import MAX_WAITING, ExcessError
-from aitbc_miner.ipc.messages import FoundJob
+from aitbc_miner.ipc.messages import CancelJob, FoundJob, JobSettled, JobUpdate
 from aitbc_miner.jobs import Requirements, State
 from aitbc_miner.slots.placement import Ticket, make_offer
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.slots.state import Assign, Ended, Slot, SlotState
 from aitbc_miner.supervisor.adoption import WorkerBook
-from aitbc_miner.supervisor.running_slot import Outcomes, SlotPlan
-from aitbc_miner.supervisor.slot_pool import SlotSet
+from aitbc_miner.supervisor.children import OneShots
+from aitbc_miner.supervisor.job_index import JobIndex
+from aitbc_miner.supervisor.node_plan import SlotPlan
+from aitbc_miner.supervisor.running_slot import Outcomes
+from aitbc_miner.supervisor.slot_pool import SlotPool
 
 GIB = 1 << 30
-
-
-def nothing(*_: object) -> None:
-    return
 
 
 def plan(name: str, memory_max: int = GIB, problem: str | None = None, **keys: Any) -> SlotPlan:
     spec = SlotSpec(name=name, kind="cpu", memory_max=memory_max, **keys)
     offer = make_offer(spec, threads=4, memory_bytes=8 * GIB, vram_mb=0)
-    return SlotPlan(spec, offer, None, lambda: pytest.fail("no worker wanted"), nothing, {}, problem)
+    unwanted: Any = lambda: pytest.fail("no child wanted")  # noqa: E731
+    return SlotPlan(spec, offer, None, unwanted, unwanted, {}, problem)
 
 
 class Site:
-    """A set of slots, and what it has settled."""
+    """A pool of slots, and what its agent was told."""
 
     def __init__(self, root: Path) -> None:
-        self.settled: list[str] = []
-        outcomes = Outcomes(lambda job, _: self.settled.append(job), nothing, nothing, nothing, nothing)
-        self.slots = SlotSet(WorkerBook(root / "workers.json"), plan, outcomes)
+        self.said: list[Any] = []
+        agent: Any = SimpleNamespace(send=self.said.append)
+        node: Any = SimpleNamespace(book=WorkerBook(root / "workers.json"), plan_stray=plan)
+        self.slots = SlotPool(node, Outcomes(JobIndex(), agent, agent, OneShots()))
+
+    @property
+    def settled(self) -> list[str]:
+        return [said.job_id for said in self.said if isinstance(said, JobSettled)]
 
     def ready(self, *plans: SlotPlan) -> None:
         """Have slots as if their workers were there."""
@@ -65,30 +71,48 @@ def test_a_layout_says_what_it_changes(site: Site) -> None:
 def test_a_waiting_job_that_no_slot_can_ever_take_is_given_back(site: Site) -> None:
     site.ready(plan("small"), plan("large", 4 * GIB))
     site.slots.slots["large"].feed(Assign("first"))
-    assert site.slots.enqueue(ticket("waits", 3000))
+    site.slots.enqueue(ticket("waits", 3000))
     site.slots.place()
-    assert site.slots.refuse_hopeless() == []
+    assert (list(site.slots.queue), site.said) == (["waits"], [])
     # The only slot that is large enough is to go, so nothing but its present job will ever run there.
     assert str(site.slots.lay_out([plan("small")])) == "removed after its job: large"
-    ((job_id, error),) = site.slots.refuse_hopeless()
-    assert (job_id, error.code) == ("waits", ErrorCode.E_NOSLOT)
+    site.slots.refuse_hopeless()
+    (told,) = site.said
+    assert (told.job_id, told.code) == ("waits", ErrorCode.E_NOSLOT)
     assert not site.slots.queue
     site.slots.feed(Ended("first"))
-    assert site.settled == ["first"]
+    assert site.settled == ["waits", "first"]
 
 
 def test_a_slot_that_cannot_be_used_offers_nothing(site: Site) -> None:
     site.ready(plan("good"), plan("bad", 4 * GIB, "no user aitbc-job-bad"))
     assert [slot.view().offers for slot in site.slots] == [True, False]
-    assert site.slots.enqueue(ticket("waits", 3000))
-    assert [job for job, _ in site.slots.refuse_hopeless()] == ["waits"]
+    site.slots.enqueue(ticket("waits", 3000))
+    site.slots.place()
+    assert site.settled == ["waits"]
 
 
 def test_a_job_of_an_unknown_worker_is_settled(site: Site) -> None:
     site.slots.lay_out([plan("a")])
     job = FoundJob("j1", State.RUNNING, "a", 1, 1)
-    site.slots.take_up(job, lambda *_: pytest.fail("nothing to adopt"))
+    site.slots.take_up(job)
     assert site.settled == ["j1"]
+    assert site.slots.of("j1") is None, "nothing to adopt"
+
+
+def test_only_a_job_that_is_on_its_way_can_be_cancelled(site: Site) -> None:
+    site.ready(plan("a"))
+    site.slots.slots["a"].feed(Assign("runs"))
+    site.slots.enqueue(ticket("waits", 1))
+    site.slots._outcomes.index.update(JobUpdate("comes", State.ACKED))
+    site.slots._outcomes.index.update(JobUpdate("over", State.UPLOADING))
+    assert [site.slots.cancel(job, "cancel", "") for job in ("runs", "waits", "comes", "over", "none")] == [
+        *(True, True, True),
+        *(False, False),
+    ]
+    assert site.slots.slots["a"].rules.state is SlotState.CANCELLING
+    assert site.said == [CancelJob("waits", "cancel"), CancelJob("comes", "cancel")]
+    assert not site.slots.queue
 
 
 def test_too_many_jobs_that_wait_are_an_excess(site: Site) -> None:

@@ -15,15 +15,15 @@ from aitbc_miner.ipc.messages import SpaceWanted, Sweepable, Swept
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import MARK
 from aitbc_miner.supervisor import disk_watch
-from aitbc_miner.supervisor.children import Errands, Main
-from aitbc_miner.supervisor.disk_watch import AGAIN_S, MIB, Storage
+from aitbc_miner.supervisor.children import OneShots
+from aitbc_miner.supervisor.disk_watch import AGAIN_S, MIB, DiskWatch
 from aitbc_miner.supervisor.sweep import Sweep
 from aitbc_miner.util import clock, fs
 
 LEAST, RESERVE = 160, 1
 
 
-class FakeErrands(Errands):
+class FakeOneShots(OneShots):
     """Children that are never started: the test says how they end."""
 
     def __init__(self) -> None:
@@ -32,10 +32,10 @@ class FakeErrands(Errands):
         self.done: Callable[[Any], None] = lambda _: None
         self.refuse = False
 
-    def start(self, name: str, main: Main, incoming: Any, done: Callable[[Any], None], keep: Any = ()) -> Any:
+    def start(self, name: str, work: Any, says: Any, done: Callable[[Any], None], keep: Any = ()) -> None:
         if self.refuse:
             raise BlockingIOError(11, "Resource temporarily unavailable")
-        self.started.append((name, main.args[1:3] if name == "sweep" else None))  # type: ignore[attr-defined]
+        self.started.append((name, work.args[1:3] if name == "sweep" else None))
         self.done = done
 
     def names(self) -> list[str]:
@@ -46,7 +46,7 @@ class Site:
     """A disk with as much space as the test says, at the time that it says."""
 
     def __init__(self, root: Path, patch: pytest.MonkeyPatch, least: int = LEAST) -> None:
-        self.errands = FakeErrands()
+        self.errands = FakeOneShots()
         self.said: list[Swept | SpaceWanted] = []
         self.free = 1000 * MIB
         self.time = 1000.0
@@ -54,7 +54,8 @@ class Site:
         patch.setattr(os, "statvfs", self._statvfs)
         patch.setattr(clock, "now", lambda: self.time)
         kept = Workspace(root, min_free_mb=least, reserve_mb=RESERVE)
-        self.storage = Storage(kept, self.errands, self.said.append)
+        agent: Any = SimpleNamespace(send=self.said.append)
+        self.storage = DiskWatch(kept, self.errands, agent)
 
     def _statvfs(self, _: object) -> SimpleNamespace:
         counted = self.inodes if self.inodes < inf else 0
@@ -72,7 +73,9 @@ class Site:
     def tick(self, free_mib: float, after: float = AGAIN_S) -> bool:
         self.free = int(free_mib * MIB)
         self.time += after
-        return self.storage.tick()
+        before = self.storage.short
+        self.storage.tick()
+        return self.storage.short is not before
 
 
 @pytest.fixture
@@ -238,10 +241,9 @@ def test_the_reserve_never_takes_more_than_half_of_what_there_is(site: Site) -> 
 def test_the_child_fills_the_reserve_and_says_why_it_cannot(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pipe = SimpleNamespace(close=lambda: None)
-    disk_watch._fill(Workspace(tmp_path, reserve_mb=1), pipe)  # type: ignore[arg-type]
+    disk_watch._fill(Workspace(tmp_path, reserve_mb=1))
     assert reserve.lacking(tmp_path, 1).size == 0
-    disk_watch._fill(Workspace(tmp_path / "none", reserve_mb=1), pipe)  # type: ignore[arg-type]
+    disk_watch._fill(Workspace(tmp_path / "none", reserve_mb=1))
     [record] = caplog.records
     assert record.getMessage() == "no reserve"
 
@@ -252,7 +254,8 @@ def test_a_disk_that_is_gone_is_said(site: Site, monkeypatch: pytest.MonkeyPatch
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, call, fail)
-    assert site.storage.tick()
+    assert not site.storage.short
+    site.storage.tick()
     assert site.storage.problem is not None
     assert "Input/output error: no jobs are pulled" in site.storage.problem.what
     assert site.storage.short

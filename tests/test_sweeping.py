@@ -3,13 +3,11 @@
 import os
 from collections.abc import Callable
 from math import inf
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.jobs import FINAL, State, StateRecord
 from aitbc_miner.store.records import Records
 from aitbc_miner.supervisor.sweep import LEAVING, Sweep, sweep
@@ -29,12 +27,7 @@ def make(root: Path, job_id: str, state: State = State.DONE) -> Path:
 
 
 def run(root: Path, *job_ids: str, enough: float = inf, files: float = 0.0, time_s: float = 30.0) -> Sweep:
-    ours, theirs = Pipe()
-    sweep(root, list(job_ids), fs.Room(enough, files), time_s, theirs)
-    [said] = Channel[Sweep](ours, Sweep).wait(1.0)
-    theirs.close()
-    ours.close()
-    return said
+    return sweep(root, list(job_ids), fs.Room(enough, files), time_s)
 
 
 def names(root: Path) -> list[str]:

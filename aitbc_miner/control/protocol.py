@@ -76,7 +76,7 @@ class Files(Struct, frozen=True, tag="files"):
 
 
 class History(Struct, frozen=True, tag="history"):
-    """What jobs have come to. With this answer comes one file, as `supervisor/history.py` describes it."""
+    """What jobs have come to. With it comes one file, as `supervisor/slow_answers.py` describes it."""
 
 
 class Judged(Struct, frozen=True, tag="judged"):

@@ -14,7 +14,7 @@ from aitbc_miner.errors import EXIT_NOT_PERMITTED
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.store.records import JobDir, RecordError, Records
 from aitbc_miner.supervisor.control_api import FILES
-from aitbc_miner.supervisor.history import read_history
+from aitbc_miner.supervisor.slow_answers import read_history
 from aitbc_miner.util import fs
 from aitbc_miner.util.system import drop_privileges
 

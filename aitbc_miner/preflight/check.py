@@ -37,7 +37,7 @@ from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, grou
 from aitbc_miner.slots.derive import derive_slots, lay_out
 from aitbc_miner.slots.reader import MIB, check_slots, read_slots
 from aitbc_miner.slots.spec import SlotSpec
-from aitbc_miner.supervisor.running_slot import Layout
+from aitbc_miner.supervisor.node_plan import Layout
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util.trust import distrust, distrust_tree
 from aitbc_miner.util.web import tls_context

@@ -8,6 +8,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from aitbc_miner.control.server import Source
 from aitbc_miner.errors import MinerError
 from aitbc_miner.ipc.channel import Allowance, Channel, ChannelError, ExcessError
+from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import be_child, descriptors, events, line_for_child
 from aitbc_miner.util.signals import signal_name
@@ -241,7 +243,7 @@ class Keeper(Generic[T]):
         self._start_at = None
 
 
-class Errands:
+class OneShots:
     """Children that do one thing which may take its time, say one thing of it at most, and end."""
 
     def __init__(self) -> None:
@@ -249,33 +251,51 @@ class Errands:
         self._said: dict[Child[Any], Any] = {}
 
     def start(
-        self, name: str, main: Main, incoming: Any, done: Callable[[Any], None], keep: Iterable[int] = ()
-    ) -> Child[Any]:
-        """Send a child on its way; `done` is told what it says or, without a word, how it ended.
+        self,
+        name: str,
+        work: Callable[[], Any],
+        says: Any,
+        done: Callable[[Any], None],
+        keep: Iterable[int] = (),
+    ) -> None:
+        """Have a child do `work`; `done` is told what that gives, of type `says`, or how the child ended.
 
         It has the descriptors in `keep`, too.
 
         Raises:
             OSError: it cannot be started.
         """
-        child: Child[Any] = Child(name, main, incoming, keep=keep)
+        child: Child[Any] = Child(name, partial(_answer, work), says, keep=keep)
         self._done[child] = done
-        return child
 
     def under_way(self) -> list[Child[Any]]:
         """Give the children that have not ended."""
         return list(self._done)
 
-    def hear(self, child: Child[Any]) -> None:
-        """Take what one says, unless it is over by now."""
+    def sources(self) -> dict[int, Source]:
+        """Say what to wait for with `poll`."""
+        sources: dict[int, Source] = {}
+        for child in self._done:
+            sources |= child.sources(partial(self._hear, child), partial(self._over, child))
+        return sources
+
+    def _hear(self, child: Child[Any]) -> None:
         if child not in self._done:
-            return
+            return  # over by now
         for message in child.receive():
             self._said[child] = message
 
-    def over(self, child: Child[Any]) -> None:
-        """Deal with the end of one."""
+    def _over(self, child: Child[Any]) -> None:
         while child.heard:  # until the end of what it has said
-            self.hear(child)
+            self._hear(child)
         how = child.reap()
         self._done.pop(child)(self._said.pop(child, how))
+
+
+def _answer(work: Callable[[], Any], pipe: "Connection[Any, Any]") -> None:
+    """Be a one-shot child: work, and say what that gives, unless it is None."""
+    channel: Channel[Stop] = Channel(pipe, Stop)
+    if (said := work()) is not None:
+        channel.send(said)
+    while channel.has_unsent:
+        channel.wait(1.0)

@@ -2,12 +2,11 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from msgspec.structs import replace
 
-from aitbc_miner.config.settings import Config
 from aitbc_miner.control.protocol import (
     Answer,
     Done,
@@ -23,12 +22,16 @@ from aitbc_miner.control.protocol import (
     Status,
 )
 from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, Retried, RetryJob, Starved
-from aitbc_miner.jobs import EndReason, JobUse, State, directory_of, valid_job_id
-from aitbc_miner.slots.placement import Ticket
+from aitbc_miner.jobs import JobUse, State, directory_of, valid_job_id
 from aitbc_miner.slots.state import SlotState
+from aitbc_miner.supervisor.disk_watch import DiskWatch
 from aitbc_miner.supervisor.job_index import JobIndex
 from aitbc_miner.supervisor.job_use import Said, use_of
+from aitbc_miner.supervisor.node_plan import NodePlan
 from aitbc_miner.supervisor.running_slot import RunningSlot
+from aitbc_miner.supervisor.shutdown import Shutdown
+from aitbc_miner.supervisor.slot_pool import SlotPool
+from aitbc_miner.supervisor.slow_requests import SLOW_VERBS, SlowRequests
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.build import build
 
@@ -39,49 +42,37 @@ MAX_ASKED = 100
 BAD = frozenset({SlotState.BACKOFF, SlotState.QUARANTINED})
 
 
-class Desk:
-    """The operator's counter. Holds what only it shows, and whether the node takes new jobs.
-
-    `others` answer the verbs that are not about what is held here.
-    """
+class ControlApi:
+    """Answers the operator. Holds what only that shows, and whether the node takes new jobs."""
 
     def __init__(
         self,
-        config: Config,
+        node: NodePlan,
         index: JobIndex,
-        slots: Mapping[str, RunningSlot],
-        queue: Mapping[str, Ticket],
-        notices: list[str],
-        cancel: Callable[[str, EndReason, str], bool],
-        others: Mapping[str, Callable[[Request, Later], Reply | None]],
+        slots: SlotPool,
+        disk: DiskWatch,
+        slow: SlowRequests,
+        shutdown: Shutdown,
     ) -> None:
-        self._config = config
+        self._config = node.config
+        self._notices = node.notices
+        self._agent = node.agent
         self._index = index
         self._slots = slots
-        self._queue = queue
-        self._notices = notices
-        self._cancel = cancel
-        self._others = others
+        self._disk = disk
+        self._slow = slow
+        self._shutdown = shutdown
         self._began = clock.now()
         self._build = build()
-        self._changed = False
+        self._retries: dict[str, list[Later]] = {}
         self.accepting = True
-        self.stopping = False
         self.coordinator = CoordinatorView(reachable=False, since_wall=clock.wall())
         self.deliveries = Deliveries(0)
         self.gpu_error: str | None = None
-        self.disk_problem: Problem | None = None
         self.troubles: dict[str, Problem] = {}
-        self.disk_short = False
-        self.agent_runs = True
         self.reported: list[str] = []
         self.starved = Starved()
         self._deaths: dict[str, tuple[float, str]] = {}
-
-    def take_changed(self) -> bool:
-        """Whether `drain` or `resume` was said since this was last asked."""
-        changed, self._changed = self._changed, False
-        return changed
 
     def note_death(self, name: str, text: str) -> None:
         """Show for a while how a child died."""
@@ -96,8 +87,11 @@ class Desk:
                 return Jobs([self._with_use(row) for row in self._index.rows(request.state)]), []
             case "drain" | "resume":
                 return self._set_accepting(request.verb == "resume"), []
-        if other := self._others.get(request.verb):
-            return other(request, later)
+            case "retry":
+                return self._retry(request.job_id, later)
+        if request.verb in SLOW_VERBS:
+            self._slow.ask(request, later)
+            return None
         job_id = request.job_id
         row = self._index.get(job_id) if job_id else None
         if job_id is None or row is None or not valid_job_id(job_id):
@@ -119,25 +113,40 @@ class Desk:
 
     def _with_use(self, row: JobRow) -> JobRow:
         """Add what a job uses that runs now."""
-        slot = self._slots.get(row.slot or "") if row.state is State.RUNNING else None
+        slot = self._slots.slots.get(row.slot or "") if row.state is State.RUNNING else None
         ours = slot if slot and slot.rules.job_id == row.job_id else None
         return replace(row, use=use) if (use := self._use(ours)) else row
 
     def _set_accepting(self, accepting: bool) -> Done:  # noqa: FBT001  # the one thing that it sets
-        self._changed = self.accepting is not accepting
         self.accepting = accepting
         if accepting:
             return Done("resumed: jobs are pulled again")
-        running = sum(slot.rules.job_id is not None for slot in self._slots.values())
-        return Done(f"draining: no new jobs are pulled; {running} running, {len(self._queue)} waiting go on")
+        running = sum(slot.rules.job_id is not None for slot in self._slots)
+        waiting = len(self._slots.queue)
+        return Done(f"draining: no new jobs are pulled; {running} running, {waiting} waiting go on")
 
     def _cancel_job(self, row: JobRow) -> Answer:
-        if self._cancel(row.job_id, "cancel", "by the operator"):
+        if self._slots.cancel(row.job_id, "cancel", "by the operator"):
             return Done(f"cancelling job {row.job_id}; it is given a few seconds to end by itself")
         return Refusal(
             f"cannot cancel job {row.job_id}: it is in no slot, but {row.state}; "
             f"see `aitbc-minerctl job {row.job_id}`"
         )
+
+    def _retry(self, job_id: str | None, later: Later) -> Reply | None:
+        """Ask the agent, who knows what waits and what was refused, to try a job once more."""
+        if job_id is None or not valid_job_id(job_id):
+            return Refusal(f"cannot retry: {job_id!r:.200} is no job's id; see `aitbc-minerctl jobs`"), []
+        if len(self._retries) >= MAX_ASKED:
+            return Refusal(f"cannot retry: the agent has not answered for {MAX_ASKED} other jobs yet"), []
+        self._retries.setdefault(job_id, []).append(later)
+        self._agent.send(RetryJob(job_id))
+        return None
+
+    def retried(self, said: Retried) -> None:
+        """Pass the agent's answer on to those who asked."""
+        for later in self._retries.pop(said.job_id, []):
+            later(Done(said.message) if said.done else Refusal(said.message))
 
     def _files(self, row: JobRow, names: tuple[str, ...]) -> Reply:
         """Open a job's files for the client, which reads them itself: reading may take long."""
@@ -161,9 +170,7 @@ class Desk:
     def _status(self) -> Status:
         now = clock.now()
         paused = self._why_paused()
-        slots = [
-            SlotStatus(slot.view(), now - slot.rules.since, self._use(slot)) for slot in self._slots.values()
-        ]
+        slots = [SlotStatus(slot.view(), now - slot.rules.since, self._use(slot)) for slot in self._slots]
         return Status(
             node_id=self._config.node_id,
             version=self._build,
@@ -171,11 +178,11 @@ class Desk:
             up_s=now - self._began,
             accepting=self.accepting and not paused,
             paused=paused,
-            stopping=self.stopping,
+            stopping=self._shutdown.mode is not None,
             coordinator=self.coordinator,
             base_url=self._config.coordinator.base_url,
             slots=slots,
-            queued=list(self._queue),
+            queued=list(self._slots.queue),
             pending_reports=self.deliveries.pending,
             finished=dict(self._index.finished),
             problems=self._problems(),
@@ -186,10 +193,10 @@ class Desk:
         if not self.accepting:
             return ""
         reasons = {
-            "the node is starting": not self._slots,
-            "no slot can be used": all(slot.rules.state in BAD for slot in self._slots.values()),
-            "there is too little space on the disk": self.disk_short,
-            "the agent does not run; it is started again": not self.agent_runs,
+            "the node is starting": not self._slots.slots,
+            "no slot can be used": all(slot.rules.state in BAD for slot in self._slots),
+            "there is too little space on the disk": self._disk.short,
+            "the agent does not run; it is started again": self._agent.child is None,
             "the coordinator was not asked yet": not self.coordinator.registered
             and not self.coordinator.error,
             "the coordinator has not registered this node": not self.coordinator.registered,
@@ -213,14 +220,14 @@ class Desk:
                     "see `aitbc-minerctl jobs --state FAILED`; `aitbc-minerctl retry ID` sends one once more",
                 )
             )
-        if self.disk_problem:
-            problems.append(self.disk_problem)
+        if self._disk.problem:
+            problems.append(self._disk.problem)
         problems += self.troubles.values()
         problems += self._hunger()
         problems += [Problem(text) for text in self.reported]
         if self.gpu_error:
             problems.append(Problem(self.gpu_error, "check the driver with `nvidia-smi`"))
-        for slot in self._slots.values():
+        for slot in self._slots:
             if slot.rules.state in BAD:
                 reason = slot.rules.reason or "unknown"
                 problems.append(Problem(f"slot {slot.name}: {reason}", "it is tried again by itself"))
@@ -238,28 +245,3 @@ class Desk:
         minutes = (clock.now() - since) / 60
         yield Problem(f"no job has come for {minutes:.0f} minutes; the coordinator does not say why")
         yield from (Problem("perhaps: " + cause) for cause in self.starved.causes)
-
-
-class RetryDesk:
-    """Asks the agent, who knows what waits and what was refused, to try a job once more."""
-
-    def __init__(self, tell: Callable[[RetryJob], None]) -> None:
-        self._tell = tell
-        self._asked: dict[str, list[Later]] = {}
-
-    def ask(self, request: Request, later: Later) -> Reply | None:
-        """Pass a request on."""
-        if request.job_id is None or not valid_job_id(request.job_id):
-            return Refusal(
-                f"cannot retry: {request.job_id!r:.200} is no job's id; see `aitbc-minerctl jobs`"
-            ), []
-        if len(self._asked) >= MAX_ASKED:
-            return Refusal(f"cannot retry: the agent has not answered for {MAX_ASKED} other jobs yet"), []
-        self._asked.setdefault(request.job_id, []).append(later)
-        self._tell(RetryJob(request.job_id))
-        return None
-
-    def answered(self, said: Retried) -> None:
-        """Pass the agent's answer on to those who asked."""
-        for later in self._asked.pop(said.job_id, []):
-            later(Done(said.message) if said.done else Refusal(said.message))

@@ -7,16 +7,15 @@ Only looks here (statvfs, a few names); what takes time is done by one child at 
 from collections.abc import Callable
 from functools import partial
 from math import inf
-from multiprocessing.connection import Connection
 from typing import Any
 
 from aitbc_miner.config.settings import Workspace
 from aitbc_miner.control.protocol import Problem
 from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
-from aitbc_miner.ipc.messages import Retuned, SpaceWanted, Sweepable, Swept
+from aitbc_miner.ipc.messages import FromAgent, Retuned, SpaceWanted, Sweepable, Swept
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import MARK
-from aitbc_miner.supervisor.children import Errands, Main
+from aitbc_miner.supervisor.children import Keeper, OneShots
 from aitbc_miner.supervisor.sweep import Sweep, sweep
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
@@ -29,15 +28,13 @@ AGAIN_S = 5.0
 SLACK = 1 / 16
 
 
-class Storage:
-    """Keeps an eye on the disk of `workspace.root`; `tell` reaches the agent."""
+class DiskWatch:
+    """Keeps an eye on the disk of `workspace.root`. `short`: there is too little space for more jobs."""
 
-    def __init__(
-        self, kept: Workspace, errands: Errands, tell: Callable[[Swept | SpaceWanted], None]
-    ) -> None:
+    def __init__(self, kept: Workspace, one_shots: OneShots, agent: Keeper[FromAgent]) -> None:
         self._kept = kept
-        self._errands = errands
-        self._tell = tell
+        self._one_shots = one_shots
+        self._agent = agent
         self._log = events("supervisor")
         self._busy = False
         # What a sweep that was broken off left half removed is looked for once at the start.
@@ -48,9 +45,8 @@ class Storage:
         self.short = False
         self.problem: Problem | None = None
 
-    def tick(self) -> bool:
-        """Look at the disk and have done what is due; True when pulling is to stop or may go on."""
-        before = self.short
+    def tick(self) -> None:
+        """Look at the disk and have done what is due."""
         try:
             free = fs.room(self._kept.root)
             lacking = reserve.lacking(self._kept.root, self._kept.reserve_mb)
@@ -59,12 +55,11 @@ class Storage:
             what = f"cannot look at workspace.root {self._kept.root}: {error.strerror}: no jobs are pulled"
             self.problem = Problem(what, "see that its disk is mounted and works")
             self.short = True
-            return self.short is not before
+            return
         self._judge(free, lacking)
         # What may be the empty place of a disk that is not mounted is left as it is.
         if not self._busy and ours:
             self._act(free, lacking)
-        return self.short is not before
 
     def sweep(self, named: Sweepable) -> None:
         """Have the directories of these jobs removed, as soon as there is a child to do it.
@@ -116,7 +111,7 @@ class Storage:
             self._start_sweep(self._early, self._wanted(lacking))
         elif self.short and now >= self._ask_at:
             self._ask_at = now + AGAIN_S
-            self._tell(SpaceWanted())
+            self._agent.send(SpaceWanted())
         # Never more than half of what there is: a job needs space, too, and may be about to give some back.
         half = fs.Room(2 * lacking.size, 2 * lacking.files)
         if not self._busy and lacking.files and free.covers(half) and now >= self._fill_at:
@@ -125,9 +120,9 @@ class Storage:
 
     # --- children ------------------------------------------------------------------------------------------
 
-    def _start(self, name: str, main: Main, said: Any, done: Callable[[Any], None]) -> bool:
+    def _start(self, name: str, work: Callable[[], Any], says: Any, done: Callable[[Any], None]) -> bool:
         try:
-            self._errands.start(name, main, said, done)
+            self._one_shots.start(name, work, says, done)
         except OSError as error:
             # Out of processes for a moment; the next tick tries again.
             self._log.warning("cannot start child", child=name, error=str(error))
@@ -135,8 +130,8 @@ class Storage:
         return True
 
     def _start_sweep(self, job_ids: dict[str, None], enough: fs.Room) -> None:
-        main = partial(sweep, self._kept.root, list(job_ids), enough, SWEEP_S)
-        self._busy = self._start("sweep", main, Sweep, partial(self._swept, job_ids))
+        work = partial(sweep, self._kept.root, list(job_ids), enough, SWEEP_S)
+        self._busy = self._start("sweep", work, Sweep, partial(self._swept, job_ids))
 
     def _swept(self, job_ids: dict[str, None], said: Sweep | str) -> None:
         self._busy = False
@@ -154,17 +149,15 @@ class Storage:
             self._early.clear()
         if said.gone or said.freed_bytes:
             self._log.info("swept", jobs=len(said.gone), freed_bytes=said.freed_bytes)
-            self._tell(Swept(said.gone, said.freed_bytes))
+            self._agent.send(Swept(said.gone, said.freed_bytes))
 
     def _filled(self, _: Retuned | str) -> None:
         self._busy = False
 
 
-def _fill(kept: Workspace, pipe: "Connection[Any, Any]") -> None:
+def _fill(kept: Workspace) -> None:
     try:
         reserve.fill(kept.root, kept.reserve_mb)
     except OSError as error:
         what = f"cannot set aside workspace.reserve_mb ({kept.reserve_mb}) for records: {error}"
         events("supervisor").warning("no reserve", error=what)
-    # Not before: a child that closes it is taken for one that hangs up, and is ended.
-    pipe.close()

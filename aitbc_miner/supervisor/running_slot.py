@@ -4,19 +4,23 @@ import contextlib
 import os
 import signal
 from collections.abc import Callable
-from pathlib import Path
 
 from msgspec import Struct
 
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.config.units import format_cpus
+from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import (
     END_SIGNALS,
     CancelJob,
+    FromAgent,
+    FromHeartbeat,
     FromWorker,
+    JobDone,
     JobEnded,
     JobOnDisk,
     JobProgress,
+    JobSettled,
     JobStep,
     JobTrouble,
     Retune,
@@ -29,9 +33,6 @@ from aitbc_miner.ipc.messages import (
     WorkerRefused,
 )
 from aitbc_miner.jobs import State
-from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.slots.placement import Offer
-from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.slots.state import (
     Action,
     BeginJob,
@@ -54,8 +55,10 @@ from aitbc_miner.slots.state import (
     Unusable,
     step,
 )
-from aitbc_miner.supervisor.children import Child, Main
+from aitbc_miner.supervisor.children import Child, Keeper, OneShots
+from aitbc_miner.supervisor.job_index import JobIndex
 from aitbc_miner.supervisor.job_use import Said
+from aitbc_miner.supervisor.node_plan import SlotPlan
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
@@ -64,42 +67,31 @@ MIB = 1 << 20
 
 
 class Outcomes(Struct, frozen=True):
-    """What the supervisor does when a slot has news for the others, or something that takes its time."""
+    """Whom a slot has news for, and who does for it what takes time."""
 
-    settle: Callable[[str, str], None]
-    ended: Callable[[JobEnded], None]
-    progress: Callable[[JobProgress], None]
-    stepped: Callable[[JobStep, str], None]
-    aside: Callable[[str, Main, Callable[[Retuned | str], None]], None]
+    index: JobIndex
+    agent: Keeper[FromAgent]
+    heartbeat: Keeper[FromHeartbeat]
+    one_shots: OneShots
 
+    def ended(self, said: JobEnded) -> None:
+        """Tell that a worker has written the outcome of its job."""
+        self.index.ended(said)
+        self.heartbeat.send(JobDone(said.code, said.timings))
 
-class Layout(Struct, frozen=True):
-    """The slots as a node is to have them, or what is wrong with them.
+    def settle(self, job_id: str, why: str, code: ErrorCode | None = None) -> None:
+        """Have the agent report a job: no process works on it any more or, with a code, ever will."""
+        self.index.settled(job_id)
+        self.agent.send(JobSettled(job_id, why, code))
 
-    Without `specs` they follow from the machine. `users` run their jobs, by slot; empty: not looked up yet.
-    `restart` are the keys whose change needs a restart.
-    """
-
-    specs: list[SlotSpec]
-    users: dict[str, Identity] = {}
-    faults: list[str] = []
-    restart: list[str] = []
-
-
-class SlotPlan(Struct, frozen=True):
-    """What a slot is to be, and how its worker begins; `problem` says why it cannot be used, if so.
-
-    `adjust` is for a process of its own: it gives the slot's groups their limits behind an adopted worker.
-    """
-
-    spec: SlotSpec
-    offer: Offer
-    group: Path | None
-    spawn: Callable[[], Child[FromWorker]]
-    adjust: Main
-    gpu_env: dict[str, str] = {}
-    problem: str | None = None
-    devices: tuple[Path, ...] = ()
+    def aside(
+        self, name: str, work: Callable[[], Retuned | None], done: Callable[[Retuned | str], None]
+    ) -> None:
+        """Have a child do something; `done` is told what came of it, or that it could not be started."""
+        try:
+            self.one_shots.start(name, work, Retuned, done)
+        except OSError as error:
+            done(f"could not be started: {error.strerror}")
 
 
 class RunningSlot:
@@ -232,13 +224,13 @@ class RunningSlot:
                 self.feed(Step(message.job_id, message.state, message.pid, message.deadline))
                 running = message.state is State.RUNNING
                 self.said = Said(clock.now(), message.deadline) if running else None
-                self._outcomes.stepped(message, self.name)
+                self._outcomes.index.step(message.job_id, message.state, self.name)
             case JobTrouble():
                 self.trouble = message.what
             case JobProgress():
                 if self.said:
                     self.said.pct, self.said.note = message.pct, message.note
-                self._outcomes.progress(message)
+                self._outcomes.agent.send(message)
             case JobOnDisk():
                 if self.said:
                     self.said.disk_bytes = message.bytes

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-from aitbc_miner.config.settings import Config
 from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.slots.state import Cancel
 from aitbc_miner.supervisor.children import Keeper
-from aitbc_miner.supervisor.control_api import Desk
 from aitbc_miner.supervisor.job_index import JobIndex
-from aitbc_miner.supervisor.slot_pool import HOLDING, SlotSet
+from aitbc_miner.supervisor.node_plan import NodePlan
+from aitbc_miner.supervisor.slot_pool import HOLDING, SlotPool
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.notify import Notifier
@@ -17,24 +16,15 @@ from aitbc_miner.util.notify import Notifier
 LAST_REPORTS_S = 10.0
 
 
-class Stopping:
+class Shutdown:
     """`mode` is None as long as nobody has ordered the node to stop; `told`, whether the children were."""
 
-    def __init__(
-        self,
-        config: Config,
-        slots: SlotSet,
-        index: JobIndex,
-        desk: Desk,
-        keepers: tuple[Keeper[Any], Keeper[Any]],
-        notifier: Notifier,
-    ) -> None:
-        self._grace_s = config.shutdown.grace_s
-        self._first = config.shutdown.mode
+    def __init__(self, node: NodePlan, slots: SlotPool, index: JobIndex, notifier: Notifier) -> None:
+        self._grace_s = node.config.shutdown.grace_s
+        self._first = node.config.shutdown.mode
         self._slots = slots
         self._index = index
-        self._desk = desk
-        self._keepers = keepers
+        self._keepers: tuple[Keeper[Any], ...] = (node.agent, node.heartbeat)
         self._notifier = notifier
         self._log = events("supervisor")
         self._at = 0.0
@@ -49,13 +39,15 @@ class Stopping:
         self._log.info("stopping", mode=mode)
         self._notifier.say("STOPPING=1")
         self.mode = mode
-        self._desk.stopping = True
         self._at = clock.now() + (self._grace_s if mode == "drain" else 0.0)
         if mode == "kill":
             self._slots.feed(Cancel("shutdown", "the miner stops"))
 
-    def proceed(self) -> None:
-        """Let go of the slots as the mode says, then of the children once the last reports are out."""
+    def proceed(self, pending: int) -> None:
+        """Let go of the slots as the mode says, then of the children once the last reports are out.
+
+        `pending`: so many there are by the agent's last word.
+        """
         if self.mode is None or self.told:
             return
         now = clock.now()
@@ -66,9 +58,8 @@ class Stopping:
         if holding and self.mode != "handover":
             self._at = max(self._at, now)
             return
-        # The agent's own number is as old as its last word, and may not count a job that has just ended.
-        pending = self._desk.deliveries.pending or self._index.unreported
-        reporting = pending and self.mode != "handover"
+        # The agent's last word may not count a job that has just ended.
+        reporting = (pending or self._index.unreported) and self.mode != "handover"
         if reporting and now < self._at + LAST_REPORTS_S and self._keepers[0].child:
             return
         self.told = True

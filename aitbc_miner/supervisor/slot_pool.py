@@ -1,11 +1,14 @@
 """The slots of a running node: which there are, which job goes where, what becomes of jobs that are found."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.errors import JobError
+from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.ipc.channel import MAX_WAITING, ExcessError
-from aitbc_miner.ipc.messages import FoundJob, Stop
+from aitbc_miner.ipc.messages import CancelJob, FoundJob, Retuned, Slots, Stop
+from aitbc_miner.jobs import EndReason, State
 from aitbc_miner.slots.placement import Ticket, place, refuse_hopeless
 from aitbc_miner.slots.state import (
     Adopt,
@@ -14,15 +17,16 @@ from aitbc_miner.slots.state import (
     Cancel,
     Event,
     Retire,
-    Slot,
     SlotState,
     Tick,
     Unretire,
 )
-from aitbc_miner.supervisor.adoption import WorkerBook, end_worker, works_in
-from aitbc_miner.supervisor.running_slot import Outcomes, RunningSlot, SlotPlan
+from aitbc_miner.supervisor.adoption import end_worker, works_in
+from aitbc_miner.supervisor.node_plan import Layout, NodePlan, SlotPlan
+from aitbc_miner.supervisor.running_slot import Outcomes, RunningSlot
 from aitbc_miner.util.log import events
 
+COMING = frozenset({State.PULLED, State.ACKED, State.RETRY_WAIT})
 HOLDING = frozenset({SlotState.BUSY, SlotState.CANCELLING, SlotState.ADOPTED})
 
 
@@ -40,16 +44,13 @@ class Changes:
         return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in self.said.items()) or "no change"
 
 
-class SlotSet:
-    """All slots by their names, and the jobs that wait for one.
+class SlotPool:
+    """All slots by their names, and the jobs that wait for one."""
 
-    `stray` plans a slot that is not wanted any more, and in which a worker of an earlier run has a job.
-    """
-
-    def __init__(self, book: WorkerBook, stray: Callable[[str], SlotPlan], outcomes: Outcomes) -> None:
-        self._book = book
-        self._stray = stray
+    def __init__(self, node: NodePlan, outcomes: Outcomes) -> None:
+        self._node = node
         self._outcomes = outcomes
+        self._gpus: list[GpuFact] = []
         self._log = events("supervisor")
         self.slots: dict[str, RunningSlot] = {}
         self.queue: dict[str, Ticket] = {}
@@ -58,11 +59,6 @@ class SlotSet:
 
     def __iter__(self) -> Iterator[RunningSlot]:
         return iter(list(self.slots.values()))
-
-    @property
-    def rules(self) -> list[Slot]:
-        """The state of each slot."""
-        return [slot.rules for slot in self]
 
     @property
     def holding(self) -> list[RunningSlot]:
@@ -74,6 +70,10 @@ class SlotSet:
         """The pids of our own workers."""
         return {slot.child.pid for slot in self if slot.child}
 
+    def view(self, *, accepting: bool) -> Slots:
+        """Describe the slots and what waits for one to the other processes."""
+        return Slots([slot.view() for slot in self], list(self.queue), accepting)
+
     def of(self, job_id: str) -> RunningSlot | None:
         """Give the slot that has a job."""
         return next((slot for slot in self if slot.rules.job_id == job_id), None)
@@ -84,6 +84,30 @@ class SlotSet:
             slot.feed(event)
 
     # --- the layout ----------------------------------------------------------------------------------------
+
+    def begin(self, gpus: list[GpuFact], found: Sequence[FoundJob]) -> None:
+        """Lay out the slots and settle what was found; later, settle what a further agent has found."""
+        first = not self.slots
+        if first:
+            self._gpus = gpus
+            self.lay_out(self._node.plan(self._node.layout, gpus))
+        for job in found:
+            self.take_up(job)
+        if first:
+            # It may have to wait for what dies slowly.
+            end_others = partial(self._node.end_others, set(self.slots))
+            self._outcomes.aside("old slots", end_others, self._others_ended)
+        self.feed(Begin())
+
+    def _others_ended(self, how: Retuned | str) -> None:
+        self._log.debug("done", what="old slots", how=how)
+
+    def follow(self, layout: Layout) -> str:
+        """Make the slots what a reload wants them to be, and say what that changes."""
+        changes = str(self.lay_out(self._node.plan(layout, self._gpus)))
+        self.refuse_hopeless()
+        self.feed(Begin())
+        return changes
 
     def lay_out(self, plans: Sequence[SlotPlan]) -> Changes:
         """Make the slots what the operator wants, without touching a job."""
@@ -106,10 +130,6 @@ class SlotSet:
                 # Its worker is told to end only when it has no job: until then the slot may be wanted again.
                 slot.feed(Retire())
         return changes
-
-    def begin(self) -> None:
-        """Start the slots that have not been."""
-        self.feed(Begin())
 
     def tick(self) -> None:
         """Let time pass for each slot; those that are to go and are empty, go."""
@@ -135,35 +155,35 @@ class SlotSet:
 
     # --- jobs ----------------------------------------------------------------------------------------------
 
-    def enqueue(self, ticket: Ticket) -> bool:
-        """Take in a job that wants a slot; False when it has one.
+    def enqueue(self, ticket: Ticket) -> None:
+        """Take in a job that wants a slot, unless it has one.
 
         Raises:
             ExcessError: more jobs wait than can be.
         """
         if self.of(ticket.job_id) is not None:
-            return False
+            return
         self.queue[ticket.job_id] = ticket
         self.unjudged = True
         if len(self.queue) > MAX_WAITING:
             raise ExcessError(f"it had more than {MAX_WAITING} jobs wait for a slot")
-        return True
 
-    def refuse_hopeless(self) -> list[tuple[str, JobError]]:
-        """Take waiting jobs that no slot will ever take out of the queue, and give each with the reason."""
+    def refuse_hopeless(self) -> None:
+        """Have the agent report waiting jobs that no slot will ever take, though one would have before."""
         self.unjudged = False
         offers = [slot.plan.offer for slot in self if slot.offers]
-        refused: list[tuple[str, JobError]] = []
         for ticket in list(self.queue.values()):
             try:
                 refuse_hopeless(ticket, offers)
             except JobError as error:
                 del self.queue[ticket.job_id]
-                refused.append((ticket.job_id, error))
-        return refused
+                self._outcomes.settle(ticket.job_id, error.message, error.code)
 
     def place(self) -> None:
         """Give waiting jobs to free slots that fit."""
+        # Once for all that have come, for each goes through all that wait.
+        if self.unjudged:
+            self.refuse_hopeless()
         if not self.queue:
             return
         free = [slot.plan.offer for slot in self if slot.free]
@@ -173,8 +193,8 @@ class SlotSet:
             del self.queue[ticket.job_id]
             self.slots[offer.name].feed(Assign(ticket.job_id))
 
-    def take_up(self, job: FoundJob, adopted: Callable[[FoundJob, str], None]) -> None:
-        """Decide what becomes of a job that was started and has no outcome; `adopted` if its worker lives."""
+    def take_up(self, job: FoundJob) -> None:
+        """Settle a job that was started and has no outcome, unless its worker lives."""
         if self.of(job.job_id) is not None:
             return
         if job.worker_pid in self.workers:
@@ -182,15 +202,16 @@ class SlotSet:
             self._outcomes.settle(job.job_id, "its worker ended it without an outcome")
             return
         pid, start = job.worker_pid, job.worker_start
-        if pid and start and self._book.knows(job.slot, pid, start):
+        if pid and start and self._node.book.knows(job.slot, pid, start):
             name = job.slot or ""
             wanted = name in self.slots
-            slot = self.slots[name] if wanted else RunningSlot(self._stray(name), self._outcomes)
+            slot = self.slots[name] if wanted else RunningSlot(self._node.plan_stray(name), self._outcomes)
             ours = works_in(slot.plan.group, pid)
             if ours and slot.rules.state is SlotState.STOPPED and slot.adopt(pid, start):
                 self.slots[name] = slot
                 slot.feed(Adopt(job.job_id, job.state, job.deadline))
-                adopted(job, name)
+                self._outcomes.index.step(job.job_id, job.state, name)
+                self._log.info("job adopted", job_id=job.job_id, slot=name)
                 if not wanted:
                     slot.feed(Retire())
                 return
@@ -198,9 +219,14 @@ class SlotSet:
                 end_worker(pid, start)
         self._outcomes.settle(job.job_id, "the miner was restarted and found no worker with the job")
 
-    def cancel(self, job_id: str, event: Cancel) -> bool:
-        """End a job that is in a slot; False when it is in none."""
-        slot = self.of(job_id)
-        if slot is not None:
-            slot.feed(event)
-        return slot is not None
+    def cancel(self, job_id: str, why: EndReason, detail: str) -> bool:
+        """End a job in a slot, waiting for one, or being taken in; False when it is none of these."""
+        if slot := self.of(job_id):
+            slot.feed(Cancel(why, detail))
+            return True
+        row = self._outcomes.index.get(job_id)
+        coming = row is not None and row.state in COMING
+        if self.queue.pop(job_id, None) is None and not coming:
+            return False
+        self._outcomes.agent.send(CancelJob(job_id, why, detail))
+        return True

@@ -5,14 +5,10 @@ delivered by that is not touched. Files in there are jobs' own: nothing is reach
 """
 
 import os
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 from msgspec import Struct
 
-from aitbc_miner.ipc.channel import Channel
-from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.jobs import FINAL, directory_of, valid_job_id
 from aitbc_miner.store.records import RecordError, Records
 from aitbc_miner.util import clock, fs
@@ -34,17 +30,12 @@ class Sweep(Struct, frozen=True):
     unfinished: bool = False
 
 
-def sweep(
-    root: Path, job_ids: list[str], enough: fs.Room, time_s: float, pipe: "Connection[Any, Any]"
-) -> None:
-    """Be the child: remove what is half removed and these jobs, in this order, and say what came of it.
+def sweep(root: Path, job_ids: list[str], enough: fs.Room, time_s: float) -> Sweep:
+    """Remove what is half removed and these jobs, in this order, and say what came of it; for a child.
 
     No further job is removed once the disk has `enough` room.
     """
-    channel: Channel[Stop] = Channel(pipe, Stop)
-    channel.send(_Sweeper(root, enough, clock.now() + time_s).run(job_ids))
-    while channel.has_unsent:
-        channel.wait(1.0)
+    return _Sweeper(root, enough, clock.now() + time_s).run(job_ids)
 
 
 class _Sweeper:

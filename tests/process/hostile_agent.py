@@ -29,7 +29,6 @@ from aitbc_miner.ipc.messages import (
 from aitbc_miner.jobs import State
 from aitbc_miner.slots.placement import Ticket
 from aitbc_miner.supervisor.children import Keeper
-from aitbc_miner.supervisor.loop import Parts
 
 BIG = "x" * 1_000_000
 
@@ -103,15 +102,15 @@ def send(fd: int, message: Any) -> None:
 
 def main() -> int:
     config_file, lives = map(Path, sys.argv[1:])
-    honest = node.Node.parts
 
-    def parts(self: node.Node) -> Parts:
-        agent: Keeper[FromAgent] = Keeper(
-            "agent", lambda pipe: flood(lives, pipe), FromAgent, [], pause_min=0.05, pause_max=0.2
-        )
-        return msgspec.structs.replace(honest(self), agent=agent)
+    class Hostile(node.Node):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            self.agent = Keeper(
+                "agent", lambda pipe: flood(lives, pipe), FromAgent, [], pause_min=0.05, pause_max=0.2
+            )
 
-    node.Node.parts = parts  # type: ignore[method-assign]
+    node.Node = Hostile  # type: ignore[assignment, misc]
     config, faults, _ = load_config(config_file, os.environ)
     assert config is not None, faults
     return node.run_node(config_file, config, [])
