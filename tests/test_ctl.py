@@ -31,6 +31,7 @@ from aitbc_miner.control.protocol import (
     Status,
 )
 from aitbc_miner.control.server import ControlServer
+from aitbc_miner.ctl import ask, logs
 from aitbc_miner.ctl import main as ctl
 from aitbc_miner.ctl.pages import amount, job_page, jobs_page, plain, slots_page, status_page
 from aitbc_miner.errors import CODES, ErrorCode
@@ -565,7 +566,7 @@ def test_a_log_that_begins_anew_is_shown_from_its_beginning(tmp_path: Path) -> N
         pieces.append(data)
 
     with log.open("rb", buffering=0) as file:
-        assert ctl._copy(file, 100, keep) == 5
+        assert logs._copy(file, 100, keep) == 5
     assert pieces == [b"try 2"]
 
 
@@ -775,7 +776,7 @@ def test_a_miner_that_does_not_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "silent.sock"
-    monkeypatch.setattr(ctl, "TIMEOUT_S", 0.1)
+    monkeypatch.setattr(ask, "TIMEOUT_S", 0.1)
     monkeypatch.setattr(sys, "argv", ["aitbc-minerctl", "--socket", str(path), "status"])
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(path))
@@ -790,7 +791,7 @@ def test_a_closed_socket_is_not_permitted(
     def closed(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(ctl, "ask", closed)
+    monkeypatch.setattr(ask, "ask", closed)
     monkeypatch.setattr(sys, "argv", ["aitbc-minerctl", "status"])
     assert ctl.main() == 77
     assert "use sudo, or join the group aitbc-view\n" in capsys.readouterr().err

@@ -15,6 +15,7 @@ import msgspec
 import pytest
 
 from aitbc_miner.control.protocol import LATER_S, Done, History, Request
+from aitbc_miner.ctl import ask
 from aitbc_miner.ctl import main as ctl
 from aitbc_miner.ctl.history_page import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.ctl.pages import plain
@@ -232,7 +233,7 @@ class Miner:
         self.asked: list[Request] = []
         self.answer: Any = History()
         self.lines = [TOTALS, row("j1", "E_EXIT")]
-        monkeypatch.setattr(ctl, "ask", self._ask)
+        monkeypatch.setattr(ask, "ask", self._ask)
 
     def _ask(self, _path: Path, request: Request, timeout_s: float) -> tuple[Any, list[int]]:
         assert timeout_s == LATER_S

@@ -7,10 +7,7 @@ from typing import Any
 
 import msgspec
 
-from aitbc_miner.control.protocol import (
-    Answer,
-    Request,
-)
+from aitbc_miner.control.protocol import Answer, Request
 from aitbc_miner.ipc.channel import HEADER
 
 

@@ -25,7 +25,7 @@ class Stored(Files, frozen=True, tag="stored"):
     """A job's files that do not change any more, for nobody is there to change them."""
 
 
-def answer(config: Path, socket: Path, request: Request) -> tuple[Answer, list[int]] | None:
+def answer_from_disk(config: Path, socket: Path, request: Request) -> tuple[Answer, list[int]] | None:
     """Answer as the node would; None for what only a running one can, or where it is another's configuration.
 
     Raises:

@@ -21,7 +21,7 @@ from requests_toolbelt import MultipartEncoder
 from aitbc_miner.control.protocol import Answer, JobRow, Request
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient, Reply, clean
-from aitbc_miner.ctl import history_page, pages
+from aitbc_miner.ctl import ask, history_page, logs, pages
 from aitbc_miner.ctl import main as ctl
 from aitbc_miner.errors import JobError
 from aitbc_miner.identity.receipts import Receipt
@@ -74,7 +74,7 @@ def _terminal(data: bytes) -> None:
 
 def _shown(pieces: list[bytes]) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        write = ctl.TextWriter(ctl._tamed)
+        write = logs.TextWriter(logs._tamed)
         for piece in pieces:
             write(piece)
         write(b"", last=True)
@@ -142,11 +142,11 @@ def _client() -> Iterator[Check]:
             for verb in ("status", "slots", "jobs", "drain"):
                 with only(size=len(data)):
                     try:
-                        answer, fds = ctl._ask(ctl.Where(path), Request(verb))
+                        answer, fds = ask.ask_miner(ask.Target(path), Request(verb))
                         assert not fds
                         page = ctl._page(verb, answer)
                         told = ctl._json(ctl._value(verb, answer))
-                    except ctl.CtlError as error:
+                    except ask.CtlError as error:
                         # As `main` prints it; how much the miner says is not the client's affair.
                         page, told = visible(str(error), keep="\n"), ""
                     assert not raw(page + told, "\n")
