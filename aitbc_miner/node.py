@@ -32,7 +32,7 @@ from aitbc_miner.ipc.messages import (
     ToHeartbeat,
     ToWorker,
 )
-from aitbc_miner.preflight.check import find_python, read_layout, slots_for
+from aitbc_miner.preflight.check import find_python
 from aitbc_miner.preflight.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
 from aitbc_miner.preflight.requirements import Place, foreign, require
 from aitbc_miner.probe.topology import read_machine
@@ -41,7 +41,7 @@ from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_unallocated, resolve
 from aitbc_miner.slots.cgroups import SlotGroup, slot_groups
-from aitbc_miner.slots.derive import derive_slots, lay_out
+from aitbc_miner.slots.derive import derive_slots, lay_out, slots_for
 from aitbc_miner.slots.placement import make_offer
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store.records import PASSABLE
@@ -49,7 +49,7 @@ from aitbc_miner.supervisor.adoption import WorkerBook
 from aitbc_miner.supervisor.children import Child, Keeper, Main
 from aitbc_miner.supervisor.loop import Supervisor
 from aitbc_miner.supervisor.node_plan import Layout, SlotPlan
-from aitbc_miner.supervisor.slow_answers import judge, read_history
+from aitbc_miner.supervisor.slow_answers import judge, read_history, read_layout
 from aitbc_miner.util import clock, fs, log
 from aitbc_miner.util.locks import HeldError, Locks
 from aitbc_miner.util.notify import Notifier

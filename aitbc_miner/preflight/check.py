@@ -6,14 +6,13 @@ import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from msgspec import Struct
 from msgspec.structs import replace
 
 from aitbc_miner.allowlist import abuse
 from aitbc_miner.allowlist.entries import Entry, load_allowlist
 from aitbc_miner.config.document import ENV_PREFIX, Fault
 from aitbc_miner.config.dropins import drop_ins
-from aitbc_miner.config.settings import Config, PythonRunner, load_config
+from aitbc_miner.config.settings import Config, PythonRunner
 from aitbc_miner.config.units import format_cpus
 from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.coordinator.services import Service, read_services
@@ -37,7 +36,6 @@ from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, grou
 from aitbc_miner.slots.derive import derive_slots, lay_out
 from aitbc_miner.slots.reader import MIB, check_slots, read_slots
 from aitbc_miner.slots.spec import SlotSpec
-from aitbc_miner.supervisor.node_plan import Layout
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util.trust import distrust, distrust_tree
 from aitbc_miner.util.web import tls_context
@@ -345,43 +343,3 @@ def may_read(path: str, user: Identity) -> bool:
     command = ["/usr/bin/test", "-r", path]
     done = subprocess.run(command, user=user.uid, group=user.gid, extra_groups=[], check=False)
     return done.returncode == 0
-
-
-def slots_for(directory: Path, facts: MachineFacts) -> tuple[list[SlotSpec], list[Fault]]:
-    """Read the slots of a node and what is wrong with them on this machine.
-
-    A slot whose GPU is not there is no fault: the node starts without it, and it is shown as unusable.
-    """
-    faults: list[Fault] = []
-    specs = read_slots(directory, faults)
-    lay_out(specs, facts, faults, directory)
-    found, _ = check_slots([spec for spec in specs if spec.gpu is None], facts, directory)
-    return specs, [*faults, *found]
-
-
-def read_layout(path: Path, running: Config, facts: MachineFacts) -> Layout:
-    """Read configuration and slots anew, for a node that runs with `running` on a machine with these GPUs."""
-    config, faults, _ = load_config(path, os.environ)
-    if config is None:
-        return Layout([], faults=[str(fault) for fault in faults])
-    specs, found = slots_for(running.slots_dir, facts)
-    told = [str(fault) for fault in [*faults, *found]]
-    names = [spec.name for spec in specs or derive_slots(facts)]
-    users: dict[str, Identity] = {}
-    try:
-        users = resolve(running.privileges.mode, running.privileges.service_user, names).jobs
-    except PrivilegeError as error:
-        told.append(str(error))
-    return Layout(specs, users, told, differences(running, config))
-
-
-def differences(one: Struct, other: Struct, prefix: str = "") -> list[str]:
-    """Name the keys in which two configurations differ, as "coordinator.base_url"."""
-    names: list[str] = []
-    for key in one.__struct_fields__:
-        mine, its = getattr(one, key), getattr(other, key)
-        if isinstance(mine, Struct) and isinstance(its, Struct):
-            names += differences(mine, its, f"{prefix}{key}.")
-        elif mine != its:
-            names.append(prefix + key)
-    return names

@@ -14,7 +14,7 @@ from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.gpu.job_view import gpu_env, gpu_view
 from aitbc_miner.gpu.reader import GpuReader
 from aitbc_miner.jobs import ExitStatus, Manifest
-from aitbc_miner.preflight.check import machine_facts, slots_for
+from aitbc_miner.preflight.check import machine_facts
 from aitbc_miner.preflight.confinement import find_sandbox
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS
 from aitbc_miner.runners.interface import JobPaths, job_env
@@ -22,7 +22,7 @@ from aitbc_miner.sandbox.bubblewrap import HOME, Sandbox, enclose, slot_sandbox
 from aitbc_miner.sandbox.spawn import Job, become_subreaper, spawn
 from aitbc_miner.sandbox.users import Identity, resolve
 from aitbc_miner.slots.cgroup_limits import limit_job
-from aitbc_miner.slots.derive import derive_slots
+from aitbc_miner.slots.derive import derive_slots, slots_for
 from aitbc_miner.slots.limits import plan_limits
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.telemetry.sampling import inventory

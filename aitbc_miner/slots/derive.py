@@ -11,7 +11,7 @@ from aitbc_miner.config.document import Fault
 from aitbc_miner.config.units import AUTO, format_cpus
 from aitbc_miner.probe.topology import MachineFacts
 from aitbc_miner.slots.cpu_layout import Want, cores_of, divide, memory_nodes
-from aitbc_miner.slots.reader import MIB, fault_at
+from aitbc_miner.slots.reader import MIB, check_slots, fault_at, read_slots
 from aitbc_miner.slots.spec import SlotSpec
 
 
@@ -85,3 +85,15 @@ def derive_slots(facts: MachineFacts) -> list[SlotSpec]:
 def _best_id(ids: tuple[str, ...]) -> str:
     # Indices change when a card is added or its driver fails; a UUID stays.
     return next((name for name in ids if not name.isdecimal()), ids[0])
+
+
+def slots_for(directory: Path, facts: MachineFacts) -> tuple[list[SlotSpec], list[Fault]]:
+    """Read the slots of a node and what is wrong with them on this machine.
+
+    A slot whose GPU is not there is no fault: the node starts without it, and it is shown as unusable.
+    """
+    faults: list[Fault] = []
+    specs = read_slots(directory, faults)
+    lay_out(specs, facts, faults, directory)
+    found, _ = check_slots([spec for spec in specs if spec.gpu is None], facts, directory)
+    return specs, [*faults, *found]

@@ -5,6 +5,7 @@ for, one with the `LedgerRow` of each job. A command is judged by the very code 
 files as they are now.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,16 +13,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
+from msgspec import Struct
 
 from aitbc_miner.allowlist.entries import Allowlist, Denied, load_allowlist
 from aitbc_miner.allowlist.patterns import Objection
 from aitbc_miner.config.document import Fault
-from aitbc_miner.config.settings import CliRunner
+from aitbc_miner.config.settings import CliRunner, Config, load_config
 from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.control.protocol import Judged, Request
 from aitbc_miner.errors import MinerError
+from aitbc_miner.probe.topology import MachineFacts
+from aitbc_miner.sandbox.users import Identity, PrivilegeError, resolve
+from aitbc_miner.slots.derive import derive_slots, slots_for
 from aitbc_miner.store.database import Database, DatabaseError
 from aitbc_miner.store.ledger import Ledger, Totals
+from aitbc_miner.supervisor.node_plan import Layout
 
 MAX_HISTORY = 128 << 20
 """Bytes of memory for one history, some 300,000 jobs."""
@@ -108,3 +114,31 @@ def _steps(rule: str) -> Iterator[str | int]:
     """Take a key such as `sections[1].options[0].value` apart."""
     for name, index in re.findall(r"([a-z_0-9]+)|\[(\d+)\]", rule):
         yield name or int(index)
+
+
+def read_layout(path: Path, running: Config, facts: MachineFacts) -> Layout:
+    """Read configuration and slots anew, for a node that runs with `running` on a machine with these GPUs."""
+    config, faults, _ = load_config(path, os.environ)
+    if config is None:
+        return Layout([], faults=[str(fault) for fault in faults])
+    specs, found = slots_for(running.slots_dir, facts)
+    told = [str(fault) for fault in [*faults, *found]]
+    names = [spec.name for spec in specs or derive_slots(facts)]
+    users: dict[str, Identity] = {}
+    try:
+        users = resolve(running.privileges.mode, running.privileges.service_user, names).jobs
+    except PrivilegeError as error:
+        told.append(str(error))
+    return Layout(specs, users, told, differences(running, config))
+
+
+def differences(one: Struct, other: Struct, prefix: str = "") -> list[str]:
+    """Name the keys in which two configurations differ, as "coordinator.base_url"."""
+    names: list[str] = []
+    for key in one.__struct_fields__:
+        mine, its = getattr(one, key), getattr(other, key)
+        if isinstance(mine, Struct) and isinstance(its, Struct):
+            names += differences(mine, its, f"{prefix}{key}.")
+        elif mine != its:
+            names.append(prefix + key)
+    return names
