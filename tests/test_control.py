@@ -25,11 +25,11 @@ from aitbc_miner.control.protocol import (
     Answer,
     Done,
     Files,
+    FullAnswer,
     JobRow,
     Jobs,
     Later,
     Refusal,
-    Reply,
     Request,
 )
 from aitbc_miner.control.server import MAX_CLIENTS, ControlServer, peer
@@ -49,12 +49,12 @@ class Node:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.asked: list[Request] = []
-        self.reply: Callable[[Request], Reply] = lambda request: (Done(f"did {request.verb}"), [])
+        self.reply: Callable[[Request], FullAnswer] = lambda request: (Done(f"did {request.verb}"), [])
         self.server = ControlServer(path, self._answer)
         self.later: Later | None = None
         self.waits = False
 
-    def _answer(self, request: Request, later: Later) -> Reply | None:
+    def _answer(self, request: Request, later: Later) -> FullAnswer | None:
         self.asked.append(request)
         self.later = later
         return None if self.waits else self.reply(request)
@@ -197,7 +197,7 @@ def test_files_come_along_open_and_the_server_keeps_none(node: Node, tmp_path: P
     (tmp_path / "log").write_text("the log")
     (tmp_path / "outcome").write_text("the outcome")
 
-    def reply(request: Request) -> Reply:
+    def reply(request: Request) -> FullAnswer:
         fds = [os.open(tmp_path / name, os.O_RDONLY) for name in ("log", "outcome")]
         return Files(JobRow("j1", State.DONE), ["log", "outcome"]), fds
 
@@ -215,7 +215,7 @@ def test_files_for_a_client_that_is_gone_are_closed(node: Node, tmp_path: Path) 
     before = len(list(Path("/proc/self/fd").iterdir()))
     client = connect(node)
 
-    def reply(request: Request) -> Reply:
+    def reply(request: Request) -> FullAnswer:
         client.close()
         return Files(JobRow("j1", State.DONE), ["log"]), [os.open(tmp_path / "log", os.O_RDONLY)]
 

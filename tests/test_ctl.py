@@ -19,13 +19,13 @@ from aitbc_miner.control.protocol import (
     Answer,
     Done,
     Files,
+    FullAnswer,
     JobRow,
     Jobs,
     Judged,
     Later,
     Problem,
     Refusal,
-    Reply,
     Request,
     SlotStatus,
     Status,
@@ -49,9 +49,9 @@ class Desk:
 
     def __init__(self) -> None:
         self.asked: list[Request] = []
-        self.reply: Callable[[Request], Reply] = lambda _: (Done("done"), [])
+        self.reply: Callable[[Request], FullAnswer] = lambda _: (Done("done"), [])
 
-    def answer(self, request: Request, _later: Later) -> Reply:
+    def answer(self, request: Request, _later: Later) -> FullAnswer:
         self.asked.append(request)
         return self.reply(request)
 
@@ -513,7 +513,7 @@ def test_follow_begins_before_the_log_is_there_and_ends_with_the_job(served: Ser
     log = tmp_path / "exec.log"
     rounds: list[State] = []
 
-    def reply(_: Request) -> Reply:
+    def reply(_: Request) -> FullAnswer:
         # Each question finds the job a step further on and the log a line longer; the last line comes
         # together with the end of the job.
         states = [State.PREP, State.RUNNING, State.COLLECTING, State.UPLOADING]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from aitbc_miner.config.settings import Config, Coordinator, Workspace
-from aitbc_miner.control.protocol import Files, Later, Refusal, Reply, Request, Status
+from aitbc_miner.control.protocol import Files, FullAnswer, Later, Refusal, Request, Status
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, JobUpdate, Retried, RetryJob, SlotView
 from aitbc_miner.jobs import State
@@ -44,7 +44,7 @@ class Site:
         self.agent, self.disk = agent, disk
         self.api = ControlApi(node, self.index, self.slots, disk, slow, shutdown)
 
-    def ask(self, request: Request) -> Reply:
+    def ask(self, request: Request) -> FullAnswer:
         reply = self.api.answer(request, lambda _: None)
         assert reply is not None
         return reply

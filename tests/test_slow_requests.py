@@ -10,16 +10,31 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.control.protocol import Answer, Done, History, Judged, Refusal, Reply, Request
+from aitbc_miner.control.protocol import (
+    LATER_S,
+    SLOW_VERBS,
+    Answer,
+    Done,
+    FullAnswer,
+    History,
+    Judged,
+    Refusal,
+    Request,
+)
 from aitbc_miner.errors import EXIT_CONFIG, MinerError
 from aitbc_miner.supervisor import children
 from aitbc_miner.supervisor.children import OneShots
 from aitbc_miner.supervisor.node_plan import Layout
-from aitbc_miner.supervisor.slow_requests import SLOW_VERBS, SlowRequests
+from aitbc_miner.supervisor.slow_requests import VERBS, SlowRequests
 from aitbc_miner.util import clock
 
 DEADLINE_S = 20.0
-COMMANDS = {verb: ["a", "b"] if verb == "allow" else [] for verb in SLOW_VERBS}
+COMMANDS = {verb: ["a", "b"] if verb == "allow" else [] for verb in VERBS}
+
+
+def test_each_slow_verb_has_its_rules() -> None:
+    assert VERBS.keys() == SLOW_VERBS
+    assert all(verb.limit_s <= LATER_S for verb in VERBS.values())
 
 
 class Node:
@@ -48,7 +63,7 @@ class Site:
 
     def __init__(self, do: Callable[[], Any]) -> None:
         self.one_shots = OneShots()
-        self.answers: list[Answer | Reply] = []
+        self.answers: list[Answer | FullAnswer] = []
         self.node = Node(do)
         one: Any = self.node
         self.requests = SlowRequests(one, self.one_shots, one, one)
@@ -67,7 +82,7 @@ class Site:
             for fd, _ in poller.poll(100):
                 sources[fd][0]()
 
-    def answer_to(self, verb: str) -> Answer | Reply:
+    def answer_to(self, verb: str) -> Answer | FullAnswer:
         self.ask(verb)
         self.turn_until(lambda: bool(self.answers))
         return self.answers[-1]
@@ -129,7 +144,7 @@ def test_a_child_that_dies_is_told(verb: str, told: str) -> None:
     assert memories() == 0
 
 
-@pytest.mark.parametrize("verb", SLOW_VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_an_answer_of_another_kind_is_none(verb: str) -> None:
     site = Site(lambda: Done("done"))
     site.answer_to(verb)
@@ -143,7 +158,7 @@ def test_a_request_without_a_command_starts_no_child() -> None:
     assert site.one_shots.under_way() == []
 
 
-@pytest.mark.parametrize("verb", SLOW_VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_child_that_cannot_be_started_is_told(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -152,12 +167,12 @@ def test_a_child_that_cannot_be_started_is_told(verb: str, monkeypatch: pytest.M
     with monkeypatch.context() as patched:
         patched.setattr(children, "Child", full)
         site.ask(verb)
-    told = SLOW_VERBS[verb].cannot
+    told = VERBS[verb].cannot
     assert site.refusal() == f"{told}: Resource temporarily unavailable; try again in a moment"
     assert memories() == 0
 
 
-@pytest.mark.parametrize("verb", SLOW_VERBS)
+@pytest.mark.parametrize("verb", VERBS)
 def test_children_that_hang_are_few_and_ended_at_last(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(hang)
     most = {"history": 4, "allow": 4, "reload": 1}[verb]
@@ -165,10 +180,10 @@ def test_children_that_hang_are_few_and_ended_at_last(verb: str, monkeypatch: py
         site.ask(verb)
     assert len(site.one_shots.under_way()) == most
     assert "; try again" in site.refusal()
-    for other in SLOW_VERBS.keys() - {verb}:
+    for other in VERBS.keys() - {verb}:
         site.ask(other)
     assert len(site.one_shots.under_way()) == most + 2, "each verb has its own"
-    later = clock.now() + SLOW_VERBS[verb].limit_s + 1
+    later = clock.now() + VERBS[verb].limit_s + 1
     with monkeypatch.context() as patched:
         patched.setattr(clock, "now", lambda: later)
         site.ask(verb)

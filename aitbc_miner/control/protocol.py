@@ -14,6 +14,8 @@ from aitbc_miner.jobs import JobUse, State
 
 READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs", "history", "allow"})
 WRITE_VERBS = frozenset({"drain", "resume", "cancel", "retry", "reload"})
+SLOW_VERBS = frozenset({"history", "allow", "reload"})
+"""Those that a child answers: clients wait `LATER_S` for it."""
 MAX_REQUEST = 256 * 1024
 # For an answer that has to wait for something.
 LATER_S = 60.0
@@ -132,9 +134,9 @@ class Status(Struct, frozen=True, tag="status"):
 Answer = Refusal | Done | Jobs | Files | History | Judged | Status
 
 
-Reply = tuple[Answer, list[int]]
+FullAnswer = tuple[Answer, list[int]]
 """An answer, and the descriptors that go with it; the server closes them."""
 
 
-Later = Callable[[Answer | Reply], None]
+Later = Callable[[Answer | FullAnswer], None]
 """How to answer when the answer is not known yet; it may be used after the client has gone."""

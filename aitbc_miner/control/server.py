@@ -19,9 +19,9 @@ from aitbc_miner.control.protocol import (
     READ_VERBS,
     WRITE_VERBS,
     Answer,
+    FullAnswer,
     Later,
     Refusal,
-    Reply,
     Request,
 )
 from aitbc_miner.errors import EXIT_NOT_PERMITTED
@@ -39,7 +39,7 @@ SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module does not name it
 MAX_GROUPS = 1024
 
 
-Source = tuple[Callable[[], None], int]
+PollSource = tuple[Callable[[], None], int]
 
 
 class Client:
@@ -59,7 +59,7 @@ class ControlServer:
     `answer` replies to what is permitted, at once or, having given None, later by what it is given for that.
     """
 
-    def __init__(self, path: Path, answer: Callable[[Request, Later], Reply | None]) -> None:
+    def __init__(self, path: Path, answer: Callable[[Request, Later], FullAnswer | None]) -> None:
         self._answer, self._path = answer, path
         self._clients: dict[int, Client] = {}
         # Once, for whatever keeps the groups (a directory server) may let a question wait.
@@ -78,10 +78,10 @@ class ControlServer:
             if identity(self._path) == self._made:
                 self._path.unlink()
 
-    def sources(self) -> dict[int, Source]:
+    def sources(self) -> dict[int, PollSource]:
         """Give what to wait for: descriptor to what to call, and for which of poll's events."""
         self._turn_ends = None
-        own: dict[int, Source] = {self._listener.fileno(): (self._accept, select.POLLIN)}
+        own: dict[int, PollSource] = {self._listener.fileno(): (self._accept, select.POLLIN)}
         for fd, client in self._clients.items():
             # One that was answered is not listened to any more, however much it has to say.
             events = select.POLLOUT if client.closing else select.POLLIN
@@ -152,7 +152,7 @@ class ControlServer:
             client.closing = True
             _reply(client, *reply)
 
-    def _later(self, client: Client, said: Answer | Reply) -> None:
+    def _later(self, client: Client, said: Answer | FullAnswer) -> None:
         answer, fds = said if isinstance(said, tuple) else (said, [])
         fd = client.sock.fileno()
         if self._clients.get(fd) is not client:
@@ -165,7 +165,7 @@ class ControlServer:
         except ChannelError:
             self._drop(fd)
 
-    def _permitted(self, client: Client, request: Request) -> Reply | None:
+    def _permitted(self, client: Client, request: Request) -> FullAnswer | None:
         uid, groups = peer(client.sock)
         if request.verb not in READ_VERBS | WRITE_VERBS:
             verbs = ", ".join(sorted(READ_VERBS | WRITE_VERBS))

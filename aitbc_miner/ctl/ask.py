@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, NamedTuple
 import msgspec
 
 from aitbc_miner.control.client import ask
-from aitbc_miner.control.protocol import LATER_S, MAX_REQUEST, Files, JobRow, Refusal, Request
+from aitbc_miner.control.protocol import LATER_S, MAX_REQUEST, SLOW_VERBS, Files, JobRow, Refusal, Request
 from aitbc_miner.control.server import READERS
 from aitbc_miner.ctl.arguments import CONFIG
 from aitbc_miner.errors import EXIT_NOT_PERMITTED, EXIT_UNREACHABLE, EXIT_USAGE, MinerError
@@ -54,7 +54,7 @@ def ask_miner(target: Target, request: Request) -> tuple[Any, list[int]]:
     if too_long:
         raise CtlError(f"cannot ask: more than {MAX_REQUEST} bytes of arguments", EXIT_USAGE)
     path = target.socket
-    patience = LATER_S if request.verb in {"reload", "history", "allow"} else TIMEOUT_S
+    patience = LATER_S if request.verb in SLOW_VERBS else TIMEOUT_S
     try:
         answer, fds = ask(path, request, patience)
     except PermissionError:

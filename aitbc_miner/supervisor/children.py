@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from aitbc_miner.control.server import Source
+from aitbc_miner.control.server import PollSource
 from aitbc_miner.errors import MinerError
 from aitbc_miner.ipc.channel import Allowance, Channel, ChannelError, ExcessError
 from aitbc_miner.ipc.messages import Stop
@@ -80,9 +80,9 @@ class Child(Generic[T]):
             self._fault = self._fault or str(error)
             self.kill()
 
-    def sources(self, hear: Callable[[], None], gone: Callable[[], None]) -> dict[int, Source]:
+    def sources(self, hear: Callable[[], None], gone: Callable[[], None]) -> dict[int, PollSource]:
         """Say what to wait for with `poll`: its words, as long as it is listened to, and its end."""
-        sources: dict[int, Source] = {self.pidfd: (gone, select.POLLIN)}
+        sources: dict[int, PollSource] = {self.pidfd: (gone, select.POLLIN)}
         if self.heard:
             room = select.POLLOUT if self.channel.has_unsent else 0
             sources[self.channel.fileno()] = (hear, select.POLLIN | room)
@@ -272,9 +272,9 @@ class OneShots:
         """Give the children that have not ended."""
         return list(self._done)
 
-    def sources(self) -> dict[int, Source]:
+    def sources(self) -> dict[int, PollSource]:
         """Say what to wait for with `poll`."""
-        sources: dict[int, Source] = {}
+        sources: dict[int, PollSource] = {}
         for child in self._done:
             sources |= child.sources(partial(self._hear, child), partial(self._over, child))
         return sources

@@ -8,15 +8,16 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from aitbc_miner.control.protocol import (
+    SLOW_VERBS,
     Answer,
     Done,
     Files,
+    FullAnswer,
     JobRow,
     Jobs,
     Later,
     Problem,
     Refusal,
-    Reply,
     Request,
     SlotStatus,
     Status,
@@ -31,7 +32,7 @@ from aitbc_miner.supervisor.node_plan import NodePlan
 from aitbc_miner.supervisor.running_slot import RunningSlot
 from aitbc_miner.supervisor.shutdown import Shutdown
 from aitbc_miner.supervisor.slot_pool import SlotPool
-from aitbc_miner.supervisor.slow_requests import SLOW_VERBS, SlowRequests
+from aitbc_miner.supervisor.slow_requests import SlowRequests
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.build import build
 
@@ -78,7 +79,7 @@ class ControlApi:
         """Show for a while how a child died."""
         self._deaths[name] = clock.now(), text
 
-    def answer(self, request: Request, later: Later) -> Reply | None:
+    def answer(self, request: Request, later: Later) -> FullAnswer | None:
         """Answer a request that is permitted; None when the answer comes later."""
         match request.verb:
             case "status" | "slots":
@@ -133,7 +134,7 @@ class ControlApi:
             f"see `aitbc-minerctl job {row.job_id}`"
         )
 
-    def _retry(self, job_id: str | None, later: Later) -> Reply | None:
+    def _retry(self, job_id: str | None, later: Later) -> FullAnswer | None:
         """Ask the agent, who knows what waits and what was refused, to try a job once more."""
         if job_id is None or not valid_job_id(job_id):
             return Refusal(f"cannot retry: {job_id!r:.200} is no job's id; see `aitbc-minerctl jobs`"), []
@@ -148,7 +149,7 @@ class ControlApi:
         for later in self._retries.pop(said.job_id, []):
             later(Done(said.message) if said.done else Refusal(said.message))
 
-    def _files(self, row: JobRow, names: tuple[str, ...]) -> Reply:
+    def _files(self, row: JobRow, names: tuple[str, ...]) -> FullAnswer:
         """Open a job's files for the client, which reads them itself: reading may take long."""
         fds: list[int] = []
         found: list[str] = []

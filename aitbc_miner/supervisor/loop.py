@@ -11,8 +11,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-from aitbc_miner.control.protocol import Answer, Problem, Reply, Request
-from aitbc_miner.control.server import ControlServer, Source
+from aitbc_miner.control.protocol import Answer, FullAnswer, Problem, Request
+from aitbc_miner.control.server import ControlServer, PollSource
 from aitbc_miner.ipc.channel import ExcessError
 from aitbc_miner.ipc.messages import (
     CancelJob,
@@ -100,7 +100,7 @@ class Supervisor:
         for fd, _ in poller.poll(TICK_S * 1000):
             sources[fd][0]()
 
-    def _sources(self) -> dict[int, Source]:
+    def _sources(self) -> dict[int, PollSource]:
         sources = self._control.sources()
         sources[self._signals] = (self._take_signals, select.POLLIN)
         if agent := self._agent.child:
@@ -258,5 +258,5 @@ class Supervisor:
             else:
                 self._shutdown.order()
 
-    def _reloaded(self, said: Answer | Reply) -> None:
+    def _reloaded(self, said: Answer | FullAnswer) -> None:
         self._log.info("reload", answer=getattr(said, "message", ""))

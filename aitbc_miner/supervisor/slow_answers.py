@@ -1,4 +1,4 @@
-"""What a child of the supervisor's answers, for disks may take their time: the history, a command.
+"""What a child of the supervisor's answers, for disks may take their time: the history, a command, a layout.
 
 The history is written down for `aitbc-minerctl`: a line of JSON with the `Totals` and, where they are asked
 for, one with the `LedgerRow` of each job. A command is judged by the very code that judges jobs, with the
@@ -129,16 +129,16 @@ def read_layout(path: Path, running: Config, facts: MachineFacts) -> Layout:
         users = resolve(running.privileges.mode, running.privileges.service_user, names).jobs
     except PrivilegeError as error:
         told.append(str(error))
-    return Layout(specs, users, told, differences(running, config))
+    return Layout(specs, users, told, _differences(running, config))
 
 
-def differences(one: Struct, other: Struct, prefix: str = "") -> list[str]:
+def _differences(one: Struct, other: Struct, prefix: str = "") -> list[str]:
     """Name the keys in which two configurations differ, as "coordinator.base_url"."""
     names: list[str] = []
     for key in one.__struct_fields__:
         mine, its = getattr(one, key), getattr(other, key)
         if isinstance(mine, Struct) and isinstance(its, Struct):
-            names += differences(mine, its, f"{prefix}{key}.")
+            names += _differences(mine, its, f"{prefix}{key}.")
         elif mine != its:
             names.append(prefix + key)
     return names

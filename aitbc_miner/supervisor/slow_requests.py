@@ -37,7 +37,7 @@ class SlowVerb(Struct, frozen=True):
     limit_s: float = LATER_S
 
 
-SLOW_VERBS = {
+VERBS = {
     "history": SlowVerb(
         says=History | Refusal,
         cannot="cannot show the history",
@@ -73,7 +73,7 @@ class SlowRequests:
 
     def ask(self, request: Request, later: Later) -> None:
         """Have a child answer; `later` gets the answer then, or at once that there will be none."""
-        verb = SLOW_VERBS[request.verb]
+        verb = VERBS[request.verb]
         children = [child for child in self._one_shots.under_way() if child.name == request.verb]
         for child in children:
             # Its client has gone: a disk hangs.
