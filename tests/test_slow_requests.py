@@ -25,16 +25,16 @@ from aitbc_miner.errors import EXIT_CONFIG, MinerError
 from aitbc_miner.supervisor import children
 from aitbc_miner.supervisor.children import OneShots
 from aitbc_miner.supervisor.node_plan import Layout
-from aitbc_miner.supervisor.slow_requests import VERBS, SlowRequests
+from aitbc_miner.supervisor.slow_requests import VERB_RULES, SlowRequests
 from aitbc_miner.util import clock
 
 DEADLINE_S = 20.0
-COMMANDS = {verb: ["a", "b"] if verb == "allow" else [] for verb in VERBS}
+COMMANDS = {verb: ["a", "b"] if verb == "allow" else [] for verb in VERB_RULES}
 
 
 def test_each_slow_verb_has_its_rules() -> None:
-    assert VERBS.keys() == SLOW_VERBS
-    assert all(verb.limit_s <= LATER_S for verb in VERBS.values())
+    assert VERB_RULES.keys() == SLOW_VERBS
+    assert all(verb.limit_s <= LATER_S for verb in VERB_RULES.values())
 
 
 class Node:
@@ -144,7 +144,7 @@ def test_a_child_that_dies_is_told(verb: str, told: str) -> None:
     assert memories() == 0
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERB_RULES)
 def test_an_answer_of_another_kind_is_none(verb: str) -> None:
     site = Site(lambda: Done("done"))
     site.answer_to(verb)
@@ -158,7 +158,7 @@ def test_a_request_without_a_command_starts_no_child() -> None:
     assert site.one_shots.under_way() == []
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERB_RULES)
 def test_a_child_that_cannot_be_started_is_told(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
@@ -167,12 +167,12 @@ def test_a_child_that_cannot_be_started_is_told(verb: str, monkeypatch: pytest.M
     with monkeypatch.context() as patched:
         patched.setattr(children, "Child", full)
         site.ask(verb)
-    told = VERBS[verb].cannot
+    told = VERB_RULES[verb].cannot
     assert site.refusal() == f"{told}: Resource temporarily unavailable; try again in a moment"
     assert memories() == 0
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("verb", VERB_RULES)
 def test_children_that_hang_are_few_and_ended_at_last(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site(hang)
     most = {"history": 4, "allow": 4, "reload": 1}[verb]
@@ -180,10 +180,10 @@ def test_children_that_hang_are_few_and_ended_at_last(verb: str, monkeypatch: py
         site.ask(verb)
     assert len(site.one_shots.under_way()) == most
     assert "; try again" in site.refusal()
-    for other in VERBS.keys() - {verb}:
+    for other in VERB_RULES.keys() - {verb}:
         site.ask(other)
     assert len(site.one_shots.under_way()) == most + 2, "each verb has its own"
-    later = clock.now() + VERBS[verb].limit_s + 1
+    later = clock.now() + VERB_RULES[verb].limit_s + 1
     with monkeypatch.context() as patched:
         patched.setattr(clock, "now", lambda: later)
         site.ask(verb)

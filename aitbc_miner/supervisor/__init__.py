@@ -13,5 +13,5 @@
 * adoption: workers of an earlier run, and orphans
 * disk_watch: DiskWatch: free space: when pulling stops, when a sweep starts
 * sweep: the child that removes directories of finished jobs
-* shutdown: Shutdown: the order of the end
+* shutdown: NodeShutdown: the order of the end
 """

@@ -30,7 +30,7 @@ from aitbc_miner.supervisor.job_index import JobIndex
 from aitbc_miner.supervisor.job_use import Said, use_of
 from aitbc_miner.supervisor.node_plan import NodePlan
 from aitbc_miner.supervisor.running_slot import RunningSlot
-from aitbc_miner.supervisor.shutdown import Shutdown
+from aitbc_miner.supervisor.shutdown import NodeShutdown
 from aitbc_miner.supervisor.slot_pool import SlotPool
 from aitbc_miner.supervisor.slow_requests import SlowRequests
 from aitbc_miner.util import clock, fs
@@ -53,7 +53,7 @@ class ControlApi:
         slots: SlotPool,
         disk: DiskWatch,
         slow: SlowRequests,
-        shutdown: Shutdown,
+        shutdown: NodeShutdown,
     ) -> None:
         self._config = node.config
         self._notices = node.notices

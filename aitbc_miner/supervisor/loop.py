@@ -40,7 +40,7 @@ from aitbc_miner.supervisor.disk_watch import DiskWatch
 from aitbc_miner.supervisor.job_index import JobIndex
 from aitbc_miner.supervisor.node_plan import NodePlan
 from aitbc_miner.supervisor.running_slot import Outcomes
-from aitbc_miner.supervisor.shutdown import Shutdown
+from aitbc_miner.supervisor.shutdown import NodeShutdown
 from aitbc_miner.supervisor.slot_pool import SlotPool
 from aitbc_miner.supervisor.slow_requests import SlowRequests
 from aitbc_miner.util import clock
@@ -70,7 +70,7 @@ class Supervisor:
         outcomes = Outcomes(self._index, self._agent, self._heartbeat, self._one_shots)
         self._slots = SlotPool(node, outcomes)
         self._disk = DiskWatch(node.config.workspace, self._one_shots, self._agent)
-        self._shutdown = Shutdown(node, self._slots, self._index, notifier)
+        self._shutdown = NodeShutdown(node, self._slots, self._index, notifier)
         self._slow = SlowRequests(node, self._one_shots, self._slots, self._shutdown)
         self._api = ControlApi(node, self._index, self._slots, self._disk, self._slow, self._shutdown)
         self._control = ControlServer(node.config.control.socket, self._api.answer)

@@ -63,8 +63,6 @@ from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
 
-MIB = 1 << 20
-
 
 class Outcomes(Struct, frozen=True):
     """Whom a slot has news for, and who does for it what takes time."""

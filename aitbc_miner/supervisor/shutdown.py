@@ -16,7 +16,7 @@ from aitbc_miner.util.notify import Notifier
 LAST_REPORTS_S = 10.0
 
 
-class Shutdown:
+class NodeShutdown:
     """`mode` is None as long as nobody has ordered the node to stop; `told`, whether the children were."""
 
     def __init__(self, node: NodePlan, slots: SlotPool, index: JobIndex, notifier: Notifier) -> None:

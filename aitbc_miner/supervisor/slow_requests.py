@@ -15,7 +15,7 @@ from aitbc_miner.control.protocol import LATER_S, Answer, Done, History, Judged,
 from aitbc_miner.errors import EXIT_CONFIG, MinerError
 from aitbc_miner.supervisor.children import OneShots
 from aitbc_miner.supervisor.node_plan import Layout, NodePlan
-from aitbc_miner.supervisor.shutdown import Shutdown
+from aitbc_miner.supervisor.shutdown import NodeShutdown
 from aitbc_miner.supervisor.slot_pool import SlotPool
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
@@ -37,7 +37,7 @@ class SlowVerb(Struct, frozen=True):
     limit_s: float = LATER_S
 
 
-VERBS = {
+VERB_RULES = {
     "history": SlowVerb(
         says=History | Refusal,
         cannot="cannot show the history",
@@ -64,7 +64,7 @@ VERBS = {
 class SlowRequests:
     """Has children answer requests; `slots` follow the layout that one has read."""
 
-    def __init__(self, node: NodePlan, one_shots: OneShots, slots: SlotPool, shutdown: Shutdown) -> None:
+    def __init__(self, node: NodePlan, one_shots: OneShots, slots: SlotPool, shutdown: NodeShutdown) -> None:
         self._node = node
         self._one_shots = one_shots
         self._slots = slots
@@ -73,10 +73,10 @@ class SlowRequests:
 
     def ask(self, request: Request, later: Later) -> None:
         """Have a child answer; `later` gets the answer then, or at once that there will be none."""
-        verb = VERBS[request.verb]
+        verb = VERB_RULES[request.verb]
         children = [child for child in self._one_shots.under_way() if child.name == request.verb]
         for child in children:
-            # Its client has gone: a disk hangs.
+            # A disk hangs; it is ended so that a further try can begin.
             if clock.now() - child.started > verb.limit_s:
                 child.kill()
         if request.verb == "allow" and not request.command:
