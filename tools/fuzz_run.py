@@ -22,12 +22,10 @@ from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import NamedTuple
 
+from tests.fuzz.engine import Explorer, Finding, Target, judged_log
+from tests.fuzz.targets import TARGETS
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-
-from fuzz.engine import Explorer, Finding, Target, judged_log  # noqa: E402  # as pytest has it
-from fuzz.targets import TARGETS  # noqa: E402
-
 DEFAULT_S = 20.0
 ROUND = 100
 STUCK_S = 60.0

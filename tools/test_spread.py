@@ -10,7 +10,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the nodes: they wait most."""
-    items.sort(key=lambda item: "process" not in item.path.parts)
+    items.sort(key=lambda item: "node" not in item.path.parts)
 
 
 class Spread(LoadScopeScheduling):  # type: ignore[misc]  # it has no types

@@ -82,7 +82,7 @@ def command_of(chosen: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
     at = chosen.command.index(THEN) if THEN in chosen.command else len(chosen.command)
     first, then = _pytest(chosen.command[:at]), _pytest(chosen.command[at + 1 :])
     command = first if at == len(chosen.command) else in_turn(first, then)
-    return command, {"PYTHONPATH": "/src:/src/tests", **colour}
+    return command, {"PYTHONPATH": "/src", **colour}
 
 
 def _pytest(words: list[str]) -> list[str]:

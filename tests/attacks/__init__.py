@@ -1,11 +1,11 @@
 """Small hostile programs, each with the property that it tries to break."""
 
-from attacks.attack import Attack
-from attacks.escaping import ESCAPING
-from attacks.forging import FORGING
-from attacks.reading import READING
-from attacks.sharing import SHARING
-from attacks.starving import STARVING
+from tests.attacks.attack import Attack
+from tests.attacks.escaping import ESCAPING
+from tests.attacks.forging import FORGING
+from tests.attacks.reading import READING
+from tests.attacks.sharing import SHARING
+from tests.attacks.starving import STARVING
 
 __all__ = ["ATTACKS", "Attack"]
 

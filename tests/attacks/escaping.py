@@ -1,6 +1,6 @@
 """Attacks that try to get out: into other namespaces, groups, users, the kernel, other processes."""
 
-from attacks.attack import Attack, calls
+from tests.attacks.attack import Attack, calls
 
 CONFINED = "a job stays in its sandbox"
 KERNEL = "a job reaches no part of the kernel that it has no business with"

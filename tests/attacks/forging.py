@@ -1,6 +1,6 @@
 """Attacks on what the miner says of a job: its records, its log, what it delivers."""
 
-from attacks.attack import Attack
+from tests.attacks.attack import Attack
 
 RECORDS = "what is on record of a job is not the job's to write"
 DELIVERED = "only a job's own files are delivered"

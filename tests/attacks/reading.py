@@ -1,6 +1,6 @@
 """Attacks that read what is not theirs, and that send it somewhere."""
 
-from attacks.attack import Attack
+from tests.attacks.attack import Attack
 
 CREDENTIALS = "the operator's credentials are his"
 OTHERS = "a job knows nothing of other jobs"

@@ -1,9 +1,9 @@
 """Attacks by the other entrance: the sibling of a call, file, socket or device that is refused or bounded."""
 
-from attacks.attack import Attack, calls
-from attacks.escaping import CONFINED, FILES, KERNEL
-from attacks.reading import MACHINE
-from attacks.starving import LIMITED, SHARE
+from tests.attacks.attack import Attack, calls
+from tests.attacks.escaping import CONFINED, FILES, KERNEL
+from tests.attacks.reading import MACHINE
+from tests.attacks.starving import LIMITED, SHARE
 
 # Makes a file with each of these modes by one more call, and looks what was left.
 LEAVE = """

@@ -1,6 +1,6 @@
 """Attacks that use up what others need, or that go on when they should be over."""
 
-from attacks.attack import Attack
+from tests.attacks.attack import Attack
 
 SHARE = "a job takes nothing from others"
 OVER = "what is over is over"

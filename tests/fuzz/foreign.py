@@ -18,9 +18,9 @@ from aitbc_miner.coordinator.services import ServiceBook, read_services
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, decode_manifest
 from aitbc_miner.util.nesting import too_deep
-from fuzz.engine import Check, Target, directory, fit_to_print, only
-from fuzz.mutations import JSON, YAML, joined, mutated, parted, words
-from fuzz.shapes import JSON_VALUES, TEXT
+from tests.fuzz.engine import Check, Target, directory, fit_to_print, only
+from tests.fuzz.mutations import JSON, YAML, joined, mutated, parted, words
+from tests.fuzz.shapes import JSON_VALUES, TEXT
 
 ETC = Path(__file__).parents[2] / "etc"
 SERVICE = b"""\

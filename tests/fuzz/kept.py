@@ -26,10 +26,10 @@ from aitbc_miner.telemetry.counters import Counters, Totals
 from aitbc_miner.util.system import process_start
 from aitbc_miner.worker import cleanup
 from aitbc_miner.worker.artifacts import Caps, Collector, check_path
-from fuzz.engine import Check, Target, directory, fit_to_print, only, raw
-from fuzz.mutations import JSON, joined, mutated, parted, words
-from fuzz.said import MANIFESTS
-from fuzz.shapes import encoded
+from tests.fuzz.engine import Check, Target, directory, fit_to_print, only, raw
+from tests.fuzz.mutations import JSON, joined, mutated, parted, words
+from tests.fuzz.said import MANIFESTS
+from tests.fuzz.shapes import encoded
 
 PR_SET_NAME, PR_GET_NAME = 15, 16  # <linux/prctl.h>
 _LIBC = ctypes.CDLL(None)

@@ -40,9 +40,9 @@ from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.store.records import pretty
 from aitbc_miner.task import LINE_MAX, Progress, Report, ReportReader
 from aitbc_miner.util.nesting import too_deep
-from fuzz.engine import Check, Target, fit_to_print, only, simply
-from fuzz.mutations import HOSTILE, JSON, joined, mutated, parted, words
-from fuzz.shapes import JSON_VALUES, TEXT, encoded
+from tests.fuzz.engine import Check, Target, fit_to_print, only, simply
+from tests.fuzz.mutations import HOSTILE, JSON, joined, mutated, parted, words
+from tests.fuzz.shapes import JSON_VALUES, TEXT, encoded
 
 JOB_IDS = st.sampled_from(["a", "job-1", "x" * 128, "A.b_c-9", "..", ".broken", "", "a/b", "x" * 129, "a\n"])
 RUNNERS = st.sampled_from(["cli", "cli", "python", "python", "wasm", "\x1b[2J"])

@@ -31,11 +31,11 @@ from aitbc_miner.store.ledger import LedgerRow, Totals
 from aitbc_miner.util.log import MASK, Formatter
 from aitbc_miner.util.terminal import visible
 from aitbc_miner.worker.artifacts import check_path
-from fuzz.engine import Check, Target, directory, only, raw, simply
-from fuzz.kept import NAMES
-from fuzz.mutations import JSON, joined, mutated, parted, words
-from fuzz.said import MANIFESTS, framed
-from fuzz.shapes import encoded
+from tests.fuzz.engine import Check, Target, directory, only, raw, simply
+from tests.fuzz.kept import NAMES
+from tests.fuzz.mutations import JSON, joined, mutated, parted, words
+from tests.fuzz.said import MANIFESTS, framed
+from tests.fuzz.shapes import encoded
 
 SECRET = "s3cr3t/\"t0k\\en'"
 PAINT = pages.plain

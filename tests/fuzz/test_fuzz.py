@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from aitbc_miner.config.yaml_text import MAX_BYTES
 from aitbc_miner.errors import MinerError
-from fuzz.engine import Check, Explorer, Target, TooMuchWork, bounded, judged_log, only, raw, simply
-from fuzz.found import FOUND
-from fuzz.mutations import mutated
-from fuzz.targets import TARGETS
+from tests.fuzz.engine import Check, Explorer, Target, TooMuchWork, bounded, judged_log, only, raw, simply
+from tests.fuzz.found import FOUND
+from tests.fuzz.mutations import mutated
+from tests.fuzz.targets import TARGETS
 from tools.fuzz_run import Settings, explore, main
 
 Capture = pytest.CaptureFixture[str]

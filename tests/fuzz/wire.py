@@ -16,8 +16,8 @@ from aitbc_miner.errors import JobError
 from aitbc_miner.inputs.fetch import InputLimits, fetch_inputs
 from aitbc_miner.jobs import Inputs, Manifest
 from aitbc_miner.telemetry.httpd import Page, PageServer
-from fuzz.engine import Check, Target, directory, only
-from fuzz.mutations import mutated, words
+from tests.fuzz.engine import Check, Target, directory, only
+from tests.fuzz.mutations import mutated, words
 
 LIMITS = InputLimits(max_bytes_each=10_000, max_bytes_total=20_000, timeout_s=20.0, stall_s=5.0, attempts=3)
 

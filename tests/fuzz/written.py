@@ -19,8 +19,8 @@ from aitbc_miner.slots.derive import lay_out
 from aitbc_miner.slots.reader import read_slots, to_yaml
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util import trust
-from fuzz.engine import Check, Target, directory, fit_to_print, only, simply
-from fuzz.mutations import YAML, joined, mutated, parted, words
+from tests.fuzz.engine import Check, Target, directory, fit_to_print, only, simply
+from tests.fuzz.mutations import YAML, joined, mutated, parted, words
 
 ETC = Path(__file__).parents[2] / "etc"
 MACHINE = MachineFacts(cpus=tuple(range(8)), memory_bytes=1 << 36, gpu_ids=[("0", "GPU-1")])

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from tests.vm.machine import Machine
 from tools.local_node import wait_until
-from vm.machine import Machine
 
 
 class BoxedMachine(Machine):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm.boxed import BoxedMachine
+from tests.vm.machine import CONTAINER, CURRENT, MAIN, SLOTS, Machine, install, run
 from tools.mock_coordinator import MockCoordinator
-from vm.boxed import BoxedMachine
-from vm.machine import CONTAINER, CURRENT, MAIN, SLOTS, Machine, install, run
 
 Count = Callable[[int, int], int]
 

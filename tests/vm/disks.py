@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 
-from vm.machine import SLOTS, Machine, run
+from tests.vm.machine import SLOTS, Machine, run
 
 DISK = Path("/dev/disk/by-id/virtio-scratch")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from aitbc_miner.cgroup.group import Group
+from tests.vm.machine import WAIT_S, Machine, hold
 from tools.local_node import wait_until
 from tools.mock_records import Job
-from vm.machine import WAIT_S, Machine, hold
 
 MIB = 1 << 20
 WINDOW_S = 10.0

@@ -19,13 +19,13 @@ from aitbc_miner.agent.recovery import STARTED
 from aitbc_miner.jobs import BROKEN, StateRecord
 from aitbc_miner.store.records import RecordError, Records
 from aitbc_miner.util import fs
+from tests.vm.conftest import Count
+from tests.vm.kept_ledger import KeptLedger
+from tests.vm.machine import MAIN, STATE, WAIT_S, Machine, run
 from tools import mock_coordinator
 from tools.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Job, Rules, State, Verdict
-from vm.conftest import Count
-from vm.kept_ledger import KeptLedger
-from vm.machine import MAIN, STATE, WAIT_S, Machine, run
 
 KEPT = Path("/var/lib/aitbc/powercut")
 # One file for each job, with a line for each run.

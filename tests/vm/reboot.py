@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm.machine import STATE, WAIT_S, Machine, hold, run
 from tools.local_node import wait_until
-from vm.machine import STATE, WAIT_S, Machine, hold, run
 
 MARKS = Path("/var/lib/aitbc/marks")
 SECOND = os.environ.get("AITBC_VM_BOOT") == "2"

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.vm.boxed import BoxedMachine
+from tests.vm.machine import ETC, MAIN, SLOTS, TOKEN, WAIT_S, run
 from tools.local_node import wait_until
 from tools.mock_aitbc import MockAitbc
-from vm.boxed import BoxedMachine
-from vm.machine import ETC, MAIN, SLOTS, TOKEN, WAIT_S, run
 
 pytestmark = pytest.mark.one_release("12", "between node and coordinator nothing is of the release")
 

@@ -15,13 +15,13 @@ from typing import NamedTuple
 import psutil
 import pytest
 import yaml
-from attacks import ATTACKS, Attack
-from attacks.attack import CANARIES, THROUGH
 
+from tests.attacks import ATTACKS, Attack
+from tests.attacks.attack import CANARIES, THROUGH
+from tests.vm.conftest import Count
+from tests.vm.machine import ETC, TOKEN, WAIT_S, Machine, run
 from tools.local_node import wait_until
 from tools.mock_records import Job, State
-from vm.conftest import Count
-from vm.machine import ETC, TOKEN, WAIT_S, Machine, run
 
 pytestmark = pytest.mark.own_kernel("what an attack may do depends on the kernel, and some are for it")
 

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from aitbc_miner.util.clock import now
-from vm.conftest import Count
-from vm.machine import WAIT_S, Machine, run
-from vm.witness import assert_once, heartbeats, longest_gap, outcome, wait_heartbeat
+from tests.vm.conftest import Count
+from tests.vm.machine import WAIT_S, Machine, run
+from tests.vm.witness import assert_once, heartbeats, longest_gap, outcome, wait_heartbeat
 
 pytestmark = [
     pytest.mark.own_kernel("the clock is set"),

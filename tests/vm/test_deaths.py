@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests.vm.boxed import BoxedMachine
+from tests.vm.conftest import Count
+from tests.vm.disks import mounted
+from tests.vm.machine import SLOTS, WAIT_S, Machine, run
 from tools.local_node import wait_until
 from tools.mock_records import FINAL, Job
-from vm.boxed import BoxedMachine
-from vm.conftest import Count
-from vm.disks import mounted
-from vm.machine import SLOTS, WAIT_S, Machine, run
 
 pytestmark = pytest.mark.one_release(
     "12", "codes are the node's own; the limits behind them are tried in both"

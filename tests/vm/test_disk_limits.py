@@ -7,11 +7,22 @@ from pathlib import Path
 import pytest
 
 from aitbc_miner.util.limits import disk_of
+from tests.vm.disks import mounted
+from tests.vm.machine import STATE, WAIT_S, Machine
+from tests.vm.measuring import (
+    MIB,
+    WINDOW_S,
+    finish,
+    job_group,
+    let_pass,
+    log_of,
+    note,
+    occupy,
+    program,
+    start,
+)
 from tools.local_node import wait_until
 from tools.mock_records import State
-from vm.disks import mounted
-from vm.machine import STATE, WAIT_S, Machine
-from vm.measuring import MIB, WINDOW_S, finish, job_group, let_pass, log_of, note, occupy, program, start
 
 pytestmark = pytest.mark.own_kernel("limits need controllers and a disk")
 

@@ -13,12 +13,10 @@ import pytest
 
 from aitbc_miner.cgroup.group import Group
 from aitbc_miner.sandbox.users import job_user
-from tools.local_node import wait_until
-from tools.mock_records import State
-from vm.conftest import Count
-from vm.disks import DISK
-from vm.machine import STATE, WAIT_S, Machine, alive, run, wait_gone
-from vm.measuring import (
+from tests.vm.conftest import Count
+from tests.vm.disks import DISK
+from tests.vm.machine import STATE, WAIT_S, Machine, alive, run, wait_gone
+from tests.vm.measuring import (
     MIB,
     WINDOW_S,
     cpu_shares,
@@ -33,6 +31,8 @@ from vm.measuring import (
     spin,
     start,
 )
+from tools.local_node import wait_until
+from tools.mock_records import State
 
 pytestmark = pytest.mark.own_kernel("limits need controllers")
 

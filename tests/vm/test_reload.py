@@ -8,10 +8,8 @@ import pytest
 import yaml
 
 from aitbc_miner.slots.state import SlotState
-from tools.local_node import wait_until
-from tools.mock_records import State
-from vm.machine import ETC, MAIN, WAIT_S, Machine, alive, hold, run
-from vm.measuring import (
+from tests.vm.machine import ETC, MAIN, WAIT_S, Machine, alive, hold, run
+from tests.vm.measuring import (
     MIB,
     finish,
     log_of,
@@ -23,6 +21,8 @@ from vm.measuring import (
     start,
     write_slots,
 )
+from tools.local_node import wait_until
+from tools.mock_records import State
 
 pytestmark = pytest.mark.one_release("13", "files and messages; the limits themselves are tried in both")
 

@@ -10,10 +10,8 @@ import psutil
 import pytest
 
 from aitbc_miner.util.clock import now
-from tools.local_node import wait_until
-from tools.mock_records import State
-from vm.conftest import Count
-from vm.machine import (
+from tests.vm.conftest import Count
+from tests.vm.machine import (
     CGROUP,
     CURRENT,
     MAIN,
@@ -27,7 +25,7 @@ from vm.machine import (
     run,
     wait_gone,
 )
-from vm.witness import (
+from tests.vm.witness import (
     Running,
     assert_once,
     expected_log,
@@ -39,6 +37,8 @@ from vm.witness import (
     wait_heartbeat,
     writer,
 )
+from tools.local_node import wait_until
+from tools.mock_records import State
 
 pytestmark = pytest.mark.one_release(
     "12", "what is adopted is told by pipes and files; the units are tried in both"

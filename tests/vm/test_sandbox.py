@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.vm.boxed import BoxedMachine
+from tests.vm.machine import WAIT_S, hold, wait_gone
+from tests.vm.witness import assert_once
 from tools.local_node import wait_until
 from tools.mock_records import State
-from vm.boxed import BoxedMachine
-from vm.machine import WAIT_S, hold, wait_gone
-from vm.witness import assert_once
 
 pytestmark = pytest.mark.smoke
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.vm.machine import CGROUP, MAIN, SLOTS, WAIT_S, Machine, run
+from tests.vm.witness import Running, adopted, assert_once, expected_log, sha256, uploaded_log, writer
 from tools.local_node import wait_until
 from tools.mock_records import State
-from vm.machine import CGROUP, MAIN, SLOTS, WAIT_S, Machine, run
-from vm.witness import Running, adopted, assert_once, expected_log, sha256, uploaded_log, writer
 
 JOBS = [f"long-{i}" for i in range(4)]
 DROP_IN = Path("/run/systemd/system", f"{MAIN}.d", "watchdog.conf")
