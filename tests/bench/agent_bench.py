@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pytest
 from msgspec.structs import replace
 
 from aitbc_miner.agent.admission_queue import AdmissionQueue
@@ -30,9 +29,8 @@ from aitbc_miner.slots.placement import Offer
 from aitbc_miner.slots.state import SlotState
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.ledger import Ledger
-from aitbc_miner.util import clock
 from tests.support.mute_coordinator import MuteCoordinator
-from tests.unit.agent.test_admission import CONFIG, pulled
+from tests.support.pulled_jobs import CONFIG, pulled
 
 TOKEN = "node-t0ken"
 NODE = "node-a"
@@ -228,14 +226,6 @@ class Desk(Around):
         with self.context.records.open(job_id) as job:
             record = job.state()
             return record.state, record.delivery
-
-
-class Time:
-    """The boot-time clock, to be moved by hand."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        monkeypatch.setattr(clock, "now", lambda: self.now)
 
 
 class FlakyQueue(SqliteQueue):

@@ -33,21 +33,9 @@ CLIENT_LIMITS: list[tuple[int, str, str, Any]] = [
 
 
 @pytest.fixture
-def mock() -> Iterator[MockAitbc]:
-    with MockAitbc(rate_limits=False) as double:
-        yield double
-
-
-@pytest.fixture
 def limited() -> Iterator[MockAitbc]:
     with MockAitbc() as double:
         yield double
-
-
-@pytest.fixture
-def miner(mock: MockAitbc) -> Iterator[Miner]:
-    with Miner(mock) as made:
-        yield made
 
 
 # Limits.
@@ -116,14 +104,14 @@ def test_the_window_slides_and_refusals_are_free() -> None:
         assert 0.9 < counted[50] - counted[0] < 10
 
 
-def test_limits_outlive_an_empty_database_and_can_be_off(limited: MockAitbc, mock: MockAitbc) -> None:
+def test_limits_outlive_an_empty_database_and_can_be_off(limited: MockAitbc, double: MockAitbc) -> None:
     with Miner(limited) as miner:
         spend(miner, 50, "POST", f"/miners/{NOBODY}/result", {"result": {}})
         limited.wipe()
         limited.stop()
         limited.start()
         assert miner.result(NOBODY).status_code == 429
-    with Miner(mock) as miner:
+    with Miner(double) as miner:
         assert spend(miner, 250, "POST", f"/miners/{NOBODY}/result", {"result": {}}).status_code == 404
 
 
@@ -131,17 +119,17 @@ def test_limits_outlive_an_empty_database_and_can_be_off(limited: MockAitbc, moc
 
 
 @pytest.mark.parametrize("endpoint", sorted(AITBC_ENDPOINTS))
-def test_every_endpoint_can_be_made_to_fail(mock: MockAitbc, miner: Miner, endpoint: str) -> None:
+def test_every_endpoint_can_be_made_to_fail(double: MockAitbc, miner: Miner, endpoint: str) -> None:
     calls = {name: (method, path, body) for name, _, method, path, body in LIMITS}
-    with JobClient(mock) as client:
+    with JobClient(double) as client:
         caller: Caller = client if endpoint == "client" else miner
         call = calls.get(endpoint, ("GET", f"/jobs/{NOBODY}", None))
-        mock.fault(endpoint, "status:429:7", 2)
+        double.fault(endpoint, "status:429:7", 2)
         replies = [caller.call(*call) for _ in range(3)]
     assert [reply.status_code == 429 for reply in replies] == [True, True, False]
     assert replies[0].headers["Retry-After"] == "7"
     assert set(replies[0].json()) == {"detail"}
-    noted = mock.calls(endpoint)[-3:]
+    noted = double.calls(endpoint)[-3:]
     assert [(each.fault, each.status == 429, each.credentials) for each in noted] == [
         ("status:429:7", True, True),
         ("status:429:7", True, True),
@@ -150,25 +138,25 @@ def test_every_endpoint_can_be_made_to_fail(mock: MockAitbc, miner: Miner, endpo
 
 
 @pytest.mark.parametrize(("kind", "counted"), [("refuse", 0), ("drop_after", 1), ("after:status:500", 1)])
-def test_a_lost_reply_may_have_counted(mock: MockAitbc, miner: Miner, kind: str, counted: int) -> None:
-    job_id = mock.submit({})
+def test_a_lost_reply_may_have_counted(double: MockAitbc, miner: Miner, kind: str, counted: int) -> None:
+    job_id = double.submit({})
     miner.take()
-    mock.fault("result", kind, 1)
+    double.fault("result", kind, 1)
     with contextlib.suppress(requests.ConnectionError):
         assert miner.result(job_id).status_code == 500
-    assert len(mock.job(job_id).results) == counted
+    assert len(double.job(job_id).results) == counted
     assert miner.result(job_id).status_code == 200
 
 
-def test_faults_by_hand_and_those_that_there_are_not(mock: MockAitbc, miner: Miner) -> None:
+def test_faults_by_hand_and_those_that_there_are_not(double: MockAitbc, miner: Miner) -> None:
     with pytest.raises(ValueError, match="not one of client, fail"):
-        mock.fault("pull", "refuse")
-    reply = requests.post(f"{mock.root}/_faults", json={"endpoint": "poll", "kind": "empty"}, timeout=10)
+        double.fault("pull", "refuse")
+    reply = requests.post(f"{double.root}/_faults", json={"endpoint": "poll", "kind": "empty"}, timeout=10)
     assert reply.json() == {"faults": [{"endpoint": "poll", "kind": "empty", "times": None}]}
     assert miner.post("/miners/poll", {}).content == b""
-    wrong = requests.post(f"{mock.root}/_faults", json={"endpoint": "pull", "kind": "empty"}, timeout=10)
+    wrong = requests.post(f"{double.root}/_faults", json={"endpoint": "pull", "kind": "empty"}, timeout=10)
     assert (wrong.status_code, set(wrong.json())) == (400, {"detail"})
-    requests.post(f"{mock.root}/_faults", json={"clear": True}, timeout=10)
+    requests.post(f"{double.root}/_faults", json={"clear": True}, timeout=10)
     assert miner.poll() is None
 
 

@@ -18,12 +18,6 @@ ADDED = ("signature", "attestations", "zk_status", "tee_status", "tee_attestatio
 
 
 @pytest.fixture
-def mock() -> Iterator[MockAitbc]:
-    with MockAitbc(rate_limits=False) as double:
-        yield double
-
-
-@pytest.fixture
 def signing() -> Iterator[MockAitbc]:
     with MockAitbc(rate_limits=False, receipts=True) as double:
         yield double
@@ -68,92 +62,92 @@ MATCHES: list[tuple[dict[str, Any], dict[str, Any], bool]] = [
 
 @pytest.mark.parametrize(("asked", "has", "fits"), MATCHES)
 def test_all_that_is_asked_for_must_be_there(
-    mock: MockAitbc, asked: dict[str, Any], has: dict[str, Any], fits: bool
+    double: MockAitbc, asked: dict[str, Any], has: dict[str, Any], fits: bool
 ) -> None:
-    job_id = mock.submit({}, constraints=asked)
-    with Miner(mock) as miner:
+    job_id = double.submit({}, constraints=asked)
+    with Miner(double) as miner:
         miner.register(**has)
         job = miner.poll()
     assert (job is not None) is fits
-    assert mock.job(job_id).state == ("RUNNING" if fits else "QUEUED")
+    assert double.job(job_id).state == ("RUNNING" if fits else "QUEUED")
 
 
 @pytest.mark.parametrize(("payment", "fits"), [(None, True), (9.99, True), (10, False), (50.5, False)])
-def test_much_money_needs_a_bond_that_nobody_has(mock: MockAitbc, payment: float, fits: bool) -> None:
-    mock.submit({}, payment_amount=payment)
-    with Miner(mock) as miner:
+def test_much_money_needs_a_bond_that_nobody_has(double: MockAitbc, payment: float, fits: bool) -> None:
+    double.submit({}, payment_amount=payment)
+    with Miner(double) as miner:
         assert (miner.poll() is not None) is fits
 
 
-def test_what_does_not_fit_holds_up_nothing_behind_it(mock: MockAitbc) -> None:
-    mock.submit({}, constraints={"gpu": "Tesla T4"})
-    second = mock.submit({})
-    with Miner(mock) as miner:
+def test_what_does_not_fit_holds_up_nothing_behind_it(double: MockAitbc) -> None:
+    double.submit({}, constraints={"gpu": "Tesla T4"})
+    second = double.submit({})
+    with Miner(double) as miner:
         assert miner.take() == second
 
 
 # Reputation.
 
 
-def test_reputation_as_it_was_measured_about(mock: MockAitbc) -> None:
-    with Miner(mock) as miner:
+def test_reputation_as_it_was_measured_about(double: MockAitbc) -> None:
+    with Miner(double) as miner:
         seen = []
-        assert mock.miners()["m-1"].reputation == 0.5
+        assert double.miners()["m-1"].reputation == 0.5
         for _ in range(5):
-            mock.submit({})
+            double.submit({})
             miner.result(miner.take())
-            seen.append(mock.miners()["m-1"].reputation)
+            seen.append(double.miners()["m-1"].reputation)
         assert seen == pytest.approx([0.602, 0.638, 0.653, 0.663, 0.670], abs=0.005)
-        mock.submit({})
+        double.submit({})
         miner.fail(miner.take())
-        assert mock.miners()["m-1"].reputation < seen[-1] - 0.05
+        assert double.miners()["m-1"].reputation < seen[-1] - 0.05
         miner.beat(metadata={"reputation_score": 0.9})
-        assert mock.miners()["m-1"].reputation == 0.9
-    with Miner(mock, "m-2") as other:
-        mock.submit({})
-        mock.forget_miners()
+        assert double.miners()["m-1"].reputation == 0.9
+    with Miner(double, "m-2") as other:
+        double.submit({})
+        double.forget_miners()
         other.register()
         other.fail(other.take())
-    assert mock.miners()["m-2"].reputation == pytest.approx(0.311, abs=0.001)
+    assert double.miners()["m-2"].reputation == pytest.approx(0.311, abs=0.001)
 
 
-def starve(mock: MockAitbc, miner: Miner) -> None:
+def starve(double: MockAitbc, miner: Miner) -> None:
     """Have a miner fail a job, so that any new one is better."""
-    mock.submit({})
+    double.submit({})
     miner.fail(miner.take())
     miner.beat()
 
 
-def test_a_better_row_withholds_jobs_alive_or_not_until_it_leaves(mock: MockAitbc) -> None:
-    with Miner(mock) as miner, Miner(mock, "ghost", concurrency=None) as ghost:
-        starve(mock, miner)
-        job_id = mock.submit({})
+def test_a_better_row_withholds_jobs_alive_or_not_until_it_leaves(double: MockAitbc) -> None:
+    with Miner(double) as miner, Miner(double, "ghost", concurrency=None) as ghost:
+        starve(double, miner)
+        job_id = double.submit({})
         ghost.register()
         assert miner.poll() is None
         ghost.call("DELETE", "/miners/ghost")
         assert miner.take() == job_id
 
 
-def test_only_a_row_that_could_take_the_job_withholds_it(mock: MockAitbc) -> None:
-    with Miner(mock) as miner, Miner(mock, "ghost") as ghost:
-        mock.submit({})
+def test_only_a_row_that_could_take_the_job_withholds_it(double: MockAitbc) -> None:
+    with Miner(double) as miner, Miner(double, "ghost") as ghost:
+        double.submit({})
         miner.fail(miner.take())
         cases: list[tuple[dict[str, Any], dict[str, Any]]] = [
             ({"inflight": 0, "status": "DRAINING"}, {}),
             ({"inflight": 1}, {}),
             ({"inflight": 0}, {"cuda": "12.4"}),
             ({"inflight": 0, "metadata": {"reputation_score": 0.1}}, {}),
-            ({"inflight": 0, "metadata": {"reputation_score": mock.miners()["m-1"].reputation}}, {}),
+            ({"inflight": 0, "metadata": {"reputation_score": double.miners()["m-1"].reputation}}, {}),
         ]
         miner.register(cuda="12.4")
         for beat, asked in cases:
             ghost.beat(**beat)
             miner.beat()
-            job_id = mock.submit({}, constraints=asked)
+            job_id = double.submit({}, constraints=asked)
             assert miner.take() == job_id, (beat, asked)
         ghost.beat()
         miner.beat()
-        mock.submit({})
+        double.submit({})
         assert miner.poll() is None
         miner.beat(metadata={"reputation_score": 1})
         assert miner.poll() is not None, "what a miner says of itself is believed"
@@ -182,14 +176,14 @@ def verify(signature: dict[str, str], signed: dict[str, Any]) -> None:
     key.verify(decoded(signature["sig"]), text.encode())
 
 
-def receipt_of(mock: MockAitbc, result: dict[str, Any], job: dict[str, Any], **more: Any) -> dict[str, Any]:
+def receipt_of(double: MockAitbc, result: dict[str, Any], job: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Have a job done, and return the receipt in the reply."""
-    job_id = mock.submit({"text": "grüße"}, constraints=job)
-    with Miner(mock) as miner:
+    job_id = double.submit({"text": "grüße"}, constraints=job)
+    with Miner(double) as miner:
         miner.take()
         reply = miner.post(f"/miners/{job_id}/result", {"result": result, **more})
     receipt: dict[str, Any] = reply.json()["receipt"]
-    assert mock.job(job_id).receipt == receipt
+    assert double.job(job_id).receipt == receipt
     assert receipt["job_id"] == job_id
     return receipt
 
@@ -268,8 +262,8 @@ def test_each_result_has_a_receipt_of_its_own(signing: MockAitbc) -> None:
     assert kept["receipt_id"] == receipts[-1]
 
 
-def test_no_key_and_no_receipt(mock: MockAitbc) -> None:
-    job_id = mock.submit({})
-    with Miner(mock) as miner:
+def test_no_key_and_no_receipt(double: MockAitbc) -> None:
+    job_id = double.submit({})
+    with Miner(double) as miner:
         assert miner.result(job_id).json()["receipt"] is None
-    assert mock.receipt_key is None
+    assert double.receipt_key is None

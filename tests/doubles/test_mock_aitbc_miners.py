@@ -2,7 +2,6 @@
 
 import re
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,109 +15,99 @@ ID = re.compile("[0-9a-f]{32}")
 NOBODY = "f" * 32
 
 
-@pytest.fixture
-def mock() -> Iterator[MockAitbc]:
-    with MockAitbc(rate_limits=False) as double:
-        yield double
-
-
-@pytest.fixture
-def miner(mock: MockAitbc) -> Iterator[Miner]:
-    with Miner(mock) as made:
-        yield made
-
-
 # Miners.
 
 
-def test_registering_replaces_what_was_said_and_keeps_what_came_of_it(mock: MockAitbc, miner: Miner) -> None:
-    jobs = [mock.submit({"n": number}) for number in range(3)]
+def test_registering_replaces_what_was_said_and_keeps_what_came_of_it(
+    double: MockAitbc, miner: Miner
+) -> None:
+    jobs = [double.submit({"n": number}) for number in range(3)]
     miner.register(5, "eu", models=["a"])
     assert [miner.take() for _ in jobs] == jobs
     miner.result(jobs[0])
     miner.fail(jobs[1])
-    assert mock.miners()["m-1"].inflight == 2
+    assert double.miners()["m-1"].inflight == 2
     assert ID.fullmatch(miner.register(2, price=1).json()["session_token"])
-    row = mock.miners()["m-1"]
+    row = double.miners()["m-1"]
     assert (row.inflight, row.concurrency, row.region, row.capabilities) == (0, 2, None, {"price": 1})
     assert (row.status, row.completed, row.failed, len(row.registrations)) == ("ONLINE", 1, 1, 3)
-    assert mock.job(jobs[2]).state == "RUNNING"
+    assert double.job(jobs[2]).state == "RUNNING"
     assert miner.poll() is None, "what runs is not handed out again"
 
 
-def test_defaults_of_a_registration(mock: MockAitbc, miner: Miner) -> None:
+def test_defaults_of_a_registration(double: MockAitbc, miner: Miner) -> None:
     assert miner.post("/miners/register", {"capabilities": {}, "unknown": 1}).status_code == 200
-    row = mock.miners()["m-1"]
+    row = double.miners()["m-1"]
     assert (row.concurrency, row.region) == (1, None)
     assert row.registrations[-1].payload == {"capabilities": {}, "unknown": 1}
 
 
-def test_a_heartbeat_overwrites_what_was_counted(mock: MockAitbc, miner: Miner) -> None:
+def test_a_heartbeat_overwrites_what_was_counted(double: MockAitbc, miner: Miner) -> None:
     for _ in range(2):
-        mock.submit({})
+        double.submit({})
     miner.take()
     assert miner.poll() is None
     assert miner.beat().json() == {"status": "ok"}
     assert miner.poll() is not None, "it said that nothing is under way"
     miner.beat(inflight=7, status="DRAINING", metadata={"load": 1}, network_latency_ms=1.5, other=[])
-    row = mock.miners()["m-1"]
+    row = double.miners()["m-1"]
     assert (row.inflight, row.status, row.metadata) == (7, "DRAINING", {"load": 1})
     assert [beat.payload.get("inflight") for beat in row.heartbeats] == [None, 7]
     assert row.heartbeats[0].at <= row.heartbeats[1].at
 
 
-def test_who_is_not_known(mock: MockAitbc) -> None:
-    with Miner(mock, concurrency=None) as stranger:
+def test_who_is_not_known(double: MockAitbc) -> None:
+    with Miner(double, concurrency=None) as stranger:
         beat = stranger.beat()
         assert (beat.status_code, beat.json()) == (404, {"detail": "miner not registered"})
         poll = stranger.post("/miners/poll", {})
         assert (poll.status_code, poll.json()["error"]["type"]) == (500, "internal_error")
         assert stranger.call("DELETE", "/miners/m-1").status_code == 404
         assert stranger.listed() == []
-    assert mock.miners() == {}
+    assert double.miners() == {}
 
 
 @pytest.mark.parametrize("status", ["OFFLINE", "DRAINING", "active"])
-def test_polls_are_served_whatever_the_status(mock: MockAitbc, miner: Miner, status: str) -> None:
-    mock.submit({})
+def test_polls_are_served_whatever_the_status(double: MockAitbc, miner: Miner, status: str) -> None:
+    double.submit({})
     miner.beat(status=status)
     assert miner.poll() is not None
 
 
-def test_leaving_marks_the_row_and_no_more_and_anyone_may_do_it(mock: MockAitbc, miner: Miner) -> None:
-    mock.submit({})
-    with Miner(mock, "m-2") as other:
+def test_leaving_marks_the_row_and_no_more_and_anyone_may_do_it(double: MockAitbc, miner: Miner) -> None:
+    double.submit({})
+    with Miner(double, "m-2") as other:
         reply = other.call("DELETE", "/miners/m-1")
     assert (reply.status_code, reply.json()) == (200, {"miner_id": "m-1", "status": "deregistered"})
-    assert mock.miners()["m-1"].status == "OFFLINE"
+    assert double.miners()["m-1"].status == "OFFLINE"
     assert miner.poll() is not None
     miner.register()
-    assert mock.miners()["m-1"].status == "ONLINE"
+    assert double.miners()["m-1"].status == "ONLINE"
 
 
-def test_capabilities_are_those_of_the_caller(mock: MockAitbc, miner: Miner) -> None:
-    mock.submit({})
+def test_capabilities_are_those_of_the_caller(double: MockAitbc, miner: Miner) -> None:
+    double.submit({})
     miner.take()
     body = {"capabilities": {"cuda": "12.4"}, "concurrency": 3}
     assert miner.call("PUT", "/miners/somebody/capabilities", body).status_code == 200
-    row = mock.miners()["m-1"]
+    row = double.miners()["m-1"]
     assert (row.capabilities, row.concurrency, row.inflight) == ({"cuda": "12.4"}, 3, 0)
-    assert list(mock.miners()) == ["m-1"]
+    assert list(double.miners()) == ["m-1"]
 
 
-def test_a_name_is_free_text(mock: MockAitbc) -> None:
-    with Miner(mock, "a b/c") as odd:
-        mock.submit({})
+def test_a_name_is_free_text(double: MockAitbc) -> None:
+    with Miner(double, "a b/c") as odd:
+        double.submit({})
         odd.take()
-    assert mock.miners()["a b/c"].inflight == 1
+    assert double.miners()["a b/c"].inflight == 1
 
 
 # Polls.
 
 
-def test_an_assignment_has_just_these_members(mock: MockAitbc, miner: Miner) -> None:
+def test_an_assignment_has_just_these_members(double: MockAitbc, miner: Miner) -> None:
     wanted = {"max_price": 0.5, "auto_reinvest_pct": 10, "confidential": True}
-    job_id = mock.submit({"type": "x", "deep": {"a": [1]}}, constraints=wanted)
+    job_id = double.submit({"type": "x", "deep": {"a": [1]}}, constraints=wanted)
     miner.register(price=0.5)
     assert miner.poll() == {
         "job_id": job_id,
@@ -132,7 +121,7 @@ def test_an_assignment_has_just_these_members(mock: MockAitbc, miner: Miner) -> 
     }
     assert ID.fullmatch(job_id)
     assert len(CONSTRAINTS) == 15
-    job = mock.job(job_id)
+    job = double.job(job_id)
     assert (job.state, job.assigned_miner_id, [entry.node for entry in job.assigned]) == (
         "RUNNING",
         "m-1",
@@ -148,8 +137,8 @@ def test_an_empty_poll_answers_at_once_and_with_nothing(miner: Miner) -> None:
     assert "Content-Type" not in reply.headers
 
 
-def test_the_oldest_comes_first_and_one_at_a_time(mock: MockAitbc, miner: Miner) -> None:
-    jobs = [mock.submit({"n": number}) for number in range(4)]
+def test_the_oldest_comes_first_and_one_at_a_time(double: MockAitbc, miner: Miner) -> None:
+    jobs = [double.submit({"n": number}) for number in range(4)]
     miner.register(3)
     assert [miner.take() for _ in range(3)] == jobs[:3]
     assert miner.poll() is None, "as many as it said run already"
@@ -158,16 +147,16 @@ def test_the_oldest_comes_first_and_one_at_a_time(mock: MockAitbc, miner: Miner)
 
 
 @pytest.mark.parametrize(("concurrency", "taken"), [(0, 5), (-1, 0), (1, 1)])
-def test_concurrency_is_taken_as_it_is(mock: MockAitbc, miner: Miner, concurrency: int, taken: int) -> None:
+def test_concurrency_is_taken_as_it_is(double: MockAitbc, miner: Miner, concurrency: int, taken: int) -> None:
     for number in range(5):
-        mock.submit({"n": number})
+        double.submit({"n": number})
     miner.register(concurrency)
     assert [miner.poll() is not None for _ in range(5)].count(True) == taken
 
 
-def test_a_job_goes_to_one_of_many_who_ask_at_once(mock: MockAitbc) -> None:
-    miners = [Miner(mock, f"m-{number}") for number in range(6)]
-    job_id = mock.submit({})
+def test_a_job_goes_to_one_of_many_who_ask_at_once(double: MockAitbc) -> None:
+    miners = [Miner(double, f"m-{number}") for number in range(6)]
+    job_id = double.submit({})
     found: list[Any] = []
     threads = [threading.Thread(target=lambda each=each: found.append(each.poll())) for each in miners]
     for thread in threads:
@@ -177,50 +166,50 @@ def test_a_job_goes_to_one_of_many_who_ask_at_once(mock: MockAitbc) -> None:
     for each in miners:
         each.session.close()
     assert [job["job_id"] for job in found if job] == [job_id]
-    assert len(mock.job(job_id).assigned) == 1
+    assert len(double.job(job_id).assigned) == 1
 
 
 # What tests rely on.
 
 
-def test_submitting(mock: MockAitbc) -> None:
-    assert mock.submit({}, job_id="a" * 32) == "a" * 32
+def test_submitting(double: MockAitbc) -> None:
+    assert double.submit({}, job_id="a" * 32) == "a" * 32
     with pytest.raises(ValueError, match="the id is taken"):
-        mock.submit({}, job_id="a" * 32)
+        double.submit({}, job_id="a" * 32)
     with pytest.raises(ValueError, match="constraint 'gpus'"):
-        mock.submit({}, constraints={"gpus": "x"})
+        double.submit({}, constraints={"gpus": "x"})
     with pytest.raises(KeyError):
-        mock.job(NOBODY)
-    assert list(mock.jobs()) == ["a" * 32]
+        double.job(NOBODY)
+    assert list(double.jobs()) == ["a" * 32]
 
 
-def test_an_outage_keeps_the_database_and_the_port(mock: MockAitbc, miner: Miner) -> None:
-    job_id, url = mock.submit({}), mock.url
-    mock.stop()
+def test_an_outage_keeps_the_database_and_the_port(double: MockAitbc, miner: Miner) -> None:
+    job_id, url = double.submit({}), double.url
+    double.stop()
     with pytest.raises(OSError, match="refused"):
         miner.poll()
-    mock.start()
-    assert (mock.url, miner.take()) == (url, job_id)
+    double.start()
+    assert (double.url, miner.take()) == (url, job_id)
 
 
-def test_a_database_that_is_empty(mock: MockAitbc, miner: Miner) -> None:
-    job_id = mock.submit({})
+def test_a_database_that_is_empty(double: MockAitbc, miner: Miner) -> None:
+    job_id = double.submit({})
     miner.take()
-    mock.forget_miners()
-    assert (mock.miners(), list(mock.jobs())) == ({}, [job_id])
+    double.forget_miners()
+    assert (double.miners(), list(double.jobs())) == ({}, [job_id])
     assert miner.beat().status_code == 404
-    calls = len(mock.calls())
-    mock.wipe()
-    assert (mock.jobs(), len(mock.calls())) == ({}, calls)
+    calls = len(double.calls())
+    double.wipe()
+    assert (double.jobs(), len(double.calls())) == ({}, calls)
     assert miner.result(job_id).status_code == 404
-    assert [stray.job_id for stray in mock.strays()] == [job_id]
+    assert [stray.job_id for stray in double.strays()] == [job_id]
 
 
-def test_waiting(mock: MockAitbc, miner: Miner) -> None:
-    job_id = mock.submit({})
+def test_waiting(double: MockAitbc, miner: Miner) -> None:
+    job_id = double.submit({})
     timer = threading.Timer(0.05, miner.take)
     timer.start()
-    assert mock.wait(lambda ledger: ledger.job(job_id).assigned_miner_id) == "m-1"
+    assert double.wait(lambda ledger: ledger.job(job_id).assigned_miner_id) == "m-1"
     timer.join()
     with pytest.raises(TimeoutError, match=f"{job_id}': 'RUNNING'"):
-        mock.wait(lambda ledger: ledger.job(job_id).state == "COMPLETED", 0.01)
+        double.wait(lambda ledger: ledger.job(job_id).state == "COMPLETED", 0.01)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,54 +14,42 @@ NOBODY = "f" * 32
 ANY: dict[str, Any] = {"capabilities": {}}
 
 
-@pytest.fixture
-def mock() -> Iterator[MockAitbc]:
-    with MockAitbc(rate_limits=False) as double:
-        yield double
-
-
-@pytest.fixture
-def miner(mock: MockAitbc) -> Iterator[Miner]:
-    with Miner(mock) as made:
-        yield made
-
-
 # Who may.
 
 
-def test_no_credential_and_a_wrong_one(mock: MockAitbc, miner: Miner) -> None:
-    nobody = plain(mock)
+def test_no_credential_and_a_wrong_one(double: MockAitbc, miner: Miner) -> None:
+    nobody = plain(double)
     assert (nobody.status_code, nobody.json()) == (401, {"detail": "Authentication required"})
     assert nobody.headers["WWW-Authenticate"] == "Bearer"
-    wrong = plain(mock, X_Api_Key="wrong-key-0123456789")
+    wrong = plain(double, X_Api_Key="wrong-key-0123456789")
     assert (wrong.status_code, wrong.json()) == (401, {"detail": "Invalid API key"})
     token = miner.register().json()["session_token"]
-    assert plain(mock, X_Session_Token=token).status_code == 401
-    assert plain(mock, Authorization=f"Bearer {token}").status_code == 401
-    assert plain(mock, Authorization=f"Basic {KEY}").json() == {"detail": "Authentication required"}
+    assert plain(double, X_Session_Token=token).status_code == 401
+    assert plain(double, Authorization=f"Bearer {token}").status_code == 401
+    assert plain(double, Authorization=f"Basic {KEY}").json() == {"detail": "Authentication required"}
 
 
-def test_a_bearer_token_decides_alone(mock: MockAitbc, miner: Miner) -> None:
+def test_a_bearer_token_decides_alone(double: MockAitbc, miner: Miner) -> None:
     key = {"X_Api_Key": KEY, "X_Miner_ID": "m-1"}
-    assert plain(mock, **key).status_code == 200
-    for token in ("", KEY, "a.b.c", mock.token(ttl_s=-1), mock.token(sub=""), mock.token()[:-1] + "?"):
-        reply = plain(mock, **key, Authorization=f"Bearer {token}")
+    assert plain(double, **key).status_code == 200
+    for token in ("", KEY, "a.b.c", double.token(ttl_s=-1), double.token(sub=""), double.token()[:-1] + "?"):
+        reply = plain(double, **key, Authorization=f"Bearer {token}")
         assert (reply.status_code, reply.json()) == (401, {"detail": "Invalid token"})
     with MockAitbc(jwt_secret="another-secret-0123456789") as other:
-        assert plain(mock, **key, Authorization=f"Bearer {other.token()}").status_code == 401
-    reply = plain(mock, **key, Authorization=f"Bearer {mock.token(role='client')}")
+        assert plain(double, **key, Authorization=f"Bearer {other.token()}").status_code == 401
+    reply = plain(double, **key, Authorization=f"Bearer {double.token(role='client')}")
     assert (reply.status_code, reply.json()) == (403, {"detail": "Forbidden"})
     # It is its subject that calls, whatever the other header says.
-    assert plain(mock, **key, Authorization=f"Bearer {mock.token('m-2')}").status_code == 404
-    with Caller(mock, Authorization=f"bearer {mock.token('m-2')}", X_Miner_ID="m-1") as caller:
+    assert plain(double, **key, Authorization=f"Bearer {double.token('m-2')}").status_code == 404
+    with Caller(double, Authorization=f"bearer {double.token('m-2')}", X_Miner_ID="m-1") as caller:
         caller.post("/miners/register", ANY)
-    assert set(mock.miners()) == {"m-1", "m-2"}
+    assert set(double.miners()) == {"m-1", "m-2"}
 
 
-def test_without_a_name_the_key_is_the_name(mock: MockAitbc) -> None:
-    with Caller(mock, X_Api_Key=KEY) as caller:
+def test_without_a_name_the_key_is_the_name(double: MockAitbc) -> None:
+    with Caller(double, X_Api_Key=KEY) as caller:
         assert caller.post("/miners/register", ANY).status_code == 200
-    assert set(mock.miners()) == {KEY}
+    assert set(double.miners()) == {KEY}
 
 
 def test_several_keys_and_none_is_bound_to_a_name() -> None:
@@ -75,10 +62,10 @@ def test_several_keys_and_none_is_bound_to_a_name() -> None:
         assert plain(double, X_Api_Key=KEY).status_code == 401
 
 
-def test_miners_and_clients_keep_apart(mock: MockAitbc, miner: Miner) -> None:
+def test_miners_and_clients_keep_apart(double: MockAitbc, miner: Miner) -> None:
     assert miner.post("/jobs", {"payload": {}}).status_code == 403
     assert miner.call("GET", f"/jobs/{NOBODY}").status_code == 403
-    with JobClient(mock) as client:
+    with JobClient(double) as client:
         assert client.post("/miners/poll", {}).status_code == 403
         assert client.post("/jobs", {"payload": {}}).status_code == 201
 
@@ -97,11 +84,11 @@ def test_miners_and_clients_keep_apart(mock: MockAitbc, miner: Miner) -> None:
     ],
 )
 def test_paths_that_are_not_there(
-    mock: MockAitbc, method: str, path: str, anonymous: int, as_miner: int
+    double: MockAitbc, method: str, path: str, anonymous: int, as_miner: int
 ) -> None:
     key = {"X-Api-Key": KEY, "X-Miner-ID": "m-1"}
     replies = [
-        requests.request(method, mock.root + path, headers=headers, timeout=10) for headers in ({}, key)
+        requests.request(method, double.root + path, headers=headers, timeout=10) for headers in ({}, key)
     ]
     assert [reply.status_code for reply in replies] == [anonymous, as_miner]
     assert path == "/health" or set(replies[1].json()) == {"detail"}
@@ -169,8 +156,8 @@ def test_a_body_must_be_json_and_say_so(miner: Miner, data: Any, kind: str | Non
     assert miner.post("/miners/poll", data=text, headers=headers).status_code == status
 
 
-def test_a_500_that_nobody_has_handled(mock: MockAitbc) -> None:
-    with Miner(mock, concurrency=None) as stranger:
+def test_a_500_that_nobody_has_handled(double: MockAitbc) -> None:
+    with Miner(double, concurrency=None) as stranger:
         told = stranger.post("/miners/poll", {}).json()
     assert set(told) == {"error"}
     assert set(told["error"]) == {"type", "message", "status_code", "path"}
@@ -183,26 +170,26 @@ def test_user_agents_that_are_not_welcome(miner: Miner, agent: str) -> None:
     assert (reply.status_code, reply.json()) == (403, {"detail": "Access denied"})
 
 
-def test_a_body_may_be_10_mib_or_not_say_so(mock: MockAitbc, miner: Miner) -> None:
-    job_id = mock.submit({})
+def test_a_body_may_be_10_mib_or_not_say_so(double: MockAitbc, miner: Miner) -> None:
+    job_id = double.submit({})
     path, kind = f"/miners/{job_id}/result", {"Content-Type": "application/json"}
     body = b'{"result": {"x": "' + b"a" * (11 << 20) + b'"}}'
     assert miner.post(path, data=body, headers=kind).status_code == 413
-    assert mock.job(job_id).state == "QUEUED"
+    assert double.job(job_id).state == "QUEUED"
     exact = b'{"result": {"x": "' + b"a" * ((10 << 20) - 21) + b'"}}'
     assert len(exact) == 10 << 20
     assert miner.post(path, data=exact, headers=kind).status_code == 200
     halves = iter([body[: len(body) // 2], body[len(body) // 2 :]])
     assert miner.post(path, data=halves, headers=kind).status_code == 200
-    assert len(mock.job(job_id).results) == 2
+    assert len(double.job(job_id).results) == 2
 
 
-def test_headers_of_every_reply(mock: MockAitbc, miner: Miner) -> None:
+def test_headers_of_every_reply(double: MockAitbc, miner: Miner) -> None:
     reply = miner.beat()
     assert re.fullmatch("[0-9a-f]{32}", reply.headers["x-request-id"])
     assert float(reply.headers["x-process-time"]) >= 0
     assert reply.headers["Date"].endswith(" GMT")
-    mock.fault("heartbeat", "status:503", 1)
+    double.fault("heartbeat", "status:503", 1)
     for status in (503, 200):
         reply = miner.post("/miners/heartbeat", {}, headers={"X-Request-ID": "mine"})
         assert (reply.status_code, reply.headers["x-request-id"]) == (status, "mine")
@@ -211,6 +198,6 @@ def test_headers_of_every_reply(mock: MockAitbc, miner: Miner) -> None:
     assert wrong.json()["request_id"] == "mine"
 
 
-def test_health(mock: MockAitbc) -> None:
-    reply = requests.get(f"{mock.root}/health", timeout=10)
+def test_health(double: MockAitbc) -> None:
+    reply = requests.get(f"{double.root}/health", timeout=10)
     assert set(reply.json()) == {"status", "env", "python_version"}

@@ -2,7 +2,6 @@
 
 import re
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,21 +19,6 @@ GPU_SLOT = {
     "memory_mb": 16000,
     "runners": ["cli", "python"],
 }
-
-
-@pytest.fixture
-def mock(tmp_path: Path) -> Iterator[MockCoordinator]:
-    files = tmp_path / "files"
-    files.mkdir()
-    (files / "in.bin").write_bytes(bytes(range(256)) * 400)
-    with MockCoordinator(files_dir=files, out_dir=tmp_path / "out") as coordinator:
-        yield coordinator
-
-
-@pytest.fixture
-def node(mock: MockCoordinator) -> Iterator[Client]:
-    with Client(mock) as client:
-        yield client
 
 
 def saved(mock: MockCoordinator) -> list[Path]:

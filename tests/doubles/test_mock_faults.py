@@ -2,7 +2,7 @@
 
 import http.client
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,22 +17,6 @@ from tools.mock_coordinator import MockCoordinator
 from tools.mock_faults import ENDPOINTS, KINDS, Faults
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "mock_coordinator.py"
-DATA = bytes(range(256)) * 400
-
-
-@pytest.fixture
-def mock(tmp_path: Path) -> Iterator[MockCoordinator]:
-    files = tmp_path / "files"
-    files.mkdir()
-    (files / "in.bin").write_bytes(DATA)
-    with MockCoordinator(files_dir=files, out_dir=tmp_path / "out") as coordinator:
-        yield coordinator
-
-
-@pytest.fixture
-def node(mock: MockCoordinator) -> Iterator[Client]:
-    with Client(mock) as client:
-        yield client
 
 
 # Faults.

@@ -15,27 +15,12 @@ from urllib.parse import urlsplit
 import pytest
 from requests_toolbelt import MultipartEncoder
 
+from tests.doubles.conftest import DATA
 from tools.mock_client import Client, manifest
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_faults import ENDPOINTS, KINDS
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "mock_coordinator.py"
-DATA = bytes(range(256)) * 400
-
-
-@pytest.fixture
-def mock(tmp_path: Path) -> Iterator[MockCoordinator]:
-    files = tmp_path / "files"
-    files.mkdir()
-    (files / "in.bin").write_bytes(DATA)
-    with MockCoordinator(files_dir=files, out_dir=tmp_path / "out") as coordinator:
-        yield coordinator
-
-
-@pytest.fixture
-def node(mock: MockCoordinator) -> Iterator[Client]:
-    with Client(mock) as client:
-        yield client
 
 
 # Files and pages.

@@ -2,10 +2,12 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.node.bench import Bench
 from tests.node.harness import Node
 from tools.mock_coordinator import MockCoordinator
 
@@ -35,3 +37,10 @@ def node_factory(coordinator: MockCoordinator) -> Iterator[NodeFactory]:
     for node in made:
         node.clean_up()
         shutil.rmtree(node.directory)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path)
+    yield bench
+    bench.stop()

@@ -3,7 +3,6 @@
 import os
 import subprocess
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -72,13 +71,6 @@ def test_a_job_that_takes_too_much_is_ended_and_its_neighbours_are_not(
         assert job.state == State.DONE, job.reports
     wait_settled(node)
     assert_once(coordinator, jobs)
-
-
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path)
-    yield bench
-    bench.stop()
 
 
 def test_of_a_job_that_may_still_write_nothing_is_taken(bench: Bench) -> None:

@@ -33,13 +33,6 @@ STRANGER = Identity(JOB_UID, JOB_UID, "aitbc-job-cpu0")
 PYTHON = f"{sys.executable} -I -S -c"
 
 
-@pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path)
-    yield bench
-    bench.stop()
-
-
 def outcome_of(bench: Bench, job_id: str = "j1") -> Outcome:
     outcome = bench.outcome(job_id)
     assert outcome is not None

@@ -3,7 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-from aitbc_miner.coordinator.interface import Assignments, Heartbeat, PulledJob, PullFilters, Standing, Told
+from aitbc_miner.coordinator.interface import (
+    Assignments,
+    Gone,
+    Heartbeat,
+    PulledJob,
+    PullFilters,
+    Standing,
+    Told,
+)
 from aitbc_miner.jobs import Outcome
 
 
@@ -44,3 +52,10 @@ class MuteCoordinator:
 
     def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:
         raise AssertionError("not to be asked here")
+
+
+class Stranger(MuteCoordinator):
+    """Says of each job that it is another node's."""
+
+    def ack(self, job_id: str, holder: str | None = None) -> None:
+        raise Gone("cannot accept: 409", 409)

@@ -117,3 +117,9 @@ def boxed(installed: None, coordinator: MockCoordinator) -> Iterator[BoxedMachin
     yield machine
     machine.clean_up()
     assert machine.remains() == []
+
+
+@pytest.fixture
+def release(machine: Machine) -> Path:
+    """Give the file for which long jobs wait."""
+    return machine.marks / "release"

@@ -64,12 +64,6 @@ def run(marks: str) -> str:
 """
 
 
-@pytest.fixture
-def release(machine: Machine) -> Path:
-    """Give the file for which long jobs wait."""
-    return machine.marks / "release"
-
-
 def started(machine: Machine, jobs: list[str], then: str) -> Running:
     """Start the node with a slot for each job, and have all of them run."""
     machine.slots(len(jobs))

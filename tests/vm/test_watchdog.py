@@ -19,12 +19,6 @@ LIMIT_S = 10
 
 
 @pytest.fixture
-def release(machine: Machine) -> Path:
-    """Give the file for which long jobs wait."""
-    return machine.marks / "release"
-
-
-@pytest.fixture
 def watchdog(machine: Machine) -> Iterator[None]:
     """Have a watchdog with less patience."""
     DROP_IN.parent.mkdir(parents=True)

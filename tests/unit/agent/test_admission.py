@@ -14,20 +14,19 @@ import pytest
 from aitbc_miner.agent import admission as module
 from aitbc_miner.agent.admission import Admission, Stopping, Taken
 from aitbc_miner.agent.fleet import Fleet
-from aitbc_miner.config.settings import Config, Coordinator
 from aitbc_miner.coordinator.interface import CoordinatorError, Gone, PulledJob, Refused, Told, Unreachable
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.jobs import ManifestError, Outcome, State, decode_manifest
+from aitbc_miner.jobs import ManifestError, Outcome, State
 from aitbc_miner.queue.interface import Kind, Task
 from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.slots.placement import Offer
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import Records
 from aitbc_miner.util import clock
-from tests.support.mute_coordinator import MuteCoordinator
+from tests.support.mute_coordinator import MuteCoordinator, Stranger
+from tests.support.pulled_jobs import CONFIG, PLAIN, pulled
 
 OFFERS = [Offer("cpu0", "cpu", 4, 4096, 0, ("cli", "python"))]
-PLAIN: dict[str, Any] = {"job_id": "j1", "runner": "cli", "command": "true"}
 
 
 class FakeCoordinator(MuteCoordinator):
@@ -52,13 +51,6 @@ class FakeCoordinator(MuteCoordinator):
         return Told()
 
 
-class Stranger(MuteCoordinator):
-    """Says of each job that it is another node's."""
-
-    def ack(self, job_id: str, holder: str | None = None) -> None:
-        raise Gone("cannot accept: 409", 409)
-
-
 class Rig(NamedTuple):
     records: Records
     coordinator: FakeCoordinator
@@ -69,9 +61,6 @@ class Rig(NamedTuple):
     def kept(self) -> tuple[State, Outcome | None]:
         with self.records.open("j1") as job:
             return job.state().state, job.outcome()
-
-
-CONFIG = Config(coordinator=Coordinator("http://127.0.0.1:1", "env:X", allow_private_inputs=True))
 
 
 class Passing(threading.Event):
@@ -105,11 +94,6 @@ def context_of(records: Records, coordinator: FakeCoordinator, acked: list[tuple
         jobs=SimpleNamespace(acknowledge=lambda _: None),
         show=lambda job_id, state, runner: acked.append((job_id, runner)),
     )
-
-
-def pulled(**more: Any) -> PulledJob:
-    value = {**PLAIN, **more}
-    return PulledJob(msgspec.json.encode(value), decode_manifest(value))
 
 
 def never() -> threading.Event:

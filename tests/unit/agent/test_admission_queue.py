@@ -16,8 +16,9 @@ from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CancelJob, JobReady, Slots, SlotView
 from aitbc_miner.jobs import ManifestError, State
 from aitbc_miner.slots.state import SlotState
-from tests.bench.agent_bench import FREE, OFFER, Desk, Time
-from tests.unit.agent.test_admission import pulled
+from tests.bench.agent_bench import FREE, OFFER, Desk
+from tests.support.pulled_jobs import pulled
+from tests.support.stopped_clock import Time
 
 ON_THE_WAY = (Stage.RESUMING, *TAKEN_IN)
 ODD: list[Exception] = [

@@ -21,8 +21,9 @@ from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import JobDir
-from tests.bench.agent_bench import LARGE, NODE, Desk, FlakyQueue, Time
-from tests.unit.agent.test_admission import Stranger
+from tests.bench.agent_bench import LARGE, NODE, Desk, FlakyQueue
+from tests.support.mute_coordinator import Stranger
+from tests.support.stopped_clock import Time
 
 
 class Reporting(Desk):
@@ -51,11 +52,6 @@ class Reporting(Desk):
     def waiting(self) -> list[tuple[str, int]]:
         """Give the reports that are noted for after a restart, with their attempts."""
         return [(task.job_id, task.attempts) for task, _ in self.context.queue.waiting(Kind.REPORT, NODE)]
-
-
-@pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    return Time(monkeypatch)
 
 
 @pytest.fixture

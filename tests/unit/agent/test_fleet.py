@@ -18,8 +18,10 @@ from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.slots.placement import Offer
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import Records
-from tests.bench.agent_bench import FREE, NODE, OFFER, Desk, FlakyQueue, Time
-from tests.unit.agent.test_admission import Stranger, pulled
+from tests.bench.agent_bench import FREE, NODE, OFFER, Desk, FlakyQueue
+from tests.support.mute_coordinator import Stranger
+from tests.support.pulled_jobs import pulled
+from tests.support.stopped_clock import Time
 
 LEASE_S = 60.0
 TWICE: dict[str, Any] = {"retry": {"max_attempts": 2}}
@@ -73,11 +75,6 @@ class Node:
         seen = Seen([], [])
         self.fleet.seek(self.records, list(offers or (OFFER,)), lambda _: False, seen)
         return seen
-
-
-@pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    return Time(monkeypatch)
 
 
 @pytest.fixture

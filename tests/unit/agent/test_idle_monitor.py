@@ -11,7 +11,8 @@ from aitbc_miner.agent.pull import Puller
 from aitbc_miner.agent.reconcile import Reconciler
 from aitbc_miner.coordinator.interface import Standing
 from aitbc_miner.ipc.messages import Starved
-from tests.bench.agent_bench import Desk, Time
+from tests.bench.agent_bench import Desk
+from tests.support.stopped_clock import Time
 
 
 class Idle(Desk):
@@ -34,11 +35,6 @@ class Idle(Desk):
         self.watch.start_due()
         self.turn_until(lambda: not self.watch._asking)
         return [each for each in self.said() if isinstance(each, Starved)]
-
-
-@pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    return Time(monkeypatch)
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from aitbc_miner.agent.job_table import MOVES, IllegalMove, JobTable, Stage
 from aitbc_miner.ipc.messages import Slots, SlotView
 from aitbc_miner.slots.placement import Ticket
 from aitbc_miner.slots.state import SlotState
-from tests.bench.agent_bench import OFFER, Time, in_slot
+from tests.bench.agent_bench import OFFER, in_slot
+from tests.support.stopped_clock import Time
 
 WAY = (Stage.ADMITTING, Stage.READY, Stage.RUNNING, Stage.SETTLING, Stage.ENDED, Stage.REPORTING)
 

@@ -34,7 +34,7 @@ from aitbc_miner.queue.interface import Kind
 from aitbc_miner.store.database import DatabaseError
 from aitbc_miner.util import clock
 from tests.bench.agent_bench import FREE, NODE, TOKEN, Around, Desk, config_in
-from tests.unit.agent.test_admission import pulled
+from tests.support.pulled_jobs import pulled
 
 ODD: list[Exception] = [
     ValueError("odd"),

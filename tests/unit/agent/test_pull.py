@@ -19,8 +19,9 @@ from aitbc_miner.coordinator.interface import (
 from aitbc_miner.ipc.channel import ChannelError
 from aitbc_miner.ipc.messages import Deliveries, TokenWanted
 from aitbc_miner.slots.placement import Offer
-from tests.bench.agent_bench import OFFER, Desk, Time
-from tests.unit.agent.test_admission import pulled
+from tests.bench.agent_bench import OFFER, Desk
+from tests.support.pulled_jobs import pulled
+from tests.support.stopped_clock import Time
 
 
 class Pulling(Desk):
@@ -52,11 +53,6 @@ class Pulling(Desk):
         before = len(self.coordinator.asked)
         self.puller.start_due()
         self.turn_until(lambda: len(self.coordinator.asked) > before and not self.puller._pulling)
-
-
-@pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    return Time(monkeypatch)
 
 
 @pytest.fixture

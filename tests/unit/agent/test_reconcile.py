@@ -12,8 +12,9 @@ from aitbc_miner.coordinator.interface import Assignments as Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Beaten, BeatWanted, CancelJob, NodeToken, PrivateLine
 from aitbc_miner.jobs import ManifestError, State
-from tests.bench.agent_bench import Desk, Time
-from tests.unit.agent.test_admission import pulled
+from tests.bench.agent_bench import Desk
+from tests.support.pulled_jobs import pulled
+from tests.support.stopped_clock import Time
 
 
 class Compared(Desk):
@@ -78,11 +79,6 @@ def desk(tmp_path: Path) -> Iterator[Compared]:
     made.register()
     yield made
     made.close()
-
-
-@pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    return Time(monkeypatch)
 
 
 def test_a_job_that_we_never_heard_of_is_taken_up(desk: Compared) -> None:

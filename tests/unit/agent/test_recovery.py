@@ -26,11 +26,6 @@ def raw(job_id: str) -> bytes:
     return msgspec.json.encode({"job_id": job_id, "runner": "cli", "command": "true"})
 
 
-@pytest.fixture
-def records(tmp_path: Path) -> Records:
-    return Records(tmp_path)
-
-
 def left(records: Records, job_id: str = "j1", *steps: State, outcome: Outcome | None = None) -> Path:
     """Record a job, and how far it has come."""
     records.create(job_id, raw(job_id))

@@ -16,8 +16,9 @@ from aitbc_miner.queue.interface import Kind, QueueError
 from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store.database import Database
 from aitbc_miner.store.records import STATE, JobDir
-from tests.bench.agent_bench import NODE, Desk, FlakyQueue, Time, in_slot
-from tests.unit.agent.test_admission import Stranger
+from tests.bench.agent_bench import NODE, Desk, FlakyQueue, in_slot
+from tests.support.mute_coordinator import Stranger
+from tests.support.stopped_clock import Time
 
 S = State
 E = ErrorCode
@@ -62,11 +63,6 @@ class Judging(Desk):
         """Give the retries that are noted for after a restart."""
         self.note_all()
         return [task.job_id for task, _ in self.context.queue.waiting(Kind.RUN, NODE)]
-
-
-@pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    return Time(monkeypatch)
 
 
 @pytest.fixture

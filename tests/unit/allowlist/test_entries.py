@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pytest
 from aitbc_miner.allowlist.entries import Allowlist, Denied, Digests, load_allowlist
 from aitbc_miner.config.document import Fault
 from aitbc_miner.errors import ErrorCode, JobError
+
+pytestmark = pytest.mark.usefixtures("usual_umask")
 
 SAMPLES = Path(__file__).parents[3] / "etc" / "allowlist.d"
 
@@ -30,13 +32,6 @@ env: [FOO]
 """
 
 Load = Callable[..., tuple[Allowlist, list[Fault], list[Fault]]]
-
-
-@pytest.fixture(autouse=True)
-def _usual_umask() -> Iterator[None]:
-    before = os.umask(0o022)
-    yield
-    os.umask(before)
 
 
 @pytest.fixture

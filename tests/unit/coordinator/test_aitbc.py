@@ -28,7 +28,7 @@ from aitbc_miner.coordinator.rate_limits import Limits
 from aitbc_miner.coordinator.services import ServiceBook
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import LogInfo, Outcome, Usage
-from tests.bench.agent_bench import Time
+from tests.support.stopped_clock import Time
 
 URL = "http://127.0.0.1:8203/v1"
 KEY = "demo-key-0123456789"

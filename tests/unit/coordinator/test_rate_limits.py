@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 from aitbc_miner.coordinator.interface import Paced
 from aitbc_miner.coordinator.rate_limits import PAUSES_S, WINDOW_S, Limits
 from aitbc_miner.util import clock
-from tests.bench.agent_bench import Time
+from tests.support.stopped_clock import Time
 
 MOST = {"result": 50, "fail": 50}
-
-
-@pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    return Time(monkeypatch)
 
 
 def taken(limits: Limits, name: str = "result") -> bool:

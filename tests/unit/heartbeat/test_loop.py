@@ -52,24 +52,6 @@ def coordinator() -> Iterator[FakeCoordinator]:
         yield fake
 
 
-@pytest.fixture
-def log() -> Iterator[list[logging.LogRecord]]:
-    """Give what the heartbeat process logs."""
-    records: list[logging.LogRecord] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            records.append(record)
-
-    logger, handler = logging.getLogger("aitbc_miner.heartbeat"), Keep()
-    level = logger.level
-    logger.setLevel("DEBUG")
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-
-
 # --- the good way ------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,9 @@ from aitbc_miner.task import (
 )
 from tests.support.task_process import SLOT, Ran, execute
 
+pytestmark = pytest.mark.usefixtures("usual_umask")
+
 Run = Callable[..., Ran]
-
-
-@pytest.fixture(autouse=True)
-def _usual_umask() -> Iterator[None]:
-    before = os.umask(0o022)
-    yield
-    os.umask(before)
 
 
 @pytest.fixture

@@ -11,22 +11,9 @@ from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Artifact, Outcome, State, StateRecord, Usage
 from aitbc_miner.store.database import Database, DatabaseError
 from aitbc_miner.store.ledger import Ledger, LedgerRow, Total, Totals, account_of
-from aitbc_miner.util import clock
+from tests.support.stopped_clock import Time
 
 DAY = 86_400.0
-
-
-class Time:
-    """The boot-time clock, to be moved by hand."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        monkeypatch.setattr(clock, "now", lambda: self.now)
-
-
-@pytest.fixture
-def time(monkeypatch: pytest.MonkeyPatch) -> Time:
-    return Time(monkeypatch)
 
 
 @pytest.fixture

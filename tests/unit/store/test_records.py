@@ -18,11 +18,6 @@ from aitbc_miner.util import fs
 RAW = b'{"job_id": "j1", "runner": "cli", "command": "true", "artifacts": [{"path": "a"}], "new": 1}'
 
 
-@pytest.fixture
-def records(tmp_path: Path) -> Records:
-    return Records(tmp_path)
-
-
 def names(path: Path | str) -> list[str]:
     return sorted(entry.name for entry in Path(path).iterdir())
 

@@ -3,7 +3,6 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +18,6 @@ from aitbc_miner.telemetry.metrics import Metrics, Snapshot
 from aitbc_miner.util import fs
 
 Series = dict[tuple[str, ...], float]
-
-
-@pytest.fixture
-def log() -> Iterator[list[logging.LogRecord]]:
-    """Give what the heartbeat process logs."""
-    records: list[logging.LogRecord] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            records.append(record)
-
-    logger, handler = logging.getLogger("aitbc_miner.heartbeat"), Keep()
-    level = logger.level
-    logger.setLevel("DEBUG")
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
-    logger.setLevel(level)
 
 
 def start(directory: Path) -> Metrics:

@@ -83,24 +83,6 @@ def serving(metrics: Metrics) -> Iterator[Serving]:
     serving.server.stop()
 
 
-@pytest.fixture
-def log() -> Iterator[list[logging.LogRecord]]:
-    """Give what the heartbeat process logs."""
-    records: list[logging.LogRecord] = []
-
-    class Keep(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            records.append(record)
-
-    logger, handler = logging.getLogger("aitbc_miner.heartbeat"), Keep()
-    level = logger.level
-    logger.setLevel("DEBUG")
-    logger.addHandler(handler)
-    yield records
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-
-
 def until(ready: Callable[[], bool]) -> None:
     deadline = clock.now() + LONG_S
     while not ready():
