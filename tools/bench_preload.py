@@ -8,7 +8,7 @@ from pathlib import Path
 
 from aitbc_miner.sandbox.bubblewrap import Sandbox, why_not
 from aitbc_miner.sandbox.users import resolve
-from tools.local_node import LocalNode
+from tools.lib.local_node import LocalNode
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL
 

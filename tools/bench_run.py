@@ -17,8 +17,8 @@ from pathlib import Path
 from aitbc_miner.util import clock
 from tools.bench_preload import saved
 from tools.bench_sandbox import cost
-from tools.compiler import c_compiler
-from tools.local_node import LocalNode
+from tools.lib.compiler import c_compiler
+from tools.lib.local_node import LocalNode
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Job
 

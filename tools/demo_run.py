@@ -19,7 +19,7 @@ from msgspec import Struct
 
 from aitbc_miner.jobs import Outcome, StateRecord
 from aitbc_miner.util.terminal import cut, width
-from tools.local_node import LocalNode, wait_until
+from tools.lib.local_node import LocalNode, wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL
 

@@ -21,7 +21,7 @@ from tools.fault_checks import Fates, Finding, check
 from tools.fault_jobs import CLEAN, WELL, Kind
 from tools.fault_node import FaultNode, alive
 from tools.fault_plan import Whom
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Job
 

@@ -6,7 +6,7 @@ from typing import Any
 from msgspec import Struct
 
 from aitbc_miner.errors import ErrorCode
-from tools.marked_jobs import MarkedJobs
+from tools.lib.marked_jobs import MarkedJobs
 
 # How a job that was handed to its program with the node's own environment would show it.
 CLEAN = '[ -z "$LD_PRELOAD$AITBC_FAULT_SOCKET" ] || exit 99; '

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import redis
 
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 
 START_S = 20.0
 # Of so many faults, the server is away for the latter half.

@@ -9,7 +9,7 @@ from msgspec import Struct
 from tools.fault_checks import Fates, Finding, check
 from tools.fault_jobs import Kind
 from tools.fault_node import FaultNode
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Verdict
 

@@ -21,9 +21,9 @@ import psutil
 
 from aitbc_miner.jobs import StateRecord
 from aitbc_miner.store.records import BUILDING, MANIFEST, OUTCOME, STATE
-from tools.compiler import c_compiler
 from tools.fault_plan import STEPS, Boundary, Side
-from tools.local_node import wait_until
+from tools.lib.compiler import c_compiler
+from tools.lib.local_node import wait_until
 
 MARK_S = 2.0
 DISK_FAULTS = {"create": errno.ENOSPC, "rename": errno.ENOSPC, "fsync": errno.EIO}

@@ -21,7 +21,7 @@ from tools.fault_jobs import KINDS, Jobs
 from tools.fault_plan import BOUNDARIES, Boundary, Side, Whom, faults
 from tools.fault_steps import Gate, Moment, StepServer, Trap
 from tools.faults_run import main
-from tools.marked_jobs import MarkedJobs
+from tools.lib.marked_jobs import MarkedJobs
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import Job, Report, Verdict
 

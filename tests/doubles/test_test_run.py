@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tools import test_run
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.test_run import Case, Done, Phase
 
 WAIT_S = 30.0

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tools import debian, vm_qemu
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.vm_cache import LabError
 
 CHECKOUT = Path(__file__).parents[2]

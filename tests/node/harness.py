@@ -13,8 +13,8 @@ from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.control.client import ask
 from aitbc_miner.control.protocol import Done, Request, Status
 from aitbc_miner.ipc.messages import SlotView
-from tools.local_node import LocalNode, wait_until
-from tools.marked_jobs import MarkedJobs, allow_programs
+from tools.lib.local_node import LocalNode, wait_until
+from tools.lib.marked_jobs import MarkedJobs, allow_programs
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Job, State, Verdict
 

@@ -13,7 +13,7 @@ from aitbc_miner.jobs import Outcome
 from aitbc_miner.slots.state import SlotState
 from tests.node.harness import Node, assert_once, wait_final
 from tests.node.hostile_jobs import OK, cli
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import Job
 

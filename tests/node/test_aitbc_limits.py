@@ -11,7 +11,7 @@ import requests
 from aitbc_miner.util import clock
 from tests.node.harness import Node, until, wait_settled
 from tests.node.networks import KEY, Aitbc
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_aitbc import MockAitbc
 
 JOBS = 110

@@ -13,7 +13,7 @@ import pytest
 
 from tests.node.harness import WAIT_S, Node, until, wait_gone, wait_settled
 from tests.node.networks import KEY, Aitbc, network
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_aitbc import MockAitbc
 
 Maker = Callable[..., Node]

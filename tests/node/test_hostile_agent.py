@@ -12,7 +12,7 @@ from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S
 from tests.node.hostile_agent import KINDS
 from tests.node.rig import peak_mib
-from tools.local_node import TOKEN, wait_until
+from tools.lib.local_node import TOKEN, wait_until
 
 SCRIPT = Path(__file__).with_name("hostile_agent.py")
 # With all the floods kept it would be several hundred; what is on its way just then makes up to 70.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.node.installing import FakeMachine, fake_machine
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 
 pytestmark = pytest.mark.xfail(os.geteuid() != 0, reason="only root can install", strict=True)
 CONFIG = "coordinator: {base_url: https://coordinator.test/api/v1}\n"

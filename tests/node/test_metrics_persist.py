@@ -15,7 +15,7 @@ from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.telemetry.counters import FILE
 from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S, Node, alive, submit, wait_final, wait_gone, wait_settled
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 
 Series = dict[tuple[str, ...], float]

@@ -10,7 +10,7 @@ import pytest
 
 from tests.node.harness import Node, submit, wait_final, wait_settled
 from tests.node.networks import network
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 
 WAIT_S = 120.0

@@ -14,7 +14,7 @@ import pytest
 
 from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S, Node, assert_once, submit, wait_final
-from tools.local_node import TOKEN, wait_until
+from tools.lib.local_node import TOKEN, wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import State
 

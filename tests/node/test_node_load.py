@@ -11,7 +11,7 @@ from aitbc_miner.util import clock
 from tests.node.harness import assert_once, wait_final
 from tests.node.hostile_jobs import OK, task
 from tests.node.rig import PATIENCE_S, all_idle, code, peak_mib, running
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_ledger import Ledger
 

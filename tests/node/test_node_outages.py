@@ -17,7 +17,7 @@ from tests.node.harness import (
     wait_final,
     wait_settled,
 )
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_ledger import Ledger
 from tools.mock_records import FINAL, State, Verdict

@@ -14,7 +14,7 @@ import yaml
 from aitbc_miner.control.protocol import Done, Refusal
 from aitbc_miner.errors import EXIT_CONFIG
 from tests.node.harness import Node, assert_once, states, submit, until, wait_final, wait_gone
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import State
 

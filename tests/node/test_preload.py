@@ -11,7 +11,7 @@ import pytest
 
 from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S, Node, alive, wait_final, wait_gone
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import Job, State
 

@@ -19,7 +19,7 @@ from tests.node.harness import WAIT_S, Node, assert_once, noop, until, wait_fina
 from tools import mock_records
 from tools.fault_plan import Boundary, Side
 from tools.fault_steps import Gate, Moment, StepServer, Trap
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 
 # Longer than any test, so that an attempt that is made was asked for; and so long that it can be seen.

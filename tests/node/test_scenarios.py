@@ -11,7 +11,7 @@ import pytest
 
 from tests.node.harness import WAIT_S, Node, until, wait_gone, wait_settled
 from tests.node.networks import DIALECTS, Network, network
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 
 Maker = Callable[..., Node]
 

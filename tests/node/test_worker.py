@@ -29,7 +29,7 @@ from aitbc_miner.util import clock
 from aitbc_miner.worker import link
 from aitbc_miner.worker.monitor import JobMonitor
 from tests.node.bench import WAIT_S, Bench, Prepare, Shell
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 

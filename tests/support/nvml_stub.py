@@ -4,7 +4,7 @@ import os
 import subprocess
 from pathlib import Path
 
-from tools.compiler import c_compiler
+from tools.lib.compiler import c_compiler
 
 LIBRARY = "libnvidia-ml.so.1"
 

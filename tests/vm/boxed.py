@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.vm.machine import Machine
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 
 
 class BoxedMachine(Machine):

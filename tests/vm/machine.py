@@ -19,8 +19,8 @@ from aitbc_miner.control.protocol import Request, Status
 from aitbc_miner.ipc.messages import SlotView
 from aitbc_miner.sandbox.users import job_user
 from aitbc_miner.slots.state import SlotState
-from tools.local_node import wait_until
-from tools.marked_jobs import MarkedJobs, allow_programs
+from tools.lib.local_node import wait_until
+from tools.lib.marked_jobs import MarkedJobs, allow_programs
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Job
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from aitbc_miner.cgroup.group import Group
 from tests.vm.machine import WAIT_S, Machine, hold
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_records import Job
 
 MIB = 1 << 20

@@ -23,7 +23,7 @@ from tests.vm.conftest import Count
 from tests.vm.kept_ledger import KeptLedger
 from tests.vm.machine import MAIN, STATE, WAIT_S, Machine, run
 from tools import mock_coordinator
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import FINAL, Job, Rules, State, Verdict
 

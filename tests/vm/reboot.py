@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm.machine import STATE, WAIT_S, Machine, hold, run
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 
 MARKS = Path("/var/lib/aitbc/marks")
 SECOND = os.environ.get("AITBC_VM_BOOT") == "2"

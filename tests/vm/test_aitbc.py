@@ -6,7 +6,7 @@ import pytest
 
 from tests.vm.boxed import BoxedMachine
 from tests.vm.machine import ETC, MAIN, SLOTS, TOKEN, WAIT_S, run
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_aitbc import MockAitbc
 
 pytestmark = pytest.mark.one_release("12", "between node and coordinator nothing is of the release")

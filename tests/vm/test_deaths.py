@@ -16,7 +16,7 @@ from tests.vm.boxed import BoxedMachine
 from tests.vm.conftest import Count
 from tests.vm.disks import mounted
 from tests.vm.machine import SLOTS, WAIT_S, Machine, run
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_records import FINAL, Job
 
 pytestmark = pytest.mark.one_release(

@@ -21,7 +21,7 @@ from tests.vm.measuring import (
     program,
     start,
 )
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_records import State
 
 pytestmark = pytest.mark.own_kernel("limits need controllers and a disk")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.vm.machine import CURRENT, ETC, WAIT_S, Machine, run
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_records import State
 
 pytestmark = pytest.mark.one_release("13", "other mounts look the same in both")

@@ -21,7 +21,7 @@ from tests.vm.measuring import (
     start,
     write_slots,
 )
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_records import State
 
 pytestmark = pytest.mark.one_release("13", "files and messages; the limits themselves are tried in both")

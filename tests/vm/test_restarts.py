@@ -37,7 +37,7 @@ from tests.vm.witness import (
     wait_heartbeat,
     writer,
 )
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_records import State
 
 pytestmark = pytest.mark.one_release(

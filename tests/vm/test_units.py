@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.vm.machine import MAIN, SLOTS, WAIT_S, Machine, run
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_records import State
 
 EXPOSURE = {MAIN: 5.0, SLOTS: 2.0}

@@ -11,7 +11,7 @@ import psutil
 
 from aitbc_miner.slots.state import SlotState
 from tests.vm.machine import NODE_ID, WAIT_S, Machine, wait_gone
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 from tools.mock_coordinator import MockCoordinator
 from tools.mock_records import Verdict
 

@@ -13,7 +13,7 @@ from aitbc_miner.gpu.reader import GpuReader, MigInstance
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util import clock
 from tests.support.nvml_stub import NvmlStub, no_library
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 
 # How much longer than its deadline a call may take on a busy machine before that counts as "not in time".
 GRACE_S = 10.0

@@ -13,7 +13,7 @@ import pytest
 from aitbc_miner.preflight import sandbox_view
 from aitbc_miner.preflight.sandbox_view import needs, special, unseen
 from aitbc_miner.sandbox import bubblewrap
-from tools.compiler import c_compiler
+from tools.lib.compiler import c_compiler
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from aitbc_miner.supervisor.adoption import WorkerBook, children, end_worker, ki
 from aitbc_miner.supervisor.loop import Supervisor
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import process_start
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 
 
 @pytest.fixture

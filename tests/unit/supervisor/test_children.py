@@ -18,7 +18,7 @@ from aitbc_miner.ipc.messages import CancelJob, FromAgent, FromWorker, Inventory
 from aitbc_miner.supervisor.children import LAST_WORDS, Child, Keeper
 from aitbc_miner.util import clock
 from aitbc_miner.util.signals import signal_name
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 
 
 def sleep(_pipe: "Connection[Any, Any]") -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from tools.local_node import wait_until
+from tools.lib.local_node import wait_until
 
 PROGRAMS = {"true": "/usr/bin/true", "sleep": "/usr/bin/sleep", "bash": "/usr/bin/bash"}
 
