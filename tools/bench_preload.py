@@ -9,8 +9,8 @@ from pathlib import Path
 from aitbc_miner.sandbox.bubblewrap import Sandbox, why_not
 from aitbc_miner.sandbox.users import resolve
 from tools.lib.local_node import LocalNode
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import FINAL
 
 MIB = 1 << 20
 MODULE = "numpy"

@@ -19,8 +19,8 @@ from tools.bench_preload import saved
 from tools.bench_sandbox import cost
 from tools.lib.compiler import c_compiler
 from tools.lib.local_node import LocalNode
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL, Job
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import FINAL, Job
 
 STAMP_C = r"""
 #include <stdio.h>

@@ -20,8 +20,8 @@ from msgspec import Struct
 from aitbc_miner.jobs import Outcome, StateRecord
 from aitbc_miner.util.terminal import cut, width
 from tools.lib.local_node import LocalNode, wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import FINAL
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOTS = [

@@ -35,10 +35,10 @@ from aitbc_miner.ipc.channel import Channel, ChannelError
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.slots.placement import Offer
 from aitbc_miner.store.records import Records
-from tools.mock_aitbc import KEY, MockAitbc
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_faults import SAID
-from tools.mock_records import FINAL, Verdict
+from tools.mock.aitbc.coordinator import KEY, MockAitbc
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import FINAL, Verdict
+from tools.mock.faults import SAID
 
 STATUSES = (200, 201, 204, 302, 400, 401, 403, 404, 409, 413, 422, 429, 500, 502, 503)
 BODIES = ("error", *SAID)

@@ -25,8 +25,8 @@ from tools.fault_plan import LOSING, Boundary, Fault, Side, Whom, faults
 from tools.fault_redis import FaultRedis
 from tools.fault_steps import Gate, Moment, StepServer, Trap
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL, State
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import FINAL, State
 
 T = TypeVar("T")
 

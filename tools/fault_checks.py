@@ -8,11 +8,11 @@ from msgspec import Struct
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import BROKEN, FINAL, State, StateRecord
 from aitbc_miner.store.records import RecordError, Records
-from tools import mock_records
 from tools.fault_jobs import Kind
 from tools.fault_node import FaultNode
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import Job, Verdict
+from tools.mock.bootstrap import records as mock_records
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import Job, Verdict
 
 KINDS = ("lost", "doubled", "run twice", "wrong", "orphans", "broken", "defects")
 # Said by the node of itself, in its log; nothing that a kill may bring about.

@@ -22,8 +22,8 @@ from tools.fault_jobs import CLEAN, WELL, Kind
 from tools.fault_node import FaultNode, alive
 from tools.fault_plan import Whom
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL, Job
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import FINAL, Job
 
 ROLES = (Whom.WORKER, Whom.AGENT, Whom.SUPERVISOR)
 # What Python and glibc make of each.

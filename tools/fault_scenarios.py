@@ -10,8 +10,8 @@ from tools.fault_checks import Fates, Finding, check
 from tools.fault_jobs import Kind
 from tools.fault_node import FaultNode
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL, Verdict
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import FINAL, Verdict
 
 REACH_S = 60.0
 WELL = Kind("well", "", frozenset({None}), 1)

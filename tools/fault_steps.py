@@ -95,7 +95,7 @@ class Gate:
         self._drop = self._disk = 0.0
 
     def call(self, endpoint: str, side: str, port: int) -> bool:
-        """Stand between the node and the coordinator; True loses the answer. See `mock_exchange.Boundary`."""
+        """Stand between the node and the coordinator; True loses the answer. See `mock.exchange.Boundary`."""
         if endpoint not in STEPS:
             return False
         if self._meet(Moment(Boundary(endpoint, Side(side)), port=port)):

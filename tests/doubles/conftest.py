@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.mock_aitbc import MockAitbc
-from tools.mock_aitbc_client import Miner
-from tools.mock_client import Client
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.aitbc.client import Miner
+from tools.mock.aitbc.coordinator import MockAitbc
+from tools.mock.bootstrap.client import Client
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 DATA = bytes(range(256)) * 400
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from aitbc_miner.util.clock import now
-from tools.mock_aitbc import MockAitbc
-from tools.mock_aitbc_client import JobClient, Miner
+from tools.mock.aitbc.client import JobClient, Miner
+from tools.mock.aitbc.coordinator import MockAitbc
 
 NOBODY = "f" * 32
 

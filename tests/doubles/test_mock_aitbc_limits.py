@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import requests
 
-from tools.mock_aitbc import MockAitbc
-from tools.mock_aitbc_client import Caller, JobClient, Miner, plain
-from tools.mock_faults import AITBC_ENDPOINTS
+from tools.mock.aitbc.client import Caller, JobClient, Miner, plain
+from tools.mock.aitbc.coordinator import MockAitbc
+from tools.mock.faults import AITBC_ENDPOINTS
 
 NOBODY = "f" * 32
 ANY: dict[str, Any] = {"capabilities": {}}

@@ -9,8 +9,8 @@ import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-from tools.mock_aitbc import MockAitbc
-from tools.mock_aitbc_client import Miner
+from tools.mock.aitbc.client import Miner
+from tools.mock.aitbc.coordinator import MockAitbc
 
 GPUS = [{"name": "NVIDIA GeForce RTX 4090", "memory_mb": 24564}, {"name": "Tesla T4", "memory_mb": 15360}]
 # Of a receipt, added when it is signed already.

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from aitbc_miner.util.clock import now
-from tools.mock_aitbc import MockAitbc
-from tools.mock_aitbc_client import Miner
-from tools.mock_aitbc_records import CONSTRAINTS
+from tools.mock.aitbc.client import Miner
+from tools.mock.aitbc.coordinator import MockAitbc
+from tools.mock.aitbc.records import CONSTRAINTS
 
 ID = re.compile("[0-9a-f]{32}")
 NOBODY = "f" * 32

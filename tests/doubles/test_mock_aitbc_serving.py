@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 import pytest
 import requests
 
-from tools.mock_aitbc import KEY, MockAitbc
-from tools.mock_aitbc_client import Caller, Miner
-from tools.mock_faults import AITBC_ENDPOINTS, KINDS
+from tools.mock.aitbc.client import Caller, Miner
+from tools.mock.aitbc.coordinator import KEY, MockAitbc
+from tools.mock.faults import AITBC_ENDPOINTS, KINDS
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "mock_coordinator.py"
 NOBODY = "f" * 32

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import requests
 
-from tools.mock_aitbc import KEY, MockAitbc
-from tools.mock_aitbc_client import Caller, JobClient, Miner, plain
+from tools.mock.aitbc.client import Caller, JobClient, Miner, plain
+from tools.mock.aitbc.coordinator import KEY, MockAitbc
 
 NOBODY = "f" * 32
 ANY: dict[str, Any] = {"capabilities": {}}

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from aitbc_miner.util.clock import now
-from tools.mock_client import SLOT, TOKEN, Client, manifest
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import Verdict
+from tools.mock.bootstrap.client import SLOT, TOKEN, Client, manifest
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import Verdict
 
 GPU_SLOT = {
     **SLOT,

@@ -12,9 +12,9 @@ import requests
 from requests_toolbelt import MultipartEncoder
 
 from aitbc_miner.util.clock import now
-from tools.mock_client import Client, manifest
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_faults import ENDPOINTS, KINDS, Faults
+from tools.mock.bootstrap.client import Client, manifest
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.faults import ENDPOINTS, KINDS, Faults
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "mock_coordinator.py"
 

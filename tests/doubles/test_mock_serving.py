@@ -16,9 +16,9 @@ import pytest
 from requests_toolbelt import MultipartEncoder
 
 from tests.doubles.conftest import DATA
-from tools.mock_client import Client, manifest
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_faults import ENDPOINTS, KINDS
+from tools.mock.bootstrap.client import Client, manifest
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.faults import ENDPOINTS, KINDS
 
 SCRIPT = Path(__file__).parents[2] / "tools" / "mock_coordinator.py"
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.node.bench import Bench
 from tests.node.harness import Node
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 NodeFactory = Callable[..., Node]
 

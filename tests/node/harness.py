@@ -15,8 +15,8 @@ from aitbc_miner.control.protocol import Done, Request, Status
 from aitbc_miner.ipc.messages import SlotView
 from tools.lib.local_node import LocalNode, wait_until
 from tools.lib.marked_jobs import MarkedJobs, allow_programs
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL, Job, State, Verdict
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import FINAL, Job, State, Verdict
 
 WAIT_S = 120.0
 # So that a node that is refused again and again is soon through.

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.node.harness import Node
-from tools.mock_aitbc import MockAitbc
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import Verdict
+from tools.mock.aitbc.coordinator import MockAitbc
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import Verdict
 
 DIALECTS = ("bootstrap", "aitbc-v1")
 KEY = "demo-key-0123456789"

@@ -14,8 +14,8 @@ from aitbc_miner.slots.state import SlotState
 from tests.node.harness import Node, assert_once, wait_final
 from tests.node.hostile_jobs import OK, cli
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import Job
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import Job
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent.parent

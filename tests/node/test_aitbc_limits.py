@@ -12,7 +12,7 @@ from aitbc_miner.util import clock
 from tests.node.harness import Node, until, wait_settled
 from tests.node.networks import KEY, Aitbc
 from tools.lib.local_node import wait_until
-from tools.mock_aitbc import MockAitbc
+from tools.mock.aitbc.coordinator import MockAitbc
 
 JOBS = 110
 PER_MINUTE = 50

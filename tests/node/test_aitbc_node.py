@@ -14,7 +14,7 @@ import pytest
 from tests.node.harness import WAIT_S, Node, until, wait_gone, wait_settled
 from tests.node.networks import KEY, Aitbc, network
 from tools.lib.local_node import wait_until
-from tools.mock_aitbc import MockAitbc
+from tools.mock.aitbc.coordinator import MockAitbc
 
 Maker = Callable[..., Node]
 # So that what is asked for at once is told from what comes in its turn.

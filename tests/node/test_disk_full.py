@@ -25,8 +25,8 @@ from tests.node.harness import (
     wait_settled,
 )
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import State
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import State
 
 pytestmark = pytest.mark.xfail(os.geteuid() != 0, reason="only root can mount", strict=True)
 

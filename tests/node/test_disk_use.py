@@ -12,8 +12,8 @@ from aitbc_miner.sandbox.spawn import Job
 from tests.node.bench import Bench
 from tests.node.conftest import NodeFactory
 from tests.node.harness import Node, assert_once, until, wait_final, wait_settled
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import State
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import State
 
 MIB = 1 << 20
 DISK_MIB, MOST_MIB, MOST_FILES = 64, 12, 300

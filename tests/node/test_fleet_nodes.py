@@ -19,9 +19,9 @@ from aitbc_miner.util.clock import now
 from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S, Node, assert_once, noop, wait_final, wait_settled
 from tests.support.redis_server import RedisServer, redis_server
-from tools import mock_records
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.bootstrap import records as mock_records
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 pytestmark = pytest.mark.needs("redis-server")
 LEASE_S = 2

@@ -16,7 +16,7 @@ from aitbc_miner.telemetry.counters import FILE
 from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S, Node, alive, submit, wait_final, wait_gone, wait_settled
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 Series = dict[tuple[str, ...], float]
 JOBS = ("aitbc_miner_jobs_total", "OK")

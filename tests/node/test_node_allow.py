@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from tests.node.harness import Node, wait_final
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 WAIT_S = 120.0
 ENTRY = """\

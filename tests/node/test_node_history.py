@@ -11,7 +11,7 @@ import pytest
 from tests.node.harness import Node, submit, wait_final, wait_settled
 from tests.node.networks import network
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 WAIT_S = 120.0
 

@@ -18,8 +18,8 @@ from tests.node.harness import assert_once, wait_final
 from tests.node.hostile_jobs import BY_FORCE, IDS, NAMELESS, OK, RAW, ROOT, cases, cli, task, with_id
 from tests.node.rig import PATIENCE_S, Rig, all_idle, code, outcome, peak_mib, running
 from tools.lib.local_node import TOKEN, wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import Rules, Verdict
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import Rules, Verdict
 
 SLOTS = [
     {

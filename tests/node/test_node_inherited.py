@@ -15,8 +15,8 @@ import pytest
 from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S, Node, assert_once, submit, wait_final
 from tools.lib.local_node import TOKEN, wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import State
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import State
 
 
 def spoil_signals() -> None:

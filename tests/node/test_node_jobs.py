@@ -26,9 +26,9 @@ from tests.node.harness import (
     wait_settled,
 )
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_ledger import Ledger
-from tools.mock_records import Rules, State
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.ledger import Ledger
+from tools.mock.bootstrap.records import Rules, State
 
 SMALL_AND_LARGE = [
     {"name": "small", "kind": "cpu", "cpu_max": "100%", "memory_max": "64M"},

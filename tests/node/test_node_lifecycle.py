@@ -24,8 +24,8 @@ from tests.node.harness import (
     wait_settled,
 )
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import State
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import State
 
 
 def wait_slot(node: Node, state: SlotState, name: str = "cpu0") -> SlotView:

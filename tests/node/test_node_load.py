@@ -12,8 +12,8 @@ from tests.node.harness import assert_once, wait_final
 from tests.node.hostile_jobs import OK, task
 from tests.node.rig import PATIENCE_S, all_idle, code, peak_mib, running
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_ledger import Ledger
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.ledger import Ledger
 
 SLOTS = [{"name": f"cpu{number}", "kind": "cpu", "memory_max": "128M", "pids_max": 64} for number in range(4)]
 BEAT_S = 1.0

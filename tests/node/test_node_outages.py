@@ -18,9 +18,9 @@ from tests.node.harness import (
     wait_settled,
 )
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_ledger import Ledger
-from tools.mock_records import FINAL, State, Verdict
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.ledger import Ledger
+from tools.mock.bootstrap.records import FINAL, State, Verdict
 
 
 def test_results_survive_an_outage(coordinator: MockCoordinator, node_factory: NodeFactory) -> None:

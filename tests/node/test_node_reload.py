@@ -15,8 +15,8 @@ from aitbc_miner.control.protocol import Done, Refusal
 from aitbc_miner.errors import EXIT_CONFIG
 from tests.node.harness import Node, assert_once, states, submit, until, wait_final, wait_gone
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import State
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import State
 
 WAIT_S = 120.0
 

@@ -12,8 +12,8 @@ import pytest
 from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S, Node, alive, wait_final, wait_gone
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import Job, State
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import Job, State
 
 pytestmark = pytest.mark.needs("bubblewrap", "time")
 # A module of Python's that nothing else of ours imports.

@@ -16,11 +16,11 @@ from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.store.records import Records
 from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S, Node, assert_once, noop, until, wait_final, wait_gone, wait_settled
-from tools import mock_records
 from tools.fault_plan import Boundary, Side
 from tools.fault_steps import Gate, Moment, StepServer, Trap
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.bootstrap import records as mock_records
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 # Longer than any test, so that an attempt that is made was asked for; and so long that it can be seen.
 PATIENT = {"interval_s": 0.5, "backoff": {"min_s": 600, "max_s": 1200}}

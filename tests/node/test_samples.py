@@ -11,8 +11,8 @@ import pytest
 
 from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S, Node, wait_final
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import Job, State
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import Job, State
 
 pytestmark = pytest.mark.needs("bubblewrap", "time", "ffmpeg", "imagemagick")
 SAMPLES = Path(__file__).parents[2] / "etc" / "allowlist.d"

@@ -14,8 +14,8 @@ import pytest
 
 from tests.node.harness import WAIT_S, Node
 from tests.node.networks import KEY
-from tools.mock_aitbc import MockAitbc
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.aitbc.coordinator import MockAitbc
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 pytestmark = pytest.mark.needs("bubblewrap", "time")
 ETC = Path(__file__).parents[2] / "etc"

@@ -9,7 +9,7 @@ import pytest
 
 from tests.vm.boxed import BoxedMachine
 from tests.vm.machine import CONTAINER, CURRENT, MAIN, SLOTS, Machine, install, run
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 Count = Callable[[int, int], int]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from aitbc_miner.util import fs
 from aitbc_miner.util.clock import now
-from tools.mock_ledger import Ledger
-from tools.mock_records import Rules, State
+from tools.mock.bootstrap.ledger import Ledger
+from tools.mock.bootstrap.records import Rules, State
 
 
 class KeptLedger(Ledger):

@@ -21,8 +21,8 @@ from aitbc_miner.sandbox.users import job_user
 from aitbc_miner.slots.state import SlotState
 from tools.lib.local_node import wait_until
 from tools.lib.marked_jobs import MarkedJobs, allow_programs
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL, Job
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import FINAL, Job
 
 CHECKOUT = Path(__file__).parents[2]
 MAIN, SLOTS = "aitbc-miner.service", "aitbc-miner-slots.service"

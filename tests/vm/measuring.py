@@ -9,7 +9,7 @@ from typing import Any
 from aitbc_miner.cgroup.group import Group
 from tests.vm.machine import WAIT_S, Machine, hold
 from tools.lib.local_node import wait_until
-from tools.mock_records import Job
+from tools.mock.bootstrap.records import Job
 
 MIB = 1 << 20
 WINDOW_S = 10.0

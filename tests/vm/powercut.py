@@ -22,10 +22,10 @@ from aitbc_miner.util import fs
 from tests.vm.conftest import Count
 from tests.vm.kept_ledger import KeptLedger
 from tests.vm.machine import MAIN, STATE, WAIT_S, Machine, run
-from tools import mock_coordinator
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import FINAL, Job, Rules, State, Verdict
+from tools.mock.bootstrap import coordinator as mock_coordinator
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import FINAL, Job, Rules, State, Verdict
 
 KEPT = Path("/var/lib/aitbc/powercut")
 # One file for each job, with a line for each run.

@@ -7,7 +7,7 @@ import pytest
 from tests.vm.boxed import BoxedMachine
 from tests.vm.machine import ETC, MAIN, SLOTS, TOKEN, WAIT_S, run
 from tools.lib.local_node import wait_until
-from tools.mock_aitbc import MockAitbc
+from tools.mock.aitbc.coordinator import MockAitbc
 
 pytestmark = pytest.mark.one_release("12", "between node and coordinator nothing is of the release")
 

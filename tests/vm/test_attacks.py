@@ -21,7 +21,7 @@ from tests.attacks.attack import CANARIES, THROUGH
 from tests.vm.conftest import Count
 from tests.vm.machine import ETC, TOKEN, WAIT_S, Machine, run
 from tools.lib.local_node import wait_until
-from tools.mock_records import Job, State
+from tools.mock.bootstrap.records import Job, State
 
 pytestmark = pytest.mark.own_kernel("what an attack may do depends on the kernel, and some are for it")
 

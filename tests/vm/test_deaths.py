@@ -17,7 +17,7 @@ from tests.vm.conftest import Count
 from tests.vm.disks import mounted
 from tests.vm.machine import SLOTS, WAIT_S, Machine, run
 from tools.lib.local_node import wait_until
-from tools.mock_records import FINAL, Job
+from tools.mock.bootstrap.records import FINAL, Job
 
 pytestmark = pytest.mark.one_release(
     "12", "codes are the node's own; the limits behind them are tried in both"

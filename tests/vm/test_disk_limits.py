@@ -22,7 +22,7 @@ from tests.vm.measuring import (
     start,
 )
 from tools.lib.local_node import wait_until
-from tools.mock_records import State
+from tools.mock.bootstrap.records import State
 
 pytestmark = pytest.mark.own_kernel("limits need controllers and a disk")
 

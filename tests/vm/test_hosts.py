@@ -17,7 +17,7 @@ import pytest
 
 from tests.vm.machine import CURRENT, ETC, WAIT_S, Machine, run
 from tools.lib.local_node import wait_until
-from tools.mock_records import State
+from tools.mock.bootstrap.records import State
 
 pytestmark = pytest.mark.one_release("13", "other mounts look the same in both")
 

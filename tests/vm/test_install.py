@@ -11,7 +11,7 @@ import pytest
 from tests.vm.boxed import BoxedMachine
 from tests.vm.machine import CHECKOUT, CURRENT, ETC, MAIN, STATE, WAIT_S, Machine, hold, install, missing, run
 from tools.lib.local_node import wait_until
-from tools.mock_records import State
+from tools.mock.bootstrap.records import State
 
 # Not the machine's files, or those of the test itself; /etc and /var/lib are looked at by themselves.
 ELSEWHERE = [

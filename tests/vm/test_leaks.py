@@ -15,7 +15,7 @@ from tests.vm.conftest import Count
 from tests.vm.machine import CGROUP, RUN, STATE, WAIT_S, Machine, run
 from tests.vm.witness import assert_once
 from tools.lib.local_node import wait_until
-from tools.mock_records import State
+from tools.mock.bootstrap.records import State
 
 pytestmark = pytest.mark.one_release("12", "what could leak is the node's own")
 

@@ -18,7 +18,7 @@ from tests.vm.conftest import Count
 from tests.vm.disks import frozen, kill_own, mounted
 from tests.vm.machine import WAIT_S, Machine, alive, run, wait_gone
 from tools.lib.local_node import wait_until
-from tools.mock_records import State
+from tools.mock.bootstrap.records import State
 
 pytestmark = pytest.mark.one_release("13", "the states of a slot are the node's own")
 

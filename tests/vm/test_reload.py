@@ -22,7 +22,7 @@ from tests.vm.measuring import (
     write_slots,
 )
 from tools.lib.local_node import wait_until
-from tools.mock_records import State
+from tools.mock.bootstrap.records import State
 
 pytestmark = pytest.mark.one_release("13", "files and messages; the limits themselves are tried in both")
 

@@ -38,7 +38,7 @@ from tests.vm.witness import (
     writer,
 )
 from tools.lib.local_node import wait_until
-from tools.mock_records import State
+from tools.mock.bootstrap.records import State
 
 pytestmark = pytest.mark.one_release(
     "12", "what is adopted is told by pipes and files; the units are tried in both"

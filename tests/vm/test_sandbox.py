@@ -9,7 +9,7 @@ from tests.vm.boxed import BoxedMachine
 from tests.vm.machine import WAIT_S, hold, wait_gone
 from tests.vm.witness import assert_once
 from tools.lib.local_node import wait_until
-from tools.mock_records import State
+from tools.mock.bootstrap.records import State
 
 pytestmark = pytest.mark.smoke
 

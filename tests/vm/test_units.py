@@ -7,7 +7,7 @@ import pytest
 
 from tests.vm.machine import MAIN, SLOTS, WAIT_S, Machine, run
 from tools.lib.local_node import wait_until
-from tools.mock_records import State
+from tools.mock.bootstrap.records import State
 
 EXPOSURE = {MAIN: 5.0, SLOTS: 2.0}
 

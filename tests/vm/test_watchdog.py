@@ -10,7 +10,7 @@ import pytest
 from tests.vm.machine import CGROUP, MAIN, SLOTS, WAIT_S, Machine, run
 from tests.vm.witness import Running, adopted, assert_once, expected_log, sha256, uploaded_log, writer
 from tools.lib.local_node import wait_until
-from tools.mock_records import State
+from tools.mock.bootstrap.records import State
 
 JOBS = [f"long-{i}" for i in range(4)]
 DROP_IN = Path("/run/systemd/system", f"{MAIN}.d", "watchdog.conf")

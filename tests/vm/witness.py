@@ -12,8 +12,8 @@ import psutil
 from aitbc_miner.slots.state import SlotState
 from tests.vm.machine import NODE_ID, WAIT_S, Machine, wait_gone
 from tools.lib.local_node import wait_until
-from tools.mock_coordinator import MockCoordinator
-from tools.mock_records import Verdict
+from tools.mock.bootstrap.coordinator import MockCoordinator
+from tools.mock.bootstrap.records import Verdict
 
 LINES = 20_000
 PADDING = "." * 80

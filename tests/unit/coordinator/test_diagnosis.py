@@ -11,8 +11,8 @@ from aitbc_miner.coordinator import diagnosis
 from aitbc_miner.coordinator.diagnosis import likely_cause
 from tests.support.certificates import Party
 from tests.unit.coordinator.test_http import Peer, Start, peer, read_request
-from tools.mock_aitbc import MockAitbc
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.aitbc.coordinator import MockAitbc
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 __all__ = ["peer"]
 

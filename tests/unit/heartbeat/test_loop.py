@@ -42,7 +42,7 @@ from tests.support.heartbeat_node import (
     slots,
 )
 from tests.support.nvml_stub import NvmlStub, no_library
-from tools.mock_aitbc import MockAitbc
+from tools.mock.aitbc.coordinator import MockAitbc
 
 
 @pytest.fixture

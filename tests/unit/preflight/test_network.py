@@ -8,7 +8,7 @@ from aitbc_miner.preflight.network import unused_proxy
 from aitbc_miner.sandbox.users import Identity, group_of
 from tests.unit.coordinator.test_aitbc import token
 from tests.unit.test_main import Site, fault_texts, findings, run, site
-from tools.mock_aitbc import MockAitbc
+from tools.mock.aitbc.coordinator import MockAitbc
 
 __all__ = ["site"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from aitbc_miner.util.terminal import columns, pad, size, width
 from tools.demo_run import Table, examples
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 
 def test_the_width_is_that_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from http.server import ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from tools.mock_exchange import Desk, Exchange
+from tools.mock.exchange import Desk, Exchange
 
 
 class _Server(ThreadingHTTPServer):
@@ -106,7 +106,7 @@ class MockServer:
         self.stop()
 
     def fault(self, endpoint: str, kind: str, times: int | None = None) -> None:
-        """Make calls go wrong as `mock_faults` describes; ValueError for what it does not know."""
+        """Make calls go wrong as faults.py describes; ValueError for what it does not know."""
         self.faults.add(endpoint, kind, times)
 
     def clear_faults(self) -> None:

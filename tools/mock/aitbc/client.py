@@ -4,7 +4,7 @@ from typing import Any, Self
 
 import requests
 
-from tools.mock_aitbc import KEY, MockAitbc
+from tools.mock.aitbc.coordinator import KEY, MockAitbc
 
 
 class Caller:

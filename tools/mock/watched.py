@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Self, TypeVar
 
 from aitbc_miner.util.clock import now
-from tools.mock_records import Call
+from tools.mock.bootstrap.records import Call
 
 T = TypeVar("T")
 

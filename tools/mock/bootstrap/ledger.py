@@ -1,6 +1,6 @@
 """The mock coordinator's state: which jobs there are, who holds them, and every report that came.
 
-All of it is behind one lock; the records in `mock_records` that it hands out never change.
+All of it is behind one lock; the records in records.py that it hands out never change.
 """
 
 import json
@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from aitbc_miner.util.clock import now
-from tools.mock_records import (
+from tools.mock.bootstrap.records import (
     FINAL,
     Handout,
     Job,
@@ -24,8 +24,8 @@ from tools.mock_records import (
     fits,
     peek_manifest,
 )
-from tools.mock_watched import Watched
-from tools.mock_wire import Refusal
+from tools.mock.http import Refusal
+from tools.mock.watched import Watched
 
 
 class Ledger(Watched):

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import SplitResult, parse_qs
 
-from tools.mock_exchange import Desk, Exchange
-from tools.mock_ledger import Ledger
-from tools.mock_pages import file_reply, page, state_reply
-from tools.mock_records import Progress, Report, Verdict
-from tools.mock_wire import Form, Refusal, Reply, Sending, json_object, json_reply, receive_form, text_member
+from tools.mock.bootstrap.ledger import Ledger
+from tools.mock.bootstrap.pages import file_reply, page, state_reply
+from tools.mock.bootstrap.records import Progress, Report, Verdict
+from tools.mock.exchange import Desk, Exchange
+from tools.mock.http import Form, Refusal, Reply, Sending, json_object, json_reply, receive_form, text_member
 
 ROOT = "/api/v1"
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from aitbc_miner.util.clock import now
-from tools.mock_aitbc_records import is_number
-from tools.mock_wire import Body, Refusal, Reply, json_reply
+from tools.mock.aitbc.records import is_number
+from tools.mock.http import Body, Refusal, Reply, json_reply
 
 MAX_LENGTH = 10 * 1024 * 1024
 # A body that does not tell its length is not limited there; here by what a test machine has.

@@ -9,7 +9,7 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from tools.mock_aitbc_records import AitbcJob, AitbcReport, is_number
+from tools.mock.aitbc.records import AitbcJob, AitbcReport, is_number
 
 UNIT_PRICE = 0.02
 PRICES = (("metrics", "price"), ("result", "price"), ("result", "aitbc_earned"), ("result", "cost"))

@@ -9,11 +9,11 @@ from typing import Any
 from urllib.parse import SplitResult, unquote
 
 from aitbc_miner.util.clock import now
-from tools.mock_aitbc_auth import Gate
-from tools.mock_aitbc_ledger import AitbcLedger, broken
-from tools.mock_aitbc_pages import page, state_reply
-from tools.mock_aitbc_records import CONSTRAINTS, AitbcReport
-from tools.mock_aitbc_wire import (
+from tools.mock.aitbc.auth import Gate
+from tools.mock.aitbc.ledger import AitbcLedger, broken
+from tools.mock.aitbc.pages import page, state_reply
+from tools.mock.aitbc.records import CONSTRAINTS, AitbcReport
+from tools.mock.aitbc.wire import (
     MAX_LENGTH,
     ROUTES,
     SCANNERS,
@@ -26,8 +26,8 @@ from tools.mock_aitbc_wire import (
     role_for,
     say,
 )
-from tools.mock_exchange import Desk, Exchange
-from tools.mock_wire import Refusal, Reply
+from tools.mock.exchange import Desk, Exchange
+from tools.mock.http import Refusal, Reply
 
 LOOPBACK = "127.0.0.1"
 

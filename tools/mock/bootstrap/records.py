@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
 
-from tools.mock_wire import SavedArtifact
+from tools.mock.http import SavedArtifact
 
 
 class State(StrEnum):

@@ -3,10 +3,10 @@
 import json
 from datetime import datetime
 
-from tools.mock_aitbc_ledger import AitbcLedger
-from tools.mock_faults import Faults
-from tools.mock_pages import table, tables_reply
-from tools.mock_wire import Reply
+from tools.mock.aitbc.ledger import AitbcLedger
+from tools.mock.bootstrap.pages import table, tables_reply
+from tools.mock.faults import Faults
+from tools.mock.http import Reply
 
 
 def state_reply(ledger: AitbcLedger, faults: Faults) -> Reply:

@@ -11,18 +11,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from aitbc_miner.util.clock import now
-from tools.mock_aitbc_records import (
-    OPEN,
-    AitbcJob,
-    AitbcReport,
-    AitbcState,
-    Miner,
-    asked_of,
-    fits,
-)
-from tools.mock_records import Handout, Message
-from tools.mock_watched import Watched
-from tools.mock_wire import Refusal
+from tools.mock.aitbc.records import OPEN, AitbcJob, AitbcReport, AitbcState, Miner, asked_of, fits
+from tools.mock.bootstrap.records import Handout, Message
+from tools.mock.http import Refusal
+from tools.mock.watched import Watched
 
 Sign = Callable[[AitbcJob, AitbcReport], dict[str, Any]]
 """Makes the receipt of a result."""

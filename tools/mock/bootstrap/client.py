@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import requests
 
-from tools.mock_coordinator import MockCoordinator
+from tools.mock.bootstrap.coordinator import MockCoordinator
 
 TOKEN = "demo-token"
 SLOT = {"name": "cpu0", "kind": "cpu", "cpu_threads": 2, "memory_mb": 1024, "vram_mb": 0, "runners": ["cli"]}

@@ -13,18 +13,18 @@ By hand: `python tools/mock_coordinator.py --dialect aitbc-v1 --listen 127.0.0.1
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tools.mock_aitbc_auth import Gate
-from tools.mock_aitbc_handler import AitbcDesk, AitbcHandler
-from tools.mock_aitbc_ledger import AitbcLedger
-from tools.mock_aitbc_records import AitbcJob, AitbcReport, Miner
-from tools.mock_aitbc_wire import Windows
-from tools.mock_exchange import Boundary, no_boundary
-from tools.mock_faults import AITBC_ENDPOINTS, Faults
-from tools.mock_records import Call
-from tools.mock_server import MockServer
+from tools.mock.aitbc.auth import Gate
+from tools.mock.aitbc.handler import AitbcDesk, AitbcHandler
+from tools.mock.aitbc.ledger import AitbcLedger
+from tools.mock.aitbc.records import AitbcJob, AitbcReport, Miner
+from tools.mock.aitbc.wire import Windows
+from tools.mock.bootstrap.records import Call
+from tools.mock.exchange import Boundary, no_boundary
+from tools.mock.faults import AITBC_ENDPOINTS, Faults
+from tools.mock.server import MockServer
 
 if TYPE_CHECKING:
-    from tools.mock_aitbc_receipts import Signer
+    from tools.mock.aitbc.receipts import Signer
 
 T = TypeVar("T")
 KEY = "demo-key-0123456789"
@@ -36,7 +36,7 @@ class MockAitbc(MockServer):
 
     `keys` are the API keys of miners; `window_s` is how long a minute of its limits is.
     With `receipts`, each result is answered with one that `receipt_key` has signed. `boundary` is asked
-    around each call: see `mock_exchange.Boundary`.
+    around each call: see `exchange.Boundary`.
     """
 
     api = "/v1"
@@ -130,6 +130,6 @@ class MockAitbc(MockServer):
 
 def _signer() -> "Signer":
     # So that all but receipts works with the standard library alone.
-    from tools.mock_aitbc_receipts import Signer  # noqa: PLC0415
+    from tools.mock.aitbc.receipts import Signer  # noqa: PLC0415
 
     return Signer()

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any, Literal, TypeGuard
 
-from tools.mock_records import Handout, Message
+from tools.mock.bootstrap.records import Handout, Message
 
 CONSTRAINTS: dict[str, Any] = {
     "gpu": None,

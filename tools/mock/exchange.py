@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 from urllib.parse import SplitResult, urlsplit
 
 from aitbc_miner.util.clock import now
-from tools.mock_faults import DROPPED, REFUSED, Faults
-from tools.mock_records import Call
-from tools.mock_watched import Watched
-from tools.mock_wire import Body, Refusal, Reply, Sending, error_reply, json_object, json_reply, text_member
+from tools.mock.bootstrap.records import Call
+from tools.mock.faults import DROPPED, REFUSED, Faults
+from tools.mock.http import Body, Refusal, Reply, Sending, error_reply, json_object, json_reply, text_member
+from tools.mock.watched import Watched
 
 Boundary = Callable[[str, str, int], bool]
 """Asked `before` a call is carried out and `after` it, before the answer: the endpoint, which of the two, and

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from email.message import Message
 from typing import Any
 
-from tools.mock_wire import Refusal
+from tools.mock.http import Refusal
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from html import escape
 from pathlib import Path
 from urllib.parse import unquote
 
-from tools.mock_faults import Faults
-from tools.mock_ledger import Ledger
-from tools.mock_records import Job, Node
-from tools.mock_wire import FileSpan, Refusal, Reply
+from tools.mock.bootstrap.ledger import Ledger
+from tools.mock.bootstrap.records import Job, Node
+from tools.mock.faults import Faults
+from tools.mock.http import FileSpan, Refusal, Reply
 
 RANGE = re.compile(r"bytes=(\d*)-(\d*)")
 

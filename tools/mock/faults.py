@@ -27,7 +27,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from tools.mock_wire import FileSpan, Refusal, Reply, Sending
+from tools.mock.http import FileSpan, Refusal, Reply, Sending
 
 ENDPOINTS = frozenset({"register", "heartbeat", "pull", "ack", "progress", "result", "fail", "files"})
 AITBC_ENDPOINTS = frozenset({"register", "heartbeat", "poll", "result", "fail", "jobs", "leave", "client"})
