@@ -15,11 +15,11 @@ import pytest
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import BROKEN, Outcome, State
 from aitbc_miner.store.records import Records
-from tools.fault_checks import Fates, check_job, check_log, check_records
-from tools.fault_jobs import KINDS, Jobs
-from tools.fault_plan import BOUNDARIES, Boundary, Side, Whom, faults
-from tools.fault_steps import Gate, Moment, StepServer, Trap
-from tools.faults_run import main
+from tools.fault_harness.checks import Fates, check_job, check_log, check_records
+from tools.fault_harness.jobs import KINDS, Jobs
+from tools.fault_harness.main import main
+from tools.fault_harness.plan import BOUNDARIES, Boundary, Side, Whom, faults
+from tools.fault_harness.steps import Gate, Moment, StepServer, Trap
 from tools.lib.marked_jobs import MarkedJobs
 from tools.mock.bootstrap import records as mock_records
 from tools.mock.bootstrap.coordinator import MockCoordinator

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from tools.fault_inject import FEW
-from tools.faults_run import main
+from tools.fault_harness.inject import FEW
+from tools.fault_harness.main import main
 
 
 def test_nothing_is_lost_in_a_small_campaign(capfd: pytest.CaptureFixture[str]) -> None:

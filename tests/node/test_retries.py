@@ -16,8 +16,8 @@ from aitbc_miner.jobs import Outcome, State, StateRecord
 from aitbc_miner.store.records import Records
 from tests.node.conftest import NodeFactory
 from tests.node.harness import WAIT_S, Node, assert_once, noop, until, wait_final, wait_gone, wait_settled
-from tools.fault_plan import Boundary, Side
-from tools.fault_steps import Gate, Moment, StepServer, Trap
+from tools.fault_harness.plan import Boundary, Side
+from tools.fault_harness.steps import Gate, Moment, StepServer, Trap
 from tools.lib.local_node import wait_until
 from tools.mock.bootstrap import records as mock_records
 from tools.mock.bootstrap.coordinator import MockCoordinator

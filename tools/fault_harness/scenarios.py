@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 from msgspec import Struct
 
-from tools.fault_checks import Fates, Finding, check
-from tools.fault_jobs import Kind
-from tools.fault_node import FaultNode
+from tools.fault_harness.checks import Fates, Finding, check
+from tools.fault_harness.jobs import Kind
+from tools.fault_harness.node import FaultNode
 from tools.lib.local_node import wait_until
 from tools.mock.bootstrap.coordinator import MockCoordinator
 from tools.mock.bootstrap.records import FINAL, Verdict

@@ -18,12 +18,12 @@ from aitbc_miner.jobs import Outcome, StateRecord
 from aitbc_miner.jobs import State as JobState
 from aitbc_miner.store.records import OUTCOME, STATE
 from aitbc_miner.util import clock
-from tools.fault_checks import Fates, Finding, check
-from tools.fault_jobs import Jobs
-from tools.fault_node import FaultNode
-from tools.fault_plan import LOSING, Boundary, Fault, Side, Whom, faults
-from tools.fault_redis import FaultRedis
-from tools.fault_steps import Gate, Moment, StepServer, Trap
+from tools.fault_harness.checks import Fates, Finding, check
+from tools.fault_harness.jobs import Jobs
+from tools.fault_harness.node import FaultNode
+from tools.fault_harness.plan import LOSING, Boundary, Fault, Side, Whom, faults
+from tools.fault_harness.redis import FaultRedis
+from tools.fault_harness.steps import Gate, Moment, StepServer, Trap
 from tools.lib.local_node import wait_until
 from tools.mock.bootstrap.coordinator import MockCoordinator
 from tools.mock.bootstrap.records import FINAL, State

@@ -26,12 +26,12 @@ from functools import partial
 
 from msgspec.structs import replace
 
-from tools.fault_answers import run_all
-from tools.fault_campaign import Campaign, Settings, Tally
-from tools.fault_checks import KINDS, Finding
-from tools.fault_inject import FEW, FULL, MOST, inject, shown
-from tools.fault_plan import BOUNDARIES, STEPS, Boundary, Side
-from tools.fault_scenarios import Shown, drop, outage
+from tools.fault_harness.answers import run_all
+from tools.fault_harness.campaign import Campaign, Settings, Tally
+from tools.fault_harness.checks import KINDS, Finding
+from tools.fault_harness.inject import FEW, FULL, MOST, inject, shown
+from tools.fault_harness.plan import BOUNDARIES, STEPS, Boundary, Side
+from tools.fault_harness.scenarios import Shown, drop, outage
 
 ANSWERED = ("lost", "doubled", "killed", "E_UPLOAD")
 DEFAULT_KILLS = 100

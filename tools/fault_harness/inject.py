@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 from msgspec import Struct, field
 
-from tools.fault_checks import Fates, Finding, check
-from tools.fault_jobs import CLEAN, WELL, Kind
-from tools.fault_node import FaultNode, alive
-from tools.fault_plan import Whom
+from tools.fault_harness.checks import Fates, Finding, check
+from tools.fault_harness.jobs import CLEAN, WELL, Kind
+from tools.fault_harness.node import FaultNode, alive
+from tools.fault_harness.plan import Whom
 from tools.lib.local_node import wait_until
 from tools.mock.bootstrap.coordinator import MockCoordinator
 from tools.mock.bootstrap.records import FINAL, Job

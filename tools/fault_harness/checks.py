@@ -8,8 +8,8 @@ from msgspec import Struct
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import BROKEN, FINAL, State, StateRecord
 from aitbc_miner.store.records import RecordError, Records
-from tools.fault_jobs import Kind
-from tools.fault_node import FaultNode
+from tools.fault_harness.jobs import Kind
+from tools.fault_harness.node import FaultNode
 from tools.mock.bootstrap import records as mock_records
 from tools.mock.bootstrap.coordinator import MockCoordinator
 from tools.mock.bootstrap.records import Job, Verdict

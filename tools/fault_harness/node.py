@@ -13,7 +13,7 @@ import psutil
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.supervisor.adoption import WorkerName
 from aitbc_miner.util.system import process_start
-from tools.fault_plan import Whom
+from tools.fault_harness.plan import Whom
 from tools.lib.local_node import LocalNode, wait_until
 from tools.lib.marked_jobs import MarkedJobs, allow_programs
 

@@ -1,6 +1,6 @@
 """Knows of every step that the node's processes take, and can hold one there: the other end of the shim.
 
-`fault_shim.c`, loaded into the node's processes, asks here before each step on disk and after it; the mock
+`shim.c`, loaded into the node's processes, asks here before each step on disk and after it; the mock
 coordinator asks around each call. While the answer is not given, the step is not taken.
 """
 
@@ -21,7 +21,7 @@ import psutil
 
 from aitbc_miner.jobs import StateRecord
 from aitbc_miner.store.records import BUILDING, MANIFEST, OUTCOME, STATE
-from tools.fault_plan import STEPS, Boundary, Side
+from tools.fault_harness.plan import STEPS, Boundary, Side
 from tools.lib.compiler import c_compiler
 from tools.lib.local_node import wait_until
 
@@ -176,7 +176,7 @@ def _parent(pid: int) -> int | None:
 
 
 class _Conversation(socketserver.StreamRequestHandler):
-    """One step of one process; the top of fault_shim.c says how it goes."""
+    """One step of one process; the top of shim.c says how it goes."""
 
     server: "StepServer"
 
@@ -232,7 +232,7 @@ def build_shim(folder: Path) -> Path:
         subprocess.CalledProcessError: it does not compile.
     """
     shim = folder / "fault_shim.so"
-    source = Path(__file__).with_name("fault_shim.c")
+    source = Path(__file__).with_name("shim.c")
     flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     subprocess.run([*c_compiler(), *flags, "-o", str(shim), str(source), "-ldl"], check=True, timeout=600)
     os.chmod(shim, 0o755)  # noqa: PTH101  # whoever becomes a job's user has loaded it already; be sure
