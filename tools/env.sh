@@ -40,7 +40,7 @@ find_python() {
   return 1
 }
 
-# ensure_packages USE...: what of Debian the command needs, by the list in tools/debian.py. Root gets it installed;
+# ensure_packages USE...: what of Debian the command needs, by the list in tools/vm_lab/debian.py. Root gets it installed;
 # another user is told the one line, and whatever needs none of it runs.
 ensure_packages() {
   local missing=() line
@@ -52,7 +52,7 @@ ensure_packages() {
       exit 1
     fi
   fi
-  mapfile -t missing < <("$(find_python)" "$root/tools/debian.py" "$@")
+  mapfile -t missing < <("$(find_python)" "$root/tools/vm_lab/debian.py" "$@")
   [ ${#missing[@]} -gt 0 ] || return 0
   if [ "$(id -u)" = 0 ]; then
     apt_install "${missing[@]}"

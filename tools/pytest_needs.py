@@ -12,7 +12,7 @@ from typing import Any
 import hypothesis
 import pytest
 
-from tools import debian
+from tools.vm_lab import debian
 
 _LEFT_OUT = pytest.StashKey[dict[str, int]]()
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tools import vm_container
-from tools.vm_image import RELEASES
+from tools.vm_lab import container
+from tools.vm_lab.image import RELEASES
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 REPORTS = CHECKOUT / "build" / "vm"
@@ -159,7 +159,7 @@ def image(release: str) -> Phase:
 @functools.cache
 def containers() -> bool:
     """Whether containers can be made here; if not, the machines run their tests, and this says why."""
-    if cause := vm_container.why_not():
+    if cause := container.why_not():
         print(f"no containers ({cause}): the emulated machines run all tests", flush=True)
     return not cause
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from tools import debian, vm_cache, vm_image, vm_lab
-from tools.vm_cache import LabError
+from tools.vm_lab import cache as vm_cache
+from tools.vm_lab import debian, image
+from tools.vm_lab import main as vm_lab
+from tools.vm_lab.cache import LabError
 
 CHECKOUT = vm_lab.CHECKOUT
-BOOKWORM, TRIXIE = vm_image.RELEASES["12"], vm_image.RELEASES["13"]
+BOOKWORM, TRIXIE = image.RELEASES["12"], image.RELEASES["13"]
 WAIT_S = 30.0
 
 
@@ -103,7 +105,7 @@ def test_releases(words: list[str], expected: list[str]) -> None:
 def test_both_releases_run_and_the_first_failure_is_the_status(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
-    def session(_: object, release: vm_image.Release) -> int:
+    def session(_: object, release: image.Release) -> int:
         seen.append(release.number)
         return {"12": 5, "13": 6}[release.number]
 
@@ -181,11 +183,9 @@ def test_a_failed_build_leaves_nothing_and_is_tried_again(tmp_path: Path) -> Non
     assert not (tmp_path / ".thing.killed").exists()
 
 
-def image_name(
-    cache: Path, release: vm_image.Release, checkout: Path, monkeypatch: pytest.MonkeyPatch
-) -> str:
-    monkeypatch.setattr(vm_image, "entry", lambda cache, name, _: cache / name)
-    return vm_image.image(cache, release, checkout).name
+def image_name(cache: Path, release: image.Release, checkout: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(image, "entry", lambda cache, name, _: cache / name)
+    return image.image(cache, release, checkout).name
 
 
 def test_the_key_follows_release_packages_requirements_and_recipe(
@@ -199,10 +199,10 @@ def test_the_key_follows_release_packages_requirements_and_recipe(
     assert first == image_name(Path("/elsewhere"), TRIXIE, CHECKOUT, monkeypatch)
     names = {first, image_name(tmp_path, BOOKWORM, tmp_path, monkeypatch)}
     with monkeypatch.context() as patch:
-        patch.setattr(vm_image, "PACKAGES", (*vm_image.PACKAGES, "nano"))
+        patch.setattr(image, "PACKAGES", (*image.PACKAGES, "nano"))
         names.add(image_name(tmp_path, TRIXIE, tmp_path, patch))
     with monkeypatch.context() as patch:
-        patch.setattr(vm_image, "UNITS", {"lab-run.service": "another"})
+        patch.setattr(image, "UNITS", {"lab-run.service": "another"})
         names.add(image_name(tmp_path, TRIXIE, tmp_path, patch))
     lock.write_text(locked.replace("\npsutil==", "\npsutil==1"))
     names.add(image_name(tmp_path, TRIXIE, tmp_path, monkeypatch))
@@ -211,9 +211,9 @@ def test_the_key_follows_release_packages_requirements_and_recipe(
 
 def test_requirements_are_those_of_the_lock_without_what_only_the_host_runs() -> None:
     old, new = (
-        {each.name for each in vm_image.requirements(CHECKOUT, release)} for release in (BOOKWORM, TRIXIE)
+        {each.name for each in image.requirements(CHECKOUT, release)} for release in (BOOKWORM, TRIXIE)
     )
-    assert {"msgspec", "requests", "pytest", "hypothesis", vm_image.SOURCE_ONLY} <= new
+    assert {"msgspec", "requests", "pytest", "hypothesis", image.SOURCE_ONLY} <= new
     assert not {"mypy", "ruff", "numpy", "jsonschema"} & new
     # What a condition on the interpreter leaves to one of them.
     assert old - new == {"async-timeout"}
@@ -224,13 +224,13 @@ def test_a_lock_that_is_not_understood_is_told(tmp_path: Path) -> None:
     lock.parent.mkdir(parents=True)
     lock.write_text("redis==8.0 ; sys_platform == 'linux' \\\n    --hash=sha256:00\n")
     with pytest.raises(LabError, match=r"cannot read tools/locks/test\.lock"):
-        vm_image.requirements(tmp_path, TRIXIE)
+        image.requirements(tmp_path, TRIXIE)
 
 
 def test_the_hooks_are_shell(tmp_path: Path) -> None:
-    for script in (vm_image.prepare_script(), vm_image.finish_script(["a >=1,<2", "it's"])):
+    for script in (image.prepare_script(), image.finish_script(["a >=1,<2", "it's"])):
         subprocess.run(["sh", "-n", "-c", script], check=True)
-    subprocess.run(["sh", "-c", vm_image.prepare_script(), "sh", str(tmp_path)], check=True)
+    subprocess.run(["sh", "-c", image.prepare_script(), "sh", str(tmp_path)], check=True)
     assert "virtio_blk" in (tmp_path / "etc/initramfs-tools/modules").read_text().splitlines()
 
 

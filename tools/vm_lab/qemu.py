@@ -19,8 +19,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, NamedTuple, Self
 
-from tools import debian
-from tools.vm_cache import BIG, LabError, call, die_with_parent, say
+from tools.vm_lab import debian
+from tools.vm_lab.cache import BIG, LabError, call, die_with_parent, say
 
 NO_STATUS = 125
 TIMED_OUT = 124

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.vm_cache import BIG, LabError, call, digest, entry, say
+from tools.vm_lab.cache import BIG, LabError, call, digest, entry, say
 
 
 class Release(NamedTuple):
@@ -101,7 +101,7 @@ def requirements(checkout: Path, release: Release) -> list[Locked]:
     text = (checkout / "tools" / "locks" / "test.lock").read_text()
     found = list(LOCKED.finditer(text))
     if len(found) != text.count("=="):
-        raise LabError("cannot read tools/locks/test.lock: a line of another form; see LOCKED in vm_image.py")
+        raise LabError("cannot read tools/locks/test.lock: a line of another form; see LOCKED in image.py")
     return [
         Locked(each["name"], each["version"], f"{each['name']}=={each['version']} {each['hashes']}\n")
         for each in found
@@ -118,7 +118,7 @@ def _holds(locked: re.Match[str], python: str) -> bool:
 
 def host_python(cache: Path) -> str:
     """Give a Python with pip and setuptools: Debian's own has neither."""
-    lock = Path(__file__).with_name("locks") / "build.lock"
+    lock = Path(__file__).parents[1] / "locks" / "build.lock"
     name = f"host-python-{digest(sys.version, sys.executable, lock.read_text())}"
 
     def build(directory: Path) -> None:

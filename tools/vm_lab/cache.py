@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from tools import debian
+from tools.vm_lab import debian
 
 EX_UNAVAILABLE = 69
 # Room for a whole Debian: /tmp may be in memory.

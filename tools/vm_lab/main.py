@@ -11,10 +11,11 @@ import tempfile
 import time
 from pathlib import Path
 
-from tools import vm_container, vm_image, vm_qemu
-from tools.vm_cache import LabError, cache_root, require_packages, say
+from tools.vm_lab import container, qemu
+from tools.vm_lab import image as vm_image
+from tools.vm_lab.cache import LabError, cache_root, require_packages, say
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 3600.0
 CONSOLE_LINES = 60
 # Between the arguments of `test`: pytest once more in the same machine, with what follows.
@@ -87,7 +88,7 @@ def command_of(chosen: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
 
 def _pytest(words: list[str]) -> list[str]:
     named = any(word.startswith("tests/") for word in words)
-    return [vm_qemu.GUEST["AITBC_TEST_PYTHON"], "-m", "pytest", *([] if named else ["tests/vm"]), *words]
+    return [qemu.GUEST["AITBC_TEST_PYTHON"], "-m", "pytest", *([] if named else ["tests/vm"]), *words]
 
 
 def in_turn(first: list[str], then: list[str]) -> list[str]:
@@ -109,48 +110,48 @@ def session(chosen: argparse.Namespace, release: vm_image.Release) -> int:
     directory = reports_directory(chosen, release)
     image = vm_image.image(cache_root(), release, CHECKOUT)
     with contextlib.ExitStack() as stack:
-        files = vm_qemu.Files.make(stack)
-        vm_qemu.lay_over(image, files)
+        files = qemu.Files.make(stack)
+        qemu.lay_over(image, files)
         fill(files, chosen)
         started = time.monotonic()
         say(f"booting Debian {release.number}")
         if chosen.container:
-            ended = vm_container.run(image, files, chosen.timeout, directory)
+            ended = container.run(image, files, chosen.timeout, directory)
             files.saved_console(directory / "console.txt")
             say(f"Debian {release.number} ran {time.monotonic() - started:.0f} s; reports are in {directory}")
             return ended
         if chosen.verb == "shell":
             say("`poweroff` ends it properly, Ctrl-A x at once")
-            vm_qemu.console(image, files)
+            qemu.console(image, files)
             in_time = True
         else:
-            in_time = vm_qemu.run(image, files, chosen.timeout)
-        status = vm_qemu.take_out(files.reports, directory)
+            in_time = qemu.run(image, files, chosen.timeout)
+        status = qemu.take_out(files.reports, directory)
         say(f"Debian {release.number} ran {time.monotonic() - started:.0f} s; reports are in {directory}")
         if chosen.verb == "shell":
             return 0
         console = files.saved_console(directory / "console.txt")
         if not in_time:
             say(f"ended the machine: it took longer than --timeout {chosen.timeout:g} s")
-            return vm_qemu.TIMED_OUT
+            return qemu.TIMED_OUT
         if status is None:
             tail = "\n".join(console.splitlines()[-CONSOLE_LINES:])
             say(f"the machine ended without an exit status; the last of its console:\n{tail}")
-            return vm_qemu.NO_STATUS
+            return qemu.NO_STATUS
         return status
 
 
-def fill(files: vm_qemu.Files, chosen: argparse.Namespace) -> None:
+def fill(files: qemu.Files, chosen: argparse.Namespace) -> None:
     """Write what goes into the machine: the checkout, its wheel, the command."""
-    script = vm_qemu.guest_script(*command_of(chosen), live=chosen.verb != "shell" and not chosen.container)
+    script = qemu.guest_script(*command_of(chosen), live=chosen.verb != "shell" and not chosen.container)
     with tempfile.TemporaryDirectory(prefix="aitbc-vm-") as scratch:
         sources, built, wheels = (Path(scratch, name) for name in ("src", "built", "wheels"))
-        vm_qemu.copy(CHECKOUT, sources)
+        qemu.copy(CHECKOUT, sources)
         # setuptools writes into what it builds.
         shutil.copytree(sources, built, symlinks=True)
         wheels.mkdir()
         vm_image.project_wheel(cache_root(), built, wheels)
-        vm_qemu.pack(files.payload, sources, wheels, script)
+        qemu.pack(files.payload, sources, wheels, script)
 
 
 def reports_directory(chosen: argparse.Namespace, release: vm_image.Release) -> Path:
@@ -174,7 +175,7 @@ def work(chosen: argparse.Namespace) -> int:
         return 0
     require_packages()
     if chosen.container:
-        vm_container.require()
+        container.require()
     if chosen.verb == "build":
         for release in releases(chosen):
             vm_image.image(cache_root(), release, CHECKOUT)

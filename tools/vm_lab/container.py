@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tools import debian
-from tools.vm_cache import LabError, die_with_parent
-from tools.vm_qemu import TIMED_OUT, Files, take_out
+from tools.vm_lab import debian
+from tools.vm_lab.cache import LabError, die_with_parent
+from tools.vm_lab.qemu import TIMED_OUT, Files, take_out
 
 BOOT_S = 60.0
 # Neither of the units that run a command in QEMU has anything to do here.
