@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tools import test_run
 from tools.lib.local_node import wait_until
-from tools.test_run import Case, Done, Phase
+from tools.test_runner import main as test_run
+from tools.test_runner.main import Case, Done, Phase
 
 WAIT_S = 30.0
 
@@ -67,8 +67,8 @@ def test_what_never_came_to_its_results_has_none(tmp_path: Path) -> None:
 MAIN = """
 import sys
 import xml.etree.ElementTree as ET
-from tools import test_run
-from tools.test_run import Phase
+from tools.test_runner import main as test_run
+from tools.test_runner.main import Phase
 test_run.native = lambda scratch: [Phase("native", [["sh", "-c", sys.argv[1]]])]
 test_run.versions = list
 test_run.image = lambda release: Phase("image", [["true"]])
@@ -145,7 +145,7 @@ def test_what_shares_a_fixture_stays_in_one_process(tmp_path: Path) -> None:
     for name in ("test_a.py", "node/test_b.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(SHARING)
-    spread = ["-p", "tools.test_spread", "-n", "2", f"--junitxml={tmp_path}/x.xml"]
+    spread = ["-p", "tools.test_runner.spread", "-n", "2", f"--junitxml={tmp_path}/x.xml"]
     command = [sys.executable, "-m", "pytest", f"--rootdir={tmp_path}", *spread, str(tmp_path)]
     subprocess.run(command, cwd=test_run.CHECKOUT, check=True, stdout=subprocess.DEVNULL)
     found = ET.parse(tmp_path / "x.xml").iter("testcase")

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from tools.vm_lab import container
 from tools.vm_lab.image import RELEASES
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 REPORTS = CHECKOUT / "build" / "vm"
 SLOWEST = 30
 LONGEST_LINE = 1 << 24
@@ -119,7 +119,7 @@ def native(scratch: Path) -> list[Phase]:
     covered.chmod(0o1777)
     # All of pytest's processes must list the tests in the same order.
     environ = {"COVERAGE_FILE": str(covered / "data"), "PYTHONHASHSEED": str(random.randrange(1 << 32))}
-    spread = ["-p", "tools.test_spread", "-n", str(PROCESSES)]
+    spread = ["-p", "tools.test_runner.spread", "-n", str(PROCESSES)]
     return [
         Phase("linters, types", [[ruff, "check", "."], [ruff, "format", "--check", "."], [mypy]]),
         Phase(
