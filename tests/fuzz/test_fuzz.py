@@ -17,7 +17,7 @@ from tests.fuzz.engine import Check, Explorer, Target, TooMuchWork, bounded, jud
 from tests.fuzz.found import FOUND
 from tests.fuzz.mutations import mutated
 from tests.fuzz.targets import TARGETS
-from tools.fuzz_run import Settings, explore, main
+from tools.fuzzer.main import Settings, explore, main
 
 Capture = pytest.CaptureFixture[str]
 RUNS = 40

@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 
 from aitbc_miner.util.terminal import columns, pad, size, width
-from tools.demo_run import Table, examples
+from tools.demo_node.main import Table, examples
 from tools.mock.bootstrap.coordinator import MockCoordinator
 
 

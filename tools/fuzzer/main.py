@@ -25,7 +25,7 @@ from typing import NamedTuple
 from tests.fuzz.engine import Explorer, Finding, Target, judged_log
 from tests.fuzz.targets import TARGETS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DEFAULT_S = 20.0
 ROUND = 100
 STUCK_S = 60.0

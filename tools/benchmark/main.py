@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from aitbc_miner.util import clock
-from tools.bench_preload import saved
-from tools.bench_sandbox import cost
+from tools.benchmark.preload import saved
+from tools.benchmark.sandbox import cost
 from tools.lib.compiler import c_compiler
 from tools.lib.local_node import LocalNode
 from tools.mock.bootstrap.coordinator import MockCoordinator

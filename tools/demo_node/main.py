@@ -23,7 +23,7 @@ from tools.lib.local_node import LocalNode, wait_until
 from tools.mock.bootstrap.coordinator import MockCoordinator
 from tools.mock.bootstrap.records import FINAL
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SLOTS = [
     {"name": f"cpu{i}", "kind": "cpu", "memory_max": "256M", "pids_max": 256, "cpu_max": "100%"}
     for i in (0, 1)
@@ -204,8 +204,8 @@ def main() -> int:
         coordinator = stack.enter_context(MockCoordinator(files_dir=files))
         node = LocalNode(coordinator.url, SLOTS, keep=True)
         for name, sources in {
-            "allowlist.d": ("etc/allowlist.d", "tools/demo_allowlist"),
-            "tasks": ("etc/tasks", "tools/demo_tasks"),
+            "allowlist.d": ("etc/allowlist.d", "tools/demo_node/allowlist"),
+            "tasks": ("etc/tasks", "tools/demo_node/tasks"),
         }.items():
             for source in sources:
                 node.put(name, ROOT / source)
