@@ -90,7 +90,7 @@ class Reconciler:
             wait_s = error.wait_s if isinstance(error, Paced) else self._context.failed(error) or 0.0
             self._at = clock.now() + max(wait_s, AGAIN_S)
             if not isinstance(error, Paced):
-                self._context.call_failed("jobs", "list of our jobs not had", error)
+                self._context.call_failed("jobs", "cannot fetch assigned jobs", error)
             return
         self._context.answered("jobs")
         self._told = told is not None

@@ -69,11 +69,11 @@ class Retention:
         try:
             job_ids = choose()
         except DatabaseError as error:
-            self._context.warn("cannot say what may go", error)
+            self._context.warn("cannot select expired jobs", error)
             return
         if job_ids:
             self._context.channel.send(Sweepable(job_ids, early))
 
     def _done(self, future: Future[Any]) -> None:
         if isinstance(error := future.exception(), Exception):
-            self._context.warn("books not kept", error)
+            self._context.warn("ledger not written", error)

@@ -189,7 +189,7 @@ class HeartbeatProcess:
         if token is None:
             return  # it goes out as soon as there is one
         if refused == digest(token):
-            log.warning("token-refused", of="agent")
+            log.warning("node token refused", of="agent")
             self._registration.token = None
             # A coordinator that refuses every token it gives must not make us ask for ever more of them.
             pause_s = self._config.heartbeat.backoff.min_s
@@ -267,7 +267,7 @@ class HeartbeatProcess:
         except (Unauthorized, UnknownNode) as error:
             if fresh:
                 raise
-            log.warning("registering-again", cause=str(error))
+            log.warning("registering again", cause=str(error))
             self._register(forgotten=isinstance(error, UnknownNode))
             self._registration.heartbeat(self._heartbeat())
 
@@ -276,7 +276,7 @@ class HeartbeatProcess:
             self._register()
         except RegistrationError as error:
             # The node token may well outlive the operator's; as long as it serves, we go on with it.
-            log.warning("slots-not-told", error=str(error))
+            log.warning("slot change not registered", error=str(error))
             self._registration.told = told_of(self._metrics.snapshot.slots)
 
     def _register(self, *, forgotten: bool = False) -> None:
@@ -331,11 +331,11 @@ class HeartbeatProcess:
         # One outage has many an error: refused, reset, 502.
         known = before is not None and before.error and before.remedy == view.remedy
         if error and known:
-            log.debug("coordinator-trouble", error=view.error)
+            log.debug("coordinator in trouble", error=view.error)
         elif error:
-            log.warning("coordinator-trouble", error=view.error, remedy=view.remedy)
+            log.warning("coordinator in trouble", error=view.error, remedy=view.remedy)
         else:
-            log.info("coordinator-well")
+            log.info("coordinator reachable")
 
     def _remedy_for(self, error: MinerError) -> str:
         guess = self._registration.guess(error)

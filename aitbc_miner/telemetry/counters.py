@@ -116,11 +116,11 @@ class Counters:
                 if not self.unsaved:
                     text = f"cannot keep {self._directory / FILE}: {error.strerror or error}"
                     remedy = "the counters stand still until the service's user can write there"
-                    log.error("metrics-unsaved", error=f"{text}; {remedy}")  # noqa: TRY400
+                    log.error("metrics not saved", error=f"{text}; {remedy}")  # noqa: TRY400
                 self.unsaved = True
             else:
                 if self.unsaved:
-                    log.info("metrics-saved")
+                    log.info("metrics saved again")
                 self.unsaved = False
 
     def close(self) -> None:
@@ -178,5 +178,5 @@ def _read(fd: int, directory: Path) -> Totals:
             raise
         os.rename(FILE, f"{FILE}.broken", src_dir_fd=fd, dst_dir_fd=fd)
         aside = directory / f"{FILE}.broken"
-        log.error("metrics-set-aside", file=str(aside), error=str(error))  # noqa: TRY400
+        log.error("metrics set aside", file=str(aside), error=str(error))  # noqa: TRY400
         return Totals()

@@ -122,7 +122,7 @@ class PageServer(socketserver.ThreadingTCPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  # given by the base
         """Tell of a defect of ours; a connection that broke is its client's own affair."""
         if not isinstance(sys.exception(), OSError):
-            self._log.error("page-failed", exc_info=True)
+            self._log.error("page failed", exc_info=True)
 
 
 class _DeadlineReader(io.RawIOBase):

@@ -39,7 +39,7 @@ class Served:
             server = PageServer(self._listen, pages(self._metrics))
         except MinerError as error:
             if self._metrics.listen_error is None:
-                log.error("no-telemetry", error=str(error))  # noqa: TRY400  # the message says it all
+                log.error("telemetry not served", error=str(error))  # noqa: TRY400  # the message says it all
             self._metrics.listen_error = f"{error}; it is tried again, or set telemetry.listen"
             return
         log.info("telemetry", address=server.address)

@@ -243,7 +243,7 @@ class JobRun:
         try:
             pretty(outcome)
         except Exception as error:  # noqa: BLE001  # what the job reported may be no JSON
-            self._events.exception("outcome cannot be written as JSON")
+            self._events.exception("outcome not encoded")
             self._verdict = Verdict(
                 ErrorCode.E_INTERNAL, f"cannot record the outcome: {type(error).__name__}"
             )

@@ -100,7 +100,7 @@ class Worker:
         failed = make_nodes()
         if lacking := [str(node) for node in nodes if not node.exists()]:
             remedy = "install nvidia-modprobe, then `systemctl restart aitbc-miner`"
-            self._log.warning("nodes of the GPU are missing", nodes=lacking, reason=failed, remedy=remedy)
+            self._log.warning("device nodes missing", nodes=lacking, reason=failed, remedy=remedy)
 
     def _retune(self, wanted: Retune) -> None:
         """Give the slot other limits: those of its cgroups now, a process's own from the next job on."""

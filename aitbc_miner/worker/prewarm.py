@@ -131,7 +131,7 @@ class Warmer:
         if self._warm and self._warm.slot is not slot:
             self.end()
         if self._warm and (reason := self._warm.listen()):
-            self._log.warning("lost the process that waits for a task", reason=reason)
+            self._log.warning("prewarmed process lost", reason=reason)
             self._fail()
         if self._warm is None:
             if (left := self._not_before - clock.now()) > 0:

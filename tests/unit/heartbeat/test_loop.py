@@ -451,7 +451,7 @@ def test_without_telemetry_the_heartbeat_goes_on(
             node.supervisor.send(slots())
             assert node.view(registered=True)
     if listen:
-        assert address in attrs(log, "no-telemetry")["error"]
+        assert address in attrs(log, "telemetry not served")["error"]
     assert not any(record.msg == "telemetry" for record in log)
 
 
@@ -473,7 +473,7 @@ def test_a_telemetry_port_that_is_taken_is_told_and_tried_again(
             assert "it is tried again, or set telemetry.listen" in trouble
             taken.close()
             assert node.until(node.supervisor, Troubles) == Troubles()
-    assert sum(record.msg == "no-telemetry" for record in log) == 1, "not at each try"
+    assert sum(record.msg == "telemetry not served" for record in log) == 1, "not at each try"
     assert any(record.msg == "telemetry" for record in log)
 
 
@@ -509,8 +509,8 @@ def test_without_a_place_for_its_counts_the_heartbeat_goes_on(
         node.supervisor.send(slots())
         assert node.view(registered=True)
         coordinator.wait("heartbeat", 5)
-    assert [record.msg for record in log].count("metrics-unsaved") == 1
-    assert str(tmp_path / FILE) in attrs(log, "metrics-unsaved")["error"]
+    assert [record.msg for record in log].count("metrics not saved") == 1
+    assert str(tmp_path / FILE) in attrs(log, "metrics not saved")["error"]
 
 
 # --- when the agent wants it -------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_what_cannot_be_saved_is_not_shown(
     assert not unsaved(metrics)
     assert later["aitbc_miner_jobs_total", "OK"] == 2
     assert later["aitbc_miner_step_duration_seconds_sum", "run"] == 3
-    assert [record.msg for record in log] == ["metrics-unsaved", "metrics-saved"]
+    assert [record.msg for record in log] == ["metrics not saved", "metrics saved again"]
     told = log[0].__dict__["attrs"]["error"]
     assert str(tmp_path / FILE) in told
     assert os.strerror(number) in told
@@ -282,7 +282,7 @@ def test_a_file_that_cannot_be_used_is_set_aside(
     assert scrape(metrics)["aitbc_miner_jobs_total", "OK"] == 1
     assert (tmp_path / f"{FILE}.broken").read_bytes() == content
     assert on_disk(tmp_path).counters["jobs"] == {"OK": 1}
-    assert [record.msg for record in log] == ["metrics-set-aside"]
+    assert [record.msg for record in log] == ["metrics set aside"]
     assert log[0].__dict__["attrs"]["file"] == str(tmp_path / f"{FILE}.broken")
 
 

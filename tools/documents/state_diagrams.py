@@ -12,7 +12,7 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 PAGE = CHECKOUT / "docs/architecture.md"
 BLOCK = re.compile(r"(<!-- diagram: (?P<name>[\w-]+) -->\n).*?(<!-- /diagram -->)", re.DOTALL)
 COMMAND = "tools/diagrams"
@@ -47,6 +47,7 @@ class Diagram(NamedTuple):
 DIAGRAMS = (
     Diagram("slot", "aitbc_miner.slots.state", "MOVES"),
     Diagram("job", "aitbc_miner.jobs", "MOVES"),
+    Diagram("agent", "aitbc_miner.agent.job_table", "MOVES"),
 )
 
 
@@ -83,7 +84,7 @@ def redrawn(page: str, diagrams: tuple[Diagram, ...] = DIAGRAMS) -> str:
         raise DiagramError(
             f"cannot draw: the page has places for {', '.join(places) or 'no diagram'}, "
             f"and the tables are {', '.join(names)}; write <!-- diagram: NAME --> and <!-- /diagram --> "
-            f"where a diagram is to stand, and name its table in tools/state_diagrams.py"
+            f"where a diagram is to stand, and name its table in tools/documents/state_diagrams.py"
         )
     drawn = {each.name: draw(each.table()) for each in diagrams}
     return BLOCK.sub(lambda match: f"{match[1]}{drawn[match['name']]}{match[3]}", page)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGE = CHECKOUT / "aitbc_miner"
 STAND_INS = frozenset(
     "it that which what who whom whose one ones such another these those this there".split()  # noqa: SIM905

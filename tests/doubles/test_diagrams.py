@@ -4,8 +4,8 @@ from enum import Enum
 
 import pytest
 
-from tools import state_diagrams
-from tools.state_diagrams import DIAGRAMS, Diagram, DiagramError
+from tools.documents import state_diagrams
+from tools.documents.state_diagrams import DIAGRAMS, Diagram, DiagramError
 
 
 class Light(Enum):

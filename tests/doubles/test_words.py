@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tools import plain_words
-from tools.plain_words import CHECKOUT, Share, Text
+from tools.documents import plain_words
+from tools.documents.plain_words import CHECKOUT, Share, Text
 
 MODULE = '''"""It is what it is."""
 
