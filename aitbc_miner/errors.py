@@ -13,6 +13,10 @@ class MinerError(Exception):
     """Root of our exceptions. The message reads "cannot X: cause; remedy"."""
 
 
+class IllegalMove(Exception):  # noqa: N818  # it is a defect of ours, not a condition to handle
+    """A slot or a job was to go from one state to another that may not follow."""
+
+
 class LocalError(MinerError):
     """This machine's own trouble, which may pass: it says nothing of what was tried, and is tried again."""
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import msgspec
 
 from aitbc_miner.config.document import Fault
-from aitbc_miner.config.settings import Config, Workspace, derive_node_id, load_config
+from aitbc_miner.config.settings import Config, WorkspaceSection, derive_node_id, load_config
 from aitbc_miner.errors import EXIT_CONFIG, EXIT_FAILURE, EXIT_OK
 from aitbc_miner.gpu.reader import GpuList, GpuReader
 from aitbc_miner.preflight.check import Checker, machine_facts, told_of
 from aitbc_miner.preflight.doctor import diagnose
-from aitbc_miner.preflight.requirements import Place, RequirementError, require, resolved
+from aitbc_miner.preflight.requirements import NodePlace, RequirementError, require, resolved
 from aitbc_miner.probe.machine import capabilities, probe_machine, render_page
-from aitbc_miner.runners.task_catalogue import Task, list_tasks, params_of, told
+from aitbc_miner.runners.task_catalogue import FoundTask, list_tasks, params_of, told
 from aitbc_miner.sandbox.users import resolve
 from aitbc_miner.slots.derive import derive_slots, lay_out
 from aitbc_miner.slots.reader import read_slots, to_yaml
@@ -100,7 +100,7 @@ def run(path: Path) -> int:
         return status
     try:
         config = resolved(config)
-        require(Place(config, None, 0))
+        require(NodePlace(config, None, 0))
     except RequirementError as error:
         print(error, file=sys.stderr)
         return _refuse(_why_not(path, config))
@@ -131,7 +131,7 @@ def probe(path: Path | None, *, as_json: bool) -> int:
     if faults:
         return _refuse(faults)
     runners = _runners(config)
-    machine = probe_machine((config.workspace if config else Workspace()).root)
+    machine = probe_machine((config.workspace if config else WorkspaceSection()).root)
     if as_json:
         node_id = config.node_id if config else derive_node_id()
         slots_ = told_of(specs or derive_slots(facts), facts)
@@ -204,7 +204,7 @@ def tasks(path: Path, *, as_json: bool) -> int:
 def doctor(path: Path) -> int:
     """Show what is missing on this machine, and the command that mends it."""
     config, faults, _ = load_config(path, os.environ)
-    machine = probe_machine((config.workspace if config else Workspace()).root)
+    machine = probe_machine((config.workspace if config else WorkspaceSection()).root)
     missing = False
     for finding in diagnose(path, config, faults, machine, find_gpus()):
         word = "ok" if finding.there else "MISSING" if finding.required else "lacking"
@@ -229,7 +229,7 @@ def _runners(config: Config | None) -> list[str]:
     return [name for name, enabled in runners.items() if enabled]
 
 
-def _tasks(config: Config | None) -> list[Task]:
+def _tasks(config: Config | None) -> list[FoundTask]:
     if config is None or not config.runners.python.enable:
         return []
     # Read as the coordinator's are: by no root.

@@ -34,7 +34,7 @@ from aitbc_miner.ipc.messages import (
 )
 from aitbc_miner.preflight.check import find_python
 from aitbc_miner.preflight.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
-from aitbc_miner.preflight.requirements import Place, foreign, require
+from aitbc_miner.preflight.requirements import NodePlace, foreign, require
 from aitbc_miner.probe.topology import read_machine
 from aitbc_miner.queue.shared import open_shared
 from aitbc_miner.runners.registry import RunnerSet
@@ -111,7 +111,7 @@ class Node:
             raise ConfinementError("cannot lay out the slots: " + "; ".join(map(str, faults)))
         self._identities = self._resolve([spec.name for spec in specs])
         self.layout = Layout(specs, self._identities.jobs)
-        require(Place(config, self._identities, len(specs)))
+        require(NodePlace(config, self._identities, len(specs)))
         self._locks = Locks(f"pid {os.getpid()}, since {clock.wall()}, configuration {path}")
         self._locks.take(f"the node id {config.node_id}", "stop that one, or set another node_id")
         if found.parent is not None:

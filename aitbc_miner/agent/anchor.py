@@ -74,7 +74,7 @@ class Anchor:
             known = (secrets.token_hex(8), "another disk")
         elif not found:
             with fs.directory(records.root) as root:
-                reserve.write_durably(records.root, root, MARK, known[0].encode() + b"\n")
+                reserve.write_with_reserve(records.root, root, MARK, known[0].encode() + b"\n")
         with self._database.writing() as connection:
             connection.execute("INSERT INTO workspace VALUES (1, ?, ?)", known)
         return known

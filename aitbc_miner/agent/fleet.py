@@ -34,7 +34,7 @@ class Handover(Struct, frozen=True):
     started: bool
 
 
-class Seen(Struct, frozen=True):
+class FleetFinds(Struct, frozen=True):
     """What the queue had for us: jobs that are recorded here now, and our own that nobody else would take."""
 
     taken: list[str]
@@ -185,7 +185,9 @@ class Fleet:
         self._offered[job.job_id] = clock.now()
         return given
 
-    def seek(self, records: Records, offers: list[Offer], knows: Callable[[str], bool], seen: Seen) -> None:
+    def seek(
+        self, records: Records, offers: list[Offer], knows: Callable[[str], bool], seen: FleetFinds
+    ) -> None:
         """Take over what waits for a node and fits the free slots `offers`; not what was here before.
 
         Raises:

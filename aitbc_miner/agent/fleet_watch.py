@@ -6,7 +6,7 @@ from functools import partial
 from aitbc_miner.agent.admission_queue import AdmissionQueue
 from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.delivery_queue import DeliveryQueue
-from aitbc_miner.agent.fleet import Fleet, Seen
+from aitbc_miner.agent.fleet import Fleet, FleetFinds
 from aitbc_miner.errors import MinerError
 from aitbc_miner.ipc.messages import CancelJob
 from aitbc_miner.jobs import State
@@ -44,10 +44,10 @@ class FleetWatch:
         self._busy = True
         self._context.start("fleet", partial(self._ask, self._context.jobs.room()), self._asked)
 
-    def _ask(self, offers: list[Offer]) -> tuple[list[str], Seen, Exception | None]:
+    def _ask(self, offers: list[Offer]) -> tuple[list[str], FleetFinds, Exception | None]:
         """Renew and look; runs in a thread. What was found before an error is dealt with all the same."""
         lost: list[str] = []
-        seen = Seen([], [])
+        seen = FleetFinds([], [])
         try:
             self._fleet.renew(lost)
             if offers and self._context.token:
@@ -57,7 +57,7 @@ class FleetWatch:
             return lost, seen, error
         return lost, seen, None
 
-    def _asked(self, future: Future[tuple[list[str], Seen, Exception | None]]) -> None:
+    def _asked(self, future: Future[tuple[list[str], FleetFinds, Exception | None]]) -> None:
         self._busy = False
         lost, seen, error = future.result()
         self._due = clock.now() + min(self._every_s, self._context.config.coordinator.poll_interval_s)

@@ -9,6 +9,7 @@ from enum import StrEnum
 
 from msgspec import Struct, field
 
+from aitbc_miner.errors import IllegalMove
 from aitbc_miner.ipc.messages import Slots
 from aitbc_miner.slots.placement import Offer, Ticket, room
 from aitbc_miner.util import clock
@@ -57,11 +58,7 @@ CONCLUDED = frozenset({S.ENDED, S.HANDING_ON, S.REPORTING})
 _TOLD = frozenset({S.HANDING_ON, S.REPORTING})
 
 
-class IllegalMove(Exception):  # noqa: N818  # it is a defect of ours, not a condition to handle
-    """A job was to go from one stage to another that may not follow."""
-
-
-class Progress(Struct):
+class ProgressNote(Struct):
     """What a job says of itself, and when the agent passes it on, in seconds of the boot-time clock."""
 
     due: float
@@ -70,7 +67,7 @@ class Progress(Struct):
     sending: bool = False
 
 
-class Entry(Struct):
+class JobEntry(Struct):
     """One job: its stage, and what the parts of the agent know of it.
 
     `progress` is None until the job is acknowledged: from then on the coordinator counts it as ours. `ticket`
@@ -80,7 +77,7 @@ class Entry(Struct):
 
     job_id: str
     stage: Stage = Stage.GONE
-    progress: Progress | None = None
+    progress: ProgressNote | None = None
     ticket: Ticket | None = None
     due: float = 0.0
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -95,8 +92,8 @@ class JobTable:
 
     def __init__(self, every_s: float) -> None:
         self._every_s = every_s
-        self._entries: dict[str, Entry] = {}
-        self._of: dict[Stage, dict[str, Entry]] = {stage: {} for stage in Stage}
+        self._entries: dict[str, JobEntry] = {}
+        self._of: dict[Stage, dict[str, JobEntry]] = {stage: {} for stage in Stage}
         self.slots: Slots | None = None
         """The slots as the supervisor last showed them."""
         self.came: set[str] | None = None
@@ -107,7 +104,7 @@ class JobTable:
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._entries
 
-    def get(self, job_id: str) -> Entry | None:
+    def get(self, job_id: str) -> JobEntry | None:
         """Look a job up."""
         return self._entries.get(job_id)
 
@@ -116,17 +113,17 @@ class JobTable:
         entry = self._entries.get(job_id)
         return entry.stage if entry else Stage.GONE
 
-    def among(self, *stages: Stage) -> list[Entry]:
+    def among(self, *stages: Stage) -> list[JobEntry]:
         """Give the jobs in these stages, in each stage the one that came first before the others."""
         return [entry for stage in stages for entry in self._of[stage].values()]
 
-    def move(self, job_id: str, to: Stage) -> Entry:
+    def move(self, job_id: str, to: Stage) -> JobEntry:
         """Move a job on; one that is not in the table enters it, and one that is GONE leaves it.
 
         Raises:
             IllegalMove: `to` may not follow the job's stage.
         """
-        entry = self._entries.get(job_id) or Entry(job_id)
+        entry = self._entries.get(job_id) or JobEntry(job_id)
         if to not in MOVES[entry.stage]:
             raise IllegalMove(f"job {job_id}: {entry.stage} -> {to}")
         if entry.stage is Stage.GONE:
@@ -148,7 +145,7 @@ class JobTable:
         """Note that the coordinator counts a job as ours; it may cancel the job from now on."""
         entry = self._entries.get(job_id)
         if entry is not None and entry.progress is None and entry.stage not in _TOLD:
-            entry.progress = Progress(clock.now() + self._every_s)
+            entry.progress = ProgressNote(clock.now() + self._every_s)
 
     # --- who has which jobs ----------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from functools import partial
 
 from aitbc_miner.agent.admission_queue import AdmissionQueue, by_coordinator
 from aitbc_miner.agent.context import AgentContext
-from aitbc_miner.agent.job_table import Progress
+from aitbc_miner.agent.job_table import ProgressNote
 from aitbc_miner.coordinator.interface import CoordinatorError, Unauthorized
 from aitbc_miner.ipc.messages import JobProgress
 from aitbc_miner.util import clock
@@ -52,13 +52,13 @@ class ProgressReports:
             call = partial(self._context.coordinator.progress, job_id, progress.pct, progress.note)
             self._context.start("progress", call, partial(self._sent, job_id, progress))
 
-    def _waiting(self) -> Iterator[tuple[str, Progress]]:
+    def _waiting(self) -> Iterator[tuple[str, ProgressNote]]:
         for job_id in self._jobs.ours():
             entry = self._jobs.get(job_id)
             if entry is not None and entry.progress is not None and not entry.progress.sending:
                 yield job_id, entry.progress
 
-    def _sent(self, job_id: str, progress: Progress, future: Future[bool]) -> None:
+    def _sent(self, job_id: str, progress: ProgressNote, future: Future[bool]) -> None:
         # Whether it came through or failed: the next report says the same and more.
         progress.sending = False
         progress.due = clock.now() + self._context.config.heartbeat.interval_s

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from aitbc_miner.allowlist.entries import Entry
 from aitbc_miner.allowlist.patterns import Work
-from aitbc_miner.allowlist.values import Choice, Regex, Text
+from aitbc_miner.allowlist.values import Choice, Regex, TextValue
 
 
 class Trick(NamedTuple):
@@ -160,7 +160,7 @@ TRICKS = (
 )
 
 
-def warnings(entry: Entry) -> Iterator[str]:
+def abuse_warnings(entry: Entry) -> Iterator[str]:
     """Say what an entry lets jobs do that its author has probably not meant."""
     program = Path(entry.command.path).name
     for trick in TRICKS:
@@ -190,6 +190,8 @@ def admits(entry: Entry, word: str) -> bool:
             return True
         # Names of files are of the job's own directory, whatever they are called.
         kinds = [rule.kind for rule in rules if rule is not None]
-        if any(isinstance(kind, Choice | Regex | Text) and kind.fits(word, None, work) for kind in kinds):
+        if any(
+            isinstance(kind, Choice | Regex | TextValue) and kind.fits(word, None, work) for kind in kinds
+        ):
             return True
     return False

@@ -15,7 +15,14 @@ import msgspec
 from msgspec import Meta, Struct
 
 from aitbc_miner.allowlist.grammar import judge_sections
-from aitbc_miner.allowlist.patterns import Objection, Pattern, judge_groups, parse_pattern, shown, some
+from aitbc_miner.allowlist.patterns import (
+    Objection,
+    Pattern,
+    judge_groups,
+    parse_pattern,
+    quoted,
+    some,
+)
 from aitbc_miner.allowlist.rules import MAX_RULES, Names, Operand, Option, Section
 from aitbc_miner.config.document import BadField, Fault, Parse, read_document
 from aitbc_miner.config.dropins import drop_ins
@@ -297,8 +304,8 @@ def _too_long(args: Sequence[str], limit: int) -> Objection | None:
         try:
             total += len(arg.encode())
         except UnicodeEncodeError:
-            return Objection(f"{shown(args, at)} is not valid text", at)
+            return Objection(f"{quoted(args, at)} is not valid text", at)
         if total > limit:
-            text = f"{shown(args, at)} makes the arguments longer than {limit} bytes (max_total_args_len)"
+            text = f"{quoted(args, at)} makes the arguments longer than {limit} bytes (max_total_args_len)"
             return Objection(text, at, rule="max_total_args_len")
     return None

@@ -9,15 +9,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-from aitbc_miner.allowlist.patterns import GLANCE, STEP, Objection, TooMuchWork, Work, shown, too_much
+from aitbc_miner.allowlist.patterns import GLANCE, STEP, Objection, TooMuchWork, Work, quoted, too_much
 from aitbc_miner.allowlist.rules import Option, Section
-from aitbc_miner.allowlist.values import MAX_TEXT, Inputs, Value
+from aitbc_miner.allowlist.values import MAX_TEXT, InputValue, Value
 
 MAX_MISFITS = 16
 A_TOKEN = 4 * STEP
 
 
-class Place:
+class ArgumentPlace:
     """How far one reading of a section has come.
 
     `at` is the next argument, `used` how often each option is there, `last` the latest of them. `spots` is
@@ -70,7 +70,7 @@ class Place:
                 return f"cannot be used together with {self.section.options[rival].names[0]}"
         return ""
 
-    def expected(self, inputs: Inputs) -> list[str]:
+    def expected(self, inputs: InputValue) -> list[str]:
         """Say what could come here."""
         options = list(enumerate(self.section.options))
         able = [option.names[0] for index, option in options if not self.refusal(index)]
@@ -82,7 +82,7 @@ class Place:
         return [*(option.names[0] for option in self.lacking), *operands, *able]
 
 
-class Misfit(Exception):  # noqa: N818  # says what it is
+class ArgumentMisfit(Exception):  # noqa: N818  # says what it is
     """An argument is not what this reading wants: which one, why, by which rule, and what would be."""
 
     def __init__(self, at: int, why: str, rule: str, fits: Callable[[], list[str]]) -> None:
@@ -94,7 +94,7 @@ class Misfit(Exception):  # noqa: N818  # says what it is
 
 
 def judge_sections(
-    sections: Sequence[Section], args: Sequence[str], inputs: Inputs, prefix: str = "sections[{}]."
+    sections: Sequence[Section], args: Sequence[str], inputs: InputValue, prefix: str = "sections[{}]."
 ) -> Objection | None:
     """Object to arguments that are not these sections, one after the other.
 
@@ -105,7 +105,7 @@ def judge_sections(
             why = (
                 f"is longer than {MAX_TEXT} characters" if arg.isprintable() else "holds a control character"
             )
-            return Objection(f"{shown(args, at)} {why}", at)
+            return Objection(f"{quoted(args, at)} {why}", at)
     reader = Reader(sections, args, inputs, prefix)
     try:
         return None if reader.accepts() else reader.objection()
@@ -116,13 +116,15 @@ def judge_sections(
 class Reader:
     """Reads one argument list in all the ways in which it can be read."""
 
-    def __init__(self, sections: Sequence[Section], args: Sequence[str], inputs: Inputs, prefix: str) -> None:
+    def __init__(
+        self, sections: Sequence[Section], args: Sequence[str], inputs: InputValue, prefix: str
+    ) -> None:
         self._sections = sections
         self._args = args
         self._inputs = inputs
         self._prefix = prefix
         self._work = Work()
-        self._misfits: list[Misfit] = []
+        self._misfits: list[ArgumentMisfit] = []
         self._known: dict[tuple[int, int], frozenset[int]] = {}
 
     def accepts(self) -> bool:
@@ -150,8 +152,8 @@ class Reader:
         rule = best.rule if best.why or len({misfit.rule for misfit in readings}) == 1 else ""
         if at < len(self._args):
             why = best.why or ("is not allowed there" if fits else "is one too many: nothing more may follow")
-            return Objection(f"{shown(self._args, at)} {why}", at, fits, rule)
-        last = f"after the last {shown(self._args, at - 1)} another" if self._args else "an argument"
+            return Objection(f"{quoted(self._args, at)} {why}", at, fits, rule)
+        last = f"after the last {quoted(self._args, at - 1)} another" if self._args else "an argument"
         return Objection(f"{last} is missing", at, fits, rule)
 
     def _ends(self, k: int, start: int) -> frozenset[int]:
@@ -162,7 +164,7 @@ class Reader:
         return self._known[k, start]
 
     def _walk(self, k: int, start: int) -> Iterator[int]:
-        place = Place(self._sections[k], start)
+        place = ArgumentPlace(self._sections[k], start)
         key = self._prefix.format(k)
         while True:
             self._work.spend(A_TOKEN + 2 * GLANCE * (len(place.spots) + len(place.section.required)))
@@ -170,11 +172,11 @@ class Reader:
                 yield place.at
             try:
                 self._step(place, key)
-            except Misfit as misfit:
+            except ArgumentMisfit as misfit:
                 self._note(misfit)
                 return
 
-    def _note(self, misfit: Misfit) -> None:
+    def _note(self, misfit: ArgumentMisfit) -> None:
         """Remember those that came farthest."""
         farthest = self._misfits[0].at if self._misfits else -1
         if misfit.at > farthest:
@@ -182,7 +184,7 @@ class Reader:
         if misfit.at >= farthest and len(self._misfits) < MAX_MISFITS:
             self._misfits.append(misfit)
 
-    def _step(self, place: Place, key: str) -> None:
+    def _step(self, place: ArgumentPlace, key: str) -> None:
         """Read an option or an operand.
 
         Raises:
@@ -196,12 +198,12 @@ class Reader:
         else:
             self._read_option(place, key, *option)
 
-    def _stuck(self, place: Place, key: str, why: str = "") -> Misfit:
+    def _stuck(self, place: ArgumentPlace, key: str, why: str = "") -> ArgumentMisfit:
         lists = [name for name in ("operands", "options") if getattr(place.section, name)]
         rule = key.rstrip(".") or next(iter(lists), "")
-        return Misfit(place.at, why, rule, partial(place.expected, self._inputs))
+        return ArgumentMisfit(place.at, why, rule, partial(place.expected, self._inputs))
 
-    def _read_option(self, place: Place, key: str, index: int, written: str | None) -> None:
+    def _read_option(self, place: ArgumentPlace, key: str, index: int, written: str | None) -> None:
         option = place.section.options[index]
         rule = f"{key}options[{index}]"
         if why := place.refusal(index):
@@ -209,17 +211,19 @@ class Reader:
         at, value = place.at, written
         if option.rule is not None and value is None:
             if "separate" not in option.write:
-                raise Misfit(at, "has no value; it must be written in the same argument", rule, list)
+                raise ArgumentMisfit(at, "has no value; it must be written in the same argument", rule, list)
             at += 1
             value = self._value(at, option.rule, rule)
         if option.rule is not None and value is not None and not self._fits(option.rule, value):
             name = option.names[0]
-            raise Misfit(at, f"is no value of {name}", f"{rule}.value", partial(self._describe, option.rule))
+            raise ArgumentMisfit(
+                at, f"is no value of {name}", f"{rule}.value", partial(self._describe, option.rule)
+            )
         place.at = at + 1
         place.used[index] += 1
         place.last = index
 
-    def _read_operand(self, place: Place, key: str) -> None:
+    def _read_operand(self, place: ArgumentPlace, key: str) -> None:
         operands, at = place.section.operands, place.at
         name = self._args[at] if self._args[at] in place.section.words else None
         open_to = {
@@ -234,7 +238,7 @@ class Reader:
         if name is not None:
             at += 1
             if at == len(self._args):
-                raise Misfit(at, "", f"{key}operands[{which}]", missing)
+                raise ArgumentMisfit(at, "", f"{key}operands[{which}]", missing)
         spots = {
             (which, count + 1)
             for which, count in open_to
@@ -242,7 +246,7 @@ class Reader:
             and self._fits(operands[which].rule, self._args[at])
         }
         if not spots and name is not None:
-            raise Misfit(at, f"is no value of {name}", f"{key}operands[{which}].value", missing)
+            raise ArgumentMisfit(at, f"is no value of {name}", f"{key}operands[{which}].value", missing)
         if not spots:
             raise self._stuck(place, key)
         place.settle(spots)
@@ -255,10 +259,10 @@ class Reader:
             Misfit: there is none, or it would pass for an option.
         """
         if at == len(self._args):
-            raise Misfit(at, "", key, partial(self._describe, rule))
+            raise ArgumentMisfit(at, "", key, partial(self._describe, rule))
         value = self._args[at]
         if not _stands_alone(rule, value):
-            raise Misfit(at, "begins with a dash", f"{key}.value", partial(self._describe, rule))
+            raise ArgumentMisfit(at, "begins with a dash", f"{key}.value", partial(self._describe, rule))
         return value
 
     def _fits(self, rule: Value, value: str) -> bool:

@@ -34,7 +34,7 @@ class Pattern(Protocol):
         ...
 
 
-Group = Sequence[Pattern]
+PatternGroup = Sequence[Pattern]
 
 
 def parse_pattern(value: object) -> Pattern:
@@ -117,7 +117,7 @@ def some(values: Iterable[str], between: str = ", ", most: int = 12) -> str:
     )
 
 
-def shown(args: Sequence[str], at: int) -> str:
+def quoted(args: Sequence[str], at: int) -> str:
     """Name an argument in a sentence."""
     return f"argument {at + 1} ({args[at][:60]!r})"
 
@@ -127,7 +127,7 @@ def too_much(limit: str = "too many of its rules fit the same arguments, or they
     return Objection(f"its arguments cannot be judged within the work that is allowed: {limit}")
 
 
-def judge_groups(groups: Sequence[Group], args: Sequence[str]) -> Objection | None:
+def judge_groups(groups: Sequence[PatternGroup], args: Sequence[str]) -> Objection | None:
     """Object to arguments that cannot be cut into runs that fit.
 
     Each run must fit one group, pattern for pattern, each group may be used once, in any order.
@@ -138,11 +138,11 @@ def judge_groups(groups: Sequence[Group], args: Sequence[str]) -> Objection | No
         return too_much("too many of its groups fit the same arguments, or they are too long")
 
 
-def _judge(groups: Sequence[Group], args: Sequence[str], work: Work) -> Objection | None:
+def _judge(groups: Sequence[PatternGroup], args: Sequence[str], work: Work) -> Objection | None:
     most = sum(map(len, groups))
     if len(args) > most:
         return Objection(
-            f"{shown(args, most)} is one too many; at most {most} can be allowed", most, rule="args"
+            f"{quoted(args, most)} is one too many; at most {most} can be allowed", most, rule="args"
         )
     matched: list[list[int]] = []
     reached = {0}
@@ -161,7 +161,7 @@ def _judge(groups: Sequence[Group], args: Sequence[str], work: Work) -> Objectio
     return _Search(groups, runs, open_ends, work).objection(args)
 
 
-def _matched(group: Group, args: Sequence[str], at: int, work: Work) -> int:
+def _matched(group: PatternGroup, args: Sequence[str], at: int, work: Work) -> int:
     """Count the patterns of a group, from its first on, that fit the arguments from `at` on."""
     for count, pattern in enumerate(group):
         if at + count == len(args) or not work.fits(pattern, args[at + count]):
@@ -169,7 +169,7 @@ def _matched(group: Group, args: Sequence[str], at: int, work: Work) -> int:
     return len(group)
 
 
-def _misfit(groups: Sequence[Group], args: Sequence[str], matched: list[list[int]]) -> Objection:
+def _misfit(groups: Sequence[PatternGroup], args: Sequence[str], matched: list[list[int]]) -> Objection:
     """Name the farthest argument that some cut arrives at, and what it would have had to be."""
     wanted: dict[int, dict[str, int]] = defaultdict(dict)
     for at in range(len(args)):
@@ -179,9 +179,9 @@ def _misfit(groups: Sequence[Group], args: Sequence[str], matched: list[list[int
     farthest = max(wanted)
     fits = tuple(sorted(wanted[farthest]))
     if farthest == len(args):
-        text = f"after the last {shown(args, farthest - 1)} another is missing"
+        text = f"after the last {quoted(args, farthest - 1)} another is missing"
     else:
-        text = f"{shown(args, farthest)} is not allowed there"
+        text = f"{quoted(args, farthest)} is not allowed there"
     groups_there = set(wanted[farthest].values())
     return Objection(
         text, farthest, fits, f"args[{groups_there.pop()}]" if len(groups_there) == 1 else "args"
@@ -192,7 +192,7 @@ class _Search:
     """Depth first, at most as deep as there are groups; dead ends are remembered."""
 
     def __init__(
-        self, groups: Sequence[Group], runs: list[list[int]], open_ends: set[int], work: Work
+        self, groups: Sequence[PatternGroup], runs: list[list[int]], open_ends: set[int], work: Work
     ) -> None:
         self.lengths = [len(group) for group in groups]
         self.runs = runs
@@ -222,7 +222,7 @@ class _Search:
     def objection(self, args: Sequence[str]) -> Objection | None:
         if self.cut(0, 0):
             return None
-        text = f"every group that fits {shown(args, self.farthest)} is already used by another argument"
+        text = f"every group that fits {quoted(args, self.farthest)} is already used by another argument"
         return Objection(text, self.farthest, rule="args")
 
     def cut(self, at: int, used: int) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, Struct, field
 
-from aitbc_miner.allowlist.values import Choice, FloatRange, Inputs, IntRange, Value, value_of
+from aitbc_miner.allowlist.values import Choice, FloatRange, InputValue, IntRange, Value, value_of
 from aitbc_miner.config.document import BadField
 
 MAX_RULES = 128
@@ -86,7 +86,7 @@ class Operand(Struct, frozen=True, dict=True):
         """How many there may be."""
         return max(1, self.min) if self.max is None else self.max
 
-    def describe(self, inputs: Inputs) -> str:
+    def describe(self, inputs: InputValue) -> str:
         """Say what it must be."""
         what = self.rule.kind.describe(inputs)
         return f"{self.name} with {what}" if self.name else what

@@ -26,7 +26,7 @@ MAX_SHOWN = 100
 _INT = re.compile(r"-?(0|[1-9][0-9]{0,18})", re.ASCII)
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?", re.ASCII)
 
-Inputs = Collection[str] | None
+InputValue = Collection[str] | None
 """Names of a job's inputs; None: any name may be one."""
 Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
 
@@ -41,13 +41,13 @@ class IntRange(Struct, frozen=True):
         if self.min > self.max:
             raise BadField("max", f"{self.max} is below min ({self.min}); nothing could fit")
 
-    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002  # as all kinds
+    def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002  # as all kinds
         """Whether it is such a number."""
         if not _INT.fullmatch(text) or text == "-0":
             return False
         return self.min <= int(text) <= self.max
 
-    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+    def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
         """Say what fits."""
         return f"a whole number from {self.min} to {self.max}"
 
@@ -62,14 +62,14 @@ class FloatRange(Struct, frozen=True):
         if self.min > self.max:
             raise BadField("max", f"{self.max:.15g} is below min ({self.min:.15g}); nothing could fit")
 
-    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002
+    def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002
         """Whether it is such a number. Without negative ones, nothing begins with a dash, not even -0."""
         if not _FLOAT.fullmatch(text) or (text.startswith("-") and self.min >= 0):
             return False
         # As written: the nearest float of 60.000000000000001 is 60.
         return Decimal(str(self.min)) <= Decimal(text) <= Decimal(str(self.max))
 
-    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+    def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
         """Say what fits."""
         return f"a number from {self.min:.15g} to {self.max:.15g}"
 
@@ -85,11 +85,11 @@ class Choice(Struct, frozen=True):
 
     words: list[str]
 
-    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002
+    def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002
         """Whether it is one of them."""
         return text in self.words
 
-    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+    def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
         """Say what fits."""
         return some(self.words, " or ")
 
@@ -99,11 +99,11 @@ class Regex(Struct, frozen=True):
 
     pattern: Pattern
 
-    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002
+    def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002
         """Whether the pattern fits."""
         return work.fits(self.pattern, text)
 
-    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+    def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
         """Say what fits."""
         return f"what {self.pattern.pattern!r} fits"
 
@@ -120,7 +120,7 @@ def _suffix(value: object) -> str:
     return value
 
 
-class Names(Struct, frozen=True, dict=True):
+class NameFilter(Struct, frozen=True, dict=True):
     """How files may be called. `chars` are characters besides ASCII letters, digits and `. _ -`."""
 
     suffixes: Annotated[list[Annotated[str, Parse(_suffix)]], Meta(max_length=64)] = []
@@ -151,14 +151,14 @@ class Names(Struct, frozen=True, dict=True):
         return f" ({some(self.suffixes, ' ')})" if self.suffixes else ""
 
 
-class InputFile(Names, frozen=True, dict=True):
+class InputFile(NameFilter, frozen=True, dict=True):
     """The name of an input of the job, which lies where its program starts."""
 
-    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:
+    def fits(self, text: str, inputs: InputValue, work: Work) -> bool:
         """Whether it is an input, under a name that means nothing else to a program."""
         return (inputs is None or text in inputs) and "/" not in text and self.suits(text, work)
 
-    def describe(self, inputs: Inputs) -> str:
+    def describe(self, inputs: InputValue) -> str:
         """Say what fits, by name where the names are known."""
         what = f"an input of this job{self.ending()}"
         if inputs is None:
@@ -168,14 +168,14 @@ class InputFile(Names, frozen=True, dict=True):
         return f"{what}: {some(good, ' or ')}" if good else f"{what}: there is none"
 
 
-class OutputFile(Names, frozen=True, dict=True):
+class OutputFile(NameFilter, frozen=True, dict=True):
     """A path to write to, beneath work/ or, with `../output/` before it, beneath output/."""
 
-    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002
+    def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002
         """Whether it stays within the job's directory, under names that mean nothing else to a program."""
         return self.suits(text.removeprefix("../output/"), work)
 
-    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+    def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
         """Say what fits."""
         end = self.suffixes[0] if self.suffixes else ".txt"
         return f"a path to write to{self.ending()}: out{end} or ../output/out{end}"
@@ -202,7 +202,7 @@ def _ranges(chars: str) -> list[tuple[str, str]]:
     return ranges
 
 
-class Text(Struct, frozen=True, dict=True):
+class TextValue(Struct, frozen=True, dict=True):
     """Some characters of a class, and nothing about what they mean."""
 
     max_length: Annotated[int, Meta(ge=1, le=MAX_TEXT)]
@@ -219,16 +219,16 @@ class Text(Struct, frozen=True, dict=True):
         ranges = "".join(f"\\x{{{ord(low):x}}}-\\x{{{ord(high):x}}}" for low, high in _ranges(self.chars))
         return parse_pattern(f"[{ranges}]*")
 
-    def fits(self, text: str, inputs: Inputs, work: Work) -> bool:  # noqa: ARG002
+    def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002
         """Whether it is long and short enough and all of it is of the class."""
         return self.min_length <= len(text) <= self.max_length and work.fits(self.pattern, text)
 
-    def describe(self, inputs: Inputs) -> str:  # noqa: ARG002
+    def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
         """Say what fits."""
         return f"{self.min_length} to {self.max_length} characters of {self.chars}"
 
 
-Kind = IntRange | FloatRange | Choice | Regex | InputFile | OutputFile | Text
+ValueKind = IntRange | FloatRange | Choice | Regex | InputFile | OutputFile | TextValue
 Words = Annotated[list[Annotated[str, Parse(_word)]], Meta(min_length=1, max_length=1000)]
 
 
@@ -241,7 +241,7 @@ class Value(Struct, frozen=True, dict=True):
     regex: Annotated[Pattern, Parse(parse_pattern)] | None = None
     input: InputFile | None = None
     output: OutputFile | None = None
-    text: Text | None = None
+    text: TextValue | None = None
 
     def __post_init__(self) -> None:
         given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
@@ -250,7 +250,7 @@ class Value(Struct, frozen=True, dict=True):
             raise ValueError(f"has {len(given)} kinds of value; must be one of {kinds}")
 
     @cached_property
-    def kind(self) -> Kind:
+    def kind(self) -> ValueKind:
         """The one that it is."""
         if self.enum is not None:
             return Choice(self.enum)

@@ -13,7 +13,7 @@ LEAF = "_leaf"
 MOVES = 5
 
 
-def prepare(own: Path) -> dict[str, str]:
+def delegate(own: Path) -> dict[str, str]:
     """Make the group hand its controllers on to the groups below it.
 
     A group that does so may hold no processes, so all that are in it move into a leaf of their own.

@@ -32,7 +32,7 @@ from aitbc_miner.config.yaml_types import (
     absolute_path,
     allowed,
     bare_type,
-    describe,
+    describe_type,
     is_struct,
     limits_of,
     members_of,
@@ -42,7 +42,7 @@ from aitbc_miner.config.yaml_types import (
 )
 from aitbc_miner.util.trust import refusal
 
-__all__ = ["BadField", "Fault", "Parse", "absolute_path", "decode_text", "describe", "read_document"]
+__all__ = ["BadField", "Fault", "Parse", "absolute_path", "decode_text", "describe_type", "read_document"]
 
 T = TypeVar("T")
 
@@ -181,8 +181,8 @@ class _Walk:
             finite = not isinstance(value, float) or math.isfinite(value)
             return msgspec.convert(value if finite else None, type_)
         except msgspec.ValidationError:
-            hint = "; put it in quotes" if describe(type_) == "text" and value is not None else ""
-            return self.fault(node, key, f"is {_shown(node, key)}; must be {describe(declared)}{hint}")
+            hint = "; put it in quotes" if describe_type(type_) == "text" and value is not None else ""
+            return self.fault(node, key, f"is {_shown(node, key)}; must be {describe_type(declared)}{hint}")
         except ValueError as error:
             return self.fault(node, key, f"is {_shown(node, key)}; {error}")
 

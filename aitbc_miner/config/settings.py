@@ -34,7 +34,7 @@ _MACHINE_ID = re.compile(r"[0-9a-fA-F]{32}")
 _NODE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 Seconds = Annotated[float, Meta(gt=0, le=86_400)]
-MegaBytes = Annotated[int, Meta(ge=0, le=2**31)]
+WholeMegabytes = Annotated[int, Meta(ge=0, le=2**31)]
 Positive = Annotated[int, Meta(ge=1, le=2**31)]
 UserName = Annotated[
     str, Meta(pattern=r"^[a-z_][a-z0-9_-]{0,30}\Z", description="the name of a user, such as aitbc")
@@ -93,7 +93,7 @@ class GiveUp(Struct, frozen=True):
     again_s: Annotated[float, Meta(gt=0, le=31_536_000)] = 86_400.0
 
 
-class Coordinator(Struct, frozen=True):
+class CoordinatorSection(Struct, frozen=True):
     """Where jobs come from. auth_token names the token's source, never the token.
 
     For aitbc-v1 alone: `price` is what this node wants at least for a unit, `share` its part of the calls
@@ -115,7 +115,7 @@ class Coordinator(Struct, frozen=True):
     share: Annotated[float, Meta(gt=0, le=1)] = 1.0
     receipt_keys: tuple[ReceiptKey, ...] = ()
     max_manifest_kb: Annotated[int, Meta(ge=1, le=65_536)] = 256
-    max_input_mb: MegaBytes = 10_240
+    max_input_mb: WholeMegabytes = 10_240
     give_up: GiveUp = GiveUp()
     allow_private_inputs: bool = False
     proxy: Annotated[str, Parse(parse_proxy)] | None = None
@@ -137,7 +137,7 @@ class Coordinator(Struct, frozen=True):
         return is_loopback(self.base_url) and not self.proxy
 
 
-class Inputs(Struct, frozen=True):
+class InputsSection(Struct, frozen=True):
     """How inputs are fetched. A `proxy` looks their addresses up, so that this node cannot check them."""
 
     proxy: Annotated[str, Parse(parse_proxy)] | None = None
@@ -147,12 +147,12 @@ class Inputs(Struct, frozen=True):
         _check_proxy(self)
 
 
-def _check_proxy(section: Coordinator | Inputs) -> None:
+def _check_proxy(section: CoordinatorSection | InputsSection) -> None:
     if section.proxy_auth and not section.proxy:
         raise BadField("proxy_auth", "has no use without proxy; set that, or remove this")
 
 
-class Backoff(Struct, frozen=True):
+class BackoffSection(Struct, frozen=True):
     """Waits between failed attempts: doubling from min_s up to max_s."""
 
     min_s: Seconds = 5.0
@@ -163,22 +163,22 @@ class Backoff(Struct, frozen=True):
             raise BadField("min_s", f"is {self.min_s:g}, above max_s ({self.max_s:g}); must be at most that")
 
 
-class Heartbeat(Struct, frozen=True):
+class HeartbeatSection(Struct, frozen=True):
     """How often the coordinator hears from us."""
 
     interval_s: Seconds = 15.0
     jitter_pct: Annotated[float, Meta(ge=0, le=50)] = 10.0
-    backoff: Backoff = Backoff()
+    backoff: BackoffSection = BackoffSection()
 
 
-class CliRunner(Struct, frozen=True):
+class CliRunnerSection(Struct, frozen=True):
     """Jobs that are commands."""
 
     enable: bool = True
     allowlist_dirs: tuple[Path, ...] = (Path("/etc/aitbc/miner/allowlist.d"),)
 
 
-class PythonRunner(Struct, frozen=True):
+class PythonRunnerSection(Struct, frozen=True):
     """Jobs that are Python tasks.
 
     `venv` is the virtual environment they run in (null: the miner's own), `preload` what a waiting process of
@@ -191,22 +191,22 @@ class PythonRunner(Struct, frozen=True):
     preload: tuple[ModuleName, ...] = ()
 
 
-class Runners(Struct, frozen=True):
+class RunnersSection(Struct, frozen=True):
     """Which kinds of jobs this node takes."""
 
-    cli: CliRunner = CliRunner()
-    python: PythonRunner = PythonRunner()
+    cli: CliRunnerSection = CliRunnerSection()
+    python: PythonRunnerSection = PythonRunnerSection()
 
 
-class Workspace(Struct, frozen=True):
+class WorkspaceSection(Struct, frozen=True):
     """The directories of the jobs, how long they stay, and how much a job may write and deliver."""
 
     root: Path = Path("/var/lib/aitbc/miner/jobs")
     keep_success: Duration = 86_400.0
     keep_failed: Duration = 604_800.0
-    min_free_mb: MegaBytes = 2048
+    min_free_mb: WholeMegabytes = 2048
     min_free_inodes: Annotated[int, Meta(ge=0, le=2**31)] = 10_000
-    reserve_mb: MegaBytes = 64
+    reserve_mb: WholeMegabytes = 64
     max_log_mb: Positive = 64
     max_artifacts_mb: Positive = 10_240
     max_artifacts: Positive = 1000
@@ -214,7 +214,7 @@ class Workspace(Struct, frozen=True):
     max_job_files: Positive | None = 200_000
 
 
-class Queue(Struct, frozen=True):
+class QueueSection(Struct, frozen=True):
     """Where jobs to run again and reports to send again wait. The node's own database is always at `path`.
 
     `url` and `password` (its source) are for redis, which a fleet may share. A node that has not renewed its
@@ -233,7 +233,7 @@ class Queue(Struct, frozen=True):
             raise BadField("url", "is not set; the redis backend needs one, such as redis://127.0.0.1:6379/0")
 
 
-class Privileges(Struct, frozen=True):
+class PrivilegesSection(Struct, frozen=True):
     """As which users the parts run; job_user `per-slot` is one user for each slot."""
 
     mode: Mode = "required"
@@ -241,7 +241,7 @@ class Privileges(Struct, frozen=True):
     job_user: UserName = "per-slot"
 
 
-class Sandbox(Struct, frozen=True):
+class SandboxSection(Struct, frozen=True):
     """Whether jobs must run in a sandbox, and how many MiB its /tmp and /dev/shm hold."""
 
     mode: ModeOrOff = "required"
@@ -249,26 +249,26 @@ class Sandbox(Struct, frozen=True):
     shm_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 256
 
 
-class Cgroup(Struct, frozen=True):
+class CgroupSection(Struct, frozen=True):
     """Whether limits must be held by cgroups."""
 
     mode: ModeOrOff = "required"
 
 
-class Shutdown(Struct, frozen=True):
+class ShutdownSection(Struct, frozen=True):
     """What becomes of running jobs at SIGTERM; `drain` waits up to grace_s."""
 
     mode: Literal["handover", "drain", "kill"] = "handover"
     grace_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
 
 
-class Secrets(Struct, frozen=True):
+class SecretsSection(Struct, frozen=True):
     """The key that opens what is sealed for this node."""
 
     pkcs11: Annotated[str, Meta(max_length=4096)] | None = None
 
 
-class Telemetry(Struct, frozen=True):
+class TelemetrySection(Struct, frozen=True):
     """Where /healthz and /metrics are served; port 0 takes a free one.
 
     `textfile` gets the metrics as well, for node_exporter's textfile collector; its name must end in .prom.
@@ -278,13 +278,13 @@ class Telemetry(Struct, frozen=True):
     textfile: Annotated[Path, Parse(parse_textfile)] | None = None
 
 
-class Control(Struct, frozen=True):
+class ControlSection(Struct, frozen=True):
     """Where aitbc-minerctl finds the daemon."""
 
     socket: Annotated[Path, Parse(parse_socket)] = Path("/run/aitbc-miner/control.sock")
 
 
-class Logging(Struct, frozen=True):
+class LoggingSection(Struct, frozen=True):
     """What is logged; without a path, to standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -295,24 +295,24 @@ class Logging(Struct, frozen=True):
 class Config(Struct, frozen=True):
     """All of config.yaml. `node_id` is never empty: without the key it is derived from the machine-id."""
 
-    coordinator: Coordinator
+    coordinator: CoordinatorSection
     node_id: Annotated[str, Parse(_parse_node_id)] = msgspec.field(default_factory=derive_node_id)
-    heartbeat: Heartbeat = Heartbeat()
-    runners: Runners = Runners()
+    heartbeat: HeartbeatSection = HeartbeatSection()
+    runners: RunnersSection = RunnersSection()
     slots_dir: Path = SLOTS_DIR
     services_dir: Path = Path("/etc/aitbc/miner/services.d")
     egress_dir: Path = Path("/etc/aitbc/miner/egress.d")
-    inputs: Inputs = Inputs()
-    workspace: Workspace = Workspace()
-    queue: Queue = Queue()
-    privileges: Privileges = Privileges()
-    sandbox: Sandbox = Sandbox()
-    cgroup: Cgroup = Cgroup()
-    shutdown: Shutdown = Shutdown()
-    secrets: Secrets = Secrets()
-    telemetry: Telemetry = Telemetry()
-    control: Control = Control()
-    logging: Logging = Logging()
+    inputs: InputsSection = InputsSection()
+    workspace: WorkspaceSection = WorkspaceSection()
+    queue: QueueSection = QueueSection()
+    privileges: PrivilegesSection = PrivilegesSection()
+    sandbox: SandboxSection = SandboxSection()
+    cgroup: CgroupSection = CgroupSection()
+    shutdown: ShutdownSection = ShutdownSection()
+    secrets: SecretsSection = SecretsSection()
+    telemetry: TelemetrySection = TelemetrySection()
+    control: ControlSection = ControlSection()
+    logging: LoggingSection = LoggingSection()
 
     def sources(self) -> list[str]:
         """Name where the operator's secrets are, as `env:NAME`."""
@@ -339,7 +339,7 @@ def load_config(path: Path, environ: Mapping[str, str]) -> tuple[Config | None, 
 
 def _warnings(config: Config) -> Iterator[str]:
     there = config.coordinator
-    defaults = Config(Coordinator(there.base_url, there.auth_token, allow_http=True))
+    defaults = Config(CoordinatorSection(there.base_url, there.auth_token, allow_http=True))
     for key in _WITHOUT_EFFECT:
         if _look_up(config, key) != _look_up(defaults, key):
             yield f"{key} has no effect in this version; it is accepted for later ones"

@@ -60,13 +60,13 @@ def absolute_path(value: object) -> Path:
     return Path(value)
 
 
-def describe(type_: Any) -> str:
+def describe_type(type_: Any) -> str:
     """Say in words what a type allows, to be put after "must be"."""
     members = [member for member in members_of(type_) if member is not types.NoneType]
     if len(members) < len(members_of(type_)):
-        return " or ".join([*map(describe, members), "null"])
+        return " or ".join([*map(describe_type, members), "null"])
     if len(members) > 1:
-        return " or ".join(map(describe, members))
+        return " or ".join(map(describe_type, members))
     bare = bare_type(type_)
     if typing.get_origin(bare) is Literal:
         return _one_of(typing.get_args(bare))
@@ -120,4 +120,4 @@ def allowed(type_: Any) -> str:
             parse(object())  # what none accepts, so that it says what it does accept
         except ValueError as error:
             return str(error)
-    return f"must be {describe(type_)}"
+    return f"must be {describe_type(type_)}"

@@ -17,8 +17,8 @@ import msgspec
 from msgspec import Struct
 
 from aitbc_miner.coordinator import aitbc_wire as wire
-from aitbc_miner.coordinator.answers import AITBC, check, confirm, decode, is_own_error
-from aitbc_miner.coordinator.http import HttpClient, Reply, clean
+from aitbc_miner.coordinator.answers import AITBC, check, confirm, decode_answer, is_own_error
+from aitbc_miner.coordinator.http import HttpClient, HttpReply, clean
 from aitbc_miner.coordinator.interface import (
     Assignment,
     Assignments,
@@ -216,12 +216,12 @@ class AitbcCoordinator:
         self._report("fail", job_id, doing, send)
         return Told(beat=True)
 
-    def _report(self, call: str, job_id: str, doing: str, send: Callable[[], Reply]) -> Reply:
+    def _report(self, call: str, job_id: str, doing: str, send: Callable[[], HttpReply]) -> HttpReply:
         """Send a report, and note whether it is certain that it did not count."""
         with self._arrived:
             self._on_their_way += 1
         self._unheard.discard(job_id)
-        reply: Reply | None = None
+        reply: HttpReply | None = None
         try:
             reply = send()
             self._answer(call, reply, doing)
@@ -239,7 +239,7 @@ class AitbcCoordinator:
         """Whether a report whose answer was lost has counted all the same."""
         return job_id not in self._unheard and self._state_of(job_id, doing) == state
 
-    def _receipt(self, reply: Reply, job_id: str) -> Receipt | None:
+    def _receipt(self, reply: HttpReply, job_id: str) -> Receipt | None:
         try:
             said = wire.receipt_in(reply)
         except (ValueError, RecursionError) as error:
@@ -265,7 +265,7 @@ class AitbcCoordinator:
                 return "RUNNING"  # no outcome of ours is so large
         return None
 
-    def _pages(self, doing: str, state: str, miner_id: str | None = None) -> Iterator[tuple[Reply, bool]]:
+    def _pages(self, doing: str, state: str, miner_id: str | None = None) -> Iterator[tuple[HttpReply, bool]]:
         """Yield the pages of a list of jobs, the newest first, and of each whether it is the last.
 
         One that is too large is asked for again in smaller ones, and yielded cut off if it is one job.
@@ -295,7 +295,7 @@ class AitbcCoordinator:
         method: str = "POST",
         query: dict[str, str] | None = None,
         most: int = 64 * 1024,
-    ) -> Reply:
+    ) -> HttpReply:
         """Make a call within the limits. Raises Paced, or Busy if the coordinator thinks otherwise."""
         self._limits.take(endpoint)
         named = {} if self._profile.auth_scheme == "bearer" else {"X-Miner-ID": self._profile.node_id}
@@ -314,18 +314,18 @@ class AitbcCoordinator:
         self._limits.answered(endpoint)
         return reply
 
-    def _answer(self, call: str, reply: Reply, doing: str) -> None:
+    def _answer(self, call: str, reply: HttpReply, doing: str) -> None:
         """Raise unless this is the coordinator's yes. A page that answers all with 200 is none."""
         self._check(call, reply, doing)
         # A receipt beyond all bounds cuts off what comes behind the yes.
-        confirm(AITBC.calls[call], decode(reply, doing) if reply.complete else wire.head(reply), doing)
+        confirm(AITBC.calls[call], decode_answer(reply, doing) if reply.complete else wire.head(reply), doing)
 
-    def _check(self, call: str, reply: Reply, doing: str) -> None:
+    def _check(self, call: str, reply: HttpReply, doing: str) -> None:
         if reply.status == 401:
             raise Unauthorized(f"cannot {doing}: {self._why_denied(reply)}")
         check(reply, AITBC.calls[call], AITBC, doing, self._profile.source)
 
-    def _why_denied(self, reply: Reply) -> str:
+    def _why_denied(self, reply: HttpReply) -> str:
         """Say which fault of the credential it is, as far as that can be told."""
         used, scheme = f"the credential from {self._profile.source}", self._profile.auth_scheme
         if fault := wire.fault_of(self._credential, scheme):
@@ -343,7 +343,7 @@ class AitbcCoordinator:
         )
 
 
-def _was_not_read(reply: Reply) -> bool:
+def _was_not_read(reply: HttpReply) -> bool:
     """Whether the coordinator has said that it did not even look at a report, so that it cannot count."""
     return reply.status in {401, 422} and is_own_error(reply, AITBC)
 

@@ -14,7 +14,7 @@ from msgspec import Struct
 
 from aitbc_miner.coordinator.answers import AITBC, confirm
 from aitbc_miner.coordinator.broken_json import find_text
-from aitbc_miner.coordinator.http import Reply, clean
+from aitbc_miner.coordinator.http import HttpReply, clean
 from aitbc_miner.coordinator.interface import Assignment, Heartbeat, PulledJob, Unreachable
 from aitbc_miner.coordinator.job_failure import log_of, message_of
 from aitbc_miner.jobs import ManifestError, Outcome, decode_manifest
@@ -130,7 +130,7 @@ class _Page(Struct):
     error: Any = None
 
 
-def pulled_job(reply: Reply, bound: int, to_manifest: ToManifest, doing: str) -> PulledJob:
+def pulled_job(reply: HttpReply, bound: int, to_manifest: ToManifest, doing: str) -> PulledJob:
     """Read the reply to a poll.
 
     Raises:
@@ -149,7 +149,7 @@ def pulled_job(reply: Reply, bound: int, to_manifest: ToManifest, doing: str) ->
     raise Unreachable(f"cannot {doing}: garbage reply: {why}")
 
 
-def assigned_jobs(reply: Reply, to_manifest: ToManifest, doing: str) -> list[Assignment]:
+def assigned_jobs(reply: HttpReply, to_manifest: ToManifest, doing: str) -> list[Assignment]:
     """Read a page of the list of our jobs.
 
     Raises:
@@ -169,7 +169,7 @@ def assigned_jobs(reply: Reply, to_manifest: ToManifest, doing: str) -> list[Ass
     return found
 
 
-def states(reply: Reply, doing: str) -> list[tuple[str, str]]:
+def states(reply: HttpReply, doing: str) -> list[tuple[str, str]]:
     """Read where the jobs of a page are; raises as `assigned_jobs`."""
     found: list[tuple[str, str]] = []
     for raw in _page(reply, doing):
@@ -182,7 +182,7 @@ def states(reply: Reply, doing: str) -> list[tuple[str, str]]:
     return found
 
 
-def _page(reply: Reply, doing: str) -> list[bytes]:
+def _page(reply: HttpReply, doing: str) -> list[bytes]:
     try:
         page = msgspec.json.decode(reply.body, type=_Page)
         # Whatever is wrong with its database, it says so with 200 and an empty list.
@@ -194,7 +194,7 @@ def _page(reply: Reply, doing: str) -> list[bytes]:
         raise Unreachable(f"cannot {doing}: garbage reply: {clean(str(error), 100)}") from error
 
 
-def oversized_assignment(reply: Reply, bound: int) -> Assignment | None:
+def oversized_assignment(reply: HttpReply, bound: int) -> Assignment | None:
     """Name the job of a page of one that is too large to be read."""
     job_id = find_text(reply.body, ("jobs[]", "job_id"))
     return (
@@ -262,12 +262,12 @@ def metrics(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def head(reply: Reply) -> dict[str, str | None]:
+def head(reply: HttpReply) -> dict[str, str | None]:
     """Give what a reply that is cut off says before its receipt."""
     return {"status": find_text(reply.body, ("status",))}
 
 
-def receipt_in(reply: Reply) -> object:
+def receipt_in(reply: HttpReply) -> object:
     """Give the receipt in the reply to a result, its numbers as they stand there; None without one."""
     body = json.loads(reply.body)
     return body.get("receipt") if isinstance(body, dict) else None

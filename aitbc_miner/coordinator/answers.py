@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.coordinator.http import Reply, clean
+from aitbc_miner.coordinator.http import HttpReply, clean
 from aitbc_miner.coordinator.interface import (
     Busy,
     CoordinatorError,
@@ -105,14 +105,14 @@ AITBC = Dialect(
 )
 
 
-def answer(reply: Reply, call: Call, dialect: Dialect, doing: str, credential: str) -> dict[str, Any]:
+def answer(reply: HttpReply, call: Call, dialect: Dialect, doing: str, credential: str) -> dict[str, Any]:
     """Give the JSON object of an answer, empty if there is no body.
 
     Raises:
         CoordinatorError: it is none, or it is not the wished-for one; as `check` and `confirm` do.
     """
     check(reply, call, dialect, doing, credential)
-    return confirm(call, decode(reply, doing), doing)
+    return confirm(call, decode_answer(reply, doing), doing)
 
 
 def confirm(call: Call, body: object, doing: str) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def confirm(call: Call, body: object, doing: str) -> dict[str, Any]:
     return body
 
 
-def check(reply: Reply, call: Call, dialect: Dialect, doing: str, credential: str) -> None:
+def check(reply: HttpReply, call: Call, dialect: Dialect, doing: str, credential: str) -> None:
     """Raise what a status means that neither says yes nor, where that may be, that there is nothing.
 
     `credential` says which one was used.
@@ -164,13 +164,13 @@ def check(reply: Reply, call: Call, dialect: Dialect, doing: str, credential: st
     raise CoordinatorError(f"cannot {doing}: the coordinator answered {said}", status)
 
 
-def is_own_error(reply: Reply, dialect: Dialect) -> bool:
+def is_own_error(reply: HttpReply, dialect: Dialect) -> bool:
     """Whether the body is an error as this dialect's coordinator writes it."""
     body = _object(reply)
     return body is not None and dialect.is_error(body)
 
 
-def decode(reply: Reply, doing: str) -> Any:
+def decode_answer(reply: HttpReply, doing: str) -> Any:
     """Decode a JSON body; None if it is empty. Raises Unreachable for garbage."""
     if not reply.complete:
         raise Unreachable(f"cannot {doing}: garbage reply: larger than {len(reply.body) // 1024} KiB")
@@ -183,7 +183,7 @@ def decode(reply: Reply, doing: str) -> Any:
     return value
 
 
-def _object(reply: Reply) -> dict[str, Any] | None:
+def _object(reply: HttpReply) -> dict[str, Any] | None:
     try:
         body = msgspec.json.decode(reply.body)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -197,7 +197,7 @@ def _message(body: Mapping[str, Any]) -> object:
     return error.get("message") if isinstance(error, dict) else error
 
 
-def _said(reply: Reply) -> str:
+def _said(reply: HttpReply) -> str:
     """Return the status and, shortened, what an error body says."""
     message = _message(_object(reply) or {})
     return f"{reply.status}: {clean(message, 200)}" if isinstance(message, str) else str(reply.status)

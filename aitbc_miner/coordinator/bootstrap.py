@@ -15,7 +15,7 @@ from requests_toolbelt import MultipartEncoder
 
 from aitbc_miner.coordinator.answers import BOOTSTRAP, answer, check, confirm
 from aitbc_miner.coordinator.broken_json import find_text
-from aitbc_miner.coordinator.http import HttpClient, Reply, clean
+from aitbc_miner.coordinator.http import HttpClient, HttpReply, clean
 from aitbc_miner.coordinator.interface import (
     ArtifactChanged,
     Assignments,
@@ -165,7 +165,9 @@ class BootstrapCoordinator:
         self._answer("fail", reply, doing)
         return Told()
 
-    def _answer(self, call: str, reply: Reply, doing: str, credential: str = NODE_TOKEN) -> dict[str, Any]:
+    def _answer(
+        self, call: str, reply: HttpReply, doing: str, credential: str = NODE_TOKEN
+    ) -> dict[str, Any]:
         return answer(reply, BOOTSTRAP.calls[call], BOOTSTRAP, doing, credential)
 
 
@@ -221,7 +223,7 @@ class _PullReply(Struct):
     error: Any = None
 
 
-def _read_job(reply: Reply, bound: int, doing: str) -> PulledJob | None:
+def _read_job(reply: HttpReply, bound: int, doing: str) -> PulledJob | None:
     """Read the reply to a pull: a bad job fails if it can be named, else the pull does."""
     try:
         said = msgspec.json.decode(reply.body, type=_PullReply) if reply.complete else _PullReply()
@@ -248,7 +250,7 @@ def _read_job(reply: Reply, bound: int, doing: str) -> PulledJob | None:
     return PulledJob(raw, manifest)
 
 
-def _unreadable(reply: Reply, why: str, doing: str) -> PulledJob:
+def _unreadable(reply: HttpReply, why: str, doing: str) -> PulledJob:
     job_id = find_text(reply.body, ("job", "job_id"))
     if job_id is None:
         raise Unreachable(f"cannot {doing}: garbage reply: {why}")

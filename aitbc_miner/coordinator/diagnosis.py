@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from aitbc_miner.config.settings import Coordinator as Settings
-from aitbc_miner.coordinator.http import HttpClient, Reply
+from aitbc_miner.config.settings import CoordinatorSection as Settings
+from aitbc_miner.coordinator.http import HttpClient, HttpReply
 from aitbc_miner.coordinator.interface import Unreachable
 from aitbc_miner.util.web import Proxy
 
@@ -96,7 +96,7 @@ def _advice(settings: Settings, what: str, dialect: str, base: str) -> str | Non
     return f"{what} answers there: set {' and '.join(wrong)}" if wrong else None
 
 
-def _ask(proxy: Proxy | None, base: str, path: str, method: str = "POST") -> Reply | None:
+def _ask(proxy: Proxy | None, base: str, path: str, method: str = "POST") -> HttpReply | None:
     """Call without a token, and whatever the certificate: nothing that is said matters to anybody."""
     if proxy and proxy.url.startswith("https:"):
         proxy = Proxy(proxy.url)  # which does not show who it is, and so is told no credential
@@ -117,17 +117,17 @@ def _serves(proxy: Proxy | None, base: str, call: str) -> bool | None:
     return there.status in _THERE and nothing.status in _NOT_THERE
 
 
-def _is_aitbc(reply: Reply | None) -> bool:
+def _is_aitbc(reply: HttpReply | None) -> bool:
     said = _object(reply) if reply and reply.status == 200 else {}
     return said.get("status") == "ok" and bool({"env", "python_version"} & said.keys())
 
 
-def _is_page(reply: Reply) -> bool:
+def _is_page(reply: HttpReply) -> bool:
     """Whether it is something for a browser: a coordinator's replies are JSON objects, or empty."""
     return bool(reply.body.strip()) and not _object(reply)
 
 
-def _object(reply: Reply) -> dict[str, object]:
+def _object(reply: HttpReply) -> dict[str, object]:
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         said = msgspec.json.decode(reply.body)
         return said if isinstance(said, dict) else {}

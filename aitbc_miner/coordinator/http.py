@@ -50,7 +50,7 @@ UPLOAD_REPLY_S = 60.0  # the coordinator may want to store what it got before it
 _TOKEN = re.compile(r"[\x21-\x7e]{1,8192}")
 
 
-class Reply(Struct, frozen=True):
+class HttpReply(Struct, frozen=True):
     """An answer: HTTP status, body, whether that is all of it or cut at the bound, and three headers.
 
     `date` is when it was given, in seconds since 1970 by the clock of who gave it.
@@ -136,7 +136,7 @@ class HttpClient:
         params: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
         max_bytes: int = MAX_REPLY,
-    ) -> Reply:
+    ) -> HttpReply:
         """Send a JSON value or a MultipartEncoder and read the reply, whatever its status.
 
         `headers` go before the token's own. Raises Unreachable ("cannot DOING: …") when no reply arrives.
@@ -206,10 +206,10 @@ class HttpClient:
         return clean(text.format(error=found, **values, **times), 600)
 
 
-def _reply(response: requests.Response, content: bytes, most: int, sent: Mapping[str, str]) -> Reply:
+def _reply(response: requests.Response, content: bytes, most: int, sent: Mapping[str, str]) -> HttpReply:
     if response.status_code != HTTPStatus.OK:
         content = _untold(content, sent)
-    return Reply(
+    return HttpReply(
         response.status_code,
         content[:most].removeprefix(codecs.BOM_UTF8),
         len(content) <= most,

@@ -23,13 +23,13 @@ from aitbc_miner.jobs import ArtifactSpec, ManifestError, RetryPolicy
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
 
-Name = Annotated[
+ServiceName = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z", description="a name of A-Z a-z 0-9 . _ -")
 ]
 FieldName = Annotated[
     str, Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}\Z", description="the name of a field of the payload")
 ]
-Text = Annotated[str, Meta(max_length=4096)]
+ServiceText = Annotated[str, Meta(max_length=4096)]
 
 
 class ServiceError(ManifestError):
@@ -39,8 +39,8 @@ class ServiceError(ManifestError):
 class Match(Struct, frozen=True):
     """Which payloads: by `type`, by `service_type`, or, without a type, those with all fields of `when`."""
 
-    types: tuple[Text, ...] = ()
-    service_types: tuple[Text, ...] = ()
+    types: tuple[ServiceText, ...] = ()
+    service_types: tuple[ServiceText, ...] = ()
     when: tuple[FieldName, ...] = ()
 
 
@@ -54,7 +54,7 @@ class Field(Struct, frozen=True):
     max_bytes: Annotated[int, Meta(ge=1, le=16 << 20)] = 4096
     min: float | None = None
     max: float | None = None
-    values: tuple[Text, ...] = ()
+    values: tuple[ServiceText, ...] = ()
     pattern: Annotated[Any, Parse(parse_pattern)] = None
 
     def __post_init__(self) -> None:
@@ -75,9 +75,9 @@ class Run(Struct, frozen=True):
     A list among the arguments is left out as a whole where one of its fields is absent; so is a parameter.
     """
 
-    command: Text | None = None
-    args: list[Text | list[Text]] = []
-    task: Text | None = None
+    command: ServiceText | None = None
+    args: list[ServiceText | list[ServiceText]] = []
+    task: ServiceText | None = None
     params: dict[FieldName, Any] = {}
 
     def __post_init__(self) -> None:
@@ -92,8 +92,8 @@ class Run(Struct, frozen=True):
 class Input(Struct, frozen=True):
     """A file to fetch before the program starts: under a name of ours, whatever the address ends in."""
 
-    url: Text
-    name: Name
+    url: ServiceText
+    name: ServiceName
     max_mb: Annotated[float, Meta(gt=0)] | None = None
 
 
@@ -112,7 +112,7 @@ class Service(Struct, frozen=True):
     `models` are told to the coordinator. A file of up to `inline_kb` KiB travels within the result.
     """
 
-    name: Name = msgspec.field(name="service")
+    name: ServiceName = msgspec.field(name="service")
     match: Match
     run: Run
     fields: dict[FieldName, Field] = {}
@@ -120,10 +120,10 @@ class Service(Struct, frozen=True):
     requirements: Needs = Needs()
     timeout_s: Annotated[float, Meta(gt=0, le=31_536_000)] | None = None
     artifacts: list[ArtifactSpec] = []
-    env: dict[str, Text] = {}
+    env: dict[str, ServiceText] = {}
     egress: Literal["none", "open"] | None = None
     retry: RetryPolicy = RetryPolicy(3, [ErrorCode.E_LOST])
-    models: tuple[Text, ...] = ()
+    models: tuple[ServiceText, ...] = ()
     result: dict[FieldName, Source] = {}
     inline_kb: Annotated[int, Meta(ge=0, le=4096)] = 1024
 

@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from aitbc_miner.gpu.devices import CAPABILITIES, CARDS, mig_capabilities, minor_of
-from aitbc_miner.gpu.reader import NO_LIBRARY, GpuInfo, GpuUsage, MigInstance, Reply
+from aitbc_miner.gpu.reader import NO_LIBRARY, GpuInfo, GpuUsage, MigInstance, NvmlReply
 
 MAX_GPUS = 1024
 MAX_PARTS = 64
@@ -25,7 +25,7 @@ _MAX_BYTES = 1 << 44
 _MAX_MILLIWATTS = 10_000_000
 _UUID = re.compile(r"[A-Za-z][A-Za-z0-9._:/-]{0,127}")
 
-Memory = tuple[int | None, int | None]
+NvmlMemory = tuple[int | None, int | None]
 """Used and in all, in MiB."""
 
 
@@ -52,27 +52,27 @@ class _Nvml:
         self._nvml = pynvml
         self._error: type[Exception] = pynvml.NVMLError
 
-    def start(self) -> Reply | None:
+    def start(self) -> NvmlReply | None:
         """Load and start NVML; return what to tell if that fails."""
         try:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError_LibraryNotFound:
-            return Reply(error=NO_LIBRARY, missing=True)
+            return NvmlReply(error=NO_LIBRARY, missing=True)
         except self._error as error:
-            return Reply(error=f"cannot start NVML: {error}; see nvidia-smi and dmesg")
+            return NvmlReply(error=f"cannot start NVML: {error}; see nvidia-smi and dmesg")
         return None
 
-    def answer(self, request: str) -> Reply:
+    def answer(self, request: str) -> NvmlReply:
         """Ask every GPU; what is wrong with one of them is in its own entry."""
         try:
             count = _within(0, MAX_GPUS)(self._nvml.nvmlDeviceGetCount())
         except (self._error, ValueError) as error:
-            return Reply(error=f"cannot find the GPUs: {error}; see nvidia-smi and dmesg")
+            return NvmlReply(error=f"cannot find the GPUs: {error}; see nvidia-smi and dmesg")
         cards = [_Card(self._nvml, index) for index in range(count)]
         if request == "list":
             driver, cuda = self._versions()
-            return Reply(gpus=_distinct([card.info(driver, cuda) for card in cards]))
-        return Reply(usage=[entry for card in cards for entry in card.usages()])
+            return NvmlReply(gpus=_distinct([card.info(driver, cuda) for card in cards]))
+        return NvmlReply(usage=[entry for card in cards for entry in card.usages()])
 
     def _versions(self) -> tuple[str, str]:
         nvml, ask = self._nvml, _Answers(self._nvml)
@@ -109,16 +109,16 @@ class _Answers:
             self.odd.append(f"{what} ({error})")
             return None
 
-    def memory(self, handle: Any) -> tuple[Memory, bool]:
+    def memory(self, handle: Any) -> tuple[NvmlMemory, bool]:
         """Ask for the memory, and whether it is the machine's own, as where a card has none (Grace)."""
 
-        def ask() -> tuple[Memory, bool]:
+        def ask() -> tuple[NvmlMemory, bool]:
             try:
                 return _memory(self._nvml.nvmlDeviceGetMemoryInfo(handle)), False
             except self._nvml.NVMLError_NotSupported:
                 return _memory_of_machine(), True
 
-        said: tuple[Memory, bool] | None = self("memory", ask, read=lambda both: both)
+        said: tuple[NvmlMemory, bool] | None = self("memory", ask, read=lambda both: both)
         return said or ((None, None), False)
 
 
@@ -269,13 +269,13 @@ def _pci(pci: Any) -> str:
     return f"{domain:04x}:{bus:02x}:{device:02x}.0"
 
 
-def _memory(said: Any) -> Memory:
+def _memory(said: Any) -> NvmlMemory:
     total = _within(1 << 20, _MAX_BYTES)(said.total)
     used = int(said.used)
     return used >> 20 if 0 <= used <= total else None, total >> 20
 
 
-def _memory_of_machine() -> Memory:
+def _memory_of_machine() -> NvmlMemory:
     fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     total, free = (int(fields[name].split()[0]) >> 10 for name in ("MemTotal", "MemAvailable"))
     return total - free, total

@@ -85,7 +85,7 @@ class GpuList(Struct, frozen=True):
     missing: bool = False
 
 
-class Reply(Struct, frozen=True):
+class NvmlReply(Struct, frozen=True):
     """One line from the child. With an `error` the child is of no more use."""
 
     gpus: list[GpuInfo] = []
@@ -122,7 +122,7 @@ class GpuReader:
         self._first_pause_s, self._max_pause_s = pause_s, max_pause_s
         self._pause_s = 0.0
         self._not_before = 0.0
-        self._failure = Reply()
+        self._failure = NvmlReply()
         self._child: subprocess.Popen[bytes] | None = None
         self._ended: subprocess.Popen[bytes] | None = None
         self._uuids: Sequence[str] = ()
@@ -161,7 +161,7 @@ class GpuReader:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._ended.wait(1.0)
 
-    def _ask(self, request: str, deadline_s: float) -> Reply:
+    def _ask(self, request: str, deadline_s: float) -> NvmlReply:
         deadline = clock.now() + deadline_s
         if self._ended:
             # Reaps it: where there is no driver, there may be no next one for long.
@@ -172,7 +172,7 @@ class GpuReader:
             self._child = self._child or self._start_child()
             reply = _exchange(self._child, request, deadline)
         except (MinerError, OSError) as error:
-            reply = Reply(error=f"cannot ask NVML: {error}")
+            reply = NvmlReply(error=f"cannot ask NVML: {error}")
         if reply.error:
             self._fail(reply)
         else:
@@ -195,7 +195,7 @@ class GpuReader:
             start_new_session=True,
         )
 
-    def _fail(self, reply: Reply) -> None:
+    def _fail(self, reply: NvmlReply) -> None:
         self._end_child()
         doubled = min(max(self._first_pause_s, self._pause_s * 2), self._max_pause_s)
         self._pause_s = self._max_pause_s if reply.missing else doubled
@@ -219,7 +219,7 @@ def _child_command() -> Sequence[str]:
     return [sys.executable, "-I", "-c", start, str(Path(__file__).resolve().parents[2])]
 
 
-def _exchange(child: subprocess.Popen[bytes], request: str, deadline: float) -> Reply:
+def _exchange(child: subprocess.Popen[bytes], request: str, deadline: float) -> NvmlReply:
     """Send one request and return its reply.
 
     Raises:
@@ -231,7 +231,7 @@ def _exchange(child: subprocess.Popen[bytes], request: str, deadline: float) -> 
     child.stdin.write(request.encode() + b"\n")
     line = _read_line(child.stdout.fileno(), deadline)
     try:
-        return msgspec.json.decode(line, type=Reply)
+        return msgspec.json.decode(line, type=NvmlReply)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MinerError(f"its process answered {line[:60]!r}: {error}") from error
 

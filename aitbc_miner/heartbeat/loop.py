@@ -26,7 +26,7 @@ from aitbc_miner.coordinator.interface import (
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu.reader import GpuReader
 from aitbc_miner.heartbeat.registration import Access, Registration, RegistrationError
-from aitbc_miner.heartbeat.status_report import remedy_for, rest_after, slot_report, told_of
+from aitbc_miner.heartbeat.status_report import capability_of, remedy_for, rest_after, slot_report
 from aitbc_miner.identity.credentials import Credential, CredentialError, digest
 from aitbc_miner.ipc.channel import Channel, ChannelError
 from aitbc_miner.ipc.messages import (
@@ -65,7 +65,7 @@ CREDENTIAL_S = 1.0
 UNSETTLED = frozenset({SlotState.STOPPED, SlotState.STARTING})
 
 
-class Timing(Struct, frozen=True):
+class HeartbeatTiming(Struct, frozen=True):
     """The delays that are not configured, in seconds.
 
     slots_wait: how long the first registration waits for the slots to be set up. settle: how long a change of
@@ -92,7 +92,7 @@ class HeartbeatProcess:
         metrics: Metrics,
         gpus: GpuWatch,
         tasks: TaskWatch,
-        timing: Timing,
+        timing: HeartbeatTiming,
     ) -> None:
         self._channel, self._line, self._config, self._tasks = channel, line, config, tasks
         self._registration, self._metrics, self._gpus, self._timing = registration, metrics, gpus, timing
@@ -230,7 +230,7 @@ class HeartbeatProcess:
 
     def _stale(self) -> bool:
         """Whether the coordinator was told of other slots or GPUs than there are now."""
-        return self._settled() and self._registration.told != told_of(self._metrics.snapshot.slots)
+        return self._settled() and self._registration.told != capability_of(self._metrics.snapshot.slots)
 
     def _beat(self) -> None:
         """Send a heartbeat, registering before if need be, and settle when the next one is due."""
@@ -277,10 +277,10 @@ class HeartbeatProcess:
         except RegistrationError as error:
             # The node token may well outlive the operator's; as long as it serves, we go on with it.
             log.warning("slot change not registered", error=str(error))
-            self._registration.told = told_of(self._metrics.snapshot.slots)
+            self._registration.told = capability_of(self._metrics.snapshot.slots)
 
     def _register(self, *, forgotten: bool = False) -> None:
-        slots = told_of(self._metrics.snapshot.slots)
+        slots = capability_of(self._metrics.snapshot.slots)
         payload = capabilities(
             self._metrics.snapshot.node_id,
             probe_machine(self._config.workspace.root),
@@ -359,14 +359,14 @@ def run_heartbeat(
     *,
     early: Credential | None = None,
     proxy: Proxy | None = None,
-    timing: Timing | None = None,
+    timing: HeartbeatTiming | None = None,
 ) -> None:
     """Be the heartbeat process, after the fork, until Stop comes or one of the other processes is gone.
 
     `channel` goes to the supervisor, `line` to the agent; `environ` is where the credential may be, or
     `early` is it.
     """
-    timing = timing or Timing()
+    timing = timing or HeartbeatTiming()
     metrics = Metrics(_first(config), config.queue.path.parent)
     registration = Registration(Access(config, environ, early, proxy), metrics)
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)

@@ -15,7 +15,7 @@ SILENT_BEATS = 3
 """For so many intervals at most a coordinator may ask to hear nothing of us."""
 
 
-def told_of(slots: Sequence[SlotView]) -> list[SlotCapability]:
+def capability_of(slots: Sequence[SlotView]) -> list[SlotCapability]:
     """Say what each slot is; a change of that is told to the coordinator anew."""
     return [
         SlotCapability(

@@ -30,7 +30,7 @@ from urllib3.util.ssltransport import SSLTransport
 from aitbc_miner.errors import ErrorCode, JobError, LocalError, MinerError
 from aitbc_miner.identity.credentials import CredentialError
 from aitbc_miner.inputs.addresses import forbidden
-from aitbc_miner.inputs.urls import check_names, name_of, parse, redirected, refuse, shown
+from aitbc_miner.inputs.urls import check_names, name_of, parse, redirected, refuse, shown_url
 from aitbc_miner.jobs import InputUrl, Manifest
 from aitbc_miner.store.reserve import disk_error
 from aitbc_miner.util.backoff import Backoff
@@ -237,7 +237,7 @@ def _persist(item: InputUrl, transfer: _Transfer, run: _Run) -> None:
                 backoff.reset()
             away = getattr(error.__cause__, "errno", None) in _NO_NETWORK
             if failures >= run.limits.attempts * (PATIENCE if away else 1):
-                raise refuse(f"cannot fetch {shown(item.url)}: {error} ({failures} attempts)") from error
+                raise refuse(f"cannot fetch {shown_url(item.url)}: {error} ({failures} attempts)") from error
             run.pause(backoff.next())
 
 
@@ -254,7 +254,7 @@ def _attempt(url: str, transfer: _Transfer, run: _Run) -> None:
                     _receive(reply, transfer, run)
                     return
         url = redirected(url, reply.headers.get("Location", ""))
-    raise refuse(f"cannot fetch {shown(url)}: more than {run.limits.max_redirects} redirects")
+    raise refuse(f"cannot fetch {shown_url(url)}: more than {run.limits.max_redirects} redirects")
 
 
 @contextlib.contextmanager
@@ -291,7 +291,7 @@ def _check_status(reply: http.client.HTTPResponse, url: str, transfer: _Transfer
     elif reply.status in RETRIED or reply.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         raise _Broken(f"the server answered {reply.status}")
     else:
-        raise refuse(f"cannot fetch {shown(url)}: the server answered {reply.status}")
+        raise refuse(f"cannot fetch {shown_url(url)}: the server answered {reply.status}")
 
 
 def _receive(reply: http.client.HTTPResponse, transfer: _Transfer, run: _Run) -> None:

@@ -44,15 +44,15 @@ def parse(url: str, base: str = "") -> Url:
     try:
         parsed = parse_url(urljoin(base, url))
     except ValueError as error:
-        raise refuse(f"cannot fetch {shown(url)}: it is not a URL") from error
+        raise refuse(f"cannot fetch {shown_url(url)}: it is not a URL") from error
     if parsed.scheme not in {"http", "https"}:
-        raise refuse(f"cannot fetch {shown(url)}: only http and https addresses are fetched")
+        raise refuse(f"cannot fetch {shown_url(url)}: only http and https addresses are fetched")
     if not parsed.host or parsed.auth:
-        raise refuse(f"cannot fetch {shown(parsed.url)}: an address needs a host and no user name")
+        raise refuse(f"cannot fetch {shown_url(parsed.url)}: an address needs a host and no user name")
     return parsed
 
 
-def shown(url: str) -> str:
+def shown_url(url: str) -> str:
     """Return an address as it may be shown: query and password are often secrets."""
     plain = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0])
     return "".join(c if c.isprintable() else "?" for c in plain[:200])
@@ -62,5 +62,5 @@ def redirected(url: str, location: str) -> str:
     """Give where a redirect leads. Raises JobError for one that is not followed."""
     target = parse(location, url)
     if parse(url).scheme == "https" != target.scheme:
-        raise refuse(f"cannot fetch {shown(url)}: it redirects from https to {shown(target.url)}")
+        raise refuse(f"cannot fetch {shown_url(url)}: it redirects from https to {shown_url(target.url)}")
     return target.url

@@ -12,7 +12,7 @@ from aitbc_miner.allowlist import abuse
 from aitbc_miner.allowlist.entries import Entry, load_allowlist
 from aitbc_miner.config.document import ENV_PREFIX, Fault
 from aitbc_miner.config.dropins import drop_ins
-from aitbc_miner.config.settings import Config, PythonRunner
+from aitbc_miner.config.settings import Config, PythonRunnerSection
 from aitbc_miner.config.units import format_cpus
 from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.coordinator.services import Service, read_services
@@ -26,12 +26,12 @@ from aitbc_miner.preflight.confinement import (
     offered_controllers,
 )
 from aitbc_miner.preflight.network import proxy_faults, refused_later
-from aitbc_miner.preflight.requirements import Place, RequirementError, full_disks, resolved, unmet
+from aitbc_miner.preflight.requirements import NodePlace, RequirementError, full_disks, resolved, unmet
 from aitbc_miner.preflight.sandbox_view import needs, special, unseen
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, SlotCapability
 from aitbc_miner.probe.topology import MachineFacts, read_machine
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, cannot_import, find_interpreter
-from aitbc_miner.runners.task_catalogue import Task, list_tasks
+from aitbc_miner.runners.task_catalogue import FoundTask, list_tasks
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, group_of, resolve
 from aitbc_miner.slots.derive import derive_slots, lay_out
 from aitbc_miner.slots.reader import MIB, check_slots, read_slots
@@ -84,7 +84,7 @@ class Checker:
         self.warnings: list[str] = []
         self.slots: list[SlotSpec] = []
         self.commands: list[str] = []
-        self.tasks: list[Task] = []
+        self.tasks: list[FoundTask] = []
         self.services: list[Service] = []
         self._interpreter: Interpreter | None = None
         self._absent: dict[str, str] = {}
@@ -98,7 +98,7 @@ class Checker:
         service = identities.service if identities else None
         self._check_credential(service)
         self._check_ca_file(service)
-        self.warnings += network.warnings(self._config, self._environ)
+        self.warnings += network.network_warnings(self._config, self._environ)
         for key, message in [*full_disks(self._config), *proxy_faults(self._config, self._environ)]:
             self._fault(key, message)
 
@@ -114,7 +114,7 @@ class Checker:
             key, _, message = str(error).partition(": ")
             self._fault(key, message)
             return identities
-        for key, message in unmet(Place(config, identities, len(self.slots))):
+        for key, message in unmet(NodePlace(config, identities, len(self.slots))):
             self._fault(key, message)
         return identities
 
@@ -198,7 +198,7 @@ class Checker:
             self.warnings += map(str, warnings)
             for name, entry in allowlist.entries.items():
                 file = str(allowlist.files[name])
-                texts = [*abuse.warnings(entry), *self._hidden(entry)]
+                texts = [*abuse.abuse_warnings(entry), *self._hidden(entry)]
                 self.warnings += [str(Fault(file, None, "command", text)) for text in texts]
                 if not Path(entry.command.path).exists():
                     self._absent[name] = entry.command.path
@@ -328,7 +328,7 @@ class Checker:
             self._fault("coordinator.ca_file", f"the user {service.name} cannot read {path}; {remedy}")
 
 
-def find_python(python: PythonRunner, identities: Identities | None) -> Interpreter:
+def find_python(python: PythonRunnerSection, identities: Identities | None) -> Interpreter:
     """Find the Python of tasks, as the service's user, or our own where there are no tasks.
 
     Raises:

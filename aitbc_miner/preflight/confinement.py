@@ -9,7 +9,7 @@ from pathlib import Path
 
 from msgspec import Struct
 
-from aitbc_miner.cgroup.delegation import LEAF, prepare
+from aitbc_miner.cgroup.delegation import LEAF, delegate
 from aitbc_miner.cgroup.group import CgroupError, Group, Mount, find_mount, own_group
 from aitbc_miner.config.settings import Config
 from aitbc_miner.errors import MinerError
@@ -118,7 +118,7 @@ def take_cgroups(config: Config, found: Cgroups) -> Cgroups:
     if found.home is None or not found.controllers:
         return found
     try:
-        refused = prepare(found.home)
+        refused = delegate(found.home)
     except CgroupError as error:
         refused = dict.fromkeys(found.controllers, str(error))
     needed = [reason for name, reason in refused.items() if name in NEEDED_CONTROLLERS]

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from msgspec import Struct
 
 from aitbc_miner.config.document import Fault
-from aitbc_miner.config.settings import Config, Privileges
+from aitbc_miner.config.settings import Config, PrivilegesSection
 from aitbc_miner.control.server import READERS, WRITERS
 from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.preflight.check import machine_facts
@@ -84,7 +84,7 @@ def _wants_users(config: Config | None) -> bool:
 
 
 def _users(config: Config | None) -> Finding:
-    service = config.privileges.service_user if config else Privileges().service_user
+    service = config.privileges.service_user if config else PrivilegesSection().service_user
     specs = read_slots(config.slots_dir, []) if config else []
     names = [service, *(job_user(spec.name) for spec in specs or derive_slots(machine_facts(GpuList())))]
     absent = [name for name in names if not _known(pwd.getpwnam, name)]

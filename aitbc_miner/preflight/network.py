@@ -21,7 +21,7 @@ LOOK_S = 60.0
 NOBODY = 65534  # Debian's user nobody
 
 
-def warnings(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
+def network_warnings(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
     """Say what may be meant so, and what it means."""
     there = config.coordinator
     if text := unused_proxy(config, environ):

@@ -28,7 +28,7 @@ class RequirementError(MinerError):
     """The machine has not what `run` needs."""
 
 
-class Place(Struct, frozen=True):
+class NodePlace(Struct, frozen=True):
     """What the requirements are about. Without `identities` it is not known who is who."""
 
     config: Config
@@ -36,13 +36,13 @@ class Place(Struct, frozen=True):
     slots: int
 
 
-def unmet(place: Place) -> Iterator[tuple[str, str]]:
+def unmet(place: NodePlace) -> Iterator[tuple[str, str]]:
     """Give the key and the fault of each requirement that this machine does not meet."""
     for key, look in NEEDS:
         yield from ((key, fault) for fault in look(place))
 
 
-def require(place: Place) -> None:
+def require(place: NodePlace) -> None:
     """Let a node start only where all requirements are met.
 
     Raises:
@@ -82,14 +82,14 @@ def _resolved(key: str, path: Path) -> Path:
     raise RequirementError(f"{key}: {path} leads through more than {LINKS} links; name where it leads")
 
 
-def _identity(place: Place) -> Iterator[str]:
+def _identity(place: NodePlace) -> Iterator[str]:
     said = read_machine_id()
     if not is_machine_id(said) and place.config.node_id == derive_node_id():
         shown = f"{said[:40]!r}, which many machines are" if said else "not there or empty"
         yield f"{MACHINE_ID} is {shown}; run `systemd-machine-id-setup`, or set node_id to a name of its own"
 
 
-def _workspace(place: Place) -> Iterator[str]:
+def _workspace(place: NodePlace) -> Iterator[str]:
     root = place.config.workspace.root
     faults = list(_directory(root))
     yield from faults
@@ -102,7 +102,7 @@ def _workspace(place: Place) -> Iterator[str]:
             yield f"the slots' users cannot pass through {step}; {remedy}"
 
 
-def _state(place: Place) -> Iterator[str]:
+def _state(place: NodePlace) -> Iterator[str]:
     path = place.config.queue.path
     yield from _directory(path.parent)
     if path.is_dir():
@@ -127,7 +127,7 @@ def foreign(directory: Path, uid: int | None, gid: int | None) -> str:
     )
 
 
-def _log(place: Place) -> Iterator[str]:
+def _log(place: NodePlace) -> Iterator[str]:
     path = place.config.logging.path
     if path is None:
         return
@@ -153,7 +153,7 @@ def _guarded(path: Path) -> Iterator[str]:
         yield f"cannot trust {path}: {problem}; {remedy}"
 
 
-def _control(place: Place) -> Iterator[str]:
+def _control(place: NodePlace) -> Iterator[str]:
     path = place.config.control.socket
     yield from _guarded(path)
     yield from _directory(path.parent)
@@ -161,14 +161,14 @@ def _control(place: Place) -> Iterator[str]:
         yield f"{path} is no socket; remove it, or name another place"
 
 
-def _files(place: Place) -> Iterator[str]:
+def _files(place: NodePlace) -> Iterator[str]:
     wanted = FILES + FILES_PER_SLOT * place.slots
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if most != resource.RLIM_INFINITY and most < wanted and os.geteuid() != 0:
         yield f"{place.slots} slots take {wanted} open files, but the limit is {most}; raise `ulimit -n`"
 
 
-NEEDS: tuple[tuple[str, Callable[[Place], Iterator[str]]], ...] = (
+NEEDS: tuple[tuple[str, Callable[[NodePlace], Iterator[str]]], ...] = (
     ("node_id", _identity),
     ("workspace.root", _workspace),
     ("queue.path", _state),

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from aitbc_miner.allowlist.entries import Allowlist, load_allowlist
 from aitbc_miner.config.document import Fault
-from aitbc_miner.config.settings import Runners
+from aitbc_miner.config.settings import RunnersSection
 from aitbc_miner.runners.cli import CliRunner
 from aitbc_miner.runners.interface import Runner
 from aitbc_miner.runners.interpreter import Interpreter
@@ -17,7 +17,7 @@ Stamp = tuple[tuple[str, int, int], ...]
 class RunnerSet:
     """Gives the runners anew for each job. A changed allowlist is read again; a broken one is not used."""
 
-    def __init__(self, config: Runners, interpreter: Interpreter | None = None) -> None:
+    def __init__(self, config: RunnersSection, interpreter: Interpreter | None = None) -> None:
         self._config = config
         self._interpreter = interpreter
         self._allowlist = Allowlist()

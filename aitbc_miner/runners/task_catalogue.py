@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.config.settings import PythonRunner
+from aitbc_miner.config.settings import PythonRunnerSection
 from aitbc_miner.errors import JobError
 from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, as_user, find_interpreter
 from aitbc_miner.runners.python import TASK_NAME, find_task
@@ -30,7 +30,7 @@ TOLD_MAX = 1 << 18
 _INFO = msgspec.json.Decoder(TaskInfo)
 
 
-class Task(Struct, frozen=True):
+class FoundTask(Struct, frozen=True):
     """A task of this node, with the file it is in."""
 
     info: TaskInfo
@@ -38,8 +38,8 @@ class Task(Struct, frozen=True):
 
 
 def list_tasks(
-    config: PythonRunner, user: Identity | None = None, interpreter: Interpreter | None = None
-) -> list[Task]:
+    config: PythonRunnerSection, user: Identity | None = None, interpreter: Interpreter | None = None
+) -> list[FoundTask]:
     """Look into all tasks. What is wrong with one is in its `error`; takes `ALL_S` at most.
 
     Args:
@@ -47,12 +47,12 @@ def list_tasks(
         user: as whom the tasks are read; None: as we are.
         interpreter: as it was found; None: it is looked for.
     """
-    found: dict[str, Task] = {}
+    found: dict[str, FoundTask] = {}
     for name, file in _names(config.task_paths):
         try:
-            found[name] = Task(TaskInfo(name, error=_UNREAD), find_task(name, config.task_paths))
+            found[name] = FoundTask(TaskInfo(name, error=_UNREAD), find_task(name, config.task_paths))
         except JobError as error:
-            found[name] = Task(TaskInfo(name, error=error.message), file)
+            found[name] = FoundTask(TaskInfo(name, error=error.message), file)
     readable = [task for task in found.values() if task.info.error is _UNREAD]
     if readable:
         try:
@@ -60,11 +60,11 @@ def list_tasks(
             said = _read(python, readable, user)
         except (InterpreterError, OSError) as error:
             said = [TaskInfo(task.info.name, error=str(error)) for task in readable]
-        found |= {info.name: Task(info, found[info.name].file) for info in said}
+        found |= {info.name: FoundTask(info, found[info.name].file) for info in said}
     return [task for task in found.values() if task.info.task]
 
 
-def told(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+def told(tasks: Sequence[FoundTask]) -> list[dict[str, Any]]:
     """Give what the coordinator is told: without their parameters where these are too much together."""
     infos = [task.info for task in tasks]
     if len(msgspec.json.encode(infos)) > TOLD_MAX:
@@ -78,7 +78,7 @@ class TaskWatch:
     It can be waited for with poll, and `seen` ends that.
     """
 
-    def __init__(self, config: PythonRunner) -> None:
+    def __init__(self, config: PythonRunnerSection) -> None:
         self.told: list[dict[str, Any]] | None = None
         self._config = config
         self._done = os.eventfd(0, os.EFD_CLOEXEC)
@@ -96,7 +96,7 @@ class TaskWatch:
         os.eventfd_read(self._done)
 
     def _run(self) -> None:
-        tasks: list[Task] = []
+        tasks: list[FoundTask] = []
         try:
             tasks = list_tasks(self._config)
         except OSError as error:
@@ -133,7 +133,7 @@ def _names(task_paths: Sequence[Path]) -> list[tuple[str, Path]]:
     return sorted(files.items())[:TASKS_MAX]
 
 
-def _read(python: Interpreter, tasks: Sequence[Task], user: Identity | None) -> list[TaskInfo]:
+def _read(python: Interpreter, tasks: Sequence[FoundTask], user: Identity | None) -> list[TaskInfo]:
     wanted = [(task.info.name, str(task.file)) for task in tasks]
     try:
         done = subprocess.run(

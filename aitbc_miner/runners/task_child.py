@@ -46,11 +46,11 @@ class Order(Struct, frozen=True):
     env: dict[str, str] = {}
 
 
-class Refused(Exception):  # noqa: N818  # says what happened, as StopIteration does
+class TaskRefused(Exception):  # noqa: N818  # says what happened, as StopIteration does
     """The task cannot be run as asked, or came back with what cannot be sent."""
 
 
-class NoTaskError(Refused):
+class NoTaskError(TaskRefused):
     """The file is no task."""
 
 
@@ -79,7 +79,7 @@ def _carry_out(order: Order) -> int:
     except Exception as error:  # noqa: BLE001  # whatever a task raises becomes its report
         failure = _failure(order.task, error)
         sys.stdout.flush()
-        if not isinstance(error, Refused):
+        if not isinstance(error, TaskRefused):
             traceback.print_exception(error)
         print(failure.message, file=sys.stderr)  # noqa: T201  # the job's log
         send(failure)
@@ -121,10 +121,10 @@ def _result(order: Order) -> msgspec.Raw:
     try:
         encoded = msgspec.json.encode(value)
     except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise Refused(f"run() returned a value that cannot be written as JSON: {error}") from error
+        raise TaskRefused(f"run() returned a value that cannot be written as JSON: {error}") from error
     if len(encoded) > RESULT_MAX:
         size = f"{len(encoded)} bytes of JSON, more than {RESULT_MAX}"
-        raise Refused(f"run() returned {size}; write a file to output/ instead")
+        raise TaskRefused(f"run() returned {size}; write a file to output/ instead")
     return msgspec.Raw(encoded)
 
 
@@ -137,10 +137,10 @@ def load(name: str, file: Path) -> Callable[..., Any]:
         Exception: whatever importing it raises.
     """
     if name in sys.modules or name in sys.stdlib_module_names:
-        raise Refused(f"a task cannot be called {name}, as a module already is; rename {file.name}")
+        raise TaskRefused(f"a task cannot be called {name}, as a module already is; rename {file.name}")
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
-        raise Refused(f"{file} is not a Python file")
+        raise TaskRefused(f"{file} is not a Python file")
     # At the end: a file beside the task may help it, but not stand in for a module of Python or of ours.
     sys.path.append(str(file.parent))
     module = importlib.util.module_from_spec(spec)
@@ -171,14 +171,14 @@ def bind_params(run: Callable[..., Any], params: Mapping[str, Any]) -> tuple[lis
         elif name in left:
             kwargs[name] = _converted(name, left.pop(name), parameter)
         elif parameter.default is parameter.empty:
-            raise Refused(f"parameter {name!r} is missing; expected {_type_name(parameter)}")
+            raise TaskRefused(f"parameter {name!r} is missing; expected {_type_name(parameter)}")
         else:
             kwargs[name] = parameter.default
         if parameter.kind is parameter.POSITIONAL_ONLY:
             args.append(kwargs.pop(name))
     if left and rest is None:
         known = ", ".join(signature.parameters) or "none"
-        raise Refused(f"parameter {min(left)[:64]!r} is unknown; this task takes: {known}")
+        raise TaskRefused(f"parameter {min(left)[:64]!r} is unknown; this task takes: {known}")
     if rest:
         kwargs |= {name: _converted(name, value, rest) for name, value in left.items()}
     return args, kwargs
@@ -190,9 +190,11 @@ def _converted(name: str, value: Any, parameter: inspect.Parameter) -> Any:
     try:
         return msgspec.convert(value, parameter.annotation)
     except msgspec.ValidationError as error:
-        raise Refused(f"parameter {name[:64]!r}: {error}; expected {_type_name(parameter)}") from error
+        raise TaskRefused(f"parameter {name[:64]!r}: {error}; expected {_type_name(parameter)}") from error
     except TypeError as error:
-        raise Refused(f"parameter {name[:64]!r} has an annotation that JSON cannot fill: {error}") from error
+        raise TaskRefused(
+            f"parameter {name[:64]!r} has an annotation that JSON cannot fill: {error}"
+        ) from error
 
 
 def _type_name(parameter: inspect.Parameter) -> str:
@@ -239,7 +241,7 @@ def _failure(task: str, error: Exception) -> TaskFailure:
         code = ErrorCode.E_VRAM
     elif isinstance(error, MemoryError):
         code = ErrorCode.E_OOM
-    told = isinstance(error, Refused | TaskError)
+    told = isinstance(error, TaskRefused | TaskError)
     text = str(error) or ("out of memory" if isinstance(error, MemoryError) else "")
     said = text if told else ": ".join(filter(None, (type(error).__name__, text)))
     return TaskFailure(code, f"task {task}: {said}"[:MESSAGE_MAX])

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.runners.task_child import NoTaskError, Refused, load
+from aitbc_miner.runners.task_child import NoTaskError, TaskRefused, load
 from aitbc_miner.util.signals import signal_name
 from aitbc_miner.util.system import PR_SET_PDEATHSIG, prctl
 
@@ -90,7 +90,7 @@ def describe(name: str, file: Path) -> TaskInfo:
     except NoTaskError:
         return TaskInfo(name, task=False)
     except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it raises is what is wrong with it
-        kind = "" if isinstance(error, Refused) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, TaskRefused) else f"{type(error).__name__}: "
         return TaskInfo(name, error=_line(f"{kind}{error}"))
     if len(msgspec.json.encode(params)) > SCHEMA_MAX:
         return TaskInfo(name, error=f"the schema of its parameters is larger than {SCHEMA_MAX} bytes")
@@ -113,7 +113,7 @@ def schema_of(run: Callable[..., Any]) -> dict[str, Any]:
         try:
             msgspec.json.schema(kind)
         except TypeError as error:
-            raise Refused(f"parameter {each.name!r} has an annotation that JSON cannot fill") from error
+            raise TaskRefused(f"parameter {each.name!r} has an annotation that JSON cannot fill") from error
     schemas, named = msgspec.json.schema_components(kinds, ref_template="#/$defs/{name}")
     rest = next((schema for each, schema in zip(takes, schemas, strict=True) if _is_rest(each)), False)
     plain = [(each, schema) for each, schema in zip(takes, schemas, strict=True) if not _is_rest(each)]

@@ -66,7 +66,7 @@ NEWER = {
 """Numbers of calls that Debian 12's libseccomp may not know."""
 
 
-class Denied(NamedTuple):
+class DeniedCall(NamedTuple):
     """Calls that are not made, what the program is told instead, and why."""
 
     calls: str
@@ -90,44 +90,48 @@ class Masked(NamedTuple):
 
 
 DENIED = (
-    Denied("add_key request_key keyctl", "keys outlive the job and are its user's, of all his jobs"),
-    Denied("bpf", "programs in the kernel; its checker has had many holes"),
-    Denied("perf_event_open", "watches other programs and the kernel; many holes"),
-    Denied(
+    DeniedCall("add_key request_key keyctl", "keys outlive the job and are its user's, of all his jobs"),
+    DeniedCall("bpf", "programs in the kernel; its checker has had many holes"),
+    DeniedCall("perf_event_open", "watches other programs and the kernel; many holes"),
+    DeniedCall(
         "userfaultfd", "stops the kernel in the middle of its work, which makes holes usable", errno.ENOSYS
     ),
-    Denied(
+    DeniedCall(
         "mount umount umount2 pivot_root fsopen fsconfig fsmount fspick move_mount open_tree mount_setattr",
         "the sandbox is made of mounts",
     ),
-    Denied("statmount listmount", "tells what is mounted elsewhere on the machine", errno.ENOSYS),
-    Denied("chroot", "moves the root that paths are beneath of"),
-    Denied("setns", "enters the namespaces of others"),
-    Denied("clone3", "makes namespaces, and a filter cannot see with which flags", errno.ENOSYS),
-    Denied("init_module finit_module delete_module", "changes the kernel itself"),
-    Denied("kexec_load kexec_file_load", "replaces the kernel"),
-    Denied("ptrace process_vm_readv process_vm_writev kcmp pidfd_getfd", "reaches into other processes"),
-    Denied("quotactl quotactl_fd swapon swapoff", "concerns the disks of the machine"),
-    Denied("reboot acct vhangup syslog", "concerns the machine as a whole"),
-    Denied("sethostname setdomainname", "the names are the miner's to give"),
-    Denied("settimeofday clock_settime clock_adjtime adjtimex stime", "sets the machine's clock"),
-    Denied("iopl ioperm", "talks to the hardware"),
-    Denied("modify_ldt vm86 vm86old", "old ways of x86 that nothing needs and that have had holes"),
-    Denied("name_to_handle_at open_by_handle_at", "opens files past the directories they are in"),
-    Denied("fanotify_init fanotify_mark", "watches all files of a file system"),
-    Denied("cachestat", "tells which files of the machine are in use", errno.ENOSYS),
-    Denied("memfd_secret", "keeps the machine from suspending", errno.ENOSYS),
-    Denied("process_madvise process_mrelease", "acts upon the memory of other processes", errno.ENOSYS),
-    Denied("lookup_dcookie nfsservctl uselib ustat sysfs _sysctl get_kernel_syms query_module", "obsolete"),
-    Denied("migrate_pages move_pages", "moves the memory of other processes"),
-    Denied("io_setup", "takes of a number that the whole machine has; there are other ways", errno.ENOSYS),
-    Denied(
+    DeniedCall("statmount listmount", "tells what is mounted elsewhere on the machine", errno.ENOSYS),
+    DeniedCall("chroot", "moves the root that paths are beneath of"),
+    DeniedCall("setns", "enters the namespaces of others"),
+    DeniedCall("clone3", "makes namespaces, and a filter cannot see with which flags", errno.ENOSYS),
+    DeniedCall("init_module finit_module delete_module", "changes the kernel itself"),
+    DeniedCall("kexec_load kexec_file_load", "replaces the kernel"),
+    DeniedCall("ptrace process_vm_readv process_vm_writev kcmp pidfd_getfd", "reaches into other processes"),
+    DeniedCall("quotactl quotactl_fd swapon swapoff", "concerns the disks of the machine"),
+    DeniedCall("reboot acct vhangup syslog", "concerns the machine as a whole"),
+    DeniedCall("sethostname setdomainname", "the names are the miner's to give"),
+    DeniedCall("settimeofday clock_settime clock_adjtime adjtimex stime", "sets the machine's clock"),
+    DeniedCall("iopl ioperm", "talks to the hardware"),
+    DeniedCall("modify_ldt vm86 vm86old", "old ways of x86 that nothing needs and that have had holes"),
+    DeniedCall("name_to_handle_at open_by_handle_at", "opens files past the directories they are in"),
+    DeniedCall("fanotify_init fanotify_mark", "watches all files of a file system"),
+    DeniedCall("cachestat", "tells which files of the machine are in use", errno.ENOSYS),
+    DeniedCall("memfd_secret", "keeps the machine from suspending", errno.ENOSYS),
+    DeniedCall("process_madvise process_mrelease", "acts upon the memory of other processes", errno.ENOSYS),
+    DeniedCall(
+        "lookup_dcookie nfsservctl uselib ustat sysfs _sysctl get_kernel_syms query_module", "obsolete"
+    ),
+    DeniedCall("migrate_pages move_pages", "moves the memory of other processes"),
+    DeniedCall(
+        "io_setup", "takes of a number that the whole machine has; there are other ways", errno.ENOSYS
+    ),
+    DeniedCall(
         "openat2", "makes files with modes that a filter cannot see; C libraries do without", errno.ENOSYS
     ),
 )
 """Calls that no job may make, by their names, a blank between two."""
 
-IO_URING = Denied(
+IO_URING = DeniedCall(
     "io_uring_setup io_uring_enter io_uring_register",
     "does what the filter forbids without a call that it sees, and has had very many holes",
     errno.ENOSYS,

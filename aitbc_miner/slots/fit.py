@@ -14,7 +14,7 @@ LEFT_TO_SYSTEM = 512 * MIB
 """Below this, or 5 % on a smaller machine, the system and this program may come to be short of memory."""
 
 
-class Misfit(NamedTuple):
+class SlotMisfit(NamedTuple):
     """What does not fit: the slot's name, the way to the key, and whether it is possible all the same."""
 
     slot: str
@@ -23,7 +23,7 @@ class Misfit(NamedTuple):
     possible: bool = False
 
 
-def misfits(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[Misfit]:
+def misfits(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[SlotMisfit]:
     """Yield all that does not fit, slot by slot, then what they do not fit into together."""
     for spec in specs:
         yield from _cpus(spec, machine)
@@ -47,43 +47,45 @@ def shared_cpus(specs: Sequence[SlotSpec]) -> Iterator[str]:
         yield f"slots {', '.join(slots)} share the CPUs {format_cpus(cpus)}; their jobs slow each other down"
 
 
-def _cpus(spec: SlotSpec, machine: MachineFacts) -> Iterator[Misfit]:
+def _cpus(spec: SlotSpec, machine: MachineFacts) -> Iterator[SlotMisfit]:
     asked = set(spec.cpus or ())
     offline, barred = asked.intersection(machine.offline), asked.intersection(machine.barred)
     usable = format_cpus(machine.cpus)
     if absent := asked.difference(machine.cpus, offline, barred):
         here = format_cpus([*machine.cpus, *machine.offline, *machine.barred])
-        yield Misfit(spec.name, ("cpus",), f"there is no CPU {format_cpus(absent)}; this machine has {here}")
+        yield SlotMisfit(
+            spec.name, ("cpus",), f"there is no CPU {format_cpus(absent)}; this machine has {here}"
+        )
     if offline:
         remedy = f"chcpu -e {format_cpus(offline)}, or use some of {usable}"
-        yield Misfit(spec.name, ("cpus",), f"CPU {format_cpus(offline)} is offline; {remedy}")
+        yield SlotMisfit(spec.name, ("cpus",), f"CPU {format_cpus(offline)} is offline; {remedy}")
     if barred:
         remedy = f"use some of {usable}, or widen AllowedCPUs= of the service or the cpuset of the container"
-        yield Misfit(
+        yield SlotMisfit(
             spec.name, ("cpus",), f"CPU {format_cpus(barred)} is not allowed to this process; {remedy}"
         )
     cpus = len(spec.cpus or machine.cpus)
     if spec.cpu_max and spec.cpu_max > cpus * 100:
         message = f"{spec.cpu_max}% is never reached: this slot has {cpus} CPUs; lower it to {cpus * 100}%"
-        yield Misfit(spec.name, ("cpu_max",), message, possible=True)
+        yield SlotMisfit(spec.name, ("cpu_max",), message, possible=True)
 
 
-def _kernel_caps(spec: SlotSpec, machine: MachineFacts) -> Iterator[Misfit]:
+def _kernel_caps(spec: SlotSpec, machine: MachineFacts) -> Iterator[SlotMisfit]:
     swap, nofile = machine.swap_bytes, spec.rlimits.get("nofile", 0)
     if swap is not None and (spec.swap_max or 0) > swap:
         message = f"{format_size(spec.swap_max or 0)} is more than the {swap // MIB}M of swap of this machine"
-        yield Misfit(spec.name, ("swap_max",), f"{message}; lower it, or add swap", possible=True)
+        yield SlotMisfit(spec.name, ("swap_max",), f"{message}; lower it, or add swap", possible=True)
     if machine.pid_max is not None and (spec.pids_max or 0) > machine.pid_max:
         message = f"{spec.pids_max} is more than this machine can have ({machine.pid_max})"
         remedy = "lower it, or raise the sysctl kernel.pid_max"
-        yield Misfit(spec.name, ("pids_max",), f"{message}; {remedy}", possible=True)
+        yield SlotMisfit(spec.name, ("pids_max",), f"{message}; {remedy}", possible=True)
     if machine.nr_open is not None and nofile > machine.nr_open:
         message = f"{nofile} is more than the kernel allows ({machine.nr_open})"
         remedy = "lower it, or raise the sysctl fs.nr_open"
-        yield Misfit(spec.name, ("rlimits", "nofile"), f"{message}; {remedy}")
+        yield SlotMisfit(spec.name, ("rlimits", "nofile"), f"{message}; {remedy}")
 
 
-def _disks(spec: SlotSpec, machine: MachineFacts) -> Iterator[Misfit]:
+def _disks(spec: SlotSpec, machine: MachineFacts) -> Iterator[SlotMisfit]:
     if machine.sysfs is None:
         return
     paths: dict[str, str] = {}
@@ -93,14 +95,14 @@ def _disks(spec: SlotSpec, machine: MachineFacts) -> Iterator[Misfit]:
         except OSError as error:
             message = f"cannot find the disk of {path}: {error.strerror}"
             remedy = "name a directory or a device that is there and on one disk"
-            yield Misfit(spec.name, ("io_max", path), f"{message}; {remedy}")
+            yield SlotMisfit(spec.name, ("io_max", path), f"{message}; {remedy}")
             continue
         if other != path:
             message = f"{path} is on the same disk as {other}; limit that disk once"
-            yield Misfit(spec.name, ("io_max", path), message)
+            yield SlotMisfit(spec.name, ("io_max", path), message)
 
 
-def _gpus(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[Misfit]:
+def _gpus(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[SlotMisfit]:
     users: dict[tuple[str, ...], str] = {}
     for spec in specs:
         if spec.gpu is None:
@@ -108,22 +110,22 @@ def _gpus(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[Misfit]:
         ids = next((ids for ids in machine.gpu_ids if str(spec.gpu) in ids), None)
         if ids in users:
             message = f"GPU {spec.gpu} is already that of slot {users[ids]}; each GPU can have one slot"
-            yield Misfit(spec.name, ("gpu",), message)
+            yield SlotMisfit(spec.name, ("gpu",), message)
         elif ids is not None:
             users[ids] = spec.name
         elif (parts := machine.gpu_parts.get(str(spec.gpu))) is not None:
             remedy = f"name one of them: {', '.join(parts) or 'none is made yet, see nvidia-smi mig'}"
-            yield Misfit(spec.name, ("gpu",), f"GPU {spec.gpu} is divided into MIG instances; {remedy}")
+            yield SlotMisfit(spec.name, ("gpu",), f"GPU {spec.gpu} is divided into MIG instances; {remedy}")
         else:
             here = ", ".join(" or ".join(ids) for ids in machine.gpu_ids) or "none"
-            yield Misfit(spec.name, ("gpu",), f"there is no GPU {spec.gpu}; this machine has {here}")
+            yield SlotMisfit(spec.name, ("gpu",), f"there is no GPU {spec.gpu}; this machine has {here}")
 
 
-def _memory(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[Misfit]:
+def _memory(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[SlotMisfit]:
     total, here = sum(spec.memory_max or 0 for spec in specs), machine.memory_bytes
     if total > here - min(here // 20, LEFT_TO_SYSTEM):
         most = max(specs, key=lambda spec: spec.memory_max or 0)
         shown = f"the slots together may use {total // MIB}M, but this machine has {here // MIB}M"
         fits = total <= here
         message = f"{shown}, which leaves too little to the system" if fits else shown
-        yield Misfit(most.name, ("memory_max",), f"{message}; lower memory_max", possible=fits)
+        yield SlotMisfit(most.name, ("memory_max",), f"{message}; lower memory_max", possible=fits)

@@ -43,7 +43,7 @@ def _one_of(names: Sequence[str]) -> Parse:
     return Parse(parse)
 
 
-Memory = Annotated[int, Parse(_parse_memory)]
+MemorySize = Annotated[int, Parse(_parse_memory)]
 Weight = Annotated[int, Meta(ge=1, le=10_000)]
 # Not `$`, which would also accept a line break at the end. At most 22, for the name of a user has at most 32
 # letters, and the slot's is aitbc-job-<slot>.
@@ -81,8 +81,8 @@ class SlotKeys(Struct, frozen=True):
     cpus: CpuList | None = None
     cpu_max: Percent | None = None
     cpu_weight: Weight | None = None
-    memory_max: Memory | None = None
-    memory_high: Memory | None = None
+    memory_max: MemorySize | None = None
+    memory_high: MemorySize | None = None
     swap_max: Size | None = None
     pids_max: Annotated[int, Meta(ge=1, le=4_194_304)] | None = None
     io_weight: Weight | None = None

@@ -9,6 +9,7 @@ from enum import StrEnum
 from msgspec import Struct
 from msgspec.structs import replace
 
+from aitbc_miner.errors import IllegalMove
 from aitbc_miner.jobs import EndReason, State
 
 
@@ -39,7 +40,7 @@ MOVES: dict[SlotState, frozenset[SlotState]] = {
 }
 
 
-class Timing(Struct, frozen=True):
+class SlotTiming(Struct, frozen=True):
     """The delays of a slot, in seconds."""
 
     start_timeout: float = 30.0
@@ -73,7 +74,7 @@ class Slot(Struct, frozen=True):
     deaths: tuple[float, ...] = ()
     quarantines: int = 0
     retry_at: float = 0.0
-    timing: Timing = Timing()
+    timing: SlotTiming = SlotTiming()
 
 
 class Begin(Struct, frozen=True):
@@ -96,7 +97,7 @@ class Assign(Struct, frozen=True):
     job_id: str
 
 
-class Step(Struct, frozen=True):
+class JobStepped(Struct, frozen=True):
     """The job has come to a further step; `deadline` is when the worker is going to end it."""
 
     job_id: str
@@ -142,7 +143,7 @@ class Unretire(Struct, frozen=True):
     """The slot is wanted again."""
 
 
-class Retry(Struct, frozen=True):
+class RetryNow(Struct, frozen=True):
     """What kept the slot from working may have been mended: try again now."""
 
 
@@ -155,14 +156,14 @@ Event = (
     | Ready
     | Unusable
     | Assign
-    | Step
+    | JobStepped
     | Cancel
     | Ended
     | Died
     | Adopt
     | Retire
     | Unretire
-    | Retry
+    | RetryNow
     | Tick
 )
 
@@ -214,10 +215,6 @@ Action = SpawnWorker | KillWorker | KillJob | BeginJob | EndJob | TerminateAdopt
 Result = tuple[Slot, list[Action]]
 
 
-class IllegalMove(Exception):  # noqa: N818  # it is a defect of ours, not a condition to handle
-    """An event led from one state to another that may not follow it."""
-
-
 def transition(slot: Slot, to: SlotState, now: float, reason: str | None = None) -> Slot:
     """Move the slot, if the table allows it; a state without a job forgets the job."""
     if to not in MOVES[slot.state]:
@@ -259,7 +256,7 @@ def _assign(slot: Slot, event: Assign, now: float) -> Result:
     return busy, [BeginJob(event.job_id)]
 
 
-def _step(slot: Slot, event: Step, _now: float) -> Result:
+def _step(slot: Slot, event: JobStepped, _now: float) -> Result:
     if slot.job_id != event.job_id:
         return slot, []
     return replace(
@@ -339,7 +336,7 @@ def _unretire(slot: Slot, _event: Unretire, _now: float) -> Result:
     return replace(slot, retiring=False), []
 
 
-def _retry(slot: Slot, _event: Retry, now: float) -> Result:
+def _retry(slot: Slot, _event: RetryNow, now: float) -> Result:
     return replace(slot, retry_at=now), []
 
 
@@ -383,13 +380,13 @@ _HANDLERS: dict[type, Callable[..., Result]] = {
     Ready: _ready,
     Unusable: _unusable,
     Assign: _assign,
-    Step: _step,
+    JobStepped: _step,
     Cancel: _cancel,
     Ended: _ended,
     Died: _died,
     Adopt: _adopt,
     Retire: _retire,
     Unretire: _unretire,
-    Retry: _retry,
+    RetryNow: _retry,
     Tick: _tick,
 }

@@ -164,7 +164,7 @@ class JobDir:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a record durably, if need be with space that is set aside for that."""
-        reserve.write_durably(self.path.parent, self.fd, name, data)
+        reserve.write_with_reserve(self.path.parent, self.fd, name, data)
 
     def try_again(self, **changes: Any) -> StateRecord:
         """Have the job wait for its next attempt; what the last one came to is kept as outcome.N.json.

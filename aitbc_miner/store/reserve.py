@@ -27,7 +27,7 @@ MAX_PIECES = 4096
 ATTEMPTS = 8
 
 
-def write_durably(root: Path, dir_fd: int, name: str, data: bytes) -> None:
+def write_with_reserve(root: Path, dir_fd: int, name: str, data: bytes) -> None:
     """Replace a file like `fs.write_durably`, if need be with what is set aside below `root`.
 
     Raises:
@@ -70,7 +70,7 @@ def ensure(root: Path, wanted: int = MIB) -> None:
 
     `wanted` are bytes. For what cannot be tried again after it has failed.
     """
-    while not fs.room(root).covers(fs.Room(wanted, fs.NO_ROOM.files)) and release(root):
+    while not fs.free_space(root).covers(fs.Room(wanted, fs.NO_ROOM.files)) and release(root):
         pass
 
 
@@ -80,7 +80,9 @@ def disk_error(error: OSError, where: Path | int, doing: str) -> MinerError:
     That it is full is believed if it looks so: another may be about to give back what it has taken.
     """
     said = f"cannot {doing}: {error.strerror or error}"
-    if error.errno == errno.EDQUOT or (error.errno == errno.ENOSPC and not fs.room(where).covers(fs.NO_ROOM)):
+    if error.errno == errno.EDQUOT or (
+        error.errno == errno.ENOSPC and not fs.free_space(where).covers(fs.NO_ROOM)
+    ):
         return JobError(ErrorCode.E_DISK, said)
     return LocalError(said) if fs.may_pass(error) else JobError(ErrorCode.E_INTERNAL, said)
 

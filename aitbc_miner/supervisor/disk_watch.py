@@ -9,7 +9,7 @@ from functools import partial
 from math import inf
 from typing import Any
 
-from aitbc_miner.config.settings import Workspace
+from aitbc_miner.config.settings import WorkspaceSection
 from aitbc_miner.control.protocol import Problem
 from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import FromAgent, Retuned, SpaceWanted, Sweepable, Swept
@@ -31,7 +31,7 @@ SLACK = 1 / 16
 class DiskWatch:
     """Keeps an eye on the disk of `workspace.root`. `short`: there is too little space for more jobs."""
 
-    def __init__(self, kept: Workspace, one_shots: OneShots, agent: Keeper[FromAgent]) -> None:
+    def __init__(self, kept: WorkspaceSection, one_shots: OneShots, agent: Keeper[FromAgent]) -> None:
         self._kept = kept
         self._one_shots = one_shots
         self._agent = agent
@@ -48,7 +48,7 @@ class DiskWatch:
     def tick(self) -> None:
         """Look at the disk and have done what is due."""
         try:
-            free = fs.room(self._kept.root)
+            free = fs.free_space(self._kept.root)
             lacking = reserve.lacking(self._kept.root, self._kept.reserve_mb)
             ours = (self._kept.root / MARK).exists()
         except OSError as error:
@@ -155,7 +155,7 @@ class DiskWatch:
         self._busy = False
 
 
-def _fill(kept: Workspace) -> None:
+def _fill(kept: WorkspaceSection) -> None:
     try:
         reserve.fill(kept.root, kept.reserve_mb)
     except OSError as error:

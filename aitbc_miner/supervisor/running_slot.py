@@ -40,17 +40,17 @@ from aitbc_miner.slots.state import (
     Ended,
     EndJob,
     Event,
+    JobStepped,
     KillAdopted,
     KillJob,
     KillWorker,
     Ready,
     Retire,
-    Retry,
+    RetryNow,
     Settle,
     Slot,
     SlotState,
     SpawnWorker,
-    Step,
     TerminateAdopted,
     Unusable,
     step,
@@ -219,7 +219,7 @@ class RunningSlot:
             case WorkerRefused():
                 self.feed(Unusable(message.reason))
             case JobStep():
-                self.feed(Step(message.job_id, message.state, message.pid, message.deadline))
+                self.feed(JobStepped(message.job_id, message.state, message.pid, message.deadline))
                 running = message.state is State.RUNNING
                 self.said = Said(clock.now(), message.deadline) if running else None
                 self._outcomes.index.step(message.job_id, message.state, self.name)
@@ -281,7 +281,7 @@ class RunningSlot:
             self.child.send(Retune(plan.spec, plan.gpu_env, devices))
         elif self.adopted is not None:
             self._outcomes.aside(f"limits of {self.name}", plan.adjust, self._retuned)
-        self.feed(Retry())
+        self.feed(RetryNow())
         return True
 
     def _retuned(self, said: Retuned | str) -> None:

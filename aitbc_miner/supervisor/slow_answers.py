@@ -18,7 +18,7 @@ from msgspec import Struct
 from aitbc_miner.allowlist.entries import Allowlist, Denied, load_allowlist
 from aitbc_miner.allowlist.patterns import Objection
 from aitbc_miner.config.document import Fault
-from aitbc_miner.config.settings import CliRunner, Config, load_config
+from aitbc_miner.config.settings import CliRunnerSection, Config, load_config
 from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.control.protocol import Judged, Request
 from aitbc_miner.errors import MinerError
@@ -74,7 +74,7 @@ def _line(out: BinaryIO, value: msgspec.Struct) -> None:
     out.write(msgspec.json.encode(value) + b"\n")
 
 
-def judge(runner: CliRunner, request: Request) -> Judged:
+def judge(runner: CliRunnerSection, request: Request) -> Judged:
     """Say whether a job may run a command with these inputs, as its slot's worker would."""
     command, *args = request.command
     if not runner.enable:

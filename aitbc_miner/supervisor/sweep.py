@@ -51,7 +51,7 @@ class _Sweeper:
     def run(self, job_ids: list[str]) -> Sweep:
         unfinished = False
         with fs.directory(self._records.root) as root:
-            before = fs.room(root)
+            before = fs.free_space(root)
             try:
                 with os.scandir(root) as entries:
                     halves = [entry.name for entry in entries if entry.name.startswith(LEAVING)]
@@ -59,7 +59,7 @@ class _Sweeper:
                     self._remove(root, name)
                 for job_id in job_ids:
                     fs.check_time(self._deadline)
-                    now = fs.room(root)
+                    now = fs.free_space(root)
                     # What was removed counts even where the file system hands it out later.
                     if fs.Room(max(before.size + self._freed, now.size), now.files).covers(self._enough):
                         break

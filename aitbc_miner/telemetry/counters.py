@@ -30,7 +30,7 @@ LONGEST_S = 1e9
 MOST = 2**53
 """What a float holds exactly, which is what Prometheus makes of it. More than that is not counted."""
 MAX_LABELS = 200
-Count = Annotated[int, Meta(ge=0, le=MOST)]
+CountKept = Annotated[int, Meta(ge=0, le=MOST)]
 Bound = Annotated[str, Meta(pattern=r"^(\d+\.\d+|\+Inf)\Z")]
 
 log = events("heartbeat")
@@ -39,15 +39,15 @@ log = events("heartbeat")
 class Durations(Struct, forbid_unknown_fields=True):
     """How long something took: how often between a bucket's bound and the one below, and seconds in all."""
 
-    buckets: dict[Bound, Count] = {}
+    buckets: dict[Bound, CountKept] = {}
     sum_s: Annotated[float, Meta(ge=0, le=MOST)] = 0.0
 
 
-class Totals(Struct, forbid_unknown_fields=True):
+class CounterTotals(Struct, forbid_unknown_fields=True):
     """All counts, by name and label; without one the label is empty."""
 
     version: Literal[1] = 1
-    counters: dict[str, dict[str, Count]] = {}
+    counters: dict[str, dict[str, CountKept]] = {}
     durations: dict[str, dict[str, Durations]] = {}
 
     def count(self, name: str, label: str, n: int) -> None:
@@ -64,7 +64,7 @@ class Totals(Struct, forbid_unknown_fields=True):
             mine.buckets[bucket] = min(MOST, mine.buckets.get(bucket, 0) + n)
         mine.sum_s = min(float(MOST), mine.sum_s + more.sum_s)
 
-    def add(self, more: "Totals") -> None:
+    def add(self, more: "CounterTotals") -> None:
         """Add all of them."""
         for name, counts in more.counters.items():
             for label, n in counts.items():
@@ -83,12 +83,12 @@ class Counters:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._fd: int | None = None
-        self._totals = Totals()
+        self._totals = CounterTotals()
         self._changed = True
         self._ended = False
         # A disk that hangs holds up those who save, never those who count.
         self._counting, self._saving = threading.Lock(), threading.Lock()
-        self.shown: Totals | None = None
+        self.shown: CounterTotals | None = None
         self.unsaved = False
 
     def count(self, name: str, label: str = "", n: int = 1) -> None:
@@ -141,7 +141,7 @@ class Counters:
         except OSError:
             self._changed = True
             raise
-        self.shown = msgspec.json.decode(data, type=Totals)
+        self.shown = msgspec.json.decode(data, type=CounterTotals)
 
     def _open(self) -> int:
         fd = os.open(self._directory, fs.DIRECTORY)
@@ -151,7 +151,7 @@ class Counters:
         except OSError:
             os.close(fd)
             raise
-        self.shown, total = Totals(), Totals()
+        self.shown, total = CounterTotals(), CounterTotals()
         for totals in (self.shown, total):
             totals.add(kept)
         with self._counting:
@@ -168,15 +168,15 @@ def _lock(fd: int) -> None:
         raise BlockingIOError(errno.EAGAIN, "another heartbeat process has it still") from None
 
 
-def _read(fd: int, directory: Path) -> Totals:
+def _read(fd: int, directory: Path) -> CounterTotals:
     try:
-        return msgspec.json.decode(fs.read_bounded(fd, FILE, MAX_FILE), type=Totals)
+        return msgspec.json.decode(fs.read_bounded(fd, FILE, MAX_FILE), type=CounterTotals)
     except FileNotFoundError:
-        return Totals()
+        return CounterTotals()
     except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         if fs.may_pass(error):
             raise
         os.rename(FILE, f"{FILE}.broken", src_dir_fd=fd, dst_dir_fd=fd)
         aside = directory / f"{FILE}.broken"
         log.error("metrics set aside", file=str(aside), error=str(error))  # noqa: TRY400
-        return Totals()
+        return CounterTotals()

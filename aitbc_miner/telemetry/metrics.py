@@ -37,7 +37,7 @@ SILENT_AFTER = 3
 """Heartbeats missed in a row until the silence is a problem of its own."""
 
 
-class Problem(Struct, frozen=True):
+class HealthProblem(Struct, frozen=True):
     """What is wrong, and what the operator can do about it."""
 
     problem: str
@@ -96,7 +96,7 @@ class Health(Struct, frozen=True):
     queued: int
     pending_deliveries: int
     slots: list[SlotHealth]
-    problems: list[Problem]
+    problems: list[HealthProblem]
     textfile_error: str | None = None
 
 
@@ -137,24 +137,24 @@ def _slot_health(snapshot: Snapshot, view: SlotView) -> SlotHealth:
     )
 
 
-def _problems(snapshot: Snapshot, now: float) -> Iterator[Problem]:
+def _problems(snapshot: Snapshot, now: float) -> Iterator[HealthProblem]:
     if snapshot.error:
-        yield Problem(snapshot.error, snapshot.remedy)
+        yield HealthProblem(snapshot.error, snapshot.remedy)
     elif not snapshot.registered:
-        yield Problem("not registered with the coordinator yet", "wait some seconds")
+        yield HealthProblem("not registered with the coordinator yet", "wait some seconds")
     silent_s = now - (snapshot.started if snapshot.last_heartbeat is None else snapshot.last_heartbeat)
     if silent_s > SILENT_AFTER * snapshot.interval_s:
-        yield Problem(f"the coordinator has taken no heartbeat for {silent_s:.0f} s", snapshot.remedy)
+        yield HealthProblem(f"the coordinator has taken no heartbeat for {silent_s:.0f} s", snapshot.remedy)
     if not snapshot.slots:
-        yield Problem("no slot is set up", "run `aitbc-miner check` and `aitbc-miner slots --suggest`")
+        yield HealthProblem("no slot is set up", "run `aitbc-miner check` and `aitbc-miner slots --suggest`")
     for view in snapshot.slots:
         if view.state in {SlotState.QUARANTINED, SlotState.BACKOFF}:
             why = view.reason or "its worker failed"
-            yield Problem(f"slot {view.offer.name} is out of use: {why}", "run `aitbc-miner doctor`")
+            yield HealthProblem(f"slot {view.offer.name} is out of use: {why}", "run `aitbc-miner doctor`")
     if snapshot.node.agent_error:
-        yield Problem(snapshot.node.agent_error, "results are kept and sent again")
+        yield HealthProblem(snapshot.node.agent_error, "results are kept and sent again")
     if snapshot.gpu_error:
-        yield Problem(snapshot.gpu_error)
+        yield HealthProblem(snapshot.gpu_error)
 
 
 class Family(Struct, frozen=True):

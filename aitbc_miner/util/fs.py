@@ -49,7 +49,7 @@ class Room(NamedTuple):
         return self.size >= other.size and self.files >= other.files
 
 
-def room(of: Path | int) -> Room:
+def free_space(of: Path | int) -> Room:
     """Say what whoever is not root can still write there. Raises OSError: that cannot be told."""
     disk = os.statvfs(of)
     # Without a number of files, as on btrfs, none are "free" either.

@@ -25,7 +25,7 @@ BACKLOG_BYTES = 256 << 10
 """Of lines that nobody reads; beyond it the oldest are dropped."""
 
 
-class Event(logging.LoggerAdapter[logging.Logger]):
+class EventLog(logging.LoggerAdapter[logging.Logger]):
     """A logger whose message is the name of an event and whose keywords are the event's attributes."""
 
     def __init__(self, logger: logging.Logger, **context: str | None) -> None:
@@ -39,9 +39,9 @@ class Event(logging.LoggerAdapter[logging.Logger]):
         return msg, {**passed, "extra": {"attrs": attrs}}
 
 
-def events(part: str, **context: str | None) -> Event:
+def events(part: str, **context: str | None) -> EventLog:
     """Give the logger of one part of the node (`supervisor`, `agent`, …)."""
-    return Event(logging.getLogger(f"aitbc_miner.{part}"), **context)
+    return EventLog(logging.getLogger(f"aitbc_miner.{part}"), **context)
 
 
 class Formatter(logging.Formatter):

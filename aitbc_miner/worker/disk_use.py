@@ -26,7 +26,7 @@ REST_S = 2.0
 REST_TIMES = 10
 BLOCK = 512
 
-Seen = Generator[tuple[int, os.stat_result], None, None]
+SeenTree = Generator[tuple[int, os.stat_result], None, None]
 
 
 class DiskUse:
@@ -115,7 +115,7 @@ def count_use(hold: JobHold) -> DiskUse:
     return DiskUse(hold.job.fd, OF_JOB, most_bytes, kept.max_job_files)
 
 
-def _everything(job_fd: int, names: Sequence[str]) -> Seen:
+def _everything(job_fd: int, names: Sequence[str]) -> SeenTree:
     """Give all that is in these directories, with how deep it is; in constant memory but for the depth.
 
     What is gone when its turn comes, or shut to us, is passed over.

@@ -27,7 +27,7 @@ class Started(Struct, frozen=True):
     reports: int | None
 
 
-def start(
+def start_program(
     launch: Launch, directory: Path, slot: SlotContext, stack: ExitStack, stdin: int | None = None
 ) -> Started:
     """Start a program in its slot; `stack` closes what was opened for it, and ends no process.

@@ -23,7 +23,7 @@ from aitbc_miner.util.log import events
 from aitbc_miner.worker import workspace
 from aitbc_miner.worker.context import SlotContext
 from aitbc_miner.worker.hold import JobHold
-from aitbc_miner.worker.launch import Started, start
+from aitbc_miner.worker.launch import Started, start_program
 
 NO_PRELOAD = "there is no sandbox, and nothing waits without one"
 # Seconds: a slot with a job after the other keeps its CPUs for them; what has not imported all by then never
@@ -50,7 +50,7 @@ class Warm:
             # Written in one go, so that a process that does not read holds up nobody.
             with suppress(OSError):
                 fcntl.fcntl(self._order, fcntl.F_SETPIPE_SZ, ORDER_MAX)
-            self.started = start(launch, place, slot, stack, stdin=read_end)
+            self.started = start_program(launch, place, slot, stack, stdin=read_end)
             self._stack = stack.pop_all()
 
     @property

@@ -8,7 +8,7 @@ from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.sandbox.spawn import Job
 from aitbc_miner.worker.cleanup import clear_user, named
 from aitbc_miner.worker.hold import Ending, JobHold
-from aitbc_miner.worker.launch import Started, start
+from aitbc_miner.worker.launch import Started, start_program
 from aitbc_miner.worker.prewarm import Warm
 
 
@@ -36,7 +36,7 @@ def run_program(hold: JobHold) -> Iterator[Started]:
 
 def _start(hold: JobHold, stack: ExitStack) -> Started:
     if not hold.prewarmed:
-        return start(hold.launch, hold.job.path, hold.slot, stack)
+        return start_program(hold.launch, hold.job.path, hold.slot, stack)
     try:
         return hold[Warm].give(hold.launch, stack)
     except OSError:

@@ -149,7 +149,7 @@ def room_left(job_fd: int, spent: fs.Room) -> fs.Room:
 
     `spent` of that came free by writing records on a disk that was full already (`reserve.spent`).
     """
-    room = fs.room(job_fd)
+    room = fs.free_space(job_fd)
     return fs.Room(max(0, room.size - spent.size), max(0, room.files - spent.files))
 
 

@@ -17,7 +17,7 @@ from aitbc_miner.agent.fleet import Fleet
 from aitbc_miner.agent.job_table import Stage
 from aitbc_miner.agent.node_token import TokenLine
 from aitbc_miner.agent.retries import Retries
-from aitbc_miner.config.settings import Config, GiveUp, Queue, Workspace
+from aitbc_miner.config.settings import Config, GiveUp, QueueSection, WorkspaceSection
 from aitbc_miner.coordinator.interface import PulledJob, PullFilters, Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.channel import Channel
@@ -163,8 +163,8 @@ def config_in(directory: Path) -> Config:
         CONFIG,
         coordinator=coordinator,
         node_id=NODE,
-        workspace=Workspace(root),
-        queue=Queue(path=directory / "queue.db"),
+        workspace=WorkspaceSection(root),
+        queue=QueueSection(path=directory / "queue.db"),
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from aitbc_miner.config.document import Fault
 from aitbc_miner.coordinator.aitbc import AitbcCoordinator, Profile
-from aitbc_miner.coordinator.http import HttpClient, Reply
+from aitbc_miner.coordinator.http import HttpClient, HttpReply
 from aitbc_miner.coordinator.interface import Assignments, CoordinatorError, Heartbeat, PulledJob, PullFilters
 from aitbc_miner.coordinator.rate_limits import Limits
 from aitbc_miner.coordinator.service_result import FileChanged
@@ -78,9 +78,9 @@ class _Answering(HttpClient):
 
     def __init__(self) -> None:
         super().__init__("http://127.0.0.1:1", 1.0, auth_scheme="api_key")
-        self.reply = Reply(200)
+        self.reply = HttpReply(200)
 
-    def call(self, *_: Any, **__: Any) -> Reply:
+    def call(self, *_: Any, **__: Any) -> HttpReply:
         return self.reply
 
 
@@ -105,7 +105,7 @@ def _replies() -> Iterator[Check]:
         def check(data: bytes) -> None:
             call, status, whole, body = parted(data, 4)
             code = int(status) if status.isascii() and status.isdigit() and len(status) < 4 else 200
-            http.reply = Reply(code, body, whole != b"cut", 1.0, "", 1e9)
+            http.reply = HttpReply(code, body, whole != b"cut", 1.0, "", 1e9)
             with only(CoordinatorError, FileChanged, size=10 * len(data)):
                 got = CALLS.get(call.decode("latin-1"), CALLS["poll"])(there, where)
                 jobs = [each.job for each in got.jobs] if isinstance(got, Assignments) else [got]

@@ -18,11 +18,10 @@ from aitbc_miner.jobs import ArtifactSpec, Outcome, StateRecord
 from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.store.database import Database, DatabaseError
-from aitbc_miner.store.ledger import Ledger, LedgerRow
-from aitbc_miner.store.ledger import Totals as Sums
+from aitbc_miner.store.ledger import Ledger, LedgerRow, Totals
 from aitbc_miner.store.records import MANIFEST, OUTCOME, STATE, RecordError, Records, pretty
 from aitbc_miner.supervisor.adoption import WorkerBook, WorkerName
-from aitbc_miner.telemetry.counters import Counters, Totals
+from aitbc_miner.telemetry.counters import Counters, CounterTotals
 from aitbc_miner.util.system import process_start
 from aitbc_miner.worker import cleanup
 from aitbc_miner.worker.artifacts import Caps, Collector, check_path
@@ -148,7 +147,7 @@ def _use(database: Database) -> None:
     sums, rows = accounts.totals(), [*accounts.rows()]
     accounts.settled(), accounts.finished_counts(), accounts.expired(1.0, 1.0, 5)
     # What the operator's command makes of them.
-    sent = msgspec.json.decode(msgspec.json.encode(sums), type=Sums)
+    sent = msgspec.json.decode(msgspec.json.encode(sums), type=Totals)
     again = [msgspec.json.decode(msgspec.json.encode(row), type=LedgerRow) for row in rows]
     for text in (
         history_page(sent, 1.0, lambda text, _: text),
@@ -274,7 +273,7 @@ NAMES = words(
 TARGETS = (
     Target("records", RECORDS, _records),
     Target("database", DATABASES, _databases),
-    Target("metrics", mutated(encoded(Totals), JSON), _metrics),
+    Target("metrics", mutated(encoded(CounterTotals), JSON), _metrics),
     Target("workers", mutated(encoded(dict[str, WorkerName]), JSON), _workers),
     Target("artifacts", joined(mutated(NAMES), mutated(NAMES)), _artifacts),
     Target(

@@ -18,11 +18,11 @@ from hypothesis.strategies import SearchStrategy
 from aitbc_miner.agent import fleet
 from aitbc_miner.control.protocol import MAX_REQUEST, Answer, Request
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
-from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, Reply, retry_after
+from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, HttpReply, retry_after
 from aitbc_miner.coordinator.interface import CoordinatorError, Heartbeat, PulledJob, PullFilters
 from aitbc_miner.errors import JobError, MinerError
 from aitbc_miner.identity.receipts import MAX_AMOUNT, Receipt, canonical, examine
-from aitbc_miner.inputs.urls import check_names, name_of, parse, shown
+from aitbc_miner.inputs.urls import check_names, name_of, parse, shown_url
 from aitbc_miner.ipc import messages
 from aitbc_miner.ipc.channel import MAX_FRAME, Channel, ChannelError
 from aitbc_miner.jobs import (
@@ -71,9 +71,9 @@ class _Answering(HttpClient):
 
     def __init__(self) -> None:
         super().__init__("http://127.0.0.1:1", 1.0)
-        self.reply = Reply(200)
+        self.reply = HttpReply(200)
 
-    def call(self, *_: Any, **__: Any) -> Reply:
+    def call(self, *_: Any, **__: Any) -> HttpReply:
         return self.reply
 
 
@@ -105,7 +105,7 @@ def _replies() -> Iterator[Check]:
     def check(data: bytes) -> None:
         call, status, whole, location, body = parted(data, 5)
         code = int(status) if status.isascii() and status.isdigit() and len(status) < 4 else 200
-        http.reply = Reply(code, body[:MAX_REPLY], whole != b"cut", 1.0, location.decode("latin-1"))
+        http.reply = HttpReply(code, body[:MAX_REPLY], whole != b"cut", 1.0, location.decode("latin-1"))
         with only(CoordinatorError, size=len(data)):
             got = CALLS.get(call.decode("latin-1"), CALLS["pull"])(coordinator)
             if isinstance(got, PulledJob):
@@ -193,7 +193,7 @@ def _token(data: bytes) -> None:
 
 def _addresses(data: bytes) -> None:
     url, name = (part.decode("utf-8", "surrogateescape") for part in parted(data, 2))
-    fit_to_print(f"x{shown(url)}")
+    fit_to_print(f"x{shown_url(url)}")
     with only(JobError, size=len(data)):
         parse(url, "https://a.example/b/c")
         check_names([name_of(InputUrl(url, name or None)), "other"])

@@ -20,7 +20,7 @@ from requests_toolbelt import MultipartEncoder
 
 from aitbc_miner.control.protocol import Answer, JobRow, Request
 from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
-from aitbc_miner.coordinator.http import HttpClient, Reply, clean
+from aitbc_miner.coordinator.http import HttpClient, HttpReply, clean
 from aitbc_miner.ctl import ask, history_page, logs, pages
 from aitbc_miner.ctl import main as ctl
 from aitbc_miner.errors import JobError
@@ -170,10 +170,10 @@ class _Sent(HttpClient):
         super().__init__("http://127.0.0.1:1", 1.0)
         self.body, self.kind = b"", ""
 
-    def call(self, method: str, path: str, payload: Any = None, **_: Any) -> Reply:
+    def call(self, method: str, path: str, payload: Any = None, **_: Any) -> HttpReply:
         assert isinstance(payload, MultipartEncoder)
         self.body, self.kind = payload.read(), payload.content_type
-        return Reply(200)
+        return HttpReply(200)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner.config.settings import Config, Coordinator, Workspace
-from aitbc_miner.config.settings import Runners as Enabled
+from aitbc_miner.config.settings import Config, CoordinatorSection, WorkspaceSection
+from aitbc_miner.config.settings import RunnersSection as Enabled
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import FromWorker, JobEnded, StartJob, ToWorker, WorkerReady
 from aitbc_miner.jobs import ExitStatus, Manifest, Outcome, State, StateRecord
@@ -81,7 +81,9 @@ class Bench:
     ) -> None:
         """Start the worker, `prepare` changing what it is made of."""
         slot = SlotContext(
-            config=Config(Coordinator("https://c.example", "env:X"), workspace=Workspace(root=self.root)),
+            config=Config(
+                CoordinatorSection("https://c.example", "env:X"), workspace=WorkspaceSection(root=self.root)
+            ),
             spec=self.spec,
             group_parent=self.group_parent,
             controllers=(),

@@ -12,7 +12,7 @@ from aitbc_miner.ipc.messages import JobSettled
 from aitbc_miner.jobs import State
 from aitbc_miner.slots.placement import Offer
 from aitbc_miner.slots.spec import SlotSpec
-from aitbc_miner.slots.state import Adopt, Cancel, SlotState, Tick, Timing
+from aitbc_miner.slots.state import Adopt, Cancel, SlotState, SlotTiming, Tick
 from aitbc_miner.supervisor.children import OneShots
 from aitbc_miner.supervisor.job_index import JobIndex
 from aitbc_miner.supervisor.node_plan import SlotPlan
@@ -30,7 +30,7 @@ def test_an_adopted_worker_that_does_not_obey_is_killed() -> None:
     unwanted: Any = lambda: pytest.fail("no child wanted")  # noqa: E731
     plan = SlotPlan(SlotSpec("cpu0", "cpu"), offer, None, unwanted, unwanted)
     slot = RunningSlot(plan, outcomes)
-    slot.rules = replace(slot.rules, timing=Timing(cancel_timeout=0.0))
+    slot.rules = replace(slot.rules, timing=SlotTiming(cancel_timeout=0.0))
     # The signal that asks a worker to end its job is ignored here, and the ignoring survives the exec.
     command = ["sh", "-c", "trap '' USR1; echo; exec sleep 600"]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as worker:

@@ -16,7 +16,7 @@ import pytest
 import aitbc_miner
 from aitbc_miner.errors import MinerError
 from aitbc_miner.sandbox import seccomp
-from aitbc_miner.sandbox.seccomp import DENIED, IO_URING, MASKED, Denied, Masked, filter_fd, numbers
+from aitbc_miner.sandbox.seccomp import DENIED, IO_URING, MASKED, DeniedCall, Masked, filter_fd, numbers
 from tests.node.test_spawn import ROOT, UID
 
 # Loads a filter from descriptor 3 if there is one, and does what it is told: calls by number, or code.
@@ -70,7 +70,7 @@ def errnos(calls: Sequence[Sequence[int]], **how: Any) -> list[int]:
 
 
 def test_every_refusal_has_its_reason_and_a_number() -> None:
-    rows: list[Denied | Masked] = [*DENIED, IO_URING, *MASKED]
+    rows: list[DeniedCall | Masked] = [*DENIED, IO_URING, *MASKED]
     for row in rows:
         assert 8 <= len(row.reason) <= 110, row
     for denied in (*DENIED, IO_URING):

@@ -13,7 +13,7 @@ import responses
 from msgspec.structs import replace
 
 from aitbc_miner.config import settings
-from aitbc_miner.heartbeat.loop import Timing, run_heartbeat
+from aitbc_miner.heartbeat.loop import HeartbeatTiming, run_heartbeat
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import (
     CoordinatorView,
@@ -80,7 +80,7 @@ class FakeCoordinator:
 class Node:
     """The heartbeat process in a thread, with the other ends of its channels."""
 
-    def __init__(self, config: settings.Config, environ: dict[str, str], timing: Timing) -> None:
+    def __init__(self, config: settings.Config, environ: dict[str, str], timing: HeartbeatTiming) -> None:
         ours, theirs = socket.socketpair()
         our_line, their_line = socket.socketpair()
         self.supervisor: Channel[FromHeartbeat] = Channel(ours, FromHeartbeat)
@@ -150,15 +150,17 @@ def make_node(
     base: str = BASE,
     **timing: float,
 ) -> Node:
-    beat = settings.Heartbeat(interval_s=0.05, jitter_pct=10, backoff=settings.Backoff(*backoff))
-    config = settings.Config(
-        coordinator=settings.Coordinator(base, source, allow_http=True, timeout_s=2),
-        heartbeat=beat,
-        workspace=settings.Workspace(root=tmp_path),
-        queue=settings.Queue(path=tmp_path / "queue.db"),
-        telemetry=settings.Telemetry("127.0.0.1:0", tmp_path / "node.prom"),
+    beat = settings.HeartbeatSection(
+        interval_s=0.05, jitter_pct=10, backoff=settings.BackoffSection(*backoff)
     )
-    delays = Timing(**{"slots_wait": LONG_S, "settle": 0.01, "sample": 0.02, **timing})
+    config = settings.Config(
+        coordinator=settings.CoordinatorSection(base, source, allow_http=True, timeout_s=2),
+        heartbeat=beat,
+        workspace=settings.WorkspaceSection(root=tmp_path),
+        queue=settings.QueueSection(path=tmp_path / "queue.db"),
+        telemetry=settings.TelemetrySection("127.0.0.1:0", tmp_path / "node.prom"),
+    )
+    delays = HeartbeatTiming(**{"slots_wait": LONG_S, "settle": 0.01, "sample": 0.02, **timing})
     if environ is None:
         environ = {**no_library(tmp_path), "MINER_AUTH": OPERATOR}
     return Node(config, environ, delays)

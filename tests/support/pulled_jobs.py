@@ -4,12 +4,12 @@ from typing import Any
 
 import msgspec
 
-from aitbc_miner.config.settings import Config, Coordinator
+from aitbc_miner.config.settings import Config, CoordinatorSection
 from aitbc_miner.coordinator.interface import PulledJob
 from aitbc_miner.jobs import decode_manifest
 
 PLAIN: dict[str, Any] = {"job_id": "j1", "runner": "cli", "command": "true"}
-CONFIG = Config(coordinator=Coordinator("http://127.0.0.1:1", "env:X", allow_private_inputs=True))
+CONFIG = Config(coordinator=CoordinatorSection("http://127.0.0.1:1", "env:X", allow_private_inputs=True))
 
 
 def pulled(**more: Any) -> PulledJob:

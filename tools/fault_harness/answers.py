@@ -29,7 +29,7 @@ from aitbc_miner.coordinator import rate_limits
 from aitbc_miner.coordinator.aitbc import LIMITS
 from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.heartbeat.loop import Timing, run_heartbeat
+from aitbc_miner.heartbeat.loop import HeartbeatTiming, run_heartbeat
 from aitbc_miner.ipc import messages
 from aitbc_miner.ipc.channel import Channel, ChannelError
 from aitbc_miner.jobs import Outcome, State
@@ -153,7 +153,7 @@ class _Node:
         made = Agent(Channel(agent, messages.ToAgent), line, settings, connect(settings, None))
         there: Channel[messages.ToHeartbeat] = Channel(beat, messages.ToHeartbeat)
         other: Channel[messages.PrivateLine] = Channel(right, messages.PrivateLine)
-        timing = Timing(settle=0.01, between_beats=0.02)
+        timing = HeartbeatTiming(settle=0.01, between_beats=0.02)
         beating = partial(run_heartbeat, there, other, settings, environ, timing=timing)
         self._threads = [
             threading.Thread(target=_until_closed, args=(target,), daemon=True)
@@ -294,7 +294,7 @@ def _settings(dialect: str, url: str, directory: Path) -> config.Config:
         'run: {command: "true", args: ["{line}"]}\nresult: {}\n'
     )
     services.chmod(0o755)
-    there = config.Coordinator(
+    there = config.CoordinatorSection(
         url,
         "env:MINER_AUTH",
         dialect="aitbc-v1" if dialect == "aitbc-v1" else "bootstrap",
@@ -307,11 +307,11 @@ def _settings(dialect: str, url: str, directory: Path) -> config.Config:
     return config.Config(
         there,
         node_id="node-1",
-        heartbeat=config.Heartbeat(0.1, 10, config.Backoff(0.01, 0.05)),
+        heartbeat=config.HeartbeatSection(0.1, 10, config.BackoffSection(0.01, 0.05)),
         services_dir=services,
-        workspace=config.Workspace(root, reserve_mb=0),
-        queue=config.Queue(path=directory / "queue.db"),
-        telemetry=config.Telemetry("127.0.0.1:0"),
+        workspace=config.WorkspaceSection(root, reserve_mb=0),
+        queue=config.QueueSection(path=directory / "queue.db"),
+        telemetry=config.TelemetrySection("127.0.0.1:0"),
     )
 
 

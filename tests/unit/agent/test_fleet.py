@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from aitbc_miner.agent.fleet import GIVE_UP_S, Fleet, Seen
+from aitbc_miner.agent.fleet import GIVE_UP_S, Fleet, FleetFinds
 from aitbc_miner.agent.fleet_watch import FleetWatch
 from aitbc_miner.agent.job_table import Stage
 from aitbc_miner.errors import ErrorCode
@@ -71,8 +71,8 @@ class Node:
             job.move(State.FAILED, delivery="handed_on")
         return given
 
-    def seek(self, *offers: Offer) -> Seen:
-        seen = Seen([], [])
+    def seek(self, *offers: Offer) -> FleetFinds:
+        seen = FleetFinds([], [])
         self.fleet.seek(self.records, list(offers or (OFFER,)), lambda _: False, seen)
         return seen
 
@@ -161,7 +161,7 @@ def test_a_lease_is_kept_by_renewing_it(a: Node, b: Node, time: Time) -> None:
     for _ in range(10):
         time.now += LEASE_S - 1
         assert a.renew() == []
-        assert b.seek() == Seen([], [])
+        assert b.seek() == FleetFinds([], [])
     assert a.is_ours()
 
 
@@ -177,7 +177,7 @@ def test_a_node_that_comes_back_from_the_dead_finds_that_it_has_lost(a: Node, b:
     a.pulls(**TWICE)
     assert a.hold()
     time.now += LEASE_S + 1
-    assert b.seek() == Seen(["j1"], [])
+    assert b.seek() == FleetFinds(["j1"], [])
     state = b.state()
     assert (state.state, state.origin, state.attempt, state.started) == (State.PULLED, NODE, 2, True)
     assert b.hold()
@@ -199,7 +199,7 @@ def test_a_job_that_is_done_is_in_nobodys_way(a: Node, b: Node, time: Time, queu
     a.fleet.done(a.state())
     assert "j1" not in a.fleet
     time.now += 10 * LEASE_S
-    assert (b.seek(), queue.dead(), a.renew()) == (Seen([], []), [], [])
+    assert (b.seek(), queue.dead(), a.renew()) == (FleetFinds([], []), [], [])
 
 
 # --- the queue out of reach --------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_without_the_queue_a_job_goes_on_unshared(a: Node, b: Node, queue: Flaky
     queue.down = False
     assert a.renew() == []
     time.now += 10 * LEASE_S
-    assert b.seek() == Seen([], [])
+    assert b.seek() == FleetFinds([], [])
 
 
 def test_an_entry_whose_reply_was_lost_is_taken_out_again(
@@ -233,7 +233,7 @@ def test_an_entry_whose_reply_was_lost_is_taken_out_again(
     assert a.state().lease is None
     assert a.renew() == []
     time.now += 10 * LEASE_S
-    assert (b.seek(), queue.dead()) == (Seen([], []), [])
+    assert (b.seek(), queue.dead()) == (FleetFinds([], []), [])
 
 
 def test_what_we_say_counts_as_long_as_the_lease_lasts(a: Node, queue: FlakyQueue, time: Time) -> None:
@@ -276,7 +276,7 @@ def test_what_is_done_while_the_queue_is_away_is_taken_out_when_it_is_back(
     queue.down = False
     assert a.renew() == []
     time.now += 10 * LEASE_S
-    assert (b.seek(), queue.dead()) == (Seen([], []), [])
+    assert (b.seek(), queue.dead()) == (FleetFinds([], []), [])
 
 
 def test_a_job_that_is_known_to_be_lost_is_told_of_even_if_the_queue_fails_then(
@@ -286,7 +286,7 @@ def test_a_job_that_is_known_to_be_lost_is_told_of_even_if_the_queue_fails_then(
         a.pulls(job_id, **TWICE)
         a.hold(job_id)
     time.now += LEASE_S + 1
-    assert b.seek() == Seen(["j1"], [])
+    assert b.seek() == FleetFinds(["j1"], [])
     real = FlakyQueue.renew
 
     def only_first(each: FlakyQueue, kind: Kind, job_id: str, token: str, lease_s: float) -> bool:
@@ -310,43 +310,43 @@ def test_what_one_cannot_do_another_takes_over(a: Node, b: Node, more: dict[str,
     a.hold()
     assert a.hand_on()
     # Not those whose slots it does not fit either, and not the one it came from.
-    assert b.seek(OFFER) == Seen([], [])
-    assert a.seek(GPU) == Seen([], [])
-    assert b.seek(OFFER, GPU) == Seen(["j1"], [])
+    assert b.seek(OFFER) == FleetFinds([], [])
+    assert a.seek(GPU) == FleetFinds([], [])
+    assert b.seek(OFFER, GPU) == FleetFinds(["j1"], [])
     state = b.state()
     assert (state.state, state.origin, state.attempt, state.started) == (State.PULLED, NODE, 2, False)
     with b.records.open("j1") as job:
         assert job.raw_manifest() == pulled(requirements={"gpu": True}, **more).raw
     assert b.hold()
     assert b.is_ours()
-    assert a.seek(GPU) == b.seek(GPU) == Seen([], [])
+    assert a.seek(GPU) == b.seek(GPU) == FleetFinds([], [])
 
 
 def test_one_slot_is_for_one_job(a: Node, b: Node) -> None:
     for number in range(3):
         a.pulls(f"j{number}")
         a.hand_on(f"j{number}")
-    assert b.seek() == Seen(["j0"], [])
-    assert b.seek(OFFER, replace(OFFER, name="cpu1")) == Seen(["j1", "j2"], [])
+    assert b.seek() == FleetFinds(["j0"], [])
+    assert b.seek(OFFER, replace(OFFER, name="cpu1")) == FleetFinds(["j1", "j2"], [])
 
 
 def test_what_was_here_before_is_not_taken_over(a: Node, b: Node) -> None:
     b.pulls()
     a.pulls()
     a.hand_on()
-    assert b.seek() == Seen([], [])
-    seen = Seen([], [])
+    assert b.seek() == FleetFinds([], [])
+    seen = FleetFinds([], [])
     fresh = Node("node-c", b.records.root.parent, b.queue)
     # It was done there long ago, and only the books know of it.
     fresh.fleet.seek(fresh.records, [OFFER], lambda job_id: job_id == "j1", seen)
-    assert seen == Seen([], [])
+    assert seen == FleetFinds([], [])
 
 
 def test_what_another_has_already_cannot_be_handed_on(a: Node, b: Node, time: Time) -> None:
     a.pulls(**TWICE)
     a.hold()
     time.now += LEASE_S + 1
-    assert b.seek() == Seen(["j1"], [])
+    assert b.seek() == FleetFinds(["j1"], [])
     assert not a.hand_on()
     assert b.is_ours()
 
@@ -369,7 +369,7 @@ def test_what_is_no_job_is_left_alone_and_hides_no_other(
     queue.put(Task(Kind.RUN, "j1", NODE, payload=payload), 0.0)
     a.pulls("j3")
     a.hand_on("j3")
-    assert b.seek() == Seen(["j3"], [])
+    assert b.seek() == FleetFinds(["j3"], [])
     assert b.records.ids() == ["j3"]
 
 
@@ -379,7 +379,7 @@ def test_what_has_no_name_for_a_directory_touches_no_disk(b: Node, queue: FlakyQ
     payload = json.dumps({"manifest": {**raw, "job_id": job_id}, "started": False}).encode()
     queue.put(Task(Kind.RUN, job_id, NODE, payload=payload), 0.0)
     before = sorted(b.records.root.parent.rglob("*"))
-    assert b.seek() == Seen([], [])
+    assert b.seek() == FleetFinds([], [])
     assert sorted(b.records.root.parent.rglob("*")) == before
 
 
@@ -394,11 +394,11 @@ def test_what_cannot_be_recorded_is_left_to_the_next_node(
 
     with monkeypatch.context() as patch:
         patch.setattr(Records, "create", full)
-        assert b.seek() == Seen([], [])
+        assert b.seek() == FleetFinds([], [])
     assert "j1" not in b.fleet
     time.now += LEASE_S / 2
     other = Node("node-c", b.records.root.parent, b.queue)
-    assert other.seek() == Seen(["j1"], [])
+    assert other.seek() == FleetFinds(["j1"], [])
 
 
 def test_what_was_taken_before_the_queue_fails_is_ours(
@@ -414,10 +414,10 @@ def test_what_was_taken_before_the_queue_fails_is_ours(
         b.queue.down = True
 
     monkeypatch.setattr(Records, "create", and_then_it_is_away)
-    seen = Seen([], [])
+    seen = FleetFinds([], [])
     with pytest.raises(QueueError):
         b.fleet.seek(b.records, [OFFER, OFFER], lambda _: False, seen)
-    assert seen == Seen(["j1"], [])
+    assert seen == FleetFinds(["j1"], [])
 
 
 # --- what nobody takes -------------------------------------------------------------------------------------
@@ -426,13 +426,13 @@ def test_what_was_taken_before_the_queue_fails_is_ours(
 def test_what_nobody_takes_comes_back_to_report(a: Node, b: Node, time: Time) -> None:
     a.pulls(requirements={"gpu": True})
     a.hand_on()
-    assert a.seek() == Seen([], [])
+    assert a.seek() == FleetFinds([], [])
     time.now += GIVE_UP_S + 1
-    assert b.seek() == Seen([], [])
-    assert a.seek() == Seen([], ["j1"])
+    assert b.seek() == FleetFinds([], [])
+    assert a.seek() == FleetFinds([], ["j1"])
     assert a.is_ours()
     # Nobody gets it any more.
-    assert b.seek(GPU) == Seen([], [])
+    assert b.seek(GPU) == FleetFinds([], [])
 
 
 def test_a_record_that_is_gone_by_then_hides_no_other(
@@ -443,10 +443,10 @@ def test_a_record_that_is_gone_by_then_hides_no_other(
         a.hand_on(job_id)
     (a.records.root / "j1/state.json").write_bytes(b"{")
     time.now += GIVE_UP_S + 1
-    assert a.seek() == Seen([], ["j2"])
+    assert a.seek() == FleetFinds([], ["j2"])
     assert [record.getMessage() for record in caplog.records] == ["cannot take job back"]
     # Whoever can do it still may.
-    assert b.seek(GPU) == Seen(["j1"], [])
+    assert b.seek(GPU) == FleetFinds(["j1"], [])
 
 
 # --- the watch ---------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from msgspec.structs import replace
 
-from aitbc_miner.agent.job_table import MOVES, IllegalMove, JobTable, Stage
+from aitbc_miner.agent.job_table import MOVES, JobTable, Stage
+from aitbc_miner.errors import IllegalMove
 from aitbc_miner.ipc.messages import Slots, SlotView
 from aitbc_miner.slots.placement import Ticket
 from aitbc_miner.slots.state import SlotState

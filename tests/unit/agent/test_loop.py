@@ -12,7 +12,7 @@ from aitbc_miner.agent.admission import Admission
 from aitbc_miner.agent.job_table import Stage
 from aitbc_miner.agent.loop import Agent
 from aitbc_miner.agent.pull import MAX_KNOWN
-from aitbc_miner.config.settings import Config, Heartbeat
+from aitbc_miner.config.settings import Config, HeartbeatSection
 from aitbc_miner.coordinator.interface import Busy, CoordinatorError, Refused, Told, Unauthorized, Unreachable
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.identity.credentials import digest
@@ -104,7 +104,7 @@ def started(left: Desk, tmp_path: Path) -> Iterator[Callable[[], Rig]]:
     rigs: list[Rig] = []
 
     def start() -> Rig:
-        beating = Heartbeat(backoff=replace(Heartbeat().backoff, min_s=0.01, max_s=0.01))
+        beating = HeartbeatSection(backoff=replace(HeartbeatSection().backoff, min_s=0.01, max_s=0.01))
         rigs.append(Rig(replace(config_in(tmp_path), heartbeat=beating)))
         rigs[-1].agent._recover()
         return rigs[-1]

@@ -49,7 +49,7 @@ def grammar(*options: dict[str, Any], **operand: Any) -> dict[str, Any]:
     ],
 )  # fmt: skip
 def test_what_is_easy_to_abuse_is_told(tmp_path: Path, path: str, keys: dict[str, Any], says: str) -> None:
-    told = list(abuse.warnings(entry(tmp_path, path, **keys)))
+    told = list(abuse.abuse_warnings(entry(tmp_path, path, **keys)))
     assert any(part in text for part in says.split("|") for text in told), told
     assert all(text.startswith("lets jobs ") and "; " in text for text in told)
 
@@ -67,7 +67,7 @@ def test_what_is_easy_to_abuse_is_told(tmp_path: Path, path: str, keys: dict[str
     ],
 )
 def test_what_is_not_is_not(tmp_path: Path, path: str, keys: dict[str, Any]) -> None:
-    assert list(abuse.warnings(entry(tmp_path, path, **keys))) == []
+    assert list(abuse.abuse_warnings(entry(tmp_path, path, **keys))) == []
 
 
 def test_the_samples_are_not_easy_to_abuse() -> None:
@@ -75,7 +75,7 @@ def test_the_samples_are_not_easy_to_abuse() -> None:
     allowlist = load_allowlist([SAMPLES], faults, [])
     assert faults == []
     assert set(allowlist.entries) == {"blender", "convert", "ffmpeg", "gzip", "sha256sum", "whisper"}
-    told = {name: list(abuse.warnings(entry)) for name, entry in allowlist.entries.items()}
+    told = {name: list(abuse.abuse_warnings(entry)) for name, entry in allowlist.entries.items()}
     assert not any(told.values()), told
 
 

@@ -16,7 +16,7 @@ from msgspec.structs import fields
 
 from aitbc_miner.allowlist.entries import Command, Entry
 from aitbc_miner.allowlist.rules import Operand, Option, Section
-from aitbc_miner.allowlist.values import FloatRange, InputFile, IntRange, OutputFile, Text, Value
+from aitbc_miner.allowlist.values import FloatRange, InputFile, IntRange, OutputFile, TextValue, Value
 from aitbc_miner.config.document import Fault, decode_text
 from tests.unit.allowlist.test_grammar import FFMPEG, PROGRAM, WRITES, entries
 
@@ -50,7 +50,7 @@ def test_the_schema_is_one() -> None:
         (Value, VALUE),
         (IntRange, VALUE["properties"]["int"]),
         (FloatRange, VALUE["properties"]["float"]),
-        (Text, VALUE["properties"]["text"]),
+        (TextValue, VALUE["properties"]["text"]),
         (InputFile, SCHEMA["$defs"]["path"]),
         (OutputFile, SCHEMA["$defs"]["path"]),
     ],

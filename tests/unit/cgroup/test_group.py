@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from aitbc_miner.cgroup import delegation
-from aitbc_miner.cgroup.delegation import LEAF, prepare
+from aitbc_miner.cgroup.delegation import LEAF, delegate
 from aitbc_miner.cgroup.group import CgroupError, CpuUsage, Group, Mount, find_mount, own_group
 from aitbc_miner.slots import limits
 from aitbc_miner.slots.cgroups import WORKER_MEMORY, SlotGroup
@@ -307,7 +307,7 @@ def test_what_is_required_is_held_by_the_group_or_refused(tmp_path: Path) -> Non
 
 
 class Kernel:
-    """As much of the kernel as `prepare` meets: processes move, and a group that has any hands nothing on."""
+    """As much of the kernel as `delegate` meets: processes move; a group that has any hands nothing on."""
 
     def __init__(self, own: Path, monkeypatch: pytest.MonkeyPatch, pids: list[int]) -> None:
         self.own = own
@@ -356,7 +356,7 @@ def test_all_processes_make_room_before_controllers_are_handed_on(
     kernel.dead = {11}
     for _ in range(2):
         kernel.enabled.clear()
-        assert prepare(kernel.own) == {}
+        assert delegate(kernel.own) == {}
         assert kernel.pids(kernel.own) == []
         assert kernel.pids(kernel.own / LEAF) == [10, 12, 13]
         assert kernel.enabled == ["+cpu", "+memory", "+pids"]
@@ -365,7 +365,7 @@ def test_all_processes_make_room_before_controllers_are_handed_on(
 def test_the_root_of_all_groups_keeps_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = Kernel(tmp_path / "own", monkeypatch, [])
     (kernel.own / "cgroup.type").unlink()
-    prepare(kernel.own)
+    delegate(kernel.own)
     assert not (kernel.own / LEAF).exists()
     assert kernel.enabled == ["+cpu", "+memory", "+pids"]
 
@@ -375,7 +375,7 @@ def test_a_group_that_keeps_its_processes_hands_nothing_on(
 ) -> None:
     kernel = Kernel(tmp_path / "own", monkeypatch, [10])
     monkeypatch.setattr(delegation, "_move", lambda pid, group: None)
-    refused = prepare(kernel.own)
+    refused = delegate(kernel.own)
     assert refused.keys() == {"cpu", "memory", "pids"}
     assert refused["cpu"].endswith("Device or resource busy")
 
@@ -385,7 +385,7 @@ def test_a_controller_that_is_refused_costs_the_others_nothing(
 ) -> None:
     kernel = Kernel(tmp_path / "own", monkeypatch, [])
     kernel.refused = {"+cpu"}
-    assert prepare(kernel.own) == {"cpu": "cannot write '+cpu': Invalid argument"}
+    assert delegate(kernel.own) == {"cpu": "cannot write '+cpu': Invalid argument"}
     assert kernel.enabled == ["+memory", "+pids"]
     assert not (kernel.own / LEAF).exists()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from aitbc_miner.config.settings import Config, Coordinator, Queue, derive_node_id, load_config
+from aitbc_miner.config.settings import Config, CoordinatorSection, QueueSection, derive_node_id, load_config
 
 GOOD = "coordinator: {base_url: 'https://c.example/api/v1', auth_token: 'env:MINER_AUTH'}\n"
 SAMPLE = Path(__file__).parents[3] / "etc" / "config.yaml"
@@ -41,7 +41,7 @@ def coordinator(**keys: str) -> str:
 
 def test_two_keys_are_enough(tmp_path: Path) -> None:
     config = good(tmp_path, GOOD)
-    assert config == Config(coordinator=Coordinator("https://c.example/api/v1", "env:MINER_AUTH"))
+    assert config == Config(coordinator=CoordinatorSection("https://c.example/api/v1", "env:MINER_AUTH"))
     assert config.node_id == derive_node_id()
 
 
@@ -50,7 +50,7 @@ def test_the_sample_has_every_key_at_its_default() -> None:
     assert faults == []
     assert config is not None
     defaults = Config(
-        coordinator=Coordinator("https://coordinator.example/api/v1", "file:/etc/aitbc/miner/token")
+        coordinator=CoordinatorSection("https://coordinator.example/api/v1", "file:/etc/aitbc/miner/token")
     )
     assert config == defaults
     assert warnings == []
@@ -288,7 +288,7 @@ def test_a_fleet_shares_a_redis_server(tmp_path: Path, url: str) -> None:
     text = f"queue: {{backend: redis, url: '{url}', password: 'file:/etc/p', lease_s: 30, max_attempts: 2}}\n"
     queue = good(tmp_path, GOOD + text).queue
     assert (queue.backend, queue.url, queue.password) == ("redis", url, "file:/etc/p")
-    assert (queue.lease_s, queue.max_attempts, queue.path) == (30, 2, Queue().path)
+    assert (queue.lease_s, queue.max_attempts, queue.path) == (30, 2, QueueSection().path)
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def test_overrides_alone_make_a_configuration(tmp_path: Path) -> None:
         "AITBC_MINER_COORDINATOR__BASE_URL": "https://c.example",
         "AITBC_MINER_COORDINATOR__AUTH_TOKEN": "env:X",
     }
-    assert good(tmp_path, "", environ).coordinator == Coordinator("https://c.example", "env:X")
+    assert good(tmp_path, "", environ).coordinator == CoordinatorSection("https://c.example", "env:X")
 
 
 def test_a_missing_file() -> None:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from aitbc_miner.coordinator.answers import AITBC, BOOTSTRAP, Dialect, answer, check
-from aitbc_miner.coordinator.http import Reply
+from aitbc_miner.coordinator.http import HttpReply
 from aitbc_miner.coordinator.interface import Busy, CoordinatorError, Unreachable
 
 DIALECTS = {"bootstrap": BOOTSTRAP, "aitbc-v1": AITBC}
@@ -35,30 +35,30 @@ NEVER = (
 )
 
 
-def said(dialect: Dialect, call: str, reply: Reply) -> dict[str, object]:
+def said(dialect: Dialect, call: str, reply: HttpReply) -> dict[str, object]:
     return answer(reply, dialect.calls[call], dialect, "ask", "the token")
 
 
 @pytest.mark.parametrize(("name", "call"), CALLS)
 def test_what_is_an_answer(name: str, call: str) -> None:
     yes = YES.get(call, {"status": "ok"})
-    assert said(DIALECTS[name], call, Reply(200, json.dumps(yes).encode())) == yes
+    assert said(DIALECTS[name], call, HttpReply(200, json.dumps(yes).encode())) == yes
 
 
 @pytest.mark.parametrize(("name", "call"), CALLS)
 @pytest.mark.parametrize("body", NEVER)
 def test_what_is_never_one(name: str, call: str, body: bytes) -> None:
     with pytest.raises(Unreachable):
-        said(DIALECTS[name], call, Reply(200, body))
+        said(DIALECTS[name], call, HttpReply(200, body))
 
 
 @pytest.mark.parametrize(("name", "call"), CALLS)
 def test_no_body_is_one_where_a_status_alone_is_named(name: str, call: str) -> None:
     if name == "bootstrap" and call not in {"register", "pull"}:
-        assert said(DIALECTS[name], call, Reply(200)) == {}
+        assert said(DIALECTS[name], call, HttpReply(200)) == {}
         return
     with pytest.raises(Unreachable):
-        said(DIALECTS[name], call, Reply(200))
+        said(DIALECTS[name], call, HttpReply(200))
 
 
 @pytest.mark.parametrize(("name", "call"), CALLS)
@@ -68,17 +68,17 @@ def test_no_other_status_says_yes_but_204_where_there_may_be_no_job(
 ) -> None:
     dialect = DIALECTS[name]
     if status == 204 and call in {"pull", "poll"}:
-        check(Reply(204), dialect.calls[call], dialect, "ask", "the token")
+        check(HttpReply(204), dialect.calls[call], dialect, "ask", "the token")
         return
     with pytest.raises(Unreachable):
-        said(dialect, call, Reply(status, json.dumps(YES.get(call, {"status": "ok"})).encode()))
+        said(dialect, call, HttpReply(status, json.dumps(YES.get(call, {"status": "ok"})).encode()))
 
 
 @pytest.mark.parametrize("call", [call for call in AITBC.calls if call not in YES and call != "poll"])
 @pytest.mark.parametrize("body", [b"{}", b'{"status": "failed"}', b'{"status": true}', b'{"ok": true}'])
 def test_in_aitbc_an_object_must_say_ok(call: str, body: bytes) -> None:
     with pytest.raises(Unreachable):
-        said(AITBC, call, Reply(200, body))
+        said(AITBC, call, HttpReply(200, body))
 
 
 OWN = {
@@ -112,18 +112,18 @@ FOREIGN = (
 def test_only_the_coordinator_itself_can_refuse(name: str, call: str, status: int) -> None:
     for body in FOREIGN:
         with pytest.raises(CoordinatorError) as caught:
-            said(DIALECTS[name], call, Reply(status, body))
+            said(DIALECTS[name], call, HttpReply(status, body))
         assert caught.value.retryable, body
     refusable = call in {"register", "ack", "result", "fail"}
     for body in OWN[name]:
         with pytest.raises(CoordinatorError) as caught:
-            said(DIALECTS[name], call, Reply(status, body))
+            said(DIALECTS[name], call, HttpReply(status, body))
         assert caught.value.retryable != refusable, body
 
 
 @pytest.mark.parametrize(("name", "call"), CALLS)
 def test_no_call_rests_for_an_hour(name: str, call: str) -> None:
     with pytest.raises(Busy) as caught:
-        said(DIALECTS[name], call, Reply(503, retry_after=3600.0))
+        said(DIALECTS[name], call, HttpReply(503, retry_after=3600.0))
     assert caught.value.retry_after is not None
     assert caught.value.retry_after <= 600

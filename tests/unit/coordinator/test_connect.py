@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from aitbc_miner.config.settings import Coordinator
+from aitbc_miner.config.settings import CoordinatorSection
 from aitbc_miner.coordinator.connect import proxy_of
 from aitbc_miner.coordinator.diagnosis import likely_cause
 from aitbc_miner.coordinator.interface import Unreachable
@@ -142,7 +142,7 @@ def test_a_ca_file_that_is_gone(tmp_path: Path) -> None:
 
 
 def test_a_proxy_that_does_not_show_who_it_is_sees_no_credential(tmp_path: Path) -> None:
-    settings = Coordinator("https://coordinator.test/v1", "env:T")
+    settings = CoordinatorSection("https://coordinator.test/v1", "env:T")
     with SmallProxy(SECRET, Party("nobody").server(tmp_path)) as proxy:
         assert likely_cause(settings, Proxy(proxy.url, lambda: SECRET)) is None
         assert proxy.heads

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.config.settings import Coordinator
+from aitbc_miner.config.settings import CoordinatorSection
 from aitbc_miner.coordinator import diagnosis
 from aitbc_miner.coordinator.diagnosis import likely_cause
 from tests.support.certificates import Party
@@ -30,7 +30,7 @@ def bootstrap() -> Iterator[MockCoordinator]:
 
 
 def guess(base_url: str, dialect: Any = "bootstrap") -> str:
-    said = likely_cause(Coordinator(base_url, "env:T", dialect=dialect, allow_http=True))
+    said = likely_cause(CoordinatorSection(base_url, "env:T", dialect=dialect, allow_http=True))
     return said or ""
 
 

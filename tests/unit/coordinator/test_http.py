@@ -20,8 +20,8 @@ import requests
 import responses
 from requests_toolbelt import MultipartEncoder
 
-from aitbc_miner.coordinator.answers import BOOTSTRAP, Call, check, decode
-from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, Reply, clean, retry_after
+from aitbc_miner.coordinator.answers import BOOTSTRAP, Call, check, decode_answer
+from aitbc_miner.coordinator.http import MAX_REPLY, HttpClient, HttpReply, clean, retry_after
 from aitbc_miner.coordinator.interface import Busy, CoordinatorError, Gone, Refused, Unauthorized, Unreachable
 from aitbc_miner.errors import MinerError
 from aitbc_miner.util.clock import now
@@ -200,12 +200,12 @@ def test_an_endless_body_is_cut_at_the_bound(peer: Start) -> None:
         reply = http.call("POST", "/x", {}, doing="pull a job", max_bytes=5000)
     assert (len(reply.body), reply.complete) == (5000, False)
     with pytest.raises(Unreachable, match=r"^cannot pull a job: garbage reply: larger than 4 KiB$"):
-        decode(reply, "pull a job")
+        decode_answer(reply, "pull a job")
 
 
 def test_a_body_of_just_the_bound_is_complete(peer: Start) -> None:
     with client(peer(answering(OK)).url) as http:
-        assert http.call("POST", "/x", {}, doing="pull a job", max_bytes=2) == Reply(200, b"{}")
+        assert http.call("POST", "/x", {}, doing="pull a job", max_bytes=2) == HttpReply(200, b"{}")
 
 
 def test_endless_headers_end(peer: Start) -> None:
@@ -434,7 +434,7 @@ def test_a_byte_order_mark_before_the_json(peer: Start) -> None:
     body = codecs.BOM_UTF8 + b'{"a":1}'
     head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\n\r\n"
     with client(peer(answering(head.encode() + body)).url) as http:
-        assert decode(http.call("POST", "/x", {}, doing="x"), "x") == {"a": 1}
+        assert decode_answer(http.call("POST", "/x", {}, doing="x"), "x") == {"a": 1}
 
 
 @pytest.mark.parametrize("status", ["100 Continue", "102 Processing", "103 Early Hints"])
@@ -442,7 +442,7 @@ def test_interim_replies_are_no_replies(peer: Start, status: str) -> None:
     interim = f"HTTP/1.1 {status}\r\nLink: </x>; rel=preload\r\n\r\n".encode()
     with client(peer(answering(2 * interim + OK, interim + OK)).url) as http:
         for _ in range(2):
-            assert http.call("POST", "/x", {}, doing="x") == Reply(200, b"{}")
+            assert http.call("POST", "/x", {}, doing="x") == HttpReply(200, b"{}")
 
 
 def test_interim_replies_without_end(peer: Start) -> None:
@@ -565,14 +565,14 @@ def own(message: str) -> bytes:
 
 def raised(status: int, body: bytes = b"", after: float | None = None) -> CoordinatorError:
     call = BOOTSTRAP.calls["result"]
-    reply = Reply(status, body, retry_after=after)
+    reply = HttpReply(status, body, retry_after=after)
     with pytest.raises(CoordinatorError) as caught:
         check(reply, call, BOOTSTRAP, "pull a job", "the node token")
     return caught.value
 
 
 def test_statuses_that_mean_yes_unauthorized_or_busy() -> None:
-    check(Reply(200), Call(), BOOTSTRAP, "pull a job", "the node token")
+    check(HttpReply(200), Call(), BOOTSTRAP, "pull a job", "the node token")
     for status in (201, 202, 204, 299):
         assert isinstance(raised(status), Unreachable)
     error = raised(401, b'{"error": {"code": 1, "message": "no"}}')
@@ -643,11 +643,11 @@ def test_a_redirect_to_nowhere() -> None:
 @pytest.mark.parametrize("body", [b"<html>", b"[" * 100_000, b'"\xff"', b"{", b"NaN", b"{} {}"])
 def test_garbage_is_unreachable(body: bytes) -> None:
     with pytest.raises(Unreachable, match=r"^cannot pull a job: garbage reply: "):
-        decode(Reply(200, body), "pull a job")
+        decode_answer(HttpReply(200, body), "pull a job")
 
 
 def test_no_body_is_none() -> None:
-    assert decode(Reply(200), "x") is None
+    assert decode_answer(HttpReply(200), "x") is None
 
 
 def test_clean() -> None:

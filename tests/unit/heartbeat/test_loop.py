@@ -11,7 +11,7 @@ import requests
 from aitbc_miner.config import settings
 from aitbc_miner.coordinator.interface import Unreachable
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.heartbeat.loop import Timing
+from aitbc_miner.heartbeat.loop import HeartbeatTiming
 from aitbc_miner.heartbeat.registration import Registration
 from aitbc_miner.identity.credentials import digest
 from aitbc_miner.ipc.messages import (
@@ -442,12 +442,12 @@ def test_without_telemetry_the_heartbeat_goes_on(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}" if listen else ""
         config = settings.Config(
-            coordinator=settings.Coordinator(BASE, "env:MINER_AUTH", allow_http=True),
-            telemetry=settings.Telemetry(address),
-            workspace=settings.Workspace(root=tmp_path),
-            queue=settings.Queue(path=tmp_path / "queue.db"),
+            coordinator=settings.CoordinatorSection(BASE, "env:MINER_AUTH", allow_http=True),
+            telemetry=settings.TelemetrySection(address),
+            workspace=settings.WorkspaceSection(root=tmp_path),
+            queue=settings.QueueSection(path=tmp_path / "queue.db"),
         )
-        with Node(config, {**no_library(tmp_path), "MINER_AUTH": OPERATOR}, Timing()) as node:
+        with Node(config, {**no_library(tmp_path), "MINER_AUTH": OPERATOR}, HeartbeatTiming()) as node:
             node.supervisor.send(slots())
             assert node.view(registered=True)
     if listen:
@@ -461,13 +461,13 @@ def test_a_telemetry_port_that_is_taken_is_told_and_tried_again(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         config = settings.Config(
-            coordinator=settings.Coordinator(BASE, "env:MINER_AUTH", allow_http=True),
-            telemetry=settings.Telemetry(f"127.0.0.1:{port}"),
-            workspace=settings.Workspace(root=tmp_path),
-            queue=settings.Queue(path=tmp_path / "queue.db"),
+            coordinator=settings.CoordinatorSection(BASE, "env:MINER_AUTH", allow_http=True),
+            telemetry=settings.TelemetrySection(f"127.0.0.1:{port}"),
+            workspace=settings.WorkspaceSection(root=tmp_path),
+            queue=settings.QueueSection(path=tmp_path / "queue.db"),
         )
         environ = {**no_library(tmp_path), "MINER_AUTH": OPERATOR}
-        with Node(config, environ, Timing(sample=0.1)) as node:
+        with Node(config, environ, HeartbeatTiming(sample=0.1)) as node:
             (trouble,) = node.until(node.supervisor, Troubles).texts
             assert f"127.0.0.1:{port}" in trouble
             assert "it is tried again, or set telemetry.listen" in trouble

@@ -7,16 +7,16 @@ import pytest
 
 from aitbc_miner.cgroup.delegation import LEAF
 from aitbc_miner.cgroup.group import CgroupError, Mount
-from aitbc_miner.config.settings import Cgroup, Config, Coordinator
+from aitbc_miner.config.settings import CgroupSection, Config, CoordinatorSection
 from aitbc_miner.preflight import confinement
 from aitbc_miner.preflight.confinement import Cgroups, ConfinementError, find_cgroups, take_cgroups
 
-COORDINATOR = Coordinator(base_url="http://127.0.0.1:9/api", auth_token="env:MINER_AUTH")
+COORDINATOR = CoordinatorSection(base_url="http://127.0.0.1:9/api", auth_token="env:MINER_AUTH")
 ALL = "cpu memory pids"
 
 
 def config(mode: str = "required") -> Config:
-    return Config(coordinator=COORDINATOR, node_id="node-x", cgroup=Cgroup(mode))  # type: ignore[arg-type]
+    return Config(coordinator=COORDINATOR, node_id="node-x", cgroup=CgroupSection(mode))  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

@@ -7,9 +7,16 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
-from aitbc_miner.config.settings import Config, Control, Coordinator, Logging, Queue, Workspace
+from aitbc_miner.config.settings import (
+    Config,
+    ControlSection,
+    CoordinatorSection,
+    LoggingSection,
+    QueueSection,
+    WorkspaceSection,
+)
 from aitbc_miner.preflight import requirements
-from aitbc_miner.preflight.requirements import Place, RequirementError, require, resolved, unmet
+from aitbc_miner.preflight.requirements import NodePlace, RequirementError, require, resolved, unmet
 from aitbc_miner.sandbox.users import Identities, Identity
 
 Change = Callable[[Path, Config], Config]
@@ -19,18 +26,18 @@ Change = Callable[[Path, Config], Config]
 def config(tmp_path: Path) -> Config:
     tmp_path.chmod(0o755)
     return Config(
-        Coordinator("https://c.example", "env:T"),
+        CoordinatorSection("https://c.example", "env:T"),
         # A machine that has never been booted has no name of its own yet.
         node_id="node-1",
-        workspace=Workspace(tmp_path / "jobs"),
-        queue=Queue(path=tmp_path / "state" / "queue.db"),
-        control=Control(tmp_path / "run" / "control.sock"),
-        logging=Logging(path=tmp_path / "node.log"),
+        workspace=WorkspaceSection(tmp_path / "jobs"),
+        queue=QueueSection(path=tmp_path / "state" / "queue.db"),
+        control=ControlSection(tmp_path / "run" / "control.sock"),
+        logging=LoggingSection(path=tmp_path / "node.log"),
     )
 
 
 def found(config: Config, identities: Identities | None = None, slots: int = 1) -> list[tuple[str, str]]:
-    return list(unmet(Place(config, identities, slots)))
+    return list(unmet(NodePlace(config, identities, slots)))
 
 
 def file_at(path: Path) -> Path:
@@ -46,42 +53,42 @@ def link_at(path: Path) -> Path:
 
 def test_a_good_place_needs_nothing_more(config: Config) -> None:
     assert found(config) == []
-    require(Place(config, None, 1))
+    require(NodePlace(config, None, 1))
 
 
 FAULTS: dict[str, tuple[Change, str, str]] = {
     "no log directory": (
-        lambda top, c: replace(c, logging=Logging(path=top / "gone" / "node.log")),
+        lambda top, c: replace(c, logging=LoggingSection(path=top / "gone" / "node.log")),
         "logging.path",
         "there is no directory {top}/gone; `mkdir -p {top}/gone`, or name another file",
     ),
     "a log that is a directory": (
-        lambda top, c: replace(c, logging=Logging(path=top)),
+        lambda top, c: replace(c, logging=LoggingSection(path=top)),
         "logging.path",
         "{top} is a directory; name a file",
     ),
     "a workspace below a file": (
-        lambda top, c: replace(c, workspace=Workspace(file_at(top / "file") / "jobs")),
+        lambda top, c: replace(c, workspace=WorkspaceSection(file_at(top / "file") / "jobs")),
         "workspace.root",
         "{top}/file is no directory; name another place",
     ),
     "a workspace that is a file": (
-        lambda top, c: replace(c, workspace=Workspace(file_at(top / "file"))),
+        lambda top, c: replace(c, workspace=WorkspaceSection(file_at(top / "file"))),
         "workspace.root",
         "{top}/file is no directory; name another place",
     ),
     "a workspace behind a link that leads nowhere": (
-        lambda top, c: replace(c, workspace=Workspace(link_at(top / "link"))),
+        lambda top, c: replace(c, workspace=WorkspaceSection(link_at(top / "link"))),
         "workspace.root",
         "{top}/link is no directory; name another place",
     ),
     "a database that is a directory": (
-        lambda top, c: replace(c, queue=Queue(path=top / "run")),
+        lambda top, c: replace(c, queue=QueueSection(path=top / "run")),
         "queue.path",
         "{top}/run is a directory; name a file in a directory of its own",
     ),
     "a socket that is a file": (
-        lambda top, c: replace(c, control=Control(file_at(top / "run" / "control.sock"))),
+        lambda top, c: replace(c, control=ControlSection(file_at(top / "run" / "control.sock"))),
         "control.socket",
         "{top}/run/control.sock is no socket; remove it, or name another place",
     ),

@@ -9,9 +9,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from aitbc_miner.config.settings import PythonRunner
+from aitbc_miner.config.settings import PythonRunnerSection
 from aitbc_miner.runners.interpreter import InterpreterError, cannot_import, find_interpreter
-from aitbc_miner.runners.task_catalogue import TOLD_MAX, Task, TaskWatch, list_tasks, params_of, told
+from aitbc_miner.runners.task_catalogue import TOLD_MAX, FoundTask, TaskWatch, list_tasks, params_of, told
 from aitbc_miner.runners.task_reader import TaskInfo
 from aitbc_miner.util.trust import distrust_tree
 
@@ -56,7 +56,7 @@ def place(tmp_path: Path) -> Path:
 
 
 def tasks_of(*places: Path) -> dict[str, TaskInfo]:
-    return {task.info.name: task.info for task in list_tasks(PythonRunner(task_paths=places))}
+    return {task.info.name: task.info for task in list_tasks(PythonRunnerSection(task_paths=places))}
 
 
 def test_each_task_is_there_with_what_it_takes_or_what_is_wrong_with_it(place: Path) -> None:
@@ -105,17 +105,17 @@ def test_a_task_that_others_could_change_is_not_read(place: Path) -> None:
 
 def test_what_a_coordinator_is_told_is_bounded() -> None:
     big = TaskInfo("t", "x", {"properties": {"p": {"title": "x" * TOLD_MAX}}})
-    assert told([Task(big, Path("/t.py"))]) == [{"name": "t", "description": "x"}]
+    assert told([FoundTask(big, Path("/t.py"))]) == [{"name": "t", "description": "x"}]
     small = TaskInfo("t", "x", {"properties": {}})
-    assert told([Task(small, Path("/t.py"))])[0]["params"] == {"properties": {}}
+    assert told([FoundTask(small, Path("/t.py"))])[0]["params"] == {"properties": {}}
 
 
 def test_the_watch_tells_when_it_knows(place: Path) -> None:
-    watch = TaskWatch(PythonRunner(task_paths=(place,)))
+    watch = TaskWatch(PythonRunnerSection(task_paths=(place,)))
     watch.seen()
     assert watch.told is not None
     assert "add" in [each["name"] for each in watch.told]
-    assert TaskWatch(PythonRunner(enable=False, task_paths=(place,))).told == []
+    assert TaskWatch(PythonRunnerSection(enable=False, task_paths=(place,))).told == []
 
 
 # --- the tree ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
+from aitbc_miner.errors import IllegalMove
 from aitbc_miner.jobs import State
 from aitbc_miner.slots.state import (
     MOVES,
@@ -20,21 +21,20 @@ from aitbc_miner.slots.state import (
     Ended,
     EndJob,
     Event,
-    IllegalMove,
+    JobStepped,
     KillAdopted,
     KillJob,
     KillWorker,
     Ready,
     Retire,
-    Retry,
+    RetryNow,
     Settle,
     Slot,
     SlotState,
+    SlotTiming,
     SpawnWorker,
-    Step,
     TerminateAdopted,
     Tick,
-    Timing,
     Unretire,
     Unusable,
     step,
@@ -102,7 +102,7 @@ def test_a_job_runs_and_the_next_one_can_follow() -> None:
     slot, actions = play(Slot("cpu0"), Begin(), Ready(), Assign("j1"), at=1.0)
     assert actions == [SpawnWorker(), BeginJob("j1")]
     assert (slot.state, slot.job_id, slot.job_state) == (S.BUSY, "j1", State.PREP)
-    slot, actions = play(slot, Step("j1", State.RUNNING, 77), Step("j1", State.COLLECTING))
+    slot, actions = play(slot, JobStepped("j1", State.RUNNING, 77), JobStepped("j1", State.COLLECTING))
     assert (slot.job_state, slot.job_pid, actions) == (State.COLLECTING, 77, [])
     slot, actions = play(slot, Ended("j1"), Assign("j2"), at=9.0)
     assert actions == [Settle("j1"), BeginJob("j2")]
@@ -172,7 +172,7 @@ def test_pauses_between_deaths_grow_and_the_slot_is_quarantined_after_enough_of_
 
 
 def test_a_long_row_of_deaths_never_waits_longer_than_the_maximum() -> None:
-    slot = Slot("cpu0", state=S.STARTING, timing=Timing(deaths_allowed=100))
+    slot = Slot("cpu0", state=S.STARTING, timing=SlotTiming(deaths_allowed=100))
     now = 0.0
     for _ in range(60):
         slot = play(slot, Died("x"), at=now)[0]
@@ -234,9 +234,9 @@ def test_a_slot_that_is_wanted_again_goes_on_or_begins_anew() -> None:
 def test_what_may_have_been_mended_is_tried_at_once() -> None:
     slot = play(Slot("cpu0"), Begin(), Unusable("no GPU"))[0]
     assert play(slot, Tick(), at=1.0)[1] == []
-    assert play(slot, Retry(), Tick(), at=1.0)[1] == [SpawnWorker()]
+    assert play(slot, RetryNow(), Tick(), at=1.0)[1] == [SpawnWorker()]
     # One that works is not disturbed by it.
-    assert play(busy(), Retry(), Tick(), at=1.0)[1] == []
+    assert play(busy(), RetryNow(), Tick(), at=1.0)[1] == []
 
 
 def test_a_slot_says_what_survives_in_it() -> None:
@@ -269,7 +269,9 @@ def test_an_adopted_worker_that_does_not_obey_is_killed() -> None:
 
 
 def test_a_worker_that_does_not_end_its_job_in_time_is_told_to_and_then_killed() -> None:
-    slot = play(busy(), Step("j1", State.RUNNING, None, 100.0), Step("j1", State.RUNNING, 77, 100.0))[0]
+    slot = play(
+        busy(), JobStepped("j1", State.RUNNING, None, 100.0), JobStepped("j1", State.RUNNING, 77, 100.0)
+    )[0]
     limit = slot.timing.cancel_timeout
     assert play(slot, Tick(), at=100.0 + limit) == (slot, [])
     slot, actions = play(slot, Tick(), at=100.1 + limit)
@@ -284,7 +286,9 @@ def test_a_worker_that_does_not_end_its_job_in_time_is_told_to_and_then_killed()
 
 
 def test_a_worker_that_collects_finished_work_is_left_alone() -> None:
-    collecting = play(busy(), Step("j1", State.RUNNING, 7, 100.0), Step("j1", State.COLLECTING))[0]
+    collecting = play(busy(), JobStepped("j1", State.RUNNING, 7, 100.0), JobStepped("j1", State.COLLECTING))[
+        0
+    ]
     assert play(collecting, Tick(), at=1e6) == (collecting, [])
     for held in (collecting, play(Slot("cpu0"), Adopt("j1", State.COLLECTING))[0]):
         slot = play(held, Cancel("cancel"))[0]
@@ -298,7 +302,7 @@ def test_a_worker_that_is_ending_its_job_is_told_that_the_miner_stops() -> None:
 
 def test_words_about_another_job_change_nothing() -> None:
     slot = busy("j1")
-    assert play(slot, Step("j2", State.RUNNING, 5), Ended("j2"), Ended("j2", clean=False)) == (slot, [])
+    assert play(slot, JobStepped("j2", State.RUNNING, 5), Ended("j2"), Ended("j2", clean=False)) == (slot, [])
 
 
 # --- random histories --------------------------------------------------------------------------------------
@@ -310,7 +314,7 @@ EVENTS = st.one_of(
     st.builds(Unusable, st.just("broken")),
     st.builds(Assign, JOBS),
     st.builds(
-        Step, JOBS, st.sampled_from(State), st.none() | st.integers(1, 9), st.none() | st.floats(0, 1e4)
+        JobStepped, JOBS, st.sampled_from(State), st.none() | st.integers(1, 9), st.none() | st.floats(0, 1e4)
     ),
     st.builds(Cancel, st.sampled_from(["cancel", "shutdown"]), st.sampled_from(["", "why"])),
     st.builds(Ended, JOBS, st.booleans()),
@@ -318,7 +322,7 @@ EVENTS = st.one_of(
     st.builds(Adopt, JOBS, st.sampled_from(State), st.none() | st.floats(0, 1e4)),
     st.builds(Retire),
     st.builds(Unretire),
-    st.builds(Retry),
+    st.builds(RetryNow),
     st.builds(Tick),
 )
 HISTORIES = st.lists(st.tuples(EVENTS, st.floats(0, 1000)), max_size=60)

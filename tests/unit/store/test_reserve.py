@@ -100,7 +100,7 @@ def test_a_record_larger_than_a_piece_takes_several(disk: Path) -> None:
     eat(disk)
     data = os.urandom(5 * reserve.PIECE + 1)
     with fs.directory(disk) as fd:
-        reserve.write_durably(disk, fd, "outcome.json", data)
+        reserve.write_with_reserve(disk, fd, "outcome.json", data)
     assert (disk / "outcome.json").read_bytes() == data
     assert reserve.lacking(disk, 1).size == 6 * reserve.PIECE
 
@@ -155,7 +155,7 @@ def test_what_is_no_piece_is_not_written_to(
         fs.directory(tmp_path) as fd,
         pytest.raises(OSError, match=r"somebody else's|Too many|No such device"),
     ):
-        reserve.write_durably(tmp_path, fd, "state.json", b"{}")
+        reserve.write_with_reserve(tmp_path, fd, "state.json", b"{}")
     assert precious.read_text() == "as it was"
     assert not (tmp_path / "state.json").exists()
 
@@ -178,7 +178,7 @@ def test_other_faults_of_a_disk_touch_nothing(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(os, "fsync", broken)
     with fs.directory(tmp_path) as fd, pytest.raises(OSError, match="Input/output"):
-        reserve.write_durably(tmp_path, fd, "state.json", b"{}")
+        reserve.write_with_reserve(tmp_path, fd, "state.json", b"{}")
     assert reserve.lacking(tmp_path, 1).size == 0
 
 

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from aitbc_miner.allowlist.entries import load_allowlist
-from aitbc_miner.config.settings import CliRunner as Settings
+from aitbc_miner.config.settings import CliRunnerSection as Settings
 from aitbc_miner.control.protocol import Judged, Request
 from aitbc_miner.errors import JobError
 from aitbc_miner.jobs import Inputs, Manifest

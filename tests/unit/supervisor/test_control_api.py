@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.config.settings import Config, Coordinator, Workspace
+from aitbc_miner.config.settings import Config, CoordinatorSection, WorkspaceSection
 from aitbc_miner.control.protocol import Files, FullAnswer, Later, Refusal, Request, Status
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, JobUpdate, Retried, RetryJob, SlotView
@@ -31,7 +31,9 @@ class Site:
         self.index = JobIndex()
         self.index.update(JobUpdate("j1", State.PREP))
         config = Config(
-            node_id="node-1", coordinator=Coordinator(base_url="", auth_token=""), workspace=Workspace(root)
+            node_id="node-1",
+            coordinator=CoordinatorSection(base_url="", auth_token=""),
+            workspace=WorkspaceSection(root),
         )
         self.slow: list[tuple[Request, Later]] = []
         self.told: list[object] = []

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from aitbc_miner.config.settings import Workspace
+from aitbc_miner.config.settings import WorkspaceSection
 from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import SpaceWanted, Sweepable, Swept
 from aitbc_miner.store import reserve
@@ -53,7 +53,7 @@ class Site:
         self.inodes = inf
         patch.setattr(os, "statvfs", self._statvfs)
         patch.setattr(clock, "now", lambda: self.time)
-        kept = Workspace(root, min_free_mb=least, reserve_mb=RESERVE)
+        kept = WorkspaceSection(root, min_free_mb=least, reserve_mb=RESERVE)
         agent: Any = SimpleNamespace(send=self.said.append)
         self.storage = DiskWatch(kept, self.errands, agent)
 
@@ -241,9 +241,9 @@ def test_the_reserve_never_takes_more_than_half_of_what_there_is(site: Site) -> 
 def test_the_child_fills_the_reserve_and_says_why_it_cannot(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    disk_watch._fill(Workspace(tmp_path, reserve_mb=1))
+    disk_watch._fill(WorkspaceSection(tmp_path, reserve_mb=1))
     assert reserve.lacking(tmp_path, 1).size == 0
-    disk_watch._fill(Workspace(tmp_path / "none", reserve_mb=1))
+    disk_watch._fill(WorkspaceSection(tmp_path / "none", reserve_mb=1))
     [record] = caplog.records
     assert record.getMessage() == "no reserve"
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from aitbc_miner.telemetry import counters as module
-from aitbc_miner.telemetry.counters import BOUNDS, BUCKETS_S, FILE, Durations, Totals
+from aitbc_miner.telemetry.counters import BOUNDS, BUCKETS_S, FILE, CounterTotals, Durations
 from aitbc_miner.telemetry.metrics import Metrics, Snapshot
 from aitbc_miner.util import fs
 
@@ -38,8 +38,8 @@ def unsaved(metrics: Metrics) -> bool:
     return b"aitbc_miner_metrics_unsaved 1.0" in metrics.render()
 
 
-def on_disk(directory: Path) -> Totals:
-    return msgspec.json.decode((directory / FILE).read_bytes(), type=Totals)
+def on_disk(directory: Path) -> CounterTotals:
+    return msgspec.json.decode((directory / FILE).read_bytes(), type=CounterTotals)
 
 
 def assert_not_behind(later: Series, before: Series) -> None:
@@ -118,7 +118,7 @@ def test_a_duration_that_cannot_be_is_left_out(tmp_path: Path, seconds: float) -
 
 def test_counts_that_this_version_does_not_know_are_kept(tmp_path: Path) -> None:
     """A node may go back to an older version, and forth again."""
-    kept = Totals(counters={"of_tomorrow": {"a": 7}})
+    kept = CounterTotals(counters={"of_tomorrow": {"a": 7}})
     (tmp_path / FILE).write_bytes(msgspec.json.encode(kept))
     metrics = start(tmp_path)
     metrics.count_heartbeat(sent=True)
@@ -133,7 +133,7 @@ bounds = st.lists(st.sampled_from([0.002, 0.3, 7.5, 100_000.5, *map(float, BUCKE
 def test_other_buckets_after_an_upgrade_put_none_back(old: list[float], counts: list[int]) -> None:
     names = [*map(str, old), "+Inf"]
     before = Durations(dict(zip(names, counts, strict=False)), 1.0)
-    totals = Totals()
+    totals = CounterTotals()
     totals.observe("steps", "run", before)
     now = totals.durations["steps"]["run"]
 
@@ -198,7 +198,7 @@ def test_until_it_is_known_what_was_counted_nothing_is_shown(tmp_path: Path) -> 
     assert scrape(early) == {}
     assert unsaved(early)
     place.mkdir()
-    (place / FILE).write_bytes(msgspec.json.encode(Totals(counters={"jobs": {"OK": 41}})))
+    (place / FILE).write_bytes(msgspec.json.encode(CounterTotals(counters={"jobs": {"OK": 41}})))
     assert scrape(early)["aitbc_miner_jobs_total", "OK"] == 42
 
 
@@ -246,7 +246,7 @@ def test_a_disk_that_hangs_holds_up_no_counting(tmp_path: Path, monkeypatch: pyt
 # --- files that are not ours -------------------------------------------------------------------------------
 
 GOOD = msgspec.json.encode(
-    Totals(counters={"jobs": {"OK": 5}}, durations={"s": {"run": Durations({"1.0": 1})}})
+    CounterTotals(counters={"jobs": {"OK": 5}}, durations={"s": {"run": Durations({"1.0": 1})}})
 )
 
 
@@ -347,7 +347,7 @@ def test_whatever_happens_nothing_goes_back(
 
 
 def test_labels_that_somebody_makes_up_are_counted_together() -> None:
-    totals = Totals()
+    totals = CounterTotals()
     for n in range(module.MAX_LABELS + 50):
         totals.count("retries", f"label{n}", 1)
     totals.count("retries", "label7", 1)

@@ -6,7 +6,7 @@ import pytest
 from msgspec import Struct
 
 from aitbc_miner.coordinator import aitbc_wire, services
-from aitbc_miner.coordinator.http import Reply
+from aitbc_miner.coordinator.http import HttpReply
 from aitbc_miner.coordinator.services import Field
 from aitbc_miner.jobs import ManifestError, decode_manifest
 from aitbc_miner.store.records import Records
@@ -84,8 +84,8 @@ def test_the_jobs_of_an_aitbc_coordinator() -> None:
         taken.append((job_id, payload))
         return PLAIN
 
-    aitbc_wire.pulled_job(Reply(200, body), 1000, note, "pull a job")
-    page = Reply(200, b'{"jobs":[' + body + b'],"total":1.0}')
+    aitbc_wire.pulled_job(HttpReply(200, body), 1000, note, "pull a job")
+    page = HttpReply(200, b'{"jobs":[' + body + b'],"total":1.0}')
     assert [one.job_id for one in aitbc_wire.assigned_jobs(page, note, "list jobs")] == ["j-1"]
     assert aitbc_wire.states(page, "list jobs") == [("j-1", "")]
     assert taken == [("j-1", {}), ("j-1", {})]

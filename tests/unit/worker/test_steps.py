@@ -11,8 +11,8 @@ from typing import Any, cast
 import msgspec
 import pytest
 
-from aitbc_miner.config.settings import Config, Coordinator, Workspace
-from aitbc_miner.config.settings import Runners as Enabled
+from aitbc_miner.config.settings import Config, CoordinatorSection, WorkspaceSection
+from aitbc_miner.config.settings import RunnersSection as Enabled
 from aitbc_miner.errors import ErrorCode, JobError, MinerError
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import CancelJob, ToWorker
@@ -99,7 +99,9 @@ class Place:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
-    config = Config(Coordinator("https://c.example", "env:X"), workspace=Workspace(root=tmp_path))
+    config = Config(
+        CoordinatorSection("https://c.example", "env:X"), workspace=WorkspaceSection(root=tmp_path)
+    )
     slot = SlotContext(config, SlotSpec("cpu0", "cpu"), None, (), None, None, {})
     monkeypatch.setattr(link, "RETRY_MIN_S", 0.001)
     monkeypatch.setattr(link, "RETRY_MAX_S", 0.001)
