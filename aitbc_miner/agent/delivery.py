@@ -48,18 +48,20 @@ def deliver(
     job_id: str,
     is_ours: Callable[[StateRecord], bool] = lambda _: True,
     give_up: GiveUp = GIVE_UP,
+    outcome: Outcome | None = None,
 ) -> Delivered:
     """Send one job's report and record that it was accepted.
 
     The key is the same for every try of the same report, so that a coordinator can tell a repetition. A job
-    that `is_ours` denies has been taken over by another node, which reports it.
+    that `is_ours` denies has been taken over by another node, which reports it. `outcome` is the job's, where
+    it was read already.
 
     Raises:
         CoordinatorError, QueueError: not accepted now; try again. So is a refusal before `give_up`.
         RecordError, OSError: the record cannot be read or written.
     """
     with records.open(job_id) as job:
-        outcome = outcome_of(job, JobSettled(job_id, "its record has no outcome"))
+        outcome = outcome or outcome_of(job, JobSettled(job_id, "its record has no outcome"))
         # A repetition, asked for by a coordinator that has forgotten: it changes nothing here any more.
         state = job.state()
         told = Told()

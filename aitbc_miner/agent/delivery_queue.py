@@ -173,11 +173,17 @@ class DeliveryQueue:
         self.add(job_id)
         return True
 
-    def add(self, job_id: str) -> None:
-        """Have the job's outcome, which is on disk, delivered; adding it again changes nothing."""
-        if self._jobs.stage(job_id) is not Stage.REPORTING:
-            self._jobs.move(job_id, Stage.REPORTING)
-        outcome = read_outcome(self._context.records, job_id)
+    def add(self, job_id: str, outcome: Outcome | None = None) -> None:
+        """Have the job's outcome, which is on disk, delivered; adding it again changes nothing.
+
+        `outcome` is that of the disk, where it was read just now.
+        """
+        entry = self._jobs.get(job_id)
+        if entry is None or entry.stage is not Stage.REPORTING:
+            entry = self._jobs.move(job_id, Stage.REPORTING)
+        # What was read before may be the report of a refusal, which was taken back since.
+        entry.outcome = outcome
+        outcome = outcome or read_outcome(self._context.records, job_id)
         size = sum(artifact.bytes for artifact in outcome.artifacts) if outcome else 0
         task, due_s = self._before.pop(job_id, (None, 0.0))
         failed = outcome is not None and not outcome.ok
@@ -188,8 +194,8 @@ class DeliveryQueue:
 
     def repeat(self, job_id: str) -> None:
         """Send the report of a job once more that is settled here: the coordinator has not heard it."""
-        if job_id not in self._jobs and read_outcome(self._context.records, job_id):
-            self.add(job_id)
+        if job_id not in self._jobs and (outcome := read_outcome(self._context.records, job_id)):
+            self.add(job_id, outcome)
 
     def hurry(self) -> None:
         """Let no report wait any longer than the coordinator asked for."""
@@ -217,17 +223,28 @@ class DeliveryQueue:
                 self._context.warn("refused report not sent anew", error, job_id=job_id)
         for pool, lane in self._lanes.items():
             for job_id in lane.start_due(clock.now(), POOLS[pool] - lane.running):
-                self._context.start(pool, partial(self._deliver, job_id), partial(self._ended, lane, job_id))
+                self._context.start(pool, self._call(job_id), partial(self._ended, lane, job_id))
 
-    def _deliver(self, job_id: str) -> Delivered:
+    def _call(self, job_id: str) -> Callable[[], Delivered]:
+        """Give the call that delivers a job; what was read of it is not kept for a second try."""
+        entry = self._jobs.get(job_id)
+        outcome = entry.outcome if entry else None
+        if entry:
+            entry.outcome = None
+        return partial(self._deliver, job_id, outcome)
+
+    def _deliver(self, job_id: str, outcome: Outcome | None) -> Delivered:
         """Deliver and enter it in the books; runs in a thread."""
         context = self._context
         is_ours: Callable[[StateRecord], bool] = self._fleet.is_ours if self._fleet else lambda _: True
         node_id = context.config.node_id
-        delivered = deliver(context.records, context.coordinator, node_id, job_id, is_ours, self._give_up)
-        state = delivered.state
-        outcome, how, receipt = delivered.outcome, delivered.how, delivered.receipt
-        context.book(account_of(outcome, state, state.runner, how, receipt, log_too=context.log_too))
+        delivered = deliver(
+            context.records, context.coordinator, node_id, job_id, is_ours, self._give_up, outcome
+        )
+        state, how, receipt = delivered.state, delivered.how, delivered.receipt
+        context.book(
+            account_of(delivered.outcome, state, state.runner, how, receipt, log_too=context.log_too)
+        )
         if self._fleet:
             self._fleet.done(state)
         return delivered

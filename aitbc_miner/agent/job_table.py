@@ -11,6 +11,7 @@ from msgspec import Struct, field
 
 from aitbc_miner.errors import IllegalMove
 from aitbc_miner.ipc.messages import Slots
+from aitbc_miner.jobs import Outcome
 from aitbc_miner.slots.placement import Offer, Ticket, room
 from aitbc_miner.util import clock
 
@@ -72,7 +73,8 @@ class JobEntry(Struct):
 
     `progress` is None until the job is acknowledged: from then on the coordinator counts it as ours. `ticket`
     is what the job needs of a slot, None while that is not known. `due` is when the next attempt may begin.
-    `cancelled` ends the job while its inputs are fetched.
+    `cancelled` ends the job while its inputs are fetched. `outcome` is outcome.json as it was read, until the
+    report is tried for the first time.
     """
 
     job_id: str
@@ -82,6 +84,7 @@ class JobEntry(Struct):
     due: float = 0.0
     cancelled: threading.Event = field(default_factory=threading.Event)
     ended_here: bool = False
+    outcome: Outcome | None = None
 
 
 class JobTable:

@@ -117,13 +117,13 @@ class Retries:
         except RecordError as error:
             # Whatever it is, to try to report it is never wrong.
             self._context.warn("cannot decide about job", error, job_id=job_id)
-            where = None
+            outcome, where = None, None
         if where is Where.ELSEWHERE and outcome is not None and self._fleet is not None:
             self._jobs.move(job_id, Stage.HANDING_ON)
             call = partial(self._hand_on, self._fleet, job_id, outcome, most)
             self._context.start("queue", call, partial(self._handed_on, job_id, outcome))
         else:
-            self._delivery.add(job_id)
+            self._delivery.add(job_id, outcome)
 
     def _judge(self, job: JobDir, outcome: Outcome | None) -> tuple[Where | None, int]:
         """Say where the job goes next, and how many attempts it has in all."""

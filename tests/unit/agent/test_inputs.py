@@ -339,7 +339,7 @@ def test_a_full_disk(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyP
         fetch(tmp_path, f"{server.base}/x")
     with pytest.raises(LocalError, match="No space left"):
         fetch(tmp_path, inline={"i": "x" * 100})
-    monkeypatch.setattr(fs, "room", lambda _: fs.Room())
+    monkeypatch.setattr(fs, "free_space", lambda _: fs.Room())
     said = "cannot write the inputs: No space left on device"
     assert failure(tmp_path, f"{server.base}/x", code=ErrorCode.E_DISK) == said
     assert failure(tmp_path, inline={"i": "x" * 100}, code=ErrorCode.E_DISK) == said

@@ -32,8 +32,9 @@ from aitbc_miner.ipc.messages import (
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.queue.interface import Kind
 from aitbc_miner.store.database import DatabaseError
+from aitbc_miner.store.records import JobDir
 from aitbc_miner.util import clock
-from tests.bench.agent_bench import FREE, NODE, TOKEN, Around, Desk, config_in
+from tests.bench.agent_bench import FREE, NODE, TOKEN, Around, Desk, config_in, in_slot
 from tests.support.pulled_jobs import pulled
 
 ODD: list[Exception] = [
@@ -461,6 +462,42 @@ def test_a_job_that_never_started_is_made_ready_again(left: Desk, started: Calla
     assert rig.coordinator.told == []
     with rig.context.records.open("j1") as job:
         assert (job.state().state, job.state().attempt) == (State.RETRY_WAIT, 2)
+
+
+def test_an_outcome_is_read_from_the_disk_once(
+    left: Desk, started: Callable[[], Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[str] = []
+    real = JobDir.outcome
+
+    def counted(job: JobDir) -> Outcome | None:
+        reads.append(job.job_id)
+        return real(job)
+
+    rig = started()
+    rig.register()
+    left.record("j1", State.ACKED, State.PREP, State.RUNNING)
+    rig.agent._obey(in_slot("j1"))
+    left.conclude("j1")
+    monkeypatch.setattr(JobDir, "outcome", counted)
+    rig.agent._obey(JobSettled("j1"))
+    rig.turn(lambda: rig.stage("j1") is Stage.GONE)
+    assert (rig.coordinator.told, reads) == ([("result", "j1")], ["j1"])
+
+
+def test_an_outcome_is_read_anew_for_each_further_try(left: Desk, started: Callable[[], Rig]) -> None:
+    rig = started()
+    rig.register()
+    left.record("j1", State.ACKED, State.PREP, State.RUNNING)
+    left.conclude("j1")
+    rig.coordinator.answers["result"] = [CoordinatorError("cannot report: 500")]
+    rig.agent._obey(JobSettled("j1"))
+    rig.turn(lambda: len(rig.coordinator.told) == 1)
+    entry = rig.context.jobs.get("j1")
+    assert entry is not None
+    assert entry.outcome is None
+    rig.turn(lambda: rig.stage("j1") is Stage.GONE)
+    assert rig.coordinator.told == [("result", "j1")] * 2
 
 
 def test_a_job_that_was_started_is_reported_lost(left: Desk, started: Callable[[], Rig]) -> None:
