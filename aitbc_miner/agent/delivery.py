@@ -74,12 +74,7 @@ def deliver(
             job.move(State.UPLOADING)
             state = job.move(State.FAILED, delivery=how)
         else:
-            # Once: each writing takes its part of what is set aside for a full disk.
-            if not (again := state.state is State.UPLOADING):
-                job.move(State.UPLOADING)
-            outcome, how, told = _send_or_refuse(coordinator, node_id, job, outcome, give_up, again=again)
-            if how == "superseded" and outcome.ok and state.delivery == CALLED_FAILED:
-                outcome = _as_failed(job, outcome, "the coordinator keeps to what it was told before")
+            outcome, how, told = _send_first(coordinator, node_id, job, state, outcome, give_up)
             state = job.move(State.DONE if outcome.ok else State.FAILED, delivery=how)
     return Delivered(job_id, outcome, how, state, told.receipt, told.beat or how == "superseded")
 
@@ -91,6 +86,18 @@ def _keep(job: JobDir, receipt: Receipt | None) -> None:
     except (OSError, ValueError, RecordError) as error:
         # The job is paid all the same; to have its result sent once more would be worse.
         events("agent").error("receipt not kept", job_id=job.job_id, error=str(error))
+
+
+def _send_first(
+    coordinator: Coordinator, node_id: str, job: JobDir, state: StateRecord, outcome: Outcome, give_up: GiveUp
+) -> tuple[Outcome, str, Told]:
+    # Once: each writing takes its part of what is set aside for a full disk.
+    if not (again := state.state is State.UPLOADING):
+        job.move(State.UPLOADING)
+    outcome, how, told = _send_or_refuse(coordinator, node_id, job, outcome, give_up, again=again)
+    if how == "superseded" and outcome.ok and state.delivery == CALLED_FAILED:
+        outcome = _as_failed(job, outcome, "the coordinator keeps to what it was told before")
+    return outcome, how, told
 
 
 def _send_or_refuse(

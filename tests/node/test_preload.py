@@ -151,7 +151,7 @@ def test_its_end_costs_no_job(make: Make, coordinator: MockCoordinator) -> None:
     node = make(MODULE)
     process = wait_for(node)
     os.kill(process.pid, signal.SIGKILL)
-    wait_until(lambda: "lost the process that waits" in node.log.read_text(), WAIT_S)
+    wait_until(lambda: "prewarmed process lost" in node.log.read_text(), WAIT_S)
     assert done(coordinator)["had"] is False
 
 

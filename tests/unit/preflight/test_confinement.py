@@ -110,7 +110,7 @@ def test_cgroups_are_taken_or_done_without_as_the_mode_says(
         prepared.append(home)
         return refused
 
-    monkeypatch.setattr(confinement, "prepare", prepare)
+    monkeypatch.setattr(confinement, "delegate", prepare)
     found = find_cgroups(config("auto"))
     assert take_cgroups(config("auto"), found) == found
     assert prepared == [own]
@@ -130,7 +130,7 @@ def test_a_group_that_cannot_be_emptied_limits_nothing(
     def busy(home: Path) -> dict[str, str]:
         raise CgroupError("cannot write: busy")
 
-    monkeypatch.setattr(confinement, "prepare", busy)
+    monkeypatch.setattr(confinement, "delegate", busy)
     found = find_cgroups(config())
     without = take_cgroups(config("auto"), found)
     assert (without.parent, without.controllers) == (found.parent, ())

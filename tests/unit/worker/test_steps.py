@@ -276,7 +276,7 @@ def test_one_that_has_no_directories_is_ended_and_the_job_goes_without(place: Pl
 
 def test_one_that_ends_at_the_last_moment_costs_no_job(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting, started = Waiting(), Started(cast("Job", NoProgram()), -1, None)
-    monkeypatch.setattr(program, "start", lambda *_: started)
+    monkeypatch.setattr(program, "start_program", lambda *_: started)
     hold = place.hold()
     hold._given[Warm] = waiting
     hold.prewarmed = True
