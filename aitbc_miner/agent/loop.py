@@ -7,7 +7,6 @@ from outside.
 
 import select
 import threading
-from functools import partial
 
 from aitbc_miner.agent.admission_queue import AdmissionQueue
 from aitbc_miner.agent.anchor import Anchor
@@ -155,7 +154,9 @@ class Agent:
             case CancelJob() if self._admission.stop_fetching(message.job_id):
                 pass
             case JobSettled() | CancelJob():
-                self._retries.settle(message)
+                # Before, the records are not there, and will tell of these jobs.
+                if self._recovered:
+                    self._retries.settle(message)
             case JobProgress():
                 self._progress.note(message)
             case RetryJob():
@@ -204,10 +205,12 @@ class Agent:
             for job_id in found.unread.keys() - set(jobs.names()):
                 jobs.move(job_id, Stage.UNREAD)
             what = f"read the records of {len(found.unread)} jobs, such as {next(iter(found.unread))}"
-            context.persisting.do(what, partial(self._read_rest, found))
+            context.persisting.do(what, self._read_rest)
 
-    def _read_rest(self, before: Found) -> None:
-        found = recover_rest(self._context.records, before)
-        if found.unread.keys() == before.unread.keys():
+    def _read_rest(self) -> None:
+        # The supervisor may have settled some of them meanwhile.
+        unread = [entry.job_id for entry in self._jobs.among(Stage.UNREAD)]
+        found = recover_rest(self._context.records, unread)
+        if unread and found.unread.keys() == set(unread):
             raise OSError(next(iter(found.unread.values())))
         self._go_on(found)

@@ -44,9 +44,9 @@ def recover(records: Records, settled: Container[str] = ()) -> Found:
     return _recover(records, [job_id for job_id in records.ids() if job_id not in settled], found)
 
 
-def recover_rest(records: Records, before: Found) -> Found:
+def recover_rest(records: Records, unread: list[str]) -> Found:
     """Read the records once more that could not be read before."""
-    return _recover(records, list(before.unread), Found())
+    return _recover(records, unread, Found())
 
 
 def _recover(records: Records, job_ids: list[str], found: Found) -> Found:

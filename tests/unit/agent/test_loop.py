@@ -32,7 +32,7 @@ from aitbc_miner.ipc.messages import (
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.queue.interface import Kind
 from aitbc_miner.store.database import DatabaseError
-from aitbc_miner.store.records import JobDir
+from aitbc_miner.store.records import JobDir, Records
 from aitbc_miner.util import clock
 from tests.bench.agent_bench import FREE, NODE, TOKEN, Around, Desk, config_in, in_slot
 from tests.support.pulled_jobs import pulled
@@ -335,6 +335,44 @@ def test_each_job_goes_on_where_it_was(left: Desk, started: Callable[[], Rig]) -
     assert [found.job_id for found in recovered.started] == ["runs"]
     assert Counted("broken_records") in said
     assert rig.coordinator.asked == []
+
+
+def test_a_job_that_ended_before_the_records_were_there_is_recovered_once(left: Desk, tmp_path: Path) -> None:
+    left.record("j1", State.ACKED, State.PREP, State.RUNNING)
+    left.conclude("j1")
+    root = left.context.records.root
+    left.anchor.start_due()
+    away = root.with_name("away")
+    root.rename(away)
+    root.mkdir()
+    rig = Rig(config_in(tmp_path))
+    rig.agent.turn()
+    for message in (in_slot("j1"), JobSettled("j1"), CancelJob("j1", "cancel", "an operator")):
+        rig.agent._obey(message)
+    assert rig.stage("j1") is Stage.RUNNING
+    root.rmdir()
+    away.rename(root)
+    rig.agent._anchor._due = 0.0
+    rig.agent.turn()
+    assert rig.stage("j1") is Stage.REPORTING
+    rig.close()
+
+
+def test_a_job_that_is_settled_before_its_record_could_be_read_is_not_settled_twice(
+    left: Desk, started: Callable[[], Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for job_id in ("j1", "j2"):
+        left.record(job_id, State.ACKED, State.PREP, State.RUNNING)
+        left.conclude(job_id)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Records, "state_of", lambda *_: OSError(5, "Input/output error"))
+        rig = started()
+    assert {rig.stage("j1"), rig.stage("j2")} == {Stage.UNREAD}
+    rig.agent._obey(JobSettled("j1"))
+    assert (rig.stage("j1"), rig.stage("j2")) == (Stage.REPORTING, Stage.UNREAD)
+    rig.turn(lambda: rig.stage("j2") is Stage.REPORTING)
+    assert rig.context.persisting.trouble is None
 
 
 def test_what_cannot_be_entered_in_the_books_is_entered_at_the_next_start(
