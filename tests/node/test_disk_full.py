@@ -125,7 +125,7 @@ def test_a_disk_that_is_not_mounted_takes_no_jobs(
         node.start()
         # And not there at its start.
         wait_until(away, WAIT_S)
-        assert not any(path.is_dir() for path in node.jobs.iterdir())
+        assert [str(path) for path in node.jobs.rglob('*') if path.is_dir()] == []
         assert states(coordinator, [late]) == {State.QUEUED}
         with mounted(node.jobs, "--bind", str(disk)):
             wait_final(coordinator, [late])
