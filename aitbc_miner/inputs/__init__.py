@@ -1,6 +1,6 @@
-"""Where a job's inputs come from, and which addresses a stranger may have the node fetch from.
+"""Fetches the inputs of a job, and decides from which addresses the node may fetch.
 
-* fetch: fetches the inputs: resumed, hashed, bounded
-* urls: what an input may be called, and which URLs are fetched at all
-* addresses: which addresses are this machine's own, or its neighbours'
+* fetch: fetches the inputs: resumes transfers, checks hashes, keeps limits
+* urls: which names an input may have, and which URLs the node fetches
+* addresses: which addresses belong to this machine or to its neighbours
 """

@@ -1,7 +1,7 @@
-"""Which addresses a stranger may have us fetch from: none of this machine's, nor of the networks around it.
+"""Decides from which addresses a job may have the node fetch: never from this machine or its own networks.
 
-The table is our own, since what `ipaddress` calls private or global changes with the version of Python. What
-it cannot know, our own public addresses and the neighbours that have such, the kernel's routing table does.
+The tables of addresses are our own: `ipaddress.is_private` changes with the version of Python. The kernel's
+routing table tells our own public addresses, and neighbours with public addresses.
 """
 
 import errno
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 IP = ipaddress.IPv4Address | ipaddress.IPv6Address
 
-# Not even where private addresses are allowed: this network, link-local, multicast, and the metadata services
-# of clouds that are elsewhere (Alibaba, Oracle, Azure, AWS and Google on IPv6).
+# Forbidden even if private addresses are allowed: the unspecified address, link-local, multicast, and the
+# metadata services of clouds outside link-local (Alibaba, Oracle, Azure, AWS and Google on IPv6).
 _NEVER = [
     ipaddress.ip_network(text)
     for text in (
@@ -33,12 +33,12 @@ _PRIVATE = [
 _PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
 _6TO4 = ipaddress.IPv6Network("2002::/16")
 _TEREDO = ipaddress.IPv6Network("2001::/32")
-# IPv4 in the last 32 bits. The first two are nothing but the address within.
+# IPv6 networks with an IPv4 address in the last 32 bits. The first two mean nothing but the IPv4 address.
 _MAPPED, _NAT64 = ipaddress.IPv6Network("::ffff:0:0/96"), ipaddress.IPv6Network("64:ff9b::/96")
 _WRAPPED = (_MAPPED, _NAT64, ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
 
-# A prefix no longer than this is the way to the world, and no network of neighbours: on a point-to-point link
-# that way has no gateway either.
+# A route with a prefix of at most so many bits leads to the Internet and not to neighbours. The absence of a
+# gateway does not tell: on a point-to-point link, the route to the Internet has no gateway either.
 _WORLD = {4: 7, 6: 16}
 
 # <linux/netlink.h>, <linux/rtnetlink.h>
@@ -50,10 +50,10 @@ _NO_WAY = {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL}
 
 
 def forbidden(address: str, *, allow_private: bool) -> bool:
-    """Whether nothing may be fetched from this address, whose scope may follow a `%`.
+    """Whether the node may fetch nothing from an address; `%` and a scope may follow the address.
 
     Raises:
-        OSError: the kernel does not tell where it leads.
+        OSError: the kernel does not tell the route to the address.
     """
     ip = ipaddress.ip_address(address.partition("%")[0])
     inner, alone = _unwrapped(ip)
@@ -66,7 +66,7 @@ def forbidden(address: str, *, allow_private: bool) -> bool:
 
 
 def _unwrapped(ip: IP) -> tuple[ipaddress.IPv4Address | None, bool]:
-    """Give the IPv4 address within an IPv6 one, and whether that is all that the latter stands for."""
+    """Give the IPv4 address inside an IPv6 address, and whether the IPv6 address means nothing else."""
     number = int(ip)
     if ip.version == 4:
         return None, False
@@ -83,7 +83,7 @@ def _is_private(ip: IP) -> bool:
 
 
 def _is_near(ip: IP) -> bool:
-    """Whether the routing table has it as an address of this machine, or as one directly connected to it."""
+    """Whether the routing table has the address as our own, or as directly connected to this machine."""
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0) as kernel:
         family = socket.AF_INET if ip.version == 4 else socket.AF_INET6
         bits = ip.max_prefixlen
@@ -96,34 +96,29 @@ def _is_near(ip: IP) -> bool:
     if kind == _NLMSG_ERROR:
         number = -struct.unpack_from("=i", reply, _HEADER.size)[0]
         if number in _NO_WAY:
-            return False  # nobody is there, and connecting will say so
-        raise OSError(number, "cannot ask the routing table where the address leads")
+            return False  # no route: connecting to the address will fail
+        raise OSError(number, "cannot ask the routing table for the route to the address")
     _, prefix, _, _, _, _, _, route, _ = _ROUTE.unpack_from(reply, _HEADER.size)
     if route in {_RTN_LOCAL, _RTN_BROADCAST, _RTN_ANYCAST}:
         return True
-    wide = prefix <= _WORLD[ip.version]
-    return route == _RTN_UNICAST and not wide and not _has_gateway(reply[_HEADER.size + _ROUTE.size :])
+    if route != _RTN_UNICAST or prefix <= _WORLD[ip.version]:
+        return False
+    return not _has_gateway(reply[_HEADER.size + _ROUTE.size :])
 
 
 def _has_gateway(attributes: bytes) -> bool:
-    """Whether a gateway leads there: of several ways, all must."""
-    for kind, value in _split(attributes):
+    """Whether the route uses a gateway; a route with several hops must use a gateway in each."""
+    for kind, value in _split(attributes, _ATTRIBUTE):
         if kind in {_RTA_GATEWAY, _RTA_VIA}:
             return True
         if kind == _RTA_MULTIPATH:
-            return all(_has_gateway(hop) for hop in _hops(value))
+            return all(_has_gateway(hop) for _, hop in _split(value, _HOP))
     return False
 
 
-def _split(data: bytes) -> Iterator[tuple[int, bytes]]:
-    while len(data) >= _ATTRIBUTE.size:
-        size, kind = _ATTRIBUTE.unpack_from(data)
-        yield kind & 0x3FFF, data[_ATTRIBUTE.size : size]
-        data = data[max(size + 3 & ~3, _ATTRIBUTE.size) :]
-
-
-def _hops(data: bytes) -> Iterator[bytes]:
-    while len(data) >= _HOP.size:
-        size = _HOP.unpack_from(data)[0]
-        yield data[_HOP.size : size]
-        data = data[max(size + 3 & ~3, _HOP.size) :]
+def _split(data: bytes, header: struct.Struct) -> Iterator[tuple[int, bytes]]:
+    """Yield the kind and the content of each attribute, or the flags and the attributes of each hop."""
+    while len(data) >= header.size:
+        size, kind = header.unpack_from(data)[:2]
+        yield kind & 0x3FFF, data[header.size : size]
+        data = data[max(size + 3 & ~3, header.size) :]

@@ -1,9 +1,9 @@
-"""Puts a job's inputs into its directory: inline texts, and files from http(s) addresses.
+"""Writes a job's inputs into its directory: inline texts, and files from http(s) URLs.
 
-The addresses come from a stranger and are fetched from inside the operator's network. So what a name resolves
-to is checked, and the connection is made to that very address: never link-local, multicast or a cloud's
-metadata service, and loopback or a private network only if allowed. Not covered: a public address that
-forwards into the network. No credentials, cookies or netrc are ever sent.
+A stranger chose the URLs, and the node fetches them from inside the operator's network. So the node checks
+each address and connects to the checked address: never to link-local, multicast or a cloud's metadata
+service, and to loopback or a private network only if allowed. Not covered: a public address with forwarding
+into the network. The node never sends credentials, cookies or netrc.
 """
 
 import contextlib
@@ -52,7 +52,8 @@ READ = 256 * 1024
 POLL_S = 0.25  # how soon a cancelled job stops waiting
 BACKOFF_S = (0.1, 8.0)
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
-# As often it is this node's network that is away: some minutes are waited for that, see `BACKOFF_S`.
+# With these errors this node's own network may be down. Then the node makes PATIENCE times as many attempts,
+# which take some minutes (`BACKOFF_S`).
 _NO_NETWORK, PATIENCE = {errno.ENETUNREACH, errno.ENETDOWN, errno.EHOSTUNREACH, socket.EAI_AGAIN}, 10
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
@@ -61,7 +62,7 @@ _CONTENT_RANGE = re.compile(r"bytes ([0-9]{1,18})-[0-9]{1,18}/([0-9]{1,18}|\*)")
 
 
 class InputLimits(Struct, frozen=True):
-    """Bounds for a job's inputs: seconds in all and without a byte, failures in a row, and so on."""
+    """Limits for a job's inputs. `stall_s` bounds the time without a byte, `attempts` failures in a row."""
 
     max_bytes_each: int
     max_bytes_total: int
@@ -73,7 +74,7 @@ class InputLimits(Struct, frozen=True):
 
 
 class _Broken(MinerError):  # noqa: N818  # says what happened
-    """A transfer failed in a way that another attempt may mend."""
+    """The transfer failed, and a further attempt may succeed."""
 
 
 def fetch_inputs(
@@ -86,15 +87,15 @@ def fetch_inputs(
     wait: Callable[[float], None] = time.sleep,
     proxy: Proxy | None = None,
 ) -> None:
-    """Write all inputs of a job into an existing, empty directory, for their owner alone.
+    """Write all inputs of a job into an existing, empty directory, readable by their owner alone.
 
-    `cancelled` is asked at least every quarter of a second, but for looking a name up and TLS handshakes,
-    which last until the resolver or `connect_s` gives up. Content encodings are not undone. Through a
-    `proxy`, only addresses that are numbers can be checked: it looks up the names.
+    Calls `cancelled` at least every quarter of a second, except during a name look-up or TLS handshake, until
+    the resolver or `connect_s` gives up. Does not undo content encodings. With a `proxy`, the node can check
+    numeric addresses only: the proxy looks up the names.
 
     Raises:
-        JobError: E_INPUT naming the input and the cause, E_DISK when the disk is full, E_CANCELLED.
-        LocalError: not now.
+        JobError: E_INPUT with the input and the cause, E_DISK if the disk is full, E_CANCELLED.
+        LocalError: a temporary fault of this node; try again.
     """
     urls = [InputUrl(item) if isinstance(item, str) else item for item in manifest.input.urls]
     names = [*manifest.input.inline, *(name_of(item) for item in urls)]
@@ -115,13 +116,13 @@ def fetch_inputs(
 
 def _create(path: Path) -> BinaryIO:
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    os.fchmod(fd, 0o600)  # whatever our umask; the job's user will own it
+    os.fchmod(fd, 0o600)  # independent of our umask; later the job's user owns the file
     return open(fd, "wb")  # noqa: PTH123  # a descriptor, not a path
 
 
 @dataclass
 class _Run:
-    """One fetch_inputs: its bounds, and what is used up of them."""
+    """One call of fetch_inputs: its limits, and the bytes that it has fetched."""
 
     limits: InputLimits
     cancelled: Callable[[], bool]
@@ -134,11 +135,11 @@ class _Run:
 
     @functools.cached_property
     def tls(self) -> ssl.SSLContext:
-        """The system's certificates, read when first needed: that takes tens of milliseconds."""
+        """The system's certificates. Reading takes tens of milliseconds, so it happens at the first use."""
         return tls_context()
 
     def patience(self) -> float:
-        """Seconds that one step may block. Raises JobError when the job is cancelled or time is up."""
+        """Give the seconds for which a step may block. Raises JobError if cancelled or out of time."""
         if self.cancelled():
             raise JobError(ErrorCode.E_CANCELLED, "cannot fetch the inputs: the job was cancelled")
         left = self.deadline - now()
@@ -147,23 +148,23 @@ class _Run:
         return min(left, self.limits.stall_s)
 
     def pause(self, delay: float) -> None:
-        """Wait before another attempt. Raises JobError like `patience`."""
+        """Wait before the next attempt. Raises JobError like `patience`."""
         while delay > 0:
             self.patience()
             self.wait(min(delay, POLL_S))
             delay -= POLL_S
 
     def claim(self, what: str, got: int, size: int, cap: float) -> None:
-        """Check that `size` more bytes are within all bounds, for an input that has `got` already."""
+        """Raise JobError if `size` more bytes after `got` bytes of the input `what` exceed a limit."""
         if got + size > cap:
-            raise refuse(f"cannot take input {what}: it is larger than {int(cap)} bytes")
+            raise refuse(f"cannot take input {what}: larger than {int(cap)} bytes")
         if self.fetched + got + size > self.limits.max_bytes_total:
             total = self.limits.max_bytes_total
             raise refuse(f"cannot take input {what}: all inputs together are larger than {total} bytes")
 
 
 class _Transfer:
-    """One input on its way to disk: what is there of it, and how to tell that the rest belongs to it."""
+    """One input: the part that is on disk, and the headers that identify its version on the server."""
 
     def __init__(self, name: str, file: BinaryIO, cap: float = 0.0) -> None:
         self.name = name
@@ -172,7 +173,7 @@ class _Transfer:
         self.restart()
 
     def restart(self, reply: http.client.HTTPResponse | None = None) -> None:
-        """Forget what came so far; `reply` brings a first or another version, known by its headers."""
+        """Drop the bytes so far; `reply`, if given, starts a new version, and its headers identify it."""
         self._file.seek(0)
         self._file.truncate()
         self.sha256 = hashlib.sha256()
@@ -182,21 +183,21 @@ class _Transfer:
         self.modified = reply.headers.get("Last-Modified") if reply else None
 
     def headers(self) -> dict[str, str]:
-        """Ask for the rest, unless the file has changed since."""
+        """Give the headers that ask for the rest, if the file has not changed on the server."""
         if not self.got:
             return {}
         validator = self.modified if not self.etag or self.etag.startswith("W/") else self.etag
         return {"Range": f"bytes={self.got}-", **({"If-Range": validator} if validator else {})}
 
     def continues(self, reply: http.client.HTTPResponse) -> bool:
-        """Whether a 206 is the rest of what is there, going by what it says of itself."""
+        """Whether a 206 reply continues the bytes on disk, judged by the headers of the reply."""
         said = _CONTENT_RANGE.fullmatch(reply.headers.get("Content-Range", "").strip())
         if said is None or int(said[1]) != self.got or reply.headers.get("ETag", self.etag) != self.etag:
             return False
         return said[2] == "*" or self.total in {None, int(said[2])}
 
     def write(self, data: bytes) -> None:
-        """Append to file and hash. Raises MinerError, lest a full disk is taken for a broken network."""
+        """Append to file and hash. Raises MinerError: an OSError would look like a broken network."""
         try:
             self._file.write(data)
         except OSError as error:
@@ -206,7 +207,7 @@ class _Transfer:
 
 
 def _fetch(item: InputUrl, name: str, into: Path, run: _Run) -> None:
-    part = into / f".{secrets.token_hex(8)}.part"  # a name that no other input can have
+    part = into / f".{secrets.token_hex(8)}.part"  # a random name, which no input can have
     cap = min(run.limits.max_bytes_each, item.max_mb * 1e6 if item.max_mb is not None else float("inf"))
     try:
         with _create(part) as file:
@@ -222,7 +223,7 @@ def _fetch(item: InputUrl, name: str, into: Path, run: _Run) -> None:
 
 
 def _persist(item: InputUrl, transfer: _Transfer, run: _Run) -> None:
-    """Attempt until complete; only failures in a row count, so a long transfer may break off often."""
+    """Attempt until complete. Only failures without progress count: a long transfer may break off often."""
     failures, furthest = 0, 0
     backoff = Backoff(*BACKOFF_S)
     while True:
@@ -230,7 +231,7 @@ def _persist(item: InputUrl, transfer: _Transfer, run: _Run) -> None:
             _attempt(item.url, transfer, run)
             break
         except _Broken as error:
-            run.dialer.blame()  # the name may have another address
+            run.dialer.blame()  # the next attempt uses the name's next address
             failures += 1
             if transfer.got > furthest:
                 failures, furthest = 1, transfer.got
@@ -259,15 +260,15 @@ def _attempt(url: str, transfer: _Transfer, run: _Run) -> None:
 
 @contextlib.contextmanager
 def _network() -> Iterator[None]:
-    """Turn the errors of a connection into _Broken; those of the disk come as MinerError and pass."""
+    """Turn errors of the connection into _Broken; errors of the disk are MinerErrors and pass."""
     try:
         yield
     except ssl.SSLCertVerificationError as error:
         raise _Broken(f"its TLS certificate {certificate_fault(error)[0]}") from error
     except CredentialError as error:
-        raise _Broken("the credential of this node's proxy cannot be read") from error
+        raise _Broken("the node cannot read the credential of its proxy") from error
     except ProxyRefused as error:
-        raise _Broken(f"this node's proxy does not let it pass: {error}") from error
+        raise _Broken(f"the node's proxy refused the request: {error}") from error
     except TimeoutError as error:
         raise _Broken("the server does not answer, or has stopped sending") from error
     except OSError as error:
@@ -281,13 +282,13 @@ def _network() -> Iterator[None]:
 
 
 def _check_status(reply: http.client.HTTPResponse, url: str, transfer: _Transfer, *, resumed: bool) -> None:
-    """Make the transfer ready for what follows. Raises _Broken or JobError if that is not the input."""
+    """Prepare the transfer for the body. Raises _Broken or JobError if the body is not the input."""
     if reply.status == 200:
         transfer.restart(reply)
     elif reply.status in {206, 416} and resumed:
         if reply.status == 416 or not transfer.continues(reply):
             transfer.restart()
-            raise _Broken("the server cannot go on where the transfer broke off")
+            raise _Broken("the server cannot resume the interrupted transfer")
     elif reply.status in RETRIED or reply.status == http.HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
         raise _Broken(f"the server answered {reply.status}")
     else:
@@ -295,7 +296,7 @@ def _check_status(reply: http.client.HTTPResponse, url: str, transfer: _Transfer
 
 
 def _receive(reply: http.client.HTTPResponse, transfer: _Transfer, run: _Run) -> None:
-    """Write the body to disk. Raises _Broken unless the input is complete then."""
+    """Write the body to disk. Raises _Broken if the input is still incomplete."""
     run.claim(transfer.name, transfer.got, reply.length or 0, transfer.cap)
     while data := reply.read1(READ):
         run.claim(transfer.name, transfer.got, len(data), transfer.cap)
@@ -305,11 +306,11 @@ def _receive(reply: http.client.HTTPResponse, transfer: _Transfer, run: _Run) ->
 
 
 class _Reader(io.RawIOBase):
-    """Reads a socket, asking in between whether to go on."""
+    """Reads a socket, and checks in between whether the job was cancelled."""
 
     def __init__(self, sock: socket.socket, held: io.BufferedReader, run: _Run) -> None:
         self._sock = sock
-        self._held = held  # keeps the socket open when the connection lets go of it
+        self._held = held  # keeps the socket open after the connection closes it
         self._run = run
 
     def readable(self) -> bool:
@@ -337,9 +338,9 @@ class _Response(Response):
 
 
 def _connection(url: str, run: _Run) -> tuple[http.client.HTTPConnection, str, dict[str, str]]:
-    """Connect to a URL's host, or to the proxy; with it, what to ask for there, and with which headers more.
+    """Connect to a URL's host or to the proxy; give the connection, the request target and extra headers.
 
-    Without a proxy the address is one that is permitted, and nothing is sent to any other.
+    Without a proxy, the node connects to permitted addresses only.
     """
     parsed = parse(url)
     host, secure = str(parsed.host).strip("[]"), parsed.scheme == "https"
@@ -350,17 +351,17 @@ def _connection(url: str, run: _Run) -> tuple[http.client.HTTPConnection, str, d
         run.dialer.connect, timeout_s=min(run.patience(), run.limits.connect_s), tick=run.patience
     )
     permit = functools.partial(_permitted, host, run)
-    asked, more = parsed.request_uri, {}
+    target, more = parsed.request_uri, {}
     if run.proxy is None:
         name = host if secure else None
         connection.sock = dial(host, port, finish=lambda sock: _secured(sock, name, run), permit=permit)
     else:
-        with contextlib.suppress(socket.gaierror):  # a name, which the proxy looks up
+        with contextlib.suppress(socket.gaierror):  # not a number but a name: the proxy looks it up
             permit(look_up(host, port, flags=socket.AI_NUMERICHOST))
         connection.sock = _through(run.proxy, dial, host if secure else None, port, run)
         if not secure:
-            asked, more = f"http://{parsed.netloc}{asked}", run.proxy.headers()
-    return connection, asked, more
+            target, more = f"http://{parsed.netloc}{target}", run.proxy.headers()
+    return connection, target, more
 
 
 def _permitted(host: str, run: _Run, found: list[Address]) -> list[Address]:
@@ -371,7 +372,7 @@ def _permitted(host: str, run: _Run, found: list[Address]) -> list[Address]:
 
 
 def _secured(sock: Any, host: str | None, run: _Run) -> Any:
-    """Shake hands over a connection, which may be TLS already: to a proxy. Without a host, do nothing."""
+    """Start TLS to `host`, also inside the TLS of a proxy. Without a host, do nothing."""
     if host is None:
         return sock
     if isinstance(sock, ssl.SSLSocket):
@@ -380,15 +381,12 @@ def _secured(sock: Any, host: str | None, run: _Run) -> Any:
 
 
 def _through(proxy: Proxy, dial: Callable[..., Any], host: str | None, port: int, run: _Run) -> Any:
-    """Connect to the proxy, and for https through it to the host."""
+    """Connect to the proxy; for https, also tunnel through the proxy to the host."""
     at = parse_url(proxy.url)
     secure = at.scheme == "https"
     name = str(at.host).strip("[]")
-    sock = dial(
-        name,
-        at.port or (443 if secure else 80),
-        finish=lambda it: _secured(it, name if secure else None, run),
-    )
+    port_at = at.port or (443 if secure else 80)
+    sock = dial(name, port_at, finish=lambda raw: _secured(raw, name if secure else None, run))
     try:
         if host is not None:
             sock.settimeout(run.patience())

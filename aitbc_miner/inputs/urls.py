@@ -1,4 +1,4 @@
-"""What an input may be called, and which addresses are fetched at all. Pure."""
+"""Decides which names an input may have, and which URLs the node fetches. Pure."""
 
 import re
 from urllib.parse import unquote_to_bytes, urljoin
@@ -10,57 +10,59 @@ from aitbc_miner.jobs import InputUrl
 
 
 def refuse(message: str) -> JobError:
-    """Make the error of an input that is not taken."""
+    """Make the error of a refused input."""
     return JobError(ErrorCode.E_INPUT, message)
 
 
 def name_of(item: InputUrl) -> str:
-    """Return the name of an input: its own, or the last part of the URL's path, percent-decoded."""
+    """Return the input's `name`, or the last part of its URL's path, percent-decoded."""
     part = (parse(item.url).path or "").rpartition("/")[2]
     return unquote_to_bytes(part).decode("utf-8", "surrogateescape") if item.name is None else item.name
 
 
 def check_names(names: list[str]) -> None:
-    """Raise JobError unless all may be names of files in one directory."""
+    """Raise JobError unless all names can be files of one directory."""
     for place, name in enumerate(names):
-        if fault := _name_fault(name) or ("it is there twice" if name in names[:place] else None):
+        if fault := _name_fault(name) or ("two inputs have this name" if name in names[:place] else None):
             raise refuse(f"cannot take input {name[:80]!a}: {fault}")
 
 
 def _name_fault(name: str) -> str | None:
     if not name:
-        return "it has no name; give it one with 'name'"
+        return "the input has no name; add a 'name'"
     if name in {".", ".."} or "/" in name:
         return "a name must not be a path"
     if name.startswith("-"):
-        return "a name must not begin with a dash, programs would take it for an option"
+        return "a name must not begin with a dash: programs would read the name as an option"
     if any(ord(c) < 32 or 0x7F <= ord(c) < 0xA0 or 0xD800 <= ord(c) < 0xE000 for c in name):
         return "a name must be UTF-8 without control characters"
     return "a name must not be longer than 255 bytes" if len(name.encode()) > 255 else None
 
 
 def parse(url: str, base: str = "") -> Url:
-    """Parse an address and bring it into the form that is sent. Raises JobError for what is never fetched."""
+    """Parse and normalise a URL. Raises JobError if the node never fetches such a URL."""
     try:
         parsed = parse_url(urljoin(base, url))
     except ValueError as error:
-        raise refuse(f"cannot fetch {shown_url(url)}: it is not a URL") from error
+        raise refuse(f"cannot fetch {shown_url(url)}: not a URL") from error
     if parsed.scheme not in {"http", "https"}:
-        raise refuse(f"cannot fetch {shown_url(url)}: only http and https addresses are fetched")
+        raise refuse(f"cannot fetch {shown_url(url)}: the node fetches only http and https URLs")
     if not parsed.host or parsed.auth:
-        raise refuse(f"cannot fetch {shown_url(parsed.url)}: an address needs a host and no user name")
+        raise refuse(f"cannot fetch {shown_url(parsed.url)}: a URL must have a host and no user name")
     return parsed
 
 
 def shown_url(url: str) -> str:
-    """Return an address as it may be shown: query and password are often secrets."""
+    """Return a URL without query and password, which are often secrets."""
     plain = re.sub(r"//[^/?#]*@", "//", re.split(r"[?#]", url, maxsplit=1)[0])
     return "".join(c if c.isprintable() else "?" for c in plain[:200])
 
 
 def redirected(url: str, location: str) -> str:
-    """Give where a redirect leads. Raises JobError for one that is not followed."""
+    """Give the target of a redirect. Raises JobError if the node must not follow the redirect."""
     target = parse(location, url)
     if parse(url).scheme == "https" != target.scheme:
-        raise refuse(f"cannot fetch {shown_url(url)}: it redirects from https to {shown_url(target.url)}")
+        raise refuse(
+            f"cannot fetch {shown_url(url)}: the server redirects from https to {shown_url(target.url)}"
+        )
     return target.url

@@ -134,13 +134,13 @@ CONTROL = "a name must be UTF-8 without control characters"
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
-        ("", "it has no name; give it one with 'name'"),
+        ("", "the input has no name; add a 'name'"),
         (".", PATH),
         ("..", PATH),
         ("a/b", PATH),
         ("/etc/passwd", PATH),
         ("../x", PATH),
-        ("-rf", "a name must not begin with a dash, programs would take it for an option"),
+        ("-rf", "a name must not begin with a dash: programs would read the name as an option"),
         ("a\0b", CONTROL),
         ("a\nb", CONTROL),
         ("a\x7fb", CONTROL),
@@ -158,12 +158,12 @@ def test_bad_names(tmp_path: Path, name: str, fault: str) -> None:
 @pytest.mark.parametrize(
     ("path", "name", "fault"),
     [
-        ("", "", "it has no name; give it one with 'name'"),
-        ("/", "", "it has no name; give it one with 'name'"),
+        ("", "", "the input has no name; add a 'name'"),
+        ("/", "", "the input has no name; add a 'name'"),
         ("/a/..%2f..%2fetc", "../../etc", PATH),
         ("/%2e%2e", "..", PATH),
-        ("/a/..", "", "it has no name; give it one with 'name'"),
-        ("/%2drf", "-rf", "a name must not begin with a dash, programs would take it for an option"),
+        ("/a/..", "", "the input has no name; add a 'name'"),
+        ("/%2drf", "-rf", "a name must not begin with a dash: programs would read the name as an option"),
         ("/a%00", "a\0", CONTROL),
         ("/a%0a", "a\n", CONTROL),
         ("/a%ff", "a\udcff", CONTROL),
@@ -177,7 +177,7 @@ def test_bad_names_in_addresses(tmp_path: Path, path: str, name: str, fault: str
 
 
 def test_the_same_name_twice(tmp_path: Path) -> None:
-    said = "cannot take input 'x': it is there twice"
+    said = "cannot take input 'x': two inputs have this name"
     assert failure(tmp_path, "http://h/x", "http://i/x") == said
     assert failure(tmp_path, "http://h/x", inline={"x": ""}) == said
 
@@ -192,15 +192,15 @@ def test_names_of_the_greatest_length_and_like_our_own(server: Server, tmp_path:
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("file:///etc/passwd", "file:///etc/passwd: only http and https addresses are fetched"),
-        ("ftp://h/x", "ftp://h/x: only http and https addresses are fetched"),
-        ("data:text/plain,x", "data:text/plain,x: only http and https addresses are fetched"),
-        ("/etc/passwd", "/etc/passwd: only http and https addresses are fetched"),
-        ("", ": only http and https addresses are fetched"),
-        ("http:///x", "http:///x: an address needs a host and no user name"),
-        ("http://u:p4ss@h/x?k=v", "http://h/x: an address needs a host and no user name"),
-        ("http://h:99999/x", "http://h:99999/x: it is not a URL"),
-        ("http://[::1/x", "http://[::1/x: it is not a URL"),
+        ("file:///etc/passwd", "file:///etc/passwd: the node fetches only http and https URLs"),
+        ("ftp://h/x", "ftp://h/x: the node fetches only http and https URLs"),
+        ("data:text/plain,x", "data:text/plain,x: the node fetches only http and https URLs"),
+        ("/etc/passwd", "/etc/passwd: the node fetches only http and https URLs"),
+        ("", ": the node fetches only http and https URLs"),
+        ("http:///x", "http:///x: a URL must have a host and no user name"),
+        ("http://u:p4ss@h/x?k=v", "http://h/x: a URL must have a host and no user name"),
+        ("http://h:99999/x", "http://h:99999/x: not a URL"),
+        ("http://[::1/x", "http://[::1/x: not a URL"),
     ],
 )
 def test_addresses_that_are_not_fetched(tmp_path: Path, url: str, said: str) -> None:
@@ -241,11 +241,11 @@ def test_a_size_over_the_bound(server: Server, tmp_path: Path) -> None:
     server.pages["/x"] = lambda h: h.reply(body=DATA)
     for page in ("declared", "endless"):
         said = failure(tmp_path, f"{server.base}/{page}")
-        assert said == f"cannot take input {page}: it is larger than 1000000 bytes"
+        assert said == f"cannot take input {page}: larger than 1000000 bytes"
     small = InputUrl(f"{server.base}/x", max_mb=0.2)
-    assert failure(tmp_path, small) == "cannot take input x: it is larger than 200000 bytes"
+    assert failure(tmp_path, small) == "cannot take input x: larger than 200000 bytes"
     assert failure(tmp_path, inline={"i": "ü" * 500_001}) == (
-        "cannot take input i: it is larger than 1000000 bytes"
+        "cannot take input i: larger than 1000000 bytes"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -566,10 +566,10 @@ def test_redirects_up_to_the_bound(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("location", "said"),
     [
-        ("file:///etc/passwd", "file:///etc/passwd: only http and https addresses are fetched"),
-        ("gopher://h/", "gopher://h/: only http and https addresses are fetched"),
-        ("http://u:p@h/", "http://h/: an address needs a host and no user name"),
-        ("//[", "//[: it is not a URL"),
+        ("file:///etc/passwd", "file:///etc/passwd: the node fetches only http and https URLs"),
+        ("gopher://h/", "gopher://h/: the node fetches only http and https URLs"),
+        ("http://u:p@h/", "http://h/: a URL must have a host and no user name"),
+        ("//[", "//[: not a URL"),
     ],
 )
 def test_redirects_that_are_not_followed(server: Server, tmp_path: Path, location: str, said: str) -> None:
@@ -580,7 +580,7 @@ def test_redirects_that_are_not_followed(server: Server, tmp_path: Path, locatio
 def test_no_redirect_from_https_to_http() -> None:
     with pytest.raises(JobError) as caught:
         urls.redirected("https://h/a?k=1", "http://i/b?k=2")
-    assert caught.value.message == "cannot fetch https://h/a: it redirects from https to http://i/b"
+    assert caught.value.message == "cannot fetch https://h/a: the server redirects from https to http://i/b"
     assert urls.redirected("https://h/a", "/b") == "https://h/b"
     assert urls.redirected("http://h/a", "https://h/b") == "https://h/b"
 
