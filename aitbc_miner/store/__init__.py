@@ -1,7 +1,7 @@
-"""What the node keeps on its disk.
+"""The node's data on its disk.
 
-* database: SQLite, written through
+* database: an SQLite file, written through to the disk
 * records: a directory for each job, with its state and outcome
-* ledger: what each job used and earned
-* reserve: room that is kept for the node itself
+* ledger: use and pay of each job
+* reserve: disk space set aside for records
 """

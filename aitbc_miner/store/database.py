@@ -1,7 +1,7 @@
-"""The node's own database: one SQLite file, written through to the disk, with a clock that no one sets.
+"""The node's own database: one SQLite file, written through to the disk, with a clock that nobody sets.
 
-What it holds can be made anew from the jobs' records, or is about jobs whose directories are gone: a file
-that is broken is set aside, and the node goes on with a new one.
+The node can make the contents anew from the jobs' records, except for jobs whose directories are gone. So it
+sets a broken file aside and continues with a new file.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from aitbc_miner.util.system import boot_id
 
 BUSY_S = 10.0
 
-# SQLite quotes the file in what it says of it, and Python takes that for UTF-8.
+# SQLite quotes the file in its error messages, and Python decodes the messages as UTF-8.
 _BROKEN = (sqlite3.Error, UnicodeDecodeError)
 
 _STEADY = """
@@ -29,13 +29,13 @@ CREATE TABLE IF NOT EXISTS steady (
 
 
 class DatabaseError(MinerError):
-    """The database cannot be opened, read or written. "cannot X: cause; remedy"."""
+    """The node cannot open, read or write the database. "cannot X: cause; remedy"."""
 
 
 class Database:
-    """An open database file. Its methods may be called from any thread, and take turns.
+    """An open database file. Any thread may call the methods; a lock makes the threads take turns.
 
-    `read_only` is for another process that only looks; `still` if nobody has it open to write.
+    `read_only` is for a process that only reads; `still`: no process has the file open for writing.
     """
 
     def __init__(self, path: Path, *, read_only: bool = False, still: bool = False) -> None:
@@ -46,20 +46,20 @@ class Database:
 
     @contextmanager
     def reading(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection for looking.
+        """Give the connection for reading.
 
         Raises:
-            DatabaseError: it cannot be read.
+            DatabaseError: SQLite cannot read the database.
         """
         with self._lock, _telling(f"read {self.path}"):
             yield self._connection
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:
-        """Give the connection for one transaction, which is on the disk at the end, or undone.
+        """Give the connection for one transaction. At the end the transaction is on the disk, or undone.
 
         Raises:
-            DatabaseError: it cannot be written; nothing of the transaction was.
+            DatabaseError: SQLite cannot write the database; the whole transaction is undone.
         """
         with self._lock, _telling(f"write {self.path}"):
             self._connection.execute("BEGIN IMMEDIATE")
@@ -68,16 +68,16 @@ class Database:
                 self._save_steady()
                 self._connection.execute("COMMIT")
             except BaseException:
-                # A full disk may have rolled it back already.
+                # After an error such as a full disk, SQLite may have rolled back the transaction already.
                 with contextlib.suppress(sqlite3.Error):
                     self._connection.execute("ROLLBACK")
                 raise
 
     def now(self) -> float:
-        """Give the seconds that this machine has been up since the file was made, over all boots together.
+        """Give the uptime of this machine since the file was made, in seconds, over all boots together.
 
-        What time it is does not matter, nor how often that is set. Hours switched off do not count, nor what
-        has passed between the last write and a power cut.
+        Nobody can set this clock. Time switched off does not count, nor the time between the last write and a
+        power cut.
         """
         with self._lock:
             return self._base + clock.now() - self._at
@@ -91,7 +91,7 @@ class Database:
         with self.reading() as connection:
             row = connection.execute("SELECT value, boot, at FROM steady").fetchone()
         value, boot, at = row or (0.0, boot_id(), clock.now())
-        # Another boot had lasted so long when it was last heard of; this one, since its clock was 0.
+        # Count on from the stored uptime; after a reboot, from the start of this boot.
         return value, boot_id(), at if boot == boot_id() else 0.0
 
     def _save_steady(self) -> None:
@@ -107,9 +107,7 @@ def _telling(doing: str) -> Iterator[None]:
     try:
         yield
     except (*_BROKEN, OSError) as error:
-        raise DatabaseError(
-            f"cannot {doing}: {error}; free space on its disk, or mend what is said"
-        ) from error
+        raise DatabaseError(f"cannot {doing}: {error}; free space on its disk, or mend this cause") from error
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -119,18 +117,18 @@ def _open(path: Path) -> sqlite3.Connection:
             return _connect(path)
         except _BROKEN as error:
             if isinstance(error, sqlite3.OperationalError):
-                raise  # a full disk, a lock: nothing is wrong with the file
+                raise  # a full disk or a lock: the file itself is in order
             _set_aside(path, error)
             return _connect(path)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # Before SQLite does: what it makes beside a file gets the file's mode, and jobs of others may look there.
+    # Made before SQLite opens it: SQLite's further files get the mode of this file, and no job may read them.
     path.touch(mode=0o640)
     connection = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")
-        # In WAL mode anything less may lose what was committed, when the power fails.
+        # In WAL mode any lower level may lose committed transactions at a power cut.
         connection.execute("PRAGMA synchronous = FULL")
         _check(connection)
         connection.execute(_STEADY)
@@ -144,19 +142,20 @@ def _check(connection: sqlite3.Connection) -> None:
     found = connection.execute("PRAGMA quick_check(1)").fetchone()
     if found != ("ok",):
         raise sqlite3.DatabaseError(str(found and found[0]))
-    # All of ours are STRICT. It may be in order, and somebody else's, who would miss it if it were set aside.
+    # All our tables are STRICT. The file of another program may be in order, so it must stay in its place.
     strange = connection.execute(
         "SELECT name FROM pragma_table_list WHERE schema = 'main' AND NOT strict AND name NOT LIKE 'sqlite%'"
     ).fetchone()
     if strange:
-        raise sqlite3.OperationalError(f"it is another program's, with a table {strange[0][:80]!r}")
+        table = strange[0][:80]
+        raise sqlite3.OperationalError(f"this is not the miner's database: it has a table {table!r}")
 
 
 def _connect_read_only(path: Path, *, still: bool) -> sqlite3.Connection:
     with _telling(f"open {path}"):
-        # SQLite would make a log beside it, and leave it there.
-        as_it_is = "&immutable=1" if still and not Path(f"{path}-wal").exists() else ""
-        uri = f"{path.absolute().as_uri()}?mode=ro{as_it_is}"
+        # Without `immutable`, SQLite would make a log beside the file and leave the log behind.
+        immutable = "&immutable=1" if still and not Path(f"{path}-wal").exists() else ""
+        uri = f"{path.absolute().as_uri()}?mode=ro{immutable}"
         return sqlite3.connect(uri, uri=True, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
 
 
@@ -165,7 +164,7 @@ def _set_aside(path: Path, error: Exception) -> None:
     while (aside := path.with_name(f"{path.name}.broken-{number}")).exists():
         number += 1
     for suffix in ("-wal", "-shm"):
-        # They belong to the broken one, and would be played into the new one.
+        # SQLite would apply the log of the broken file to the new file.
         with contextlib.suppress(FileNotFoundError):
             Path(f"{path}{suffix}").rename(f"{aside}{suffix}")
     path.rename(aside)

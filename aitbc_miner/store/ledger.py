@@ -1,7 +1,7 @@
-"""What each job came to and cost: one row a job in the node's own database, kept for 90 days.
+"""The outcome and the use of each job: one row for each job in the node's own database, kept for 90 days.
 
-A row is entered when a job's report is settled. When that was is told by `Database.now`, so a clock that is
-set wrongly neither prunes a row nor keeps it; the day that is shown is the one of the time of day at the end.
+The agent enters the row when a job's report is settled. `Database.now` gives the row's time, so a wrong time
+of day neither prunes nor keeps a row. The day on display is the day at the job's end, by the time of day.
 """
 
 import heapq
@@ -15,7 +15,7 @@ from msgspec.structs import asdict, replace
 
 from aitbc_miner.jobs import Outcome, StateRecord
 
-if TYPE_CHECKING:  # the supervisor and the client have no use for SQLite
+if TYPE_CHECKING:  # the supervisor and the client do not load SQLite
     import sqlite3
 
     from aitbc_miner.identity.receipts import Receipt
@@ -24,11 +24,11 @@ if TYPE_CHECKING:  # the supervisor and the client have no use for SQLite
 KEEP_S = 90 * 86_400.0
 MESSAGE = 200
 OK = "OK"
-"""In the place of a code, where there is none."""
+"""Stands for the code of a job that succeeded."""
 NO_DAY = "unknown"
 VERIFIED, UNVERIFIED = "verified", "unverified"
 REOPENED = "reopened"
-"""In the place of what became of a report, as long as it is sent once more."""
+"""The `delivery` of a job while the agent sends its report once more."""
 
 _TABLES = (
     """
@@ -42,24 +42,24 @@ _TABLES = (
     ) STRICT
     """,
     "CREATE INDEX IF NOT EXISTS accounts_finished ON accounts (finished)",
-    # Few at any time. The two kinds apart, for they are kept for different times.
+    # Few rows at any time. Succeeded and failed jobs lie apart: their directories have different ages.
     "CREATE INDEX IF NOT EXISTS accounts_held ON accounts (code IS NULL, finished) WHERE NOT swept",
-    # Of its own, because it outlives the rows.
+    # A table of its own, because the counts outlive the rows.
     "CREATE TABLE IF NOT EXISTS finished (code TEXT PRIMARY KEY, jobs INTEGER NOT NULL) STRICT",
 )
 
 
 _ADDED = {"units": "REAL", "price": "REAL", "receipt": "TEXT"}
-"""Columns that databases of earlier versions lack."""
+"""The columns that databases of earlier versions lack."""
 
 
 class LedgerRow(Struct, frozen=True):
-    """What one job came to and cost; None where this machine cannot tell.
+    """The outcome and the use of one job, in seconds and bytes; None for values unknown to this machine.
 
-    `code` is None for a job that did what it was asked to. `delivery` is what became of its report:
-    `accepted`, `superseded`, `refused` or `lost`. `finished` is on `Database.now`, None before it is entered;
-    `finished_wall` is only shown. Seconds and bytes; `cpu_s` is user and system together. `units` and `price`
-    are what the coordinator's receipt says, and `receipt` is `verified` or `unverified`.
+    `code` is None for a job that succeeded. `delivery` is the fate of its report: `accepted`, `superseded`,
+    `refused`, `lost` or `handed_on`. `finished` is a time of `Database.now`, None before the row is entered;
+    `finished_wall` is for display only. `cpu_s` is user and system time together. `units` and `price` come
+    from the coordinator's receipt, and `receipt` is `verified` or `unverified`.
     """
 
     job_id: str
@@ -86,10 +86,10 @@ class LedgerRow(Struct, frozen=True):
 
 
 class Total(Struct, frozen=True):
-    """A sum over jobs: of one slot, code or day, or of all. Seconds, None where nobody could tell of any job.
+    """A sum over the jobs of a slot, code or day, or over all jobs. Seconds, None if unknown for every job.
 
-    `delivered_bytes` are those of artifacts whose report was accepted. `receipts` counts those that verified,
-    `units` and `price` are what these say, `unverified` counts the others.
+    `delivered_bytes` sums the artifacts of accepted reports. `receipts` counts verified receipts, `units` and
+    `price` sum them up, and `unverified` counts the other receipts.
     """
 
     name: str
@@ -105,24 +105,13 @@ class Total(Struct, frozen=True):
     unverified: int = 0
 
     def plus(self, other: "Total") -> "Total":
-        """Add another sum to this one."""
-        return Total(
-            self.name,
-            self.jobs + other.jobs,
-            self.ok + other.ok,
-            self.failed + other.failed,
-            _sum(self.cpu_s, other.cpu_s),
-            _sum(self.gpu_s, other.gpu_s),
-            self.delivered_bytes + other.delivered_bytes,
-            self.receipts + other.receipts,
-            _sum(self.units, other.units),
-            _sum(self.price, other.price),
-            self.unverified + other.unverified,
-        )
+        """Add two sums, and keep this sum's name."""
+        numbers = self.__struct_fields__[1:]
+        return replace(self, **{name: _sum(getattr(self, name), getattr(other, name)) for name in numbers})
 
 
 class Totals(Struct, frozen=True):
-    """Sums over the same jobs: all together, and by slot, by code, and by day in UTC as it was displayed."""
+    """Sums over the same jobs: all together, by slot, by code, and by day (UTC, as displayed)."""
 
     all: Total = Total("all")
     slots: list[Total] = []
@@ -174,7 +163,7 @@ _LISTED = ", ".join(_COLUMNS)
 
 
 class Ledger:
-    """The rows of a database. Every method may be called from any thread and raises DatabaseError."""
+    """The rows of a database. Any thread may call the methods. Each method raises DatabaseError."""
 
     def __init__(self, database: "Database", *, read_only: bool = False) -> None:
         self._database = database
@@ -184,13 +173,14 @@ class Ledger:
                     connection.execute(statement)
                 for name in _ADDED.keys() - _columns(connection):
                     connection.execute(f"ALTER TABLE accounts ADD COLUMN {name} {_ADDED[name]}")
-            # Who only looks cannot change one of an earlier version.
+            # A process that only reads cannot add the columns to a database of an earlier version.
             self._has_receipts = _columns(connection) >= _ADDED.keys()
 
     def enter(self, row: LedgerRow) -> bool:
-        """Enter a row and count its job; False, and nothing changes, when the job has one already.
+        """Enter a row and count its job; False if the job has a row already.
 
-        It is finished now, unless the row says when.
+        A row without `finished` gets the present time. A second report changes only the row of a reopened
+        job, and the receipt of a row without a verified receipt.
         """
         values = ", ".join(f":{name}" for name in _COLUMNS)
         with self._database.writing() as connection:
@@ -201,15 +191,15 @@ class Ledger:
                 asdict(row),
             ).rowcount
             if not entered:
-                # Counted it was before; what became of the second report is what is shown.
+                # The first report counted the job already. The row shows the fate of the second report.
                 connection.execute(
                     "UPDATE accounts SET delivery = ?, code = ?, message = ?, finished = ?"
                     " WHERE job_id = ? AND delivery = ?",
                     (row.delivery, row.code, row.message, row.finished, row.job_id, REOPENED),
                 )
                 if row.receipt is not None:
-                    # Of those that verify the first one stands: a result that was counted twice there is
-                    # still one job here.
+                    # The first verified receipt stands: a result that the coordinator counted twice is still
+                    # one job here.
                     connection.execute(
                         "UPDATE accounts SET units = ?, price = ?, receipt = ?"
                         " WHERE job_id = ? AND receipt IS NOT ?",
@@ -227,7 +217,7 @@ class Ledger:
         return job_id in self.known([job_id])
 
     def known(self, job_ids: Iterable[str]) -> set[str]:
-        """Give those of many jobs that have a row."""
+        """Give the jobs among `job_ids` that have a row."""
         asked = msgspec.json.encode(list(job_ids)).decode()
         with self._database.reading() as connection:
             found = connection.execute(
@@ -236,12 +226,12 @@ class Ledger:
             return {job_id for (job_id,) in found}
 
     def finished_counts(self) -> dict[str, int]:
-        """Give how many jobs have ever been entered, by code; pruning takes nothing away."""
+        """Count all jobs ever entered, by code; pruning does not change the counts."""
         with self._database.reading() as connection:
             return dict(connection.execute("SELECT code, jobs FROM finished").fetchall())
 
     def settled(self) -> set[str]:
-        """Give all jobs that have a directory here and nothing left to be done."""
+        """Give all settled jobs that still have a directory here."""
         with self._database.reading() as connection:
             found = connection.execute(
                 "SELECT job_id FROM accounts WHERE NOT swept AND delivery <> ?", (REOPENED,)
@@ -249,28 +239,28 @@ class Ledger:
             return {job_id for (job_id,) in found}
 
     def reopen(self, job_id: str) -> None:
-        """Note that the report of a job is to be sent once more."""
+        """Note that the agent will send the report of a job once more."""
         with self._database.writing() as connection:
             connection.execute("UPDATE accounts SET delivery = ? WHERE job_id = ?", (REOPENED, job_id))
 
     def latest(self, n: int) -> list[LedgerRow]:
-        """Give the rows of the jobs that were settled last, the newest last."""
+        """Give the rows of the `n` jobs that were settled last, the newest last."""
         return list(self._select("ORDER BY finished DESC, rowid DESC LIMIT ?", n))[::-1]
 
     def of(self, job_id: str) -> LedgerRow | None:
-        """Give a job's row, if it has one."""
+        """Give a job's row, or None."""
         rows = list(self._select("WHERE job_id = ?", job_id))
         return rows[0] if rows else None
 
     def rows(self, since_s: float | None = None) -> Iterator[LedgerRow]:
-        """Give the rows of the last so many seconds, or all, the newest last.
+        """Give the rows of the last `since_s` seconds, or all rows, the newest last.
 
-        Nobody else gets at the database object before the last one is taken.
+        Locks the database object until the caller has taken the last row.
         """
         return self._select("WHERE finished >= ? ORDER BY finished, rowid", self._edge(since_s))
 
     def totals(self, since_s: float | None = None) -> Totals:
-        """Sum up the last so many seconds, or all."""
+        """Sum up the rows of the last `since_s` seconds, or all rows."""
         with self._database.reading() as connection:
             sums_of_receipts = _RECEIPTS if self._has_receipts else "0, NULL, NULL, 0"
             groups = connection.execute(
@@ -291,9 +281,9 @@ class Ledger:
         return Totals(everything, slots, sorted(codes, key=_most_first), days)
 
     def prune(self, keep_s: float = KEEP_S, limit: int = 1000) -> int:
-        """Forget the oldest rows that are older than that, at most `limit` at a time; gives how many.
+        """Remove at most `limit` rows older than `keep_s`, the oldest first; gives their number.
 
-        One whose job still has its directory here is kept: by its row that is found and freed.
+        Keeps the row of a job that still has a directory here: the sweep finds the directory by the row.
         """
         with self._database.writing() as connection:
             return connection.execute(
@@ -304,14 +294,14 @@ class Ledger:
 
     @property
     def there(self) -> bool:
-        """Whether the database has accounts at all; else nothing may be asked of them."""
+        """Whether the database has the ledger's tables; without them, no other method works."""
         with self._database.reading() as connection:
             found = connection.execute("SELECT 1 FROM sqlite_schema WHERE name = 'finished'").fetchone()
             return found is not None
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
-        """Have all that is read within be of the same moment, whatever others write meanwhile."""
+        """Make all reads inside see the same moment, even if other processes write meanwhile."""
         with self._database.reading() as connection:
             connection.execute("BEGIN")
             try:
@@ -322,19 +312,19 @@ class Ledger:
     # --- the jobs' directories -----------------------------------------------------------------------------
 
     def expired(self, keep_success_s: float, keep_failed_s: float, limit: int) -> list[str]:
-        """Give jobs whose directories have been kept for their time, the oldest first."""
+        """Give at most `limit` jobs whose directories have reached their age, the oldest first."""
         return self._held(self._edge(keep_success_s), self._edge(keep_failed_s), limit)
 
     def oldest_delivered(self, limit: int) -> list[str]:
-        """Give jobs whose directories may go before their time where space is short, the oldest first.
+        """Give jobs whose directories may go early if space is short, the oldest first.
 
-        None of them may still have something to be sent: a report that was refused, a result that was
-        (E_UPLOAD), or that of a job that was left to a fleet and may come back.
+        Leaves out each job whose report the node may still have to send: a refused report, a refused result
+        (E_UPLOAD), and a job that was handed on to the fleet and may come back.
         """
         return self._held(self._edge(0.0), self._edge(0.0), limit, but=("refused", "handed_on"), made=False)
 
     def mark_swept(self, job_ids: Iterable[str]) -> None:
-        """Note that these jobs have no directories any more."""
+        """Note that the directories of these jobs are gone."""
         with self._database.writing() as connection:
             connection.executemany(
                 "UPDATE accounts SET swept = 1 WHERE job_id = ?", [(job_id,) for job_id in job_ids]
@@ -366,7 +356,7 @@ class Ledger:
         return -1.0 if ago_s is None else self._database.now() - ago_s
 
     def _select(self, rest: str, value: float | str) -> Iterator[LedgerRow]:
-        # Those that were added are the last ones, and have defaults.
+        # The added columns are the last fields, and have defaults.
         listed = _LISTED if self._has_receipts else ", ".join(_COLUMNS[: -len(_ADDED)])
         with self._database.reading() as connection:
             for row in connection.execute(f"SELECT {listed} FROM accounts {rest}", (value,)):  # noqa: S608
@@ -378,7 +368,7 @@ def _columns(connection: "sqlite3.Connection") -> set[str]:
 
 
 def _sum(one: float | None, other: float | None) -> float | None:
-    return None if one is None and other is None else (one or 0.0) + (other or 0.0)
+    return one if other is None else other if one is None else one + other
 
 
 def _most_first(total: Total) -> tuple[int, str]:

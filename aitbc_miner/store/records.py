@@ -1,17 +1,17 @@
-"""Jobs on disk: one directory each, which is the truth about the job.
+"""Jobs on disk: each job has one directory, and the directory is the truth about the job.
 
 ```
 <root>/<job-id>/  manifest.json  state.json  outcome.json  input/  work/  output/  logs/exec.log
-<root>/.broken/   what cannot be read, set aside
+<root>/.broken/   unreadable records, set aside
 ```
-Each file has one writer at a time, like a baton: the agent until the job is in a slot, then that slot's
-worker until the outcome is there, then the agent again.
+Each file has one writer at a time: the agent until a slot has the job, then the slot's worker until the
+outcome is written, then the agent again.
 """
 
 import itertools
 import os
 import shutil
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -40,11 +40,11 @@ T = TypeVar("T")
 R = TypeVar("R", StateRecord, Outcome)
 
 MARK = "+workspace"
-"""A file in `workspace.root` that tells it from any other, see `agent/anchor.py`."""
+"""The file in `workspace.root` that identifies the workspace, see `agent/anchor.py`."""
 MANIFEST, STATE, OUTCOME = "manifest.json", "state.json", "outcome.json"
-# A slot's user must reach its own directories below, but list nothing on the way there.
+# A slot's user must reach its own directories below, but must not list the directories above.
 PASSABLE = 0o711
-# `+` is not allowed in a job id, so a directory being made can never be taken for a job.
+# No job id has a `+`, so nobody can take an unfinished directory for a job.
 BUILDING = "+new-"
 MAX_STATE = 1 << 16
 MAX_OUTCOME = 64 << 20
@@ -53,11 +53,11 @@ MAX_RECEIPT = 64 << 20
 
 
 class RecordError(MinerError):
-    """A job's record is missing or cannot be read."""
+    """A job's record is missing or broken."""
 
 
 class JobDir:
-    """One job's directory, by descriptor: nothing in it is ever reached through a link."""
+    """One job's directory, by descriptor; its methods follow no link."""
 
     def __init__(self, root: Path, job_id: str, fd: int) -> None:
         self.job_id = job_id
@@ -68,16 +68,16 @@ class JobDir:
         """Read manifest.json.
 
         Raises:
-            RecordError: it is missing or broken.
-            OSError: it cannot be read now, whatever it is; so for each record.
+            RecordError: the file is missing or broken.
+            OSError: a temporary fault prevents the reading. All methods that read a record raise OSError so.
         """
         return self._read(MANIFEST, Manifest, MAX_MANIFEST, forgiving.decode)
 
     def raw_manifest(self) -> bytes:
-        """Read manifest.json as it came.
+        """Read the bytes of manifest.json, as the coordinator sent them.
 
         Raises:
-            RecordError: it is missing, or too large.
+            RecordError: the file is missing or too large.
         """
         return self._bytes(MANIFEST, MAX_MANIFEST)
 
@@ -85,33 +85,33 @@ class JobDir:
         """Read state.json.
 
         Raises:
-            RecordError: it is missing, broken, of another version, or of another job.
+            RecordError: the file is missing, broken, of another version, or of another job.
         """
         return self._of_this(STATE, StateRecord, MAX_STATE)
 
     def outcome(self) -> Outcome | None:
-        """Read outcome.json; None when the job has none yet.
+        """Read outcome.json; None if the job has no outcome yet.
 
         Raises:
-            RecordError: it is broken, of another version, or of another job.
+            RecordError: the file is broken, of another version, or of another job.
         """
         return self._of_this(OUTCOME, Outcome, MAX_OUTCOME) if self.has_outcome() else None
 
     def has_outcome(self) -> bool:
-        """Whether the job's result stands."""
+        """Whether the job has an outcome."""
         return fs.exists(self.fd, OUTCOME)
 
     def rescue_outcome(self) -> bool:
-        """Give its name to an outcome that its writer, dead by now, has written but not named; True if so.
+        """Rename the temporary file of an outcome whose writer died before the renaming; True if done.
 
-        It counts if it is whole, and of the attempt that is under way. (A state needs none of this: the one
-        before is as true, and the step that it was to tell of is taken again.)
+        The outcome counts if it is complete and belongs to the present attempt. (A state needs no rescue: the
+        state before is as true, and the next writer takes the step again.)
         """
         aside = fs.unfinished(OUTCOME)
         try:
             found = self._of_this(aside, Outcome, MAX_OUTCOME)
         except (RecordError, PermissionError):
-            return False  # none; or not whole, for what is whole is ours to read
+            return False  # missing or incomplete: the writer makes a complete file readable for us
         if self.has_outcome() or found.attempt != self.state().attempt:
             return False
         fd = os.open(aside, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self.fd)
@@ -127,47 +127,47 @@ class JobDir:
         """Write the next state, durably.
 
         Raises:
-            RecordError: the present state cannot be read, or `to` may not follow it.
+            RecordError: the present state is unreadable, or `to` may not follow the present state.
             OSError: the disk is full or broken.
         """
         return self.write_state(self.after(to, **changes))
 
     def after(self, to: State, **changes: Any) -> StateRecord:
-        """Give what the next state is to be. Raises as `move`."""
+        """Give the record of the next state, and write nothing. Raises as `move`."""
         old = self.state()
         if to not in MOVES[old.state]:
             raise RecordError(f"cannot move job {self.job_id} from {old.state} to {to}: not a legal step")
         return replace(old, state=to, **changes)
 
     def write_state(self, record: StateRecord) -> StateRecord:
-        """Write state.json durably, stamped with now."""
+        """Write state.json durably, with the present boot and times."""
         stamped = replace(record, boot_id=boot_id(), since=clock.now(), since_wall=clock.wall())
         self.write(STATE, pretty(stamped))
         return stamped
 
     def write_outcome(self, outcome: Outcome) -> None:
-        """Write outcome.json durably: from here on the job has its one result."""
+        """Write outcome.json durably."""
         self.write(OUTCOME, pretty(outcome))
 
     def write_receipt(self, receipt: Receipt) -> None:
-        """Write receipt.json durably, unless there is one that has verified: it is the one in the books."""
+        """Write receipt.json durably, unless it has a verified receipt already, which the ledger counts."""
         kept = self.receipt()
         if kept is None or not kept.verified:
             self.write(RECEIPT, pretty(receipt))
 
     def receipt(self) -> Receipt | None:
-        """Read receipt.json; None without one, or where it is broken: nothing depends on it."""
+        """Read receipt.json; None if it is missing or broken, because nothing depends on a receipt."""
         try:
             return self._read(RECEIPT, Receipt, MAX_RECEIPT)
         except RecordError:
             return None
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a record durably, if need be with space that is set aside for that."""
+        """Write a record durably, on a full disk with space from the reserve."""
         reserve.write_with_reserve(self.path.parent, self.fd, name, data)
 
     def try_again(self, **changes: Any) -> StateRecord:
-        """Have the job wait for its next attempt; what the last one came to is kept as outcome.N.json.
+        """Have the job wait for its next attempt, and keep the last outcome as outcome.N.json.
 
         Raises:
             RecordError, OSError: as `move`.
@@ -177,7 +177,7 @@ class JobDir:
         return record
 
     def drop_stale_outcome(self, record: StateRecord) -> None:
-        """Set the outcome of an earlier attempt aside, which a crash may have left in the way of the next."""
+        """Rename an outcome of an earlier attempt, which a crash may have left behind, to outcome.N.json."""
         outcome = self.outcome()
         if outcome is not None and outcome.attempt < record.attempt:
             aside = f"outcome.{outcome.attempt}.json"
@@ -187,7 +187,7 @@ class JobDir:
     def _of_this(self, name: str, type_: type[R], limit: int) -> R:
         record = self._read(name, type_, limit)
         if record.job_id != self.job_id:
-            raise RecordError(f"cannot use {self.path / name}: it is of job {record.job_id[:128]!r}")
+            raise RecordError(f"cannot use {self.path / name}: it belongs to job {record.job_id[:128]!r}")
         return record
 
     def _read(
@@ -209,7 +209,7 @@ class JobDir:
 
 
 def pretty(value: object) -> bytes:
-    """Encode as JSON that a person can read."""
+    """Encode as indented JSON."""
     return msgspec.json.format(msgspec.json.encode(value), indent=1) + b"\n"
 
 
@@ -224,8 +224,8 @@ class Records:
         """Open a job's directory.
 
         Raises:
-            RecordError: the id is no job id, or there is no such job here.
-            OSError: that cannot be told now.
+            RecordError: the id is no job id, or this node has no job with this id.
+            OSError: a temporary fault prevents the look-up.
         """
         if not valid_job_id(job_id):
             raise RecordError(f"cannot open job {job_id[:80]!r}: not a job id")
@@ -235,7 +235,7 @@ class Records:
             if fs.may_pass(error):
                 raise
             absent = isinstance(error, FileNotFoundError)
-            cause = "there is none of this id here; see `aitbc-minerctl jobs`" if absent else error.strerror
+            cause = "this node has no such job; see `aitbc-minerctl jobs`" if absent else error.strerror
             raise RecordError(f"cannot open job {job_id}: {cause}") from error
         try:
             yield JobDir(self.root, job_id, fd)
@@ -243,10 +243,10 @@ class Records:
             os.close(fd)
 
     def known(self, job_id: str) -> bool:
-        """Whether this job was ever taken here and its record is still kept.
+        """Whether this node has a record of the job.
 
         Raises:
-            OSError: that cannot be told now.
+            OSError: a temporary fault prevents the look-up.
         """
         try:
             return valid_job_id(job_id) and bool((self.root / directory_of(job_id) / STATE).stat())
@@ -254,16 +254,16 @@ class Records:
             return False
 
     def create(self, job_id: str, manifest: bytes, *, state: State = State.PULLED, **more: Any) -> None:
-        """Record a job that is new here: its manifest as it came, and its state with what `more` says.
+        """Record a new job: its manifest as it came, and its state with the fields `more`.
 
-        It appears under its name only when both files are durable, so a crash leaves a job or nothing.
+        The directory gets its name when both files are durable, so a crash leaves a complete job or nothing.
 
         Raises:
-            RecordError: the id is no job id, or the job is here already.
+            RecordError: the id is no job id, or this node has a record of the job already.
             OSError: the disk is full or broken.
         """
         if not valid_job_id(job_id) or self.known(job_id):
-            raise RecordError(f"cannot record job {job_id[:128]!r}: a bad id, or it is here already")
+            raise RecordError(f"cannot record job {job_id[:128]!r}: not a job id, or recorded already")
         building = self.root / f"{BUILDING}{job_id}"
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(mode=PASSABLE)
@@ -277,24 +277,18 @@ class Records:
             os.fsync(fd)
 
     def remove_unfinished(self) -> None:
-        """Remove what an agent that died was about to make or to drop; nobody was told of it."""
+        """Remove directories that a dead agent had half made or half removed; nobody knows of them."""
         for path in self.root.glob(f"{BUILDING}*"):
             shutil.rmtree(path, ignore_errors=True)
 
     def ids(self) -> list[str]:
-        """Name all jobs."""
+        """Name all jobs, sorted."""
         with os.scandir(self.root) as entries:
             found = (job_in(entry.name) for entry in entries if entry.is_dir(follow_symlinks=False))
             return sorted(job_id for job_id in found if job_id is not None)
 
-    def scan(self, skip: Container[str] = ()) -> Iterator[tuple[str, StateRecord | RecordError | OSError]]:
-        """Go through all jobs but those to skip: id, and the state or why it cannot be read."""
-        for name in self.ids():
-            if name not in skip:
-                yield name, self.state_of(name)
-
     def state_of(self, job_id: str) -> StateRecord | RecordError | OSError:
-        """Give the state of a job, or why it cannot be read: RecordError for good, OSError for now."""
+        """Give the state of a job, or the error: RecordError is permanent, OSError temporary."""
         try:
             with self.open(job_id) as job:
                 return job.state()
@@ -302,17 +296,17 @@ class Records:
             return error
 
     def set_aside(self, job_id: str, file: str | None = None) -> Path:
-        """Move a job's directory, or one file of it, to where broken records are kept; gives its new path.
+        """Move a job's directory, or one file of it, to the broken records; gives its new path.
 
         Raises:
-            OSError: it is not ours to move, or the disk is broken.
+            OSError: we may not move the directory or file, or the disk is broken.
         """
         keep = self.root / BROKEN
         keep.mkdir(mode=0o750, exist_ok=True)
         source, name = self.root / directory_of(job_id), job_id
         if file is not None:
             source, name = source / file, f"{job_id}+{file}"
-        # `+` is in no job id, so that no two jobs can have the same place.
+        # No job id has a `+`, so two jobs cannot have the same place.
         places = (keep / (f"{name}+{number}" if number else name) for number in itertools.count())
         target = next(place for place in places if not os.path.lexists(place))
         source.rename(target)

@@ -1,10 +1,10 @@
-"""Space set aside on the jobs' disk, so that records can be written when a job has filled the rest.
+"""Space set aside on the jobs' disk, so that the node can write records after a job has filled the disk.
 
-It is a directory of files as large as a record usually gets, all of them allocated. On a full disk one of
-them becomes the record: nothing has to be freed first, which a job that goes on writing could snatch away.
+The reserve is a directory of allocated files, each as large as a usual record. On a full disk one of these
+files becomes the record. If the node freed space instead, a job that goes on writing could take the space.
 
 ```
-<workspace.root>/+reserve/000000 …    the service's, as the records are; made by root (`fill`)
+<workspace.root>/+reserve/000000 …    owned by the service, like the records; made by root (`fill`)
 ```
 """
 
@@ -18,20 +18,20 @@ from pathlib import Path
 from aitbc_miner.errors import ErrorCode, JobError, LocalError, MinerError
 from aitbc_miner.util import fs
 
-# `+` is in no job id.
+# No job id has a `+`.
 NAME = "+reserve"
 MIB = 1 << 20
 PIECE = 64 << 10
 MAX_PIECES = 4096
-# A piece may be taken by others who write a record at the same moment, or the record need more than one.
+# Another process may take the piece at the same moment, or the record may need several pieces.
 ATTEMPTS = 8
 
 
 def write_with_reserve(root: Path, dir_fd: int, name: str, data: bytes) -> None:
-    """Replace a file like `fs.write_durably`, if need be with what is set aside below `root`.
+    """Replace a file like `fs.write_durably`, on a full disk with pieces of the reserve below `root`.
 
     Raises:
-        OSError: the disk is full and so much is not set aside any more, or it is broken.
+        OSError: the disk is broken, or the disk is full and the reserve too small.
     """
     try:
         return fs.write_durably(dir_fd, name, data)
@@ -40,7 +40,7 @@ def write_with_reserve(root: Path, dir_fd: int, name: str, data: bytes) -> None:
             raise
         full = error
     for _ in range(ATTEMPTS):
-        # What does not fit into one piece needs room beside it.
+        # The record takes over one piece; the rest of a larger record needs free space.
         for _ in range(len(data) // PIECE):
             release(root)
         try:
@@ -54,30 +54,30 @@ def write_with_reserve(root: Path, dir_fd: int, name: str, data: bytes) -> None:
 
 
 def release(root: Path) -> bool:
-    """Give a piece of what is set aside back to the disk; False when there is nothing left of it."""
+    """Give one piece of the reserve back to the disk; False if the reserve is empty."""
     with contextlib.suppress(OSError), fs.directory(root / NAME) as pieces:
         for name in sorted(os.listdir(pieces)):  # noqa: PTH208  # a descriptor
             with contextlib.suppress(FileNotFoundError):  # another was quicker
                 os.unlink(name, dir_fd=pieces)
-                # Some file systems hand out what was freed only when that is on the disk.
+                # Some file systems hand out freed space only when the removal is on the disk.
                 os.fsync(pieces)
                 return True
     return False
 
 
 def ensure(root: Path, wanted: int = MIB) -> None:
-    """See to it that the disk has room for something that is no record, as far as what is set aside goes.
+    """Release pieces until the disk has `wanted` bytes free or the reserve is empty.
 
-    `wanted` are bytes. For what cannot be tried again after it has failed.
+    For writes that are no records and that the node cannot try again.
     """
     while not fs.free_space(root).covers(fs.Room(wanted, fs.NO_ROOM.files)) and release(root):
         pass
 
 
 def disk_error(error: OSError, where: Path | int, doing: str) -> MinerError:
-    """Say what an error of the disk `where` means for a job: it is full, or is tried again, or is our defect.
+    """Make the job's error of an OSError: the disk `where` is full, try again, or a defect of the miner.
 
-    That it is full is believed if it looks so: another may be about to give back what it has taken.
+    ENOSPC counts as full only if the disk still looks full: another process may be freeing space.
     """
     said = f"cannot {doing}: {error.strerror or error}"
     if error.errno == errno.EDQUOT or (
@@ -88,25 +88,25 @@ def disk_error(error: OSError, where: Path | int, doing: str) -> MinerError:
 
 
 def spent(root: Path, mib: int) -> fs.Room:
-    """Give how much of what was set aside has been used since; nothing if it never was.
+    """Give the used part of the reserve; no room if the reserve was never made.
 
-    So much of what is free on the disk was taken from there when it was full, and is not free at all.
+    So much of the free space on the disk belongs to the reserve, and is not free for jobs.
     """
     return fs.Room() if _left(root) is None else lacking(root, mib)
 
 
 def lacking(root: Path, mib: int) -> fs.Room:
-    """Give what is to be set aside and is not."""
+    """Give the missing part of the reserve."""
     number, size = _plan(mib)
     lacks = max(0, number - (_left(root) or 0))
     return fs.Room(lacks * size, lacks)
 
 
 def fill(root: Path, mib: int) -> None:
-    """Set aside what is lacking; takes as long as the disk takes.
+    """Make the missing pieces; may take long on a slow disk.
 
     Raises:
-        OSError: the disk is full or broken, or something is in the way; what could be made stays.
+        OSError: the disk is full or broken, or another file is in the way; the pieces made so far stay.
     """
     number, size = _plan(mib)
     with fs.directory(root) as at:
@@ -131,7 +131,7 @@ def _make_piece(pieces: int, name: str, size: int, owner: os.stat_result) -> Non
     fd = fs.make_file(pieces, name, 0o640)
     try:
         if os.geteuid() == 0:
-            # Before it is large, so that it counts as his, as the record will.
+            # Before the allocation, so that the space counts for the owner's quota, as the record will.
             os.fchown(fd, owner.st_uid, owner.st_gid)
         os.posix_fallocate(fd, 0, size)
     except OSError:
@@ -142,7 +142,7 @@ def _make_piece(pieces: int, name: str, size: int, owner: os.stat_result) -> Non
 
 
 def _take(root: Path, dir_fd: int, name: str, _mode: int) -> int:
-    """Move a piece to where a record is to be written and open it. Raises FileNotFoundError: none is left."""
+    """Move a piece to the place of a new record and open it. Raises FileNotFoundError: no piece is left."""
     with fs.directory(root / NAME) as pieces:
         for piece in sorted(os.listdir(pieces)):  # noqa: PTH208  # a descriptor
             with contextlib.suppress(FileNotFoundError):  # another was quicker
@@ -154,15 +154,15 @@ def _take(root: Path, dir_fd: int, name: str, _mode: int) -> int:
 def _opened(pieces: int, dir_fd: int, name: str) -> int:
     fd = os.open(name, os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     info = os.fstat(fd)
-    # Root writes here what it finds in a directory of the service's, which could have put anything there.
+    # Root finds the file in a directory of the service, and the service could have put any file there.
     if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_uid == os.fstat(pieces).st_uid:
         return fd
     os.close(fd)
-    raise PermissionError("no piece of the reserve, but somebody else's file")
+    raise PermissionError(f"cannot write {name}: the reserve holds a file that is not a piece of it")
 
 
 def _plan(mib: int) -> tuple[int, int]:
-    """Say how many pieces of how many bytes to make."""
+    """Give the number of pieces, and the bytes of each piece."""
     whole = mib * MIB
     size = max(PIECE, whole // MAX_PIECES)
     return whole // size, size

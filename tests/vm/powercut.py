@@ -98,7 +98,8 @@ def look_around(ledger: dict[str, Job]) -> None:
     steps: dict[str, str] = {}
     unreadable: dict[str, str] = {}
     if records.root.exists():
-        for job_id, record in records.scan():
+        for job_id in records.ids():
+            record = records.state_of(job_id)
             if isinstance(record, StateRecord):
                 steps[job_id] = record.state.value
             else:

@@ -94,7 +94,8 @@ def check_records(root: Path, mock: MockCoordinator) -> Iterator[Finding]:
     for entry in sorted(broken.iterdir()) if broken.exists() else ():
         yield Finding("broken", f"set aside: {entry.name}")
     records = Records(root)
-    for job_id, found in records.scan():
+    for job_id in records.ids():
+        found = records.state_of(job_id)
         if not isinstance(found, StateRecord):
             yield Finding("broken", str(found))
             continue

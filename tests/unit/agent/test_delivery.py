@@ -524,9 +524,8 @@ def test_reports_of_several_jobs_can_be_sent_at_once(records: Records) -> None:
         thread.start()
     for thread in threads:
         thread.join(30)
-    assert {
-        record.state for job_id, record in records.scan() if job_id in ids and isinstance(record, StateRecord)
-    } == {State.DONE}
+    ended = [records.state_of(job_id) for job_id in records.ids() if job_id in ids]
+    assert {record.state for record in ended if isinstance(record, StateRecord)} == {State.DONE}
     assert len(set(coordinator.calls)) == len(ids)
 
 

@@ -42,8 +42,9 @@ class Node:
     def restarted(self) -> "Node":
         """Come back from the dead."""
         again = Node(self.name, self.records.root.parent, self.queue)
-        found = {job_id: record for job_id, record in self.records.scan() if isinstance(record, StateRecord)}
-        again.fleet.recovered({job_id: each.lease for job_id, each in found.items() if each.lease})
+        found = {job_id: self.records.state_of(job_id) for job_id in self.records.ids()}
+        states = {job_id: each for job_id, each in found.items() if isinstance(each, StateRecord)}
+        again.fleet.recovered({job_id: each.lease for job_id, each in states.items() if each.lease})
         return again
 
     def pulls(self, job_id: str = "j1", **more: Any) -> None:

@@ -133,7 +133,7 @@ def test_another_nodes_files_are_not_shown(site: Site) -> None:
 def test_a_job_that_is_not_there(site: Site) -> None:
     done = site.ctl("job", "nothing")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "cannot open job nothing: there is none of this id here; see `aitbc-minerctl jobs`" in done.stderr
+    assert "cannot open job nothing: this node has no such job; see `aitbc-minerctl jobs`" in done.stderr
 
 
 @pytest.mark.xfail(os.geteuid() != 0, reason="only root can become another user", strict=True)

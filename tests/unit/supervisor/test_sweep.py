@@ -99,7 +99,7 @@ def test_a_sweep_that_has_no_time_leaves_nothing_that_is_taken_for_a_job(
     said = run(tmp_path, "j1", "j2")
     assert (said.gone, said.unfinished) == (["j1"], True)
     assert names(tmp_path) == [f"{LEAVING}j1", "j2"]
-    assert [job_id for job_id, _ in Records(tmp_path).scan()] == ["j2"]
+    assert Records(tmp_path).ids() == ["j2"]
     # The next one goes on with that, whatever else it is told.
     said = run(tmp_path)
     assert (said.gone, said.unfinished) == ([], False)
