@@ -1,10 +1,7 @@
-"""Which jobs wait to be tried again.
+"""The queue of jobs and reports that wait for a further attempt.
 
-* interface: RetryQueue
-* sqlite: in the node's own database
-* redis, shared: in a Redis that a fleet of nodes shares
+* interface: RetryQueue, which both backends implement
+* sqlite: the backend in the node's own database
+* redis: the backend in a Redis server, for a fleet of nodes
+* shared: opens the Redis backend as the configuration says
 """
-
-from aitbc_miner.queue.interface import Claim, Kind, QueueError, RetryQueue, Task
-
-__all__ = ["Claim", "Kind", "QueueError", "RetryQueue", "Task"]

@@ -1,13 +1,12 @@
-"""What is to be done later: reports to send again, and jobs to run again, here or on any node of a fleet.
+"""The retry queue: reports to send again, and jobs to run again, on this node or on any node of a fleet.
 
-One small interface, a file for each backend: `sqlite` is this node's own, `redis` may be shared.
-The records of jobs on disk stay the truth about them; this holds when, how often, and whose turn it is.
+Each backend has one file: `sqlite` belongs to this node, nodes may share `redis`. The records on disk stay
+the truth about the jobs; the queue holds only the time, the number of attempts and the node.
 
-A task is waiting, held, or dead. Who holds one has a lease, and keeps it by renewing it. When a lease has run
-out, the task is due again for whoever may do it; until somebody has taken it, its old holder may renew it all
-the same. A token stands for one holding of a task: with a token that is not the present one nothing can be
-done to it. Delays and leases are in seconds, on a clock that is none of the node's: `Database.now`, or the
-Redis server's.
+A task is waiting, held, or dead. The holder has a lease and must renew the lease. When a lease has run out,
+the task is due again; until a node claims the task, the old holder may still renew the lease. A token
+identifies one holding of a task: nobody can change a held task with a wrong token. Delays and leases are in
+seconds, by a clock that nobody sets: `Database.now`, or the clock of the Redis server.
 """
 
 from enum import StrEnum
@@ -19,22 +18,22 @@ from aitbc_miner.errors import MinerError
 
 
 class QueueError(MinerError):
-    """The queue cannot be reached, read or written. "cannot X: cause; remedy"."""
+    """The node cannot reach, read or write the queue. "cannot X: cause; remedy"."""
 
 
 class Kind(StrEnum):
-    """What is to be done."""
+    """The work of a task: run a job, or send its report."""
 
     RUN = "run"
     REPORT = "report"
 
 
 class Task(Struct, frozen=True):
-    """One thing to do, by kind and job.
+    """A run or a report of one job; kind and job identify the task.
 
-    `node` is where it comes from; a report is for that node alone, for what it tells of lies there.
-    `attempts` counts those that were begun, `max_attempts` how many there may be (0: no end). `payload` is
-    what another node needs to take a job over: its manifest as it came. `reason` is why the last one failed.
+    `node` entered the task. Only the same node may send a report, because the outcome lies on its disk.
+    `attempts` counts the attempts begun, `max_attempts` is their limit (0: none). `payload` is the data for a
+    node that takes the job over. `reason` says why the last attempt failed.
     """
 
     kind: Kind
@@ -47,87 +46,71 @@ class Task(Struct, frozen=True):
 
     @property
     def exhausted(self) -> bool:
-        """Whether there may be no further attempt."""
+        """Whether the task has used up its attempts."""
         return 0 < self.max_attempts <= self.attempts
 
 
 class Claim(Struct, frozen=True):
-    """A task that is ours until the lease runs out; `task.attempts` counts this attempt already."""
+    """A task that we hold until the lease runs out; `task.attempts` counts the present attempt already."""
 
     task: Task
     token: str
 
 
 class RetryQueue(Protocol):
-    """The queue. Every method may be called from any thread and raises QueueError."""
+    """The queue. Any thread may call the methods. Each method raises QueueError."""
 
     shared: bool
-    """Whether other nodes see it."""
+    """Whether several nodes use the queue."""
 
     def examine(self) -> None:
-        """Raise QueueError where it may lose what it has."""
-        ...
+        """Raise QueueError if the queue may lose tasks."""
 
     def hold(self, task: Task, token: str, lease_s: float) -> bool:
-        """Enter a task that we are at work on, or bring up to date and renew what we hold by this token.
+        """Enter a task as held by us, or update the task and renew our lease.
 
-        The token is ours to choose, and to record before. False when the task is there under no token or
-        another one.
+        The caller chooses the token, and records the token before the call. False, and no change, if the
+        queue has the task with a different token or with none.
         """
-        ...
 
     def put(self, task: Task, delay_s: float, token: str | None = None) -> bool:
-        """Have a task done after a delay, in place of what is there of the same kind and job.
+        """Enter a task to be done after a delay; replaces an entry of the same kind and job.
 
-        With a token it is given back: False, and nothing happens, unless that is the present one. Without, it
-        must not be held: False when it is. One that is exhausted is dead.
+        With a token, gives a held task back. False, and no change, if the token is wrong, or if the task is
+        held and there is no token. An exhausted task is dead at once.
         """
-        ...
 
     def bury(self, task: Task) -> None:
-        """Put a task among the dead, whatever is there of the same kind and job."""
-        ...
+        """Enter a task as dead; replaces an entry of the same kind and job."""
 
     def due(self, node: str, limit: int) -> list[Task]:
-        """Give tasks that this node may claim now, the longest due first.
+        """Give at most `limit` tasks that the node may claim now, the longest due first.
 
-        These are the waiting ones whose time has come, and runs whose lease has run out and that are not
-        exhausted. Those that are exhausted when their lease runs out are dead from then on; `renew` with the
-        token of the last holder gives such a one back to him. A report is due only for its own node.
+        Due are waiting tasks after their delay, and runs with an expired lease and attempts left. A run with
+        an expired lease and no attempts left is dead; the last holder can revive the run by `renew`. A report
+        is due for its own node only.
         """
-        ...
 
     def claim(self, kind: Kind, job_id: str, node: str, lease_s: float) -> Claim | None:
-        """Take a task that is due; atomic: of several nodes one gets it. None when it is not due for us."""
-        ...
+        """Hold a due task; if several nodes try, only the first gets it. None if not due for `node`."""
 
     def renew(self, kind: Kind, job_id: str, token: str, lease_s: float) -> bool:
-        """Keep a task for so long from now on; False when the token is not the present one."""
-        ...
+        """Make a lease end `lease_s` from now; False if the token is wrong."""
 
     def remove(self, kind: Kind, job_id: str, token: str | None = None) -> bool:
-        """Forget a task: it is done. With a token only if that is the present one; False when it is not.
+        """Remove a finished task; True also if the queue has no such task.
 
-        Without a token it must not be held by anybody. Removing what is not there is True.
+        False, and no change, if the token is wrong, or if the task is held and there is no token.
         """
-        ...
-
-    def next_due(self, node: str) -> float | None:
-        """In how many seconds a task is due for this node, 0 if one is; None when there is none."""
-        ...
 
     def waiting(self, kind: Kind, node: str) -> list[tuple[Task, float]]:
-        """Give what waits of one kind and comes from this node, and in how many seconds each is due."""
-        ...
+        """Give the waiting tasks of one kind that `node` entered, with the seconds until each is due."""
 
     def dead(self) -> list[Task]:
-        """Give the dead, the oldest first."""
-        ...
+        """Give the dead tasks, the oldest first."""
 
     def requeue(self, kind: Kind, job_id: str) -> Task | None:
-        """Have a dead task, or one that waits, done now, its attempts counted anew; None: there is none."""
-        ...
+        """Make a dead or waiting task due now, with no attempts counted; None if the queue has neither."""
 
     def close(self) -> None:
-        """Let go of files and connections."""
-        ...
+        """Close files and connections."""

@@ -1,15 +1,15 @@
 """The retry queue in a Redis server, which the nodes of a fleet may share.
 
-What becomes of a task is in its list: at the time that is its score it becomes due, or dead. Until then it
-waits, or is held if it has a token. So nothing has to be moved when a time comes or a lease runs out. All
-times are the server's. Below the namespace there are:
+The list of a task says whether the task becomes due or dead, and the score in the list says when. Until then
+a task with a token is held, and a task without a token waits. So the server moves nothing when a delay or a
+lease ends. All times are the server's. The keys below the namespace are:
 
-    task:KIND:JOB       hash      the task (msgpack), what the scripts need of it, its token, its list
+    task:KIND:JOB       hash      the task (msgpack), the fields for the scripts, its token, its list
     due:run             sorted    runs, for any node
-    due:report:NODE     sorted    reports, for one
-    dead                sorted    the dead, and those that are at their last attempt
+    due:report:NODE     sorted    reports, for one node
+    dead                sorted    dead tasks, and tasks at their last attempt
 
-Each change is one script, which the server runs at once and whole.
+Each change is one script, which the server runs atomically.
 """
 
 import heapq
@@ -111,19 +111,19 @@ enter(due(redis.call('HGET', entry, 'node')), now, '')
 return redis.call('HMGET', entry, 'task', 'attempts')
 """
 
-# What the server says, and what helps; the first that fits.
+# Parts of the server's error messages, and the remedy; the first match counts.
 _REMEDIES = (
-    ("NOAUTH|WRONGPASS|NOPERM|Authentication|username-password", "see that queue.password is what it wants"),
-    ("OOM|maxmemory", "give it more memory, and `maxmemory-policy noeviction`"),
-    ("BUSY ", "end the script that another client runs there, with `redis-cli SCRIPT KILL`"),
-    ("WRONGTYPE", "another program has keys of that name; give the queue a database of its own in queue.url"),
+    ("NOAUTH|WRONGPASS|NOPERM|Authentication|username-password", "correct the password in queue.password"),
+    ("OOM|maxmemory", "give Redis more memory, and `maxmemory-policy noeviction`"),
+    ("BUSY ", "end the other client's script with `redis-cli SCRIPT KILL`"),
+    ("WRONGTYPE", "another program uses the same keys; name a database for the queue alone in queue.url"),
     ("READONLY|read only", "queue.url must name the primary, not a replica"),
-    ("MISCONF", "free space on its disk"),
+    ("MISCONF", "free space on the disk of Redis"),
 )
-_UNREACHABLE = "see that it runs, and can be reached from here"
+_UNREACHABLE = "check that Redis runs, and that this machine can reach it"
 _PAGE = 1000
 MAX_ATTEMPTS = 2**31
-"""Beyond any that a policy allows. What a hostile server says may be more than can be written down again."""
+"""More than any policy allows. A hostile server may send a number too large to be written down again."""
 
 
 class _Entry(NamedTuple):
@@ -133,10 +133,10 @@ class _Entry(NamedTuple):
 
 
 class RedisQueue:
-    """A RetryQueue in a Redis server. Of the dead it keeps the `dead_max` latest.
+    """A RetryQueue in a Redis server. Keeps the `dead_max` latest dead tasks.
 
-    Whatever the server does, a call ends soon: each of its few exchanges may take `timeout_s`, none is
-    repeated. The next call connects anew where that is needed.
+    A call makes few exchanges with the server. Each exchange may take `timeout_s`, and the node repeats none,
+    so each call ends soon. After an error the next call connects anew.
     """
 
     shared = True
@@ -153,7 +153,7 @@ class RedisQueue:
         """Connect to nothing yet.
 
         Raises:
-            QueueError: `url` cannot be understood.
+            QueueError: `url` is not the URL of a Redis server.
         """
         self._client = _client(url, password, timeout_s)
         self._where = _where(self._client)
@@ -165,35 +165,37 @@ class RedisQueue:
         )
 
     def examine(self) -> None:
-        """Raise QueueError where the server throws tasks away when its memory is full."""
+        """Raise QueueError if the server would discard tasks with its memory full."""
         with self._telling("trust"):
             memory = self._client.info("memory")
             policy = memory.get("maxmemory_policy", "noeviction")
             if memory.get("maxmemory") and policy != "noeviction":
-                raise redis.RedisError(f"its maxmemory-policy {policy} throws tasks away when it is full")
+                raise redis.RedisError(f"with maxmemory-policy {policy}, a full Redis discards tasks")
 
     def hold(self, task: Task, token: str, lease_s: float) -> bool:
-        """Enter a task that we are at work on, or bring it up to date."""
+        """Enter a task as held, or update the task."""
         with self._telling("write"):
             return bool(self._change(self._hold, task.kind, task.job_id, token, lease_s, *_fields(task)))
 
     def put(self, task: Task, delay_s: float, token: str | None = None) -> bool:
-        """Have a task done after a delay."""
+        """Enter a task to be done after a delay."""
         with self._telling("write"):
             return bool(self._change(self._put, task.kind, task.job_id, token, delay_s, *_fields(task)))
 
     def bury(self, task: Task) -> None:
-        """Put a task among the dead."""
+        """Enter a task as dead."""
         with self._telling("write"):
             self._change(self._bury, task.kind, task.job_id, None, 0.0, *_fields(task))
 
     def due(self, node: str, limit: int) -> list[Task]:
-        """Give tasks that this node may claim now."""
+        """Give tasks that `node` may claim now."""
         with self._telling("read"):
-            return [entry.task for entry in islice(self._all_due(node, self._now(), max(1, limit)), limit)]
+            now, page = self._now(), max(1, limit)
+            lists = [self._entries(self._due_list(kind, node), now, page) for kind in Kind]
+            return [each.task for each in islice(heapq.merge(*lists, key=lambda each: each.at), limit)]
 
     def claim(self, kind: Kind, job_id: str, node: str, lease_s: float) -> Claim | None:
-        """Take a task that is due."""
+        """Hold a due task."""
         with self._telling("write"):
             if self._look(kind, job_id) is None:
                 return None
@@ -203,23 +205,17 @@ class RedisQueue:
             return Claim(task, token) if task else None
 
     def renew(self, kind: Kind, job_id: str, token: str, lease_s: float) -> bool:
-        """Keep a task for so long from now on."""
+        """Make a lease end `lease_s` from now."""
         with self._telling("write"):
             return bool(self._change(self._renew, kind, job_id, token, lease_s))
 
     def remove(self, kind: Kind, job_id: str, token: str | None = None) -> bool:
-        """Forget a task."""
+        """Remove a finished task."""
         with self._telling("write"):
             return bool(self._change(self._remove, kind, job_id, token))
 
-    def next_due(self, node: str) -> float | None:
-        """In how many seconds a task is due for this node."""
-        with self._telling("read"):
-            first = next(self._all_due(node, float("inf"), 1), None)
-            return None if first is None else max(0.0, first.at - self._now())
-
     def waiting(self, kind: Kind, node: str) -> list[tuple[Task, float]]:
-        """Give what waits of one kind and comes from this node, the longest due first."""
+        """Give the waiting tasks that `node` entered, the longest due first."""
         with self._telling("read"):
             now = self._now()
             return [
@@ -229,18 +225,18 @@ class RedisQueue:
             ]
 
     def dead(self) -> list[Task]:
-        """Give the dead, the oldest first."""
+        """Give the dead tasks, the oldest first."""
         with self._telling("read"):
             return [entry.task for entry in self._entries(f"{self._space}:dead", self._now(), _PAGE)]
 
     def requeue(self, kind: Kind, job_id: str) -> Task | None:
-        """Have a dead task, or one that waits, done now."""
+        """Make a dead or waiting task due now."""
         with self._telling("write"):
             found = self._look(kind, job_id) and self._change(self._requeue, kind, job_id)
             return _task(found) if found else None
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Close the connections."""
         self._client.close()
 
     def _change(
@@ -260,18 +256,14 @@ class RedisQueue:
         return float(seconds + microseconds / 1_000_000)
 
     def _look(self, kind: Kind, job_id: str) -> Task | None:
-        # Before a script changes it: what a newer node has left is for newer nodes.
+        # Called before a script changes the task: only a newer node may change a newer node's task.
         return _task(self._client.hmget(f"{self._space}:task:{kind}:{job_id}", "task", "attempts"))
 
     def _due_list(self, kind: Kind, node: str) -> str:
         return f"{self._space}:due:{kind}" + (f":{node}" if kind is Kind.REPORT else "")
 
-    def _all_due(self, node: str, until: float, page: int) -> Iterator[_Entry]:
-        lists = [self._entries(self._due_list(kind, node), until, page) for kind in Kind]
-        return heapq.merge(*lists, key=lambda entry: entry.at)
-
     def _entries(self, key: str, until: float, page: int) -> Iterator[_Entry]:
-        """Read a list by its times, so many at once; what cannot be decoded is left out."""
+        """Read a list in the order of its times, `page` tasks at once; skips undecodable tasks."""
         ids: list[tuple[bytes, float]] = []
         start = 0
         while start == 0 or len(ids) == page:
@@ -306,15 +298,15 @@ def _client(url: str, password: str | None, timeout_s: float) -> Any:
             password=password,
             socket_timeout=timeout_s,
             socket_connect_timeout=timeout_s,
-            # What has been sent may have been done: the second answer would not be that of the first.
+            # The server may have done an unanswered command: a second call would get a different answer.
             retry=Retry(NoBackoff(), 0),
-            # A missing password is told as that; the greeting of the later one fails for reasons of its own.
+            # Without a password, protocol 2 fails with NOAUTH; the greeting of protocol 3 with another error.
             protocol=2,
         )
     except (ValueError, redis.RedisError):
-        # Not the cause: it quotes from the address, in which there may be a password.
+        # Without the cause, which quotes the URL and so perhaps a password.
         raise QueueError(
-            "cannot use queue.url: it is no address; write redis://HOST:PORT/N, rediss://HOST:PORT/N (TLS)"
+            "cannot use queue.url: not a Redis URL; write redis://HOST:PORT/N, rediss://HOST:PORT/N (TLS)"
             " or unix:///PATH?db=N"
         ) from None
 
@@ -329,7 +321,7 @@ def _fields(task: Task) -> Iterable[object]:
 
 
 def _task(fields: Any) -> Task | None:
-    """Decode what the server has of a task; None where that is nothing, or of another kind than ours."""
+    """Decode a task as the server has it; None if the server has nothing, or nothing that we can decode."""
     blob, attempts = fields
     try:
         task = msgspec.msgpack.decode(blob, type=Task)

@@ -1,4 +1,4 @@
-"""The queue that a fleet shares, as the configuration has it."""
+"""Opens the queue of a fleet as the configuration says."""
 
 import hashlib
 from collections.abc import Mapping
@@ -13,10 +13,11 @@ from aitbc_miner.util import log
 def open_shared(
     config: Config, environ: Mapping[str, str], early: Credential | None = None
 ) -> RetryQueue | None:
-    """Open it; None when this node is on its own. `early` is a password that was read before.
+    """Open the queue of the fleet; None if this node is in no fleet. `early`: the password, if read before.
 
     Raises:
-        CredentialError: the password cannot be read. QueueError: the address is none.
+        CredentialError: the node cannot read the password.
+        QueueError: `queue.url` is not the URL of a Redis server.
     """
     queue = config.queue
     if queue.backend != "redis" or queue.url is None:
@@ -25,6 +26,6 @@ def open_shared(
     if queue.password is not None:
         password = (early or read_credential(queue.password, environ)).reveal()
         log.mask(password)
-    # A node of another coordinator that uses the same server has nothing to do with our jobs.
+    # Nodes of different coordinators may use the same server, but must not see each other's jobs.
     fleet = hashlib.sha256(config.coordinator.base_url.encode()).hexdigest()[:12]
     return RedisQueue(queue.url, password, f"aitbc-miner:{fleet}")

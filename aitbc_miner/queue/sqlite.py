@@ -1,10 +1,10 @@
 """The retry queue of one node, in its own database file.
 
-What becomes of a task is in two columns: at the time `at` it becomes due, or dead. Until then it waits, or is
-held if it has a token. So nothing has to be moved when a time comes or a lease runs out.
+At the time in the column `at`, a task becomes due or dead, as the column `becomes` says. Until then a task
+with a token is held, and a task without a token waits. So no row changes when a delay or a lease ends.
 """
 
-# ruff: noqa: S608  # the queries are put together from the constants below, and from nothing else
+# ruff: noqa: S608  # the queries consist of the constants below and of nothing else
 
 import secrets
 import sqlite3
@@ -39,7 +39,7 @@ _THIS = "WHERE kind = :kind AND job_id = :job_id"
 
 
 class SqliteQueue:
-    """A RetryQueue in the node's database. Of the dead it keeps the `dead_max` latest."""
+    """A RetryQueue in the node's database. Keeps the `dead_max` latest dead tasks."""
 
     shared = False
 
@@ -51,10 +51,10 @@ class SqliteQueue:
                 connection.execute(statement)
 
     def examine(self) -> None:
-        """Do nothing: a file loses nothing."""
+        """Do nothing: the file loses no tasks."""
 
     def hold(self, task: Task, token: str, lease_s: float) -> bool:
-        """Enter a task that we are at work on, or bring it up to date."""
+        """Enter a task as held, or update the task."""
         with self._writing() as connection:
             there = connection.execute(f"SELECT token FROM queue {_THIS}", _key(task.kind, task.job_id))
             allowed = (there.fetchone() or (token,)) == (token,)
@@ -63,7 +63,7 @@ class SqliteQueue:
             return allowed
 
     def put(self, task: Task, delay_s: float, token: str | None = None) -> bool:
-        """Have a task done after a delay."""
+        """Enter a task to be done after a delay."""
         with self._writing() as connection:
             allowed = self._may_change(connection, task.kind, task.job_id, token)
             if allowed:
@@ -72,12 +72,12 @@ class SqliteQueue:
             return allowed
 
     def bury(self, task: Task) -> None:
-        """Put a task among the dead."""
+        """Enter a task as dead."""
         with self._writing() as connection:
             self._enter(connection, task, self._database.now(), None, bury=True)
 
     def due(self, node: str, limit: int) -> list[Task]:
-        """Give tasks that this node may claim now."""
+        """Give tasks that `node` may claim now."""
         with self._reading() as connection:
             rows = connection.execute(
                 f"SELECT {_TASK} FROM queue WHERE {_OF_NODE} AND at <= :now ORDER BY at, rowid LIMIT :limit",
@@ -86,31 +86,25 @@ class SqliteQueue:
             return [_task(row) for row in rows]
 
     def claim(self, kind: Kind, job_id: str, node: str, lease_s: float) -> Claim | None:
-        """Take a task that is due."""
+        """Hold a due task."""
+        values = {**_key(kind, job_id), "node": node, "token": secrets.token_hex(16), "lease_s": lease_s}
         with self._writing() as connection:
-            now = self._database.now()
             row = connection.execute(
                 "UPDATE queue SET attempts = attempts + 1, token = :token, at = :now + :lease_s,"
                 " becomes = iif(max_attempts BETWEEN 1 AND attempts + 1, 'dead', 'due')"
                 f" {_THIS} AND {_OF_NODE} AND at <= :now RETURNING {_TASK}, token",
-                {
-                    **_key(kind, job_id),
-                    "node": node,
-                    "token": secrets.token_hex(16),
-                    "now": now,
-                    "lease_s": lease_s,
-                },
+                {**values, "now": self._database.now()},
             ).fetchone()
             return Claim(_task(row[:-1]), row[-1]) if row else None
 
     def renew(self, kind: Kind, job_id: str, token: str, lease_s: float) -> bool:
-        """Keep a task for so long from now on."""
+        """Make a lease end `lease_s` from now."""
         with self._writing() as connection:
             values = {**_key(kind, job_id), "token": token, "at": self._database.now() + lease_s}
             return connection.execute(f"{_SET} {_THIS} AND token = :token", values).rowcount == 1
 
     def remove(self, kind: Kind, job_id: str, token: str | None = None) -> bool:
-        """Forget a task."""
+        """Remove a finished task."""
         with self._writing() as connection:
             key = _key(kind, job_id)
             if not connection.execute(f"SELECT 1 FROM queue {_THIS}", key).fetchone():
@@ -120,15 +114,8 @@ class SqliteQueue:
                 connection.execute(f"DELETE FROM queue {_THIS}", key)
             return allowed
 
-    def next_due(self, node: str) -> float | None:
-        """In how many seconds a task is due for this node."""
-        with self._reading() as connection:
-            query = f"SELECT min(at) FROM queue WHERE {_OF_NODE}"
-            (at,) = connection.execute(query, {"node": node}).fetchone()
-            return None if at is None else max(0.0, at - self._database.now())
-
     def waiting(self, kind: Kind, node: str) -> list[tuple[Task, float]]:
-        """Give what waits of one kind and comes from this node, the longest due first."""
+        """Give the waiting tasks that `node` entered, the longest due first."""
         with self._reading() as connection:
             rows = connection.execute(
                 f"SELECT at, {_TASK} FROM queue WHERE kind = ? AND node = ? AND token IS NULL"
@@ -139,7 +126,7 @@ class SqliteQueue:
             return [(_task(row), max(0.0, at - now)) for at, *row in rows]
 
     def dead(self) -> list[Task]:
-        """Give the dead, the oldest first."""
+        """Give the dead tasks, the oldest first."""
         with self._reading() as connection:
             rows = connection.execute(
                 f"SELECT {_TASK} FROM queue WHERE becomes = 'dead' AND at <= ? ORDER BY at, rowid",
@@ -148,7 +135,7 @@ class SqliteQueue:
             return [_task(row) for row in rows]
 
     def requeue(self, kind: Kind, job_id: str) -> Task | None:
-        """Have a dead task, or one that waits, done now."""
+        """Make a dead or waiting task due now."""
         with self._writing() as connection:
             values = {**_key(kind, job_id), "token": None, "at": self._database.now()}
             row = connection.execute(
@@ -159,7 +146,7 @@ class SqliteQueue:
             return _task(row) if row else None
 
     def close(self) -> None:
-        """Nothing: the file is the database's, which others use too."""
+        """Do nothing: other parts of the agent use the same database."""
 
     def _may_change(self, connection: sqlite3.Connection, kind: Kind, job_id: str, token: str | None) -> bool:
         query = f"SELECT token, at FROM queue {_THIS}"

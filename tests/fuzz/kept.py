@@ -143,7 +143,6 @@ def _use(database: Database) -> None:
     ):
         queue.claim(task.kind, task.job_id, "node", 1.0)
         queue.requeue(task.kind, task.job_id)
-    queue.next_due("node")
     sums, rows = accounts.totals(), [*accounts.rows()]
     accounts.settled(), accounts.finished_counts(), accounts.expired(1.0, 1.0, 5)
     # What the operator's command makes of them.

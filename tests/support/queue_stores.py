@@ -105,6 +105,20 @@ def claimed(queue: RetryQueue, job_id: str = "j", node: str = "b", kind: Kind = 
     return claim
 
 
+def first_due(queue: RetryQueue, node: str) -> float | None:
+    """Give the seconds until the first task is due for a node; None without such a task."""
+    if isinstance(queue, SqliteQueue):
+        with queue._database.reading() as connection:
+            (at,) = connection.execute(
+                "SELECT min(at) FROM queue WHERE becomes = 'due' AND (kind = 'run' OR node = ?)", (node,)
+            ).fetchone()
+        return None if at is None else max(0.0, at - queue._database.now())
+    assert isinstance(queue, RedisQueue)
+    lists = [queue._client.zrange(queue._due_list(kind, node), 0, 0, withscores=True) for kind in Kind]
+    times = [at for found in lists for _, at in found]
+    return max(0.0, min(times) - queue._now()) if times else None
+
+
 def together(acts: Sequence[Callable[[], object]]) -> list[object]:
     """Do things at the same moment, each in a thread."""
     barrier = threading.Barrier(len(acts))

@@ -18,6 +18,7 @@ from tests.support.queue_stores import (
     RUN,
     Store,
     claimed,
+    first_due,
     open_store,
     report,
     run,
@@ -57,9 +58,9 @@ def test_a_task_is_due_after_its_delay(store: Store, ours: RetryQueue, theirs: R
     assert ours.put(task, 30)
     assert theirs.due("b", 10) == []
     assert theirs.claim(RUN, "j", "b", LEASE_S) is None
-    assert theirs.next_due("b") == pytest.approx(30, abs=1)
+    assert first_due(theirs, "b") == pytest.approx(30, abs=1)
     store.advance(31)
-    assert theirs.next_due("b") == 0
+    assert first_due(theirs, "b") == 0
     assert theirs.due("b", 10) == [task]
 
 
@@ -100,9 +101,9 @@ def test_the_longest_due_come_first_and_no_more_than_asked_for(store: Store, our
 def test_a_report_is_due_for_its_own_node_alone(ours: RetryQueue, theirs: RetryQueue) -> None:
     assert ours.put(report(node="a"), 0)
     assert theirs.due("b", 10) == []
-    assert theirs.next_due("b") is None
+    assert first_due(theirs, "b") is None
     assert theirs.claim(REPORT, "j", "b", LEASE_S) is None
-    assert ours.next_due("a") == 0
+    assert first_due(ours, "a") == 0
     assert claimed(ours, node="a", kind=REPORT).task.attempts == 2
 
 
@@ -129,7 +130,7 @@ def test_what_waits_is_listed_by_kind_and_node(store: Store, ours: RetryQueue, t
 def test_an_empty_queue_says_so(ours: RetryQueue) -> None:
     assert ours.due("a", 10) == ours.dead() == []
     assert ours.waiting(RUN, "a") == []
-    assert ours.next_due("a") is None
+    assert first_due(ours, "a") is None
     assert ours.claim(RUN, "j", "a", LEASE_S) is None
     assert ours.requeue(RUN, "j") is None
     assert not ours.renew(RUN, "j", "t", LEASE_S)
@@ -144,7 +145,7 @@ def test_an_empty_queue_says_so(ours: RetryQueue) -> None:
 def test_what_is_held_is_nobody_elses(ours: RetryQueue, theirs: RetryQueue) -> None:
     assert ours.hold(run(), "mine", LEASE_S)
     assert theirs.due("b", 10) == []
-    assert theirs.next_due("b") == pytest.approx(LEASE_S, abs=1)
+    assert first_due(theirs, "b") == pytest.approx(LEASE_S, abs=1)
     assert theirs.claim(RUN, "j", "b", LEASE_S) is None
     assert not theirs.put(run(node="b"), 0)
     assert not theirs.remove(RUN, "j")
@@ -212,7 +213,7 @@ def test_who_comes_back_from_the_dead_can_do_nothing(
     assert not ours.put(run(attempts=9), 0, "mine")
     assert not ours.remove(RUN, "j", "mine")
     # Nothing of it has changed what the other one holds, nor for how long.
-    assert theirs.next_due("b") == pytest.approx(LEASE_S, abs=1)
+    assert first_due(theirs, "b") == pytest.approx(LEASE_S, abs=1)
     assert theirs.put(claim.task, 0, claim.token)
     assert theirs.due("b", 10) == [run(attempts=2)]
 
@@ -226,7 +227,7 @@ def test_each_holding_has_a_token_of_its_own(store: Store, ours: RetryQueue) -> 
     assert len(second.token) == 32
     assert not ours.remove(RUN, "j", first.token)
     assert ours.remove(RUN, "j", second.token)
-    assert ours.next_due("a") is None
+    assert first_due(ours, "a") is None
 
 
 def test_with_its_token_a_task_is_given_back_or_done(
@@ -239,7 +240,7 @@ def test_with_its_token_a_task_is_given_back_or_done(
     store.advance(21)
     claim = claimed(theirs)
     assert theirs.remove(RUN, "j", claim.token)
-    assert theirs.next_due("b") is None
+    assert first_due(theirs, "b") is None
 
 
 def test_a_lapsed_task_may_be_replaced_or_removed_without_a_token(store: Store, ours: RetryQueue) -> None:
@@ -271,7 +272,7 @@ def test_what_is_exhausted_is_dead(store: Store, ours: RetryQueue) -> None:
     store.advance(31)
     assert ours.due("a", 10) == []
     assert ours.waiting(RUN, "a") == []
-    assert ours.next_due("a") is None
+    assert first_due(ours, "a") is None
     assert ours.claim(RUN, "j", "a", LEASE_S) is None
 
 
@@ -279,7 +280,7 @@ def test_whose_last_attempt_is_not_renewed_is_dead(
     store: Store, ours: RetryQueue, theirs: RetryQueue
 ) -> None:
     assert ours.hold(run(attempts=3, most=3), "mine", LEASE_S)
-    assert ours.next_due("a") is None
+    assert first_due(ours, "a") is None
     store.advance(LEASE_S + 10)
     assert theirs.dead() == [run(attempts=3, most=3)]
     assert theirs.due("b", 10) == []
@@ -363,7 +364,7 @@ def test_threads_may_share_a_queue(ours: RetryQueue) -> None:
         return True
 
     assert together([partial(work, index) for index in range(8)]) == [True] * 8
-    assert ours.next_due("a") is None
+    assert first_due(ours, "a") is None
 
 
 def test_renew_and_claim_at_the_end_of_a_lease_never_both_succeed(store: Store) -> None:
