@@ -1,6 +1,6 @@
-"""From the coordinator's hand to a job that is ready for a slot: record → check → acknowledge → inputs.
+"""Admits a pulled job: record → check → acknowledge → fetch the inputs. Then the job is ready for a slot.
 
-Each step is recorded before the next begins, so a restart goes on where this one stopped.
+Each step is on disk before the next step begins, so the agent can resume after a restart.
 """
 
 import hashlib
@@ -34,20 +34,19 @@ from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.log import events
 
-MB = 1_000_000
 RESUMABLE = frozenset({State.PULLED, State.ACKED, State.RETRY_WAIT})
-# A transfer that has brought nothing for this long is broken off and resumed.
+# After this time without a byte, the node breaks off a transfer and resumes it.
 STALL_S = 30.0
 INPUTS_TIMEOUT_S = 3600.0
-# A coordinator that is there and for so long has not let itself be told of a job will not have it taken.
+# If a reachable coordinator has not accepted the acknowledgement for this time, the node gives the job up.
 ACK_GIVE_UP_S = 600.0
 ACK_RETRY_MIN_S = 0.5
 
 
 class Taken(Struct, frozen=True):
-    """What became of a pulled job: a ticket for a slot, a report to send, or it is gone (not ours).
+    """The result of an admission: a ticket for a slot, a report to send, or `gone` (the job is not ours).
 
-    None of these: it is in a slot already.
+    With none of the three, the job is in a slot already.
     """
 
     job_id: str
@@ -57,7 +56,7 @@ class Taken(Struct, frozen=True):
 
 
 class Stopping(Exception):  # noqa: N818  # says what happened
-    """The node is stopping; the job's record says where to go on."""
+    """The node is stopping; the job's record holds the step to resume at."""
 
 
 class _TakenOver(Exception):  # noqa: N818  # says what happened
@@ -65,11 +64,11 @@ class _TakenOver(Exception):  # noqa: N818  # says what happened
 
 
 class _NeverOurs(Exception):  # noqa: N818  # says what happened
-    """The coordinator is there, and has not taken our word for this job in a long time."""
+    """The reachable coordinator has not accepted our acknowledgement of the job for a long time."""
 
 
 class Admission:
-    """Takes pulled jobs in. Its methods run in threads, several at a time, each for another job."""
+    """Admits pulled jobs. The methods run in several threads at a time, each thread with its own job."""
 
     def __init__(self, context: AgentContext, fleet: Fleet | None, stopping: threading.Event) -> None:
         self._context = context
@@ -82,7 +81,7 @@ class Admission:
     def take(
         self, pulled: PulledJob, job_id: str, offers: Sequence[Offer], cancelled: threading.Event
     ) -> Taken:
-        """Take a job that was just pulled."""
+        """Admit a job that was just pulled."""
         self._records.create(job_id, pulled.raw or b"{}\n")
         if pulled.error is not None:
             with self._records.open(job_id) as job:
@@ -90,12 +89,12 @@ class Admission:
         return self.resume(job_id, offers, cancelled)
 
     def resume(self, job_id: str, offers: Sequence[Offer], cancelled: threading.Event) -> Taken:
-        """Go on with a job from the step that its record names; `cancelled` ends it."""
+        """Continue the admission of a job at the step in its record; `cancelled` ends the admission."""
         with self._records.open(job_id) as job:
             if (state := job.state()).state is State.RETRY_WAIT:
                 job.drop_stale_outcome(state)
             if state.state not in RESUMABLE or job.has_outcome():
-                # It was in a slot already, and has come further since the agent read the records.
+                # The job is in a slot already: its worker moved the job on after the agent read the records.
                 return Taken(job_id, report=job.has_outcome())
             try:
                 return Taken(job_id, self._take_in(job, offers, cancelled))
@@ -106,16 +105,17 @@ class Admission:
             except (Gone, _NeverOurs):
                 self._forget(job)
             except _TakenOver as error:
-                # It must not run here, and there is nobody to tell.
+                # The job must not run here, and the coordinator expects no report from this node.
                 job.move(State.FAILED, delivery="lost", note=str(error))
         return Taken(job_id, gone=True)
 
     def _take_in(self, job: JobDir, offers: Sequence[Offer], cancelled: threading.Event) -> Ticket:
-        """Check, acknowledge, fetch; check also what was acknowledged before: the slots may be others now.
+        """Check, acknowledge, fetch. An acknowledged job is checked again: the slots may have changed.
 
         Raises:
-            JobError: it cannot be done here. Gone, _NeverOurs, _TakenOver: it is not ours.
-            QueueError, CoordinatorError: nobody says now whether it still is.
+            JobError: the job fails here, by its manifest, its inputs, the slots, the disk or a cancellation.
+            Gone, _NeverOurs, _TakenOver: the job is not ours.
+            QueueError, CoordinatorError: the call failed, so nobody can say whether the job is still ours.
         """
         manifest = _read_manifest(job)
         ticket = ticket_for(manifest, clock.now())
@@ -125,7 +125,7 @@ class Admission:
         except JobError as error:
             if self._fleet is None:
                 raise
-            # Another node may do it, if only it is accepted.
+            # Another node may do the job, but this node must acknowledge it first.
             hopeless = error
         state = job.state()
         if state.state is State.PULLED:
@@ -134,14 +134,14 @@ class Admission:
             self._acknowledge_again(state)
         self._context.background.post(partial(self._acknowledged, job.job_id, manifest.runner))
         if self._fleet is not None and not self._fleet.hold(job, manifest):
-            raise _TakenOver("another node of the fleet has it")
+            raise _TakenOver("another node of the fleet has the job")
         if hopeless is not None:
             raise hopeless
         self._fetch(job, manifest, cancelled)
         return ticket
 
     def refuse_nameless(self, job_id: str, why: str) -> None:
-        """Refuse a job whose id may not touch the file system: told once, recorded in the log alone."""
+        """Refuse a job whose id must not be a file name: report once, and record the job in the log only."""
         log = events("agent")
         log.warning("manifest refused", claimed_id=ascii(job_id)[:200], error=why)
         outcome = Outcome(job_id=job_id, code=ErrorCode.E_MANIFEST, message=why)
@@ -151,21 +151,21 @@ class Admission:
         except CoordinatorError as error:
             log.warning("refusal not delivered", error=str(error))
         except Exception as error:
-            # Whatever is so odd about it: nothing else depends on this job.
+            # The id may be arbitrarily odd, and nothing else depends on this job.
             log.exception("refusal not delivered", error=str(error))
 
     def _acknowledge_again(self, state: StateRecord) -> None:
-        """Have the coordinator say whose a job is that the queue does not know as ours.
+        """Ask the coordinator whether a job is ours, because the queue does not know our lease.
 
-        Another node may have it, or have done it and left nothing there; or it was never entered.
+        Another node may have the job, or may have finished and removed it; or this node never entered it.
         """
         try:
             self._coordinator.ack(*_ack_ids(state))
         except Gone as error:
-            raise _TakenOver("another node of the fleet has done it") from error
+            raise _TakenOver("another node of the fleet has finished the job") from error
         except Refused as error:
-            # Whatever it has against the question; a report is answered for itself.
-            events("agent").warning("question not answered", job_id=state.job_id, error=str(error))
+            # A refused question says nothing about the job. The coordinator will answer the report.
+            events("agent").warning("ownership of job not confirmed", job_id=state.job_id, error=str(error))
 
     def _acknowledge(self, job: JobDir, runner: str) -> None:
         backoff = Backoff(ACK_RETRY_MIN_S, self._config.heartbeat.backoff.max_s)
@@ -178,7 +178,7 @@ class Admission:
             except Gone:
                 raise
             except CoordinatorError as error:
-                # Only a coordinator that can be reached says something about the job with its refusal.
+                # Only the refusal of a reachable coordinator counts.
                 since = None if isinstance(error, Unreachable) else since or clock.now()
                 refusals += isinstance(error, Refused)
                 for_s = clock.now() - since if since is not None else 0.0
@@ -188,7 +188,7 @@ class Admission:
                     raise _NeverOurs from error
                 pause_s = backoff.next()
                 if isinstance(error, Unauthorized):
-                    # Another token may be there at any moment.
+                    # The heartbeat may send a new token at any moment.
                     self._context.background.post(self._context.token.refused)
                     pause_s = min(pause_s, self._config.coordinator.poll_interval_s)
                 asked = error.retry_after if isinstance(error, Busy) else None
@@ -199,15 +199,15 @@ class Admission:
                 return
 
     def _acknowledged(self, job_id: str, runner: str) -> None:
-        """Note that a job is ours; in the main thread."""
+        """Note that the coordinator counts a job as ours; runs in the main thread."""
         self._context.jobs.acknowledge(job_id)
         self._context.show(job_id, State.ACKED, runner=runner)
 
     def _forget(self, job: JobDir) -> None:
-        """Drop a job that is not ours and was never started: it may be handed to this node once more."""
+        """Remove a job that is not ours and never started: the coordinator may hand it to this node again."""
         if self._fleet is not None:
             self._fleet.done(job.state())
-        # Renamed first: what a crash leaves half removed must not be taken for a job.
+        # Renamed first: after a crash, nobody must take a half removed directory for a job.
         gone = self._records.root / f"{BUILDING}{job.job_id}"
         shutil.rmtree(gone, ignore_errors=True)
         job.path.rename(gone)
@@ -215,18 +215,18 @@ class Admission:
 
     def _fetch(self, job: JobDir, manifest: Manifest, cancelled: threading.Event) -> None:
         into = job.path / "input"
-        # Of an attempt that was broken off by a restart, perhaps right after this very line.
+        # An earlier fetch, interrupted by a restart, may have left files.
         shutil.rmtree(into, ignore_errors=True)
-        # No other job's user may read them while this job waits.
+        # While this job waits, no user of a different job may read the inputs.
         try:
             into.mkdir(mode=0o700)
         except OSError as error:
-            raise disk_error(error, job.fd, "take the inputs") from error
-        most = self._config.coordinator.max_input_mb * MB
+            raise disk_error(error, job.fd, "make the directory of the inputs") from error
+        most = int(self._config.coordinator.max_input_mb * 1_000_000)
         fetch_inputs(
             manifest,
             into,
-            limits=InputLimits(int(most), int(most), INPUTS_TIMEOUT_S, STALL_S),
+            limits=InputLimits(most, most, INPUTS_TIMEOUT_S, STALL_S),
             cancelled=lambda: cancelled.is_set() or self._stopping.is_set(),
             allow_private=self._config.coordinator.allow_private_inputs,
             proxy=self._context.input_proxy,
@@ -238,12 +238,12 @@ class Admission:
 
 
 def _ack_ids(state: StateRecord) -> list[str]:
-    """Name the job, and who held it until now, where that was another node of the fleet."""
+    """Give the job's id, and the id of the fleet's node that held the job before, if any."""
     return [state.job_id] if state.origin is None else [state.job_id, state.origin]
 
 
 def _read_manifest(job: JobDir) -> Manifest:
-    """Read the manifest from disk and check it like one that has just come. Raises JobError, E_MANIFEST."""
+    """Read the manifest from disk, and check it like a new manifest. Raises JobError, E_MANIFEST."""
     try:
         return decode_manifest(msgspec.to_builtins(job.manifest()))
     except (RecordError, ManifestError) as error:

@@ -1,4 +1,4 @@
-"""Jobs on their way into a slot: pulled, resumed after a restart, taken over, or to be tried again."""
+"""Jobs on their way into a slot: pulled, resumed after a restart, taken over, or due for a retry."""
 
 import threading
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from aitbc_miner.util.backoff import Backoff
 
 
 class AdmissionQueue:
-    """Has jobs taken in, each in a thread (`Admission`), until the supervisor has a slot for them."""
+    """Admits jobs, each in a thread (`Admission`), and offers them to the supervisor for a slot."""
 
     def __init__(
         self,
@@ -41,52 +41,49 @@ class AdmissionQueue:
         self._admission = Admission(context, fleet, stopping)
         self._resume_at = 0.0
         self.troubled_until = 0.0
-        """Until when it is no use to pull more, since what was pulled could not be taken in."""
+        """The time before which the node pulls no job, because it could not admit the last job."""
         beat, coordinator = context.config.heartbeat, context.config.coordinator
         self._backoff = Backoff(coordinator.poll_interval_s, beat.backoff.max_s)
 
-    # --- what comes in -------------------------------------------------------------------------------------
+    # --- new and resumed jobs ------------------------------------------------------------------------------
 
     def accept(self, job: PulledJob) -> bool:
-        """Begin to take in a job that the coordinator has handed us; False when it brought no new work."""
+        """Begin the admission of a pulled job; False if the job is no new work."""
         job_id, usable = id_of(job)
         if not usable:
             call = partial(self._admission.refuse_nameless, job_id, str(job.error))
             self._context.start("intake", call, Future.result)
             return False
         if self._anchor.lost():
-            return False  # it comes again: nobody was told that we have it
+            return False  # the job comes again: the coordinator has no acknowledgement
         known = self._context.records.known(job_id)
         if known or job_id in self._jobs or self._context.ledger.knows(job_id):
-            self._context.log.info("job known already", job_id=job_id, directory=known)
+            self._context.log.info("known job pulled again", job_id=job_id, directory=known)
             if known:
                 self._delivery.repeat(job_id)
             return False
-        self._take(job_id, job)
-        return True
-
-    def _take(self, job_id: str, job: PulledJob) -> None:
         if job.error:
             self._context.log.warning("manifest refused", job_id=job_id, error=str(job.error))
         ticket = ticket_for(job.manifest, clock.now()) if job.manifest else None
         self._start(job_id, partial(self._admission.take, job, job_id), ticket)
         self._context.show(job_id, State.PULLED)
+        return True
 
     def resume(self, job_ids: list[str]) -> None:
-        """Go on with jobs that are recorded, as soon as there are slots."""
+        """Resume the admission of recorded jobs, as soon as the supervisor has shown its slots."""
         for job_id in job_ids:
-            # One that is in a slot already was ready before an earlier agent died.
+            # A job may be in a slot already: it was ready before an earlier agent died.
             if self._jobs.stage(job_id) in {Stage.GONE, Stage.UNREAD}:
                 in_slot = job_id in self._jobs.in_slots()
                 self._jobs.move(job_id, Stage.RUNNING if in_slot else Stage.RESUMING)
 
     def next_due(self) -> float | None:
-        """When there is something to resume."""
+        """When to resume the next job, None while the agent has none to resume."""
         slots = self._jobs.slots
         return self._resume_at if slots and slots.slots and self._jobs.among(Stage.RESUMING) else None
 
     def start_due(self) -> None:
-        """Go on with the jobs that a restart, or an error of the disk, left half taken in."""
+        """Resume the jobs whose admission a restart or an error of the disk interrupted."""
         due = self.next_due()
         if due is None or clock.now() < due:
             return
@@ -113,18 +110,18 @@ class AdmissionQueue:
             return
         self._backoff.reset()
         if entry is None or entry.stage is not Stage.ADMITTING:
-            return  # it is in a slot, or has ended
+            return  # the job is in a slot, or has ended
         if taken.ticket is not None:
             self._jobs.move(job_id, Stage.READY).ticket = taken.ticket
             self._context.channel.send(JobReady(taken.ticket))
             if entry.cancelled.is_set():
-                # It came too late for the inputs, so it is for the supervisor, which knows the job by now.
+                # The cancellation came after the inputs. Now the supervisor knows the job, and must end it.
                 self._context.channel.send(by_coordinator(job_id))
         elif taken.report:
             self._retries.conclude(job_id)
         elif taken.gone:
             self._jobs.move(job_id, Stage.GONE)
-            self._context.log.info("job is not ours any more", job_id=job_id)
+            self._context.log.info("job dropped", job_id=job_id)
             self._context.show(job_id, State.FAILED)
             if self._context.records.known(job_id):
                 self._context.enter(job_id)
@@ -132,7 +129,7 @@ class AdmissionQueue:
             self._jobs.move(job_id, Stage.RUNNING)
 
     def _failed(self, job_id: str, error: Exception) -> None:
-        # What is not recorded is not acknowledged either, and will be handed out again.
+        # Without a record the node has not acknowledged the job, and the coordinator hands it out again.
         self._resume_at = clock.now() + self._backoff.next()
         if not isinstance(error, QueueError):
             self.troubled_until = self._resume_at
@@ -140,18 +137,18 @@ class AdmissionQueue:
             known = self._context.records.known(job_id)
             self._jobs.move(job_id, Stage.RESUMING if known else Stage.GONE)
         self._context.failed(error)
-        self._context.warn("cannot take job in", error, job_id=job_id)
+        self._context.warn("cannot admit job", error, job_id=job_id)
 
-    # --- jobs that are not wanted any more -----------------------------------------------------------------
+    # --- cancelled jobs ------------------------------------------------------------------------------------
 
     def cancel(self, word: CancelJob) -> None:
-        """End a job that the coordinator does not want any more, wherever it is."""
+        """End a job in any stage, because the coordinator does not want the job any more."""
         if not self.stop_fetching(word.job_id):
-            # The supervisor learns of a job when its inputs are there.
+            # The supervisor knows each job with complete inputs.
             self._context.channel.send(word)
 
     def stop_fetching(self, job_id: str) -> bool:
-        """End a job whose inputs are being fetched; False when it is none of these."""
+        """End a job during its admission; False if the job is in no admission."""
         entry = self._jobs.get(job_id)
         if entry is None or entry.stage is not Stage.ADMITTING:
             return False
@@ -160,11 +157,11 @@ class AdmissionQueue:
 
 
 def by_coordinator(job_id: str) -> CancelJob:
-    """Give the word that the coordinator wants a job ended."""
+    """Make the message that the coordinator cancelled a job."""
     return CancelJob(job_id, "cancel", "by the coordinator")
 
 
 def id_of(job: PulledJob) -> tuple[str, bool]:
-    """Give the id of a pulled job, and whether it may name one here."""
+    """Give the id of a pulled job, and whether the id is a valid job id."""
     job_id = job.manifest.job_id if job.manifest else str(job.error and job.error.job_id)
     return job_id, valid_job_id(job_id)

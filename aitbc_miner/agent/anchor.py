@@ -1,7 +1,7 @@
-"""Whether `workspace.root` is the one with the jobs of this node's database: a mark in it, known to both.
+"""Checks that `workspace.root` belongs to this node's database: both hold the same mark.
 
-A disk that is not mounted leaves an empty directory of the same name. What is pulled then may have been done
-before, and its record is lost when the disk comes back.
+If the disk of the workspace is not mounted, an empty directory has the same name. The node must not pull jobs
+then: it may have done them before, and their records would be lost when the disk comes back.
 """
 
 import os
@@ -25,7 +25,7 @@ CREATE TABLE IF NOT EXISTS workspace (
 
 
 class Anchor:
-    """For the agent's main thread. `found` is set when the right workspace is there."""
+    """Checks the workspace at intervals. For the agent's main thread."""
 
     def __init__(self, context: AgentContext, database: Database) -> None:
         self._context = context
@@ -33,20 +33,20 @@ class Anchor:
         self._known: tuple[str, str] | None = None
         self._due = clock.now()
         self.found = False
-        """Whether it has been there since the start: only then the records may be read."""
+        """Whether the workspace was present at least once. Before, the agent must not read the records."""
 
     def next_due(self) -> float:
-        """When to look next."""
+        """When to check next."""
         return self._due
 
     def start_due(self) -> None:
-        """Look whether it is still there, or there at last."""
+        """Check the workspace, if due."""
         if clock.now() >= self._due:
             self._due = clock.now() + LOOK_S
             self.found |= not self.lost()
 
     def lost(self) -> bool:
-        """Whether it is not there now; says why, to the operator. Nothing may be taken in then."""
+        """Whether the workspace is missing. If so, tells the operator why, and the node must admit no job."""
         context, before = self._context, self._context.homeless
         try:
             self._known = self._known or self._find()
@@ -55,12 +55,15 @@ class Anchor:
         except OSError as error:
             context.homeless = str(error)
         if context.homeless != before:
-            context.log.warning("workspace", error=context.homeless or "it is there")
+            if context.homeless:
+                context.log.warning("workspace not found", error=context.homeless)
+            else:
+                context.log.warning("workspace found")
             context.tell()
         return context.homeless is not None
 
     def _find(self) -> tuple[str, str]:
-        """Give the mark that the database knows, and where it was; makes both where there is none yet."""
+        """Give the mark and the place of the workspace from the database; enters both at the first start."""
         with self._database.writing() as connection:
             connection.execute(_TABLE)
             known: tuple[str, str] | None = connection.execute("SELECT mark, place FROM workspace").fetchone()
@@ -68,7 +71,7 @@ class Anchor:
             return known
         records, found = self._context.records, self._read()
         known = (found or secrets.token_hex(8), _place_of(records.root))
-        # An earlier version has made no mark: then it is where the jobs are that it knows.
+        # Earlier versions made no mark. Then the workspace must have jobs of the ledger.
         kept = self._context.ledger.settled()
         if kept and not any(map(records.known, kept)):
             known = (secrets.token_hex(8), "another disk")
@@ -82,10 +85,10 @@ class Anchor:
     def _compare(self, mark: str, place: str) -> None:
         found, root = self._read(), self._context.records.root
         if found != mark:
-            lacks = f"it has another's mark, {found!a:.80}" if found else f"there is no {MARK} in it"
+            cause = f"its {MARK} is of another node, {found!a:.80}" if found else f"it has no {MARK}"
             raise OSError(
-                f"workspace.root {root} is not the one with this node's jobs, which was on {place}: {lacks};"
-                " no jobs are pulled. Mount its disk; or, if what was there is gone for good:"
+                f"workspace.root {root} is not this node's workspace, which was on {place}: {cause};"
+                " no jobs are pulled. Mount the disk of the workspace; or, if the old jobs are gone for good:"
                 f" `echo {mark} > {root / MARK}`"
             )
 
@@ -98,7 +101,7 @@ class Anchor:
 
 
 def _place_of(root: Path) -> str:
-    """Name the device and the mount point that a directory is on. Source: proc(5), mountinfo."""
+    """Give the device and the mount point of a directory. Source: proc(5), mountinfo."""
     device, real = root.stat().st_dev, root.resolve()
     number = f"{os.major(device)}:{os.minor(device)}"
     mounts = []

@@ -1,4 +1,4 @@
-"""What the parts of the agent share: where things are, whom to tell, how to do something beside the loop."""
+"""The objects that all parts of the agent share; helpers for logs, threads and messages to the supervisor."""
 
 from collections import deque
 from collections.abc import Callable
@@ -34,8 +34,8 @@ from aitbc_miner.util.web import Proxy
 T = TypeVar("T")
 
 Pool = Literal["pull", "intake", "report", "upload", "fail", "progress", "queue", "fleet", "assigned"]
-# How many calls of each kind may be under way. A slow upload must not keep a pull, an ack or another report
-# waiting. What is said to the queues is said in order.
+# The number of threads for each kind of call. No pull, ack or report must wait for a slow upload. Each queue
+# has one thread, so that its calls keep their order.
 POOLS: dict[Pool, int] = {
     "pull": 1,
     "intake": 16,
@@ -50,19 +50,17 @@ POOLS: dict[Pool, int] = {
 
 
 class Part(Protocol):
-    """A part of the agent: it says when it is due, and does what is."""
+    """A part of the agent, with work that becomes due at times."""
 
     def next_due(self) -> float | None:
-        """When there is something to do; None while there is nothing."""
-        ...
+        """When the part has work; None while it has none."""
 
     def start_due(self) -> None:
-        """Do what is due."""
-        ...
+        """Do the work that is due."""
 
 
 class AgentContext:
-    """For the agent's main thread; what is started here comes back to it."""
+    """For the agent's main thread. Calls in threads come back to the main thread."""
 
     def __init__(
         self,
@@ -86,13 +84,13 @@ class AgentContext:
         self.background = Background()
         self.log = events("agent")
         self.error: str | None = None
-        # Apart, for a coordinator that answers makes the fleet's queue no better.
+        # Apart from `error`, because an answer of the coordinator clears `error` only.
         self.queue_error: str | None = None
         self.persisting = Persisting(self.tell)
         self.jobs = JobTable(config.heartbeat.interval_s)
-        # Why nothing is pulled, although there are free slots.
+        # Why the node pulls no jobs, although it has free slots.
         self.paused = ""
-        # What is wrong with the workspace, if it is not the one with this node's jobs.
+        # Why `workspace.root` is not this node's workspace; None if it is.
         self.homeless: str | None = None
         self.pending = 0
         self.refused = 0
@@ -103,38 +101,38 @@ class AgentContext:
         self._pools = {name: ThreadPoolExecutor(n, name) for name, n in POOLS.items()}
 
     def book(self, row: LedgerRow) -> None:
-        """Enter a settled job in the books, now or, when they cannot be written, later. From any thread.
+        """Enter a settled job in the ledger, or later if the database fails now. From any thread.
 
-        Its report is settled all the same, and after a restart its record is found without a row.
+        After a crash in between, the next start finds the settled record without a row, and enters the row.
         """
         self._unbooked.append(row)
         self.book_rest()
 
     def book_rest(self) -> None:
-        """Enter what could not be entered before. From any thread."""
+        """Enter the rows that wait for the database. From any thread."""
         while self._unbooked:
             row = self._unbooked.popleft()
             try:
                 self.ledger.enter(row)
             except DatabaseError as error:
                 self._unbooked.appendleft(row)
-                self.warn("job not entered in the books yet", error, job_id=row.job_id)
+                self.warn("job not entered in ledger", error, job_id=row.job_id)
                 return
 
     def enter(self, job_id: str) -> None:
-        """Enter a job in the ledger that is settled and has no row: it was given up, or the node died."""
+        """Enter a settled job without a row in the ledger: the node gave the job up, or died."""
         try:
             with self.records.open(job_id) as job:
                 state = job.state()
-                # A job that was given up before it ran came to nothing that anybody waits for.
+                # A job that the node gave up before it ran has no outcome.
                 nothing = Outcome(job_id=job_id, code=ErrorCode.E_CANCELLED, message=state.note or "")
                 outcome = job.outcome() or nothing
                 receipt = job.receipt()
             how = state.delivery or ""
             self.book(account_of(outcome, state, state.runner, how, receipt, log_too=self.log_too))
         except (MinerError, OSError) as error:
-            # On a full disk, say; the next start does it.
-            self.warn("cannot enter job", error, job_id=job_id)
+            # The disk may be full. The next start enters the job.
+            self.warn("cannot enter job in ledger", error, job_id=job_id)
             return
         self.show(job_id, state.state, outcome=outcome)
 
@@ -142,28 +140,40 @@ class AgentContext:
         """Run a call in one of the pools, then `done` with its future in the main thread."""
         self.background.start(self._pools[pool], call, done)
 
+    def note(self, call: Callable[[], object], failure: str) -> None:
+        """Change the retry queue in its thread; log `failure` if the queue fails.
+
+        The queue matters after a restart only, and without its note the agent then acts at once.
+        """
+
+        def done(future: Future[object]) -> None:
+            if isinstance(error := future.exception(), Exception):
+                self.warn(failure, error)
+
+        self.start("queue", call, done)
+
     def close(self) -> None:
-        """Start nothing more, and wait for nothing."""
+        """Cancel all calls that have not begun, and do not wait for the others."""
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 
     def failed(self, error: Exception) -> float | None:
-        """Remember the last error for `status`; gives how long the coordinator asks to be left alone."""
+        """Keep the last error for `status`; gives the seconds for which the coordinator wants no call."""
         if isinstance(error, Unauthorized):
             self.token.refused()
         if isinstance(error, UnknownNode):
-            # The answer to a heartbeat says whether that is so, and then the node registers again.
+            # The reply to a heartbeat confirms or denies the error. If confirmed, the node registers again.
             self.token.want_beat()
         self.error = str(error)
         self.tell()
         return error.retry_after if isinstance(error, Busy) else None
 
     def call_failed(self, call: str, event: str, error: Exception, **attrs: Any) -> None:
-        """Log that a call of this kind failed; but not if it does again, nor all that an outage hits."""
+        """Log a failed call; but log repeated failures once, and an outage once for all kinds of calls."""
         if isinstance(error, Busy) and error.status == 429:
             self.count("rate_limited", call)
         if isinstance(error, CoordinatorError) and not isinstance(error, Refused):
-            # A coordinator that is away is away for all.
+            # An unreachable coordinator is unreachable for all kinds of calls.
             away = isinstance(error, Unreachable)
             said = call in self._failing or (away and any(gone for gone, _ in self._failing.values()))
             self._outage_since = self._outage_since if self._failing else clock.now()
@@ -173,7 +183,7 @@ class AgentContext:
         self.warn(event, error, **attrs)
 
     def answered(self, call: str) -> None:
-        """Note that such a call was answered, and log the end of an outage."""
+        """Note that the coordinator answered a call of this kind, and log the end of an outage."""
         _, times = self._failing.pop(call, (False, 0))
         self._failed_calls += times
         if times and not self._failing:
@@ -188,14 +198,14 @@ class AgentContext:
             self.tell()
 
     def warn(self, event: str, error: Exception, **attrs: Any) -> None:
-        """Log what went wrong; what nobody has thought of comes with its traceback."""
+        """Log an error; an unexpected error comes with its traceback."""
         foreseen = isinstance(error, MinerError | OSError)
         self.log.warning(event, error=str(error), exc_info=None if foreseen else error, **attrs)
 
     def tell(self) -> None:
-        """Tell the supervisor how it goes."""
+        """Tell the supervisor the counts and problems that `status` shows."""
         error = self.homeless or self.error or self.queue_error or self.persisting.trouble
-        paused = "the disk with this node's jobs is not there" if self.homeless else self.paused
+        paused = "this node's workspace is missing" if self.homeless else self.paused
         self.channel.send(Deliveries(self.pending, error, self.refused, paused))
 
     def count(self, name: CounterName, label: str = "", n: int = 1) -> None:
@@ -203,7 +213,7 @@ class AgentContext:
         self.channel.send(Counted(name, label, n))
 
     def show(self, job_id: str, state: State, *, runner: str = "", outcome: Outcome | None = None) -> None:
-        """Have `jobs` show where a job is."""
+        """Have `jobs` show the state of a job."""
         shown = outcome or Outcome(job_id=job_id)
         self.channel.send(
             JobUpdate(
@@ -220,7 +230,7 @@ class AgentContext:
         )
 
     def show_row(self, row: LedgerRow) -> None:
-        """Have `jobs` show one that was done in an earlier run of the node."""
+        """Have `jobs` show a job of an earlier run of the node."""
         state = State.DONE if row.code is None else State.FAILED
         self.channel.send(
             JobUpdate(

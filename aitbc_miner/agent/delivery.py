@@ -1,7 +1,6 @@
-"""Handing a job's outcome to the coordinator, again and again, until it has been accepted.
+"""Sends one report of a job, and records the coordinator's answer.
 
-The outcome is on disk before the first try and stays there; what is kept in memory here is only when to try
-next, and it is made anew from the disk at every start.
+The outcome is on disk before the first report, and stays on disk until the coordinator has accepted it.
 """
 
 from collections.abc import Callable
@@ -22,15 +21,15 @@ from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.system import boot_id
 
-# Jobs of a fleet whose report is another node's to send, however often they are handed to this one.
+# For these jobs of a fleet, another node sends the report, even if this node gets the job again.
 OTHERS = frozenset({"lost", "handed_on"})
 GIVE_UP = GiveUp()
 
 
 class Delivered(Struct, frozen=True):
-    """A report that is settled: `how` is `accepted`, `superseded` or `refused`; or `lost`, and none was sent.
+    """A settled report: `how` is `accepted`, `superseded` or `refused`; or `lost`, without a report.
 
-    `state` is the job's last one. `beat`: the coordinator counts the job as ours until it hears from us.
+    `state` is the job's last state. `beat`: the coordinator counts the job as ours until our next heartbeat.
     """
 
     job_id: str
@@ -50,25 +49,28 @@ def deliver(
     give_up: GiveUp = GIVE_UP,
     outcome: Outcome | None = None,
 ) -> Delivered:
-    """Send one job's report and record that it was accepted.
+    """Send one job's report, and record that the coordinator accepted it.
 
-    The key is the same for every try of the same report, so that a coordinator can tell a repetition. A job
-    that `is_ours` denies has been taken over by another node, which reports it. `outcome` is the job's, where
-    it was read already.
+    The key is the same for each attempt to send the same report, so that the coordinator recognises a
+    repetition. If `is_ours` denies a job, another node has taken the job over and reports it. `outcome` is the
+    job's outcome if the caller has read it already.
 
     Raises:
-        CoordinatorError, QueueError: not accepted now; try again. So is a refusal before `give_up`.
-        RecordError, OSError: the record cannot be read or written.
+        CoordinatorError, QueueError: not accepted now; try again. Also raised for a refusal before `give_up`.
+        RecordError, OSError: a record is unreadable or unwritable.
     """
     with records.open(job_id) as job:
         outcome = outcome or outcome_of(job, JobSettled(job_id, "its record has no outcome"))
-        # A repetition, asked for by a coordinator that has forgotten: it changes nothing here any more.
         state = job.state()
         told = Told()
         if state.state in FINAL and state.delivery in OTHERS:
             how = state.delivery
         elif state.state in FINAL:
-            how, told = _send_again(coordinator, node_id, job, outcome)
+            # The coordinator has forgotten the report and asks again. The record here does not change.
+            try:
+                how, told = _send(coordinator, node_id, job, outcome, again=True)
+            except (Refused, FileChanged):
+                how = "refused"
         elif not is_ours(state):
             how = "lost"
             job.move(State.UPLOADING)
@@ -84,31 +86,31 @@ def _keep(job: JobDir, receipt: Receipt | None) -> None:
         if receipt is not None:
             job.write_receipt(receipt)
     except (OSError, ValueError, RecordError) as error:
-        # The job is paid all the same; to have its result sent once more would be worse.
+        # The coordinator pays the job without our copy. An error here would send the result once more.
         events("agent").error("receipt not kept", job_id=job.job_id, error=str(error))
 
 
 def _send_first(
     coordinator: Coordinator, node_id: str, job: JobDir, state: StateRecord, outcome: Outcome, give_up: GiveUp
 ) -> tuple[Outcome, str, Told]:
-    # Once: each writing takes its part of what is set aside for a full disk.
+    # Written once: on a full disk, each writing uses up a piece of the reserve.
     if not (again := state.state is State.UPLOADING):
         job.move(State.UPLOADING)
     outcome, how, told = _send_or_refuse(coordinator, node_id, job, outcome, give_up, again=again)
     if how == "superseded" and outcome.ok and state.delivery == CALLED_FAILED:
-        outcome = _as_failed(job, outcome, "the coordinator keeps to what it was told before")
+        outcome = _as_failed(job, outcome, "the coordinator keeps the earlier report of a failure")
     return outcome, how, told
 
 
 def _send_or_refuse(
     coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome, give_up: GiveUp, *, again: bool
 ) -> tuple[Outcome, str, Told]:
-    """Send a report; of a result that the coordinator will not take as it is, say that it could not be."""
+    """Send a report. If the coordinator refuses a result for good, report the job as failed (E_UPLOAD)."""
     try:
         return outcome, *_send(coordinator, node_id, job, outcome, again=again)
     except (Refused, FileChanged) as error:
         if isinstance(error, Refused):
-            # On disk: a node that is often started anew must come to an end, too.
+            # The count is on disk, so that a node with many restarts gives up, too.
             refusals = job.state().refusals.another(clock.now(), boot_id())
             job.move(State.UPLOADING, refusals=refusals)
             if refusals.times < give_up.refusals or refusals.over_s < give_up.over_s:
@@ -123,18 +125,11 @@ def _send_or_refuse(
 
 
 def _as_failed(job: JobDir, outcome: Outcome, why: str) -> Outcome:
-    """Write that a result could not be delivered. It is kept beside that, to be sent once more."""
+    """Write an E_UPLOAD as outcome, and keep the refused outcome beside it for a further attempt."""
     job.write(REFUSED, pretty(outcome))
     failed = replace(outcome, code=ErrorCode.E_UPLOAD, message=why)
     job.write_outcome(failed)
     return failed
-
-
-def _send_again(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome) -> tuple[str, Told]:
-    try:
-        return _send(coordinator, node_id, job, outcome, again=True)
-    except (Refused, FileChanged):
-        return "refused", Told()
 
 
 def _send(
@@ -148,5 +143,5 @@ def _send(
             return "accepted", told
         return "accepted", coordinator.fail(job.job_id, outcome, f"fail:{node_id}:{job.job_id}", again=again)
     except Gone:
-        # Already final there, or given to somebody else: nothing is left to say about it.
+        # The job is final at the coordinator, or another node has it. No report is needed.
         return "superseded", Told()

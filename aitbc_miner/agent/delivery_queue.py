@@ -1,4 +1,4 @@
-"""The reports that the coordinator has not accepted yet: which are sent when, and what becomes of them."""
+"""The reports that the coordinator has not accepted yet: decides when to send each, and settles them."""
 
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -20,16 +20,17 @@ from aitbc_miner.util import clock
 from aitbc_miner.util.backoff import Backoff
 from aitbc_miner.util.system import boot_id
 
-# Reports larger than this have a pool of their own: none that is small waits for one that takes minutes. So
-# have those of failures: where the coordinator takes only so many results a minute, they are no results.
+# Larger reports have their own pool, so that no small report waits minutes for a large report. Reports of
+# failures have their own pool, too: a coordinator's rate limit for results does not apply to failures.
 LARGE_BYTES = 8_000_000
 RETRY_MIN_S = 0.5
+NOT_NOTED = "report time not noted"
 MOST_AT_ONCE = 2**53
-"""Of what a metric can be added to; amounts are counted in millionths."""
+"""The largest amount, in millionths, to add to a metric at once."""
 
 
 class Lane:
-    """Which reports wait, and until when. Pure: the times are given."""
+    """The reports of one pool: waiting until a time, or being sent. Pure: the caller gives the times."""
 
     def __init__(self, min_s: float, max_s: float) -> None:
         self._bounds = (min_s, max_s)
@@ -46,24 +47,24 @@ class Lane:
         return job_id in self._backoffs
 
     def newest(self) -> list[str]:
-        """Name all jobs with a report to send, the latest first."""
+        """Name all jobs with an unsent report, the latest first."""
         return list(reversed(self._backoffs))
 
     def add(self, job_id: str, due: float, failures: int = 0) -> None:
-        """Have this job's report sent when it is due; adding it again changes nothing.
+        """Have a job's report sent at `due`; a second call for the same job changes nothing.
 
-        `failures` are the tries that an earlier run of the node has made.
+        `failures` counts the failed attempts of an earlier run of the node.
         """
         if job_id not in self._backoffs:
             self._backoffs[job_id] = Backoff(*self._bounds, failures=failures)
             self._due[job_id] = due
 
     def failures(self, job_id: str) -> int:
-        """Count the tries that have failed."""
+        """Count the failed attempts to send a job's report."""
         return self._backoffs[job_id].failures if job_id in self._backoffs else 0
 
     def start_due(self, now: float, room: int) -> list[str]:
-        """Take what is due, at most `room` of it."""
+        """Start and name the reports that are due, at most `room`."""
         if now < self._open_at:
             return []
         due = sorted((at, job_id) for job_id, at in self._due.items() if at <= now)[: max(0, room)]
@@ -73,7 +74,7 @@ class Lane:
         return [job_id for _, job_id in due]
 
     def succeeded(self, job_id: str, now: float) -> None:
-        """Forget this one; and since the coordinator answers, let the others not wait any longer."""
+        """Forget a report, and make the others due now, since the coordinator answers."""
         self._running.discard(job_id)
         self._backoffs.pop(job_id, None)
         self._asked.pop(job_id, None)
@@ -82,9 +83,9 @@ class Lane:
     def failed(
         self, job_id: str, now: float, retry_after: float | None = None, *, alone: bool = False
     ) -> float:
-        """Try this one again later; gives the pause in seconds.
+        """Have a report sent again later; gives the pause in seconds.
 
-        `alone`: it is this one that is not wanted, so that the success of another means nothing for it.
+        `alone`: the coordinator refuses this report only, so the success of other reports does not hurry it.
         """
         self._running.discard(job_id)
         pause = max(self._backoffs[job_id].next(), retry_after or 0.0)
@@ -93,32 +94,32 @@ class Lane:
         return pause
 
     def paced(self, job_id: str, until: float) -> None:
-        """Send nothing before this time, nor this one, which was not tried and has not failed."""
+        """Send no report before `until`. The report of `job_id` was not sent, so it has not failed."""
         self._running.discard(job_id)
         self._due[job_id] = until
         self._open_at = until
 
     def hurry(self, now: float) -> None:
-        """Make all that waits due now, or when the coordinator asked for it."""
+        """Make all waiting reports due now, or at the time that the coordinator asked for."""
         self._due = {
             job_id: min(at, max(now, self._asked.get(job_id, now))) for job_id, at in self._due.items()
         }
 
     @property
     def running(self) -> int:
-        """How many are being sent."""
+        """The number of reports that are being sent."""
         return len(self._running)
 
     def next_due(self) -> float | None:
-        """When the next one is due."""
+        """When the next report is due."""
         return max(self._open_at, min(self._due.values())) if self._due else None
 
 
 class DeliveryQueue:
-    """Sends what `add` names until it is settled.
+    """Sends the reports of the jobs given to `add` until the coordinator accepts or refuses them.
 
-    When to try next is kept in memory; what has failed is also noted in the queue, for after a restart.
-    What was refused for good is tried anew now and then, and after a reboot.
+    The time of each next attempt is in memory. The retry queue keeps failed attempts for the next start.
+    A report that was refused for good is sent again after `again_s`, and after a reboot.
     """
 
     def __init__(self, context: AgentContext, fleet: Fleet | None) -> None:
@@ -133,55 +134,53 @@ class DeliveryQueue:
         self._anew: dict[str, float] = {}
 
     def recovered(self) -> None:
-        """Read when reports that an earlier run of the node could not deliver are due."""
+        """Read from the retry queue when the reports of an earlier run of the node are due."""
         try:
             waiting = self._context.queue.waiting(Kind.REPORT, self._context.config.node_id)
             dead = self._context.queue.dead()
         except QueueError as error:
-            self._context.warn("times of reports not read", error)
+            self._context.warn("report times not read", error)
             return
         self._context.refused = len(dead)
         self._anew = {task.job_id: self._due_anew(task.job_id) for task in dead if task.kind is Kind.REPORT}
         self._before = {task.job_id: (task, max(0.0, due_s)) for task, due_s in waiting}
 
     def _due_anew(self, job_id: str) -> float:
-        """Say when a refused report is to be sent once more; of one that another boot has seen: now."""
-        try:
-            with self._context.records.open(job_id) as job:
-                state = job.state()
-        except (MinerError, OSError):
-            return clock.now()
-        return clock.now() if state.boot_id != boot_id() else state.since + self._give_up.again_s
+        """Say when to send a refused report again: now, if the machine has rebooted since the refusal."""
+        state = self._context.records.state_of(job_id)
+        if isinstance(state, StateRecord) and state.boot_id == boot_id():
+            return state.since + self._give_up.again_s
+        return clock.now()
 
     def take_back(self, job_id: str) -> bool:
-        """Have a report sent once more that was refused; False if it was not.
+        """Have a refused report sent again; False if the coordinator has not refused it.
 
         Raises:
-            MinerError, OSError: it cannot be now, or there is no such job any more.
+            MinerError, OSError: a temporary fault, or the job's record is gone.
         """
         context = self._context
         with context.records.open(job_id) as job:
             if not was_refused(job):
                 return False
-            # First: what the books call settled is not even read at the next start.
+            # The ledger first: the next start does not read the records of settled jobs.
             context.book_rest()
             context.ledger.reopen(job_id)
             take_back_refused(job)
         self._anew.pop(job_id, None)
-        self._note(partial(context.queue.remove, Kind.REPORT, job_id))
+        context.note(partial(context.queue.remove, Kind.REPORT, job_id), NOT_NOTED)
         context.refused = max(0, context.refused - 1)
         self.add(job_id)
         return True
 
     def add(self, job_id: str, outcome: Outcome | None = None) -> None:
-        """Have the job's outcome, which is on disk, delivered; adding it again changes nothing.
+        """Have the report of a job sent; its outcome is on disk. A second call changes nothing.
 
-        `outcome` is that of the disk, where it was read just now.
+        `outcome` is the job's outcome if the caller has just read it.
         """
         entry = self._jobs.get(job_id)
         if entry is None or entry.stage is not Stage.REPORTING:
             entry = self._jobs.move(job_id, Stage.REPORTING)
-        # What was read before may be the report of a refusal, which was taken back since.
+        # An outcome that was read before may be the report of a refusal that was taken back since.
         entry.outcome = outcome
         outcome = outcome or read_outcome(self._context.records, job_id)
         size = sum(artifact.bytes for artifact in outcome.artifacts) if outcome else 0
@@ -193,17 +192,17 @@ class DeliveryQueue:
         self._tell()
 
     def repeat(self, job_id: str) -> None:
-        """Send the report of a job once more that is settled here: the coordinator has not heard it."""
+        """Send the report of a settled job again, because the coordinator does not have it."""
         if job_id not in self._jobs and (outcome := read_outcome(self._context.records, job_id)):
             self.add(job_id, outcome)
 
     def hurry(self) -> None:
-        """Let no report wait any longer than the coordinator asked for."""
+        """Make all waiting reports due now, or at the time that the coordinator asked for."""
         for lane in self._lanes.values():
             lane.hurry(clock.now())
 
     def next_due(self) -> float | None:
-        """When there is something to send, and room to send it."""
+        """When a report is due and its pool has a free thread."""
         if not self._context.token:
             return None
         waiting = [lane for pool, lane in self._lanes.items() if lane.running < POOLS[pool]]
@@ -211,22 +210,22 @@ class DeliveryQueue:
         return min([*dues, *self._anew.values()], default=None)
 
     def start_due(self) -> None:
-        """Send what is due."""
+        """Send the reports that are due."""
         if not self._context.token:
             return
         for job_id in [job_id for job_id, at in self._anew.items() if at <= clock.now()]:
-            # Where that is not possible, its directory is gone; or the next start does it.
+            # After an error here, the directory is gone, or the next start sends the report.
             del self._anew[job_id]
             try:
                 self.take_back(job_id)
             except (MinerError, OSError) as error:
-                self._context.warn("refused report not sent anew", error, job_id=job_id)
+                self._context.warn("refused report not sent again", error, job_id=job_id)
         for pool, lane in self._lanes.items():
             for job_id in lane.start_due(clock.now(), POOLS[pool] - lane.running):
                 self._context.start(pool, self._call(job_id), partial(self._ended, lane, job_id))
 
     def _call(self, job_id: str) -> Callable[[], Delivered]:
-        """Give the call that delivers a job; what was read of it is not kept for a second try."""
+        """Give the call that delivers a job; a second attempt reads the outcome anew."""
         entry = self._jobs.get(job_id)
         outcome = entry.outcome if entry else None
         if entry:
@@ -234,7 +233,7 @@ class DeliveryQueue:
         return partial(self._deliver, job_id, outcome)
 
     def _deliver(self, job_id: str, outcome: Outcome | None) -> Delivered:
-        """Deliver and enter it in the books; runs in a thread."""
+        """Send the report of a job, and enter the job in the ledger; runs in a thread."""
         context = self._context
         is_ours: Callable[[StateRecord], bool] = self._fleet.is_ours if self._fleet else lambda _: True
         node_id = context.config.node_id
@@ -260,7 +259,7 @@ class DeliveryQueue:
             alone = isinstance(error, Refused)
             pause = lane.failed(job_id, clock.now(), context.failed(error), alone=alone)
             task = Task(Kind.REPORT, job_id, context.config.node_id, lane.failures(job_id), 0, str(error))
-            self._note(partial(context.queue.put, task, pause))
+            context.note(partial(context.queue.put, task, pause), NOT_NOTED)
             again_s = round(pause, 1)
             context.call_failed("report", "report not accepted", error, job_id=job_id, again_in_s=again_s)
             return
@@ -279,7 +278,7 @@ class DeliveryQueue:
         if delivered.beat:
             context.token.want_beat()
         if self._jobs.move(job_id, Stage.GONE).ended_here:
-            # The report makes room on the other side, too.
+            # With this report the coordinator may have room for a further job of this node, too.
             self._jobs.ends += 1
         self._settled(delivered.outcome, delivered.how, had_failed=failures > 0)
 
@@ -289,22 +288,14 @@ class DeliveryQueue:
         context.count("deliveries", how)
         if how == "refused" or (outcome.code is ErrorCode.E_UPLOAD and how != "superseded"):
             self._anew[job_id] = clock.now() + self._give_up.again_s
-            reason = f"the coordinator refuses it: {outcome.message}"
+            reason = f"the coordinator refuses the report: {outcome.message}"
             task = Task(Kind.REPORT, job_id, context.config.node_id, 1, 0, reason)
-            self._note(partial(context.queue.bury, task))
+            context.note(partial(context.queue.bury, task), NOT_NOTED)
             context.refused += 1
         elif had_failed:
-            self._note(partial(context.queue.remove, Kind.REPORT, job_id))
+            context.note(partial(context.queue.remove, Kind.REPORT, job_id), NOT_NOTED)
         context.show(job_id, State.DONE if outcome.ok else State.FAILED, outcome=outcome)
         self._tell()
-
-    def _note(self, call: Callable[[], object]) -> None:
-        self._context.start("queue", call, self._noted)
-
-    def _noted(self, future: Future[object]) -> None:
-        if isinstance(error := future.exception(), Exception):
-            # After a restart the report is sent at once then, which loses nothing.
-            self._context.warn("time of a report not noted", error)
 
     def _tell(self) -> None:
         self._context.pending = len(self._jobs.among(Stage.REPORTING))

@@ -1,7 +1,8 @@
-"""A node's part in a fleet: its hold on jobs that may run again, and jobs that others cannot do or have lost.
+"""A node's part in a fleet: leases on its own jobs, and jobs that it takes over from other nodes or hands on.
 
-What another node may have to take over is entered in the shared queue before it starts here, and ours as long
-as we renew our lease. Whoever has lost it says nothing of the job any more: the other one does.
+Before a job starts here that other nodes may have to take over, this node enters it in the shared queue. The
+job is ours as long as we renew our lease. A node without the lease reports nothing about the job: the new
+holder of the lease reports it.
 """
 
 import secrets
@@ -21,28 +22,28 @@ from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 
 LOOKED_AT = 200
-# What no other node has taken by then is reported by the node that could not do it.
+# If no other node takes a job for this time, the node that handed the job on reports the failure.
 GIVE_UP_S = 900.0
-# Of a claim that came to nothing here, so that another node may have it.
+# The delay after a failed take-over, so that other nodes may claim the job.
 PASS_ON_S = 5.0
 
 
 class Handover(Struct, frozen=True):
-    """What another node needs to take a job over: its manifest as it came, and whether it may have begun."""
+    """A job for another node: its manifest as it came, and whether its program may have run."""
 
     manifest: Raw
     started: bool
 
 
 class FleetFinds(Struct, frozen=True):
-    """What the queue had for us: jobs that are recorded here now, and our own that nobody else would take."""
+    """Jobs from the shared queue: `taken` are recorded here now, `returned` are ours and nobody took them."""
 
     taken: list[str]
     returned: list[str]
 
 
 class Fleet:
-    """Its methods may be called from any thread."""
+    """The leases and take-overs of this node. Any thread may call the methods."""
 
     def __init__(self, queue: RetryQueue, node_id: str, lease_s: float, coordinator: Coordinator) -> None:
         self._queue = queue
@@ -55,26 +56,24 @@ class Fleet:
         self._offered: dict[str, float] = {}
 
     def examine(self) -> None:
-        """Raise QueueError where the queue may lose what it has."""
+        """Raise QueueError if the queue may lose tasks."""
         self._queue.examine()
 
-    def __contains__(self, job_id: str) -> bool:
-        return job_id in self._tokens
-
-    # --- our hold on a job ---------------------------------------------------------------------------------
+    # --- leases on jobs ------------------------------------------------------------------------------------
 
     def recovered(self, leases: dict[str, str]) -> None:
-        """Take note of the jobs that an earlier run of the node held; it may have lost them since."""
+        """Note the leases of an earlier run of the node, which may be lost by now."""
         self._tokens |= leases
 
     def hold(self, job: JobDir, manifest: Manifest) -> bool:
-        """Enter a job that may run again when we are lost, before it starts; False: another node has it.
+        """Take or renew the lease on a job before its start; False if another node has the job.
 
-        Without the queue a new one goes on all the same, but nobody takes it over if this node dies.
+        Needs a lease only if the job may run again after the loss of its node. If the queue fails, a new job
+        starts without a lease, and nobody takes the job over if this node dies.
 
         Raises:
-            QueueError: it was entered before, our lease is over, and the queue does not say whose it is now.
-            RecordError, OSError: the token cannot be recorded.
+            QueueError: our earlier lease is over, and the queue cannot say who has the job now.
+            RecordError, OSError: the node cannot record the token.
         """
         state = job.state()
         if not outlives_its_node(manifest.retry) and state.lease is None:
@@ -82,9 +81,9 @@ class Fleet:
         entered = state.lease is not None
         token = state.lease or secrets.token_hex(16)
         if not entered:
-            # First: a crash right after the entry must not leave us without the token.
+            # Recorded before the entry, so that a crash after the entry leaves us the token.
             state = job.write_state(replace(state, lease=token))
-        # Whoever finds the lease run out cannot know how far it has come here.
+        # started=True: the node that finds the lease expired cannot know whether the program started here.
         task = self._task(job, state, manifest.retry.max_attempts, "its node was lost", started=True)
         began = clock.now()
         try:
@@ -103,11 +102,11 @@ class Fleet:
         return ours
 
     def is_ours(self, state: StateRecord) -> bool:
-        """Whether we may still speak for a job: our lease on it was never lost.
+        """Whether this node may report a job: it still has its lease, or never needed a lease.
 
         Raises:
-            QueueError: the queue does not say, and what it said last holds no more.
-            CoordinatorError: the queue does not know our lease, and the coordinator does not say.
+            QueueError: the queue fails, and our lease is over by our clock.
+            CoordinatorError: the queue does not know our lease, and the coordinator gives no answer.
         """
         if state.lease is None:
             return True
@@ -121,24 +120,24 @@ class Fleet:
         if ours:
             self._tokens[state.job_id], self._until[state.job_id] = state.lease, began + self._lease_s
             return True
-        # Another node may have it, or have done it; or the queue has lost what it knew.
+        # Another node may have the job or have finished it, or the queue has lost its data.
         return self._belongs(state.job_id)
 
     def _belongs(self, job_id: str) -> bool:
-        """Ask the coordinator whether a job is ours, as it was when it was acknowledged."""
+        """Ask the coordinator whether an acknowledged job is still ours."""
         try:
             self._coordinator.ack(job_id)
         except Gone:
             return False
         except Refused:
-            return True  # whatever it has against the question; a report is answered for itself
+            pass  # a refused question says nothing about the job; the coordinator will answer the report
         return True
 
     def renew(self, lost: list[str]) -> None:
-        """Renew all our leases; the jobs that another node has by now are appended to `lost`.
+        """Renew all our leases; appends the jobs that other nodes have by now to `lost`.
 
         Raises:
-            QueueError: the queue does not answer; what was found before counts.
+            QueueError: the queue fails; the entries in `lost` so far are valid.
         """
         for job_id, token in list(self._done.items()):
             self._queue.remove(Kind.RUN, job_id, token)
@@ -151,12 +150,12 @@ class Fleet:
             try:
                 ours = self._belongs(job_id)
             except CoordinatorError:
-                continue  # as long as nobody says that it is another's, it goes on
+                continue  # the job runs on, as long as nobody says that another node has it
             if self._tokens.pop(job_id, None) is not None and not ours:
                 lost.append(job_id)
 
     def done(self, state: StateRecord) -> None:
-        """Let go of a job that is reported, or never was ours; without the queue, when it is back."""
+        """Give up the lease on a job that is reported or never was ours; later if the queue fails now."""
         self._tokens.pop(state.job_id, None)
         if state.lease is None:
             return
@@ -166,17 +165,17 @@ class Fleet:
             self._done[state.job_id] = state.lease
 
     def requeue(self, job_id: str) -> bool:
-        """Have a job whose last attempt was lost with its node tried anew; False when there is none."""
+        """Make a job of the shared queue due for any node; False if the queue does not have the job."""
         return self._queue.requeue(Kind.RUN, job_id) is not None
 
     # --- between nodes -------------------------------------------------------------------------------------
 
     def hand_on(self, job: JobDir, outcome: Outcome, most: int) -> bool:
-        """Let another node try; False when one has the job already.
+        """Offer a job to the other nodes; False if another node has the job already.
 
         Raises:
-            QueueError: the queue does not take it.
-            RecordError, OSError: the record cannot be read.
+            QueueError: the queue fails.
+            RecordError, OSError: the record is unreadable.
         """
         state = job.state()
         task = self._task(job, state, most, outcome.message, started=state.started)
@@ -188,10 +187,10 @@ class Fleet:
     def seek(
         self, records: Records, offers: list[Offer], knows: Callable[[str], bool], seen: FleetFinds
     ) -> None:
-        """Take over what waits for a node and fits the free slots `offers`; not what was here before.
+        """Take over due jobs that fit the free slots `offers`, but no job that was on this node before.
 
         Raises:
-            QueueError: the queue does not answer; what is in `seen` by then is ours.
+            QueueError: the queue fails; the jobs in `seen` so far are ours.
         """
         free = list(offers)
         for task in self._queue.due(self._node_id, LOOKED_AT):
@@ -262,11 +261,11 @@ class Fleet:
 
 
 def _read(task: Task) -> tuple[Handover, Manifest] | None:
-    """Read what another node has left, and check it like what comes from a coordinator."""
+    """Read a job that another node entered, and check the manifest like a manifest from a coordinator."""
     try:
         handover = msgspec.json.decode(task.payload, type=Handover)
         manifest = decode_manifest(msgspec.json.decode(handover.manifest))
     except (msgspec.DecodeError, ManifestError, UnicodeDecodeError, RecursionError) as error:
-        events("agent").debug("task of the fleet not read", job_id=task.job_id, error=str(error))
+        events("agent").debug("fleet task not read", job_id=task.job_id, error=str(error))
         return None
     return (handover, manifest) if manifest.job_id == task.job_id else None

@@ -1,4 +1,4 @@
-"""The agent's clock for its fleet: leases are renewed in time, and free slots look for jobs to take over."""
+"""Renews the leases of this node in time, and looks for jobs to take over into free slots."""
 
 from concurrent.futures import Future
 from functools import partial
@@ -14,12 +14,12 @@ from aitbc_miner.queue.interface import QueueError
 from aitbc_miner.slots.placement import Offer
 from aitbc_miner.util import clock
 
-# How often a lease is renewed while it lasts, so that one or two that fail are no loss.
+# The number of renewals in `lease_s`: the lease survives one or two failed renewals.
 RENEWALS = 4
 
 
 class FleetWatch:
-    """Renews our leases in time, and has free slots look for jobs to take over."""
+    """Calls `Fleet` in a thread, at intervals, and acts on the result."""
 
     def __init__(
         self, context: AgentContext, fleet: Fleet, admission: AdmissionQueue, delivery: DeliveryQueue
@@ -34,18 +34,18 @@ class FleetWatch:
         self._down = False
 
     def next_due(self) -> float | None:
-        """When to ask the queue next."""
+        """When to ask the shared queue next."""
         return None if self._busy else self._due
 
     def start_due(self) -> None:
-        """Ask the queue, if it is time."""
+        """Ask the shared queue, if due."""
         if self._busy or clock.now() < self._due:
             return
         self._busy = True
         self._context.start("fleet", partial(self._ask, self._context.jobs.room()), self._asked)
 
     def _ask(self, offers: list[Offer]) -> tuple[list[str], FleetFinds, Exception | None]:
-        """Renew and look; runs in a thread. What was found before an error is dealt with all the same."""
+        """Renew leases and look for jobs, in a thread. Gives the results before an error, and the error."""
         lost: list[str] = []
         seen = FleetFinds([], [])
         try:
@@ -62,38 +62,38 @@ class FleetWatch:
         lost, seen, error = future.result()
         self._due = clock.now() + min(self._every_s, self._context.config.coordinator.poll_interval_s)
         if error is not None:
-            # However long a lease is, a queue that is back is not left waiting.
+            # With a long lease, too, the node soon notices that the queue works again.
             most = self._context.config.heartbeat.backoff.max_s
             self._due = clock.now() + min(self._every_s, most)
             self._failed(error)
         elif self._down:
-            self._context.log.info("queue of the fleet is back")
+            self._context.log.info("fleet queue answers again")
             self._tell(None)
             self._down = False
         for job_id in lost:
-            # It ends here, and its report is never sent (`Fleet.is_ours`).
+            # The job ends here, and this node never reports it (`Fleet.is_ours`).
             self._context.log.warning("job lost to another node", job_id=job_id)
-            self._context.channel.send(CancelJob(job_id, "cancel", "another node of the fleet has it"))
+            self._context.channel.send(CancelJob(job_id, "cancel", "another node of the fleet has the job"))
         self._admission.resume(seen.taken)
         for job_id in seen.returned:
             self._report(job_id)
 
     def _report(self, job_id: str) -> None:
-        """Have a job reported that nobody of the fleet has taken."""
+        """Report a job that no node of the fleet has taken."""
         try:
-            # First: what the ledger calls settled is not even read at the next start.
+            # The ledger first: the next start does not read the records of settled jobs.
             self._context.ledger.reopen(job_id)
             with self._context.records.open(job_id) as job:
                 job.move(State.UPLOADING, delivery=None)
         except (MinerError, OSError) as error:
-            self._context.warn("cannot report job that nobody took", error, job_id=job_id)
+            self._context.warn("unclaimed job not reported", error, job_id=job_id)
         else:
             self._delivery.add(job_id)
 
     def _failed(self, error: Exception) -> None:
-        # Once, not at every try; what we hold goes on.
+        # Logged once, not at every attempt. The jobs of this node run on.
         if not (self._down and isinstance(error, QueueError)):
-            self._context.warn("queue of the fleet out of reach", error)
+            self._context.warn("fleet queue failed", error)
         self._down = True
         self._tell(str(error))
 

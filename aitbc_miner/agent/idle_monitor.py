@@ -1,4 +1,4 @@
-"""Tells the operator when there has been no job for long, and why as far as that can be told."""
+"""Tells the operator that no job has come for long, with the probable causes."""
 
 from concurrent.futures import Future
 
@@ -12,12 +12,10 @@ from aitbc_miner.util import clock
 
 STARVED_S = 300.0
 LOOK_S = 60.0
-_OURS = frozenset({ErrorCode.E_CANCELLED})
-"""Failures that cost no reputation: nobody reports them."""
 
 
 class IdleMonitor:
-    """Looks now and then, as long as each pull has come back empty."""
+    """Looks for causes at intervals, as long as each pull comes back empty."""
 
     def __init__(self, context: AgentContext, puller: Puller, *, starved_s: float = STARVED_S) -> None:
         self._context = context
@@ -28,14 +26,14 @@ class IdleMonitor:
         self._at = 0.0
 
     def next_due(self) -> float | None:
-        """When to look next."""
+        """When to look for causes next."""
         since = self._puller.idle_since
         if since is None:
             return None if self._told.since is None else clock.now()
         return None if self._asking else max(self._at, since + self._starved_s)
 
     def start_due(self) -> None:
-        """Look, if it is time; at once where there is work again."""
+        """Look for causes, if due; note at once that jobs come again."""
         due = self.next_due()
         if due is None or clock.now() < due:
             return
@@ -47,7 +45,8 @@ class IdleMonitor:
 
     def _why(self) -> list[str]:
         counts = self._context.ledger.finished_counts()
-        failed = sum(jobs for code, jobs in counts.items() if code not in {OK, *_OURS})
+        # A cancelled job costs no reputation: nobody reports it.
+        failed = sum(jobs for code, jobs in counts.items() if code not in {OK, ErrorCode.E_CANCELLED})
         return self._context.coordinator.why_idle(Standing(counts.get(OK, 0), failed))
 
     def _found(self, future: Future[list[str]]) -> None:
@@ -56,8 +55,8 @@ class IdleMonitor:
         since = self._puller.idle_since
         try:
             causes = future.result()
-        except Exception as error:  # noqa: BLE001  # it is a help and nothing depends on it
-            self._context.warn("cannot say why there are no jobs", error)
+        except Exception as error:  # noqa: BLE001  # the causes are only a help to the operator
+            self._context.warn("cannot find cause of missing jobs", error)
             return
         if since is not None and causes:
             self._tell(Starved(since, causes))

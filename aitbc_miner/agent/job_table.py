@@ -1,7 +1,7 @@
-"""The agent's table of jobs: which jobs it has, how far each has come, and which stage may follow which.
+"""The agent's table of jobs: all jobs, the stage of each, and the legal moves between stages.
 
-Every part of the agent looks jobs up here instead of asking another part, and moves a job on by `move`. The
-truth about a job is its record on disk: the table is made anew from the records at each start.
+Every part of the agent looks jobs up here instead of asking other parts, and moves a job on by `move`. The
+truth about a job is its record on disk: the agent makes the table anew from the records at each start.
 """
 
 import threading
@@ -17,19 +17,19 @@ from aitbc_miner.util import clock
 
 
 class Stage(StrEnum):
-    """How far the agent has come with a job."""
+    """The agent's progress with a job."""
 
-    UNREAD = "UNREAD"  # its record could not be read yet
-    RESUMING = "RESUMING"  # it is recorded, and waits for a thread that takes it in
-    ADMITTING = "ADMITTING"  # a thread checks it, acknowledges it, fetches its inputs
-    READY = "READY"  # the supervisor may give it to a slot
-    RUNNING = "RUNNING"  # a slot has it
-    SETTLING = "SETTLING"  # nobody works on it any more, and its outcome is being looked for
-    ENDED = "ENDED"  # its attempt has an outcome, and what follows is being decided
-    RETRY_WAIT = "RETRY_WAIT"  # it waits for its next attempt here
-    HANDING_ON = "HANDING_ON"  # it is being given to another node of the fleet
-    REPORTING = "REPORTING"  # its report is to be accepted
-    GONE = "GONE"  # the agent has nothing to do with it any more
+    UNREAD = "UNREAD"  # a temporary fault prevents the reading of the record
+    RESUMING = "RESUMING"  # the job is recorded, and waits for its admission
+    ADMITTING = "ADMITTING"  # a thread checks and acknowledges the job, and fetches its inputs
+    READY = "READY"  # the supervisor may give the job to a slot
+    RUNNING = "RUNNING"  # a slot has the job
+    SETTLING = "SETTLING"  # no worker has the job any more, and the agent looks for the outcome
+    ENDED = "ENDED"  # the attempt has an outcome, and the agent decides: report or retry
+    RETRY_WAIT = "RETRY_WAIT"  # the job waits for its next attempt here
+    HANDING_ON = "HANDING_ON"  # the agent offers the job to the other nodes of the fleet
+    REPORTING = "REPORTING"  # the agent sends the report until the coordinator accepts it
+    GONE = "GONE"  # the agent has finished with the job
 
 
 S = Stage
@@ -39,28 +39,28 @@ MOVES: dict[Stage, frozenset[Stage]] = {
     S.RESUMING: frozenset({S.ADMITTING, S.RUNNING, S.SETTLING}),
     S.ADMITTING: frozenset({S.READY, S.RESUMING, S.RUNNING, S.SETTLING, S.ENDED, S.GONE}),
     S.READY: frozenset({S.RUNNING, S.SETTLING}),
-    # The last three: the supervisor showed the job in a slot before the agent had read its record.
+    # The last three follow if the supervisor showed the job in a slot before the agent read the job's record.
     S.RUNNING: frozenset({S.SETTLING, S.ENDED, S.RETRY_WAIT, S.REPORTING, S.GONE}),
     S.SETTLING: frozenset({S.ENDED, S.GONE}),
     S.ENDED: frozenset({S.RETRY_WAIT, S.HANDING_ON, S.REPORTING}),
     S.RETRY_WAIT: frozenset({S.RESUMING, S.SETTLING}),
     S.HANDING_ON: frozenset({S.REPORTING, S.GONE}),
     S.REPORTING: frozenset({S.GONE}),
-    # The same job may come again: its coordinator has forgotten the report, or the fleet offers the job.
+    # The same job may come again: the coordinator has forgotten the report, or the fleet offers the job.
     S.GONE: _BEGIN,
 }
 
 TAKEN_IN = frozenset({S.ADMITTING, S.READY})
 """The job will take a free slot."""
 WAITING = frozenset({S.RESUMING, S.ADMITTING, S.READY, S.RETRY_WAIT})
-"""The job waits for a slot, or for what must come before."""
+"""The job waits for a slot, or for the steps before."""
 CONCLUDED = frozenset({S.ENDED, S.HANDING_ON, S.REPORTING})
-"""The agent knows that nobody works on the job any more, and has its outcome."""
+"""The job has an outcome, and no worker has the job any more."""
 _TOLD = frozenset({S.HANDING_ON, S.REPORTING})
 
 
 class ProgressNote(Struct):
-    """What a job says of itself, and when the agent passes it on, in seconds of the boot-time clock."""
+    """The last progress of a job, and when the agent sends it on, in seconds of the boot-time clock."""
 
     due: float
     pct: float = 0.0
@@ -69,12 +69,12 @@ class ProgressNote(Struct):
 
 
 class JobEntry(Struct):
-    """One job: its stage, and what the parts of the agent know of it.
+    """One job: its stage, and the data of the agent's parts.
 
-    `progress` is None until the job is acknowledged: from then on the coordinator counts it as ours. `ticket`
-    is what the job needs of a slot, None while that is not known. `due` is when the next attempt may begin.
-    `cancelled` ends the job while its inputs are fetched. `outcome` is outcome.json as it was read, until the
-    report is tried for the first time.
+    `progress` is None until the job is acknowledged; from then on the coordinator counts the job as ours.
+    `ticket` says what the job needs of a slot, None if unknown. `due` is the time of the next attempt.
+    `cancelled` ends the job during its admission. `ended_here`: an attempt on this node has ended. `outcome` is
+    the content of outcome.json, until the agent tries to send the report for the first time.
     """
 
     job_id: str
@@ -88,9 +88,9 @@ class JobEntry(Struct):
 
 
 class JobTable:
-    """The jobs of this node that are not settled, for the agent's main thread.
+    """The jobs of this node without an accepted report, for the agent's main thread.
 
-    `every_s` is the time between two reports of progress of the same job.
+    `every_s` is the time between two progress reports of the same job.
     """
 
     def __init__(self, every_s: float) -> None:
@@ -100,28 +100,28 @@ class JobTable:
         self.slots: Slots | None = None
         """The slots as the supervisor last showed them."""
         self.came: set[str] | None = None
-        """The jobs that have been here since the coordinator was asked for its list, until it answers."""
+        """While the coordinator makes its list: the jobs present since the request. Otherwise None."""
         self.ends = 0
-        """How often a job has ended, or its report was accepted: then there may be another job for us."""
+        """Counts the ends of jobs and the accepted reports: after each, a new job may come."""
 
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._entries
 
     def get(self, job_id: str) -> JobEntry | None:
-        """Look a job up."""
+        """Give the entry of a job, or None."""
         return self._entries.get(job_id)
 
     def stage(self, job_id: str) -> Stage:
-        """Say how far a job has come; GONE for a job that is not in the table."""
+        """Give the stage of a job; GONE for a job outside the table."""
         entry = self._entries.get(job_id)
         return entry.stage if entry else Stage.GONE
 
     def among(self, *stages: Stage) -> list[JobEntry]:
-        """Give the jobs in these stages, in each stage the one that came first before the others."""
+        """Give the jobs in the given stages, stage by stage, in the order of their entry into the stage."""
         return [entry for stage in stages for entry in self._of[stage].values()]
 
     def move(self, job_id: str, to: Stage) -> JobEntry:
-        """Move a job on; one that is not in the table enters it, and one that is GONE leaves it.
+        """Move a job to a stage; a new job enters the table, and a move to GONE removes the job.
 
         Raises:
             IllegalMove: `to` may not follow the job's stage.
@@ -150,26 +150,26 @@ class JobTable:
         if entry is not None and entry.progress is None and entry.stage not in _TOLD:
             entry.progress = ProgressNote(clock.now() + self._every_s)
 
-    # --- who has which jobs ----------------------------------------------------------------------------
+    # --- sets of jobs ----------------------------------------------------------------------------------
 
     def ours(self) -> set[str]:
-        """Name the jobs that are acknowledged and have no report yet."""
+        """Name the acknowledged jobs without a report."""
         unread = self._of[Stage.UNREAD]
         return {job_id for job_id, entry in self._entries.items() if entry.progress or job_id in unread}
 
     def undone(self) -> int:
-        """Count the jobs that are not only to be reported."""
+        """Count the jobs that need more than a report."""
         return len(self._entries) - sum(len(self._of[stage]) for stage in _TOLD)
 
     def names(self) -> list[str]:
-        """Name all jobs: those that are only to be reported last, the latest of them first."""
+        """Name all jobs: first the undone jobs, then the jobs that need only a report, the latest first."""
         told = [entry.job_id for entry in reversed(self.among(*_TOLD))]
         return [job_id for job_id, entry in self._entries.items() if entry.stage not in _TOLD] + told
 
     # --- slots ---------------------------------------------------------------------------------------------
 
     def see(self, slots: Slots) -> None:
-        """Take note of what the slots are and which jobs they have."""
+        """Note the slots and their jobs."""
         self.slots = slots
         for job_id in self.in_slots():
             if self.stage(job_id) in {Stage.GONE, Stage.RESUMING, *TAKEN_IN}:
@@ -177,11 +177,11 @@ class JobTable:
             self.acknowledge(job_id)
 
     def in_slots(self) -> set[str]:
-        """Name the jobs that are in slots, as the supervisor last said."""
+        """Name the jobs in slots, as the supervisor last showed them."""
         return {slot.job_id for slot in self.slots.slots if slot.job_id is not None} if self.slots else set()
 
     def room(self) -> list[Offer]:
-        """Give the free slots that no job on its way will take."""
+        """Give the free slots, without the slots for jobs in admission."""
         if self.slots is None or not self.slots.accepting:
             return []
         coming = [entry.ticket for entry in self.among(*TAKEN_IN)]

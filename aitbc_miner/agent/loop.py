@@ -1,7 +1,7 @@
-"""The process that talks to the coordinator about jobs: pulls, takes in, reports progress, delivers.
+"""The process that talks to the coordinator about jobs: pulls and admits jobs, sends progress and reports.
 
-One thread decides, here and in the parts that it calls; calls to the coordinator and to a shared queue run in
-a few others and come back as a callback in this one. The process is not root and reads everything that comes
+The main thread decides, here and in the parts of the agent. Calls to the coordinator and to a shared queue
+run in other threads, and end with a callback in the main thread. The process is not root, and reads all data
 from outside.
 """
 
@@ -24,9 +24,7 @@ from aitbc_miner.agent.recovery import Found, recover, recover_rest
 from aitbc_miner.agent.retention import Retention
 from aitbc_miner.agent.retries import Retries, RetryOnDemand
 from aitbc_miner.config.settings import Config
-from aitbc_miner.coordinator.interface import (
-    Coordinator,
-)
+from aitbc_miner.coordinator.interface import Coordinator
 from aitbc_miner.ipc.channel import Channel
 from aitbc_miner.ipc.messages import (
     CancelJob,
@@ -49,7 +47,7 @@ from aitbc_miner.store.ledger import Ledger
 from aitbc_miner.util import clock
 from aitbc_miner.util.web import Proxy
 
-# How many of the jobs that are done `jobs` knows after a start.
+# The number of finished jobs that `jobs` shows after a start.
 SHOWN = 2000
 IDLE_S = 60.0
 
@@ -69,7 +67,7 @@ class Agent:
         self._channel = channel
         self._stopping = threading.Event()
         self._token = TokenLine(line, coordinator)
-        # An agent that cannot start on a full disk would leave all its reports unsent.
+        # The database needs space: without it, an agent could not start on a full disk and send its reports.
         reserve.ensure(config.workspace.root)
         database = Database(config.queue.path)
         queue = SqliteQueue(database)
@@ -80,7 +78,7 @@ class Agent:
         lease_s = config.queue.lease_s
         self._fleet = fleet = Fleet(shared, config.node_id, lease_s, coordinator) if shared else None
         self._anchor = Anchor(context, database)
-        # Each part knows those before it.
+        # Each part knows the parts before it.
         self._delivery = delivery = DeliveryQueue(context, fleet)
         self._retries = Retries(context, fleet, delivery)
         self._on_demand = RetryOnDemand(context, fleet, delivery)
@@ -98,7 +96,7 @@ class Agent:
     # --- the loop ------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Recover, then serve until told to stop or the supervisor is gone (ChannelError)."""
+        """Recover, then serve until the supervisor says stop or is gone (ChannelError)."""
         self._token.ask()
         self.turn()
         while not self._stopping.is_set():
@@ -108,7 +106,7 @@ class Agent:
         self._context.close()
 
     def turn(self) -> None:
-        """Have each part do what is due."""
+        """Have each part do its due work."""
         self._anchor.start_due()
         if self._anchor.found and not self._recovered:
             self._recover()
@@ -117,7 +115,7 @@ class Agent:
         self._token.tell_load(self._jobs.undone())
 
     def _parts(self) -> list[Part]:
-        # Reports before pulls: a coordinator may count a job as under way until it has its report.
+        # Reports before pulls: a coordinator may count a job as running until it has the report.
         way: list[Part] = [self._anchor, self._retries, self._admission, self._delivery, self._reconciler]
         rest: list[Part] = [self._puller, self._idle, self._retention, *self._watch, self._progress]
         return [*way, *rest, self._context.persisting]
@@ -169,7 +167,7 @@ class Agent:
     # --- the start -----------------------------------------------------------------------------------------
 
     def _recover(self) -> None:
-        """Read the records and go on with each job where it was; nothing is pulled before."""
+        """Read the records and resume each job. The node pulls no job before."""
         self._recovered = True
         context = self._context
         for row in context.ledger.latest(SHOWN):
@@ -179,7 +177,7 @@ class Agent:
         self._go_on(found)
 
     def _go_on(self, found: Found) -> None:
-        """Go on with each job that was found where it was, and later with those that could not be read."""
+        """Resume each job that was found; try again later to read the unread records."""
         context, jobs = self._context, self._jobs
         for job_id in found.finished:
             context.enter(job_id)

@@ -1,6 +1,6 @@
-"""The agent's line to the heartbeat, which alone can register: the node token comes this way.
+"""The agent's line to the heartbeat, which registers the node and sends the node token over this line.
 
-The heartbeat is also told how much there is to do, and when the coordinator should hear of it.
+The agent also tells the heartbeat the number of its jobs, and when to send a heartbeat at once.
 """
 
 from aitbc_miner.coordinator.interface import Coordinator
@@ -11,7 +11,7 @@ from aitbc_miner.util import log
 
 
 class TokenLine:
-    """Asks for tokens and has the client use what comes."""
+    """Asks for tokens and gives each new token to the coordinator's client."""
 
     def __init__(self, line: Channel[PrivateLine], coordinator: Coordinator) -> None:
         self._line = line
@@ -19,15 +19,15 @@ class TokenLine:
         self._token: str | None = None
         self._load: int | None = None
         self.forgotten = False
-        """Whether the coordinator has forgotten this node, and so its jobs, since that was last looked at."""
+        """Whether the coordinator has forgotten this node and its jobs. The reader of the flag resets it."""
         self.beaten = False
-        """Whether it has had a heartbeat that was wanted, likewise."""
+        """Whether the coordinator has had the heartbeat of `want_beat`. The reader of the flag resets it."""
 
     def __bool__(self) -> bool:
         return self._token is not None
 
     def fileno(self) -> int:
-        """Give the descriptor that can be read when a token has come."""
+        """Give the descriptor, readable when the heartbeat has sent a message."""
         return self._line.fileno()
 
     def ask(self) -> None:
@@ -35,12 +35,12 @@ class TokenLine:
         self._line.send(TokenWanted())
 
     def refused(self) -> None:
-        """Ask for another token, since the coordinator does not accept this one."""
+        """Ask for a new token, since the coordinator does not accept the present token."""
         if self._token is not None:
             self._line.send(TokenWanted(refused=digest(self._token)))
 
     def tell_load(self, inflight: int) -> None:
-        """Say how many jobs are ours to do, if that has changed."""
+        """Tell the heartbeat the number of undone jobs, if changed."""
         if inflight != self._load:
             self._load = inflight
             self._line.send(Load(inflight))
@@ -50,10 +50,10 @@ class TokenLine:
         self._line.send(BeatWanted())
 
     def receive(self) -> bool:
-        """Use what has come; whether the coordinator may have more for us now: for a token, or a heartbeat.
+        """Read the messages; True after a new token or a heartbeat: the coordinator may have news for us.
 
         Raises:
-            ChannelError: the heartbeat, or who started us, is gone.
+            ChannelError: the heartbeat or the supervisor is gone.
         """
         words = self._line.receive()
         for word in words:

@@ -1,4 +1,4 @@
-"""The outcome of a job that nobody works on any more: cancelled, expired, lost, refused."""
+"""Writes the outcome of a job that no worker has: cancelled, expired, lost or refused."""
 
 import os
 
@@ -9,23 +9,23 @@ from aitbc_miner.store.records import OUTCOME, JobDir, RecordError, Records
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 
-# The outcome of a job whose result the coordinator would not take; outcome.json says E_UPLOAD then.
+# The outcome whose result the coordinator refused; outcome.json says E_UPLOAD then.
 REFUSED = "outcome.refused.json"
-# While the result is sent once more of a job of which the coordinator has heard that it could not be.
+# The `delivery` of a job whose refused result the agent sends again, after the coordinator has got E_UPLOAD.
 CALLED_FAILED = "called_failed"
 
 
 def was_refused(job: JobDir) -> bool:
-    """Whether the job's report, or its result, was not taken, so that it may be sent once more."""
+    """Whether the coordinator refused the job's report or result, so that the agent may send it again."""
     state = job.state()
     return state.state is State.FAILED and (state.delivery == "refused" or fs.exists(job.fd, REFUSED))
 
 
 def take_back_refused(job: JobDir) -> bool:
-    """Have a report that was refused sent once more, as it was at first; False when it was not refused."""
+    """Restore the first report of a job to be sent again; False if the coordinator has not refused it."""
     if not was_refused(job):
         return False
-    # The state first: a crash in between leaves the report of the refusal, which is sent then.
+    # The state first: after a crash in between, the agent sends the report with E_UPLOAD.
     job.move(State.UPLOADING, delivery=None if job.state().delivery == "refused" else CALLED_FAILED)
     if fs.exists(job.fd, REFUSED):
         os.rename(REFUSED, OUTCOME, src_dir_fd=job.fd, dst_dir_fd=job.fd)
@@ -34,10 +34,10 @@ def take_back_refused(job: JobDir) -> bool:
 
 
 def settle(records: Records, said: JobSettled | CancelJob) -> bool:
-    """See to it that a job which nobody works on has an outcome; False if it is reported already.
+    """Write an outcome for a job without a worker, unless it has an outcome; False if already reported.
 
     Raises:
-        OSError: that cannot be done now.
+        OSError: a temporary fault; try again.
     """
     try:
         with records.open(said.job_id) as job:
@@ -51,27 +51,28 @@ def settle(records: Records, said: JobSettled | CancelJob) -> bool:
 
 
 def outcome_of(job: JobDir, said: JobSettled | CancelJob) -> Outcome:
-    """Give the outcome of a job that nobody works on any more, or say what became of one without."""
+    """Give the outcome of a job without a worker; writes an outcome if the worker has left none."""
     if not job.has_outcome():
         job.rescue_outcome()
     return job.outcome() or declare(job, said)
 
 
 def declare(job: JobDir, said: JobSettled | CancelJob) -> Outcome:
-    """Write the outcome of a job that nobody works on any more and that has none: it says why."""
+    """Write the outcome of a job that has neither a worker nor an outcome; `said` gives the reason."""
     if isinstance(said, CancelJob) and said.why == "expired":
-        code, message = ErrorCode.E_TIMEOUT, f"the job did not come to its turn in time: {said.detail}"
+        code, message = ErrorCode.E_TIMEOUT, f"the job did not start in time: {said.detail}"
     elif isinstance(said, CancelJob):
         code, message = ErrorCode.E_CANCELLED, f"the job was cancelled before it started: {said.detail}"
     elif said.code is not None:
         code, message = said.code, said.why
     else:
-        code, message = ErrorCode.E_LOST, f"the job was lost: {said.why or 'its worker ended without a word'}"
+        why = said.why or "its worker process died before it wrote an outcome"
+        code, message = ErrorCode.E_LOST, f"the job was lost: {why}"
     return conclude(job, code, message)
 
 
 def conclude(job: JobDir, code: ErrorCode, message: str) -> Outcome:
-    """Write that the attempt at a job that is under way has failed."""
+    """Write a failure as the outcome of a job's present attempt."""
     state = job.state()
     outcome = Outcome(
         job_id=job.job_id,

@@ -1,7 +1,7 @@
-"""What jobs say of themselves, passed on to the coordinator.
+"""Sends the progress of jobs to the coordinator.
 
-With its reply the coordinator also says that a job is cancelled. So the agent reports on each job now and
-then, from the moment when the job is acknowledged, even if the job says nothing.
+The coordinator's reply also says whether the job is cancelled. So the agent reports each acknowledged job at
+intervals, even if the job shows no progress.
 """
 
 from collections.abc import Iterator
@@ -16,11 +16,11 @@ from aitbc_miner.ipc.messages import JobProgress
 from aitbc_miner.util import clock
 
 PAUSE_S = 1.0
-"""A task may report as often as it likes; the coordinator hears of it once in this time."""
+"""The shortest time between new progress of a job and its report: a task may report without a limit."""
 
 
 class ProgressReports:
-    """Reports on the acknowledged jobs of the table."""
+    """Reports the progress of the acknowledged jobs of the table."""
 
     def __init__(self, context: AgentContext, admission: AdmissionQueue) -> None:
         self._context = context
@@ -28,7 +28,7 @@ class ProgressReports:
         self._admission = admission
 
     def note(self, said: JobProgress) -> None:
-        """Take what a job says; it is passed on soon, but not at the pace of a chatty task."""
+        """Note new progress of a job, and report it within `PAUSE_S`."""
         self._jobs.acknowledge(said.job_id)
         entry = self._jobs.get(said.job_id)
         if entry is not None and (progress := entry.progress) is not None:
@@ -37,13 +37,13 @@ class ProgressReports:
 
     def next_due(self) -> float | None:
         """When the next report is due."""
-        # Without a token nothing can be sent: what is due then would keep the loop from waiting at all.
+        # Without a token the agent can send nothing, and a due report would make the loop spin.
         if not self._context.token:
             return None
         return min((progress.due for _, progress in self._waiting()), default=None)
 
     def start_due(self) -> None:
-        """Send what is due."""
+        """Send the reports that are due."""
         if not self._context.token:
             return
         now = clock.now()
@@ -59,13 +59,13 @@ class ProgressReports:
                 yield job_id, entry.progress
 
     def _sent(self, job_id: str, progress: ProgressNote, future: Future[bool]) -> None:
-        # Whether it came through or failed: the next report says the same and more.
+        # A lost report does not matter: the next report says the same and more.
         progress.sending = False
         progress.due = clock.now() + self._context.config.heartbeat.interval_s
         try:
             wants_end = future.result()
         except Exception as error:  # noqa: BLE001  # one odd reply must not end the agent, again and again
-            # Only a refused token must be dealt with.
+            # Of the coordinator's errors, only a refused token needs an action.
             if isinstance(error, Unauthorized):
                 self._context.token.refused()
             if not isinstance(error, CoordinatorError):

@@ -1,4 +1,4 @@
-"""Asking the coordinator for jobs, when there is room for them."""
+"""Asks the coordinator for jobs, if slots are free."""
 
 from concurrent.futures import Future
 from functools import partial
@@ -15,15 +15,15 @@ from aitbc_miner.util.backoff import Backoff
 
 MAX_KNOWN = 1000
 MAX_UNREPORTED = 100
-"""Results that the coordinator has not taken yet, with which no more work is begun."""
+"""With so many unaccepted reports, the node pulls no jobs."""
 PAUSE_TOLD_S = 30.0
-"""A pause of more than this is told."""
+"""`status` shows longer pauses."""
 GROWTH = 1.5
-"""Of the pause between two pulls, with each that comes back empty."""
+"""The factor by which the pause grows after each empty pull."""
 
 
 class Puller:
-    """Pulls one job at a time, as long as there is a free slot."""
+    """Pulls one job at a time, as long as a slot is free."""
 
     def __init__(self, context: AgentContext, admission: AdmissionQueue, reconciler: Reconciler) -> None:
         self._context = context
@@ -36,31 +36,31 @@ class Puller:
         self._closed_s = self._closed_until = 0.0
         self._stretch = 1.0
         self.idle_since: float | None = None
-        """Since when each pull has come back empty; None while there is work."""
+        """The time of the first of the last empty pulls; None while jobs come."""
         config = context.config
         self._backoff = Backoff(config.coordinator.poll_interval_s, config.heartbeat.backoff.max_s)
 
     def next_due(self) -> float | None:
-        """When to pull next; None as long as nothing may be pulled."""
+        """When to pull next; None as long as the node may not pull."""
         if self._jobs.ends != self._ends_seen:
             self._ends_seen = self._jobs.ends
             self.hurry()
         return max(self._at, self._closed_until, self._not_before()) if self._may_pull() else None
 
     def hurry(self) -> None:
-        """Pull now, or when the coordinator lets us: there may be work."""
+        """Pull now, or as soon as the coordinator permits: a job may be available."""
         self._at = clock.now()
         self._stretch = 1.0
 
     def _not_before(self) -> float:
-        """Say from when on to pull: what the coordinator takes for ours already comes first."""
+        """Give the earliest time of a pull: the jobs that the coordinator counts as ours come first."""
         troubled_until = self._admission.troubled_until
         if self._reconciler.asked and not self._context.homeless:
             return troubled_until
         return max(troubled_until, clock.now() + 60.0)
 
     def start_due(self) -> None:
-        """Pull, if it is time; say so where something else than that keeps us from it."""
+        """Pull, if due; tell the supervisor if the reason for a pause has changed."""
         paused = self._why_paused()
         if paused != self._context.paused:
             self._context.paused = paused
@@ -75,20 +75,21 @@ class Puller:
 
     def _why_paused(self) -> str:
         if self._context.pending >= MAX_UNREPORTED:
-            return f"the coordinator has not taken {MAX_UNREPORTED} results or more yet"
+            return f"the coordinator has not yet accepted {MAX_UNREPORTED} reports or more"
         if self._closed_s > PAUSE_TOLD_S and clock.now() < self._closed_until:
-            return f"the coordinator wants to be left alone for {self._closed_s:.0f} s"
+            return f"the coordinator asked for a pause of {self._closed_s:.0f} s"
         if self._not_before() > clock.now() + PAUSE_TOLD_S and not self._pulling:
-            return "jobs cannot be taken in here, or what the coordinator takes for ours is not known yet"
+            if not self._reconciler.asked:
+                return "the coordinator has not yet said which jobs this node has"
+            return "this node could not admit the last job; see the event `cannot admit job` in the log"
         return ""
 
     def _close(self, seconds: float) -> None:
         self._closed_s, self._closed_until = seconds, clock.now() + seconds
 
     def _may_pull(self) -> bool:
-        if self._pulling or not self._context.token or self._context.pending >= MAX_UNREPORTED:
-            return False
-        return bool(self._jobs.room())
+        blocked = self._pulling or not self._context.token or self._context.pending >= MAX_UNREPORTED
+        return not blocked and bool(self._jobs.room())
 
     def _pulled(self, future: Future[PulledJob | None]) -> None:
         self._pulling = False
@@ -119,7 +120,7 @@ class Puller:
             self.idle_since = clock.now()
 
     def _pause(self) -> float:
-        """Give the pause after a pull that came back empty, and make the next one longer."""
+        """Give the pause after an empty pull, and make the next pause longer."""
         pause_s = self._stretch * self._context.config.coordinator.poll_interval_s
         self._stretch = min(self._stretch * GROWTH, self._context.coordinator.slowest)
         return pause_s

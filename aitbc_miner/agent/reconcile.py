@@ -1,7 +1,7 @@
-"""Compares what we are at work on with what the coordinator believes, where it says so.
+"""Compares the jobs of this node with the coordinator's list, if the dialect has such a list.
 
-What it lists and we do not have is taken up: the reply to a poll was lost, or our disk was. What it does not
-list any more is not wanted: its client cancelled it. And the list says until when each job is wanted.
+The node admits a listed job that it does not have: the reply to a pull was lost, or the disk was. The node
+ends a job that is not listed any more: its client cancelled the job. The list also has each job's deadline.
 """
 
 from concurrent.futures import Future
@@ -10,20 +10,20 @@ from aitbc_miner.agent.admission_queue import AdmissionQueue
 from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.delivery_queue import DeliveryQueue
 from aitbc_miner.coordinator.interface import Assignments, Paced, PulledJob
-from aitbc_miner.errors import ErrorCode, MinerError
+from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.channel import ChannelError
 from aitbc_miner.ipc.messages import CancelJob
-from aitbc_miner.jobs import FINAL, EndReason, ManifestError
+from aitbc_miner.jobs import FINAL, EndReason, ManifestError, StateRecord
 from aitbc_miner.util import clock
 
 AGAIN_S = 5.0
-"""After a call that failed."""
+"""The pause after a failed call."""
 MAX_BUSY = 1000
-"""With so many jobs no more are taken up, whatever is listed; a later list names them again."""
+"""With so many jobs, the node admits no listed job; a later list names the job again."""
 
 
 class Reconciler:
-    """Asks at the start, at each interval, and when the reply to a poll may have been lost."""
+    """Asks for the list at the start, at intervals, and after a pull whose reply may be lost."""
 
     def __init__(self, context: AgentContext, admission: AdmissionQueue, delivery: DeliveryQueue) -> None:
         self._context = context
@@ -39,16 +39,17 @@ class Reconciler:
         self._forgotten: set[str] = set()
         self._ends: dict[str, float] = {}
         self.asked = False
-        """Whether there was an answer, or none is to be had: what we have already comes before new work."""
+        """Whether the first call has ended. Before, the node pulls no jobs: its listed jobs come first."""
 
     def hurry(self) -> None:
-        """Ask now."""
+        """Ask for the list now."""
         self._at = clock.now()
 
     def heard(self) -> None:
-        """Note that the coordinator has had a heartbeat, or has told us that it did not know us any more.
+        """Act on a heartbeat, or on the news that the coordinator had forgotten this node.
 
-        With this node it has forgotten its jobs, which are wanted all the same: nobody has cancelled them.
+        A coordinator that forgets a node also forgets its jobs. The node does not end them: nobody has
+        cancelled them.
         """
         if self._context.token.forgotten:
             self._context.token.forgotten = False
@@ -57,23 +58,23 @@ class Reconciler:
             self.hurry()
 
     def next_due(self) -> float | None:
-        """When to ask, or to end a job whose time is over."""
+        """When to ask for the list, or to end a job at its deadline."""
         due = [*self._ends.values()]
         if self._context.token and self._told and not self._asking:
             due.append(self._at)
         return min(due, default=None)
 
     def start_due(self) -> None:
-        """Ask, if it is time, and end what is wanted no longer."""
+        """Ask for the list, if due, and end the jobs whose deadline is over."""
         now = clock.now()
         for job_id in [job_id for job_id, end in self._ends.items() if end <= now]:
             del self._ends[job_id]
-            self._end(job_id, "expired", "the coordinator waits for it no longer")
+            self._end(job_id, "expired", "the coordinator no longer waits for the job")
         if not self._context.token or not self._told or self._asking or now < self._at:
             return
         self._asking = True
         self._before = self._jobs.ours()
-        # A job that comes from now on is not missing in the list that is being made.
+        # The coordinator's list may lack a job that comes from now on.
         self._jobs.came = set(self._jobs.names())
         self._context.start("assigned", self._context.coordinator.assignments, self._answered)
 
@@ -112,25 +113,17 @@ class Reconciler:
             self._miss(self._before & self._jobs.ours() - listed)
 
     def _take_up(self, job_id: str, job: PulledJob) -> None:
-        """Begin with a job that is new to us; of one that is done, the coordinator has not heard it."""
-        if not self._context.records.known(job_id) and not self._context.ledger.knows(job_id):
-            self._context.log.warning("job taken up", job_id=job_id, cause="the coordinator lists it as ours")
+        """Admit a listed job that is new here, or repeat the report of a listed job that is settled here."""
+        log, records = self._context.log, self._context.records
+        if not records.known(job_id) and not self._context.ledger.knows(job_id):
+            log.warning("job taken up", job_id=job_id, cause="the coordinator lists the job as ours")
             self._admission.accept(job)
-        elif self._is_final(job_id):
-            self._context.log.warning(
-                "report repeated", job_id=job_id, cause="the coordinator has not heard it"
-            )
+        elif isinstance(record := records.state_of(job_id), StateRecord) and record.state in FINAL:
+            log.warning("report repeated", job_id=job_id, cause="the coordinator lists the job as unfinished")
             self._delivery.repeat(job_id)
 
-    def _is_final(self, job_id: str) -> bool:
-        try:
-            with self._context.records.open(job_id) as job:
-                return job.state().state in FINAL
-        except (MinerError, OSError):
-            return False
-
     def _miss(self, missing: set[str]) -> None:
-        """End what is missing again after a heartbeat, which tells whether we are known there at all."""
+        """End jobs that two lists lack, with a heartbeat in between to register a forgotten node again."""
         ended = missing & self._missing - self._forgotten if self._context.token.beaten else set()
         for job_id in ended:
             self._end(job_id, "cancel", "by the coordinator")
@@ -147,15 +140,12 @@ class Reconciler:
         self._admission.cancel(CancelJob(job_id, why, detail))
 
     def _is_anothers(self, job_id: str) -> bool:
-        """Whether the coordinator knows the job under the name of another node of our fleet."""
-        try:
-            with self._context.records.open(job_id) as job:
-                return job.state().origin is not None
-        except (MinerError, OSError):
-            return True
+        """Whether the coordinator knows the job under the id of another node of our fleet; True if unread."""
+        record = self._context.records.state_of(job_id)
+        return not isinstance(record, StateRecord) or record.origin is not None
 
 
 def _too_late(job_id: str, job: PulledJob) -> PulledJob:
-    """Give a job that nobody waits for any more as one that cannot be run: only its client must be told."""
-    why = "cannot run the job: its time was over when this node heard of it"
+    """Replace a job after its deadline by an E_TIMEOUT, so that its client gets a report."""
+    why = "cannot run the job: its deadline had passed when this node received the job"
     return PulledJob(job.raw, error=ManifestError(why, job_id, ErrorCode.E_TIMEOUT))

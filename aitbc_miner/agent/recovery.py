@@ -1,6 +1,6 @@
-"""What the records say at the start: which jobs are done, to deliver, to resume, or in a worker's hands.
+"""Reads the records at the start, and sorts the jobs: finished, to report, to resume, or with a worker.
 
-A record that cannot be read is set aside, and what is left of its job is reported all the same.
+The agent sets a broken record aside, and still reports the rest of its job.
 """
 
 from collections.abc import Container
@@ -20,10 +20,10 @@ STARTED = frozenset({State.PREP, State.RUNNING, State.COLLECTING})
 
 
 class Found(Struct, frozen=True):
-    """The jobs on disk, by what they need. `ended` have an outcome of which nobody was told yet.
+    """The jobs on disk, by their next step. `ended` have an outcome, but no decision on report or retry.
 
-    `finished` are delivered. `leases` are the tokens of those that a fleet shares. `unread` are those that
-    this machine's own trouble kept from being read, and why.
+    `finished` are settled. `leases` has the tokens of jobs that a fleet shares. `unread` has the jobs that a
+    temporary fault of this machine kept unread, with the error. `broken` counts broken records.
     """
 
     finished: list[str] = []
@@ -38,14 +38,14 @@ class Found(Struct, frozen=True):
 
 
 def recover(records: Records, settled: Container[str] = ()) -> Found:
-    """Read the records of all jobs but the `settled`, and set those aside that are broken."""
+    """Read the records of all jobs but the `settled`, and set broken records aside."""
     records.remove_unfinished()
     found = Found()
     return _recover(records, [job_id for job_id in records.ids() if job_id not in settled], found)
 
 
 def recover_rest(records: Records, unread: list[str]) -> Found:
-    """Read the records once more that could not be read before."""
+    """Read the records of these jobs again; an earlier call could not."""
     return _recover(records, unread, Found())
 
 
@@ -61,7 +61,7 @@ def _recover(records: Records, job_ids: list[str], found: Found) -> Found:
 
 
 def _recover_one(records: Records, job_id: str, found: Found) -> bool:
-    """Sort one job in; True when something of it is broken."""
+    """Sort one job into `found`; True if a record of the job is broken."""
     record = records.state_of(job_id)
     if isinstance(record, OSError):
         raise record
@@ -106,16 +106,16 @@ def _sort(records: Records, record: StateRecord, found: Found) -> None:
 
 
 def _salvage(records: Records, job_id: str, error: RecordError) -> bool:
-    """Deal with a job whose state cannot be read; True when it has a report to be sent.
+    """Save a job with a broken state; True if the job has a report to send.
 
-    A result that stands is delivered. Of anything else nobody can say how far it has come, so it is lost.
-    What is no job at all is only set aside.
+    A job with an outcome keeps the outcome. Without an outcome nobody knows the job's progress, so the job is
+    lost. A directory without a manifest is no job, and is only set aside.
     """
     with records.open(job_id) as job:
         outcome = _if_readable(job)
         is_job = outcome is not None or _manifest_of(job) is not None
         if is_job:
-            # First: whatever comes in between, the next start finds an outcome that stands.
+            # The outcome first: after a crash in between, the next start finds the outcome.
             outcome = outcome or _declare_lost(records, job)
             _set_aside(records, job_id, STATE, error)
             state = StateRecord(job_id=job_id, state=State.UPLOADING, slot=outcome.slot, started=True)
@@ -128,7 +128,7 @@ def _salvage(records: Records, job_id: str, error: RecordError) -> bool:
 def _declare_lost(records: Records, job: JobDir) -> Outcome:
     if job.has_outcome():
         records.set_aside(job.job_id, OUTCOME)
-    why = f"the job was lost: its record was broken, and is set aside in {BROKEN}"
+    why = f"the job was lost: its record was broken; the node has moved the record to {BROKEN}"
     outcome = Outcome(job_id=job.job_id, code=ErrorCode.E_LOST, message=why, finished_wall=clock.wall())
     job.write_outcome(outcome)
     return outcome
@@ -138,8 +138,8 @@ def _set_aside(records: Records, job_id: str, file: str | None, error: Exception
     try:
         aside = str(records.set_aside(job_id, file))
     except FileNotFoundError:
-        aside = None  # the file was not there, which is what was wrong
-    events("agent").error("broken record", job_id=job_id, error=str(error), aside=aside)
+        aside = None  # the error was that the file is missing
+    events("agent").error("broken record set aside", job_id=job_id, error=str(error), aside=aside)
 
 
 def _if_readable(job: JobDir) -> Outcome | None:
@@ -150,7 +150,7 @@ def _if_readable(job: JobDir) -> Outcome | None:
 
 
 def _manifest_of(job: JobDir) -> bytes | None:
-    """Give the manifest as it came, if it is one; a directory without is nothing that we were handed."""
+    """Give the manifest as it came, or None: a directory without a manifest of its job is no job."""
     try:
         said = msgspec.json.decode(raw := job.raw_manifest())
     except (RecordError, msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -159,12 +159,12 @@ def _manifest_of(job: JobDir) -> bytes | None:
 
 
 def read_outcome(records: Records, job_id: str) -> Outcome | None:
-    """Give a job's outcome; None when it has none or a broken one."""
+    """Give a job's outcome; None if the outcome is missing, broken or unreadable now."""
     try:
         with records.open(job_id) as job:
             return job.outcome()
     except RecordError as error:
-        events("agent").error("broken record", job_id=job_id, error=str(error))
+        events("agent").error("broken record found", job_id=job_id, error=str(error))
     except OSError as error:
         events("agent").error("record not read", job_id=job_id, error=str(error))
     return None

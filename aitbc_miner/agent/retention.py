@@ -1,7 +1,7 @@
-"""What is kept of jobs that are done: which directories may go, and which rows of the books.
+"""Decides which directories of settled jobs may go, and prunes old rows of the ledger.
 
-Chosen here, by when a report was settled; removed by a process that is root (supervisor/sweep.py), that looks
-again.
+The agent chooses by the time of settlement. The sweep (supervisor/sweep.py), which is root, checks each
+directory again and removes it.
 """
 
 from concurrent.futures import Future
@@ -20,18 +20,18 @@ AT_ONCE = 200
 
 
 class Retention:
-    """Names what may go, now and then and when space is short."""
+    """Names removable directories at intervals, and when space is short."""
 
     def __init__(self, context: AgentContext) -> None:
         self._context = context
         self._due = clock.now()
 
     def next_due(self) -> float:
-        """When to look next."""
+        """When to choose next."""
         return self._due
 
     def start_due(self) -> None:
-        """Name the directories that were kept for their time, and forget old rows."""
+        """Name the directories that have reached their age, and prune old rows, if due."""
         if clock.now() < self._due:
             return
         self._due = clock.now() + EVERY_S
@@ -41,16 +41,16 @@ class Retention:
         self._context.start("queue", self._context.ledger.prune, self._done)
 
     def obey(self, said: Swept | SpaceWanted) -> None:
-        """Take note of what is gone, or name what may go before its time."""
+        """Note removed directories, or name directories that may go early."""
         if isinstance(said, SpaceWanted):
             self._name(partial(self._context.ledger.oldest_delivered, AT_ONCE), early=True)
             return
         self._context.start("queue", partial(self._forget, said.job_ids), self._forgotten)
         if said.job_ids:
-            self._due = min(self._due, clock.now() + SOON_S)  # there may be more
+            self._due = min(self._due, clock.now() + SOON_S)  # more directories may have reached their age
 
     def _forget(self, job_ids: list[str]) -> int:
-        """Enter what is gone; gives how many reports there are that were refused. Runs in a thread."""
+        """Note removed directories in ledger and queue; gives the number of refused reports. In a thread."""
         context = self._context
         context.ledger.mark_swept(job_ids)
         gone = set(job_ids)

@@ -1,7 +1,6 @@
-"""What becomes of a job that has failed: its report, another attempt here, or another node's."""
+"""Decides about failed jobs: report the job, try again here, or hand the job on to another node."""
 
 import random
-from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 
@@ -14,19 +13,20 @@ from aitbc_miner.agent.outcomes import settle
 from aitbc_miner.agent.retry_policy import Where, next_attempt, pause_before
 from aitbc_miner.errors import MinerError
 from aitbc_miner.ipc.messages import CancelJob, JobSettled, Retried
-from aitbc_miner.jobs import MOVES, Outcome, RetryPolicy, State
+from aitbc_miner.jobs import MOVES, Outcome, RetryPolicy, State, StateRecord
 from aitbc_miner.queue.interface import Kind, QueueError, Task
 from aitbc_miner.store.ledger import account_of
 from aitbc_miner.store.records import JobDir, RecordError
 from aitbc_miner.util import clock
 
 LOOK_AGAIN_S = 0.1
+NOT_NOTED = "retry time not noted"
 
 
 class Retries:
-    """Decides about jobs whose attempt is over, and keeps those that wait for their next attempt here.
+    """Decides about jobs after an attempt, and keeps the jobs that wait for their next attempt here.
 
-    When to try next is kept in memory, and noted in the queue for after a restart.
+    The times of the next attempts are in memory, and in the retry queue for the next start.
     """
 
     def __init__(self, context: AgentContext, fleet: Fleet | None, delivery: DeliveryQueue) -> None:
@@ -41,10 +41,10 @@ class Retries:
         return min((entry.due for entry in self._jobs.among(Stage.RETRY_WAIT)), default=None)
 
     def start_due(self) -> None:
-        """Have the jobs taken in once more whose next attempt is due.
+        """Resume the jobs whose next attempt is due.
 
-        A job that the supervisor last showed in a slot waits until a later word of it: the end of the attempt
-        may be known here before that word comes.
+        A job that the supervisor last showed in a slot waits for a later message: the agent may learn of the
+        attempt's end before the supervisor shows the slot as free.
         """
         now, in_slots = clock.now(), self._jobs.in_slots()
         for entry in self._jobs.among(Stage.RETRY_WAIT):
@@ -54,44 +54,41 @@ class Retries:
                 entry.due = now + LOOK_AGAIN_S
                 continue
             self._jobs.move(entry.job_id, Stage.RESUMING)
-            self._note(partial(self._context.queue.remove, Kind.RUN, entry.job_id))
+            self._context.note(partial(self._context.queue.remove, Kind.RUN, entry.job_id), NOT_NOTED)
 
     def recovered(self, job_ids: list[str]) -> None:
-        """Wait on for those that an earlier run of the node has left waiting."""
+        """Keep the jobs waiting that waited in an earlier run of the node."""
         left: dict[str, float] = {}
         try:
             waiting = self._context.queue.waiting(Kind.RUN, self._context.config.node_id)
             left = {task.job_id: max(0.0, due_s) for task, due_s in waiting}
         except QueueError as error:
-            self._context.warn("times of retries not read", error)
+            self._context.warn("retry times not read", error)
         for job_id in job_ids:
             self._jobs.move(job_id, Stage.RETRY_WAIT).due = clock.now() + left.get(job_id, 0.0)
-            # The coordinator counts it as ours, and may cancel it while it waits.
+            # The coordinator counts the waiting job as ours, and may cancel the job.
             self._jobs.acknowledge(job_id)
             self._context.show(job_id, State.RETRY_WAIT)
 
     # --- the end of an attempt -----------------------------------------------------------------------------
 
     def settle(self, said: JobSettled | CancelJob) -> None:
-        """Nobody works on the job any more: what it left is its outcome, or it is lost or cancelled."""
+        """Settle a job without a worker: use its outcome, or write that the job is lost or cancelled."""
         job_id = said.job_id
         stage = self._jobs.stage(job_id)
         if stage in CONCLUDED:
             return
         if isinstance(said, JobSettled) and said.code is None and stage in WAITING and self._waits(job_id):
-            # Of an attempt whose outcome was found on the disk before its worker's end was heard of.
+            # The message is late: the agent has already found the attempt's outcome on the disk.
             return
         if stage is not Stage.SETTLING:
             self._jobs.move(job_id, Stage.SETTLING)
         self._context.persisting.do(f"settle job {job_id}", partial(self._settle, said))
 
     def _waits(self, job_id: str) -> bool:
-        """Whether a job waits for a slot by its record, too, which a worker writes."""
-        try:
-            with self._context.records.open(job_id) as job:
-                return job.state().state in RESUMABLE
-        except (MinerError, OSError):
-            return False
+        """Whether a job waits for a slot also by its record, which a worker may have changed."""
+        record = self._context.records.state_of(job_id)
+        return isinstance(record, StateRecord) and record.state in RESUMABLE
 
     def _settle(self, said: JobSettled | CancelJob) -> None:
         if settle(self._context.records, said):
@@ -100,12 +97,12 @@ class Retries:
             self._jobs.move(said.job_id, Stage.GONE)
 
     def conclude(self, job_id: str) -> None:
-        """Have a job that has an outcome reported or tried again."""
+        """Report a job with an outcome, or try the job again."""
         self._jobs.move(job_id, Stage.ENDED)
-        self._context.persisting.do(f"decide about job {job_id}", partial(self._decide, job_id))
+        self._context.persisting.do(f"decide on a retry of job {job_id}", partial(self._decide, job_id))
 
     def _decide(self, job_id: str) -> None:
-        """Decide about a job whose attempt is over; its outcome is on disk. Raises OSError: not now."""
+        """Decide on a retry of a job; its outcome is on disk. Raises OSError: a temporary fault."""
         self._jobs.ends += 1
         try:
             with self._context.records.open(job_id) as job:
@@ -115,8 +112,8 @@ class Retries:
                     self._again(job, outcome, most)
                     return
         except RecordError as error:
-            # Whatever it is, to try to report it is never wrong.
-            self._context.warn("cannot decide about job", error, job_id=job_id)
+            # With a broken record, an attempt to report the job is never wrong.
+            self._context.warn("cannot decide on retry", error, job_id=job_id)
             outcome, where = None, None
         if where is Where.ELSEWHERE and outcome is not None and self._fleet is not None:
             self._jobs.move(job_id, Stage.HANDING_ON)
@@ -126,7 +123,7 @@ class Retries:
             self._delivery.add(job_id, outcome)
 
     def _judge(self, job: JobDir, outcome: Outcome | None) -> tuple[Where | None, int]:
-        """Say where the job goes next, and how many attempts it has in all."""
+        """Give the place of the next attempt, and the limit of attempts."""
         state = job.state()
         try:
             policy = job.manifest().retry
@@ -153,12 +150,12 @@ class Retries:
             state = job.state()
             if state.state is not State.RETRY_WAIT:
                 raise
-            # It stands that there is a next attempt; the old outcome is set aside when that begins.
+            # RETRY_WAIT is on disk. The next attempt sets the old outcome aside when it begins.
         pause = pause_before(state.attempt, bounds.min_s, bounds.max_s, self._rng)
         self._jobs.move(job.job_id, Stage.RETRY_WAIT).due = clock.now() + pause
-        # What is noted is the attempt that has failed: the next one may always be made.
+        # max_attempts=0: the queue only keeps the time, and the agent itself has counted the attempts.
         task = Task(Kind.RUN, job.job_id, context.config.node_id, 1, 0, outcome.message)
-        self._note(partial(context.queue.put, task, pause))
+        context.note(partial(context.queue.put, task, pause), NOT_NOTED)
         context.count("retries", str(outcome.code))
         context.log.info(
             "job is tried again",
@@ -170,18 +167,10 @@ class Retries:
         )
         context.show(job.job_id, State.RETRY_WAIT, outcome=outcome)
 
-    def _note(self, call: Callable[[], object]) -> None:
-        self._context.start("queue", call, self._noted)
-
-    def _noted(self, future: Future[object]) -> None:
-        if isinstance(error := future.exception(), Exception):
-            # After a restart the job is tried at once then, which loses nothing.
-            self._context.warn("time of a retry not noted", error)
-
-    # --- another node's ------------------------------------------------------------------------------------
+    # --- to another node -----------------------------------------------------------------------------------
 
     def _hand_on(self, fleet: Fleet, job_id: str, outcome: Outcome, most: int) -> str:
-        """Give the job to the fleet and end it here; runs in a thread."""
+        """Offer the job to the other nodes, and end the job here; runs in a thread."""
         context = self._context
         with context.records.open(job_id) as job:
             how = "handed_on" if fleet.hand_on(job, outcome, most) else "lost"
@@ -195,7 +184,7 @@ class Retries:
         try:
             how = future.result()
         except (MinerError, OSError) as error:
-            # The coordinator may have another node for it; to be asked is better than to wait for the fleet.
+            # Report the job instead of waiting for the fleet: the coordinator may have another node for it.
             context.warn("job not handed on", error, job_id=job_id)
             self._delivery.add(job_id)
             return
@@ -205,7 +194,7 @@ class Retries:
 
 
 class RetryOnDemand:
-    """Tells the supervisor, for each job that an operator wants tried once more, what comes of it."""
+    """Tries a job again when the operator asks, and tells the supervisor the result."""
 
     def __init__(self, context: AgentContext, fleet: Fleet | None, delivery: DeliveryQueue) -> None:
         self._context = context
@@ -213,14 +202,14 @@ class RetryOnDemand:
         self._delivery = delivery
 
     def retry(self, job_id: str) -> None:
-        """Have a job tried, or its report sent, once more."""
+        """Try a job again, or send its report again."""
         entry = self._context.jobs.get(job_id)
         if entry is not None and entry.stage is Stage.RETRY_WAIT:
             entry.due = clock.now()
-            self._tell(Retried(job_id, f"job {job_id} is tried again now"))
+            self._tell(Retried(job_id, f"the node tries job {job_id} again now"))
         elif entry is not None and entry.stage is Stage.REPORTING:
             self._delivery.hurry()
-            self._tell(Retried(job_id, f"the report of job {job_id} is sent again now"))
+            self._tell(Retried(job_id, f"the node sends the report of job {job_id} again now"))
         elif self._fleet is not None and not self._context.records.known(job_id):
             call = partial(self._fleet.requeue, job_id)
             self._context.start("queue", call, partial(self._requeued, job_id))
@@ -234,13 +223,13 @@ class RetryOnDemand:
         context = self._context
         try:
             if self._delivery.take_back(job_id):
-                return Retried(job_id, f"the report of job {job_id}, which was refused, is sent once more")
+                return Retried(job_id, f"the node sends the refused report of job {job_id} again now")
             with context.records.open(job_id) as job:
                 state = job.state().state
         except (MinerError, OSError) as error:
             return Retried(job_id, f"cannot retry job {job_id}: {error}", done=False)
-        why = "only what waits, or what the coordinator has refused, can be tried again"
-        return Retried(job_id, f"cannot retry job {job_id}: it is {state}; {why}", done=False)
+        why = f"its state is {state}; only a waiting job or a refused report can be tried again"
+        return Retried(job_id, f"cannot retry job {job_id}: {why}", done=False)
 
     def _requeued(self, job_id: str, future: Future[bool]) -> None:
         try:
@@ -249,7 +238,7 @@ class RetryOnDemand:
             self._tell(Retried(job_id, f"cannot retry job {job_id}: {error}", done=False))
             return
         if found:
-            self._tell(Retried(job_id, f"job {job_id} is due again for any node of the fleet"))
+            self._tell(Retried(job_id, f"any node of the fleet may run job {job_id} again now"))
         else:
-            why = "neither this node nor the fleet's queue has it"
+            why = "neither this node nor the fleet's queue has the job"
             self._tell(Retried(job_id, f"cannot retry job {job_id}: {why}", done=False))

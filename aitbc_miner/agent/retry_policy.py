@@ -1,8 +1,7 @@
-"""Whether a job that failed is tried again, and where. Pure.
+"""Decides whether and where the node tries a failed job again. Pure.
 
-A job whose program was started runs again only if its manifest says so (`retry`). One that came to nothing
-before that, for a reason that is not its own, may be tried as often as `queue.max_attempts` says: nothing of
-it can have happened twice.
+A job whose program has started runs again only if its manifest says so (`retry`). A job that failed earlier,
+by no fault of its own, has up to `queue.max_attempts` attempts: no attempt can have had any effect.
 """
 
 import random
@@ -11,12 +10,12 @@ from enum import StrEnum
 from aitbc_miner.errors import CODES, ErrorCode, Retry
 from aitbc_miner.jobs import RetryPolicy
 
-# Of somebody's will, of the job's own making, or about a report and not about a run.
+# Somebody cancelled the job, the job itself is at fault, or the report failed and not the run.
 NEVER = frozenset({ErrorCode.E_CANCELLED, ErrorCode.E_MANIFEST, ErrorCode.E_DENY, ErrorCode.E_UPLOAD})
 
 
 class Where(StrEnum):
-    """Where the next attempt may be made."""
+    """The place of the next attempt."""
 
     HERE = "here"
     ELSEWHERE = "elsewhere"
@@ -25,10 +24,10 @@ class Where(StrEnum):
 def next_attempt(
     code: ErrorCode | None, *, started: bool, attempt: int, policy: RetryPolicy, most: int, shared: bool
 ) -> Where | None:
-    """Say where a job goes whose attempt number `attempt` has failed; None: its report ends it.
+    """Give the place of the next attempt after attempt number `attempt` failed; None: report the job.
 
-    `most` are the attempts that any job has as long as its program was not started. `shared`: whether there
-    are other nodes to take it. Without them, what only another node can mend is the coordinator's to place.
+    `most` limits the attempts of a job whose program has not started. `shared`: the node is in a fleet. If
+    only another node can mend the failure, a node without a fleet leaves the choice to the coordinator.
     """
     if code is None or code in NEVER:
         return None
@@ -46,11 +45,11 @@ def next_attempt(
 
 
 def outlives_its_node(policy: RetryPolicy) -> bool:
-    """Whether a job may be started once more when its node is lost with it."""
+    """Whether a job may start again on another node after the loss of its node."""
     return policy.max_attempts > 1 and (not policy.on or ErrorCode.E_LOST in policy.on)
 
 
 def pause_before(attempt: int, min_s: float, max_s: float, rng: random.Random) -> float:
-    """Give the seconds to wait before attempt number `attempt`, with full jitter."""
+    """Give the pause before attempt number `attempt`, in seconds, with full jitter."""
     ceiling = min(max_s, min_s * 2.0 ** min(attempt - 1, 32))
     return rng.uniform(min_s, max(min_s, ceiling))

@@ -107,7 +107,7 @@ def _telling(doing: str) -> Iterator[None]:
     try:
         yield
     except (*_BROKEN, OSError) as error:
-        raise DatabaseError(f"cannot {doing}: {error}; free space on its disk, or mend this cause") from error
+        raise DatabaseError(f"cannot {doing}: {error}; free space on the disk, or mend the cause") from error
 
 
 def _open(path: Path) -> sqlite3.Connection:
@@ -148,7 +148,7 @@ def _check(connection: sqlite3.Connection) -> None:
     ).fetchone()
     if strange:
         table = strange[0][:80]
-        raise sqlite3.OperationalError(f"this is not the miner's database: it has a table {table!r}")
+        raise sqlite3.OperationalError(f"not the miner's database: the file has a table {table!r}")
 
 
 def _connect_read_only(path: Path, *, still: bool) -> sqlite3.Connection:

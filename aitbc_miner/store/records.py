@@ -187,7 +187,9 @@ class JobDir:
     def _of_this(self, name: str, type_: type[R], limit: int) -> R:
         record = self._read(name, type_, limit)
         if record.job_id != self.job_id:
-            raise RecordError(f"cannot use {self.path / name}: it belongs to job {record.job_id[:128]!r}")
+            raise RecordError(
+                f"cannot use {self.path / name}: the record belongs to job {record.job_id[:128]!r}"
+            )
         return record
 
     def _read(

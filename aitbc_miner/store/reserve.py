@@ -158,7 +158,7 @@ def _opened(pieces: int, dir_fd: int, name: str) -> int:
     if stat.S_ISREG(info.st_mode) and info.st_nlink == 1 and info.st_uid == os.fstat(pieces).st_uid:
         return fd
     os.close(fd)
-    raise PermissionError(f"cannot write {name}: the reserve holds a file that is not a piece of it")
+    raise PermissionError(f"cannot write {name}: a file in {NAME} is not a piece of the reserve")
 
 
 def _plan(mib: int) -> tuple[int, int]:

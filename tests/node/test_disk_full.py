@@ -125,7 +125,7 @@ def test_a_disk_that_is_not_mounted_takes_no_jobs(
         node.start()
         # And not there at its start.
         wait_until(away, WAIT_S)
-        assert [str(path) for path in node.jobs.rglob('*') if path.is_dir()] == []
+        assert [str(path) for path in node.jobs.rglob("*") if path.is_dir()] == []
         assert states(coordinator, [late]) == {State.QUEUED}
         with mounted(node.jobs, "--bind", str(disk)):
             wait_final(coordinator, [late])
@@ -223,7 +223,7 @@ def test_a_disk_with_no_byte_free_loses_nothing(
         assert states(coordinator, late) == {State.QUEUED}
     else:
         # What cannot be recorded is not acknowledged either.
-        wait_until(lambda: "cannot take job in" in node.log.read_text(), WAIT_S)
+        wait_until(lambda: "cannot admit job" in node.log.read_text(), WAIT_S)
     wait_until(lambda: free_bytes(node) == 0, WAIT_S)
 
     freed.touch()

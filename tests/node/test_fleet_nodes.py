@@ -246,7 +246,7 @@ def test_a_dead_node_that_comes_back_without_redis_waits_for_its_word(
     link.cut(silent=False)
     a.start()
     # What it holds on disk is a job that it may run again, if only it were still its own.
-    wait_until(lambda: logged(a, "cannot take job in"), WAIT_S)
+    wait_until(lambda: logged(a, "cannot admit job"), WAIT_S)
     assert len(a.runs("j")) == 2
     # Jobs that are not shared go on meanwhile.
     plain = [coordinator.submit(noop()) for _ in range(3)]

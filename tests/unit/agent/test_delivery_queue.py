@@ -256,7 +256,7 @@ def test_without_the_queue_reports_are_sent_all_the_same(
     desk.send()
     assert desk.state("j1") == (State.DONE, "accepted")
     said = {record.getMessage() for record in caplog.records}
-    assert {"times of reports not read", "report not accepted", "time of a report not noted"} <= said
+    assert {"report times not read", "report not accepted", "report time not noted"} <= said
 
 
 def test_one_that_is_accepted_lets_the_others_of_both_lanes_not_wait(desk: Reporting, time: Time) -> None:

@@ -99,7 +99,7 @@ def b(tmp_path: Path, queue: FlakyQueue) -> Node:
 def test_a_job_that_may_run_once_is_not_shared(a: Node, queue: FlakyQueue) -> None:
     a.pulls()
     assert a.hold()
-    assert (a.state().lease, queue.calls, "j1" in a.fleet) == (None, [], False)
+    assert (a.state().lease, queue.calls, "j1" in a.fleet._tokens) == (None, [], False)
     assert a.is_ours()
 
 
@@ -198,7 +198,7 @@ def test_a_job_that_is_done_is_in_nobodys_way(a: Node, b: Node, time: Time, queu
     a.pulls(**TWICE)
     a.hold()
     a.fleet.done(a.state())
-    assert "j1" not in a.fleet
+    assert "j1" not in a.fleet._tokens
     time.now += 10 * LEASE_S
     assert (b.seek(), queue.dead(), a.renew()) == (FleetFinds([], []), [], [])
 
@@ -210,7 +210,7 @@ def test_without_the_queue_a_job_goes_on_unshared(a: Node, b: Node, queue: Flaky
     a.pulls(**TWICE)
     queue.down = True
     assert a.hold()
-    assert (a.state().lease, "j1" in a.fleet) == (None, False)
+    assert (a.state().lease, "j1" in a.fleet._tokens) == (None, False)
     assert a.is_ours()
     queue.down = False
     assert a.renew() == []
@@ -396,7 +396,7 @@ def test_what_cannot_be_recorded_is_left_to_the_next_node(
     with monkeypatch.context() as patch:
         patch.setattr(Records, "create", full)
         assert b.seek() == FleetFinds([], [])
-    assert "j1" not in b.fleet
+    assert "j1" not in b.fleet._tokens
     time.now += LEASE_S / 2
     other = Node("node-c", b.records.root.parent, b.queue)
     assert other.seek() == FleetFinds(["j1"], [])
@@ -532,7 +532,7 @@ def test_it_says_once_that_the_queue_is_away_and_once_that_it_is_back(
     assert not desk.context.queue_error
     assert Deliveries(0, None, 0) in desk.told
     said = [record.getMessage() for record in caplog.records if "fleet" in record.getMessage()]
-    assert said == ["queue of the fleet out of reach", "queue of the fleet is back"]
+    assert said == ["fleet queue failed", "fleet queue answers again"]
 
 
 @pytest.mark.parametrize("error", [QueueError("cannot reach it"), ValueError("odd"), OSError(5, "I/O error")])

@@ -474,7 +474,7 @@ def test_what_is_over_is_not_tried_again(rig: Rig) -> None:
     record(rig)
     rig.agent._delivery.add("j1")
     rig.turn(lambda: rig.stage("j1") is not Stage.REPORTING)
-    for job_id, why in {"j1": "it is DONE", "j2": "cannot open job j2"}.items():
+    for job_id, why in {"j1": "its state is DONE", "j2": "cannot open job j2"}.items():
         said = retried(rig, job_id)
         assert not said.done
         assert why in said.message

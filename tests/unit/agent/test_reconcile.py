@@ -218,7 +218,7 @@ def test_what_is_waited_for_no_longer_is_ended(desk: Compared, time: Time) -> No
     assert desk.cancelled == []
     time.now += 2
     desk.list.start_due()
-    assert desk.cancelled == [CancelJob("j1", "expired", "the coordinator waits for it no longer")]
+    assert desk.cancelled == [CancelJob("j1", "expired", "the coordinator no longer waits for the job")]
 
 
 @pytest.mark.parametrize(

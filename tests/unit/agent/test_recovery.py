@@ -240,7 +240,7 @@ def test_one_broken_record_hides_no_other(records: Records, caplog: pytest.LogCa
         left(records, job_id, S.ACKED)
     (records.root / "j1" / STATE).write_bytes(b"{")
     assert places(recover(records)) == {"to_resume": ["a", "z"], "to_deliver": ["j1"]}
-    assert [record.getMessage() for record in caplog.records] == ["broken record"]
+    assert [record.getMessage() for record in caplog.records] == ["broken record set aside"]
 
 
 def test_the_same_job_can_be_broken_more_than_once(records: Records) -> None:
@@ -390,6 +390,6 @@ def test_an_outcome_that_cannot_be_read_is_none(records: Records, caplog: pytest
     assert read_outcome(records, "j1") == GOOD
     (job / OUTCOME).write_bytes(b"{")
     assert read_outcome(records, "j1") is None
-    assert [record.getMessage() for record in caplog.records] == ["broken record"]
+    assert [record.getMessage() for record in caplog.records] == ["broken record found"]
     with records.open("j1") as opened, pytest.raises(RecordError):
         opened.outcome()

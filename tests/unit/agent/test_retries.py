@@ -229,7 +229,7 @@ def test_without_the_queue_a_job_is_tried_again_all_the_same(
     again.retries.recovered(["j1"])
     assert again.begun() == ["j1"]
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert said == ["time of a retry not noted", "times of retries not read"]
+    assert said == ["retry time not noted", "retry times not read"]
 
 
 def test_an_operator_and_a_coordinator_may_end_the_wait(alone: Judging) -> None:

@@ -438,7 +438,7 @@ def test_a_record_of_another_job_is_none_of_this(records: Records, name: str) ->
     (records.root / "j1" / name).write_bytes(msgspec.json.encode(other))
     with records.open("j1") as job:
         read: Callable[[], object] = job.state if name == STATE else job.outcome
-        with pytest.raises(RecordError, match=f"cannot use .*/j1/{name}: it belongs to job 'j2'"):
+        with pytest.raises(RecordError, match=f"cannot use .*/j1/{name}: the record belongs to job 'j2'"):
             read()
 
 

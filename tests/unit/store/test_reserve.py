@@ -153,7 +153,7 @@ def test_what_is_no_piece_is_not_written_to(
     refuse_new_files(monkeypatch)
     with (
         fs.directory(tmp_path) as fd,
-        pytest.raises(OSError, match=r"not a piece of it|Too many|No such device"),
+        pytest.raises(OSError, match=r"not a piece of the reserve|Too many|No such device"),
     ):
         reserve.write_with_reserve(tmp_path, fd, "state.json", b"{}")
     assert precious.read_text() == "as it was"

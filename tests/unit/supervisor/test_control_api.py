@@ -185,8 +185,8 @@ def test_each_reason_why_nothing_is_pulled_is_said(tmp_path: Path) -> None:
     assert told(site).paused == "the coordinator has not registered this node"
     desk.coordinator = CoordinatorView(True, "", registered=True)
     assert (told(site).accepting, told(site).paused) == (True, "")
-    desk.deliveries = Deliveries(100, paused="the coordinator has not taken 100 results or more yet")
-    assert told(site).paused.startswith("the coordinator has not taken")
+    desk.deliveries = Deliveries(100, paused="the coordinator has not yet accepted 100 reports or more")
+    assert told(site).paused.startswith("the coordinator has not yet accepted")
     site.agent.child = None
     assert told(site).paused == "the agent does not run; it is started again"
     site.disk.short = True

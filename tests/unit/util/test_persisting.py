@@ -53,7 +53,7 @@ def test_what_another_has_brought_about_is_not_done_twice(later: Callable[[], No
         done.append(name)
         then()
 
-    decide = partial(persisting.do, "decide about job j1", partial(do, "decide"))
+    decide = partial(persisting.do, "decide on a retry of job j1", partial(do, "decide"))
     persisting.do("settle job j1", partial(do, "settle", decide))
     decide()
     trouble = False
