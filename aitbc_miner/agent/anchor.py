@@ -88,7 +88,7 @@ class Anchor:
             cause = f"its {MARK} is of another node, {found!a:.80}" if found else f"it has no {MARK}"
             raise OSError(
                 f"workspace.root {root} is not this node's workspace, which was on {place}: {cause};"
-                " no jobs are pulled. Mount the disk of the workspace; or, if the old jobs are gone for good:"
+                " no jobs are pulled. Mount its disk; or, if the old jobs are gone for good:"
                 f" `echo {mark} > {root / MARK}`"
             )
 

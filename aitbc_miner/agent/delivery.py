@@ -66,11 +66,7 @@ def deliver(
         if state.state in FINAL and state.delivery in OTHERS:
             how = state.delivery
         elif state.state in FINAL:
-            # The coordinator has forgotten the report and asks again. The record here does not change.
-            try:
-                how, told = _send(coordinator, node_id, job, outcome, again=True)
-            except (Refused, FileChanged):
-                how = "refused"
+            how, told = _send_again(coordinator, node_id, job, outcome)
         elif not is_ours(state):
             how = "lost"
             job.move(State.UPLOADING)
@@ -130,6 +126,14 @@ def _as_failed(job: JobDir, outcome: Outcome, why: str) -> Outcome:
     failed = replace(outcome, code=ErrorCode.E_UPLOAD, message=why)
     job.write_outcome(failed)
     return failed
+
+
+def _send_again(coordinator: Coordinator, node_id: str, job: JobDir, outcome: Outcome) -> tuple[str, Told]:
+    """Send a settled report again for a coordinator that has forgotten it; the record does not change."""
+    try:
+        return _send(coordinator, node_id, job, outcome, again=True)
+    except (Refused, FileChanged):
+        return "refused", Told()
 
 
 def _send(
