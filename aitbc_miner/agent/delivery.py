@@ -52,8 +52,8 @@ def deliver(
     """Send one job's report, and record that the coordinator accepted it.
 
     The key is the same for each attempt to send the same report, so that the coordinator recognises a
-    repetition. If `is_ours` denies a job, another node has taken the job over and reports it. `outcome` is the
-    job's outcome if the caller has read it already.
+    repetition. If `is_ours` denies a job, another node has taken the job over and reports it. `outcome` is
+    the job's outcome if the caller has read it already.
 
     Raises:
         CoordinatorError, QueueError: not accepted now; try again. Also raised for a refusal before `give_up`.
