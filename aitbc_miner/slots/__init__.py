@@ -1,12 +1,12 @@
-"""What a slot is, where it fits, and what it may do next.
+"""Slots: their limits and CPUs, their control groups, their states, and the choice of a slot for a job.
 
 * spec: SlotSpec: a slot as plain data
-* reader: reads slots.d, checks it, writes it
-* derive: chooses what slots.d leaves to the node: CPUs, NUMA nodes, the whole layout
+* reader: reads, checks and writes slots.d
+* derive: chooses CPUs and NUMA nodes, or the whole layout, if slots.d leaves the choice to the node
 * fit: whether the slots fit this machine
-* cpu_layout: which CPUs each gets
-* placement: Offer, Ticket: which slot gets a job
-* state: the table of a slot's states
-* limits: which limits the cgroup holds, and which the job's process must carry
+* cpu_layout: divides the CPUs among the slots
+* placement: Offer, Ticket: chooses the slot for a job
+* state: the state machine of a slot
+* limits: divides a slot's limits between its cgroup and the job's process
 * cgroups, cgroup_limits: a slot's control groups and their limits
 """

@@ -1,24 +1,23 @@
-"""The limits of a slot, written into the files of its cgroups of version 2.
+"""Writes the limits of a slot into the files of its cgroups (version 2).
 
-What is not asked for is written as unlimited, for a group that was adopted may carry older limits.
+A limit that the slot does not set is written as unlimited, because an adopted group may carry older limits.
 """
 
 from collections.abc import Sequence
 
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.config.units import format_cpus
-from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.spec import IO_RATES, SlotSpec
 from aitbc_miner.util.limits import disk_of
 
-IO_RATES = ("rbps", "wbps", "riops", "wiops")
 IO_WEIGHTS = {"io.weight": 10_000, "io.bfq.weight": 1000}
-"""The files of io.cost and of the BFQ scheduler, with the most that each takes."""
+"""The weight files of io.cost and of the BFQ scheduler, each with its highest weight."""
 PERIOD_US = 100_000
-"""Over which a quota of CPU time is counted; the kernel's own default."""
+"""The period of a CPU quota, in microseconds; the kernel's default."""
 
 
 def limit_slot(group: Group, name: str, spec: SlotSpec) -> bool:
-    """Write what a controller lets the slot compete with; False when the kernel can hold only a part of it.
+    """Write the slot's share of one controller (weight, CPUs); False if the kernel does not hold all of it.
 
     Raises:
         CgroupError: the kernel refuses a value.
@@ -30,7 +29,7 @@ def limit_slot(group: Group, name: str, spec: SlotSpec) -> bool:
             _choose(group, "cpus", spec.cpus or ())
             _choose(group, "mems", spec.mems or ())
         case "io":
-            # A machine may have both, each for some of its disks.
+            # A machine may have both files, each for some of its disks.
             for file, most in IO_WEIGHTS.items():
                 if group.has(file):
                     group.write(file, f"default {min(spec.io_weight or 100, most)}")
@@ -40,27 +39,27 @@ def limit_slot(group: Group, name: str, spec: SlotSpec) -> bool:
 
 def _choose(group: Group, kind: str, wanted: Sequence[int]) -> None:
     if (group.get_content(f"cpuset_{kind}") or set()) == set(wanted):
-        return  # not without need: the memory of a job that runs is moved
-    # A group in which something runs may not be given back to "whatever there is": then it gets all there is.
+        return  # do not write without need: the kernel moves the memory of a running job
+    # The kernel refuses to empty the set of a group that has processes, so write the parent's whole set.
     every = group.path.parent / f"cpuset.{kind}.effective"
     group.write(f"cpuset.{kind}", format_cpus(wanted) or every.read_text("ascii").strip())
 
 
 def _weighs_io(group: Group) -> bool:
-    """Whether anything on this machine heeds the weight, which every kernel with io.cost lets us write."""
+    """Whether a scheduler here heeds io.weight; a kernel with io.cost takes the weight in any case."""
     if group.has("io.bfq.weight"):
-        return True  # it is there when the scheduler is
-    # Its switch, disk by disk, is in the root of all groups, which alone has no type.
+        return True  # the file exists only where BFQ runs
+    # io.cost is switched on disk by disk in the root cgroup, the only cgroup without cgroup.type.
     root = next(path for path in group.path.parents if not (path / "cgroup.type").exists())
     switch = root / "io.cost.qos"
     return switch.exists() and "enable=1" in switch.read_text("ascii")
 
 
 def limit_job(group: Group, name: str, spec: SlotSpec) -> None:
-    """Write what a controller must not let the job exceed.
+    """Write the job's hard limits of one controller (quota, memory, pids, io).
 
     Raises:
-        CgroupError: the kernel refuses a value, or a disk to limit is none.
+        CgroupError: the kernel refuses a value, or a path in io_max is on no disk.
     """
     match name:
         case "cpu":

@@ -1,13 +1,13 @@
 """The control groups of a slot.
 
-There are two leaves, because a group that hands controllers on may hold no processes:
+A group that hands controllers on may hold no processes, so the slot's group has two leaves:
 
-    <slot>/          what the slot competes with: its CPUs, its weights
-        worker/      our process that looks after the job, with some memory that nobody can take
-        job/         the job and nothing else, with what it may not exceed: quota, memory, pids, io
+    <slot>/          the slot's share of the machine: its CPUs and weights
+        worker/      the worker process, with a little guaranteed memory
+        job/         the job alone, with its hard limits: quota, memory, pids, io
 
-At what it may not exceed a job is stopped, slowed or killed, and none of that must ever happen to the worker,
-which has to read the job's log, keep its deadline and write its outcome.
+A hard limit stops, slows or kills the job. No hard limit applies to the worker, because the worker must still
+read the job's log, keep the job's deadline and write the outcome.
 """
 
 from pathlib import Path
@@ -20,11 +20,11 @@ from aitbc_miner.slots.limits import asked
 from aitbc_miner.slots.spec import SlotSpec
 
 WORKER_MEMORY = 32 << 20
-"""What the worker keeps of memory while the machine is short of it; about its size."""
+"""Bytes that the kernel leaves to the worker when the machine is short of memory; about the worker's size."""
 
 
 class SlotGroup:
-    """The group of a slot with its leaves; as a context manager it is set up and torn down."""
+    """The group of a slot with its leaves; the context manager sets the groups up and tears them down."""
 
     def __init__(self, parent: Path, name: str) -> None:
         self.parent = Group(parent)
@@ -43,18 +43,18 @@ class SlotGroup:
         self.teardown()
 
     def setup(self) -> None:
-        """Make the groups, or adopt those that an earlier run has left."""
+        """Make the groups, or adopt the groups of an earlier run."""
         for group in (self.slot, self.worker, self.job):
             group.create()
 
     def empty(self, timeout_s: float = 2.0) -> None:
-        """End all that is left in the slot from before, and make its groups anew.
+        """Kill all processes of the slot, and make its groups anew.
 
-        Not only emptied: the kernel kills what is born (clone3) from a group that was once killed into one
-        that was not, for it takes the one's kill for having come in the middle of the birth.
+        Emptying the groups is not enough. If a process in a group that was once killed forks into a fresh
+        group (clone3), the kernel takes the old kill for one during the fork, and kills the new process.
 
         Raises:
-            CgroupError: something survives being killed; the message names it.
+            CgroupError: a process survives SIGKILL; the message names its pid.
         """
         self.slot.kill()
         if not self.slot.wait_empty(timeout_s):
@@ -64,19 +64,19 @@ class SlotGroup:
         self.setup()
 
     def teardown(self, timeout_s: float = 2.0) -> None:
-        """Kill whatever is in the slot and remove its groups.
+        """Kill all processes of the slot and remove its groups.
 
         Raises:
-            CgroupError: something survives being killed (it hangs in the kernel).
+            CgroupError: a process survives SIGKILL (hangs in the kernel).
         """
         self.slot.kill()
         self.slot.remove(timeout_s)
 
     def renew_job(self, timeout_s: float = 2.0) -> None:
-        """Remove `job/` and make it again with its limits: its counters begin at zero for the next job.
+        """Remove `job/` and make it anew with its limits: the counters of the next job begin at zero.
 
         Raises:
-            CgroupError: something of the last job is still alive.
+            CgroupError: a process of the last job is still alive.
         """
         self.job.kill()
         self.job.remove(timeout_s)
@@ -86,40 +86,43 @@ class SlotGroup:
     def enforce(
         self, spec: SlotSpec, available: tuple[str, ...], *, required: frozenset[str] = frozenset()
     ) -> dict[str, str]:
-        """Write the slot's limits where the controllers for them are there; may be called again.
+        """Write the slot's limits, each if its controller is usable. May be called again.
 
         Args:
             spec: the limits of the slot.
-            available: the controllers to use, of which those are taken that the parent has.
-            required: the limits that, if asked for, nothing but the cgroup may hold.
+            available: the controllers to use; the slot uses those of them that the parent group has.
+            required: the limits that only the cgroup may hold; a slot may leave them unset.
 
         Returns:
-            "cgroup" for each of cpu, cpuset, memory, pids and io that is asked for and now held.
+            "cgroup" for each of cpu, cpuset, memory, pids and io that the slot sets and the cgroup holds.
 
         Raises:
-            CgroupError: a controller is there and cannot be used, the kernel refuses a value, or what is
-                required cannot be held.
+            CgroupError: a present controller cannot be used, the kernel refuses a value, or the cgroup cannot
+                hold a required limit.
         """
         self._names = self._usable(available)
         for group in (self.parent, self.slot) if self._names else ():
-            # The leaves get them too: the job's own limits, and to count it apart from the worker.
+            # The leaves need the controllers as well: for the job's limits and its own counters.
             enable(group, self._names)
-        held = {name for name in self._names if limit_slot(self.slot, name, spec)}
-        self.held = dict.fromkeys(sorted(held & asked(spec)), "cgroup")
+        self._limit_slot(spec)
         if "memory" in self._names:
             for group in (self.slot, self.worker):
                 group.memory_min = WORKER_MEMORY
-        self._spec = spec
         self._limit_job()
-        if lacking := sorted((required & asked(spec)) - held):
+        if lacking := sorted((required & asked(spec)) - self.held.keys()):
             raise CgroupError(
-                f"cannot limit {', '.join(lacking)} in {self.slot.path}: its parent has no such controller; "
-                f"start the miner with systemd, or set cgroup.mode: auto"
+                f"cannot limit {', '.join(lacking)} in {self.slot.path}: the parent cgroup lacks the "
+                f"controllers; start the miner with systemd, or set cgroup.mode: auto"
             )
         return self.held
 
     def adjust(self, spec: SlotSpec, available: tuple[str, ...]) -> str:
-        """Give a running job other limits; what would kill it waits for the next job, and is returned.
+        """Change the limits of a running job.
+
+        A `memory_max` below the job's use would kill the job, so it waits for the next job.
+
+        Returns:
+            A text about the `memory_max` that waits, or "".
 
         Raises:
             CgroupError: the kernel refuses a value.
@@ -127,31 +130,34 @@ class SlotGroup:
         self._names = self._usable(available)
         used = self.job.memory_current() or 0
         waits = spec.memory_max is not None and spec.memory_max <= used
-        held = {name for name in self._names if limit_slot(self.slot, name, spec)}
-        self.held = dict.fromkeys(sorted(held & asked(spec)), "cgroup")
+        self._limit_slot(spec)
         for name in self._names:
             if not (name == "memory" and waits):
                 limit_job(self.job, name, spec)
-        self._spec = spec
         if not waits or spec.memory_max is None:
             return ""
         return (
-            f"its job uses {used >> 20}M: memory_max {format_size(spec.memory_max)} holds from the next one"
+            f"the job uses {used >> 20}M: memory_max {format_size(spec.memory_max)} holds from the next job"
         )
 
     def _usable(self, available: tuple[str, ...]) -> list[str]:
         usable = set(available) & set(self.parent.controllers())
         return [name for name in LIMITS if name in usable]
 
+    def _limit_slot(self, spec: SlotSpec) -> None:
+        held = {name for name in self._names if limit_slot(self.slot, name, spec)}
+        self.held = dict.fromkeys(sorted(held & asked(spec)), "cgroup")
+        self._spec = spec
+
     def _limit_job(self) -> None:
         if self._spec is not None:
             for name in self._names:
                 limit_job(self.job, name, self._spec)
-        # Half a job that lost one process to the OOM killer would hang, or deliver nonsense.
+        # A job that loses a single process to the OOM killer would hang, or deliver nonsense: kill it whole.
         if self.job.has("memory.oom.group"):
             self.job.memory_oom_group = True
 
 
 def slot_groups(parent: Path) -> list[Path]:
-    """Give the groups of slots; those of others (a service manager's) begin with a dot or an underscore."""
+    """List the groups of slots; groups of a service manager begin with a dot or an underscore."""
     return [path for path in sorted(parent.iterdir()) if path.is_dir() and path.name[0] not in "._"]

@@ -1,6 +1,6 @@
-"""Divides CPUs among slots: whole cores, each slot within one NUMA node where it fits into one.
+"""Divides CPUs among slots: whole cores, and each slot within one NUMA node if a node is large enough.
 
-Pure, and the same wants on the same machine give the same division, so that a restart moves no job.
+The functions are pure: equal wants on an equal machine give an equal division, so a restart moves no job.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,14 +11,14 @@ from msgspec import Struct
 from aitbc_miner.probe.topology import MachineFacts
 
 Core: TypeAlias = tuple[int, ...]
-"""The free threads of one core."""
+"""The free threads of a core."""
 
 BINDABLE = 0.9
-"""The part of a node's memory that slots may be bound to; what the system has there must fit as well."""
+"""The part of a NUMA node's memory that slots may be bound to; the system needs the rest."""
 
 
 class Want(Struct, frozen=True):
-    """What a slot asks for: that many CPUs (None: an equal share of what is left), and near to which node."""
+    """A slot's wish: the number of CPUs (None: an equal share of the rest), and the preferred NUMA node."""
 
     cpus: int | None = None
     node: int | None = None
@@ -27,17 +27,17 @@ class Want(Struct, frozen=True):
 def divide(wants: Sequence[Want], cpus: Iterable[int], machine: MachineFacts) -> list[tuple[int, ...]]:
     """Divide CPUs among wants.
 
-    A core is split only where there are more wants than cores. A want is met by one NUMA node unless it is
-    larger than any node is; where the nodes are too full for that, it gets less.
+    A core is split only if there are more wants than cores. A want gets its CPUs from one NUMA node, unless
+    every node is smaller than the want. If the nodes are too full, the want gets fewer CPUs.
 
     Returns:
-        The CPUs of each want, no CPU twice; none for the last ones if there are fewer CPUs than wants.
+        The CPUs of each want, no CPU twice. If wants outnumber the CPUs, the last wants get none.
     """
     cores = _enough(cores_of(cpus, machine), len(wants))
     served = range(min(len(wants), len(cores)))
     division = _Division(cores, machine, len(served))
     fixed = [(index, wants[index].cpus or 0) for index in served if wants[index].cpus is not None]
-    # Those that must be near to something choose first, then the largest, as long as there is room.
+    # Wants with a NUMA node choose first, then the largest wants, as long as there is room.
     for index, size in sorted(fixed, key=lambda item: (wants[item[0]].node is None, -item[1])):
         division.give(index, size, wants[index].node)
     sharers = [index for index in served if wants[index].cpus is None]
@@ -46,7 +46,7 @@ def divide(wants: Sequence[Want], cpus: Iterable[int], machine: MachineFacts) ->
 
 
 def cores_of(cpus: Iterable[int], machine: MachineFacts) -> list[Core]:
-    """Group CPUs by core, in order; one whose core is unknown is a core of its own."""
+    """Group CPUs by core, in order; a CPU whose core is unknown counts as a core."""
     left = set(cpus)
     cores = []
     for core in [*machine.cores, *((cpu,) for cpu in sorted(left))]:
@@ -57,7 +57,7 @@ def cores_of(cpus: Iterable[int], machine: MachineFacts) -> list[Core]:
 
 
 def _enough(cores: Sequence[Core], count: int) -> list[Core]:
-    """Split as few cores as there have to be for `count` pieces."""
+    """Split as few cores as possible into `count` pieces."""
     lacking = count - len(cores)
     pieces: list[Core] = []
     for core in cores:
@@ -70,14 +70,14 @@ def _enough(cores: Sequence[Core], count: int) -> list[Core]:
 def memory_nodes(
     slots: Sequence[tuple[Sequence[int], int | None]], machine: MachineFacts
 ) -> list[tuple[int, ...] | None]:
-    """Say which NUMA node the memory of each slot is to come from; None: from any, the nearest first.
+    """Choose the NUMA node for the memory of each slot; None: any node, the nearest first.
 
-    A slot is bound only where its node is sure to have the memory, or else a job would be killed for want of
-    memory while another node has plenty.
+    A slot is bound to its node only if the node surely has the memory. Otherwise the kernel would kill a job
+    for want of memory while another node has plenty.
 
     Args:
-        slots: CPUs and limit of memory (bytes) of each.
-        machine: what there is.
+        slots: CPUs and memory limit (bytes) of each slot.
+        machine: the machine's CPUs, cores and nodes.
     """
     if len(machine.nodes) < 2:
         return [None] * len(slots)
@@ -91,7 +91,7 @@ def memory_nodes(
 
 
 class _Division:
-    """Cores that are free yet, by node, and the CPUs `given` so far; `waiting`: who has none, but shall."""
+    """The free cores by node, and the CPUs `given` so far; `waiting` counts the wants still without a CPU."""
 
     def __init__(self, cores: Sequence[Core], machine: MachineFacts, waiting: int) -> None:
         node_of = {cpu: node.id for node in machine.nodes for cpu in node.cpus}
@@ -103,7 +103,7 @@ class _Division:
         self._waiting = waiting
 
     def give(self, index: int, size: int, near: int | None) -> None:
-        """Give that many CPUs, or what there is, but leave a core for each of those that wait."""
+        """Give a want `size` CPUs, or as many as are free, but leave a core for each waiting want."""
         self._waiting -= 1
         given = self.given.setdefault(index, [])
         if size > self._largest:
@@ -116,19 +116,19 @@ class _Division:
                 given += cores.pop(0)
 
     def _home(self, size: int, near: int | None) -> int:
-        """Choose a node: the one asked for, else one that is filled exactly, else the one with most room."""
+        """Choose the near node, else a node with exactly `size` free CPUs, else the node with most room."""
         if near is not None and self.free.get(near):
             return near
         room = {node: _count(cores) for node, cores in self.free.items()}
         return max(room, key=lambda node: (room[node] == size, room[node], -node))
 
     def share(self, sharers: Sequence[int], wants: Sequence[Want]) -> None:
-        """Give all that is free to the sharers, in equal parts as far as cores and nodes allow."""
+        """Give all free CPUs to the sharers, in equal parts as far as cores and nodes allow."""
         room = {node: _count(cores) for node, cores in self.free.items()}
         if not sharers:
             return
         if sum(room.values()) > max(room.values()) * len(sharers):
-            # A share is more than any node has.
+            # A share is larger than every node.
             self._split([core for node in sorted(self.free) for core in self.free[node]], sorted(sharers))
             return
         members: dict[int, list[int]] = {node: [] for node in self.free}
@@ -142,7 +142,7 @@ class _Division:
             self._split(self.free[node], sorted(indices))
 
     def _split(self, cores: Sequence[Core], indices: Sequence[int]) -> None:
-        """Cut a row of cores into one piece for each index, about equal in CPUs, none empty."""
+        """Cut a row of cores into a piece for each index, about equal in CPUs, none empty."""
         total, start, done = _count(cores), 0, 0
         for part, index in enumerate(indices, 1):
             goal, last = total * part / len(indices), len(cores) - (len(indices) - part)

@@ -1,4 +1,4 @@
-"""Chooses what slots.d leaves to the node: CPUs, NUMA nodes, or the whole layout."""
+"""Chooses CPUs and NUMA nodes, or the whole layout, if slots.d leaves the choice to the node."""
 
 import math
 from collections.abc import Sequence
@@ -11,22 +11,18 @@ from aitbc_miner.config.document import Fault
 from aitbc_miner.config.units import AUTO, format_cpus
 from aitbc_miner.probe.topology import MachineFacts
 from aitbc_miner.slots.cpu_layout import Want, cores_of, divide, memory_nodes
-from aitbc_miner.slots.reader import MIB, check_slots, fault_at, read_slots
+from aitbc_miner.slots.fit import MIB
+from aitbc_miner.slots.reader import check_slots, fault_at, read_slots
 from aitbc_miner.slots.spec import SlotSpec
 
 
 def lay_out(
     specs: Sequence[SlotSpec], machine: MachineFacts, faults: list[Fault], directory: Path | None = None
 ) -> list[SlotSpec]:
-    """Choose the CPUs of the slots with `cpus: auto`, among those that no slot names, and all slots' `mems`.
+    """Choose CPUs for the slots with `cpus: auto`, from the CPUs that no slot names, and `mems` for all.
 
-    A slot that nothing is left for is appended to `faults`, and stays as it was.
-
-    Args:
-        specs: all slots of the node.
-        machine: what there is.
-        faults: where faults go.
-        directory: slots.d, if that is where the slots are from, so that the faults name file and line.
+    A slot for which no CPU is left stays unchanged and gets a fault in `faults`. If the slots come from
+    slots.d, `directory` is its path; then the fault names file and line.
     """
     auto = [spec for spec in specs if spec.cpus == AUTO]
     named = {cpu for spec in specs for cpu in spec.cpus or ()}
@@ -55,19 +51,19 @@ def _bind_memory(specs: Sequence[SlotSpec], machine: MachineFacts) -> list[SlotS
 
 
 def derive_slots(facts: MachineFacts) -> list[SlotSpec]:
-    """Lay out the machine: a slot for each GPU with its share of the CPUs, about one for each 4 CPUs left.
+    """Lay out the machine: a slot for each GPU, and a CPU slot for about 4 of the remaining CPUs each.
 
-    A share is an equal part of the CPUs, one part being kept for CPU slots. 80 % of the memory is divided
-    equally; the rest is for the system and this program.
+    The CPUs are divided equally among the GPU slots and, as one part more, the CPU slots. 80 % of the memory
+    is divided equally among all slots; the rest is for the system and the miner.
     """
-    # All of them only if there is the time of all of them.
+    # A CPU quota of our cgroup may allow less time than the CPUs have.
     cpus = facts.cpus[: facts.threads]
     share = max(1, len(cpus) // (len(facts.gpu_ids) + 1))
     wants = [Want(share, facts.gpu_nodes.get(ids[0])) for ids in facts.gpu_ids]
-    # More GPUs than CPUs have to share them.
+    # If GPUs outnumber the CPUs, GPU slots share CPUs.
     groups = [group or (cpus[i % len(cpus)],) for i, group in enumerate(divide(wants, cpus, facts))]
     rest = set(cpus).difference(*groups)
-    # Two small slots keep a small machine busier than one: a job rarely uses all that it is given.
+    # Two small slots keep a small machine busier than a single slot: a job rarely uses its whole slot.
     count = min(len(cores_of(rest, facts)), max(2, len(rest) // 4))
     memory = facts.memory_bytes * 8 // 10 // (len(groups) + count) // MIB * MIB
     limits: dict[str, Any] = {"memory_max": max(MIB, memory), "pids_max": 1024}
@@ -83,14 +79,14 @@ def derive_slots(facts: MachineFacts) -> list[SlotSpec]:
 
 
 def _best_id(ids: tuple[str, ...]) -> str:
-    # Indices change when a card is added or its driver fails; a UUID stays.
+    # The index of a card changes when a card is added or a driver fails; its UUID stays.
     return next((name for name in ids if not name.isdecimal()), ids[0])
 
 
 def slots_for(directory: Path, facts: MachineFacts) -> tuple[list[SlotSpec], list[Fault]]:
-    """Read the slots of a node and what is wrong with them on this machine.
+    """Read the slots of a node, and list their faults on this machine.
 
-    A slot whose GPU is not there is no fault: the node starts without it, and it is shown as unusable.
+    A slot whose GPU is missing is no fault: the node starts without the slot, and shows the slot as unusable.
     """
     faults: list[Fault] = []
     specs = read_slots(directory, faults)

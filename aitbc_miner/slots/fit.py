@@ -1,4 +1,4 @@
-"""Whether slots fit the machine: each key of slots.d against what there is."""
+"""Compares each key of slots.d with the machine."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from aitbc_miner.util.limits import disk_of
 
 MIB = 1 << 20
 LEFT_TO_SYSTEM = 512 * MIB
-"""Below this, or 5 % on a smaller machine, the system and this program may come to be short of memory."""
+"""Bytes. With less (5 % on a smaller machine) the system and the miner may run short of memory."""
 
 
 class SlotMisfit(NamedTuple):
-    """What does not fit: the slot's name, the way to the key, and whether it is possible all the same."""
+    """A key that does not fit: the slot's name, the path to the key, and whether the slot can run anyway."""
 
     slot: str
     key: tuple[str, ...]
@@ -24,7 +24,7 @@ class SlotMisfit(NamedTuple):
 
 
 def misfits(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[SlotMisfit]:
-    """Yield all that does not fit, slot by slot, then what they do not fit into together."""
+    """Yield the misfits of each slot, then the misfits of all slots together."""
     for spec in specs:
         yield from _cpus(spec, machine)
         yield from _kernel_caps(spec, machine)
@@ -34,7 +34,7 @@ def misfits(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[SlotMi
 
 
 def shared_cpus(specs: Sequence[SlotSpec]) -> Iterator[str]:
-    """Yield a warning for each set of slots that have CPUs in common."""
+    """Yield a warning for each set of slots with CPUs in common."""
     sharers: dict[int, list[str]] = defaultdict(list)
     for spec in specs:
         for cpu in spec.cpus or ():
@@ -66,7 +66,7 @@ def _cpus(spec: SlotSpec, machine: MachineFacts) -> Iterator[SlotMisfit]:
         )
     cpus = len(spec.cpus or machine.cpus)
     if spec.cpu_max and spec.cpu_max > cpus * 100:
-        message = f"{spec.cpu_max}% is never reached: this slot has {cpus} CPUs; lower it to {cpus * 100}%"
+        message = f"no job reaches {spec.cpu_max}%: the slot has {cpus} CPUs; lower cpu_max to {cpus * 100}%"
         yield SlotMisfit(spec.name, ("cpu_max",), message, possible=True)
 
 
@@ -74,14 +74,14 @@ def _kernel_caps(spec: SlotSpec, machine: MachineFacts) -> Iterator[SlotMisfit]:
     swap, nofile = machine.swap_bytes, spec.rlimits.get("nofile", 0)
     if swap is not None and (spec.swap_max or 0) > swap:
         message = f"{format_size(spec.swap_max or 0)} is more than the {swap // MIB}M of swap of this machine"
-        yield SlotMisfit(spec.name, ("swap_max",), f"{message}; lower it, or add swap", possible=True)
+        yield SlotMisfit(spec.name, ("swap_max",), f"{message}; lower swap_max, or add swap", possible=True)
     if machine.pid_max is not None and (spec.pids_max or 0) > machine.pid_max:
         message = f"{spec.pids_max} is more than this machine can have ({machine.pid_max})"
-        remedy = "lower it, or raise the sysctl kernel.pid_max"
+        remedy = "lower pids_max, or raise the sysctl kernel.pid_max"
         yield SlotMisfit(spec.name, ("pids_max",), f"{message}; {remedy}", possible=True)
     if machine.nr_open is not None and nofile > machine.nr_open:
         message = f"{nofile} is more than the kernel allows ({machine.nr_open})"
-        remedy = "lower it, or raise the sysctl fs.nr_open"
+        remedy = "lower nofile, or raise the sysctl fs.nr_open"
         yield SlotMisfit(spec.name, ("rlimits", "nofile"), f"{message}; {remedy}")
 
 
@@ -94,7 +94,7 @@ def _disks(spec: SlotSpec, machine: MachineFacts) -> Iterator[SlotMisfit]:
             other = paths.setdefault(disk_of(path, machine.sysfs), path)
         except OSError as error:
             message = f"cannot find the disk of {path}: {error.strerror}"
-            remedy = "name a directory or a device that is there and on one disk"
+            remedy = "name an existing directory or device on a single disk"
             yield SlotMisfit(spec.name, ("io_max", path), f"{message}; {remedy}")
             continue
         if other != path:
@@ -109,12 +109,12 @@ def _gpus(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[SlotMisf
             continue
         ids = next((ids for ids in machine.gpu_ids if str(spec.gpu) in ids), None)
         if ids in users:
-            message = f"GPU {spec.gpu} is already that of slot {users[ids]}; each GPU can have one slot"
+            message = f"GPU {spec.gpu} belongs to slot {users[ids]} already; give each GPU a single slot"
             yield SlotMisfit(spec.name, ("gpu",), message)
         elif ids is not None:
             users[ids] = spec.name
         elif (parts := machine.gpu_parts.get(str(spec.gpu))) is not None:
-            remedy = f"name one of them: {', '.join(parts) or 'none is made yet, see nvidia-smi mig'}"
+            remedy = f"name an instance: {', '.join(parts) or 'none is made yet, see nvidia-smi mig'}"
             yield SlotMisfit(spec.name, ("gpu",), f"GPU {spec.gpu} is divided into MIG instances; {remedy}")
         else:
             here = ", ".join(" or ".join(ids) for ids in machine.gpu_ids) or "none"

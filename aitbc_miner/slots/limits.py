@@ -1,4 +1,4 @@
-"""Which of a slot's limits its cgroup holds, and which the job's process must carry itself."""
+"""Divides a slot's limits between its cgroup and the job's process."""
 
 import resource
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util.limits import ProcessLimits
 
 FALLBACK_IONICE = (int(psutil.IOPRIO_CLASS_BE), 7)
-"""For io limits that nothing can hold: last among the ordinary ones. Idle would starve on a busy disk."""
+"""For io limits that nothing can hold: the lowest ordinary level. Idle would starve on a busy disk."""
 
 
 def asked(spec: SlotSpec) -> frozenset[str]:
-    """Which of cpu, cpuset, memory, pids and io the slot wants limited."""
+    """Name the limits (cpu, cpuset, memory, pids, io) that the slot sets."""
     wanted: dict[str, tuple[object, ...]] = {
         "cpu": (spec.cpu_max, spec.cpu_weight),
         "cpuset": (spec.cpus or None,),
@@ -27,33 +27,33 @@ def asked(spec: SlotSpec) -> frozenset[str]:
 def plan_limits(
     spec: SlotSpec, by_cgroup: Mapping[str, str], *, own_user: bool
 ) -> tuple[ProcessLimits, dict[str, str]]:
-    """Decide what the process must carry itself, given what its cgroup holds already.
+    """Give the job's process the limits that its cgroup does not hold.
 
     Args:
         spec: the slot's limits.
-        by_cgroup: what `SlotGroup.enforce` returned: limit to "cgroup".
-        own_user: whether the job runs as a user that runs nothing else.
+        by_cgroup: the result of `SlotGroup.enforce`: limit to "cgroup".
+        own_user: whether the job's user runs only this job.
 
     Returns:
-        The process limits, and for each limit asked for what enforces it: "cgroup", "rlimit", "affinity",
+        The process limits, and the control that holds each limit of the slot: "cgroup", "rlimit", "affinity",
         "nice", "ionice" or "none".
     """
     left = asked(spec) - by_cgroup.keys()
     rlimits = _own_rlimits(spec.rlimits)
     enforced = dict.fromkeys(asked(spec), "cgroup") | dict.fromkeys(left, "none")
     if "memory" in left and spec.memory_max is not None:
-        # Not RLIMIT_AS: CUDA, Go and Java reserve address space by the hundred gigabytes and touch little of
-        # it. RLIMIT_DATA counts only private writable memory, which is close to what a job really uses.
+        # Not RLIMIT_AS: CUDA, Go and Java reserve hundreds of gigabytes of address space and touch little.
+        # RLIMIT_DATA counts private writable memory, which is close to a job's real use.
         _lower(rlimits, resource.RLIMIT_DATA, spec.memory_max)
         enforced["memory"] = "rlimit"
     if "pids" in left and spec.pids_max is not None and own_user:
-        # The kernel counts all processes of the user, so with a shared user it would hit the innocent.
+        # The kernel counts all processes of the user: on a shared user the limit would hit other programs.
         _lower(rlimits, resource.RLIMIT_NPROC, spec.pids_max)
         enforced["pids"] = "rlimit"
     if "cpuset" in left:
         enforced["cpuset"] = "affinity"
     if "cpu" in left and spec.nice > 0:
-        # No quota and no share, but the job yields to everything else.
+        # Neither quota nor share: the job yields to all programs with a lower nice value.
         enforced["cpu"] = "nice"
     ionice = _ionice(spec)
     if "io" in left:
@@ -64,7 +64,7 @@ def plan_limits(
 
 
 def _own_rlimits(named: Mapping[str, int]) -> dict[int, int]:
-    # A core file of a job is a copy of its memory on the operator's disk, so none unless asked for.
+    # A core file is a copy of the job's memory on the operator's disk: no core file unless slots.d allows it.
     rlimits = {resource.RLIMIT_CORE: 0}
     return rlimits | {getattr(resource, f"RLIMIT_{name.upper()}"): value for name, value in named.items()}
 
@@ -77,5 +77,5 @@ def _ionice(spec: SlotSpec) -> tuple[int, int] | None:
     if spec.ionice is None:
         return None
     if spec.ionice.io_class == "idle":
-        return int(psutil.IOPRIO_CLASS_IDLE), 0  # has no levels
+        return int(psutil.IOPRIO_CLASS_IDLE), 0  # the class idle has no levels
     return int(psutil.IOPRIO_CLASS_BE), spec.ionice.level

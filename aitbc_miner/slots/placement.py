@@ -1,4 +1,4 @@
-"""Which slot a job goes to: the tightest free one that fits; higher priority first, then the older job."""
+"""Chooses the slot for a job: the tightest free slot that fits. Higher priority first, then the older job."""
 
 import math
 from collections.abc import Sequence
@@ -8,15 +8,14 @@ from msgspec import Meta, Struct
 
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import JobId, Manifest, Requirements, Short
+from aitbc_miner.slots.fit import MIB
 from aitbc_miner.slots.spec import SlotSpec
-
-MIB = 1 << 20
 
 
 class Ticket(Struct, frozen=True):
-    """What the choice of a slot depends on. `received` orders jobs of the same priority.
+    """A job's requirements on its slot. `received` orders jobs of the same priority.
 
-    `egress` is the network policy that the job asks for; without one, any slot will do.
+    `egress` is the network policy that the job asks for; None: the job runs under any policy.
     """
 
     job_id: JobId
@@ -28,7 +27,7 @@ class Ticket(Struct, frozen=True):
 
 
 class Offer(Struct, frozen=True):
-    """What a slot has to give: threads, MiB of memory, MB of video memory, runners, its network policy."""
+    """A slot's resources: threads, MiB of memory, MB of video memory, runners, its network policy."""
 
     name: str
     kind: str
@@ -40,14 +39,14 @@ class Offer(Struct, frozen=True):
 
 
 def ticket_for(manifest: Manifest, received: float = 0.0) -> Ticket:
-    """Say what a job needs of a slot."""
+    """Take a job's requirements from its manifest."""
     asked = None if manifest.egress == "none" else manifest.egress
     needs = manifest.requirements
     return Ticket(manifest.job_id, manifest.runner, needs, manifest.priority, received, asked)
 
 
 def fits(ticket: Ticket, offer: Offer) -> bool:
-    """Whether the slot has all that the job needs."""
+    """Whether the slot meets all requirements of the job."""
     needs = ticket.requirements
     wants_gpu = needs.gpu or needs.vram_mb > 0
     return (
@@ -60,7 +59,7 @@ def fits(ticket: Ticket, offer: Offer) -> bool:
 
 
 def place(tickets: Sequence[Ticket], free: Sequence[Offer]) -> list[tuple[Ticket, Offer]]:
-    """Pair waiting jobs with free slots. A job for which none is free does not hold up those behind it."""
+    """Pair waiting jobs with free slots. A job without a fitting slot does not hold up the jobs behind it."""
     left = list(free)
     pairs: list[tuple[Ticket, Offer]] = []
     for ticket in sorted(tickets, key=lambda t: (-t.priority, t.received, t.job_id)):
@@ -73,15 +72,15 @@ def place(tickets: Sequence[Ticket], free: Sequence[Offer]) -> list[tuple[Ticket
 
 
 def room(free: Sequence[Offer], coming: Sequence[Ticket | None]) -> list[Offer]:
-    """Say which free slots no job on its way will take; None is a job whose needs are not known yet."""
-    # One of those may want any of them, so as many are kept.
+    """List the free slots that no coming job will take; None is a coming job with unknown requirements."""
+    # A job with unknown requirements may need any slot: keep a slot for each of these jobs.
     free = free[: max(0, len(free) - sum(ticket is None for ticket in coming))]
     taken = {offer.name for _, offer in place([ticket for ticket in coming if ticket], free)}
     return [offer for offer in free if offer.name not in taken]
 
 
 def _size(offer: Offer) -> tuple[bool, bool, int, int, int, str]:
-    # A GPU slot is taken by a job without a GPU only when no CPU slot is free; so is one with a network.
+    # A job that needs no GPU takes a GPU slot only if no CPU slot is free. The same holds for a network.
     return (
         offer.kind == "gpu",
         offer.egress != "none",
@@ -93,11 +92,11 @@ def _size(offer: Offer) -> tuple[bool, bool, int, int, int, str]:
 
 
 def refuse_hopeless(ticket: Ticket, offers: Sequence[Offer]) -> None:
-    """Raise when no slot of this node, busy or free, could ever take the job.
+    """Raise if no slot of this node, busy or free, could ever take the job.
 
     Raises:
-        JobError: E_NOGPU when the GPU or its memory is what is missing, E_EGRESS when the network policy is,
-            else E_NOSLOT.
+        JobError: E_NOGPU if the GPU or its memory is missing, E_EGRESS if the network policy is missing, else
+            E_NOSLOT.
     """
     if any(fits(ticket, offer) for offer in offers):
         return
@@ -105,38 +104,51 @@ def refuse_hopeless(ticket: Ticket, offers: Sequence[Offer]) -> None:
     if needs.gpu or needs.vram_mb > 0:
         most = max((offer.vram_mb for offer in offers if offer.kind == "gpu"), default=None)
         if most is None:
-            raise JobError(ErrorCode.E_NOGPU, "cannot place the job: it needs a GPU and no slot here has one")
+            raise JobError(ErrorCode.E_NOGPU, "cannot place the job: no slot of this node has a GPU")
         if needs.vram_mb > most:
             raise JobError(
                 ErrorCode.E_NOGPU,
-                f"cannot place the job: it needs {needs.vram_mb} MB of video memory; the most is {most} MB",
+                f"cannot place the job: no slot has {needs.vram_mb} MB of video memory, only {most} MB",
             )
     able = [offer for offer in offers if ticket.runner in offer.runners]
     if needs.gpu or needs.vram_mb > 0:
         able = [offer for offer in able if offer.kind == "gpu"]
     if not able:
         raise JobError(
-            ErrorCode.E_NOSLOT, f"cannot place the job: no slot here offers the runner {ticket.runner!r}"
+            ErrorCode.E_NOSLOT, f"cannot place the job: no slot offers the runner {ticket.runner!r}"
         )
     if ticket.egress is not None and all(offer.egress != ticket.egress for offer in able):
         raise JobError(
             ErrorCode.E_EGRESS,
-            f"cannot place the job: no slot here grants egress {ticket.egress!r:.80}; set `egress` of a slot",
+            f"cannot place the job: no slot grants egress {ticket.egress!r:.80}; set `egress` of a slot",
         )
-    able = [offer for offer in able if ticket.egress in {None, offer.egress}]
-    threads = max(offer.cpu_threads for offer in able)
-    memory = max(offer.memory_mb for offer in able)
-    raise JobError(
-        ErrorCode.E_NOSLOT,
-        f"cannot place the job: it needs {needs.cpu_threads} threads and {needs.memory_mb} MiB together; "
-        f"the largest slots here have {threads} threads and {memory} MiB",
-    )
+    _refuse_size(needs, [offer for offer in able if ticket.egress in {None, offer.egress}])
+
+
+def _refuse_size(needs: Requirements, able: Sequence[Offer]) -> None:
+    """Raise E_NOSLOT with the first figure that no slot has, among the slots with enough of the others."""
+    wanted: list[str] = []
+    enough: list[str] = []
+    for figure, need, unit, name in (
+        ("vram_mb", needs.vram_mb, "MB of video memory", "video memory"),
+        ("cpu_threads", needs.cpu_threads, "threads", "threads"),
+        ("memory_mb", needs.memory_mb, "MiB", "memory"),
+    ):
+        if need:
+            wanted.append(f"{need} {unit}")
+            most = max(getattr(offer, figure) for offer in able)
+            if most < need:
+                both = "both " if len(wanted) == 2 else ""
+                slots = f"slots with enough {' and '.join(enough)}" if enough else "slots here"
+                message = f"no slot has {both}{' and '.join(wanted)}; the {slots} have at most {most} {unit}"
+                raise JobError(ErrorCode.E_NOSLOT, f"cannot place the job: {message}")
+            able = [offer for offer in able if getattr(offer, figure) >= need]
+            enough.append(name)
 
 
 def make_offer(spec: SlotSpec, *, threads: int, memory_bytes: int, vram_mb: int) -> Offer:
-    """Say what a slot has to give, from its limits and the machine."""
+    """Take a slot's resources from its limits and the machine."""
     by_quota = math.ceil(spec.cpu_max / 100) if spec.cpu_max else threads
     cpus = min(len(spec.cpus) if spec.cpus else threads, by_quota)
     memory = min(spec.memory_max or memory_bytes, memory_bytes)
-    runners = tuple(spec.runners)
-    return Offer(spec.name, spec.kind, max(1, cpus), memory // MIB, vram_mb, runners, spec.egress)
+    return Offer(spec.name, spec.kind, max(1, cpus), memory // MIB, vram_mb, tuple(spec.runners), spec.egress)

@@ -1,4 +1,4 @@
-"""Reads slots.d, checks it, and writes slots as such a file."""
+"""Reads, checks and writes the files of slots.d."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,14 +14,12 @@ from aitbc_miner.config.settings import SLOTS_DIR
 from aitbc_miner.config.units import CpuList, Percent, Size, format_cpus, format_size, parse_size
 from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.probe.topology import MachineFacts
-from aitbc_miner.slots.fit import misfits, shared_cpus
-from aitbc_miner.slots.spec import IoNice, SlotSpec
+from aitbc_miner.slots.fit import MIB, misfits, shared_cpus
+from aitbc_miner.slots.spec import IO_RATES, IoNice, SlotSpec
 from aitbc_miner.util.trust import parse_bind
 
-MIB = 1 << 20
-_RATES = ("rbps", "wbps", "riops", "wiops")
 _BYTES = ("swap_max", "rbps", "wbps", "as", "core", "data", "fsize", "memlock", "msgqueue", "stack")
-"""Those of the rates and limits that are bytes; the others are numbers of things, or seconds."""
+"""The rates and limits in bytes; all others are counts or seconds."""
 _LEAST_BYTES = 64 << 10
 _RLIMITS = ("as", "core", "cpu", "data", "fsize", "memlock", "msgqueue", "nofile", "nproc", "stack")
 
@@ -45,8 +43,8 @@ def _one_of(names: Sequence[str]) -> Parse:
 
 MemorySize = Annotated[int, Parse(_parse_memory)]
 Weight = Annotated[int, Meta(ge=1, le=10_000)]
-# Not `$`, which would also accept a line break at the end. At most 22, for the name of a user has at most 32
-# letters, and the slot's is aitbc-job-<slot>.
+# `\Z`, because `$` would accept a line break at the end. At most 22 letters, because the slot's user is
+# aitbc-job-<slot>, and a user's name has at most 32.
 SlotName = Annotated[
     str,
     Meta(
@@ -64,15 +62,13 @@ EnvName = Annotated[
 GpuName = Annotated[
     str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]{0,127}\Z", description="the UUID of a GPU")
 ]
-
-
 Bind = Annotated[Path, Parse(parse_bind)]
 
 
 class SlotKeys(Struct, frozen=True):
-    """One slot as slots.d describes it: bytes, seconds, percent of one CPU; None is "not limited".
+    """A slot in slots.d. Units: bytes, seconds, percent of a CPU; None means "not limited".
 
-    The same keys with the same defaults as `SlotSpec`, in the kinds that people write.
+    Keys and defaults are those of `SlotSpec`; the types accept the notation of people, such as "16G".
     """
 
     name: SlotName
@@ -86,7 +82,7 @@ class SlotKeys(Struct, frozen=True):
     swap_max: Size | None = None
     pids_max: Annotated[int, Meta(ge=1, le=4_194_304)] | None = None
     io_weight: Weight | None = None
-    io_max: dict[str, dict[Annotated[str, _one_of(_RATES)], Size]] = {}
+    io_max: dict[str, dict[Annotated[str, _one_of(IO_RATES)], Size]] = {}
     nice: Annotated[int, Meta(ge=-20, le=19)] = 10
     ionice: IoNice | None = None
     rlimits: dict[Annotated[str, _one_of(_RLIMITS)], Size] = {}
@@ -103,36 +99,36 @@ class SlotKeys(Struct, frozen=True):
         if self.kind == "gpu" and self.gpu is None:
             raise BadField("gpu", "this key is missing; a slot of kind gpu needs a UUID or an index")
         if self.kind == "cpu" and self.gpu is not None:
-            raise BadField("gpu", "a slot of kind cpu has no GPU; remove this key or use kind: gpu")
+            raise BadField("gpu", "a slot of kind cpu has no GPU; remove the key or use kind: gpu")
         if self.memory_high and self.memory_max and self.memory_high > self.memory_max:
             shown = f"{format_size(self.memory_high)} is above memory_max ({format_size(self.memory_max)})"
-            raise BadField("memory_high", f"{shown}; it must not be, or the job dies before it is slowed")
+            raise BadField("memory_high", f"{shown}, so the kernel kills before slowing; lower memory_high")
         for path in self.io_max:
             if not path.startswith("/"):
                 raise BadField("io_max", f"{path[:80]!r} is no absolute path; name a directory on the disk")
 
 
 class SlotFile(Struct, frozen=True):
-    """The content of one file of slots.d: slots, or that they are to be derived from the machine."""
+    """The content of a file in slots.d: slots, or `derive: true` to have the node derive the slots."""
 
     slots: list[SlotKeys] = []
     derive: bool = False
 
     def __post_init__(self) -> None:
         if self.derive and self.slots:
-            raise BadField("derive", "is true, but there are `slots`; keep one of the two")
+            raise BadField("derive", "is true, but the file has `slots`; remove `derive` or `slots`")
         if not (self.derive or self.slots):
-            raise BadField("slots", f"there is no slot in it; describe one, or {DERIVE}")
+            raise BadField("slots", f"the file has no slot; describe a slot, or {DERIVE}")
 
 
 DERIVE = "write `derive: true` instead of `slots` to have all of the machine rented out"
 
 
 def read_slots(directory: Path, faults: list[Fault], warnings: list[Fault] | None = None) -> list[SlotSpec]:
-    """Read all of slots.d and append what is wrong to `faults`.
+    """Read all of slots.d and append its faults to `faults`.
 
-    None without a fault means that the slots are to be derived from the machine. That is so where a file says
-    it, and where nothing was ever said: the default directory is not there, or holds no file.
+    No slots and no faults: the node derives its slots. A file asks for derived slots with `derive: true`, and
+    so does a default directory that is missing or empty.
     """
     places: dict[str, Path] = {}
     specs: list[SlotSpec] = []
@@ -141,7 +137,7 @@ def read_slots(directory: Path, faults: list[Fault], warnings: list[Fault] | Non
         derived += [path] if file.derive else []
         for index, spec in enumerate(file.slots):
             if spec.name in places:
-                other = f"is also the name of a slot in {places[spec.name]}; rename one of them"
+                other = f"is also the name of a slot in {places[spec.name]}; rename one of the slots"
                 faults.append(_at(path, index, ["name"], f"{spec.name!r} {other}"))
                 continue
             places[spec.name] = path
@@ -149,13 +145,13 @@ def read_slots(directory: Path, faults: list[Fault], warnings: list[Fault] | Non
                 faults.append(_at(path, index, steps, message))
             specs.append(SlotSpec(**msgspec.structs.asdict(spec)))
     for path in derived if specs else ():
-        message = f"is true, but {next(iter(places.values()))} has slots; keep one of the two"
+        message = f"is true, but {next(iter(places.values()))} has slots; remove `derive` or the slots"
         faults.append(Fault(str(path), line_of(path, ["derive"]), "derive", message))
     return specs
 
 
 def _without_unit(spec: SlotKeys) -> Iterator[tuple[list[str], str]]:
-    """Yield the way to what was written without its unit, for nobody means so few bytes, and the remedy."""
+    """Yield path and remedy of each size that lacks its unit: nobody means so few bytes."""
     sizes = [(["swap_max"], spec.swap_max or 0)]
     sizes += [(["rlimits", name], n) for name, n in spec.rlimits.items()]
     sizes += [(["io_max", path, name], n) for path, rates in spec.io_max.items() for name, n in rates.items()]
@@ -172,9 +168,9 @@ def _read_files(
     if found and warnings is not None:
         warnings += found.warnings()
     if not (found and found.files) and len(faults) == before:
-        missing = "this directory is not there" if found is None else "no file here ends in .yaml"
+        missing = "the directory does not exist" if found is None else "no file here ends in .yaml"
         if directory != SLOTS_DIR or not (found is None or found.empty):
-            message = f"{missing}, so there would be no slot; describe one in a file here, or {DERIVE}"
+            message = f"{missing}, so the node has no slot; describe a slot in a file here, or {DERIVE}"
             if found and found.strange:
                 message += f"; not read: {', '.join(path.name for path in found.strange)}"
             faults.append(Fault(str(directory), None, "", message))
@@ -186,15 +182,10 @@ def _read_files(
 def check_slots(
     specs: Sequence[SlotSpec], machine: MachineFacts, directory: Path | None = None
 ) -> tuple[list[Fault], list[str]]:
-    """Compare slots with the machine they are to run on.
-
-    Args:
-        specs: all slots of the node.
-        machine: what there is.
-        directory: slots.d, if that is where the slots are from, so that the faults name file and line.
+    """Compare slots with the machine; if the slots come from slots.d, `directory` is its path.
 
     Returns:
-        What is impossible, and warnings about what is possible but probably not meant.
+        Faults of slots that cannot run, and warnings about slots that can, but are probably not meant so.
     """
     faults: list[Fault] = []
     warnings: list[str] = []
@@ -208,7 +199,7 @@ def check_slots(
 
 
 def fault_at(directory: Path | None, slot: str, steps: Sequence[str], message: str) -> Fault:
-    """Say what is wrong with a key of a slot, by file and line where the slot is from slots.d."""
+    """Make the fault of a slot's key, with file and line if the slot comes from slots.d."""
     for path, file in _read_files(directory, []) if directory else ():
         for index, other in enumerate(file.slots):
             if other.name == slot:
@@ -226,7 +217,7 @@ def _key(steps: Sequence[str]) -> str:
 
 
 def to_yaml(specs: Sequence[SlotSpec]) -> str:
-    """Write slots as a file for slots.d that reads back as the same; what is at its default is left out."""
+    """Write slots as a file for slots.d, without default values; reading the file gives equal slots."""
     return yaml.safe_dump({"slots": [_plain(spec) for spec in specs]}, sort_keys=False, allow_unicode=True)
 
 

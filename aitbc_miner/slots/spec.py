@@ -1,6 +1,6 @@
-"""A slot as plain data: which limits it has, and what it lets its jobs use.
+"""A slot as plain data: its limits, and the resources that its jobs may use.
 
-`reader` reads it from slots.d; `derive` makes it from what the machine has. No file is read here, so every
+`reader` reads slots from slots.d; `derive` makes slots from the machine. This module reads no file, so every
 process may import it.
 """
 
@@ -10,19 +10,22 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+IO_RATES = ("rbps", "wbps", "riops", "wiops")
+"""The rates of a disk that a slot may limit; the names are those of io.max."""
+
 
 class IoNice(Struct, frozen=True):
-    """The job's I/O priority as ionice(1) has it; `realtime` is not for strangers' jobs."""
+    """The job's I/O priority as in ionice(1). A stranger's job must not have the class `realtime`."""
 
     io_class: Literal["idle", "best-effort"] = msgspec.field(name="class")
     level: Annotated[int, Meta(ge=0, le=7)] = 4
 
 
 class SlotSpec(Struct, frozen=True):
-    """One slot: bytes, seconds, percent of one CPU; None is "not limited".
+    """A slot. Units: bytes, seconds, percent of a CPU; None means "not limited".
 
-    The keys are those of slots.d (`reader.SlotKeys`), and `mems`: the NUMA nodes to take memory from, which
-    follow from the machine. `cpus` is `units.AUTO` until `derive.lay_out` has chosen them.
+    The keys are the keys of slots.d (`reader.SlotKeys`), and `mems`: the NUMA nodes for the slot's memory,
+    chosen by `derive`. `cpus` is `units.AUTO` until `derive.lay_out` chooses the CPUs.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""What a slot may do next. Pure: no clock, no process, no file.
+"""The state machine of a slot. Pure: no clock, no process, no file.
 
-`step(slot, event, now)` gives the slot's next value and the actions that the supervisor must carry out.
+`step(slot, event, now)` gives the slot's next value and the actions for the supervisor.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ from aitbc_miner.jobs import EndReason, State
 
 
 class SlotState(StrEnum):
-    """Where a slot is; `MOVES` says which state may follow which."""
+    """The states of a slot; `MOVES` lists the legal next states of each."""
 
     STOPPED = "STOPPED"
     STARTING = "STARTING"
     IDLE = "IDLE"
     BUSY = "BUSY"
     CANCELLING = "CANCELLING"
-    ADOPTED = "ADOPTED"  # a worker of an earlier run of the node is finishing its job
+    ADOPTED = "ADOPTED"  # a worker of an earlier run of the node finishes its job
     BACKOFF = "BACKOFF"
     QUARANTINED = "QUARANTINED"
 
@@ -56,9 +56,9 @@ class SlotTiming(Struct, frozen=True):
 class Slot(Struct, frozen=True):
     """A slot's state.
 
-    `deadline` is when the worker was going to end its job, `cancelled_at` when an adopted one was first asked
-    to. `deaths` are the times of its worker's recent deaths, `retry_at` is when to try again. A slot that is
-    `retiring` gets no further worker.
+    deadline: the time when the worker ends the job. cancelled_at: the time of the first request to an adopted
+    worker to end its job. deaths: the times of recent deaths of workers. retry_at: the time of the next start
+    of a worker. retiring: the slot gets no further worker.
     """
 
     name: str
@@ -77,28 +77,32 @@ class Slot(Struct, frozen=True):
     timing: SlotTiming = SlotTiming()
 
 
-class Begin(Struct, frozen=True):
+class Event(Struct, frozen=True):
+    """Base of the events that `step` takes."""
+
+
+class Begin(Event):
     """The node is up: the slot may have its worker."""
 
 
-class Ready(Struct, frozen=True):
+class Ready(Event):
     """The worker has set the slot up."""
 
 
-class Unusable(Struct, frozen=True):
-    """The worker cannot use the slot and says why."""
+class Unusable(Event):
+    """The worker cannot use the slot, for this reason."""
 
     reason: str
 
 
-class Assign(Struct, frozen=True):
-    """A job was chosen for the slot."""
+class Assign(Event):
+    """The supervisor has chosen a job for the slot."""
 
     job_id: str
 
 
-class JobStepped(Struct, frozen=True):
-    """The job has come to a further step; `deadline` is when the worker is going to end it."""
+class JobStepped(Event):
+    """The job has reached a state; `deadline` is the time when the worker ends the job."""
 
     job_id: str
     state: State
@@ -106,117 +110,107 @@ class JobStepped(Struct, frozen=True):
     deadline: float | None = None
 
 
-class Cancel(Struct, frozen=True):
-    """The job is to end, for this reason."""
+class Cancel(Event):
+    """The job must end, for this reason."""
 
     why: EndReason
     detail: str = ""
 
 
-class Ended(Struct, frozen=True):
-    """The job's outcome is on disk; `clean` is False when something survives, which `remains` says."""
+class Ended(Event):
+    """The job's outcome is on disk; `clean` is False if processes survive, and `remains` names them."""
 
     job_id: str
     clean: bool = True
     remains: str = ""
 
 
-class Died(Struct, frozen=True):
-    """The worker's process is gone."""
+class Died(Event):
+    """The worker's process has ended; `how` says how."""
 
     how: str
 
 
-class Adopt(Struct, frozen=True):
-    """A worker of an earlier run still has this job, and is going to end it at `deadline`."""
+class Adopt(Event):
+    """A worker of an earlier run still runs this job, and ends the job at `deadline`."""
 
     job_id: str
     state: State
     deadline: float | None = None
 
 
-class Retire(Struct, frozen=True):
-    """The slot or the node is to end: after its job, if it has one; it starts nothing any more."""
+class Retire(Event):
+    """The slot or the node must end: the slot finishes its job, if any, and starts no other."""
 
 
-class Unretire(Struct, frozen=True):
-    """The slot is wanted again."""
+class Unretire(Event):
+    """The slot is needed again after all."""
 
 
-class RetryNow(Struct, frozen=True):
-    """What kept the slot from working may have been mended: try again now."""
+class RetryNow(Event):
+    """The operator may have mended the slot's fault: try again now."""
 
 
-class Tick(Struct, frozen=True):
+class Tick(Event):
     """Time has passed."""
 
 
-Event = (
-    Begin
-    | Ready
-    | Unusable
-    | Assign
-    | JobStepped
-    | Cancel
-    | Ended
-    | Died
-    | Adopt
-    | Retire
-    | Unretire
-    | RetryNow
-    | Tick
-)
+class Action(Struct, frozen=True):
+    """Base of the actions that `step` gives."""
 
 
-class SpawnWorker(Struct, frozen=True):
+class SpawnWorker(Action):
     """Start the slot's worker."""
 
 
-class KillWorker(Struct, frozen=True):
-    """End the worker now; its death will be an event."""
+class KillWorker(Action):
+    """Kill the worker; `Died` follows."""
 
 
-class KillJob(Struct, frozen=True):
-    """End all that is left of the job in the slot's group."""
+class KillJob(Action):
+    """Kill all processes of the job in the slot's group."""
 
 
-class BeginJob(Struct, frozen=True):
-    """Have the worker run the job."""
+class BeginJob(Action):
+    """Tell the worker to run the job."""
 
     job_id: str
 
 
-class EndJob(Struct, frozen=True):
-    """Have the worker end the job; `why` and `detail` as in `Cancel`."""
+class EndJob(Action):
+    """Tell the worker to end the job; `why` and `detail` as in `Cancel`."""
 
     job_id: str
     why: EndReason
     detail: str = ""
 
 
-class TerminateAdopted(Struct, frozen=True):
-    """Ask a worker with which there is no channel to end its job; `why` as in `Cancel`."""
+class TerminateAdopted(Action):
+    """Ask an adopted worker, which has no channel to us, to end its job; `why` as in `Cancel`."""
 
     why: str = "cancel"
 
 
-class KillAdopted(Struct, frozen=True):
-    """End a worker with which there is no channel; its death will be an event."""
+class KillAdopted(Action):
+    """Kill an adopted worker; `Died` follows."""
 
 
-class Settle(Struct, frozen=True):
-    """Tell the agent that nobody works on the job any more."""
+class Settle(Action):
+    """Tell the agent that no worker has the job any longer."""
 
     job_id: str
     why: str = ""
 
 
-Action = SpawnWorker | KillWorker | KillJob | BeginJob | EndJob | TerminateAdopted | KillAdopted | Settle
 Result = tuple[Slot, list[Action]]
 
 
 def transition(slot: Slot, to: SlotState, now: float, reason: str | None = None) -> Slot:
-    """Move the slot, if the table allows it; a state without a job forgets the job."""
+    """Move the slot to a state; a state without a job forgets the job.
+
+    Raises:
+        IllegalMove: the table does not allow the move.
+    """
     if to not in MOVES[slot.state]:
         raise IllegalMove(f"slot {slot.name}: {slot.state} -> {to}")
     moved = replace(slot, state=to, since=now, reason=reason)
@@ -226,7 +220,7 @@ def transition(slot: Slot, to: SlotState, now: float, reason: str | None = None)
 
 
 def step(slot: Slot, event: Event, now: float) -> Result:
-    """Give the slot's next value and what to do; an event that means nothing here changes nothing."""
+    """Give the slot's next value and the actions; an event without meaning in this state changes nothing."""
     handler: Callable[[Slot, Event, float], Result] = _HANDLERS[type(event)]
     return handler(slot, event, now)
 
@@ -275,7 +269,7 @@ def _cancel(slot: Slot, event: Cancel, now: float) -> Result:
         return slot, []
     end = EndJob(slot.job_id, event.why, event.detail)
     if slot.state is SlotState.CANCELLING and event.why == "shutdown":
-        # Otherwise a worker that waits for a full disk to take the job's outcome would go on waiting.
+        # The worker may be waiting for space on a full disk to write the job's outcome: tell it to stop.
         return slot, [end]
     if slot.state is not SlotState.BUSY:
         return slot, []
@@ -289,11 +283,11 @@ def _ended(slot: Slot, event: Ended, now: float) -> Result:
         stopped = transition(slot, SlotState.STOPPED, now)
         return stopped, [Settle(event.job_id)] if event.clean else [Settle(event.job_id), KillWorker()]
     if event.clean:
-        # A job that came through is the proof that the slot works: earlier deaths no longer count.
+        # A finished job proves that the slot works: earlier deaths no longer count.
         return replace(transition(slot, SlotState.IDLE, now), deaths=(), quarantines=0), [
             Settle(event.job_id)
         ]
-    reason = event.remains or f"something of job {event.job_id} could not be killed"
+    reason = event.remains or f"a process of job {event.job_id} could not be killed"
     return _quarantine(slot, reason, now), [Settle(event.job_id), KillWorker()]
 
 
@@ -311,7 +305,7 @@ def _died(slot: Slot, event: Died, now: float) -> Result:
     deaths = (*(death for death in slot.deaths if death > now - timing.deaths_within), now)
     slot = replace(slot, deaths=deaths)
     if len(deaths) >= timing.deaths_allowed:
-        reason = f"its worker died {len(deaths)} times within {timing.deaths_within:.0f} s; last: {event.how}"
+        reason = f"the worker died {len(deaths)} times within {timing.deaths_within:.0f} s; last: {event.how}"
         return replace(_quarantine(slot, reason, now), deaths=()), actions
     pause = min(timing.restart_max, timing.restart_min * 2 ** (len(deaths) - 1))
     return replace(transition(slot, SlotState.BACKOFF, now, event.how), retry_at=now + pause), actions
@@ -326,7 +320,7 @@ def _adopt(slot: Slot, event: Adopt, now: float) -> Result:
 
 def _retire(slot: Slot, _event: Retire, now: float) -> Result:
     slot = replace(slot, retiring=True)
-    # A job goes on: its worker finishes it, and its directory tells the next start of the node.
+    # A running job goes on: its worker finishes it, and the next start of the node reads its directory.
     if slot.state is SlotState.STOPPED or slot.job_id is not None:
         return slot, []
     return transition(slot, SlotState.STOPPED, now), []
@@ -350,21 +344,21 @@ def _tick(slot: Slot, _event: Tick, now: float) -> Result:
 
 
 def _tick_with_job(slot: Slot, now: float) -> Result:
-    """Make sure that a job which should end does end, its worker alive or not."""
+    """Make sure that an overdue or cancelled job ends, whether its worker is alive or not."""
     patience = slot.timing.cancel_timeout
     if slot.job_state is State.COLLECTING:
-        # The program is gone, and reading large output takes its time: finished work is not thrown away.
+        # The program has ended, and reading large output takes time: do not throw finished work away.
         return slot, []
     overdue = slot.deadline is not None and now > slot.deadline + patience
     if slot.state is SlotState.BUSY and overdue:
-        return _cancel(slot, Cancel("timeout", "the worker did not end it in time"), now)
+        return _cancel(slot, Cancel("timeout", "the worker did not end the job in time"), now)
     if slot.state is SlotState.CANCELLING and now - slot.since > patience:
         return slot, [KillWorker()]
     asked = slot.cancelled_at
     if slot.state is SlotState.ADOPTED and asked is not None and now - asked > patience:
         return slot, [KillAdopted(), KillJob()]
     if slot.state is SlotState.ADOPTED and overdue:
-        # Not the worker: it may long have ended the job itself, and be reading what came out.
+        # Spare the worker: it may have ended the job long ago, and be collecting the output.
         return slot, [KillJob()]
     return slot, []
 

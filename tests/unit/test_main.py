@@ -263,7 +263,7 @@ def test_slots_are_derived_where_a_file_says_so(site: Site) -> None:
 def test_the_machine_is_not_rented_out_by_mistake(site: Site) -> None:
     (site.slots / "slots.yml").write_text("slots: [{name: a, kind: cpu}]\n")
     checker = site.checker()
-    assert "no file here ends in .yaml, so there would be no slot" in fault_texts(checker)
+    assert "no file here ends in .yaml, so the node has no slot" in fault_texts(checker)
     assert "not read: slots.yml" in fault_texts(checker)
     assert any("slots.yml: this is not read" in warning for warning in checker.warnings)
     assert not checker.slots

@@ -152,7 +152,7 @@ def test_a_slot_whose_worker_keeps_dying_rests(node: Machine) -> None:
     for _ in range(DEATHS_ALLOWED):
         new = wait_until(lambda: {node.slot("cpu0").worker_pid} - {None, *killed}, WAIT_S, 0.1)
         killed.append(node.kill(pid=new.pop()))
-    reason = "^its worker died 5 times within 600 s; last: .*SIGKILL"
+    reason = "^the worker died 5 times within 600 s; last: .*SIGKILL"
     rests = quarantined(node, "cpu0", reason)
     assert rests.worker_pid is None
     works(node, "beside", "cpu0", runs_in="cpu1")

@@ -86,40 +86,71 @@ def test_nothing_free_or_nothing_waiting_is_nothing() -> None:
             ticket(gpu=1),
             [SMALL, LARGE],
             ErrorCode.E_NOGPU,
-            "cannot place the job: it needs a GPU and no slot here has one",
+            "cannot place the job: no slot of this node has a GPU",
         ),
         (
             ticket(vram_mb=24_000),
             [SMALL, GPU],
             ErrorCode.E_NOGPU,
-            "cannot place the job: it needs 24000 MB of video memory; the most is 16000 MB",
+            "cannot place the job: no slot has 24000 MB of video memory, only 16000 MB",
         ),
         (
             ticket(runner="wasm"),
             [SMALL, LARGE],
             ErrorCode.E_NOSLOT,
-            "cannot place the job: no slot here offers the runner 'wasm'",
+            "cannot place the job: no slot offers the runner 'wasm'",
         ),
         (
             ticket(cpu_threads=4, memory_mb=64_000),
             [SMALL, LARGE],
             ErrorCode.E_NOSLOT,
-            "cannot place the job: it needs 4 threads and 64000 MiB together; "
-            "the largest slots here have 8 threads and 16000 MiB",
+            "cannot place the job: no slot has both 4 threads and 64000 MiB; "
+            "the slots with enough threads have at most 16000 MiB",
+        ),
+        # The largest memory belongs to a slot with too few threads.
+        (
+            ticket(cpu_threads=4, memory_mb=8192),
+            [
+                Offer("wide", "cpu", 8, 4096, runners=("cli",)),
+                Offer("deep", "cpu", 2, 16_384, runners=("cli",)),
+            ],
+            ErrorCode.E_NOSLOT,
+            "cannot place the job: no slot has both 4 threads and 8192 MiB; "
+            "the slots with enough threads have at most 4096 MiB",
+        ),
+        (
+            ticket(cpu_threads=16, memory_mb=8192),
+            [SMALL, LARGE],
+            ErrorCode.E_NOSLOT,
+            "cannot place the job: no slot has 16 threads; the slots here have at most 8 threads",
+        ),
+        # The slot of the larger GPU does not offer the runner.
+        (
+            ticket(runner="python", vram_mb=16_000),
+            [replace(GPU, runners=("cli",)), replace(GPU, vram_mb=8000)],
+            ErrorCode.E_NOSLOT,
+            "cannot place the job: no slot has 16000 MB of video memory; "
+            "the slots here have at most 8000 MB of video memory",
+        ),
+        (
+            ticket(cpu_threads=8, memory_mb=64_000, vram_mb=1),
+            [replace(GPU, cpu_threads=8, memory_mb=32_000)],
+            ErrorCode.E_NOSLOT,
+            "cannot place the job: no slot has 1 MB of video memory and 8 threads and 64000 MiB; "
+            "the slots with enough video memory and threads have at most 32000 MiB",
         ),
         # There is a GPU large enough; it is something else that its slot lacks.
         (
             ticket(gpu=1, memory_mb=9000),
             [LARGE, GPU],
             ErrorCode.E_NOSLOT,
-            "cannot place the job: it needs 0 threads and 9000 MiB together; "
-            "the largest slots here have 4 threads and 8000 MiB",
+            "cannot place the job: no slot has 9000 MiB; the slots here have at most 8000 MiB",
         ),
         (
             ticket(),
             [],
             ErrorCode.E_NOSLOT,
-            "cannot place the job: no slot here offers the runner 'cli'",
+            "cannot place the job: no slot offers the runner 'cli'",
         ),
     ],
 )

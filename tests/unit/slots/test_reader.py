@@ -88,7 +88,7 @@ def test_defaults() -> None:
         ({"name": "a\n"}, "name: is 'a\\n'; must be 1 to 22 of a-z 0-9 _ -, not beginning with _ or -"),
         ({"kind": "tpu"}, "kind: is 'tpu'; must be one of cpu, gpu"),
         ({"kind": "gpu"}, "gpu: this key is missing; a slot of kind gpu needs a UUID or an index"),
-        ({"gpu": 0}, "gpu: a slot of kind cpu has no GPU; remove this key or use kind: gpu"),
+        ({"gpu": 0}, "gpu: a slot of kind cpu has no GPU; remove the key or use kind: gpu"),
         (
             {"cpus": "3-1"},
             (
@@ -107,7 +107,7 @@ def test_defaults() -> None:
         ({"memory_max": 16}, "memory_max: is 16; must be at least 1M; add a unit: did you mean 16G or 16M?"),
         (
             {"memory_max": "1G", "memory_high": "2G"},
-            "memory_high: 2G is above memory_max (1G); it must not be, or the job dies before it is slowed",
+            "memory_high: 2G is above memory_max (1G), so the kernel kills before slowing; lower memory_high",
         ),
         ({"pids_max": 0}, "pids_max: is 0; must be a whole number of at least 1 and at most 4194304 or null"),
         (
@@ -162,7 +162,7 @@ def test_every_fault_of_a_directory(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("slots:\n- kind: cpu\n  name: one\n")
     faults: list[Fault] = []
     assert [spec.name for spec in read_slots(tmp_path, faults)] == ["one"]
-    also = f"'one' is also the name of a slot in {tmp_path}/a.yaml; rename one of them"
+    also = f"'one' is also the name of a slot in {tmp_path}/a.yaml; rename one of the slots"
     assert list(map(str, faults)) == [
         f"{tmp_path}/a.yaml:3: slots[1].name: {also}",
         f"{tmp_path}/b.yaml:2: slots[0].kind: is 'y'; must be one of cpu, gpu",
@@ -173,18 +173,18 @@ def test_every_fault_of_a_directory(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "fault"),
     [
-        (None, "this directory is not there, so there would be no slot"),
-        ({}, "no file here ends in .yaml, so there would be no slot"),
+        (None, "the directory does not exist, so the node has no slot"),
+        ({}, "no file here ends in .yaml, so the node has no slot"),
         ({"slots.yml": "slots: [{name: a, kind: cpu}]"}, "; not read: slots.yml"),
         ({"s.yaml~": "", ".s.yaml.swp": "", "s.yaml.sample": ""}, "no file here ends in .yaml"),
         (
             {"s.yaml": "slots: []"},
-            "s.yaml:1: slots: there is no slot in it; describe one, or write `derive: true`",
+            "s.yaml:1: slots: the file has no slot; describe a slot, or write `derive: true`",
         ),
-        ({"s.yaml": ""}, "s.yaml:1: slots: there is no slot in it"),
+        ({"s.yaml": ""}, "s.yaml:1: slots: the file has no slot"),
         (
             {"s.yaml": "derive: true\nslots: [{name: a, kind: cpu}]"},
-            "s.yaml:1: derive: is true, but there are",
+            "s.yaml:1: derive: is true, but the file has `slots`",
         ),
         (
             {"a.yaml": "slots: [{name: a, kind: cpu}]", "b.yaml": "derive: true"},
@@ -253,7 +253,7 @@ def test_slots_that_do_not() -> None:
     faults, warnings = check_slots(specs, MACHINE)
     assert list(map(str, faults)) == [
         "slot b: cpus: there is no CPU 7-8; this machine has 0-3",
-        "slot b: gpu: GPU 0 is already that of slot a; each GPU can have one slot",
+        "slot b: gpu: GPU 0 belongs to slot a already; give each GPU a single slot",
         "slot c: gpu: there is no GPU GPU-c; this machine has 0 or GPU-a, 1 or GPU-b",
         (
             "slot b: memory_max: the slots together may use 17408M, but this machine has 16384M; "
@@ -276,37 +276,37 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     ({"cpus": (6,)}, "cpus: there is no CPU 6; this machine has 0-5"),
     (
         {"rlimits": {"nofile": 2000}},
-        "rlimits.nofile: 2000 is more than the kernel allows (1024); lower it, or "
+        "rlimits.nofile: 2000 is more than the kernel allows (1024); lower nofile, or "
         "raise the sysctl fs.nr_open",
     ),
     (
         {"io_max": {"/no/such": {"wbps": 1}}},
-        "io_max['/no/such']: cannot find the disk of /no/such: No such file or directory; name a directory "
-        "or a device that is there and on one disk",
+        "io_max['/no/such']: cannot find the disk of /no/such: No such file or directory; name an existing "
+        "directory or device on a single disk",
     ),
     (
         {"io_max": {"/proc": {"wbps": 1}}},
         "io_max['/proc']: cannot find the disk of /proc: its file system is not on one disk; name the device "
-        "instead; name a directory or a device that is there and on one disk",
+        "instead; name an existing directory or device on a single disk",
     ),
     (
         {"kind": "gpu", "gpu": "GPU-m"},
-        "gpu: GPU GPU-m is divided into MIG instances; name one of them: MIG-1, MIG-2",
+        "gpu: GPU GPU-m is divided into MIG instances; name an instance: MIG-1, MIG-2",
     ),
 ]
 DOUBTS: list[tuple[dict[str, Any], str]] = [
     (
         {"cpus": (0, 1), "cpu_max": 300},
-        "cpu_max: 300% is never reached: this slot has 2 CPUs; lower it to 200%",
+        "cpu_max: no job reaches 300%: the slot has 2 CPUs; lower cpu_max to 200%",
     ),
-    ({"cpu_max": 500}, "cpu_max: 500% is never reached: this slot has 4 CPUs; lower it to 400%"),
+    ({"cpu_max": 500}, "cpu_max: no job reaches 500%: the slot has 4 CPUs; lower cpu_max to 400%"),
     (
         {"swap_max": 2 * G},
-        "swap_max: 2G is more than the 1024M of swap of this machine; lower it, or add swap",
+        "swap_max: 2G is more than the 1024M of swap of this machine; lower swap_max, or add swap",
     ),
     (
         {"pids_max": 40_000},
-        "pids_max: 40000 is more than this machine can have (32768); lower it, or raise the sysctl "
+        "pids_max: 40000 is more than this machine can have (32768); lower pids_max, or raise the sysctl "
         "kernel.pid_max",
     ),
     (

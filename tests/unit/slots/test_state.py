@@ -164,7 +164,7 @@ def test_pauses_between_deaths_grow_and_the_slot_is_quarantined_after_enough_of_
     assert pauses == [timing.restart_min * 2**i for i in range(timing.deaths_allowed - 1)]
     slot = play(slot, Died("was killed by SIGSEGV"), at=now)[0]
     assert slot.state is S.QUARANTINED
-    assert slot.reason == "its worker died 5 times within 600 s; last: was killed by SIGSEGV"
+    assert slot.reason == "the worker died 5 times within 600 s; last: was killed by SIGSEGV"
     assert slot.retry_at - now == timing.quarantine_min
     # What it was quarantined for is paid for: the next death is a first one.
     slot = play(slot, Tick(), at=slot.retry_at)[0]
