@@ -1,8 +1,8 @@
 """NVIDIA GPUs.
 
-* reader: GpuReader: asks NVML in a child that may hang
-* nvml: that child
-* facts: what is told of a GPU
-* devices: device nodes, and how they are made
-* job_view: what a job sees of a card
+* reader: GpuReader: asks NVML in a child process, which may hang
+* nvml: the child process
+* facts: GpuFact: the description of a GPU for the node's processes
+* devices: device nodes and their creation
+* job_view: the part of a card that a job sees
 """

@@ -1,4 +1,4 @@
-"""What files of the kernel and of NVIDIA's driver say of a GPU: where it is, by which nodes it is reached."""
+"""Reads a GPU's place and device nodes from files of the kernel and the driver, and makes the nodes."""
 
 import contextlib
 import subprocess
@@ -10,12 +10,12 @@ DRIVER = Path("/proc/driver/nvidia")
 CAPABILITIES, CARDS = DRIVER / "capabilities", DRIVER / "gpus"
 MODPROBE = Path("/usr/bin/nvidia-modprobe")
 MAKE_S = 10.0
-"""Seconds: how long one run of it may take, which may load the driver."""
+"""Seconds for a run of nvidia-modprobe, which may have to load the driver."""
 _ABANDONED: list[subprocess.Popen[bytes]] = []
 
 
 def mig_capabilities(place: Path, minor: int | None, own: int | None, compute: int | None) -> tuple[int, ...]:
-    """Give the numbers of the nodes through which a MIG instance is reached; empty where they are not told.
+    """Give the minor numbers of a MIG instance's device nodes; empty if the driver does not tell them.
 
     Source: "Device Nodes and Capabilities" of NVIDIA's MIG user guide.
     """
@@ -29,7 +29,7 @@ def mig_capabilities(place: Path, minor: int | None, own: int | None, compute: i
 
 
 def minor_of(place: Path, pci_bus_id: str) -> int | None:
-    """Give the number of the node /dev/nvidia<minor> of a card, where NVML does not."""
+    """Give the number of a card's node /dev/nvidia<minor>, for drivers whose NVML does not."""
     try:
         lines = (place / pci_bus_id / "information").read_text().splitlines()
         return int(next(line.split(":")[1] for line in lines if line.startswith("Device Minor:")))
@@ -38,7 +38,7 @@ def minor_of(place: Path, pci_bus_id: str) -> int | None:
 
 
 def numa_node_of(sysfs: Path, pci_bus_id: str) -> int | None:
-    """Give the NUMA node of a PCI device; None where the firmware does not say."""
+    """Give the NUMA node of a PCI device; None if the firmware does not say."""
     try:
         node = int((sysfs / "bus/pci/devices" / pci_bus_id / "numa_node").read_text())
     except (OSError, ValueError):
@@ -47,9 +47,10 @@ def numa_node_of(sysfs: Path, pci_bus_id: str) -> int | None:
 
 
 def make_nodes(program: Path = MODPROBE, driver: Path = DRIVER) -> list[str]:
-    """Have NVIDIA's own program make the device nodes of all cards, for root; says what it could not.
+    """Have nvidia-modprobe make the device nodes of all cards; needs root. Returns the failures.
 
-    A boot does not make all of them, and a job cannot: the program would need to gain rights.
+    A boot does not make all nodes. A job cannot make nodes, because nvidia-modprobe could not become root
+    there.
     """
     if not program.exists():
         return []
@@ -62,14 +63,14 @@ def make_nodes(program: Path = MODPROBE, driver: Path = DRIVER) -> list[str]:
     except OSError as error:
         failed.append(f"{program}: {error.strerror}")
     except subprocess.TimeoutExpired:
-        # It hangs in the driver, where killing it makes things worse.
+        # The program hangs in the driver: a kill would make the driver's state worse.
         _ABANDONED.append(child)
         failed.append(f"{program} {' '.join(words)}: no end after {MAKE_S:g} s")
     return failed
 
 
 def _needed(driver: Path) -> Iterator[list[str]]:
-    # First the driver is loaded, then there are cards to count.
+    # The first run loads the driver; only then the driver lists its cards.
     yield from (["-u", "-c", "0"], ["-m"])
     for card in sorted((driver / "gpus").glob("*")):
         minor = minor_of(driver / "gpus", card.name)
@@ -80,5 +81,5 @@ def _needed(driver: Path) -> Iterator[list[str]]:
 
 
 if __name__ == "__main__":
-    # The unit calls us with all of root's rights, which the miner itself has not.
+    # The systemd unit runs this file with all rights of root; the miner has fewer.
     sys.exit("\n".join(make_nodes()) or 0)

@@ -1,4 +1,4 @@
-"""What the node's processes tell each other of a GPU."""
+"""The description of a GPU in messages between the node's processes."""
 
 from typing import Annotated
 
@@ -6,10 +6,10 @@ from msgspec import Meta, Struct
 
 
 class GpuFact(Struct, frozen=True):
-    """A GPU or MIG instance that a slot can be given: all its names, MB of memory (or 0), its NUMA node.
+    """A GPU or MIG instance for a slot: all its names, MB of memory (0 if unknown), its NUMA node.
 
-    minor: the number of its node /dev/nvidia<minor>. capabilities: those of its nodes in /dev/nvidia-caps.
-    pci_bus_id: of the card, as in sysfs; "" where there is none.
+    minor: the number of /dev/nvidia<minor>. capabilities: the numbers of its nodes in /dev/nvidia-caps.
+    pci_bus_id: the card's PCI address as in sysfs, or "".
     """
 
     ids: Annotated[tuple[str, ...], Meta(min_length=1)]

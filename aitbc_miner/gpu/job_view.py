@@ -1,6 +1,7 @@
-"""What a job sees of its GPU, in one table: with less CUDA does not start, with more it would see others.
+"""The table of paths through which a job reaches its GPU. CUDA needs all of them; more would show other GPUs.
 
-Device nodes: "Device Nodes and Capabilities" of NVIDIA's MIG user guide. None of it has been tried on a card.
+Device nodes: "Device Nodes and Capabilities" of NVIDIA's MIG user guide. Nobody has tried the table on a
+card.
 """
 
 from pathlib import Path
@@ -10,24 +11,24 @@ from aitbc_miner.gpu.facts import GpuFact
 VIEW = {
     "/dev/nvidia{minor}": "the card",
     "/dev/nvidiactl": "the driver",
-    "/dev/nvidia-uvm": "memory that card and program share; CUDA does not start without it",
+    "/dev/nvidia-uvm": "memory shared by card and program; CUDA needs it to start",
     "/dev/nvidia-uvm-tools": "the same, for debuggers and profilers",
     "/dev/nvidia-caps/nvidia-cap{capability}": "a MIG instance",
     "/proc/driver/nvidia/version": "the driver's version, which its libraries compare with theirs",
-    "/proc/driver/nvidia/params": "who makes device nodes; without it the libraries try to",
+    "/proc/driver/nvidia/params": "who makes device nodes; without the file the libraries try to",
     "/proc/driver/nvidia/gpus/{pci}": "the card's name and number",
-    "/proc/driver/nvidia/capabilities/gpu{minor}": "which node is which MIG instance's",
+    "/proc/driver/nvidia/capabilities/gpu{minor}": "the device nodes of each MIG instance",
     "/sys/bus/pci/devices/{pci}": "where the card is; a link to the card alone, of all of /sys/devices",
-    "/sys/module/nvidia": "that the driver is there; without these cuInit fails with 304",
+    "/sys/module/nvidia": "the presence of the driver; without these paths cuInit fails with 304",
     "/sys/module/nvidia_uvm": "the same",
     "/sys/module/nvidia_drm": "the same",
     "/sys/module/nvidia_modeset": "the same",
 }
-"""Paths, and what each is for. Those whose words a card has no value for are left out."""
+"""Paths and their purposes. A path with a {word} for which the card has no value is left out."""
 
 
 def gpu_view(gpu: GpuFact | None) -> tuple[Path, ...]:
-    """Name all through which a job reaches its own GPU and no other."""
+    """List the paths through which a job reaches its own GPU and no other."""
     if gpu is None:
         return ()
     values: dict[str, list[object]] = {
@@ -43,7 +44,7 @@ def gpu_view(gpu: GpuFact | None) -> tuple[Path, ...]:
 
 
 def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
-    """Give the variables that show a job its own GPU, or none at all."""
+    """Give the environment variables that show CUDA the job's own GPU, or no GPU."""
     uuid = next((name for name in gpu.ids if not name.isdecimal()), gpu.ids[0]) if gpu else ""
     return {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
@@ -53,5 +54,5 @@ def gpu_env(gpu: GpuFact | None) -> dict[str, str]:
 
 
 def devices_of(view: tuple[Path, ...]) -> list[Path]:
-    """Give the device nodes of a view."""
+    """List the device nodes of a view."""
     return [path for path in view if path.is_relative_to("/dev")]

@@ -1,7 +1,7 @@
-"""The child process that asks NVML. A call may never return, so `gpu/reader.py` waits for it with a deadline.
+"""The child process that asks NVML. A call may never return, so `gpu/reader.py` waits with a deadline.
 
-A driver answers some questions with an error, or with nonsense (all bits set). Each answer stands by itself:
-what is not told or cannot be is absent, and all else of the card and of the others is told.
+A driver answers some questions with an error, or with nonsense (all bits set). Such an answer is left out;
+all other answers of the card are kept.
 """
 
 import os
@@ -20,18 +20,18 @@ from aitbc_miner.gpu.reader import NO_LIBRARY, GpuInfo, GpuUsage, MigInstance, N
 
 MAX_GPUS = 1024
 MAX_PARTS = 64
-# Far above any card: 16 TiB, 10 kW.
+# Limits far above every card: 16 TiB, 10 kW.
 _MAX_BYTES = 1 << 44
 _MAX_MILLIWATTS = 10_000_000
 _UUID = re.compile(r"[A-Za-z][A-Za-z0-9._:/-]{0,127}")
 
 NvmlMemory = tuple[int | None, int | None]
-"""Used and in all, in MiB."""
+"""Used and total memory, in MiB."""
 
 
 def serve() -> None:
-    """Answer requests (`list` or `usage`, one a line on stdin) with a JSON line each, until stdin ends."""
-    # Whatever the driver's library prints must not end up between our replies.
+    """Answer each line on stdin (`list` or `usage`) with a line of JSON on stdout, until stdin ends."""
+    # The driver's library may print to stdout; send its output to stderr, not between our replies.
     with os.fdopen(os.dup(1), "wb", buffering=0) as replies:
         os.dup2(2, 1)
         nvml = _Nvml()
@@ -44,16 +44,16 @@ def serve() -> None:
 
 
 class _Nvml:
-    """The questions to NVML."""
+    """Asks NVML about all cards."""
 
     def __init__(self) -> None:
-        import pynvml  # noqa: PLC0415  # has no business in the process that asks us
+        import pynvml  # noqa: PLC0415  # only the child process may load NVML
 
         self._nvml = pynvml
         self._error: type[Exception] = pynvml.NVMLError
 
     def start(self) -> NvmlReply | None:
-        """Load and start NVML; return what to tell if that fails."""
+        """Load and start NVML; return the reply with the error if NVML does not start."""
         try:
             self._nvml.nvmlInit()
         except self._nvml.NVMLError_LibraryNotFound:
@@ -63,7 +63,7 @@ class _Nvml:
         return None
 
     def answer(self, request: str) -> NvmlReply:
-        """Ask every GPU; what is wrong with one of them is in its own entry."""
+        """Ask every GPU; the error of a GPU is in its entry."""
         try:
             count = _within(0, MAX_GPUS)(self._nvml.nvmlDeviceGetCount())
         except (self._error, ValueError) as error:
@@ -82,7 +82,7 @@ class _Nvml:
 
 
 class _Answers:
-    """Asks about one card, and keeps in `odd` what it failed to tell or told senselessly."""
+    """Asks about a single card; `odd` names the questions that got an error or nonsense."""
 
     def __init__(self, nvml: Any) -> None:
         self._nvml = nvml
@@ -94,10 +94,10 @@ class _Answers:
         self.odd: list[str] = []
 
     def __call__(self, what: str, call: Callable[..., Any], *args: object, read: Callable[[Any], Any]) -> Any:
-        """Give the answer as `read` takes it, or None.
+        """Give the answer as converted by `read`, or None.
 
         Raises:
-            NVMLError: the card is lost, or must be reset: nothing that it says would matter.
+            NVMLError: the card is lost or must be reset, so further answers would be worthless.
         """
         try:
             return read(call(*args))
@@ -105,12 +105,12 @@ class _Answers:
             raise
         except self._absent:
             return None
-        except Exception as error:  # noqa: BLE001  # also what is no text, and what the binding makes of nonsense
+        except Exception as error:  # noqa: BLE001  # undecodable text, and any error of the binding on nonsense
             self.odd.append(f"{what} ({error})")
             return None
 
     def memory(self, handle: Any) -> tuple[NvmlMemory, bool]:
-        """Ask for the memory, and whether it is the machine's own, as where a card has none (Grace)."""
+        """Give the memory, and whether the card uses the machine's memory for want of its own (Grace)."""
 
         def ask() -> tuple[NvmlMemory, bool]:
             try:
@@ -123,7 +123,7 @@ class _Answers:
 
 
 class _Card:
-    """One GPU, by its index."""
+    """A GPU, by its index."""
 
     def __init__(self, nvml: Any, index: int) -> None:
         self._nvml = nvml
@@ -131,7 +131,7 @@ class _Card:
         self._ask = _Answers(nvml)
 
     def info(self, driver: str, cuda: str) -> GpuInfo:
-        """Say what does not change about it."""
+        """Give the facts of the GPU that do not change."""
         nvml, ask = self._nvml, self._ask
         try:
             gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
@@ -165,7 +165,7 @@ class _Card:
         nvml, ask = self._nvml, self._ask
         uuid = ask("UUID of a MIG instance", nvml.nvmlDeviceGetUUID, part, read=_uuid)
         if uuid is None:
-            return None  # it has no other name
+            return None  # without a UUID nobody can name the instance
         name = ask("name of a MIG instance", nvml.nvmlDeviceGetName, part, read=_text) or ""
         own = ask("", nvml.nvmlDeviceGetGpuInstanceId, part, read=_within(0, 1 << 20))
         compute = ask("", nvml.nvmlDeviceGetComputeInstanceId, part, read=_within(0, 1 << 20))
@@ -173,7 +173,7 @@ class _Card:
         return MigInstance(uuid, name, total, mig_capabilities(CAPABILITIES, minor, own, compute))
 
     def usages(self) -> list[GpuUsage]:
-        """Say what it does now, and of each of its MIG instances, which tell their memory only."""
+        """Give the usage of the GPU and of each MIG instance; an instance tells its memory only."""
         nvml, ask, name = self._nvml, self._ask, str(self._index)
         try:
             gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
@@ -197,7 +197,7 @@ class _Card:
         return [whole, *parts]
 
     def _parts(self, gpu: Any) -> list[Any] | None:
-        """Return the handles of the MIG instances, or None where MIG is off."""
+        """Return the handles of the MIG instances, or None if MIG is off."""
         nvml, ask = self._nvml, self._ask
         if not ask("MIG mode", nvml.nvmlDeviceGetMigMode, gpu, read=lambda mode: _within(0, 1)(mode[0])):
             return None
@@ -207,7 +207,7 @@ class _Card:
             try:
                 return nvml.nvmlDeviceGetMigDeviceHandleByIndex(gpu, place)
             except nvml.NVMLError_NotFound:
-                # The places are numbered with gaps: an instance keeps its place when another is destroyed.
+                # The places have gaps: an instance keeps its number when another instance is destroyed.
                 return None
 
         places = range(MAX_PARTS // 4 if most is None else most)
@@ -215,7 +215,7 @@ class _Card:
 
 
 def _distinct(gpus: list[GpuInfo]) -> list[GpuInfo]:
-    """Take away the UUIDs that two cards or instances tell: they name none of them."""
+    """Remove a UUID that several cards or instances tell: such a UUID names none of them."""
     told = Counter(uuid for gpu in gpus for uuid in (gpu.uuid, *(part.uuid for part in gpu.mig)) if uuid)
     return [
         replace(
@@ -232,7 +232,7 @@ def _within(low: int, high: int) -> Callable[[Any], int]:
     def read(value: Any) -> int:
         number = int(value)
         if not low <= number <= high:
-            raise ValueError(f"{number} makes no sense")
+            raise ValueError(f"{number} is out of range")
         return number
 
     return read
@@ -241,14 +241,14 @@ def _within(low: int, high: int) -> Callable[[Any], int]:
 def _text(value: Any) -> str:
     text = (value.decode() if isinstance(value, bytes) else str(value)).strip()
     if not text or not text.isprintable():
-        raise ValueError("no readable text")
+        raise ValueError("the text is empty or not printable")
     return text[:128]
 
 
 def _uuid(value: Any) -> str:
     text = _text(value)
     if not _UUID.fullmatch(text):
-        raise ValueError(f"{text[:40]!a} makes no sense")
+        raise ValueError(f"{text[:40]!a} is no UUID")
     return text
 
 

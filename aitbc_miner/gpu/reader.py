@@ -1,7 +1,8 @@
-"""The machine's NVIDIA GPUs, asked through NVML without ever trusting it to answer.
+"""Reads the machine's NVIDIA GPUs through NVML, without trusting NVML to answer.
 
-A call into NVML can hang in the driver for ever, and then not even SIGKILL ends the caller. So it is made in
-a child process only (gpu/nvml.py); `GpuReader` waits for it with a deadline and leaves it behind if it must.
+A call into NVML can hang in the driver for ever, and then not even SIGKILL ends the caller. So only a child
+process (gpu/nvml.py) calls NVML. `GpuReader` waits for the child with a deadline, and abandons a child that
+hangs.
 """
 
 import contextlib
@@ -25,9 +26,9 @@ NO_LIBRARY = "no NVIDIA library (libnvidia-ml.so.1): GPU slots are not possible;
 
 
 class MigInstance(Struct, frozen=True):
-    """A part of a GPU that can be rented by itself; video memory in MiB.
+    """A part of a GPU that can be rented alone; video memory in MiB.
 
-    `capabilities` are the numbers of its nodes /dev/nvidia-caps/nvidia-cap<number>.
+    capabilities: the numbers of its nodes /dev/nvidia-caps/nvidia-cap<number>.
     """
 
     uuid: str
@@ -37,11 +38,11 @@ class MigInstance(Struct, frozen=True):
 
 
 class GpuInfo(Struct, frozen=True):
-    """What does not change about a GPU while the driver is loaded. With an `error`, only `index` is certain.
+    """The facts of a GPU, fixed while the driver is loaded. With an `error`, only `index` is certain.
 
-    What it does not tell is empty or None, and named in `odd` where it should have been told. `vram_mb` is in
-    MiB, with `unified` the machine's own memory; `cuda` is the newest version that the driver supports;
-    `pci_bus_id` is written as in sysfs (0000:01:00.0); `minor` is that of /dev/nvidia<minor>.
+    A value that the GPU does not tell is empty or None; `odd` names the values that it should have told.
+    vram_mb: MiB; with `unified` the machine's memory. cuda: the newest version that the driver supports.
+    pci_bus_id: as in sysfs (0000:01:00.0). minor: the number of /dev/nvidia<minor>.
     """
 
     index: int
@@ -63,9 +64,9 @@ class GpuInfo(Struct, frozen=True):
 
 
 class GpuUsage(Struct, frozen=True):
-    """What a GPU or MIG instance does now; None for what it does not tell. MiB, percent, Celsius, watts.
+    """The usage of a GPU or MIG instance, in MiB, percent, Celsius, watts; None: the GPU does not tell.
 
-    A GPU that does not tell its UUID is named by its index.
+    uuid: the index of a GPU that does not tell its UUID.
     """
 
     uuid: str
@@ -78,7 +79,7 @@ class GpuUsage(Struct, frozen=True):
 
 
 class GpuList(Struct, frozen=True):
-    """The GPUs, or why they are not known; `missing` means that there is no NVIDIA library, so no fault."""
+    """The GPUs, or the error. `missing`: the NVIDIA library is not installed, which is no fault."""
 
     gpus: list[GpuInfo] = []
     error: str | None = None
@@ -86,7 +87,7 @@ class GpuList(Struct, frozen=True):
 
 
 class NvmlReply(Struct, frozen=True):
-    """One line from the child. With an `error` the child is of no more use."""
+    """A line from the child. After an `error` the child is useless."""
 
     gpus: list[GpuInfo] = []
     usage: list[GpuUsage] = []
@@ -98,12 +99,11 @@ Usages: TypeAlias = list[GpuUsage]  # GpuReader has a method called `list`
 
 
 class GpuReader:
-    """Asks for the GPUs in a child process that may hang, break or talk nonsense. For one thread at a time.
+    """Asks for the GPUs in a child process, which may hang, break or talk nonsense. For a single thread.
 
-    After a failure the child is ended and no new one is started for `pause_s`, doubled at each further
-    failure up to `max_pause_s` (at once where there is no NVIDIA library); calls in that time repeat the
-    error.
-    `environ` is where PATH and LD_LIBRARY_PATH are taken from, the only variables that the child gets.
+    After a failure the reader kills the child and pauses for `pause_s`. Each further failure doubles the
+    pause, up to `max_pause_s`; a missing NVIDIA library pauses for `max_pause_s` at once. During the pause,
+    calls repeat the error. The child gets only PATH and LD_LIBRARY_PATH of `environ`.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class GpuReader:
         self.close()
 
     def list(self, deadline_s: float = 5.0) -> GpuList:
-        """Return the GPUs within about `deadline_s`. Raises nothing: what went wrong is in `error`."""
+        """Return the GPUs within about `deadline_s`. Raises nothing: `error` has the failure."""
         reply = self._ask("list", deadline_s)
         if reply.error:
             return GpuList(error=reply.error, missing=reply.missing)
@@ -149,13 +149,13 @@ class GpuReader:
     def usage(self, deadline_s: float = 2.0) -> Usages:
         """Return the usage of each GPU and MIG instance within about `deadline_s`.
 
-        Raises nothing: when NVML fails, each one that `list` last found has an entry with the error.
+        Raises nothing: if NVML fails, each GPU that `list` last found has an entry with the error.
         """
         reply = self._ask("usage", deadline_s)
         return [GpuUsage(uuid, error=reply.error) for uuid in self._uuids] if reply.error else reply.usage
 
     def close(self) -> None:
-        """End the child; one that cannot be ended is left behind."""
+        """Kill the child, and abandon a child that survives."""
         self._end_child()
         if self._ended:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -164,7 +164,7 @@ class GpuReader:
     def _ask(self, request: str, deadline_s: float) -> NvmlReply:
         deadline = clock.now() + deadline_s
         if self._ended:
-            # Reaps it: where there is no driver, there may be no next one for long.
+            # Reap the child now: without a driver, the next child may start only after a long pause.
             self._ended.poll()
         if clock.now() < self._not_before:
             return self._failure
@@ -180,10 +180,12 @@ class GpuReader:
         return reply
 
     def _start_child(self) -> subprocess.Popen[bytes]:
-        # A process that hangs in the driver outlives SIGKILL. One is enough: the next would hang as well.
+        # A process that hangs in the driver outlives SIGKILL. Start no second: it would hang as well.
         if self._ended and self._ended.poll() is None:
-            raise MinerError(f"process {self._ended.pid} still hangs in the driver; reload it or reboot")
-        # The child may stay behind, so it must not hold our stderr: whoever reads that waits for its end.
+            raise MinerError(
+                f"process {self._ended.pid} still hangs in the driver; reload the driver or reboot"
+            )
+        # An abandoned child must not hold our stderr: the reader of stderr would wait for the child's end.
         return subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -203,7 +205,7 @@ class GpuReader:
         self._failure = reply
 
     def _end_child(self) -> None:
-        """Kill the child without waiting for it; it is reaped when we are asked again."""
+        """Kill the child without waiting; the next call reaps the child."""
         if child := self._child:
             child.kill()
             for pipe in (child.stdin, child.stdout):
@@ -213,27 +215,27 @@ class GpuReader:
 
 
 def _child_command() -> Sequence[str]:
-    # Isolated (-I), so that neither the environment nor the current directory can slip a module in; the place
-    # of our own package is then unknown unless it is installed.
+    # -I keeps modules of the environment and of the current directory out, and with them our own package
+    # unless it is installed: so the command is given the package's place.
     start = "import sys; sys.path.append(sys.argv[1]); from aitbc_miner.gpu.nvml import serve; serve()"
     return [sys.executable, "-I", "-c", start, str(Path(__file__).resolve().parents[2])]
 
 
 def _exchange(child: subprocess.Popen[bytes], request: str, deadline: float) -> NvmlReply:
-    """Send one request and return its reply.
+    """Send a request to the child and return the reply.
 
     Raises:
-        MinerError: no reply in time, or something that is none.
-        OSError: the child has closed its end.
+        MinerError: the child sends no reply in time, or nonsense.
+        OSError: the child has closed its pipe.
     """
     if child.stdin is None or child.stdout is None:
-        raise MinerError("its process was started without pipes")
+        raise MinerError("the NVML process was started without pipes")
     child.stdin.write(request.encode() + b"\n")
     line = _read_line(child.stdout.fileno(), deadline)
     try:
         return msgspec.json.decode(line, type=NvmlReply)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MinerError(f"its process answered {line[:60]!r}: {error}") from error
+        raise MinerError(f"the NVML process answered {line[:60]!r}: {error}") from error
 
 
 def _read_line(source: int, deadline: float) -> bytes:
@@ -247,7 +249,7 @@ def _read_line(source: int, deadline: float) -> bytes:
         chunk = os.read(source, 65536)
         received += chunk
         if not chunk:
-            raise MinerError(f"its process ended after {received[:60]!r}; see dmesg")
+            raise MinerError(f"the NVML process ended after {received[:60]!r}; see dmesg")
         if len(received) > MAX_REPLY_BYTES:
-            raise MinerError(f"its process answered more than {MAX_REPLY_BYTES} bytes")
+            raise MinerError(f"the NVML process answered more than {MAX_REPLY_BYTES} bytes")
     return received
