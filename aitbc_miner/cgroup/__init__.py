@@ -1,5 +1,5 @@
 """Control groups of version 2.
 
-* group: one group: its files, its processes
+* group: a group: its files and its processes
 * delegation: hands controllers on to the groups below
 """

@@ -1,6 +1,6 @@
-"""Making a control group hand its controllers on to the groups of the slots below it.
+"""Hands the controllers of a control group on to the groups of the slots below.
 
-Only a group without processes may do that, and a service manager starts us in the very group it gives us.
+Only a group without processes may hand controllers on, but a service manager starts us in the group itself.
 Source: "No Internal Process Constraint" in Documentation/admin-guide/cgroup-v2.rst of the kernel.
 """
 
@@ -9,14 +9,12 @@ from pathlib import Path
 from aitbc_miner.cgroup.group import LIMITS, CgroupError, Group, enable
 
 LEAF = "_leaf"
-"""Where the processes of the group move to. No slot can have a name like this."""
+"""The group to which the processes move. The name of a slot cannot begin with an underscore."""
 MOVES = 5
 
 
 def delegate(own: Path) -> dict[str, str]:
-    """Make the group hand its controllers on to the groups below it.
-
-    A group that does so may hold no processes, so all that are in it move into a leaf of their own.
+    """Hand the group's controllers on to the groups below, after moving its processes into a leaf.
 
     Returns:
         The controllers that cannot be handed on, each with the reason.
@@ -25,16 +23,16 @@ def delegate(own: Path) -> dict[str, str]:
         CgroupError: the processes cannot be moved.
     """
     group, leaf = Group(own), Group(own / LEAF)
-    # The root of all groups alone may do both, and only it has no type.
+    # The root cgroup may have processes and hand controllers on; only the root has no cgroup.type.
     if group.has("cgroup.type"):
-        # More than once, for what forks meanwhile leaves its child behind.
+        # Several times, because a process that forks meanwhile leaves its child behind.
         for _ in range(MOVES):
             for pid in group.get_content("procs") or ():
                 leaf.create()
                 _move(pid, leaf)
     refused: dict[str, str] = {}
     for name in LIMITS:
-        # One by one: a single one that is refused (cpu beside real-time processes) costs the others nothing.
+        # One by one: a refused controller (cpu, with real-time processes) must not cost the others.
         if name in group.controllers():
             try:
                 enable(group, [name])

@@ -1,8 +1,8 @@
-"""Control groups, version 2: what holds processes together, limits them, counts them and ends them.
+"""Control groups, version 2: they hold processes together, limit, count and kill them.
 
-`slotgroup` has the groups of a slot. On hybrid hosts the cgroup2 mount has no controllers. Grouping,
-`cgroup.kill`, `cgroup.events` and the times in `cpu.stat` work there all the same; the limits are then left
-to `util.limits`. Source: Documentation/admin-guide/cgroup-v2.rst of the kernel.
+`slots.cgroups` has the groups of a slot. On a hybrid machine the cgroup2 mount has no controllers. Grouping,
+`cgroup.kill`, `cgroup.events` and the times in `cpu.stat` work anyway; `util.limits` then sets the limits.
+Source: Documentation/admin-guide/cgroup-v2.rst of the kernel.
 """
 
 import errno
@@ -35,20 +35,20 @@ from aitbc_miner.util import fs
 from aitbc_miner.util.clock import now
 
 LIMITS = ("cpu", "cpuset", "memory", "pids", "io")
-"""What can be limited; each is the name of its controller too."""
+"""The kinds of limits; each is also the name of its controller."""
 RETRY_S = 0.005
-"""Between two tries at something that the kernel gives no event for."""
+"""Seconds between two tries to remove a group; the kernel gives no event for its end."""
 
 
 class CgroupError(MinerError):
-    """A group cannot be made, written or removed. The caller degrades (mode auto) or refuses (required)."""
+    """Making, writing or removing a group failed. The caller degrades (mode auto) or refuses (required)."""
 
 
 class Mount(Struct, frozen=True):
-    """Where cgroup2 is mounted.
+    """A cgroup2 mount.
 
-    controllers: those the kernel offers at the root of the mount. hybrid: version 1 is mounted as well.
-    writable: this process may make groups below the one it is in. root: the group that the mount shows.
+    controllers: the controllers at the root of the mount. hybrid: version 1 is mounted as well. writable: our
+    process may make groups below its own. root: the group at the mount's top.
     """
 
     path: str
@@ -59,7 +59,7 @@ class Mount(Struct, frozen=True):
 
 
 class CpuUsage(Struct, frozen=True):
-    """CPU time of a group since it was made, in seconds."""
+    """CPU time of a group since its creation, in seconds."""
 
     user_s: float
     system_s: float
@@ -67,7 +67,7 @@ class CpuUsage(Struct, frozen=True):
 
 
 def find_mount(mountinfo: str = "/proc/self/mountinfo") -> Mount | None:
-    """Find the cgroup2 mount of this machine; None where there is none. Source: proc(5), mountinfo."""
+    """Find the machine's cgroup2 mount, if any. Source: proc(5), mountinfo."""
     text = Path(mountinfo).read_text("utf-8", "surrogateescape")
     rows = [line.partition(" - ") for line in text.splitlines()]
     hybrid = any(kind.startswith("cgroup ") for _, _, kind in rows)
@@ -88,22 +88,22 @@ def _mount(fields: list[str], *, hybrid: bool) -> Mount:
 
 
 def own_group(mount: Mount, cgroup_file: str = "/proc/self/cgroup") -> Path:
-    """Return the directory of the group that this process is in.
+    """Return the directory of our process's group.
 
     Raises:
-        CgroupError: the process is in no group of version 2, or in one that the mount does not show.
+        CgroupError: our process is in no group of version 2, or the mount does not show its group.
     """
     for line in Path(cgroup_file).read_text("utf-8", "surrogateescape").splitlines():
         if line.startswith("0::"):
             path = Path(line.removeprefix("0::"))
             if not path.is_relative_to(mount.root) or ".." in path.parts:
-                raise CgroupError(f"cannot find our own cgroup: {path} is outside of what {mount.path} shows")
+                raise CgroupError(f"cannot find our own cgroup: the mount {mount.path} does not show {path}")
             return Path(mount.path) / path.relative_to(mount.root)
     raise CgroupError(f"cannot find our own cgroup: {cgroup_file} has no line 0:: for version 2")
 
 
 class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type information
-    """One cgroup of version 2. Reading tells None (or nothing) where the kernel does not count."""
+    """A cgroup of version 2. Reading gives None (or nothing) if the kernel does not count."""
 
     controller_names = ListFile("cgroup.controllers")
     frozen = FlagFile("cgroup.freeze")
@@ -121,29 +121,29 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
     io_max = BaseFileInterface("io.max")
 
     def __init__(self, path: Path) -> None:
-        # All that the base class wants of its node is this path.
+        # The base class reads only the path of its node.
         super().__init__(SimpleNamespace(full_path=os.fsencode(path)))
         self.path = path
 
     def create(self) -> None:
-        """Make the group; one that is there already is adopted."""
+        """Make the group, or adopt an existing group."""
         try:
             self.path.mkdir(exist_ok=True)
         except OSError as error:
             raise CgroupError(f"cannot make cgroup {self.path}: {error.strerror}") from error
 
     def remove(self, timeout_s: float = 2.0) -> None:
-        """Remove the group and those below it, waiting up to `timeout_s` for the last processes to go.
+        """Remove the group and all groups below, waiting up to `timeout_s` for the last processes to end.
 
         Raises:
-            CgroupError: something still lives in it.
+            CgroupError: a process still lives in a group.
         """
         deadline = now() + timeout_s
         for group in reversed(list(self.tree())):
             _rmdir(group, deadline)
 
     def tree(self) -> Iterator["Group"]:
-        """Yield this group and all below it, parents first."""
+        """Yield the group and all groups below, parents first."""
         yield self
         try:
             with os.scandir(self.path) as entries:
@@ -154,10 +154,10 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
             yield from type(self)(Path(path)).tree()
 
     def write(self, name: str | bytes, value: object) -> None:
-        """Write one of the group's files.
+        """Write a file of the group.
 
         Raises:
-            CgroupError: with the file, the value and the kernel's reason.
+            CgroupError: the kernel refuses the value; the message has file, value and reason.
         """
         path = self.path / os.fsdecode(name)
         try:
@@ -165,7 +165,7 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         except OSError as error:
             raise CgroupError(f"cannot write {value!r} to {path}: {error.strerror}") from error
 
-    # What cgroupspy's properties write goes the same way.
+    # cgroupspy's properties write through this name.
     set_property = write
 
     def has(self, name: str) -> bool:
@@ -173,33 +173,33 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         return (self.path / name).exists()
 
     def get_property(self, filename: bytes) -> str:
-        """Read one of the group's files, again if that fails for want of a descriptor, say."""
+        """Read a file of the group; after a passing error, such as a lack of descriptors, try again."""
         text: str = fs.tried_again(partial(super().get_property, filename))
         return text
 
     def figure(self, key: str) -> Any:
-        """Read a property that only tells how much; None also where it cannot be read."""
+        """Read a figure by its property's name; None on any error."""
         try:
             return self.get_content(key)
         except OSError:
             return None
 
     def get_content(self, key: str) -> Any:
-        """Read a property of this class by its name; None where the kernel has no such file."""
+        """Read a property of this class by its name; None if the kernel lacks the file."""
         try:
             return super().get_content(key)
         except OSError as error:
-            # The group went away while we read.
+            # Somebody removed the group while we read.
             if error.errno == errno.ENODEV:
                 return None
             raise
 
     def controllers(self) -> tuple[str, ...]:
-        """Return the controllers that this group may use and hand on."""
+        """Return the controllers that the group may use and hand on."""
         return tuple(self.get_content("controller_names") or ())
 
     def events(self, file: str) -> dict[str, int]:
-        """Read a file of "name count" lines, as memory.events or pids.events; empty where it is missing."""
+        """Read a file of "name count" lines, such as memory.events; empty if the file is missing."""
         try:
             text = self.get_property(file.encode())
         except OSError as error:
@@ -209,11 +209,11 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         return dict(DictFile(file).sanitize_get(text)) if text else {}
 
     def populated(self) -> bool:
-        """Whether any process lives in the group or below it. A zombie does not."""
+        """Whether any process lives in the group or below. A zombie does not count."""
         return self.events("cgroup.events").get("populated") == 1
 
     def wait_empty(self, timeout_s: float) -> bool:
-        """Wait until nothing lives in the group or below it; False when the time is over before."""
+        """Wait until no process lives in the group or below; False after `timeout_s`."""
         deadline = now() + timeout_s
         try:
             fd = os.open(self.path / "cgroup.events", os.O_RDONLY | os.O_CLOEXEC)
@@ -222,7 +222,7 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         try:
             poller = select.poll()
             poller.register(fd, select.POLLPRI)
-            # The kernel reports what changed since the last read, so each wait begins with one.
+            # The kernel reports changes since the last read, so read before each wait.
             while b"populated 1" in os.pread(fd, 4096, 0):
                 left = deadline - now()
                 if left <= 0:
@@ -236,28 +236,25 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         return True
 
     def pids(self) -> list[int]:
-        """Return the processes in the group and below it."""
+        """Return the processes in the group and below."""
         return [pid for group in self.tree() for pid in group.get_content("procs") or ()]
 
     def signal(self, number: int, but: int | None = None) -> None:
-        """Send a signal to each process in the group and below it; one that forks meanwhile may be missed.
-
-        `but` is spared.
-        """
+        """Send a signal to each process in the group and below, except `but`; may miss a new fork."""
         for pid in set(self.pids()) - {but}:
             with suppress(ProcessLookupError), os.fdopen(os.pidfd_open(pid), "rb", buffering=0) as process:
-                # Checked while the pidfd is held: the number may belong to somebody else by now.
+                # Check again while the pidfd is open: another process may have the number by now.
                 if pid in self.pids():
                     signal.pidfd_send_signal(process.fileno(), number)
 
     def kill(self) -> None:
-        """Kill everything in the group and below it; `wait_empty` tells when it is gone."""
+        """Kill all processes in the group and below; `wait_empty` waits for their end."""
         if self.has("cgroup.kill"):
             self.write("cgroup.kill", "1")
             return
         if not self.path.is_dir():
             return
-        # Before Linux 5.14. What is frozen cannot fork, and can be killed.
+        # Before Linux 5.14. A frozen process cannot fork, and can be killed.
         self.frozen = True
         signalled: set[int] = set()
         while fresh := set(self.pids()) - signalled:
@@ -266,9 +263,9 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         self.frozen = False
 
     def pressure(self, of: str) -> dict[str, float]:
-        """Read a share of time, in percent, that processes here waited for `of` ("cpu", "memory" or "io").
+        """Read the percentage of time that processes here waited for `of` ("cpu", "memory" or "io").
 
-        Keys as the kernel's: "some avg10" to "full avg300"; empty where the kernel does not tell.
+        Keys are the kernel's: "some avg10" to "full avg300"; empty if the kernel does not tell.
         """
         try:
             text = self.get_property(f"{of}.pressure".encode())
@@ -281,7 +278,7 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         return {f"{kind} {name}": float(value) for kind, name, _, value in pairs if name != "total"}
 
     def limit(self, name: str) -> int | None:
-        """Read a limit where the kernel has it: it may have been changed since it was set. None: no limit."""
+        """Read a limit from the kernel: somebody may have changed it after the node. None: no limit."""
         try:
             text = self.get_property(name.encode())
         except OSError:
@@ -289,24 +286,24 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
         return None if text == "max" else int(text)
 
     def cpu_usage(self) -> CpuUsage | None:
-        """CPU time since the group was made, including that of processes that have ended."""
+        """Return the CPU time since the group's creation, including ended processes."""
         usec = self.figure("cpu_stat")
         if not usec:
             return None
         return CpuUsage(usec["user_usec"] / 1e6, usec["system_usec"] / 1e6, usec["usage_usec"] / 1e6)
 
     def memory_current(self) -> int | None:
-        """Bytes in use now, page cache included."""
+        """Return the bytes in use now, including the page cache."""
         used: int | None = self.figure("memory_current_bytes")
         return used
 
     def memory_peak(self) -> int | None:
-        """Return the most bytes ever in use since the group was made. Linux 5.19 and later."""
+        """Return the peak of bytes in use since the group's creation. Linux 5.19 and later."""
         used: int | None = self.figure("memory_peak_bytes")
         return used
 
     def io_bytes(self) -> tuple[int, int] | None:
-        """Bytes read from and written to block devices since the group was made."""
+        """Return the bytes read from and written to block devices since the group's creation."""
         text: str | None = self.figure("io_stat")
         if text is None:
             return None
@@ -315,13 +312,13 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
 
 
 def _write(path: Path, data: bytes) -> None:
-    # Without O_CREAT and O_TRUNC, so that a missing file is reported as missing.
+    # Without O_CREAT and O_TRUNC, so that the error for a missing file is ENOENT.
     with os.fdopen(os.open(path, os.O_WRONLY), "wb", buffering=0) as file:
         file.write(data)
 
 
 def enable(group: Group, names: list[str]) -> None:
-    """Have a group hand controllers on to those below it."""
+    """Have a group hand controllers on to the groups below."""
     group.write("cgroup.subtree_control", " ".join(f"+{name}" for name in names))
 
 
@@ -334,6 +331,6 @@ def _rmdir(group: Group, deadline: float) -> None:
         except OSError as error:
             if error.errno != errno.EBUSY or now() >= deadline:
                 raise CgroupError(f"cannot remove cgroup {group.path}: {error.strerror}") from error
-        # For a moment after the last exit, an empty group may still be busy, and then no event comes.
+        # For a moment after the last exit an empty group may still be busy; the kernel sends no event then.
         if group.wait_empty(deadline - now()):
             time.sleep(RETRY_S)

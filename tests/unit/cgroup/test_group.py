@@ -191,7 +191,7 @@ def test_a_running_job_gets_other_limits_but_none_that_would_kill_it(tmp_path: P
     slot.enforce(SlotSpec(name="cpu0", kind="cpu", memory_max=1 << 30, pids_max=99), ALL)
     written(slot.job.path / "memory.current", str(300 << 20))
     smaller = SlotSpec(name="cpu0", kind="cpu", memory_max=200 << 20, pids_max=88, cpu_weight=777)
-    assert slot.adjust(smaller, ALL) == "its job uses 300M: memory_max 200M holds from the next one"
+    assert slot.adjust(smaller, ALL) == "the job uses 300M: memory_max 200M holds from the next job"
     limits = limits_of(slot)
     assert (limits["memory.max"], limits["pids.max"], limits["cpu.weight"]) == (str(1 << 30), "88", "777")
     assert slot.adjust(SlotSpec(name="cpu0", kind="cpu", memory_max=1 << 31), ALL) == ""
@@ -301,7 +301,7 @@ def test_what_is_required_is_held_by_the_group_or_refused(tmp_path: Path) -> Non
     assert whole.enforce(spec, ALL, required=required) == {"memory": "cgroup", "pids": "cgroup"}
     # Without a quota nothing of cpu is asked for.
     assert fake_slot(tmp_path, ("memory", "pids")).enforce(spec, ALL, required=required)
-    message = r"^cannot limit memory, pids in .*/cpu0: its parent has no such controller; start"
+    message = r"^cannot limit memory, pids in .*/cpu0: the parent cgroup lacks the controllers; start"
     with pytest.raises(CgroupError, match=message):
         fake_slot(tmp_path, ()).enforce(spec, ALL, required=required)
 
