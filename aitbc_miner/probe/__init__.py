@@ -1,5 +1,5 @@
-"""What this machine has.
+"""Facts of the machine.
 
-* machine: what is told to the coordinator, and shown
+* machine: the description for the coordinator, and the page for people
 * topology: CPUs, cores, NUMA nodes, memory
 """

@@ -1,6 +1,7 @@
-"""What this machine has: told to the coordinator as data and to people as a page.
+"""The machine's facts: as data for the coordinator, and as a page for people.
 
-Only files and system calls that answer at once: the GPUs come from `gpu`, which may wait for a driver.
+This module uses only files and system calls that answer at once. `gpu`, which may wait for a driver, reads
+GPUs.
 """
 
 import os
@@ -19,7 +20,7 @@ from aitbc_miner import __version__
 from aitbc_miner.cgroup.group import CgroupError, find_mount, own_group
 from aitbc_miner.config.units import format_cpus
 from aitbc_miner.gpu.reader import GpuInfo, GpuList
-from aitbc_miner.probe.topology import NumaNode, read_machine
+from aitbc_miner.probe.topology import NumaNode, read_machine, read_text
 from aitbc_miner.util.terminal import wrap
 
 TOOLS = ("bwrap", "nft", "systemd-run", "nvidia-smi", "ffmpeg", "python3")
@@ -29,10 +30,10 @@ _TOOLKIT = re.compile(r'"cuda"\s*:\s*\{[^}]*"version"\s*:\s*"([\d.]+)"|CUDA Vers
 
 
 class CgroupFacts(Struct, frozen=True):
-    """Which cgroups there are (mode `v2`, `hybrid`, `v1` or `none`) and what of version 2 is ours.
+    """The machine's cgroups (mode `v2`, `hybrid`, `v1` or `none`), and the group of our process.
 
-    `controllers` are those of the group that this process is in, `delegated` those that it has passed on to
-    the groups below; `writable`: this process may make groups there.
+    controllers: the controllers of our group. delegated: the controllers that our group hands on to the
+    groups below. writable: our process may make groups below.
     """
 
     mode: str
@@ -45,9 +46,8 @@ class CgroupFacts(Struct, frozen=True):
 class Machine(Struct, frozen=True):
     """The machine without its GPUs. Memory and disk in MiB.
 
-    `cpus` are those that this process may use, `threads` counts all that are online, `siblings` are the
-    threads of each core, `os_ids` is the distribution and what it descends from, `tools` gives a path to each
-    tool that is there.
+    cpus: the CPUs that our process may use. threads: the number of CPUs online. siblings: the threads of each
+    core. os_ids: the distribution and its ancestors. tools: the path of each installed tool.
     """
 
     model: str
@@ -72,9 +72,9 @@ class Machine(Struct, frozen=True):
 
 
 class SlotCapability(Struct, frozen=True, omit_defaults=True):
-    """What the coordinator is told of a slot. `enforced` says for each limit what holds a job to it.
+    """The description of a slot for the coordinator.
 
-    `offers`: whether it takes jobs, now or later.
+    enforced: the control that holds each limit. offers: whether the slot takes jobs, now or later.
     """
 
     name: str
@@ -88,15 +88,15 @@ class SlotCapability(Struct, frozen=True, omit_defaults=True):
 
 
 def probe_machine(workspace: Path, *, sysfs: Path = Path("/sys"), proc: Path = Path("/proc")) -> Machine:
-    """Look at everything but the GPUs. The disk is that which `workspace` is on, or will be."""
+    """Read all facts but the GPUs. The disk is the disk of `workspace`, which need not exist yet."""
     facts = read_machine(sysfs=sysfs, proc=proc)
     online = min(len(facts.cpus) + len(facts.barred), facts.quota or len(facts.cpus) + len(facts.barred))
     memory = psutil.virtual_memory()
-    # In a container it may have less than the machine.
+    # A container may have less memory than its machine.
     most = facts.memory_bytes or memory.total
     disk = shutil.disk_usage(_nearest_existing(workspace))
     os_name, os_ids = _distribution()
-    # nft is in /usr/sbin, which the PATH of an ordinary user does not have.
+    # nft is in /usr/sbin, and the PATH of an ordinary user lacks this directory.
     path = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"])
     tools = {name: found for name in TOOLS if (found := shutil.which(name, path=path))}
     return Machine(
@@ -123,11 +123,11 @@ def probe_machine(workspace: Path, *, sysfs: Path = Path("/sys"), proc: Path = P
 
 
 def cgroup_facts(proc: Path = Path("/proc")) -> CgroupFacts:
-    """Find out what this process may do with cgroups. Source: cgroups(7), /proc/self/{mountinfo,cgroup}."""
+    """Read the rights of our process on cgroups. Source: cgroups(7), /proc/self/{mountinfo,cgroup}."""
     mountinfo = proc / "self/mountinfo"
     mount = find_mount(str(mountinfo))
     if mount is None:
-        return CgroupFacts("v1" if " - cgroup " in _read(mountinfo) else "none")
+        return CgroupFacts("v1" if " - cgroup " in read_text(mountinfo) else "none")
     mode = "hybrid" if mount.hybrid else "v2"
     try:
         own = own_group(mount, str(proc / "self/cgroup"))
@@ -136,38 +136,29 @@ def cgroup_facts(proc: Path = Path("/proc")) -> CgroupFacts:
     return CgroupFacts(
         mode,
         mount.path,
-        controllers=tuple(_read(own / "cgroup.controllers").split()),
-        delegated=tuple(_read(own / "cgroup.subtree_control").split()),
+        controllers=tuple(read_text(own / "cgroup.controllers").split()),
+        delegated=tuple(read_text(own / "cgroup.subtree_control").split()),
         writable=os.access(own, os.W_OK | os.X_OK),
     )
 
 
 def cuda_toolkits(roots: Sequence[Path] = (Path("/usr/local"), Path("/usr/lib"))) -> tuple[str, ...]:
-    """Return the versions of the CUDA toolkits that are here, as "12.4.1", not what a driver could run."""
+    """Return the versions of the installed CUDA toolkits, such as "12.4.1"; the driver may support others."""
     found: set[str] = set()
     for root in roots:
         for toolkit in root.glob("cuda*"):
-            text = _read(toolkit / "version.json") or _read(toolkit / "version.txt")
-            # One is JSON with a version of each part, the other a line "CUDA Version 10.2.89".
+            text = read_text(toolkit / "version.json") or read_text(toolkit / "version.txt")
+            # version.json has the version of each part; version.txt is a line "CUDA Version 10.2.89".
             if match := _TOOLKIT.search(text):
                 found.add(match[1] or match[2])
     return tuple(sorted(found))
 
 
-def _read(file: Path) -> str:
-    """Return the text of a file of the kernel, empty where this kernel or machine does not have it."""
-    try:
-        return file.read_text("utf-8", "replace")
-    except OSError:
-        return ""
-
-
 def _cpu_model(cpuinfo: Path) -> str:
-    fields = [
-        [part.strip() for part in line.split(":", 1)] for line in _read(cpuinfo).splitlines() if ":" in line
-    ]
+    lines = read_text(cpuinfo).splitlines()
+    fields = [[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]
     names = {name: value for name, value in reversed(fields) if value}
-    # Arm has no "model name"; the boards that say what they are do so in "Model".
+    # Arm has no "model name"; some Arm boards have their name in "Model".
     return names.get("model name") or names.get("Model") or "unknown"
 
 
@@ -195,10 +186,10 @@ def capabilities(
     tags: Iterable[str] = (),
     tasks: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Return the capability payload, ready for JSON. A GPU that cannot be read is offered to nobody.
+    """Return the capability payload, ready for JSON. A GPU with an error is not offered.
 
-    `tasks` are the Python tasks, with the JSON schemas of what they take (`catalogue.told`). Everything else
-    that is known stands under "machine", which other nodes' payloads do not have.
+    `tasks` are the Python tasks, with the JSON schemas of their arguments (`catalogue.told`). The key
+    "machine" has all other facts; the payloads of other miners lack it.
     """
     working = [gpu for gpu in gpus.gpus if not gpu.error]
     derived = [*(["debian"] if "debian" in machine.os_ids else []), *(["cuda"] if working else []), "cpu"]
@@ -232,7 +223,7 @@ def _told_of(gpu: GpuInfo) -> dict[str, Any]:
 
 
 def render_page(machine: Machine, gpus: GpuList, runners: Sequence[str]) -> str:
-    """Return what `capabilities` tells as a page for people, with what is missing and what that means."""
+    """Return the capabilities as a page for people, with the missing parts and the consequences."""
     facts = [
         ("System", f"{machine.os}, Linux {machine.kernel}, Python {machine.python}"),
         ("Processor", f"{machine.model} ({machine.arch})"),
@@ -307,7 +298,7 @@ def _cgroup_text(cgroup: CgroupFacts) -> str:
 
 
 def _faults(machine: Machine, gpus: GpuList, runners: Sequence[str]) -> list[str]:
-    """Return what is missing: what, what that means, and what to do."""
+    """Return a message for each missing part: the part, the consequence, the remedy."""
     cgroup = machine.cgroup
     absent = [name for name in NEEDED_CONTROLLERS if name not in cgroup.controllers]
     unified = "boot with systemd.unified_cgroup_hierarchy=1"
@@ -318,19 +309,15 @@ def _faults(machine: Machine, gpus: GpuList, runners: Sequence[str]) -> list[str
     if not runners:
         faults.append("no runner: no job can be run; enable one in the configuration")
     if not machine.sandbox:
-        faults.append("no bwrap: jobs cannot be kept in a sandbox; install bubblewrap")
+        faults.append("no bwrap: jobs run without a sandbox; install bubblewrap")
     if not machine.nft:
         faults.append("no nft: the network of a slot cannot be restricted; install nftables")
     if cgroup.mount is None:
-        faults.append(f"no cgroup version 2: limits are only those of single processes; {unified}")
+        faults.append(f"no cgroup version 2: limits hold for single processes only; {unified}")
     elif absent:
-        remedy = unified if cgroup.mode == "hybrid" else "run as the packaged service, which gets them"
-        faults.append(
-            f"no cgroup controller {', '.join(absent)} here: these limits are only those of single "
-            f"processes; {remedy}"
-        )
+        remedy = unified if cgroup.mode == "hybrid" else "run the miner as the packaged service"
+        lacking = f"no cgroup controller {', '.join(absent)} here"
+        faults.append(f"{lacking}: these limits hold for single processes only; {remedy}")
     if cgroup.mount and not cgroup.writable:
-        faults.append(
-            "cgroup not writable: slots get none of their own; run as root or as the packaged service"
-        )
+        faults.append("cgroup not writable: slots get no cgroups; run as root or as the packaged service")
     return [fault for fault in faults if fault]

@@ -1,6 +1,7 @@
-"""What the machine gives to slots: CPUs by core and NUMA node, memory, and what the kernel caps.
+"""The machine's resources for slots: CPUs by core and NUMA node, memory, limits of the kernel.
 
-Only files that answer at once. Source: Documentation/ABI/stable/sysfs-devices-system-cpu and -node, proc(5).
+Reads only files that answer at once. Source: proc(5), Documentation/ABI/stable/sysfs-devices-system-cpu and
+sysfs-devices-node.
 """
 
 import os
@@ -14,7 +15,7 @@ from aitbc_miner.config.units import parse_cpus
 
 
 class NumaNode(Struct, frozen=True):
-    """CPUs (online ones) and memory (bytes; none in a node of CPUs only) that are near to each other."""
+    """The online CPUs and the memory (bytes; 0 in a node of CPUs only) of a NUMA node."""
 
     id: int
     cpus: tuple[int, ...]
@@ -22,14 +23,13 @@ class NumaNode(Struct, frozen=True):
 
 
 class MachineFacts(Struct, frozen=True):
-    """What slots can be made of. Beyond the first two, what is empty or None is unknown and not checked.
+    """The resources for slots. After the first two, an empty value or None is unknown and not checked.
 
-    cpus: those that slots may use; offline: those that are there but off; barred: those that are on, but
-    that this process may not use. cores: the threads of each core, together. gpu_ids: each GPU by all the
-    names it has (index, UUID) as text; gpu_nodes: the NUMA node near to a GPU, by each of its names;
-    gpu_parts: the MIG instances of a GPU that is divided, by each of its names. nr_open: the most file
-    descriptors that RLIMIT_NOFILE may allow. sysfs: where the disks are looked up. quota: how many CPUs' time
-    the group that we are in may use. `memory_bytes` is what such a group may use, too.
+    cpus: the CPUs that slots may use. memory_bytes: the memory that our group may use. offline: CPUs that are
+    switched off. barred: CPUs online that our process may not use. cores: the threads of each core. gpu_ids:
+    all names (index, UUID) of each GPU. gpu_nodes: the NUMA node near a GPU, by each name of it. gpu_parts:
+    the MIG instances of a divided GPU, by each name of the GPU. nr_open: the highest RLIMIT_NOFILE. sysfs:
+    the directory in which to look up disks. quota: the number of CPUs whose time our group may use.
     """
 
     cpus: tuple[int, ...]
@@ -49,7 +49,7 @@ class MachineFacts(Struct, frozen=True):
 
     @property
     def threads(self) -> int:
-        """How many CPUs' time there is."""
+        """The number of CPUs whose time slots may use."""
         return min(len(self.cpus), self.quota or len(self.cpus))
 
 
@@ -60,20 +60,20 @@ def read_machine(
     proc: Path = Path("/proc"),
     allowed: Iterable[int] | None = None,
 ) -> MachineFacts:
-    """Look at everything but the GPUs.
+    """Read all resources but the GPUs.
 
     Args:
-        group: the cgroup that the slots are made in, whose limits hold them; None: that which we are in.
-        sysfs: where sysfs is mounted.
-        proc: where procfs is mounted.
-        allowed: the CPUs that this process may use; None: ask the kernel.
+        group: the parent cgroup of the slots, whose limits hold for all slots; None: our own cgroup.
+        sysfs: the mount point of sysfs.
+        proc: the mount point of procfs.
+        allowed: the CPUs that our process may use; None: ask the kernel.
     """
     cpu_dir = sysfs / "devices/system/cpu"
     permitted = set(os.sched_getaffinity(0) if allowed is None else allowed)
-    # A container may hide sysfs; then what we may use is all that is known.
+    # A container may hide sysfs; then only the permitted CPUs are known.
     online = set(_cpus(cpu_dir / "online")) or permitted
     cpuset = online & set(_cpuset(group)) or online
-    # A service may keep its own processes to other CPUs than its slots.
+    # The service may have other CPUs than the group of the slots.
     usable = cpuset & permitted or cpuset
     memory = _meminfo(proc / "meminfo")
     held = _own_groups(proc, group)
@@ -94,16 +94,16 @@ def read_machine(
 
 
 def _own_groups(proc: Path, group: Path | None) -> list[Path]:
-    """Name the groups whose limits hold us, of both versions, each with those above it.
+    """List our groups of both versions and all groups above, because the limits of each hold for us.
 
-    Source: proc(5), mountinfo; cgroups(7). `group` stands for ours of version 2.
+    `group` replaces our own group of version 2. Source: proc(5), mountinfo; cgroups(7).
     """
     own: dict[str, str] = {}
-    for line in _text(proc / "self/cgroup").splitlines():
+    for line in read_text(proc / "self/cgroup").splitlines():
         _, names, place = line.split(":", 2)
         own |= dict.fromkeys(names.split(","), place)
     found = [group, *group.parents] if group else []
-    for line in _text(proc / "self/mountinfo").splitlines():
+    for line in read_text(proc / "self/mountinfo").splitlines():
         fields, _, kind = line.partition(" - ")
         root, mount = map(Path, fields.split()[3:5])
         controllers = kind.split()[2].split(",") if kind.startswith("cgroup ") else [""]
@@ -120,15 +120,15 @@ def _memory_max(group: Path) -> int | None:
 
 
 def _quota(group: Path) -> float | None:
-    """Give how many CPUs' time a group may use."""
-    quota, _, period = _text(group / "cpu.max").partition(" ")
+    """Give the number of CPUs whose time a group may use."""
+    quota, _, period = read_text(group / "cpu.max").partition(" ")
     if not period:
-        quota, period = (_text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+        quota, period = (read_text(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
     return int(quota) / int(period) if quota.isdecimal() and period.isdecimal() and int(period) else None
 
 
-def _text(file: Path) -> str:
-    """Return the text of a file of the kernel, empty where this kernel or machine does not have it."""
+def read_text(file: Path) -> str:
+    """Return the text of a kernel's file without blanks at its ends; "" if the file cannot be read."""
     try:
         return file.read_text("utf-8", "replace").strip()
     except OSError:
@@ -136,24 +136,24 @@ def _text(file: Path) -> str:
 
 
 def _cpus(file: Path) -> tuple[int, ...]:
-    text = _text(file)
+    text = read_text(file)
     return parse_cpus(text) if text else ()
 
 
 def _number(file: Path) -> int | None:
-    text = _text(file)
+    text = read_text(file)
     return int(text) if text.isdecimal() else None
 
 
 def _cpuset(group: Path | None) -> tuple[int, ...]:
-    """Return the CPUs of a cgroup: where it has no cpuset of its own, those of the nearest one above."""
+    """Return the CPUs of a cgroup; a cgroup without a cpuset has the CPUs of the nearest cgroup above."""
     above = (group, *group.parents) if group else ()
     return next((cpus for step in above if (cpus := _cpus(step / "cpuset.cpus.effective"))), ())
 
 
 def _meminfo(file: Path) -> dict[str, int]:
-    """Return sizes in bytes by name; the lines of a node's file begin with "Node N"."""
-    fields = re.findall(r"(\w+):\s+(\d+) kB$", _text(file), re.MULTILINE)
+    """Return sizes in bytes by name; in a NUMA node's file the lines begin with "Node N"."""
+    fields = re.findall(r"(\w+):\s+(\d+) kB$", read_text(file), re.MULTILINE)
     return {name: int(kib) << 10 for name, kib in fields}
 
 

@@ -332,12 +332,12 @@ def test_page_fits_80_columns_and_its_texts_are_aligned() -> None:
         (
             {"cgroup": CgroupFacts("hybrid", "/sys/fs/cgroup/unified", ("hugetlb",), writable=True)},
             GpuList([L4]),
-            "no cgroup controller cpu, memory, pids here: these limits are only those of single processes; b",
+            "no cgroup controller cpu, memory, pids here: these limits hold for single processes only; b",
         ),
         (
             {"cgroup": CgroupFacts("v2", "/sys/fs/cgroup", ("cpu", "pids"), writable=True)},
             GpuList([L4]),
-            "no cgroup controller memory here: these limits are only those of single processes; run as",
+            "no cgroup controller memory here: these limits hold for single processes only; run the miner as",
         ),
         (
             {"cgroup": CgroupFacts("v2", "/sys/fs/cgroup", ("cpu", "memory", "pids"))},
