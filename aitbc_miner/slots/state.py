@@ -81,27 +81,27 @@ class Event(Struct, frozen=True):
     """Base of the events that `step` takes."""
 
 
-class Begin(Event):
+class Begin(Event, frozen=True):
     """The node is up: the slot may have its worker."""
 
 
-class Ready(Event):
+class Ready(Event, frozen=True):
     """The worker has set the slot up."""
 
 
-class Unusable(Event):
+class Unusable(Event, frozen=True):
     """The worker cannot use the slot, for this reason."""
 
     reason: str
 
 
-class Assign(Event):
+class Assign(Event, frozen=True):
     """The supervisor has chosen a job for the slot."""
 
     job_id: str
 
 
-class JobStepped(Event):
+class JobStepped(Event, frozen=True):
     """The job has reached a state; `deadline` is the time when the worker ends the job."""
 
     job_id: str
@@ -110,14 +110,14 @@ class JobStepped(Event):
     deadline: float | None = None
 
 
-class Cancel(Event):
+class Cancel(Event, frozen=True):
     """The job must end, for this reason."""
 
     why: EndReason
     detail: str = ""
 
 
-class Ended(Event):
+class Ended(Event, frozen=True):
     """The job's outcome is on disk; `clean` is False if processes survive, and `remains` names them."""
 
     job_id: str
@@ -125,13 +125,13 @@ class Ended(Event):
     remains: str = ""
 
 
-class Died(Event):
+class Died(Event, frozen=True):
     """The worker's process has ended; `how` says how."""
 
     how: str
 
 
-class Adopt(Event):
+class Adopt(Event, frozen=True):
     """A worker of an earlier run still runs this job, and ends the job at `deadline`."""
 
     job_id: str
@@ -139,19 +139,19 @@ class Adopt(Event):
     deadline: float | None = None
 
 
-class Retire(Event):
+class Retire(Event, frozen=True):
     """The slot or the node must end: the slot finishes its job, if any, and starts no other."""
 
 
-class Unretire(Event):
+class Unretire(Event, frozen=True):
     """The slot is needed again after all."""
 
 
-class RetryNow(Event):
+class RetryNow(Event, frozen=True):
     """The operator may have mended the slot's fault: try again now."""
 
 
-class Tick(Event):
+class Tick(Event, frozen=True):
     """Time has passed."""
 
 
@@ -159,25 +159,25 @@ class Action(Struct, frozen=True):
     """Base of the actions that `step` gives."""
 
 
-class SpawnWorker(Action):
+class SpawnWorker(Action, frozen=True):
     """Start the slot's worker."""
 
 
-class KillWorker(Action):
+class KillWorker(Action, frozen=True):
     """Kill the worker; `Died` follows."""
 
 
-class KillJob(Action):
+class KillJob(Action, frozen=True):
     """Kill all processes of the job in the slot's group."""
 
 
-class BeginJob(Action):
+class BeginJob(Action, frozen=True):
     """Tell the worker to run the job."""
 
     job_id: str
 
 
-class EndJob(Action):
+class EndJob(Action, frozen=True):
     """Tell the worker to end the job; `why` and `detail` as in `Cancel`."""
 
     job_id: str
@@ -185,17 +185,17 @@ class EndJob(Action):
     detail: str = ""
 
 
-class TerminateAdopted(Action):
+class TerminateAdopted(Action, frozen=True):
     """Ask an adopted worker, which has no channel to us, to end its job; `why` as in `Cancel`."""
 
     why: str = "cancel"
 
 
-class KillAdopted(Action):
+class KillAdopted(Action, frozen=True):
     """Kill an adopted worker; `Died` follows."""
 
 
-class Settle(Action):
+class Settle(Action, frozen=True):
     """Tell the agent that no worker has the job any longer."""
 
     job_id: str
