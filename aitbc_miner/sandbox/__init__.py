@@ -1,8 +1,8 @@
-"""How a job is shut in: namespaces, system calls, user.
+"""The sandbox of a job: namespaces, system calls, user.
 
-* bubblewrap: what a job sees
-* private_mounts: the mounts of a job's own: terminals, /tmp, /dev/shm
-* seccomp: which system calls a job may not make
-* users: which user runs what
+* bubblewrap: the job's view of the machine
+* private_mounts: the job's private mounts: terminals, /tmp, /dev/shm
+* seccomp: the system calls that a job may not make
+* users: the users of the agent and of the slots' jobs
 * spawn: forks into a control group, sets limits and user, executes; kills and reaps
 """

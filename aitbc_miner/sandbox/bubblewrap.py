@@ -1,9 +1,8 @@
-"""What a job sees of the machine: the arguments with which bubblewrap makes it, and what comes of them.
+"""Makes the job's view of the machine: the arguments for bubblewrap, and the meaning of bubblewrap's exit.
 
-bubblewrap is started as the job's own user and makes a user namespace for the others, so that the miner
-needs no right to mount anything. In it, GNU time is the first process: it collects what the job leaves to
-it, as the first process must, and tells a program that was ended by a signal from one that exits with 128
-and its number, which bubblewrap does not.
+bubblewrap runs as the job's user and makes a user namespace first, so the miner needs no right to mount. GNU
+time is the first process in the sandbox. It reaps orphans, as the first process must, and it tells a program
+killed by signal N from a program that exits with 128 + N. bubblewrap does not.
 """
 
 import os
@@ -22,63 +21,64 @@ from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.sandbox.private_mounts import NO_DIRECTORY, NO_FILE, PTS, SHM, TMP, make_mounts
 from aitbc_miner.sandbox.seccomp import filter_fd
 from aitbc_miner.sandbox.users import Identity
+from aitbc_miner.slots.fit import MIB
 from aitbc_miner.slots.spec import SlotSpec
 
 BWRAP, TIME = "/usr/bin/bwrap", "/usr/bin/time"
 PACKAGES = {BWRAP: "bubblewrap", TIME: "time"}
 
 HOME = Path("/job")
-"""Where a job finds its directories work/, output/ and tmp/."""
+"""The directory with a job's work/, output/ and tmp/, as the job sees it."""
+OF_JOB = ("work", "output", "tmp")
 
 SANDBOX_FAILED = "sandbox"
-"""Stands in `ExitStatus.killed_for` of a program that was never started, as there was no sandbox for it."""
+"""`ExitStatus.killed_for` of a program that did not start because bubblewrap failed."""
 
-# Descriptors of what bubblewrap reads, after those that the program itself has, see `spawn`.
+# bubblewrap's descriptors, after the program's own, see `spawn`.
 STATUS_FD, FILTER_FD, FIRST_FILE_FD = 4, 5, 6
 TRY_S = 20.0
 
-# Links into /usr on today's Debian, and directories where /usr has not been merged.
+# Links into /usr on today's Debian; directories on a Debian without merged /usr.
 _LIBRARIES = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 ETC = {
-    "alternatives ld.so.cache ld.so.conf ld.so.conf.d": "which program or library a name stands for",
+    "alternatives ld.so.cache ld.so.conf ld.so.conf.d": "the programs and libraries behind names",
     "fonts ImageMagick-6 ImageMagick-7 ghostscript groff libreoffice papersize paperspecs texmf": (
         "documents and pictures"
     ),
     "mime.types magic magic.mime sgml xml": "kinds of files",
-    "OpenCL vulkan glvnd": "which driver a graphics card has",
+    "OpenCL vulkan glvnd": "the driver of a graphics card",
     "java-*-openjdk maven python3* perl R julia php/*/cli php/*/mods-available": "settings of languages",
     "openmpi pmix": "settings of parallel programs",
-    "ssl/openssl.cnf ssl/certs": "which certificates are good; no key",
+    "ssl/openssl.cnf ssl/certs": "trusted certificates; no key",
 }
-"""What jobs see of /etc, by name or pattern, and what it is for; nothing of it is secret. There are no
-links followed out of it that lead to anything else: one in /etc leads to the private keys."""
+"""Names and patterns in /etc that jobs see, and their purposes; none is secret. The sandbox follows no link
+out of them, because a link in /etc leads to the private keys."""
 ETC_OF_NETWORK = "resolv.conf gai.conf services protocols"
-"""What jobs with the machine's network see besides."""
-# Directories of /proc that are the job's own, and what it may read besides. All others are the machine's.
+"""Further names in /etc for jobs with the machine's network."""
+# Directories of /proc that belong to the job's namespaces, and directories that a job may read. All others
+# are hidden.
 _PROC_OWN, _PROC_SHOWN = frozenset({"sysvipc"}), ("sys",)
 # Addresses of devices, and keys of the user's other programs.
 _PROC_HIDDEN = frozenset({"interrupts", "iomem", "ioports", "keys", "key-users"})
 _DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-# How many CPUs there are, which C libraries ask for here.
+# C libraries count the CPUs here.
 _SYS = ("devices/system/cpu", "devices/system/node")
-# GNU time leaves two descriptors open to the program: STATUS_FD, and what it has opened by that name itself.
+# GNU time leaves two descriptors open to the program: STATUS_FD, and its own copy, opened by name.
 _SHUT = f'exec "$@" {STATUS_FD}>&- {{}}>&-'
-_OF_JOB = ("work", "output", "tmp")
 _BY_SIGNAL = 128
 _WRITABLE = 0o222
-_MIB = 1 << 20
 
 
 class Sandbox(Struct, frozen=True):
-    """What is the same for all jobs of a slot. `runs_as` None: the miner's own user.
+    """The sandbox of all jobs of a slot. `runs_as` None: the miner's own user.
 
     Args:
-        tmp_bytes: how much fits into /tmp.
-        shm_bytes: how much fits into /dev/shm.
-        network: whether the job has the machine's network; if not, it has a loopback of its own.
-        io_uring: whether it may use io_uring.
-        binds: what it may read besides, at the same place.
-        devices: what it has of its GPU, in /dev, /proc and /sys.
+        tmp_bytes: the size of /tmp.
+        shm_bytes: the size of /dev/shm.
+        network: whether the job has the machine's network; otherwise the job has its own loopback.
+        io_uring: whether the job may use io_uring.
+        binds: further paths that the job may read.
+        devices: the paths of the job's GPU in /dev, /proc and /sys.
     """
 
     runs_as: Identity | None
@@ -96,9 +96,9 @@ def slot_sandbox(
     """Give the sandbox of a slot's jobs, whatever `sandbox.mode` is."""
     return Sandbox(
         runs_as=runs_as,
-        tmp_bytes=config.sandbox.tmp_mb * _MIB,
-        shm_bytes=config.sandbox.shm_mb * _MIB,
-        # Anything else is a policy that this version cannot enforce.
+        tmp_bytes=config.sandbox.tmp_mb * MIB,
+        shm_bytes=config.sandbox.shm_mb * MIB,
+        # All other policies get no network.
         network=spec.egress == "open",
         io_uring=spec.io_uring,
         binds=tuple(spec.binds),
@@ -107,9 +107,9 @@ def slot_sandbox(
 
 
 class Enclosed(Struct, frozen=True):
-    """A program in its sandbox: what to start, with which descriptors; `status` tells how it ended.
+    """The command that runs a program in its sandbox, with its descriptors; `how_it_ended` reads `status`.
 
-    Before it is started, as the job's user, its process calls `make_mounts`.
+    Before the exec, the process calls `make_mounts` as the job's user.
     """
 
     argv: list[str]
@@ -129,15 +129,15 @@ def enclose(
     """Put a program into the sandbox.
 
     Args:
-        sandbox: of the slot.
+        sandbox: the slot's sandbox.
         job: the job's directory.
-        argv: the program with its arguments, as seen from inside.
-        binds: what this job may read besides, at the same place.
-        used: the descriptors that the program has itself.
-        stack: closes those that are opened here.
+        argv: the program with its arguments, with paths inside the sandbox.
+        binds: further paths that the job may read.
+        used: the program's own descriptors.
+        stack: closes the new descriptors.
 
     Raises:
-        MinerError: there is no libseccomp.
+        MinerError: libseccomp is missing.
         OSError: no descriptor or memory is left.
     """
     status, told = _status_pipe(sandbox, stack)
@@ -148,7 +148,7 @@ def enclose(
     words = [
         *(BWRAP, *_namespaces(sandbox), *_view(sandbox, binds)),
         *(word for i, name in enumerate(files) for word in ("--file", str(FIRST_FILE_FD + i), name)),
-        *(word for name in _OF_JOB for word in ("--bind", str(job / name), str(HOME / name))),
+        *(word for name in OF_JOB for word in ("--bind", str(job / name), str(HOME / name))),
         *("--remount-ro", "/", "--chdir", str(HOME / "work"), "--seccomp", str(FILTER_FD)),
         *("--", TIME, "-f", "", "-o", f"/proc/self/fd/{STATUS_FD}", "--"),
         *("/bin/sh", "-c", _SHUT.format(_free(used)), "sh", *argv),
@@ -157,33 +157,28 @@ def enclose(
 
 
 def how_it_ended(status: int, ended: ExitStatus) -> ExitStatus:
-    """Say how the program in a sandbox ended, of which we know how bubblewrap did.
-
-    Args:
-        status: of `Enclosed`.
-        ended: how bubblewrap ended.
-    """
+    """Give the exit of the program in a sandbox, from `Enclosed.status` and bubblewrap's exit `ended`."""
     said = b""
     with suppress(BlockingIOError):
         said = os.read(status, 4096)
-    # The last, for the job can write there, too; it can only say of itself what it could also have done.
+    # Use the last line. The job can write here as well, but gains nothing: it could really end so.
     if found := re.findall(rb"(?m)^Command terminated by signal (\d{1,2})$", said):
         return ExitStatus(signal=int(found[-1]))
     if said or ended.status is None:
         return ended
     if ended.status > _BY_SIGNAL:
-        # The first process itself was ended: by us, or from outside.
+        # The worker or somebody else killed the first process itself.
         return ExitStatus(signal=ended.status - _BY_SIGNAL)
     return ExitStatus(ended.status, killed_for=SANDBOX_FAILED)
 
 
 def lacking_packages() -> list[str]:
-    """Name Debian's packages that the sandbox needs and that are not installed."""
+    """List the missing Debian packages that the sandbox needs."""
     return [package for program, package in PACKAGES.items() if not os.access(program, os.X_OK)]
 
 
 def why_not(sandbox: Sandbox) -> str | None:
-    """Try the sandbox out; None when it can be had, or else why not, and what helps."""
+    """Try the sandbox out; give None if it works, else cause and remedy."""
     if lacking := lacking_packages():
         return f"no {' and no '.join(lacking)}; `apt-get install {' '.join(lacking)}`"
     user = sandbox.runs_as
@@ -193,7 +188,7 @@ def why_not(sandbox: Sandbox) -> str | None:
             rules = filter_fd(io_uring=sandbox.io_uring)
             stack.callback(os.close, rules)
             words = [BWRAP, *_namespaces(sandbox), *_view(sandbox, ())]
-            tried = subprocess.run(  # our own words
+            tried = subprocess.run(  # no word comes from outside
                 [*words, "--remount-ro", "/", "--seccomp", str(rules), "--", TIME, "-f", "", "/usr/bin/true"],
                 env={},
                 cwd="/",
@@ -209,9 +204,8 @@ def why_not(sandbox: Sandbox) -> str | None:
         return f"cannot start {BWRAP}: {error}; see `aitbc-miner doctor`"
     if tried.returncode == 0:
         return None
-    said = tried.stderr.decode("utf-8", "replace").strip().splitlines() or ["it said nothing"]
-    remedy = "users must be able to make namespaces, see `aitbc-miner doctor`"
-    return f"{said[-1][:300]}; {remedy}"
+    said = tried.stderr.decode("utf-8", "replace").strip().splitlines() or [f"{BWRAP} printed no cause"]
+    return f"{said[-1][:300]}; users must be able to make namespaces, see `aitbc-miner doctor`"
 
 
 def _make_mounts_or_say(sandbox: Sandbox) -> None:
@@ -226,7 +220,7 @@ def _status_pipe(sandbox: Sandbox, stack: ExitStack) -> tuple[int, int]:
     status, told = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     stack.callback(os.close, status)
     stack.callback(os.close, told)
-    # GNU time opens it by name, for which the job's user must own it.
+    # GNU time opens the pipe by name, so the job's user must own the pipe.
     os.set_blocking(told, True)
     if sandbox.runs_as is not None:
         os.fchown(told, sandbox.runs_as.uid, sandbox.runs_as.gid)
@@ -235,14 +229,14 @@ def _status_pipe(sandbox: Sandbox, stack: ExitStack) -> tuple[int, int]:
 
 def _namespaces(sandbox: Sandbox) -> Iterator[str]:
     yield from ("--unshare-user", "--unshare-pid", "--unshare-ipc", "--unshare-uts", "--unshare-cgroup")
-    # In the namespace of `make_mounts` he is root.
+    # In the namespace of `make_mounts` the job's user is root.
     uid, gid = _ids(sandbox)
     yield from ("--uid", str(uid), "--gid", str(gid))
     if not sandbox.network:
         yield "--unshare-net"
-    # A session of its own: a job cannot type into an operator's terminal.
+    # With a new session, a job cannot type into an operator's terminal.
     yield from ("--new-session", "--die-with-parent", "--as-pid-1", "--hostname", "job")
-    # Those of root, where the miner runs its jobs as root.
+    # The miner may run its jobs as root.
     yield from ("--cap-drop", "ALL")
 
 
@@ -265,24 +259,24 @@ def _view(sandbox: Sandbox, binds: Sequence[Path]) -> Iterator[str]:
 
 
 def etc_shown(*, network: bool) -> Iterator[Path]:
-    """Name what there is of `ETC` on this machine."""
+    """List the paths of `ETC`; a pattern gives only existing paths."""
     for names in (*ETC, *([ETC_OF_NETWORK] if network else ())):
         for name in names.split():
-            # Most have no pattern, and need no directory read.
+            # Most names are no pattern, so no directory is read.
             yield from Path("/etc").glob(name) if "*" in name else [Path("/etc", name)]
 
 
 def _machine_in_proc() -> Iterator[str]:
-    """Hide or write-protect what of /proc is the machine's: of some its jobs could make the kernel work.
+    """Hide or write-protect the machine's part of /proc; some of its files give orders to the kernel.
 
-    By what there is, for another kernel has other files there.
+    The choice follows the existing files, because each kernel has other files.
     """
     with os.scandir("/proc") as entries:
         for entry in entries:
             name, path = entry.name, entry.path
             if name.isdecimal() or entry.is_symlink() or name in _PROC_OWN:
                 continue
-            # Not what the directory says of it: in a container something else may be mounted over it.
+            # The entry's own mode: in a container, another file may be mounted over the directory's entry.
             mode = entry.stat().st_mode
             if name in _PROC_SHOWN or (stat.S_ISREG(mode) and mode & _WRITABLE):
                 yield from ("--ro-bind", path, path)
@@ -302,7 +296,7 @@ def _dev() -> Iterator[str]:
 
 
 def _card(parts: Sequence[Path]) -> Iterator[str]:
-    """Show what there is of a card; see `gpuview`."""
+    """Show the existing paths of a card; see `gpu.job_view`."""
     if parts:
         yield from ("--tmpfs", "/proc/driver")
     for path in parts:
@@ -338,7 +332,7 @@ def _free(used: Collection[int]) -> int:
 
 
 def in_memory(content: bytes, stack: ExitStack) -> int:
-    """Give a descriptor to read this from, which `stack` closes: it touches no disk."""
+    """Give a descriptor for reading `content` from memory; `stack` closes the descriptor."""
     fd = os.memfd_create("aitbc", os.MFD_CLOEXEC)
     stack.callback(os.close, fd)
     with os.fdopen(fd, "wb", closefd=False) as file:

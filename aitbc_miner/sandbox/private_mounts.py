@@ -1,8 +1,8 @@
-"""File systems that are a job's own and bounded, made before its sandbox is, which can only bind them.
+"""Mounts a job's private, bounded file systems; bubblewrap then binds them into the sandbox.
 
-bubblewrap bounds neither the pseudo terminals of a devpts, of which the machine has some 3,000 for all jobs
-together, nor the files of a tmpfs. So whoever becomes bubblewrap first enters a user and a mount namespace of
-its own, and makes these file systems there. Nobody else ever sees them, and they go with the job.
+bubblewrap bounds neither the pseudo terminals of a devpts (the machine has some 3,000 for all jobs together)
+nor the files of a tmpfs. So the process that becomes bubblewrap first enters a new user and mount namespace,
+and mounts the file systems there. No other process sees the mounts, and the kernel removes them with the job.
 """
 
 import ctypes
@@ -12,14 +12,13 @@ from pathlib import Path
 from aitbc_miner.util.system import PR_SET_DUMPABLE, prctl
 
 PLACE = Path("/dev/pts")
-"""Where they are in that mount namespace: what else is there belongs to the machine's terminals, and no
-workspace does."""
+"""The mount point in the new namespace. The mount hides only the machine's terminals, and no workspace."""
 PTS, TMP, SHM = PLACE / "pts", PLACE / "tmp", PLACE / "shm"
 NO_FILE, NO_DIRECTORY = PLACE / "no-file", PLACE / "no-directory"
-"""Empty, for what a job is not to see."""
+"""An empty file and an empty directory, bound over the paths that a job must not see."""
 
 MAX_TERMINALS = 64
-# A file with something in it takes a page at least.
+# Each file with content takes a page at least.
 _BYTES_A_FILE, _MIN_FILES = 4096, 256
 # <linux/sched.h>, <sys/mount.h>
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x20000, 0x10000000
@@ -29,15 +28,15 @@ _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 def make_mounts(tmp_bytes: int, shm_bytes: int) -> None:
-    """Enter the namespaces and mount there what `PTS`, `TMP` and `SHM` name; for a process of one thread.
+    """Enter the namespaces and mount `PTS`, `TMP` and `SHM`; for a process with a single thread.
 
-    It is root afterwards, in its own namespace only.
+    Afterwards the process is root in its own namespace.
 
     Raises:
         OSError: users may make no namespaces here.
     """
     uid, gid = os.geteuid(), os.getegid()
-    # A process that has changed its user owns no file in /proc, and so could not say who is who.
+    # After a change of user, a process that is not dumpable may not write its own uid_map in /proc.
     prctl(PR_SET_DUMPABLE, 1)
     _done(_LIBC.unshare(_CLONE_NEWUSER | _CLONE_NEWNS), "a namespace")
     own = Path("/proc/self")

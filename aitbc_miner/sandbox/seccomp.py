@@ -1,8 +1,8 @@
-"""Which system calls a job may not make, and why: all others it may.
+"""The tables of system calls that a job may not make, with reasons. All other calls are allowed.
 
-What is here reaches parts of the kernel that ordinary programs do not need and that have had holes, or
-concerns the machine as a whole. Most of it takes rights that a job does not have anyway: the filter stands
-for the day when a job finds a way to them.
+A forbidden call reaches a part of the kernel that ordinary programs do not need and that has had holes, or
+changes the machine as a whole. Most forbidden calls need rights that a job lacks anyway. The filter protects
+the machine on the day when a job gains these rights.
 """
 
 import errno
@@ -17,7 +17,7 @@ from aitbc_miner.errors import MinerError
 if TYPE_CHECKING:
     import pyseccomp
 
-# <linux/sched.h>: each makes a namespace, in which a process has rights that it has nowhere else.
+# <linux/sched.h>: each flag makes a namespace. In a new namespace a process gains rights.
 _NAMESPACES = {
     "CLONE_NEWTIME": 0x80,
     "CLONE_NEWNS": 0x20000,
@@ -29,29 +29,29 @@ _NAMESPACES = {
     "CLONE_NEWNET": 0x40000000,
 }
 _INT = 0xFFFF_FFFF
-"""The kernel takes an int from the lower half of a register, whatever is in the upper one."""
+"""The kernel reads an int from the lower half of a register, and ignores the upper half."""
 _SETUID = 0o4000
 _SETGID = 0o2000
 _O_TMPFILE = 0o2000_0000
-"""The bit of it that is not O_DIRECTORY's."""
+"""O_TMPFILE without its bit O_DIRECTORY."""
 _AF_UNIX, _AF_INET, _AF_INET6, _AF_NETLINK = 1, 2, 10, 16
-# All families up to the last that is allowed but AF_UNSPEC and those that are.
+# The forbidden families below AF_NETLINK, the highest allowed family.
 _OLD_FAMILIES = [family for family in range(3, _AF_NETLINK) if family != _AF_INET6]
-# Of internet sockets: SOCK_STREAM and SOCK_DGRAM, with the protocol that follows from it, TCP or UDP.
+# The allowed internet sockets: SOCK_STREAM and SOCK_DGRAM, with the default protocol, TCP or UDP.
 _KINDS, _PROTOCOLS = {1, 2}, {0, 6, 17}
 _KIND = 0xF
-"""The bits of a socket's type that are not flags."""
-# PERSONALITY 0xffffffff asks which one it is.
+"""The bits of a socket's type without its flags."""
+# personality(0xffffffff) only asks for the current personality.
 _ASKS, _MMAP_PAGE_ZERO = 0x8000_0000, 0x10_0000
 _PR_SCHED_CORE, _PR_SET_SECCOMP = 62, 22
-# Of seccomp(2), and the same for prctl(2).
+# Arguments of seccomp(2) and prctl(2) that install a filter.
 _SET_FILTER, _MODE_FILTER = 1, 2
 
 LAST = 462
-"""The number of the newest call that these tables have been gone through with: mseal, of Linux 6.10. From 424
-on the numbers are the same everywhere."""
+"""The number of the newest call that the tables consider: mseal, of Linux 6.10. From 424 on, the numbers are
+the same on all architectures."""
 _X32 = 0x4000_0000
-"""The numbers from here on are those of x32 programs, which the filter ends."""
+"""The first number of x32 programs; the filter kills these programs."""
 
 NEWER = {
     "mount_setattr": 442,
@@ -67,7 +67,7 @@ NEWER = {
 
 
 class DeniedCall(NamedTuple):
-    """Calls that are not made, what the program is told instead, and why."""
+    """Forbidden calls (names with blanks between), the reason, and the error that the program gets."""
 
     calls: str
     reason: str
@@ -75,9 +75,9 @@ class DeniedCall(NamedTuple):
 
 
 class Masked(NamedTuple):
-    """A call that is not made if of its argument number `arg` the bits of `mask` are `value`.
+    """A call that is forbidden if argument number `arg` has `value` in the bits of `mask`.
 
-    `before`, if any: and if of the argument before those of the one are the other, as (mask, value).
+    `before` is a further condition: the mask and value of the argument before `arg`.
     """
 
     call: str
@@ -90,57 +90,55 @@ class Masked(NamedTuple):
 
 
 DENIED = (
-    DeniedCall("add_key request_key keyctl", "keys outlive the job and are its user's, of all his jobs"),
+    DeniedCall("add_key request_key keyctl", "keys outlive the job, and all jobs of the user share them"),
     DeniedCall("bpf", "programs in the kernel; its checker has had many holes"),
     DeniedCall("perf_event_open", "watches other programs and the kernel; many holes"),
     DeniedCall(
-        "userfaultfd", "stops the kernel in the middle of its work, which makes holes usable", errno.ENOSYS
+        "userfaultfd", "stops the kernel in the middle of its work, so holes become usable", errno.ENOSYS
     ),
     DeniedCall(
         "mount umount umount2 pivot_root fsopen fsconfig fsmount fspick move_mount open_tree mount_setattr",
         "the sandbox is made of mounts",
     ),
-    DeniedCall("statmount listmount", "tells what is mounted elsewhere on the machine", errno.ENOSYS),
-    DeniedCall("chroot", "moves the root that paths are beneath of"),
-    DeniedCall("setns", "enters the namespaces of others"),
-    DeniedCall("clone3", "makes namespaces, and a filter cannot see with which flags", errno.ENOSYS),
+    DeniedCall("statmount listmount", "tells the mounts of other programs", errno.ENOSYS),
+    DeniedCall("chroot", "moves the root directory"),
+    DeniedCall("setns", "enters the namespaces of other processes"),
+    DeniedCall("clone3", "makes namespaces, and a filter cannot see the flags", errno.ENOSYS),
     DeniedCall("init_module finit_module delete_module", "changes the kernel itself"),
     DeniedCall("kexec_load kexec_file_load", "replaces the kernel"),
     DeniedCall("ptrace process_vm_readv process_vm_writev kcmp pidfd_getfd", "reaches into other processes"),
     DeniedCall("quotactl quotactl_fd swapon swapoff", "concerns the disks of the machine"),
     DeniedCall("reboot acct vhangup syslog", "concerns the machine as a whole"),
-    DeniedCall("sethostname setdomainname", "the names are the miner's to give"),
+    DeniedCall("sethostname setdomainname", "the miner gives the names"),
     DeniedCall("settimeofday clock_settime clock_adjtime adjtimex stime", "sets the machine's clock"),
     DeniedCall("iopl ioperm", "talks to the hardware"),
-    DeniedCall("modify_ldt vm86 vm86old", "old ways of x86 that nothing needs and that have had holes"),
-    DeniedCall("name_to_handle_at open_by_handle_at", "opens files past the directories they are in"),
+    DeniedCall("modify_ldt vm86 vm86old", "old interfaces of x86; no program needs them, and some had holes"),
+    DeniedCall("name_to_handle_at open_by_handle_at", "opens files past the rights of their directories"),
     DeniedCall("fanotify_init fanotify_mark", "watches all files of a file system"),
-    DeniedCall("cachestat", "tells which files of the machine are in use", errno.ENOSYS),
+    DeniedCall("cachestat", "tells the machine's files in use", errno.ENOSYS),
     DeniedCall("memfd_secret", "keeps the machine from suspending", errno.ENOSYS),
     DeniedCall("process_madvise process_mrelease", "acts upon the memory of other processes", errno.ENOSYS),
     DeniedCall(
         "lookup_dcookie nfsservctl uselib ustat sysfs _sysctl get_kernel_syms query_module", "obsolete"
     ),
     DeniedCall("migrate_pages move_pages", "moves the memory of other processes"),
+    DeniedCall("io_setup", "takes from a pool of the whole machine; programs have other ways", errno.ENOSYS),
     DeniedCall(
-        "io_setup", "takes of a number that the whole machine has; there are other ways", errno.ENOSYS
-    ),
-    DeniedCall(
-        "openat2", "makes files with modes that a filter cannot see; C libraries do without", errno.ENOSYS
+        "openat2", "makes files with modes hidden from a filter; C libraries do without", errno.ENOSYS
     ),
 )
-"""Calls that no job may make, by their names, a blank between two."""
+"""Calls that no job may make."""
 
 IO_URING = DeniedCall(
     "io_uring_setup io_uring_enter io_uring_register",
-    "does what the filter forbids without a call that it sees, and has had very many holes",
+    "makes forbidden calls past the filter, and has had very many holes",
     errno.ENOSYS,
 )
-"""What a job may not use unless its slot says `io_uring: true`."""
+"""Calls that a job may make only if its slot has `io_uring: true`."""
 
-_NESTED = "a namespace inside of the sandbox gives rights over parts of the kernel that have had many holes"
-_MODES = "a program that takes its owner's rights would be left on the operator's disk"
-# Not of mkdir(2): the kernel drops the bits there, and programs ask for a setgid directory so.
+_NESTED = "a namespace inside the sandbox gives rights over parts of the kernel with many past holes"
+_MODES = "would leave a program with its owner's rights on the operator's disk"
+# Without mkdir(2): the kernel drops the bits, and programs do ask for a setgid directory.
 _MODE_ARGUMENTS = {
     "chmod": 1,
     "fchmod": 1,
@@ -150,35 +148,34 @@ _MODE_ARGUMENTS = {
     "mknodat": 2,
     "creat": 1,
 }
-# Only with one of these flags is there a mode, right after them.
+# open(2) has a mode, right after the flags, only with a flag of _MAKING.
 _OPENING = {"open": 2, "openat": 3}
 _MAKING = (os.O_CREAT, _O_TMPFILE)
-_FAMILY = (
-    "a kind of network that ordinary programs do not use; many have had holes, AF_VSOCK leaves a namespace"
-)
+_FAMILY = "a network that ordinary programs do not use; many had holes, and AF_VSOCK leaves a namespace"
 _REQUESTS = {
     # TIOCSTI, TIOCLINUX
-    "types into the terminal of whoever started us": (0x5412, 0x541C),
+    "types into the terminal of the person who started the miner": (0x5412, 0x541C),
     # TIOCSETD, TIOCCONS
-    "loads drivers of lines that have had many holes, or takes the console": (0x5423, 0x541D),
-    # SIOCGIFBR, SIOCSIFBR, SIOCGIFVLAN, SIOCSIFVLAN, SIOCBRADDBR, SIOCBRDELBR: before any right is asked for
+    "loads line disciplines, many with past holes, or takes the console": (0x5423, 0x541D),
+    # SIOCGIFBR, SIOCSIFBR, SIOCGIFVLAN, SIOCSIFVLAN, SIOCBRADDBR, SIOCBRDELBR: load before the rights are
+    # checked
     "loads drivers of networks": (0x8940, 0x8941, 0x8982, 0x8983, 0x89A0, 0x89A1),
     # FS_IOC_SET_ENCRYPTION_POLICY, FS_IOC_ADD_ENCRYPTION_KEY
     "keys of file systems outlive the job": (0x800C_6613, 0xC050_6617),
     # BTRFS_IOC_SNAP_CREATE, _SUBVOL_CREATE, _SNAP_CREATE_V2, _SUBVOL_CREATE_V2, _SUBVOL_SETFLAGS
-    "makes file systems on the operator's disk that cannot be removed": (
+    "makes file systems on the operator's disk, and the miner could not remove them": (
         *(0x5000_9401, 0x5000_940E, 0x5000_9417, 0x5000_9418, 0x4008_941A),
     ),
 }
 # MAP_HUGETLB, MFD_HUGETLB, SHM_HUGETLB: argument and bit
 _HUGE = {"mmap": (3, 0x4_0000), "memfd_create": (1, 4), "shmget": (2, 0o4000)}
-_POOL = "the machine's large pages, which no limit of a slot counts"
-_OWN_FILTERS = "the kernel's room for translated filters is the whole machine's, other slots' included"
+_POOL = "takes the machine's large pages; no limit of a slot counts them"
+_OWN_FILTERS = "takes the kernel's room for translated filters; all slots share the room"
 _OPTIONS = {
     # SOL_SOCKET: SO_ATTACH_FILTER, _BPF, _REUSEPORT_CBPF, _REUSEPORT_EBPF
     "programs in the kernel, as of `bpf`": [(1, option) for option in (26, 50, 51, 52)],
     # TCP: TCP_ULP; UDP: UDP_ENCAP
-    "other protocols on a socket that has been made": [(6, 31), (17, 100)],
+    "other protocols on an existing socket": [(6, 31), (17, 100)],
 }
 
 MASKED = (
@@ -213,27 +210,27 @@ MASKED = (
         for level, option in options
     ),
     *(Masked(call, arg, bit, bit, _POOL, errno.ENOMEM) for call, (arg, bit) in _HUGE.items()),
-    # Told as by a kernel without such filters: programs then do without.
+    # The error of a kernel without filters, so that programs do without.
     Masked("seccomp", 0, _INT, _SET_FILTER, _OWN_FILTERS, errno.EINVAL),
     Masked("prctl", 1, _INT, _MODE_FILTER, _OWN_FILTERS, errno.EINVAL, before=(_INT, _PR_SET_SECCOMP)),
     Masked("personality", 0, _ASKS | _MMAP_PAGE_ZERO, _MMAP_PAGE_ZERO, "makes holes of the kernel usable"),
-    Masked("prctl", 0, _INT, _PR_SCHED_CORE, "keeps others from the rest of a processor's core"),
+    Masked("prctl", 0, _INT, _PR_SCHED_CORE, "keeps other programs from the rest of a processor's core"),
 )
-"""Calls that no job may make with these arguments. Besides: sockets of families above AF_NETLINK, those of
-AF_NETLINK but for routes, those of the internet but for TCP and UDP, and pairs of sockets but AF_UNIX."""
+"""Calls that no job may make with the given arguments. `_refuse_sockets` adds sockets of families above
+AF_NETLINK, of AF_NETLINK except routes, of the internet except TCP and UDP, and pairs except AF_UNIX."""
 
 
 def filter_fd(*, io_uring: bool = False) -> int:
-    """Make the filter as bubblewrap takes it: a program for the kernel, in memory, for the caller to close.
+    """Write the filter, in the format of bubblewrap, into a file in memory; the caller closes the descriptor.
 
-    Calls of other architectures (32-bit and x32 programs) end the program.
+    A call of another architecture (32-bit or x32 program) kills the program.
 
     Raises:
-        MinerError: there is no libseccomp, or it cannot make the filter.
+        MinerError: libseccomp is missing, or cannot make the filter.
         OSError: no memory or descriptor is left.
     """
     try:
-        import pyseccomp  # noqa: PLC0415  # which loads libseccomp, and says why it cannot
+        import pyseccomp  # noqa: PLC0415  # the import loads libseccomp, and its error names the cause
     except (ImportError, OSError, RuntimeError) as error:
         remedy = "apt-get install libseccomp2"
         raise MinerError(f"cannot build the system call filter: {error}; {remedy}") from error
@@ -258,13 +255,14 @@ def filter_fd(*, io_uring: bool = False) -> int:
     return fd
 
 
-# The filter's first steps: a call that is newer than `LAST` is told to be none. libseccomp knows no ranges.
-# Each is struct sock_filter: code, steps to go on when true, when false, and a number; see <linux/filter.h>.
+# The first steps of the filter: a call newer than `LAST` gets ENOSYS. libseccomp cannot compare with ranges.
+# Each step is a struct sock_filter of <linux/filter.h>: code, steps to skip if true, steps to skip if false,
+# number.
 _LOAD, _GREATER, _NOT_LESS, _RETURN, _SECCOMP_ERRNO = 0x20, 0x25, 0x35, 0x06, 0x5_0000
 _REFUSE_NEWER = b"".join(
     struct.pack("=HBBI", *step)
     for step in (
-        (_LOAD, 0, 0, 0),  # the number
+        (_LOAD, 0, 0, 0),  # the number of the call
         (_GREATER, 0, 2, LAST),
         (_NOT_LESS, 1, 0, _X32),
         (_RETURN, 0, 0, _SECCOMP_ERRNO | errno.ENOSYS),
@@ -273,9 +271,9 @@ _REFUSE_NEWER = b"".join(
 
 
 def _refuse_sockets(rules: "pyseccomp.SyscallFilter") -> None:
-    """Refuse all that the tables do not name, so that what the kernel learns later is refused, too.
+    """Refuse all sockets but those of the tables, and so the sockets of later kernels, too.
 
-    The numbers are compared whole: one with an upper half is refused, though the kernel would not see it.
+    The comparison uses whole registers: a number with an upper half is refused, though the kernel ignores it.
     """
     import pyseccomp  # noqa: PLC0415  # see filter_fd
 
@@ -295,10 +293,10 @@ def _refuse_sockets(rules: "pyseccomp.SyscallFilter") -> None:
 
 
 def numbers(calls: list[str]) -> Iterator[int]:
-    """Give the numbers of calls on this machine, without those that only others have.
+    """Give the numbers of calls on this machine; calls that only other machines have are left out.
 
     Raises:
-        MinerError: nobody knows a call of this name.
+        MinerError: neither libseccomp nor `NEWER` knows the call.
     """
     import pyseccomp  # noqa: PLC0415  # see above
 
@@ -307,8 +305,8 @@ def numbers(calls: list[str]) -> Iterator[int]:
         if number == -1:
             number = NEWER.get(call, -1)
         if number == -1:
-            remedy = f"libseccomp on {platform.machine()} does not know it; apt-get upgrade libseccomp2"
-            raise MinerError(f"cannot build the system call filter: no number of {call}; {remedy}")
-        # Below that are the numbers that libseccomp makes up for calls of other machines.
+            cause = f"libseccomp on {platform.machine()} has no number of {call}"
+            raise MinerError(f"cannot build the system call filter: {cause}; apt-get upgrade libseccomp2")
+        # libseccomp invents negative numbers for calls of other machines.
         if number >= 0:
             yield number

@@ -1,8 +1,8 @@
-"""Starts a job's program within its limits, and knows its processes until the last of them is gone.
+"""Starts a job's program within its limits, and tracks the job's processes until all have ended.
 
-Used by the slot's worker, which has one thread and no children but the job's. Not `subprocess`: there, a
-failure before the exec loses its reason, the order of the steps is fixed, and the status is reaped without
-its resource usage. Having one thread also means that Python may run between fork and exec.
+The slot's worker uses this module. The worker has a single thread, so Python may run between fork and exec,
+and no children but the job's. `subprocess` does not serve: it loses the reason of a failure before the exec,
+fixes the order of the steps, and reaps without the resource usage.
 """
 
 import contextlib
@@ -28,28 +28,28 @@ from aitbc_miner.util.limits import ProcessLimits, apply
 from aitbc_miner.util.system import PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_PDEATHSIG, prctl
 
 REPORT_FD = 3
-"""Where the child finds its report pipe: right after the standard three, so any language can reach it."""
+"""The child's descriptor of its report pipe: right after the standard three, so every language can use it."""
 
 JOB_OOM_SCORE = 500
-"""How the kernel chooses when the whole machine is out of memory: jobs first, the node last (proc(5)). The
-node's own score is negative, and a job must not have it."""
+"""The kernel's order of killing if the whole machine is out of memory (proc(5)): jobs first, the node last. The
+node's own score is negative, and a job must not inherit it."""
 
 _PYTHON = ctypes.PyDLL(None, use_errno=True)
-# linux/sched.h; the number of the call is the same on all machines that Debian has.
+# linux/sched.h; the call has the same number on all of Debian's architectures.
 _CLONE_INTO_CGROUP = 0x200000000
 _SYS_CLONE3 = 435
 
-# Above all numbers that a program is given.
+# Above all numbers of a program's descriptors.
 _HIGH = 20
 
-# What a child that was to be the program can lack through no fault of the program or of its limits.
+# Errors before the exec for which neither the program nor its limits are to blame.
 _SCARCE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.EAGAIN})
 
 Steps = list[tuple[str, Callable[[], object]]]
 
 
 def become_subreaper() -> None:
-    """Have every orphan below this process become its child, however often it forked. Lasts until exit."""
+    """Have the kernel make every orphaned descendant of our process its child, until our process exits."""
     prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -61,9 +61,9 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 
 class Job:
-    """A started program and all that comes of it.
+    """A started program and all its descendants.
 
-    `pidfd` becomes readable when the program itself ends; use the job as a context manager, or `close()` it.
+    `pidfd` becomes readable when the program itself ends. Use the job as a context manager, or `close()` it.
     """
 
     def __init__(self, pid: int, group: Group | None, enclosed: int | None = None) -> None:
@@ -91,22 +91,22 @@ class Job:
             self.pidfd = -1
 
     def begin(self) -> None:
-        """Count its time from now on: so far it has waited for what to do."""
+        """Count the program's time from now on: until now the program has waited for a task."""
         self._started = now()
 
     def poll(self) -> ExitStatus | None:
-        """Return how the program ended, or None while it runs. Others of the job may still be alive.
+        """Return the program's exit, or None while the program runs. Its descendants may still be alive.
 
-        Orphans that have ended are reaped on the way, or those of a long job would use up its process limit.
+        Also reaps ended orphans: otherwise the zombies of a long job would use up its process limit.
         """
         if self._exit is None:
             self._reap()
         return self._exit
 
     def _collect(self, pid: int) -> None:
-        """Take the status and the usage of a child that has ended."""
+        """Reap an ended child, with its status and usage."""
         if pid == self.pid:
-            # A zombie still has its counters, with those of the children it waited for.
+            # A zombie still has its counters, including the counters of the children that it reaped.
             self._io = _io_of(pid)
         _, status, used = os.wait4(pid, 0)
         self._user_s += used.ru_utime
@@ -119,10 +119,10 @@ class Job:
             self._ended = now()
 
     def _reap(self) -> bool:
-        """Collect all children that have ended; True when this process has no child left."""
+        """Collect all ended children; True if our process has no child left."""
         while True:
             try:
-                # Peeks, so that the program's own status can never be taken by mistake.
+                # Only look (WNOWAIT): `_collect` reaps, and reads the counters first.
                 ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
                 return True
@@ -131,10 +131,11 @@ class Job:
             self._collect(ended.si_pid)
 
     def usage(self) -> Usage:
-        """Return what the job has used: by its cgroup where that counts, else by what was reaped so far.
+        """Return the job's usage: by the counters of its cgroup if present, else by the reaped children.
 
-        The group's counters run since the group was made. A peak that comes from getrusage(2) is that of the
-        largest single process, and never below the worker's own size, from which the program was forked.
+        The counters of the cgroup begin with its creation. A peak from getrusage(2) is the peak of the
+        largest single process, and at least the size of the worker, because the program was forked from the
+        worker.
         """
         group = self.group
         cpu = group.cpu_usage() if group else None
@@ -150,45 +151,45 @@ class Job:
         )
 
     def terminate(self) -> None:
-        """Ask the job's processes to end (SIGTERM): those of its cgroup, else of its process group.
+        """Ask the processes of the job's cgroup, else of its sandbox or process group, to end (SIGTERM).
 
-        Not bubblewrap's own, with which its sandbox and so all of them would end at once.
+        bubblewrap gets no signal: with bubblewrap, the sandbox and all its processes would end at once.
         """
         if self.group:
             self.group.signal(signal.SIGTERM, but=None if self._enclosed is None else self.pid)
         elif self._enclosed is not None:
             _signal_each(set(_descendants(self.pid)), signal.SIGTERM)
         elif self._exit is None:
-            # Until the program is reaped its number is its own; afterwards it may be anybody's.
+            # After the program is reaped, its number may belong to another process.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, signal.SIGTERM)
 
     def kill_all(self, timeout_s: float) -> bool:
-        """Kill until nothing of the job is alive, and reap it.
+        """Kill and reap all processes of the job's cgroup, and all descendants of our process.
 
-        That means all of its cgroup, and every descendant of the calling process, which must be a subreaper.
+        Our process must be a subreaper.
 
         Returns:
-            False when something is still there after `timeout_s`: it hangs in the kernel, and the slot must
-            not be used again until it is gone.
+            False if a process survives `timeout_s`: it hangs in the kernel, and the slot must not be used
+            until its end.
         """
         deadline = now() + timeout_s
         if self.group is not None:
             self.group.kill()
             if not self.group.wait_empty(timeout_s):
                 return False
-        # A job with the rights of the miner's own user may have moved itself out of its group.
+        # A job that runs as the miner's user may have moved itself out of its group.
         return self._kill_descendants(deadline)
 
     def survivors(self) -> list[int]:
-        """Name what `kill_all` could not end."""
+        """List the processes that `kill_all` could not end."""
         return self.group.pids() if self.group else [each.pid for each in _descendants(os.getpid())]
 
     def _kill_descendants(self, deadline: float) -> bool:
-        # Having no child is proof: an orphan, whatever it did, comes to its subreaper the moment it is one.
+        # Without a child, no descendant is left: the kernel gives every orphan to its subreaper at once.
         while not self._reap():
             stopped: set[psutil.Process] = set()
-            # Stopped first, so that nothing can fork between being seen and being killed.
+            # Stop first, so that no process forks between listing and kill.
             while (fresh := set(_descendants(os.getpid())) - stopped) and now() < deadline:
                 _signal_each(fresh, signal.SIGSTOP)
                 stopped |= fresh
@@ -201,7 +202,7 @@ class Job:
 
 def _signal_each(processes: set[psutil.Process], number: int) -> None:
     for process in processes:
-        # One that we may not signal is still our descendant: the caller goes on until its deadline.
+        # A process that we may not signal remains our descendant: the caller goes on until its deadline.
         with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             process.send_signal(number)
 
@@ -210,12 +211,12 @@ def _io_of(pid: int) -> tuple[int, int] | None:
     try:
         text = Path(f"/proc/{pid}/io").read_text("ascii")
     except OSError:
-        return None  # some kernels do not count, and some do not tell everybody
+        return None  # some kernels do not count, and some show the counters to root only
     counts = dict(line.split(": ") for line in text.splitlines())
     return int(counts["read_bytes"]), int(counts["write_bytes"])
 
 
-def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
+def spawn(  # noqa: PLR0913  # a process needs them all, by name
     argv: Sequence[str],
     *,
     cwd: Path,
@@ -227,14 +228,14 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
     gid: int | None,
     enclosed: Enclosed | None = None,
 ) -> Job:
-    """Start the program `argv[0]` (PATH is not searched); when this returns, it has begun.
+    """Start the program `argv[0]` (no search in PATH), and return after its exec.
 
-    In it, `fds` are open, each number as what that one is here, and nothing else; `env` is all of its
-    environment; it is in `group` from its first instruction on. `uid` and its only group `gid` go together;
-    None: those of the worker. `cwd` must be reachable for that user. `enclosed`: where `argv` is from, if so.
+    `fds` maps the program's descriptors to ours; all others are closed. `env` is the whole environment, `group`
+    the cgroup in which the process is born. `uid` and `gid`, the only group, go together; None: the worker's.
+    The user must be able to reach `cwd`. `enclosed` is the source of `argv` if there is a sandbox.
 
     Raises:
-        JobError: E_SANDBOX; it was not started, and the message names the step that failed.
+        JobError: E_SANDBOX, the program was not started; the message names the step that failed.
     """
     steps: Steps = [
         ("session", os.setsid),
@@ -246,7 +247,7 @@ def spawn(  # noqa: PLR0913  # what a process is made of; every one by name
         *([("file systems", enclosed.make_mounts)] if enclosed else []),
         ("death signal", partial(_die_with, os.getpid())),  # a change of user clears it
         ("umask", partial(os.umask, 0o077)),
-        (f"directory {cwd}", partial(os.chdir, cwd)),  # as the job's user, who may not reach it
+        (f"directory {cwd}", partial(os.chdir, cwd)),  # with the rights of the job's user
         ("signals", _reset_signals),
         ("exec", partial(os.execve, argv[0], list(argv), dict(env))),
     ]
@@ -269,7 +270,7 @@ def _become_user(uid: int | None, gid: int | None) -> Steps:
 
 
 class _StepError(Exception):
-    """What the child said before it gave up."""
+    """The child's report on the step that failed."""
 
 
 class _CloneArgs(ctypes.Structure):
@@ -285,17 +286,17 @@ class _CloneArgs(ctypes.Structure):
 
 
 def _fork_into(group: Group) -> int:
-    """Fork a child that is born in the group. Like os.fork, for a process of one thread.
+    """Fork a child that is born in the group. Otherwise like os.fork, for a process with a single thread.
 
-    A child that moved itself there would wait some 10 ms for the kernel's lock on all moves between groups.
+    If the child moved itself into the group, it would wait some 10 ms for the kernel's lock on all moves.
 
     Raises:
-        OSError: the group is gone, or the kernel has no clone3 with CLONE_INTO_CGROUP (before 5.7).
+        OSError: the group is gone, or the kernel lacks clone3 with CLONE_INTO_CGROUP (before 5.7).
     """
     fd = os.open(group.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         args = _CloneArgs(flags=_CLONE_INTO_CGROUP, exit_signal=signal.SIGCHLD, cgroup=fd)
-        # PyDLL keeps the interpreter's lock, so the child has it, as after os.fork.
+        # PyDLL keeps the interpreter's lock, so the child holds the lock, as after os.fork.
         pid: int = _PYTHON.syscall(_SYS_CLONE3, ctypes.byref(args), ctypes.sizeof(args))
         if pid < 0:
             number = ctypes.get_errno()
@@ -307,12 +308,9 @@ def _fork_into(group: Group) -> int:
 
 
 def _fork(steps: Steps, group: Group | None, enclosed: int | None, kept: Iterable[int]) -> Job:
-    """Run the steps in a child, the last of which is the exec; return when that has happened.
-
-    Of our descriptors it has those in `kept`.
-    """
+    """Run the steps in a child, with only the descriptors in `kept`; return after the last step, the exec."""
     with contextlib.ExitStack() as stack:
-        # The exec closes the child's end of this pipe, so an end without a word means success.
+        # The exec closes the child's end of the pipe, so end of file without a report means success.
         read_end, write_end = os.pipe()
         stack.callback(os.close, read_end)
         with contextlib.ExitStack() as child_side:
@@ -342,12 +340,12 @@ def _fork(steps: Steps, group: Group | None, enclosed: int | None, kept: Iterabl
 def _run_child(steps: Steps, failure_fd: int, kept: Iterable[int]) -> NoReturn:
     name = "fork"
     try:
-        # Out of the way of the numbers that the program's own descriptors get.
+        # Move the pipe out of the way of the program's descriptors.
         failure_fd = fcntl.fcntl(failure_fd, fcntl.F_DUPFD_CLOEXEC, _HIGH)
         _close_all_but({failure_fd, *kept})
-        for name, step in steps:  # noqa: B007  # the name is for the report below
+        for name, step in steps:  # noqa: B007  # the report below needs the name
             step()
-    except Exception as error:  # noqa: BLE001  # reported to the parent, which raises it
+    except Exception as error:  # noqa: BLE001  # the parent gets the report, and raises
         number = (error.errno or 0) if isinstance(error, OSError) else 0
         if name == "exec" and number == errno.ENOMEM:
             number = 0  # the slot's own limits may leave no room for the program
@@ -355,20 +353,20 @@ def _run_child(steps: Steps, failure_fd: int, kept: Iterable[int]) -> NoReturn:
         said = f"{number} {name}: {cause or type(error).__name__}"
         os.write(failure_fd, said.encode("utf-8", "replace"))
     finally:
-        # Whatever happened, this copy of the worker must not go on as a second worker.
+        # In any case, this copy of the worker must not go on as a second worker.
         os._exit(127)
 
 
 def _close_all_but(kept: Collection[int]) -> None:
-    # Not left to the exec: a process of the slot's user could look into us once we are his.
+    # Close before the exec: after the change of user, a process of the slot's user could look into ours.
     for entry in list(Path("/proc/self/fd").iterdir()):
         if int(entry.name) not in kept:
-            with contextlib.suppress(OSError):  # the listing's own is gone
+            with contextlib.suppress(OSError):  # the descriptor of the listing is closed already
                 os.close(int(entry.name))
 
 
 def _arrange_fds(fds: Mapping[int, int]) -> None:
-    # By way of high numbers, for one of the sources may have the number of another's target.
+    # Copy to high numbers first, because a source may have the number of another's target.
     high = {target: fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH) for target, fd in fds.items()}
     for target, fd in high.items():
         os.dup2(fd, target)
@@ -377,14 +375,14 @@ def _arrange_fds(fds: Mapping[int, int]) -> None:
 
 
 def _go_first() -> None:
-    # Raising it takes no privilege.
+    # Raising the score needs no privilege.
     score = Path("/proc/self/oom_score_adj")
     if int(score.read_bytes()) < JOB_OOM_SCORE:
         score.write_bytes(b"%d" % JOB_OOM_SCORE)
 
 
 def _die_with(parent: int) -> None:
-    # The worker's death ends the program even where no cgroup does.
+    # The worker's death ends the program even without a cgroup.
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         raise OSError("the worker has died meanwhile")

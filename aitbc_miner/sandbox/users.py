@@ -1,7 +1,8 @@
-"""Which user runs what: the network's readers as `service_user`, each slot's jobs as a user of its own.
+"""Finds the users: `service_user` for the processes that read the network, and a user for each slot's jobs.
 
-As root, `required` wants those users to exist; `auto` takes numeric ids that belong to nobody instead. As an
-ordinary user everything runs as that user (`auto`), or nothing does (`required`).
+If the miner starts as root, the mode `required` needs all users to exist; `auto` replaces a missing user by
+an unallocated id. If an ordinary user starts the miner, `auto` runs all processes as this user; `required`
+refuses.
 """
 
 import grp
@@ -14,22 +15,22 @@ from msgspec import Struct
 
 from aitbc_miner.errors import MinerError
 
-# systemd's table of ids lists 60578 to 61183 as unused by anybody.
+# systemd's table of ids lists 60578 to 61183 as unused.
 UNALLOCATED = 60600
 UNALLOCATED_END = 61183
 
 
 def is_unallocated(uid: int) -> bool:
-    """Whether an id is one that a miner takes where there are no users for it."""
+    """Whether an id is in the range from which the miner replaces missing users."""
     return UNALLOCATED <= uid < UNALLOCATED_END
 
 
 class PrivilegeError(MinerError):
-    """The users that the configuration asks for are not to be had."""
+    """The users of the configuration are missing or cannot be used."""
 
 
 class Identity(Struct, frozen=True):
-    """A user to become; `name` is for people."""
+    """A user for a process; `name` is for people."""
 
     uid: int
     gid: int
@@ -37,7 +38,7 @@ class Identity(Struct, frozen=True):
 
 
 class Identities(Struct, frozen=True):
-    """Who is who on this node. None: no change of user. `missing` says what is not as it should be."""
+    """The users of the node; None: no change of user. `missing` has a message for each missing user."""
 
     service: Identity | None
     jobs: dict[str, Identity]
@@ -45,19 +46,19 @@ class Identities(Struct, frozen=True):
 
     @property
     def probe(self) -> Identity | None:
-        """As whom to try out what jobs may do; the slots' own may be known only when the GPUs are."""
+        """A user for trying out the rights of jobs; slots' users may be unknown until the GPUs are known."""
         return next(iter(self.jobs.values()), self.service)
 
 
 def resolve(mode: str, service_user: str, slots: Sequence[str], euid: int | None = None) -> Identities:
-    """Find the service's user and each slot's (`aitbc-job-<slot>`).
+    """Find the service's user and the user of each slot (`aitbc-job-<slot>`).
 
     Raises:
-        PrivilegeError: `mode` is `required` and something is missing; the message has the remedy.
+        PrivilegeError: `mode` is `required` and root or a user is missing, or two names share an id.
     """
     euid = os.geteuid() if euid is None else euid
     if euid != 0:
-        missing = ["not root: jobs run as the same user as the miner and can read what it can"]
+        missing = ["not root: jobs run as the miner's user and can read all files of the miner"]
         if mode == "required":
             raise PrivilegeError(
                 "cannot separate privileges: not started as root; start as root, or set privileges.mode: auto"
@@ -68,40 +69,40 @@ def resolve(mode: str, service_user: str, slots: Sequence[str], euid: int | None
     absent = [name for name, identity in found.items() if identity is None]
     if absent and mode == "required":
         raise PrivilegeError(
-            f"cannot separate privileges: no such user: {', '.join(absent)}; run tools/install again, "
-            f"which makes them, or `useradd --system --user-group NAME`, or set privileges.mode: auto"
+            f"cannot separate privileges: missing users: {', '.join(absent)}; create them with tools/install "
+            f"or `useradd --system --user-group NAME`, or set privileges.mode: auto"
         )
     ids = {name: identity for name, identity in found.items() if identity is not None}
     _refuse_shared(ids)
     taken: set[int] = set()
-    # Those that have a user keep their number as well, or to create one could shift another's.
+    # Existing users take a number as well: otherwise a new user would shift the numbers of the others.
     for name in wanted if absent else ():
         spare = _unallocated(name, taken)
         taken.add(spare.uid)
         ids.setdefault(name, spare)
-    missing = [f"no user {name}: it runs as the unallocated id {ids[name].uid}" for name in absent]
+    missing = [f"no user {name}: its processes run as the unallocated id {ids[name].uid}" for name in absent]
     jobs = {slot: ids[job_user(slot)] for slot in slots}
     return Identities(service=ids[service_user], jobs=jobs, missing=missing)
 
 
 def _refuse_shared(ids: Mapping[str, Identity]) -> None:
-    """Refuse users that are root or each other: what a slot's user runs is killed between jobs."""
+    """Refuse root and shared ids: between jobs, the worker kills all processes of its slot's user."""
     for name, identity in ids.items():
         if identity.uid == 0 or [other.uid for other in ids.values()].count(identity.uid) > 1:
             whose = "root's" if identity.uid == 0 else "another user's"
             raise PrivilegeError(
                 f"cannot separate privileges: the id {identity.uid} of {name} is {whose} as well; "
-                f"remove that user, and create it with `useradd --system --user-group {name}`"
+                f"remove {name}, and create a new user with `useradd --system --user-group {name}`"
             )
 
 
 def job_user(slot: str) -> str:
-    """Name the user that runs a slot's jobs."""
+    """Give the name of the user of a slot's jobs."""
     return f"aitbc-job-{slot}"
 
 
 def group_of(identity: Identity) -> str:
-    """Name a user's group for a command line: by its number where there is none of that name."""
+    """Give a user's group for a command line: its name, or its number if the group has no name."""
     try:
         return grp.getgrgid(identity.gid).gr_name
     except KeyError:
@@ -117,12 +118,12 @@ def _lookup(name: str) -> Identity | None:
 
 
 def _unallocated(name: str, taken: set[int]) -> Identity:
-    """Give a name an id by its hash: files that it owns stay its own when users or slots come and go."""
+    """Choose an id by the name's hash: the name keeps its id, and its files, when other slots come and go."""
     count = UNALLOCATED_END - UNALLOCATED
     start = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) % count
     for step in range(count):
         number = UNALLOCATED + (start + step) % count
-        # As the number of a group it must be nobody's either.
+        # The number must be free for a user and for a group.
         if number not in taken and not _taken(pwd.getpwuid, number) and not _taken(grp.getgrgid, number):
             return Identity(number, number, name)
     raise PrivilegeError("cannot find an unallocated user id: all are taken; create the users instead")

@@ -267,7 +267,7 @@ def test_without_the_library_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_a_name_that_nobody_knows_is_said() -> None:
-    with pytest.raises(MinerError, match="no number of no_such_call"):
+    with pytest.raises(MinerError, match="has no number of no_such_call"):
         list(numbers(["no_such_call"]))
 
 

@@ -440,7 +440,7 @@ def test_who_may_read(site: Site) -> None:
 @needs_root
 def test_missing_users_are_a_fault_where_they_are_required(site: Site) -> None:
     site.keys["privileges"] = {"mode": "required", "service_user": "no-such-user"}
-    assert "privileges.mode: cannot separate privileges: no such user: no-such-user" in fault_texts(
+    assert "privileges.mode: cannot separate privileges: missing users: no-such-user" in fault_texts(
         site.checker()
     )
 

@@ -69,8 +69,8 @@ def test_missing_users_are_refused_by_name_with_the_remedy() -> None:
     with pytest.raises(PrivilegeError) as caught:
         resolve("required", "miner", ["cpu0", "cpu7"], euid=0)
     assert str(caught.value) == (
-        "cannot separate privileges: no such user: miner, aitbc-job-cpu7; run tools/install again, "
-        "which makes them, or `useradd --system --user-group NAME`, or set privileges.mode: auto"
+        "cannot separate privileges: missing users: miner, aitbc-job-cpu7; create them with tools/install "
+        "or `useradd --system --user-group NAME`, or set privileges.mode: auto"
     )
 
 
@@ -84,9 +84,9 @@ def test_missing_users_are_replaced_by_numbers_that_belong_to_nobody_each_by_its
     assert all(identity.gid == identity.uid for identity in fresh)
     assert found.jobs["cpu0"] == Identity(991, 981, "aitbc-job-cpu0")
     assert found.missing == [
-        f"no user miner: it runs as the unallocated id {NUMBERS[0]}",
-        f"no user aitbc-job-cpu7: it runs as the unallocated id {NUMBERS[1]}",
-        f"no user aitbc-job-cpu8: it runs as the unallocated id {NUMBERS[2]}",
+        f"no user miner: its processes run as the unallocated id {NUMBERS[0]}",
+        f"no user aitbc-job-cpu7: its processes run as the unallocated id {NUMBERS[1]}",
+        f"no user aitbc-job-cpu8: its processes run as the unallocated id {NUMBERS[2]}",
     ]
 
 
@@ -151,7 +151,7 @@ def test_when_all_numbers_are_taken_that_is_said() -> None:
 def test_an_ordinary_user_runs_everything_as_itself_and_is_told_what_that_means() -> None:
     found = resolve("auto", "aitbc", ["cpu0"], euid=1000)
     assert (found.service, found.jobs) == (None, {})
-    assert found.missing == ["not root: jobs run as the same user as the miner and can read what it can"]
+    assert found.missing == ["not root: jobs run as the miner's user and can read all files of the miner"]
 
 
 def test_an_ordinary_user_cannot_separate_what_must_be_separate() -> None:
