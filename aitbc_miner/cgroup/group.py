@@ -114,7 +114,7 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
     cpuset_mems = CommaDashSetFile("cpuset.mems")
     memory_current_bytes = IntegerFile("memory.current", readonly=True)
     memory_peak_bytes = IntegerFile("memory.peak", readonly=True)
-    memory_stat = DictFile("memory.stat", readonly=True)
+
     memory_min = IntegerFile("memory.min")
     memory_oom_group = FlagFile("memory.oom.group")
     io_stat = BaseFileInterface("io.stat", readonly=True)

@@ -179,11 +179,12 @@ class _Card:
             gpu = nvml.nvmlDeviceGetHandleByIndex(self._index)
             name = ask("", nvml.nvmlDeviceGetUUID, gpu, read=_uuid) or name
             milliwatts = ask("", nvml.nvmlDeviceGetPowerUsage, gpu, read=_within(0, _MAX_MILLIWATTS))
+            load = (nvml.nvmlDeviceGetUtilizationRates, gpu)
             heat = (nvml.nvmlDeviceGetTemperature, gpu, nvml.NVML_TEMPERATURE_GPU)
             whole = GpuUsage(
                 name,
                 *ask.memory(gpu)[0],
-                utilisation_pct=ask("", nvml.nvmlDeviceGetUtilizationRates, gpu, read=_utilisation),
+                utilisation_pct=ask("", *load, read=lambda rates: _within(0, 100)(rates.gpu)),
                 temperature_c=ask("", *heat, read=_within(0, 200)),
                 power_w=None if milliwatts is None else milliwatts / 1000,
             )
@@ -255,10 +256,6 @@ def _uuid(value: Any) -> str:
 def _version(value: Any) -> str:
     major, minor = map(_within(0, 999), value)
     return f"{major}.{minor}"
-
-
-def _utilisation(rates: Any) -> int:
-    return _within(0, 100)(rates.gpu)
 
 
 def _pci(pci: Any) -> str:

@@ -70,15 +70,11 @@ _WRITABLE = 0o222
 
 
 class Sandbox(Struct, frozen=True):
-    """The sandbox of all jobs of a slot. `runs_as` None: the miner's own user.
+    """The sandbox of all jobs of a slot.
 
-    Args:
-        tmp_bytes: the size of /tmp.
-        shm_bytes: the size of /dev/shm.
-        network: whether the job has the machine's network; otherwise the job has its own loopback.
-        io_uring: whether the job may use io_uring.
-        binds: further paths that the job may read.
-        devices: the paths of the job's GPU in /dev, /proc and /sys.
+    runs_as: the job's user; None: the miner's own. tmp_bytes, shm_bytes: the sizes of /tmp and /dev/shm.
+    network: whether the job has the machine's network; otherwise the job has its own loopback. io_uring:
+    whether the job may use io_uring. binds: further paths that the job may read. devices: the GPU's paths.
     """
 
     runs_as: Identity | None

@@ -93,9 +93,7 @@ DENIED = (
     DeniedCall("add_key request_key keyctl", "keys outlive the job, and all jobs of the user share them"),
     DeniedCall("bpf", "programs in the kernel; its checker has had many holes"),
     DeniedCall("perf_event_open", "watches other programs and the kernel; many holes"),
-    DeniedCall(
-        "userfaultfd", "stops the kernel in the middle of its work, so holes become usable", errno.ENOSYS
-    ),
+    DeniedCall("userfaultfd", "stops the kernel halfway, so that holes become usable", errno.ENOSYS),
     DeniedCall(
         "mount umount umount2 pivot_root fsopen fsconfig fsmount fspick move_mount open_tree mount_setattr",
         "the sandbox is made of mounts",
@@ -163,9 +161,7 @@ _REQUESTS = {
     # FS_IOC_SET_ENCRYPTION_POLICY, FS_IOC_ADD_ENCRYPTION_KEY
     "keys of file systems outlive the job": (0x800C_6613, 0xC050_6617),
     # BTRFS_IOC_SNAP_CREATE, _SUBVOL_CREATE, _SNAP_CREATE_V2, _SUBVOL_CREATE_V2, _SUBVOL_SETFLAGS
-    "makes file systems on the operator's disk, and the miner could not remove them": (
-        *(0x5000_9401, 0x5000_940E, 0x5000_9417, 0x5000_9418, 0x4008_941A),
-    ),
+    "makes unremovable file systems": (0x5000_9401, 0x5000_940E, 0x5000_9417, 0x5000_9418, 0x4008_941A),
 }
 # MAP_HUGETLB, MFD_HUGETLB, SHM_HUGETLB: argument and bit
 _HUGE = {"mmap": (3, 0x4_0000), "memfd_create": (1, 4), "shmget": (2, 0o4000)}

@@ -31,7 +31,7 @@ REPORT_FD = 3
 """The child's descriptor of its report pipe: right after the standard three, so every language can use it."""
 
 JOB_OOM_SCORE = 500
-"""The kernel's order of killing if the whole machine is out of memory (proc(5)): jobs first, the node last. The
+"""The kernel's order of killing if the machine is out of memory (proc(5)): jobs first, the node last. The
 node's own score is negative, and a job must not inherit it."""
 
 _PYTHON = ctypes.PyDLL(None, use_errno=True)
@@ -228,10 +228,10 @@ def spawn(  # noqa: PLR0913  # a process needs them all, by name
     gid: int | None,
     enclosed: Enclosed | None = None,
 ) -> Job:
-    """Start the program `argv[0]` (no search in PATH), and return after its exec.
+    """Start the program `argv[0]` (without a search in PATH), and return after its exec.
 
-    `fds` maps the program's descriptors to ours; all others are closed. `env` is the whole environment, `group`
-    the cgroup in which the process is born. `uid` and `gid`, the only group, go together; None: the worker's.
+    `fds` maps the program's descriptors to ours; all others are closed. `env` is the whole environment. The
+    process is born in the cgroup `group`. `uid` and `gid`, the only group, go together; None: the worker's.
     The user must be able to reach `cwd`. `enclosed` is the source of `argv` if there is a sandbox.
 
     Raises:

@@ -30,9 +30,8 @@ def lay_out(
         Want(math.ceil(spec.cpu_max / 100) if spec.cpu_max else None, machine.gpu_nodes.get(str(spec.gpu)))
         for spec in auto
     ]
-    chosen = dict(
-        zip((spec.name for spec in auto), divide(wants, {*machine.cpus} - named, machine), strict=True)
-    )
+    divided = divide(wants, {*machine.cpus} - named, machine)
+    chosen = dict(zip((spec.name for spec in auto), divided, strict=True))
     for spec in auto:
         if not chosen[spec.name]:
             used = format_cpus(named.intersection(machine.cpus)) or "none"

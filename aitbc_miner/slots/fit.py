@@ -50,20 +50,16 @@ def shared_cpus(specs: Sequence[SlotSpec]) -> Iterator[str]:
 def _cpus(spec: SlotSpec, machine: MachineFacts) -> Iterator[SlotMisfit]:
     asked = set(spec.cpus or ())
     offline, barred = asked.intersection(machine.offline), asked.intersection(machine.barred)
-    usable = format_cpus(machine.cpus)
+    key, usable = (spec.name, ("cpus",)), format_cpus(machine.cpus)
     if absent := asked.difference(machine.cpus, offline, barred):
         here = format_cpus([*machine.cpus, *machine.offline, *machine.barred])
-        yield SlotMisfit(
-            spec.name, ("cpus",), f"there is no CPU {format_cpus(absent)}; this machine has {here}"
-        )
+        yield SlotMisfit(*key, f"there is no CPU {format_cpus(absent)}; this machine has {here}")
     if offline:
         remedy = f"chcpu -e {format_cpus(offline)}, or use some of {usable}"
-        yield SlotMisfit(spec.name, ("cpus",), f"CPU {format_cpus(offline)} is offline; {remedy}")
+        yield SlotMisfit(*key, f"CPU {format_cpus(offline)} is offline; {remedy}")
     if barred:
         remedy = f"use some of {usable}, or widen AllowedCPUs= of the service or the cpuset of the container"
-        yield SlotMisfit(
-            spec.name, ("cpus",), f"CPU {format_cpus(barred)} is not allowed to this process; {remedy}"
-        )
+        yield SlotMisfit(*key, f"the miner may not use CPU {format_cpus(barred)}; {remedy}")
     cpus = len(spec.cpus or machine.cpus)
     if spec.cpu_max and spec.cpu_max > cpus * 100:
         message = f"no job reaches {spec.cpu_max}%: the slot has {cpus} CPUs; lower cpu_max to {cpus * 100}%"

@@ -39,7 +39,9 @@ def plan_limits(
         "nice", "ionice" or "none".
     """
     left = asked(spec) - by_cgroup.keys()
-    rlimits = _own_rlimits(spec.rlimits)
+    # A core file is a copy of the job's memory on the operator's disk: no core file unless slots.d allows it.
+    rlimits = {resource.RLIMIT_CORE: 0}
+    rlimits |= {getattr(resource, f"RLIMIT_{name.upper()}"): value for name, value in spec.rlimits.items()}
     enforced = dict.fromkeys(asked(spec), "cgroup") | dict.fromkeys(left, "none")
     if "memory" in left and spec.memory_max is not None:
         # Not RLIMIT_AS: CUDA, Go and Java reserve hundreds of gigabytes of address space and touch little.
@@ -61,12 +63,6 @@ def plan_limits(
         enforced["io"] = "ionice"
     cpus = spec.cpus if "cpuset" in left else None
     return ProcessLimits(rlimits=rlimits, nice=spec.nice, ionice=ionice, cpus=cpus), enforced
-
-
-def _own_rlimits(named: Mapping[str, int]) -> dict[int, int]:
-    # A core file is a copy of the job's memory on the operator's disk: no core file unless slots.d allows it.
-    rlimits = {resource.RLIMIT_CORE: 0}
-    return rlimits | {getattr(resource, f"RLIMIT_{name.upper()}"): value for name, value in named.items()}
 
 
 def _lower(rlimits: dict[int, int], number: int, value: int) -> None:

@@ -206,11 +206,7 @@ Result = tuple[Slot, list[Action]]
 
 
 def transition(slot: Slot, to: SlotState, now: float, reason: str | None = None) -> Slot:
-    """Move the slot to a state; a state without a job forgets the job.
-
-    Raises:
-        IllegalMove: the table does not allow the move.
-    """
+    """Move the slot, or raise IllegalMove; the new state forgets the job unless it has one."""
     if to not in MOVES[slot.state]:
         raise IllegalMove(f"slot {slot.name}: {slot.state} -> {to}")
     moved = replace(slot, state=to, since=now, reason=reason)

@@ -1,10 +1,10 @@
-"""Collecting what a job left behind, when nothing of it is alive any more and so nothing can change.
+"""Collects a job's artifacts after the end of all its processes, so no file can change meanwhile.
 
-The job may have left traps: links to the operator's files, FIFOs that block a reader, devices. So every
-component of a path is opened by descriptor and never through a link, and only a regular file with a single
-name is taken. (openat2(2) does that in one call; where nothing moves any more, one component after another is
-as good, and Python has it.) What is taken gets a second name in `artifacts/`, owned by the process that
-uploads it. A sparse file counts by its length, for that is what is hashed and sent.
+The job may have left traps: links to the operator's files, FIFOs that block a reader, devices. So the
+collector opens each component of a path by descriptor, follows no link, and takes only regular files with a
+single name. (openat2(2) would do so in one call, but Python lacks the call, and on unchanging files the
+effect is the same.) A taken file gets a second name in `artifacts/`, owned by the agent's user. A sparse file
+counts by its length, because its whole length is hashed and sent.
 """
 
 import errno
@@ -28,22 +28,22 @@ from aitbc_miner.util.system import PR_SET_PDEATHSIG, prctl
 
 MB = 1_000_000
 CHUNK = 1 << 20
-# Bytes in all from which on hashing them is work that counts.
+# From this total of bytes on, the job is charged for hashing.
 CHARGED_FROM = 8 << 20
 MAX_DEPTH = 32
-# Letters of a sum.
+# Letters of a SHA-256 sum.
 SUM = 64
 # Bytes of a path, and of each of its names.
 MAX_PATH, MAX_NAME = 1024, 255
 STAGE, LOG = "artifacts", "logs/exec.log"
 MAX_LEFT_OUT = 100
-# How many files and directories are looked at for each file that may be taken.
+# Entries of output/ to look at, for each file that may be taken.
 ENTRIES_A_FILE = 10
 SHUT = frozenset({errno.EACCES, errno.ELOOP, errno.ENOENT, errno.ENOTDIR})
 
 
 class Caps(Struct, frozen=True):
-    """How much may be taken: files, bytes in all, and bytes that this job's allowlist entry permits."""
+    """Limits of a collection: files, bytes in all, and bytes by the job's allowlist entry."""
 
     files: int
     bytes: int
@@ -51,10 +51,10 @@ class Caps(Struct, frozen=True):
 
 
 class Collector:
-    """Takes one job's artifacts; `job_fd` is its directory, `owner` who shall be able to read them.
+    """Takes a job's artifacts from its directory `job_fd`, and gives them to the user and group `owner`.
 
-    What is more than a little is hashed in the job's own `group`, if it has one. A full disk is given back
-    what is set aside below `reserve_root`, a little at a time.
+    Large output is hashed in the job's cgroup `group`, if any. If the disk is full, the collector releases
+    the reserve below `reserve_root`, a little at a time.
     """
 
     def __init__(
@@ -72,20 +72,20 @@ class Collector:
         self._owner = owner
         self._taken: list[Artifact] = []
         self._inodes: set[tuple[int, int]] = set()
-        # Each name is told once in a report, and this is that of the job's own log.
+        # A report has each name once, and the job's log has its name.
         self._names = {LOG}
         self.left_out: list[LeftOut] = []
         self._bytes = 0
 
     def collect(self, specs: list[ArtifactSpec]) -> list[Artifact]:
-        """Take the declared artifacts, then everything else in `output/` that can be delivered.
+        """Take the declared artifacts, then all other deliverable files in `output/`.
 
         Raises:
-            JobError: E_ARTIFACT for a declared one that is missing or forbidden, E_OUTPUT over a cap.
+            JobError: E_ARTIFACT, a declared artifact is missing or forbidden; E_OUTPUT, a cap is exceeded.
         """
         try:
             with fs.directory(STAGE, at=self._job_fd) as stage:
-                fs.empty(stage)  # of a try that came no further
+                fs.empty(stage)  # an earlier try may have left files
                 for spec in specs:
                     self._take_declared(spec, stage)
                 self._take_output(stage)
@@ -93,7 +93,7 @@ class Collector:
         except OSError as error:
             if not _is_shut(error):
                 raise
-            # A job that runs as our own user can close its directories to us, or replace them.
+            # A job that runs as our user can close its directories to us, or replace them.
             raise JobError(
                 ErrorCode.E_ARTIFACT, f"cannot collect the output: {error.filename!r}: {error.strerror}"
             ) from error
@@ -117,7 +117,7 @@ class Collector:
         if len(self.left_out) < MAX_LEFT_OUT:
             self.left_out.append(LeftOut(shown, why))
         elif len(self.left_out) == MAX_LEFT_OUT:
-            self.left_out.append(LeftOut("…", f"and others; no more than {MAX_LEFT_OUT} are listed"))
+            self.left_out.append(LeftOut("…", f"and others; the list ends after {MAX_LEFT_OUT}"))
 
     def _take_declared(self, spec: ArtifactSpec, stage: int) -> None:
         check_path(spec.path)
@@ -133,16 +133,13 @@ class Collector:
                     continue
                 self._take(fd, spec.path, spec, stage)
                 return
-        raise JobError(
-            ErrorCode.E_ARTIFACT,
-            f"cannot collect {spec.path!r}: the job did not write it to work/ or output/",
-        )
+        raise _refusal(spec.path, "the job wrote no file of this name to work/ or output/")
 
     def _take(self, fd: int, path: str, spec: ArtifactSpec, stage: int) -> None:
         info = os.fstat(fd)
         inode = (info.st_dev, info.st_ino)
         if inode in self._inodes:
-            return  # declared, and found again in output/
+            return  # a declared artifact, found again in output/
         self._check(info, path, spec)
         name = _staged(len(self._taken))
         shown = path
@@ -164,11 +161,11 @@ class Collector:
         self._taken.append(Artifact(shown, f"{STAGE}/{name}", info.st_size, "", spec.type))
 
     def _hash(self, stage: int) -> None:
-        """Hash all at once: how many files there are, and how large each is, was the job's to decide."""
+        """Hash all files together: the job decided on their number and sizes, so only the total counts."""
         names = [_staged(number) for number in range(len(self._taken))]
         group = self._group if self._bytes >= CHARGED_FROM else None
         sums = [*sums_in(group, stage, names)] if group else []
-        # What that process was kept from is done here after all: its limits lose nothing of the job's result.
+        # The worker hashes the rest: the job's limits must not cost the job its result.
         sums += [_sum_of(stage, name) for name in names[len(sums) :]]
         self._taken = [replace(one, sha256=digest) for one, digest in zip(self._taken, sums, strict=True)]
 
@@ -176,40 +173,39 @@ class Collector:
         root = self._reserve_root
         while True:
             try:
-                # Through the descriptor: it is this very file that gets the name, whatever the path says now.
+                # Link through the descriptor: exactly the open file gets the name.
                 return os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=stage, follow_symlinks=True)
             except OSError as error:
-                # A second name takes little, but takes something; an inode of tmpfs, for one.
+                # A second name may need room, too: on tmpfs an inode.
                 if error.errno not in fs.FULL or root is None or not reserve.release(root):
                     raise
 
     def _check(self, info: os.stat_result, path: str, spec: ArtifactSpec) -> None:
         if info.st_nlink != 1:
-            raise JobError(
-                ErrorCode.E_ARTIFACT, f"cannot collect {path!r}: it has {info.st_nlink} hard links"
-            )
+            raise _refusal(path, f"the file has {info.st_nlink} hard links")
         if spec.max_mb is not None and info.st_size > spec.max_mb * MB:
-            raise JobError(
-                ErrorCode.E_ARTIFACT,
-                f"cannot collect {path!r}: {info.st_size} bytes, over its {spec.max_mb:g} MB",
-            )
+            raise _refusal(path, f"{info.st_size} bytes are over its max_mb of {spec.max_mb:g} MB")
         if len(self._taken) >= self._caps.files:
-            raise JobError(ErrorCode.E_OUTPUT, f"cannot collect {path!r}: over {self._caps.files} files")
+            raise _refusal(path, f"more than {self._caps.files} files", ErrorCode.E_OUTPUT)
         own = self._caps.job_bytes
         cap = self._caps.bytes if own is None else min(self._caps.bytes, own)
         if self._bytes + info.st_size > cap:
-            raise JobError(ErrorCode.E_OUTPUT, f"cannot collect {path!r}: over {cap} bytes of output in all")
+            raise _refusal(path, f"more than {cap} bytes of output in all", ErrorCode.E_OUTPUT)
+
+
+def _refusal(path: str, cause: str | None, code: ErrorCode = ErrorCode.E_ARTIFACT) -> JobError:
+    return JobError(code, f"cannot collect {path!r}: {cause}")
 
 
 def _is_shut(error: OSError) -> bool:
-    """Whether a job has closed something to us, or replaced it; where we are root, nothing is closed."""
+    """Whether a job has closed or replaced a directory; to root, no directory is closed."""
     return error.errno in SHUT and not (error.errno == errno.EACCES and os.geteuid() == 0)
 
 
 def log_artifact(job_fd: int, path: str) -> list[Artifact]:
-    """Describe the job's log, which goes along with every result.
+    """Describe the job's log, for delivery with every result; [] if the job removed or replaced its log.
 
-    Without a user of its own a job can remove its log or put something else there; then there is none.
+    Only a job that runs as the miner's user can.
     """
     with ExitStack() as stack:
         try:
@@ -220,22 +216,19 @@ def log_artifact(job_fd: int, path: str) -> list[Artifact]:
 
 
 def check_path(path: str) -> None:
-    """Refuse a path that could lead out of the job's directory, or that no file can have.
+    """Refuse a path that could lead out of the job's directory, or that cannot be sent.
 
     Raises:
         JobError: E_ARTIFACT, with the path.
     """
     parts = path.split("/")
     if not _can_be_sent(path) or any(part in {"", ".", ".."} for part in parts):
-        raise JobError(
-            ErrorCode.E_ARTIFACT,
-            f"cannot collect {path[:200]!r}: not a plain relative path, or a name that cannot be sent",
-        )
+        raise _refusal(path[:200], "not a plain relative path, or a name that cannot be sent")
 
 
 def _can_be_sent(path: str) -> bool:
-    # Undecodable bytes are surrogates here and not printable either. How to escape a quote in the head of a
-    # part is agreed; with a backslash some escape, and for others it separates directories.
+    # Undecodable bytes are surrogates, which are not printable. Servers agree on the escaped quote in the
+    # header of a part, but not on a backslash: for some it escapes, for others it separates directories.
     return (
         path.isprintable()
         and "\\" not in path
@@ -245,18 +238,18 @@ def _can_be_sent(path: str) -> bool:
 
 
 def open_beneath(base: int, path: str, stack: ExitStack) -> int:
-    """Open a regular file below a directory, no component through a link; `stack` closes what was opened.
+    """Open a regular file below a directory without following links; `stack` closes the descriptors.
 
     Raises:
-        FileNotFoundError: it is not there.
-        JobError: E_ARTIFACT, it is something else than a regular file, or the way there is a link.
+        FileNotFoundError: the file does not exist.
+        JobError: E_ARTIFACT, the path is no regular file, or has a link as a component.
     """
     *parents, name = path.split("/")
     try:
         for part in parents:
             base = os.open(part, fs.DIRECTORY, dir_fd=base)
             stack.callback(os.close, base)
-        # Looked at before it is opened, because opening a device can do things.
+        # Check the kind before opening, because opening a device can have effects.
         _refuse_special(os.stat(name, dir_fd=base, follow_symlinks=False).st_mode, path)
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=base)
         stack.callback(os.close, fd)
@@ -268,7 +261,7 @@ def open_beneath(base: int, path: str, stack: ExitStack) -> int:
         cause = {errno.ELOOP: "a link", errno.ENOTDIR: "a link or no directory"}.get(
             error.errno or 0, error.strerror
         )
-        raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect {path!r}: {cause}") from error
+        raise _refusal(path, cause) from error
     _refuse_special(os.fstat(fd).st_mode, path)
     return fd
 
@@ -277,16 +270,17 @@ def _refuse_special(mode: int, path: str) -> None:
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a FIFO", stat.S_IFDIR: "a directory"}
         kind = kinds.get(stat.S_IFMT(mode), "a device or socket")
-        raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect {path!r}: it is {kind}, not a regular file")
+        raise _refusal(path, f"{kind}, not a regular file")
 
 
 def walk(
     base: int, room: Iterator[object], leave_out: Callable[[str, str], None], prefix: str = ""
 ) -> Iterator[str]:
-    """Name everything below a directory that is no directory, in order.
+    """Yield the paths of all entries below a directory except directories, in order.
 
-    Each entry, directories too, takes one from `room`: neither memory nor time is the job's to decide on.
-    `leave_out` is told of what is too deep, is shut to us, or has a name that cannot be sent, and why.
+    Each entry, also a directory, takes one from `room`, so that the job cannot use up memory and time.
+    `leave_out` gets path and reason of an entry that is too deep, is shut to us, or has a name that cannot be
+    sent.
 
     Raises:
         JobError: E_OUTPUT, no room is left.
@@ -308,13 +302,13 @@ def walk(
             except OSError as error:
                 if not _is_shut(error):
                     raise
-                leave_out(path, f"cannot be looked into: {error.strerror}")
+                leave_out(path, f"cannot read the directory: {error.strerror}")
 
 
 def _within(scan: "Iterator[os.DirEntry[str]]", room: Iterator[object]) -> "Iterator[os.DirEntry[str]]":
     for entry in scan:
         if next(room, None) is None:
-            raise JobError(ErrorCode.E_OUTPUT, "cannot collect output/: too many files and directories in it")
+            raise JobError(ErrorCode.E_OUTPUT, "cannot collect output/: too many files and directories")
         yield entry
 
 
@@ -339,9 +333,9 @@ def _sum_of(stage: int, name: str) -> str:
 
 
 def sums_in(group: Group, stage: int, names: list[str]) -> list[str]:
-    """Hash files by a process in the job's group, whose limits hold: sparse files cost a job nothing.
+    """Hash files in a process under the job's limits, because large sparse files cost a job nothing.
 
-    Gives those of the first, as far as that process has come.
+    Gives the sums of the first files, up to the end of the process.
     """
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     try:
@@ -349,13 +343,13 @@ def sums_in(group: Group, stage: int, names: list[str]) -> list[str]:
         if pid == 0:
             try:
                 prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-                # When all is to end the work is taken over by who has more time.
+                # SIGTERM ends the process, and the worker takes the work over.
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 group.write("cgroup.procs", os.getpid())
                 for name in names:
                     os.write(write_end, _sum_of(stage, name).encode())
             except (OSError, CgroupError, JobError):
-                pass  # the parent finds the cause when it does the work itself
+                pass  # the worker meets the same error in its own try
             finally:
                 os._exit(0)
     except OSError:

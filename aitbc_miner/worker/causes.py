@@ -1,7 +1,7 @@
-"""Why a job ended, judged by evidence alone: our own record, the kernel's counters, the disk, the exit.
+"""Finds the cause of a job's end by evidence: our record, the kernel's counters, the disk, the exit.
 
-Nothing here is guessed. That a program exits with 137, for one, tells nothing about memory: only the kernel's
-count of those that it killed does.
+No cause is guessed. For example, exit status 137 proves no lack of memory; only the kernel's count of killed
+processes does.
 """
 
 import signal
@@ -12,17 +12,15 @@ from msgspec import Struct
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ExitStatus, Usage
 from aitbc_miner.runners.interface import Verdict, printable
+from aitbc_miner.slots.fit import MIB
 from aitbc_miner.util import fs
-
-MIB = 1 << 20
 
 
 class Evidence(Struct, frozen=True):
-    """What is known once nothing of the job runs any more. Bytes and seconds; None or empty: nobody counted.
+    """The facts after the end of all processes of a job. Bytes and seconds; None or empty: nobody counted.
 
-    memory_events, pids_events: the files of the job's cgroup. file_at_limit: a file of the job that has
-    `file_max` bytes. excess: what it had too much of on disk. disk_free: what the job's user could still have
-    written.
+    memory_events, pids_events: files of the job's cgroup. file_at_limit: a file of the job with `file_max`
+    bytes. excess: the text about too much on disk. disk_free: the room that the job's user had left.
     """
 
     exit: ExitStatus
@@ -42,12 +40,12 @@ class Evidence(Struct, frozen=True):
 
     @property
     def failed(self) -> bool:
-        """Whether the program came to no good end."""
+        """Whether the program ended without status 0."""
         return self.exit.status != 0
 
 
 def cause_of(evidence: Evidence) -> Verdict | None:
-    """Say why the job ended; None when it ended by itself, and what came of it is its runner's to say."""
+    """Find the cause of the job's end; None: the program ended by itself, and its runner judges."""
     if evidence.exit.killed_for is not None:
         verdict = _ended_by_us(evidence.exit.killed_for, evidence)
         noted = "".join(f"; {note}" for note in (_killings(evidence), _refusals(evidence)) if note)
@@ -56,24 +54,22 @@ def cause_of(evidence: Evidence) -> Verdict | None:
 
 
 def _ended_by_us(why: str, evidence: Evidence) -> Verdict:
+    after = f"{evidence.usage.wall_s:.1f} s"
     match why:
         case "timeout":
             limit = "" if evidence.time_max_s is None else f" of {evidence.time_max_s:g} s"
-            after = f"{evidence.usage.wall_s:.1f} s"
-            return Verdict(ErrorCode.E_TIMEOUT, f"the job was ended after {after}: its time{limit} was over")
+            cause = f"its time limit{limit} was reached"
+            return Verdict(ErrorCode.E_TIMEOUT, f"the job was ended after {after}: {cause}")
         case "expired":
-            after = f"{evidence.usage.wall_s:.1f} s"
-            return Verdict(
-                ErrorCode.E_TIMEOUT,
-                f"the job was ended after {after}: {evidence.cancel_detail or 'it is too late'}",
-            )
+            cause = evidence.cancel_detail or "its deadline has passed"
+            return Verdict(ErrorCode.E_TIMEOUT, f"the job was ended after {after}: {cause}")
         case "disk":
             return Verdict(ErrorCode.E_DISK, "the job was ended: the disk of the workspace is full")
         case "output":
             return Verdict(ErrorCode.E_OUTPUT, f"the job was ended: {evidence.excess}")
         case "sandbox":
             said = f": {evidence.last_line}" if evidence.last_line else ""
-            return Verdict(ErrorCode.E_SANDBOX, f"the job was not started: there was no sandbox for it{said}")
+            return Verdict(ErrorCode.E_SANDBOX, f"the job was not started: making its sandbox failed{said}")
         case "shutdown":
             return Verdict(ErrorCode.E_LOST, "the job was ended: the miner was told to stop at once")
         case _:
@@ -81,39 +77,37 @@ def _ended_by_us(why: str, evidence: Evidence) -> Verdict:
             return Verdict(ErrorCode.E_CANCELLED, f"the job was cancelled{detail}")
 
 
-# --- what ends a job without us, each from evidence of its own ---------------------------------------------
+# --- causes other than the worker, each with its own evidence ----------------------------------------------
 
 
 def _out_of_memory(evidence: Evidence) -> Verdict | None:
     if not _killings(evidence):
         return None
     numbers = f"peak {_size(evidence.usage.peak_memory_bytes)}, limit {_size(evidence.memory_max)}"
-    if evidence.memory_events.get("oom", 0) > 0:
-        return Verdict(ErrorCode.E_OOM, f"the job was out of memory: {numbers}")
-    # The kernel counts `oom` where the limit is that was hit, which was not the job's.
-    return Verdict(
-        ErrorCode.E_OOM, f"the whole machine was out of memory and the job was killed for it: {numbers}"
-    )
+    # The kernel counts `oom` in the cgroup whose limit was hit.
+    own = evidence.memory_events.get("oom", 0) > 0
+    cause = "the job was" if own else "the kernel killed the job, because the whole machine was"
+    return Verdict(ErrorCode.E_OOM, f"{cause} out of memory: {numbers}")
 
 
 def _too_large_a_file(evidence: Evidence) -> Verdict | None:
-    # Whoever ignores the signal, as Python does, gets an error instead, and cannot write past the limit.
+    # A program that ignores SIGXFSZ, as Python does, gets an error instead, and a file of the limit's size.
     if evidence.exit.signal != signal.SIGXFSZ and not (evidence.failed and evidence.file_at_limit):
         return None
     limit = "" if evidence.file_max is None else f": {_size(evidence.file_max)}"
     which = f", reached by {printable(evidence.file_at_limit, 300)}" if evidence.file_at_limit else ""
-    return Verdict(ErrorCode.E_OUTPUT, f"the job wrote a file larger than it may{limit}{which}")
+    return Verdict(ErrorCode.E_OUTPUT, f"the job wrote a file above the size limit{limit}{which}")
 
 
 def _too_many_processes(evidence: Evidence) -> Verdict | None:
-    # Many a program tries again with fewer; only one that failed has failed for it.
+    # Many programs go on with fewer processes; only a failed program has failed for want of a process.
     if not evidence.failed or not (refusals := _refusals(evidence)):
         return None
     return Verdict(ErrorCode.E_PIDS, f"the job failed, and {refusals}")
 
 
 def _disk_full(evidence: Evidence) -> Verdict | None:
-    # SIGBUS is how a program hears of it that has mapped the file that it writes.
+    # A program that writes through a mapping gets SIGBUS on a full disk.
     if evidence.exit.status in {None, 0} and evidence.exit.signal != signal.SIGBUS:
         return None
     if (room := evidence.disk_free) is None or room.covers(fs.NO_ROOM):
@@ -124,16 +118,16 @@ def _disk_full(evidence: Evidence) -> Verdict | None:
 
 
 def _cpu_time_over(evidence: Evidence) -> Verdict | None:
-    # rlimits.cpu of the slot: at the hard limit the kernel sends SIGKILL and counts it nowhere.
+    # rlimits.cpu of the slot: at the hard limit the kernel sends SIGKILL, without a counter.
     used = (evidence.usage.user_s or 0.0) + (evidence.usage.system_s or 0.0)
     limit = evidence.cpu_max_s
     if evidence.exit.signal not in {signal.SIGKILL, signal.SIGXCPU} or limit is None or used < limit:
         return None
-    return Verdict(ErrorCode.E_TIMEOUT, f"the job used {used:.1f} s of CPU time, and may use {limit:g} s")
+    return Verdict(ErrorCode.E_TIMEOUT, f"the job used {used:.1f} s of CPU time; its limit is {limit:g} s")
 
 
-# The first that finds something is believed. What the kernel did to the job comes before what the job merely
-# met on its way: it can fail for another reason after it was refused a process, or on a disk that is full.
+# The first finding counts. Kills by the kernel come first: a job that was refused a process, or that met a
+# full disk, may have failed for another reason.
 CAUSES: tuple[Callable[[Evidence], Verdict | None], ...] = (
     _out_of_memory,
     _too_large_a_file,
@@ -150,8 +144,8 @@ def _killings(evidence: Evidence) -> str:
 
 def _refusals(evidence: Evidence) -> str:
     count = evidence.pids_events.get("max", 0)
-    limit = "" if evidence.pids_max is None else f"; it may have {evidence.pids_max}"
-    return f"the kernel refused it a new process {count} times{limit}" if count else ""
+    limit = "" if evidence.pids_max is None else f"; the limit is {evidence.pids_max} processes and threads"
+    return f"the kernel refused the job a new process {count} times{limit}" if count else ""
 
 
 def _size(count: int | None) -> str:

@@ -1,8 +1,8 @@
-"""What is left of a job: processes that nothing ends or that others started for its user, and memory.
+"""Removes the remains of a job: processes of its user outside its cgroup, and named memory.
 
-A job can have cron, at, or a service manager of its user start something outside of its group. And what it
-has in memory by name (shm_open(3), mq_open(3), the segments, semaphores and queues of sysvipc(7)) stays when
-all its processes are gone, and then counts against no limit.
+A job can have cron, at, or a service manager of its user start processes outside its cgroup. Named memory
+(shm_open(3), mq_open(3), the segments, semaphores and queues of sysvipc(7)) outlives all processes of the
+job, and then counts against no limit.
 """
 
 import contextlib
@@ -36,13 +36,13 @@ _REMOVERS = {
 
 
 def clear_user(uid: int, timeout_s: float) -> list[int]:
-    """Kill what a slot's own user runs and remove what he has in memory; each may take `timeout_s`.
+    """Kill the processes of a slot's user and remove the user's named memory; each may take `timeout_s`.
 
-    What cannot be removed is logged, and tried again the next time. Of an unallocated id nothing is touched,
-    see `processes_of`: there, what a job leaves in memory stays.
+    A failed removal is logged, and tried again the next time. An unallocated id (see `processes_of`) keeps
+    its processes and memory.
 
     Returns:
-        The processes that are still there.
+        The processes that are still alive.
     """
     alive = kill_processes_of(uid, timeout_s)
     if not alive and not is_unallocated(uid):
@@ -51,14 +51,14 @@ def clear_user(uid: int, timeout_s: float) -> list[int]:
 
 
 def processes_of(uid: int) -> list[int]:
-    """Find what a slot's own user runs, wherever on the machine; zombies count, for threads can outlive them.
+    """Find the processes of a slot's user on the whole machine; zombies count, as threads may outlive them.
 
-    Of an unallocated id nothing is found: another node of this machine may have given it to its own jobs.
+    An unallocated id gives none: another node of the machine may have given the id to its own jobs.
     """
     if is_unallocated(uid):
         return []
     try:
-        # Fails when the user has no process, which takes the kernel microseconds to see.
+        # This call fails if the user has no process, and takes only microseconds.
         os.getpriority(os.PRIO_USER, uid)
     except ProcessLookupError:
         return []
@@ -66,9 +66,9 @@ def processes_of(uid: int) -> list[int]:
 
 
 def kill_processes_of(uid: int, timeout_s: float) -> list[int]:
-    """Kill what a slot's own user runs; returns what is still there when the time is over.
+    """Kill the processes of a slot's user; return the processes still alive after `timeout_s`.
 
-    Jobs of another miner that has the same user are not killed: which one is to go, the operator decides.
+    Jobs of another miner with the same user are spared: the operator must decide between the two miners.
     """
     deadline = now() + timeout_s
     while (found := processes_of(uid)) and now() < deadline:
@@ -77,7 +77,7 @@ def kill_processes_of(uid: int, timeout_s: float) -> list[int]:
             break
         for pid in ours:
             with contextlib.suppress(ProcessLookupError), os.fdopen(os.pidfd_open(pid), "rb", 0) as process:
-                # Checked while the pidfd is held: the number may belong to somebody else by now.
+                # Check again while the pidfd is open: another process may have the number by now.
                 if _owner(pid) == uid:
                     signal.pidfd_send_signal(process.fileno(), signal.SIGKILL)
         time.sleep(RETRY_S)
@@ -85,9 +85,9 @@ def kill_processes_of(uid: int, timeout_s: float) -> list[int]:
 
 
 def remove_memory_of(uid: int, timeout_s: float) -> None:
-    """Remove what a user has in memory by name: all below directories of his, too, whoever put it there.
+    """Remove a user's named memory, including all files below the user's directories, whoever owns them.
 
-    Not found is what he has put into a directory of somebody else who lets him.
+    The user's files in directories of other users are not found.
     """
     deadline = now() + timeout_s
     failed = [
@@ -96,7 +96,7 @@ def remove_memory_of(uid: int, timeout_s: float) -> None:
     ]
     if failed:
         events("worker").error(
-            "cannot remove what is in memory", uid=uid, number=len(failed), errors=failed[:NAMED_AT_MOST]
+            "cannot remove named memory", uid=uid, number=len(failed), errors=failed[:NAMED_AT_MOST]
         )
 
 
@@ -122,10 +122,10 @@ def _in_some_slot(pid: int) -> bool:
 
 
 def _sysv_of(uid: int) -> list[tuple[str, int]]:
-    """Find the kinds and numbers of what a user has made or been given, in our IPC namespace."""
+    """Find kind and number of a user's SysV objects (as owner or creator) in our IPC namespace."""
     found: list[tuple[str, int]] = []
     for kind in _REMOVERS:
-        # A kernel can be built without.
+        # Some kernels are built without SysV IPC.
         with contextlib.suppress(FileNotFoundError), (SYSV / kind).open() as file:
             columns = file.readline().split()
             owner, creator = columns.index("uid"), columns.index("cuid")
@@ -138,7 +138,7 @@ def _remove_sysv(uid: int) -> list[str]:
     try:
         if not (found := _sysv_of(uid)):
             return []
-        # As its owner, for else it takes CAP_SYS_ADMIN, which the miner need not have.
+        # Remove as the owner: other users need CAP_SYS_ADMIN, which the miner may lack.
         pid = os.fork()
         if pid == 0:
             _remove_as(uid, found)
@@ -150,12 +150,12 @@ def _remove_sysv(uid: int) -> list[str]:
 
 def _remove_as(uid: int, found: list[tuple[str, int]]) -> NoReturn:
     try:
-        # The effective user is asked for. The real one stays root, whom a user can neither signal nor stop.
+        # The kernel checks the effective user. The real user stays root, so that the user cannot signal us.
         os.seteuid(uid)
         for kind, number in found:
             _REMOVERS[kind](number)
     finally:
-        # Whatever happened, this copy of the worker must not go on as a second worker.
+        # In any case, this copy of the worker must not go on as a second worker.
         os._exit(0)
 
 
@@ -167,7 +167,7 @@ def _remove_files(place: Path, uid: int, deadline: float) -> list[str]:
                 try:
                     _remove(at, entry, uid, deadline)
                 except FileNotFoundError:
-                    continue  # others come and go there
+                    continue  # somebody else removed the file
                 except TimeoutError:
                     raise
                 except OSError as error:
@@ -183,29 +183,24 @@ def _remove(at: int, entry: "os.DirEntry[str]", uid: int, deadline: float) -> No
     if entry.stat(follow_symlinks=False).st_uid != uid:
         return
     fs.check_time(deadline)
-    if entry.is_dir(follow_symlinks=False):
-        _remove_tree(at, entry.name, uid, deadline)
-    else:
+    if not entry.is_dir(follow_symlinks=False):
         os.unlink(entry.name, dir_fd=at)
-
-
-def _remove_tree(at: int, name: str, uid: int, deadline: float) -> None:
-    """Remove a directory of the user's."""
-    with fs.directory(name, at=at) as top:
+        return
+    with fs.directory(entry.name, at=at) as top:
         if os.fstat(top).st_uid != uid:
             return
         fs.empty(top, deadline)
-    os.rmdir(name, dir_fd=at)
+    os.rmdir(entry.name, dir_fd=at)
 
 
 def _owner(pid: int) -> int | None:
-    # From `status` in /proc/<pid>: that directory itself is root's, whoever runs what cannot be dumped.
-    # Not by psutil, which takes the first "Uid:" there is, and that may be in the name of the process. The
-    # kernel escapes line breaks in it, but no other character that splitlines() takes for one.
+    # Read /proc/<pid>/status: the directory itself belongs to root if the process is not dumpable. psutil
+    # takes the first "Uid:", which may be in the name of the process. The kernel escapes line breaks in the
+    # name, but no other character at which splitlines() splits.
     try:
         lines = Path(f"/proc/{pid}/status").read_bytes().split(b"\n")
     except OSError:
-        return None  # it is gone
+        return None  # the process has ended
     return next((int(line.split()[1]) for line in lines if line.startswith(b"Uid:")), None)
 
 

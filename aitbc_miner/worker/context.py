@@ -1,4 +1,4 @@
-"""What a worker knows of its slot: what it is given, and what it finds out when it sets the slot up."""
+"""The worker's knowledge of its slot: the configuration, and the results of the set-up."""
 
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from aitbc_miner.util.limits import ProcessLimits
 
 
 class Delays(Struct, frozen=True):
-    """Seconds: from SIGTERM to SIGKILL; how long killing and reading the rest of the output may take.
+    """Delays in seconds.
 
-    notice: how long a program may be seen dead of SIGTERM before we are told that it should end.
+    term_grace: from SIGTERM to SIGKILL. kill: for a kill to succeed. drain: for reading the rest of the
+    output. notice: for the order to end a job to arrive after the program's death of SIGTERM.
     """
 
     term_grace: float = 5.0
@@ -26,12 +27,13 @@ class Delays(Struct, frozen=True):
 
 
 class SlotContext(Struct, frozen=True):
-    """What each job of the slot gets; a new one takes its place when the slot gets other limits.
+    """The settings for each job of the slot; new limits replace the whole struct.
 
-    group_parent: None where there is no cgroup2 to use. runs_as: None: jobs run as our own user. service: the
-    agent's user. sandboxed: whether jobs get a sandbox; without one they see the machine as it is.
-    interpreter: of Python tasks; None: our own. devices: of the GPU (`gpu_view`). From `group` on it is what
-    the set-up found: the cgroup, the limits that a job's process carries itself, what holds each limit.
+    group_parent: the slots' parent cgroup; None: no usable cgroup2. runs_as: the jobs' user; None: the
+    worker's user. service: the agent's user. sandboxed: whether jobs get a sandbox; otherwise they see the
+    whole machine. interpreter: the Python of tasks; None: the miner's Python. devices: paths of the GPU
+    (`gpu_view`). The set-up fills in group: the slot's cgroup; limits: the limits that a job's process
+    carries itself; enforced: the control that holds each limit.
     """
 
     config: Config
@@ -51,5 +53,5 @@ class SlotContext(Struct, frozen=True):
 
     @property
     def sandbox(self) -> Sandbox | None:
-        """Give the sandbox of the slot's jobs, if they get one."""
+        """Give the sandbox of the slot's jobs, if any."""
         return slot_sandbox(self.config, self.spec, self.runs_as, self.devices) if self.sandboxed else None

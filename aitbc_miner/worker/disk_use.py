@@ -1,8 +1,8 @@
-"""How much a running job has on disk, counted a little at a time: whoever counts has deadlines to keep.
+"""Counts a running job's bytes and files on disk, a little at a time: the worker has deadlines to keep.
 
-Bytes are those that the disk gave: a sparse file has few, one of several names has them once. The count goes
-by directory descriptors and through no link. It is no quota: what a job writes in between is seen at the
-next count, and what is no file any more but still open is not seen at all.
+The count takes allocated bytes: a sparse file has few, and several names of a file count once. The count goes
+by directory descriptors and follows no link. The count is no quota: it sees new files only at its next round,
+and never sees open files without a name.
 """
 
 import os
@@ -11,16 +11,16 @@ from collections.abc import Generator, Sequence
 from contextlib import suppress
 from typing import Self
 
+from aitbc_miner.sandbox.bubblewrap import OF_JOB
+from aitbc_miner.slots.fit import MIB
 from aitbc_miner.util import clock, fs
 from aitbc_miner.worker.hold import JobHold
-from aitbc_miner.worker.workspace import OF_JOB
 
-MIB = 1 << 20
 MAX_DEPTH = 100
-"""Directories in each other; each that is open takes two descriptors."""
+"""Nested directories; each open directory takes two descriptors."""
 
-# Seconds: how long one look may take, and what it leaves to others before it goes on; from one count to the
-# next, which is also so many times as long as the last one has taken.
+# Seconds: the length of a look, the pause between two looks, and the least rest between two counts. The rest
+# is also at least REST_TIMES the time of the last count.
 LOOK_S, PAUSE_S = 0.02, 0.06
 REST_S = 2.0
 REST_TIMES = 10
@@ -30,10 +30,9 @@ SeenTree = Generator[tuple[int, os.stat_result], None, None]
 
 
 class DiskUse:
-    """Watches the directories `names` of the job that is open as `job_fd`. Bytes and files; None: no limit.
+    """Watches the directories `names` of the job open as `job_fd`. Limits in bytes and files; None: no limit.
 
-    `look` is to be called when it is `due`, a time of `clock.now()`; `counted` are the bytes of the last
-    whole count.
+    Call `look` at the time `due` of `clock.now()`; `counted` has the bytes of the last whole count.
     """
 
     def __init__(
@@ -55,13 +54,13 @@ class DiskUse:
         self.close()
 
     def close(self) -> None:
-        """Close what is open of a count that has not come to its end."""
+        """Close the directories of an unfinished count."""
         self._entries.close()
 
     def look(self) -> str:
-        """Go on with the count for a moment; says of what there is too much, else ''.
+        """Go on with the count for a moment; give a text about an exceeded limit, else ''.
 
-        Two counts in a row must have found it: one alone counts twice what is moved while it goes on.
+        Two counts in a row must exceed the limit, because a single count counts a moved file twice.
         """
         began = clock.now()
         said = ""
@@ -79,7 +78,7 @@ class DiskUse:
             return ""
         self.close()
         self._begin()
-        # The second time at once: by then it may be much more.
+        # Start the second count at once, because the job may go on writing.
         self.due = clock.now()
         sure, self._suspected = self._suspected, True
         return said if sure else ""
@@ -97,7 +96,7 @@ class DiskUse:
 
     def _count(self, depth: int, info: os.stat_result) -> str:
         self._files += 1
-        # Each of its names is met, so each is told its share.
+        # The count meets each name of a file, so each name counts for its share.
         self._bytes += info.st_blocks * BLOCK // max(1, info.st_nlink if stat.S_ISREG(info.st_mode) else 1)
         if self._most_bytes is not None and self._bytes > self._most_bytes:
             return f"it had more than {self._most_bytes // MIB} MiB on disk (workspace.max_job_mb)"
@@ -109,16 +108,16 @@ class DiskUse:
 
 
 def count_use(hold: JobHold) -> DiskUse:
-    """Count what the job has on disk, by the limits of the configuration."""
+    """Count the job's files, with the limits of the configuration."""
     kept = hold.slot.config.workspace
     most_bytes = None if kept.max_job_mb is None else kept.max_job_mb * MIB
     return DiskUse(hold.job.fd, OF_JOB, most_bytes, kept.max_job_files)
 
 
 def _everything(job_fd: int, names: Sequence[str]) -> SeenTree:
-    """Give all that is in these directories, with how deep it is; in constant memory but for the depth.
+    """Yield depth and stat of each entry below these directories; memory grows only with the depth.
 
-    What is gone when its turn comes, or shut to us, is passed over.
+    Entries that disappear meanwhile, or that the job has closed to us, are passed over.
     """
     for name in names:
         way: list[_Level] = []
@@ -141,7 +140,7 @@ def _everything(job_fd: int, names: Sequence[str]) -> SeenTree:
 
 
 class _Level:
-    """A directory on the way down, and how far its entries have been looked at."""
+    """An open directory on the way down, and the iterator over its entries."""
 
     def __init__(self, name: str, at: int) -> None:
         self.fd = os.open(name, fs.DIRECTORY, dir_fd=at)

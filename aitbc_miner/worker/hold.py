@@ -1,4 +1,4 @@
-"""What a job holds from its first step until its program has ended, and what has come of it so far."""
+"""The resources that a job holds until its program has ended, and the job's results so far."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -17,9 +17,10 @@ T = TypeVar("T")
 
 
 class Ending(Struct, frozen=True):
-    """How it went: the exit, why we ended it if we did, whether anything survived, and what it reported.
+    """The end of a program.
 
-    `excess` says what it had too much of on disk, where that is why.
+    exit: its exit, with the reason if the worker ended it. clean: whether no process survives. reports: its
+    reports. excess: the text about too much on disk, if the worker ended the job for it.
     """
 
     exit: ExitStatus
@@ -29,11 +30,11 @@ class Ending(Struct, frozen=True):
 
 
 class JobHold:
-    """One job, what it holds, and what has come of it; `stack` lets go of what it holds.
+    """A job with its resources and results; `stack` releases the resources.
 
-    What a step yields, later steps find by its type: `hold[JobLog]`. `manifest` and `launch` are there before
-    the first step; a step that changes what the program gets puts another Launch there. `prewarmed`: a
-    process waits for the job's task, and the job has the directories and the cgroup of that process.
+    Later steps find the value that a step yields by its type: `hold[JobLog]`. `manifest` and `launch` are set
+    before the first step; a step may replace `launch` to change the program's start. `prewarmed`: a prewarmed
+    process waits for the job's task, and the job has its directories and cgroup.
     """
 
     manifest: Manifest
@@ -52,11 +53,11 @@ class JobHold:
         self._given: dict[type, object] = {}
 
     def enter(self, step: Callable[["JobHold"], AbstractContextManager[object]]) -> None:
-        """Hold what a step holds. May be called again: the step makes its context manager anew."""
+        """Enter a step. May be called again after a failure: the step makes its context manager anew."""
         self.give(self.stack.enter_context(step(self)))
 
     def give(self, given: object) -> None:
-        """Let the steps to come have this."""
+        """Make a value available to later steps, by its type."""
         self._given[type(given)] = given
 
     def __getitem__(self, kind: type[T]) -> T:
@@ -64,5 +65,5 @@ class JobHold:
 
     @property
     def clean(self) -> bool:
-        """Whether the slot's next job finds nothing of this one alive."""
+        """Whether no process of the job is left when the slot's next job starts."""
         return self.ending.clean and not self.remains

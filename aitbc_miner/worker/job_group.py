@@ -1,4 +1,4 @@
-"""The cgroup of one job, below that of its slot."""
+"""The cgroup of a job, below the slot's cgroup."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,10 +8,10 @@ from aitbc_miner.worker.hold import JobHold
 
 @contextmanager
 def make_group(hold: JobHold) -> Iterator[None]:
-    """Make the job's cgroup anew, unless the job has that of a process that waits.
+    """Make the job's cgroup anew, unless the job takes over the cgroup of a prewarmed process.
 
-    The program's step empties the cgroup. It stays until the slot's next job, for its counters say why this
-    job ended.
+    The program's step empties the cgroup. The cgroup stays until the slot's next job, because its counters
+    tell the cause of the job's end.
     """
     if hold.slot.group is not None and not hold.prewarmed:
         hold.slot.group.renew_job()

@@ -1,4 +1,4 @@
-"""logs/exec.log: what a job prints, on disk as it comes, up to a cap; what is cut is marked and counted."""
+"""logs/exec.log: a job's output, written at once, up to a cap. The log marks the cut and counts the rest."""
 
 import errno
 import os
@@ -8,23 +8,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from aitbc_miner.jobs import LogInfo
+from aitbc_miner.slots.fit import MIB
 from aitbc_miner.util import fs
 from aitbc_miner.worker.hold import JobHold
 
-MIB = 1 << 20
 TAIL = 4096
 LOG_NAME = "exec.log"
 
 
 class JobLog:
-    """The writing end. Never raises for a full disk: the job's outcome must not depend on its chatter.
+    """Writes the log. A full disk raises no error: the job's outcome must not depend on its output.
 
-    `reader` is the group that may read the file. Making one raises OSError where the file cannot be made, or
-    is there and is not ours alone.
+    `reader` is the group that may read the file.
+
+    Raises:
+        OSError: the file cannot be made, or the existing file is not the worker's own.
     """
 
     def __init__(self, logs_fd: int, cap: int, reader: int | None = None) -> None:
-        # Appending: a log that is there already belongs to an earlier attempt and stays.
+        # Append: an existing log belongs to an earlier attempt and stays.
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         self._fd = os.open(LOG_NAME, flags, 0o640, dir_fd=logs_fd)
         try:
@@ -44,7 +46,7 @@ class JobLog:
         self.disk_full = False
 
     def write(self, data: bytes) -> None:
-        """Keep what fits under the cap, count the rest, remember the end."""
+        """Write data up to the cap, count the rest, remember the end."""
         self._remember(data)
         room = max(0, self._cap - self._kept)
         written = self._put(data[:room]) if room else 0
@@ -55,7 +57,7 @@ class JobLog:
             self._put(f"\n[log cut here: the cap of {self._cap} bytes is reached]\n".encode())
 
     def close(self) -> LogInfo:
-        """Make the log durable and say what became of it."""
+        """Make the log durable and give its size, the dropped bytes and its tail."""
         if self._dropped:
             self._put(f"[{self._dropped} bytes were dropped]\n".encode())
         with suppress(OSError):
@@ -67,7 +69,7 @@ class JobLog:
 
     def _put(self, data: bytes) -> int:
         try:
-            # Not for long: whoever writes has a job to look after. What is dropped is counted.
+            # Try only briefly: the worker must look after the job. The log counts dropped bytes.
             return fs.tried_again(lambda: os.write(self._fd, data))
         except OSError as error:
             self.disk_full = self.disk_full or error.errno in fs.FULL
@@ -82,7 +84,7 @@ class JobLog:
 
 @contextmanager
 def open_log(hold: JobHold) -> Iterator[JobLog]:
-    """Hold the job's log; when it is closed, `hold.log` says what became of it."""
+    """Hold the job's log; the close fills in `hold.log`."""
     service = hold.slot.service
     cap = hold.slot.config.workspace.max_log_mb * MIB
     with fs.directory("logs", at=hold.job.fd) as logs:
@@ -94,6 +96,6 @@ def open_log(hold: JobHold) -> Iterator[JobLog]:
 
 
 def _refuse_shared(info: os.stat_result) -> None:
-    # With a second name it may be any file of the machine; owned by another, it may be changed behind us.
+    # A file with a second name may be any file of the machine; another owner could change the file meanwhile.
     if not stat.S_ISREG(info.st_mode) or info.st_nlink != 1 or info.st_uid != os.geteuid():
-        raise OSError(errno.EPERM, "not a plain file of the worker's own", LOG_NAME)
+        raise OSError(errno.EPERM, "not a plain file owned by the worker", LOG_NAME)

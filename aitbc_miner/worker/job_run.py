@@ -1,4 +1,4 @@
-"""One job in its slot, in one direction: prepare → run → judge → collect → outcome on disk."""
+"""Takes a job through its slot: prepare → run → judge → collect → outcome on disk."""
 
 import itertools
 import os
@@ -16,6 +16,7 @@ from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, Manifest, Outcome, S
 from aitbc_miner.runners.interface import JobPaths, Runner, Verdict, last_line, shortest
 from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.bubblewrap import HOME
+from aitbc_miner.slots.fit import MIB
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import JobDir, pretty
@@ -35,11 +36,9 @@ from aitbc_miner.worker.steps import STEPS
 
 T = TypeVar("T")
 
-MIB = 1 << 20
-
 
 class JobRun:
-    """One run of one job; what is known so far is in its attributes, and `_outcome` makes a record of it."""
+    """A run of a job; the attributes have the results so far, and `_outcome` makes the record of them."""
 
     def __init__(
         self, job: JobDir, slot: SlotContext, link: SupervisorLink, runners: RunnerSet, warmer: Warmer
@@ -51,8 +50,8 @@ class JobRun:
         self._runners = runners
         self._began = clock.now()
         self._timings: dict[str, float] = {}
-        self._verdict = Verdict(ErrorCode.E_INTERNAL, "cannot run the job: it came to no end")
-        # Names the step that fails.
+        self._verdict = Verdict(ErrorCode.E_INTERNAL, "internal error: the job ended without a verdict")
+        # The beginning of a message: the step that fails.
         self._at = ""
         self._events = events("worker", slot=slot.spec.name, job_id=job.job_id)
         self._artifacts: list[Artifact] = []
@@ -62,7 +61,7 @@ class JobRun:
     def run(self) -> Outcome:
         """Take the job from its record to its outcome.
 
-        A disk that does not take the outcome is waited for: what the job has done is not thrown away.
+        If the disk does not take the outcome, the worker waits for the disk, to keep the job's work.
 
         Raises:
             OSError: the outcome cannot be written, and the miner stops at once or the directory is gone.
@@ -75,7 +74,7 @@ class JobRun:
 
     @contextmanager
     def _recording_failure(self) -> Iterator[None]:
-        """Turn whatever goes wrong into the job's verdict."""
+        """Turn every error into the job's verdict."""
         try:
             yield
         except JobError as error:
@@ -86,13 +85,13 @@ class JobRun:
             self._verdict = self._why_ended(error) or Verdict(code, f"cannot run the job: {self._at}{error}")
         except MinerError as error:
             self._verdict = self._why_ended(error.__cause__) or Verdict(ErrorCode.E_INTERNAL, str(error))
-        except Exception as error:  # noqa: BLE001  # a defect that the job has found costs the job, not the slot
+        except Exception as error:  # noqa: BLE001  # a defect of the miner costs the job, not the slot
             self._events.exception("job failed unexpectedly")
             self._verdict = Verdict(ErrorCode.E_INTERNAL, f"cannot run the job: {self._at}{error!a:.300}")
 
     @contextmanager
     def _phase(self, name: str, state: State, deadline: float | None = None) -> Iterator[None]:
-        """Record that the job has come to this state, tell the supervisor, and take the time."""
+        """Record the job's new state, tell the supervisor, and take the time."""
         began = clock.now()
         self._record(state, deadline)
         try:
@@ -101,7 +100,7 @@ class JobRun:
             self._timings[name] = round(clock.now() - began, 6)
 
     def _why_ended(self, trouble: BaseException | None) -> Verdict | None:
-        """Say why trouble that may pass is waited for no longer, where somebody wants the job to end."""
+        """Give the verdict of a job that was told to end while the worker waited for trouble to pass."""
         why = self.hold.link.why_end(self._job.job_id)
         if why is None or not fs.may_pass(trouble):
             return None
@@ -117,17 +116,18 @@ class JobRun:
     def _record(self, state: State, deadline: float | None) -> None:
         own, slot = os.getpid(), self._slot.spec.name
         over = state is State.COLLECTING
-        start = self._patiently("look at our own process", lambda: process_start(own), over=over)
+        start = self._patiently("read the worker's start time", lambda: process_start(own), over=over)
         changes = {"slot": slot, "worker_pid": own, "worker_start": start, "deadline": deadline}
         if state is State.RUNNING:
-            # Written before the program starts: from here on only its own policy lets the job run again.
+            # Written before the program starts: from now on, only the job's policy allows another run.
             changes["started"] = True
-        # Made once: a write may fail when the new state stands already, which cannot follow itself.
+        # Make the new state only once: a failed write may have written it already, and no state follows
+        # itself.
         after = self._patiently("read the job's state", lambda: self._job.after(state, **changes), over=over)
         self._patiently("write the job's state", lambda: self._job.write_state(after), over=over)
         self.hold.link.send(JobStep(self._job.job_id, state))
 
-    # --- what a job goes through, in its order -------------------------------------------------------------
+    # --- the phases of a job, in order ---------------------------------------------------------------------
 
     def _execute(self) -> Runner:
         with self.hold.stack:
@@ -136,7 +136,7 @@ class JobRun:
                 self._take_steps(State.PREP)
             limit = self._time_limit()
             deadline = None if limit is None else clock.now() + limit
-            # What is held is let go within the phase, whose time that is.
+            # Leave the steps within the phase, so that the phase's time includes their end.
             with self._phase("run", State.RUNNING, deadline), self.hold.stack:
                 self._take_steps(State.RUNNING)
                 self._watch(limit)
@@ -145,17 +145,17 @@ class JobRun:
     def _plan(self) -> Runner:
         hold, slot = self.hold, self._slot
         manifest = hold.manifest = self._patiently("read the manifest", self._job.manifest)
-        runner = self._patiently("read what may run", self._runners.current).get(manifest.runner)
+        runner = self._patiently("read the allowlist and tasks", self._runners.current).get(manifest.runner)
         if runner is None or manifest.runner not in slot.spec.runners:
             raise JobError(
                 ErrorCode.E_DENY,
                 f"cannot run the job: slot {slot.spec.name} offers no runner {manifest.runner!r}",
             )
         _refuse_unmet(manifest, slot.spec)
-        # As the job sees them.
+        # The paths that the job sees.
         paths = JobPaths(HOME if slot.sandbox else self._job.path)
         plan = partial(runner.plan, manifest, paths, slot.spec, slot.gpu_env)
-        hold.launch = self._patiently("see whether the job may run", plan)
+        hold.launch = self._patiently("check whether the job may run", plan)
         return runner
 
     def _take_steps(self, state: State) -> None:
@@ -167,7 +167,7 @@ class JobRun:
 
     def _watch(self, limit: float | None) -> None:
         hold, job = self.hold, self.hold[Started].job
-        # Its time is its own: however long it has taken to start it.
+        # The program gets its full time, however long its start took.
         deadline = None if limit is None else clock.now() + limit
         hold.link.send(JobStep(self._job.job_id, State.RUNNING, job.pid, deadline))
         hold.ending = JobMonitor(hold, deadline).run()
@@ -178,9 +178,9 @@ class JobRun:
         return shortest(hold.manifest.timeout_s, self._slot.spec.max_runtime_s, hold.launch.max_runtime_s)
 
     def _judge(self, runner: Runner) -> None:
-        """Say why it ended: by our own record of kills, then the kernel's counters, then its exit."""
+        """Find the cause of the job's end: by our record of kills, the kernel's counters, then its exit."""
         ending = self.hold.ending
-        evidence = self._patiently("see why the job ended", self._evidence, over=True)
+        evidence = self._patiently("find the cause of the job's end", self._evidence, over=True)
         self._verdict = cause_of(evidence) or runner.verdict(ending.exit, ending.reports, self.hold.log.tail)
         if self._verdict.code is not None:
             raise JobError(self._verdict.code, self._verdict.message)
@@ -190,7 +190,7 @@ class JobRun:
         group = self._slot.group.job if self._slot.group else None
         rlimits = limits_for(hold.launch, self._slot.limits).rlimits
         file_max = rlimits.get(resource.RLIMIT_FSIZE)
-        # Looked for only where it can matter, for the job may have left very many files.
+        # Look for a file at its limit only if the job failed, because a job may leave very many files.
         suspect = file_max if ended.status != 0 and ended.killed_for is None else None
         kept = self._slot.config.workspace
         free = workspace.room_left(self._job.fd, reserve.spent(kept.root, kept.reserve_mb))
@@ -214,8 +214,8 @@ class JobRun:
     def _collect(self) -> None:
         hold = self.hold
         if not hold.ending.clean:
-            # What is alive could change a file while it is read, and after. (Others of its user have been
-            # killed and hang in the kernel: they do nothing more of their own, and cost the slot alone.)
+            # A living process could change a file during the collection, and after. (Other processes of the
+            # job's user were killed and hang in the kernel: they change nothing, and cost only the slot.)
             raise JobError(ErrorCode.E_ARTIFACT, f"cannot collect the output: {hold.remains}")
         with self._phase("collect", State.COLLECTING):
             own = self._slot.config.workspace
@@ -242,7 +242,7 @@ class JobRun:
         outcome = self._outcome()
         try:
             pretty(outcome)
-        except Exception as error:  # noqa: BLE001  # what the job reported may be no JSON
+        except Exception as error:  # noqa: BLE001  # the job's result may be no JSON
             self._events.exception("outcome not encoded")
             self._verdict = Verdict(
                 ErrorCode.E_INTERNAL, f"cannot record the outcome: {type(error).__name__}"
@@ -252,7 +252,7 @@ class JobRun:
         return outcome
 
     def _write(self, outcome: Outcome) -> None:
-        """Write the outcome, when the disk takes it."""
+        """Write the outcome as soon as the disk takes it."""
         refusals = itertools.count(1)
 
         def write() -> None:
@@ -260,7 +260,7 @@ class JobRun:
                 self._job.write_outcome(outcome)
             except OSError as error:
                 if is_full(error) and next(refusals) == FULL_TRIES:
-                    # Perhaps it is full of what the job itself has left, which nobody gets any more.
+                    # The job's own files may fill the disk, and nobody gets them any more.
                     workspace.make_room(self._job.fd)
                 raise
 
@@ -288,9 +288,9 @@ class JobRun:
 
 
 def _refuse_unmet(manifest: Manifest, spec: SlotSpec) -> None:
-    """Refuse what this version cannot give: to run the job without it would be to run another job."""
+    """Refuse secrets and network policies that the slot cannot give: a run without them would mislead."""
     if manifest.secrets:
-        raise JobError(ErrorCode.E_SECRET, "cannot open the job's secrets: this node has no key for any")
+        raise JobError(ErrorCode.E_SECRET, "cannot open the job's secrets: the node has no key")
     if manifest.egress not in {None, "none", spec.egress}:
         raise JobError(
             ErrorCode.E_EGRESS,

@@ -1,4 +1,4 @@
-"""Starting a job's program: its pipes, its sandbox, its limits."""
+"""Starts a job's program with its pipes, sandbox and limits."""
 
 import os
 import resource
@@ -20,7 +20,7 @@ from aitbc_miner.worker.context import SlotContext
 
 
 class Started(Struct, frozen=True):
-    """A program that runs, and the pipes to read from: its output, its reports if it makes any."""
+    """A running program, and the reading ends of its pipes: output, and reports if it makes any."""
 
     job: Job
     log: int
@@ -30,16 +30,16 @@ class Started(Struct, frozen=True):
 def start_program(
     launch: Launch, directory: Path, slot: SlotContext, stack: ExitStack, stdin: int | None = None
 ) -> Started:
-    """Start a program in its slot; `stack` closes what was opened for it, and ends no process.
+    """Start a program in its slot; `stack` closes its pipes, and ends no process.
 
-    It reads `stdin`, or what the launch has for it.
+    The program reads the descriptor `stdin`, or else `launch.stdin`.
 
     Raises:
-        JobError: E_SANDBOX, it was not started.
+        JobError: E_SANDBOX, the program was not started.
         OSError: no descriptor or memory is left.
     """
     with ExitStack() as ours:
-        # Only the job may hold the writing ends, or their end is never seen.
+        # Only the job may hold the writing ends: otherwise the worker never reads end of file.
         log, log_end = _pipe(stack, ours)
         reports, reports_end = _pipe(stack, ours) if launch.reports else (None, None)
         fds = {0: _stdin(launch.stdin, ours) if stdin is None else stdin, 1: log_end, 2: log_end}
@@ -75,7 +75,7 @@ def _enclose(
 
 def _pipe(reading: ExitStack, writing: ExitStack) -> tuple[int, int]:
     ends = os.pipe2(os.O_CLOEXEC)
-    # The program can read there, too, and take away what we have been told of.
+    # The program can read its pipe, too, after poll told us of data: our read must not block then.
     os.set_blocking(ends[0], False)
     reading.callback(os.close, ends[0])
     writing.callback(os.close, ends[1])
@@ -83,7 +83,7 @@ def _pipe(reading: ExitStack, writing: ExitStack) -> tuple[int, int]:
 
 
 def give_pipes(fds: Mapping[int, int], user: Identity | None) -> None:
-    """Let the program open its output by name, as /dev/stdout: many do, and only a pipe's owner may."""
+    """Make the program's user the owner of the pipes: many programs open /dev/stdout by name."""
     for number, fd in fds.items():
         if user is not None and number != 0 and stat.S_ISFIFO(os.fstat(fd).st_mode):
             os.fchown(fd, user.uid, user.gid)
@@ -98,9 +98,9 @@ def _stdin(content: bytes, stack: ExitStack) -> int:
 
 
 def limits_for(launch: Launch, limits: ProcessLimits) -> ProcessLimits:
-    """Give the limits of the slot's processes as they are for this program."""
+    """Give the slot's process limits, with RLIMIT_FSIZE lowered to the program's `max_output_bytes`."""
     if launch.max_output_bytes is None:
         return limits
-    # One file alone must not exceed what the whole output may have; the sum is checked when collecting.
+    # A single file must not exceed the limit of the whole output; the collector checks the sum.
     most = min(launch.max_output_bytes, limits.rlimits.get(resource.RLIMIT_FSIZE, launch.max_output_bytes))
     return replace(limits, rlimits={**limits.rlimits, resource.RLIMIT_FSIZE: most})

@@ -1,6 +1,6 @@
-"""What ties a worker to its supervisor: what it is told, what it says, and what it waits for meanwhile.
+"""The worker's link to its supervisor: messages in both directions, signals, and waiting.
 
-It outlives each job. The supervisor may go away, which changes nothing for a job that runs.
+The link outlives each job. If the supervisor ends, a running job goes on.
 """
 
 import os
@@ -21,43 +21,43 @@ from aitbc_miner.util.log import events
 T = TypeVar("T")
 
 READ_AT_ONCE = 1 << 16
-# Seconds between attempts at what this machine's own trouble keeps from being done, and how often a disk that
-# says that it is full is asked while a job can still be given back.
+# Seconds between tries during trouble of the machine, and the number of tries on a full disk before the job's
+# program has ended.
 RETRY_MIN_S, RETRY_MAX_S = 0.2, 5.0
 FULL_TRIES = 4
 
 
 def is_full(error: BaseException | None) -> bool:
-    """Whether a disk without room is what was met."""
+    """Whether the error is that of a full disk."""
     return isinstance(error, OSError) and error.errno in fs.FULL
 
 
 def _is_refusal(error: OSError | MinerError) -> bool:
-    # What is shut to us by its owner stays shut, where somebody has judged that already.
+    # A MinerError for a refused permission is a judgement already: further tries would fail as well.
     return isinstance(error, MinerError) and isinstance(error.__cause__, PermissionError)
 
 
 class SupervisorLink:
-    """What ties a worker to its supervisor while a job runs; `stopping` outlives the job."""
+    """A worker's link to its supervisor; `stopping` outlives the job."""
 
     def __init__(self, channel: Channel[ToWorker]) -> None:
         self._channel = channel
         self.connected = True
         self.stopping = False
         self.cancelled: dict[str, CancelJob] = {}
-        # What to do when the slot is to have other limits, which may be in the middle of a job.
+        # Changes the slot's limits, perhaps in the middle of a job.
         self.retune: Callable[[Retune], None] = lambda _: None
-        # Set by a signal to why the job is to end: how a supervisor that has no channel to us says so.
+        # The reason to end the job, set by a signal of a supervisor without a channel to us.
         self.terminated: str | None = None
         self._rng = random.Random()  # noqa: S311  # spreads attempts, protects nothing
         self.woken, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
 
     def fileno(self) -> int:
-        """Give the descriptor to wait on."""
+        """Give the channel's descriptor."""
         return self._channel.fileno()
 
     def send(self, message: object) -> None:
-        """Tell the supervisor; when it is gone, the job's directory tells the next one."""
+        """Send a message to the supervisor; without a supervisor, the job's directory tells the next one."""
         if not self.connected:
             return
         try:
@@ -67,11 +67,11 @@ class SupervisorLink:
 
     @property
     def events(self) -> int:
-        """Give which of poll's events to wait for: what a slow supervisor has not taken yet wants out."""
+        """Give the poll events to wait for: input, and output if unsent messages wait."""
         return select.POLLIN | (select.POLLOUT if self._channel.has_unsent else 0)
 
     def take(self) -> list[ToWorker]:
-        """Send what waits, receive, and note what concerns a running job."""
+        """Send waiting messages, receive, and note the messages about a running job."""
         try:
             self._channel.flush()
             messages = self._channel.receive()
@@ -88,10 +88,7 @@ class SupervisorLink:
         return messages
 
     def wait(self, timeout_s: float | None = None, also: Iterable[int] = ()) -> list[ToWorker]:
-        """Wait for messages, or for a signal, while no program runs; [] when the time is over.
-
-        Or when one of the descriptors `also` can be read.
-        """
+        """Wait for messages while no program runs; [] on a timeout, a signal, or data in `also`."""
         poller = select.poll()
         if self.connected:
             poller.register(self.fileno(), self.events)
@@ -103,19 +100,20 @@ class SupervisorLink:
         return self.take() if self.fileno() in ready else []
 
     def pause(self, seconds: float, job_id: str) -> None:
-        """Let time pass, but not for the supervisor; over at once when the miner stops at once."""
+        """Wait, but serve the supervisor; return at once if the miner stops at once."""
         until = clock.now() + seconds
         while not self.must_end(job_id) and (left := until - clock.now()) > 0:
             self.wait(left)
 
     def patiently(self, job_id: str, doing: str, call: Callable[[], T], *, over: bool = False) -> T:
-        """Call, and call again for as long as this machine's own trouble is in the way; say so meanwhile.
+        """Call, and call again during trouble of the machine that may pass; tell the supervisor meanwhile.
 
-        `over`: the job's program has ended. What it has done is not thrown away: a full disk is waited for,
-        too, and only a miner that stops at once ends that.
+        `over`: the job's program has ended. To keep its work, the worker waits for a full disk as well, and
+        only the miner's immediate stop ends the wait.
 
         Raises:
-            OSError: it is no such trouble, the job is to end, or the disk is full.
+            OSError: the trouble will not pass, the job must end, or the disk is full.
+            MinerError: the same, with an OSError as its cause.
         """
         backoff = Backoff(RETRY_MIN_S, RETRY_MAX_S, self._rng)
         while True:
@@ -130,10 +128,10 @@ class SupervisorLink:
                     raise
                 if backoff.failures == 1:
                     said = f"cannot {doing}: {error}"
-                    events("worker").error("tried until it can be done", job_id=job_id, error=said)
+                    events("worker").error("step retried", job_id=job_id, error=said)
                     self.send(JobTrouble(job_id, said))
                     if over:
-                        # So that nobody takes us for a worker that hangs: the job itself is over.
+                        # The program is over: the supervisor must not take the worker for a hanging one.
                         self.send(JobStep(job_id, State.COLLECTING))
             else:
                 if backoff.failures:
@@ -142,24 +140,24 @@ class SupervisorLink:
             self.pause(delay_s, job_id)
 
     def why_end(self, job_id: str) -> str | None:
-        """Say why somebody wants the job to end, if anybody does."""
+        """Give the reason to end the job, if any."""
         cancel = self.cancelled.get(job_id)
         return cancel.why if cancel else self.terminated
 
     def why_end_within(self, seconds: float, job_id: str) -> str | None:
-        """Say why the job should have ended, waiting to be told."""
+        """Wait up to `seconds` for a reason to end the job."""
         until = clock.now() + seconds
         while (why := self.why_end(job_id)) is None and (left := until - clock.now()) > 0:
             self.wait(left)
         return why
 
     def must_end(self, job_id: str) -> bool:
-        """Whether the miner stops at once, so that nothing of the job may be waited for any more."""
+        """Whether the miner stops at once, so that the worker may wait for nothing more."""
         cancel = self.cancelled.get(job_id)
         return self.terminated == "shutdown" or (cancel is not None and cancel.why == "shutdown")
 
     def listen_for_signals(self) -> None:
-        """Let the signals of `END_SIGNALS` be noted and end the wait; a handler does no more than that."""
+        """Handle `END_SIGNALS`: the handler notes the reason, and ends the wait."""
 
         def note(number: int, _frame: object) -> None:
             self.terminated = next(why for why, own in END_SIGNALS.items() if own == number)

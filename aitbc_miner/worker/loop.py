@@ -1,7 +1,7 @@
-"""The process that looks after one slot: prepares, starts, watches and collects one job at a time.
+"""The worker process of a slot: it prepares, starts, watches and collects one job at a time.
 
-It is root where the node is, so that it can give the job a user of its own, and it reads nothing from the
-network. The job it has is written in the job's directory; it outlives its supervisor and finishes the job.
+If the node is root, the worker is root, to change to the job's user; the worker reads nothing from the
+network. The job's directory names the worker. If the supervisor ends, the worker finishes its job.
 """
 
 import os
@@ -36,7 +36,7 @@ STARTABLE = frozenset({State.ACKED, State.RETRY_WAIT})
 
 
 class Worker:
-    """One slot's worker, from its start until it is told to stop or its supervisor is gone."""
+    """A slot's worker, from its start until a stop or the end of its supervisor."""
 
     def __init__(self, slot: SlotContext, channel: Channel[ToWorker], runners: RunnerSet) -> None:
         self._slot = slot
@@ -47,7 +47,7 @@ class Worker:
         self._log = events("worker", slot=slot.spec.name)
 
     def run(self) -> None:
-        """Set the slot up, then take one job after another until told otherwise."""
+        """Set the slot up, then run jobs until told to stop."""
         become_subreaper()
         link = self._link
         link.listen_for_signals()
@@ -79,7 +79,7 @@ class Worker:
         by_cgroup: dict[str, str] = {}
         if slot.group_parent is not None:
             group = SlotGroup(slot.group_parent, slot.spec.name)
-            # Whatever an earlier worker left running here ends now; if it cannot, the slot is no good.
+            # Kill the processes of an earlier worker; if a process survives, the slot is unusable.
             group.empty()
             group.worker.write("cgroup.procs", str(os.getpid()))
             group.renew_job()
@@ -87,13 +87,13 @@ class Worker:
             by_cgroup = group.enforce(slot.spec, slot.controllers, required=must)
         user = slot.runs_as
         if user is not None and (pids := clear_user(user.uid, slot.delays.kill)):
-            raise MinerError(f"cannot use the slot: its user {user.name} still owns {named(pids)}")
+            raise MinerError(f"cannot use the slot: user {user.name} still owns {named(pids)}")
         self._have_nodes()
         limits, enforced = plan_limits(slot.spec, by_cgroup, own_user=user is not None)
         self._slot = replace(slot, group=group, limits=limits, enforced=enforced)
 
     def _have_nodes(self) -> None:
-        """Have the nodes of the slot's GPU made; under systemd our unit has had that done already."""
+        """Have the nodes of the slot's GPU made; under systemd, the unit has done so already."""
         nodes = devices_of(self._slot.devices)
         if all(node.exists() for node in nodes):
             return
@@ -103,7 +103,7 @@ class Worker:
             self._log.warning("device nodes missing", nodes=lacking, reason=failed, remedy=remedy)
 
     def _retune(self, wanted: Retune) -> None:
-        """Give the slot other limits: those of its cgroups now, a process's own from the next job on."""
+        """Change the slot's limits: limits of its cgroups now, limits of processes from the next job on."""
         slot, spec = self._slot, wanted.spec
         said = adjusted(slot.group, spec, slot.controllers)
         if said.done:
@@ -115,10 +115,10 @@ class Worker:
         self._link.send(replace(said, enforced=slot.enforced))
 
     def _run_job(self, job_id: str) -> JobEnded:
-        """Run a job and say what came of it, whatever it does: a worker that dies costs the slot."""
+        """Run a job and give its end. Raises nothing: the worker's death would cost the slot."""
         try:
             with ExitStack() as stack:
-                # Each try opens the record anew: of one that fails no descriptor is kept.
+                # Each try opens the record anew: a failed try keeps no descriptor.
                 run = self._link.patiently(
                     job_id, "read the job's record", lambda: stack.enter_context(self._begun(job_id))
                 )
@@ -132,7 +132,7 @@ class Worker:
 
     @contextmanager
     def _begun(self, job_id: str) -> Iterator[JobRun | JobEnded]:
-        """Open the job's record; how the job ended if it is not to be started."""
+        """Open the job's record; yield the job's run, or its end if it must not be started."""
         with self._records.open(job_id) as job:
             yield _refuse(job) or JobRun(job, self._slot, self._link, self._runners, self._warmer)
 
@@ -142,27 +142,27 @@ class Worker:
             outcome = run.run()
         except OSError as error:
             message = f"cannot write the outcome of job {job_id}: {error}"
-            self._log.error("no outcome", job_id=job_id, error=str(error))
+            self._log.error("outcome not written", job_id=job_id, error=str(error))
             return JobEnded(job_id, ErrorCode.E_INTERNAL, message, clean=hold.clean, remains=hold.remains)
         return JobEnded(job_id, outcome.code, outcome.message, outcome.timings, hold.clean, hold.remains)
 
 
 def adjusted(group: SlotGroup | None, spec: SlotSpec, controllers: tuple[str, ...]) -> Retuned:
-    """Give a slot's cgroups other limits; what its processes carry themselves is not known here."""
+    """Change the limits of a slot's cgroups; the worker itself changes the limits of processes."""
     try:
         note = group.adjust(spec, controllers) if group is not None else ""
     except CgroupError as error:
-        failed = f"cannot give the slot its new limits, and goes on with the old: {error}"
+        failed = f"cannot change the limits of slot {spec.name}: {error}; the old limits stay"
         return Retuned({}, failed, done=False)
     return Retuned(group.held if group is not None else {}, note)
 
 
 def _refuse(job: JobDir) -> JobEnded | None:
-    """Say why a job must not be started; None when it may. Nothing of it is touched: it has run before."""
+    """Give the end of a job that must not be started, because it has run before; None: start the job."""
     outcome = job.outcome()
     if outcome is not None:
         return JobEnded(job.job_id, outcome.code, outcome.message, outcome.timings)
     state = job.state().state
     if state in STARTABLE:
         return None
-    return JobEnded(job.job_id, ErrorCode.E_INTERNAL, f"cannot start job {job.job_id}: it is {state} already")
+    return JobEnded(job.job_id, ErrorCode.E_INTERNAL, f"cannot start job {job.job_id}: its state is {state}")

@@ -1,7 +1,7 @@
-"""Looking after one running job: its output, its reports, its time, and the wish to end it.
+"""Watches a running job: its output, reports and deadline, and orders to end it.
 
-The worker waits here. Whatever happens first is dealt with: the program ends, prints, reports, runs out of
-time, is cancelled, or the supervisor goes away, which changes nothing for the job.
+The worker waits here for the next event: the program ends, prints or reports, its time is over, the job is
+cancelled, or the supervisor ends (the job goes on).
 """
 
 import os
@@ -23,18 +23,18 @@ from aitbc_miner.worker.job_log import JobLog
 from aitbc_miner.worker.launch import Started
 from aitbc_miner.worker.link import READ_AT_ONCE
 
-# Of our own CPU time, how much a job may have for what it writes to its pipes: a share of all time, and some
-# seconds at once. tee(2) fills a pipe at no cost to the job; bytes written one by one cost us more than it.
+# The worker's CPU time for reading a job's pipes: a share of all time, and seconds at once. A job can make
+# reading expensive: tee(2) fills a pipe for free, and single bytes cost the reader more than the writer.
 READ_SHARE, READ_BURST_S = 0.05, 0.02
 REAP_EVERY_S = 1.0
-# Between two words on how far a job is: each costs the supervisor and the agent something.
+# Seconds between two progress messages, because each costs the supervisor and the agent time.
 PROGRESS_EVERY_S = 0.2
-# A shell whose program was ended by a signal exits with its number and this.
+# If a signal kills a shell's program, the shell exits with 128 + the signal's number.
 BY_SIGNAL = 128
 
 
 class JobMonitor:
-    """One job from its start until nothing of it is alive."""
+    """Watches a job from its start until all its processes have ended."""
 
     def __init__(self, hold: JobHold, deadline: float | None) -> None:
         self._started = hold[Started]
@@ -60,7 +60,7 @@ class JobMonitor:
         self._progress_at = 0.0
 
     def run(self) -> Ending:
-        """Wait for the end, which is also when nothing more can be done. Closes neither pipe."""
+        """Wait until the program has ended, or cannot be killed. Closes neither pipe."""
         log_pipe, report_pipe = self._started.log, self._started.reports
         self._pipes = {log_pipe} if report_pipe is None else {log_pipe, report_pipe}
         self._watch(log_pipe, lambda: self._pump(log_pipe))
@@ -73,7 +73,7 @@ class JobMonitor:
         while (ended := self._job.poll()) is None and not self._unkillable:
             self._turn(self._time_left())
             self._enforce()
-        # The program is gone; what it left in the background is not part of the job any more.
+        # The program has ended; its background processes are no part of the job any more.
         clean = not self._unkillable and self._kill_all()
         self._notice(ended)
         self._drain()
@@ -94,7 +94,7 @@ class JobMonitor:
         return bool(ready)
 
     def _spend(self, seconds: float) -> None:
-        """Leave the pipes alone for a while when they have cost too much; the job then waits to write."""
+        """Count CPU time spent on reading; after too much, stop reading for a while, so the job waits."""
         now = clock.now()
         self._spent = max(0.0, self._spent - READ_SHARE * (now - self._spent_at)) + seconds
         self._spent_at = now
@@ -119,7 +119,7 @@ class JobMonitor:
 
     def _time_left(self) -> float:
         now = clock.now()
-        # Now and then in any case, to reap what the job left to its subreaper, which is us.
+        # Wake up now and then in any case, to reap the job's orphans.
         look_at = self._disk.due if self._disk else inf
         tell_at = self._progress_at if self._progress else inf
         ends = (self._deadline or inf, self._kill_at or inf, self._deaf_until or inf)
@@ -133,7 +133,7 @@ class JobMonitor:
             self._link.send(JobProgress(self._job_id, said.pct, said.note))
         if self._killed_for is None:
             overdue = self._deadline is not None and now >= self._deadline
-            # What has ended in its last moment has ended in time.
+            # A program that ended in its last moment has ended in time.
             if overdue and self._job.poll() is None:
                 self._end("timeout")
             elif why := self._link.why_end(self._job_id):
@@ -142,11 +142,11 @@ class JobMonitor:
                 self._end("disk")
             elif self._disk and now >= self._disk.due and (excess := self._look(self._disk)):
                 self._excess = excess
-                # At once: in the time that it would have to end by itself it could write on.
+                # Kill at once: during a grace period the job could go on writing.
                 self._end("output", grace=0.0)
         elif self._kill_at is not None and now >= self._kill_at:
             self._kill_at = None
-            # What hangs in the kernel may hang there for ever: the job ends without it.
+            # A process may hang in the kernel for ever: the job ends without it.
             self._unkillable = not self._kill_all()
 
     def _look(self, disk: DiskUse) -> str:
@@ -157,12 +157,12 @@ class JobMonitor:
 
     def _kill_all(self) -> bool:
         kill = partial(self._job.kill_all, self._delays.kill)
-        return self._link.patiently(self._job_id, "kill what is left of the job", kill, over=True)
+        return self._link.patiently(self._job_id, "kill the job's processes", kill, over=True)
 
     def _notice(self, ended: ExitStatus | None) -> None:
-        """See whether a program that failed was told to end, by somebody who was quicker than we are.
+        """Note the reason if a failed program was told to end by somebody else.
 
-        Stopping the slots, systemd sends SIGTERM to the program at the same moment as to us.
+        To stop the slots, systemd sends SIGTERM to program and worker at the same moment.
         """
         if self._killed_for is None and ended is not None and ended.status != 0:
             told = signal.SIGTERM in {ended.signal, (ended.status or 0) - BY_SIGNAL}
@@ -171,10 +171,10 @@ class JobMonitor:
 
     def _end(self, why: str, grace: float | None = None) -> None:
         self._killed_for = why
-        # What is due in the past would keep the wait from waiting.
+        # Passed times would end each wait at once.
         self._deadline = self._disk = None
         self._kill_at = clock.now() + (self._delays.term_grace if grace is None else grace)
-        # Who cannot be told now, for want of a descriptor, is killed when his time is over.
+        # A process that gets no SIGTERM for want of a descriptor is killed after the grace period.
         with suppress(OSError):
             self._job.terminate()
 
@@ -204,10 +204,10 @@ class JobMonitor:
         return True
 
     def _drain(self) -> None:
-        """Read what is still in the pipes, for a while: a writer that could not be killed never closes."""
+        """Read the rest of the pipes, for a while: a surviving writer never closes its end."""
         for fd in set(self._sources) - self._pipes:
             self._unwatch(fd)
-        # Nobody writes any more: it is what fits into the pipes.
+        # Read at full speed: nobody writes any more, so only the content of the pipes is left.
         self._deaf_until = inf
         self._listen(select.POLLIN)
         deadline = clock.now() + self._delays.drain
@@ -216,7 +216,7 @@ class JobMonitor:
 
 
 def _read(pipe: int) -> bytes | None:
-    """Read what is there; None if that is nothing: the job may read from its pipes, too."""
+    """Read the available data; None if none is left, because the job may read from its pipes, too."""
     try:
         return os.read(pipe, READ_AT_ONCE)
     except BlockingIOError:

@@ -1,8 +1,8 @@
-"""A process that waits for the slot's next task with modules imported ahead, so that the task starts at once.
+"""The prewarmed process: it imports modules and waits for the slot's next task, so the task starts at once.
 
-It is started as a job is, in the same sandbox, limits and cgroup, while the slot has nothing to do; its
-directories become those of the job whose task it gets, and it runs no second one. A job that cannot use it
-ends it.
+The worker starts the process while the slot is idle, in the sandbox, limits and cgroup of a job. The next job
+that can use the process takes over its directories and cgroup. The process runs only a single task; a job
+that cannot use it ends it.
 """
 
 import fcntl
@@ -25,15 +25,15 @@ from aitbc_miner.worker.context import SlotContext
 from aitbc_miner.worker.hold import JobHold
 from aitbc_miner.worker.launch import Started, start_program
 
-NO_PRELOAD = "there is no sandbox, and nothing waits without one"
-# Seconds: a slot with a job after the other keeps its CPUs for them; what has not imported all by then never
-# will; the next try after one that failed.
+NO_PRELOAD = "preloading needs the sandbox, and sandbox.mode is off or failed"
+# Seconds: the pause after a job, in which the next job may come; the longest import; the pause after a
+# failure.
 IDLE_S, IMPORT_S, AGAIN_S = 0.1, 60.0, 60.0
 ORDER_MAX = 1 << 20
 
 
 class Warm:
-    """One such process; ends with `end`, or with the job that it was given to."""
+    """A prewarmed process; `end` ends it, or the end of the job that took it."""
 
     def __init__(self, launch: Launch, slot: SlotContext) -> None:
         self.launch, self.slot = launch, slot
@@ -47,7 +47,7 @@ class Warm:
             read_end, self._order = os.pipe2(os.O_CLOEXEC)
             ours.callback(os.close, read_end)
             stack.callback(os.close, self._order)
-            # Written in one go, so that a process that does not read holds up nobody.
+            # The pipe takes the whole order at once, so that a process that does not read delays nobody.
             with suppress(OSError):
                 fcntl.fcntl(self._order, fcntl.F_SETPIPE_SZ, ORDER_MAX)
             self.started = start_program(launch, place, slot, stack, stdin=read_end)
@@ -55,12 +55,12 @@ class Warm:
 
     @property
     def sources(self) -> list[int]:
-        """Give the descriptors that say when there is something to `listen` to."""
+        """Give the descriptors to wait on before `listen`."""
         reports = [] if self.ready or self.started.reports is None else [self.started.reports]
         return [self.started.job.pidfd, *reports]
 
     def listen(self) -> str:
-        """Hear what it says; the reason when it is of no use any more, else ''."""
+        """Read the process's report; give the reason if the process is useless by now, else ''."""
         log = events("worker", slot=self.slot.spec.name)
         reports = self.started.reports
         if not self.ready and reports is not None and select.select([reports], [], [], 0)[0]:
@@ -71,13 +71,13 @@ class Warm:
                 for name, why in _failed(self._said).items():
                     log.warning("cannot preload", module=name, reason=why)
         if self.started.job.poll() is not None:
-            return "it has ended"
+            return "the process has ended"
         if not self.ready and clock.now() >= self.since + IMPORT_S:
-            return f"it imports for more than {IMPORT_S:g} s"
+            return f"the imports take more than {IMPORT_S:g} s"
         return ""
 
     def fits(self, launch: Launch, slot: SlotContext) -> bool:
-        """Whether it can run this in place of a process of its own."""
+        """Whether the process can run this launch in place of a new process."""
         return (
             launch.may_wait
             and slot is self.slot
@@ -88,32 +88,32 @@ class Warm:
         )
 
     def give(self, launch: Launch, stack: ExitStack) -> Started:
-        """Let it run its task; what is open of it is `stack`'s then.
+        """Give the process its task; `stack` then closes its descriptors.
 
         Raises:
-            OSError: it has ended at this moment.
+            OSError: the process has just ended.
         """
         stack.push(self._stack.pop_all())
         self.started.job.begin()
         os.set_blocking(self._order, False)
-        # A process that is gone by now is judged as any other that ended without a result.
+        # A process that has ended by now is judged like any process that ended without a result.
         with suppress(BrokenPipeError):
             os.write(self._order, launch.stdin)
-        # Its end is what the process reads up to; the number stays ours to close.
+        # Close the pipe, because the process reads to its end; keep the number, because `_stack` closes it.
         null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(null, self._order, inheritable=False)
         os.close(null)
         return self.started
 
     def end(self) -> None:
-        """Kill it, and remove what it was to have."""
+        """Kill the process, and remove its directories."""
         self.started.job.kill_all(self.slot.delays.kill)
         self._stack.close()
         workspace.remove_ahead(self.slot.config.workspace.root, self.slot.spec.name)
 
 
 class Warmer:
-    """Sees to it that one waits whenever the slot is idle and its jobs may be tasks."""
+    """Keeps a prewarmed process waiting while the slot is idle, if its jobs may be Python tasks."""
 
     def __init__(self, runners: RunnerSet, name: str) -> None:
         self._runners = runners
@@ -123,11 +123,11 @@ class Warmer:
 
     @property
     def sources(self) -> list[int]:
-        """Give the descriptors that say when to `tend` again."""
+        """Give the descriptors to wait on before the next `tend`."""
         return self._warm.sources if self._warm else []
 
     def tend(self, slot: SlotContext) -> float | None:
-        """Start, hear or end it as is due; gives the seconds until there is more to do, if that is known."""
+        """Start, hear or end the process, as due; give the seconds until the next call, if known."""
         if self._warm and self._warm.slot is not slot:
             self.end()
         if self._warm and (reason := self._warm.listen()):
@@ -144,7 +144,7 @@ class Warmer:
         return max(0.0, self._warm.since + IMPORT_S - clock.now())
 
     def take(self, launch: Launch, slot: SlotContext) -> Warm | None:
-        """Give away the one that waits, if it fits; else it is ended, and makes room."""
+        """Give the process away if it fits; otherwise end it to make room."""
         if self._warm and self._warm.fits(launch, slot):
             warm, self._warm = self._warm, None
             return warm
@@ -156,7 +156,7 @@ class Warmer:
         self._not_before = clock.now() + IDLE_S
 
     def end(self) -> None:
-        """End what waits, if anything does."""
+        """End the process, if any."""
         warm, self._warm = self._warm, None
         if warm is not None:
             warm.end()
@@ -168,7 +168,7 @@ class Warmer:
             runner = self._runners.current().get("python")
             if isinstance(runner, PythonRunner) and runner.preload:
                 self._warm = Warm(runner.waiting(JobPaths(HOME), slot.spec, slot.gpu_env), slot)
-        except Exception as error:  # noqa: BLE001  # whatever it is, jobs can do without
+        except Exception as error:  # noqa: BLE001  # jobs run without prewarming, too
             self._log.warning("cannot preload", reason=f"{error!a:.300}")
             self._fail()
 
@@ -179,9 +179,9 @@ class Warmer:
 
 @contextmanager
 def take_waiting(hold: JobHold) -> Iterator[Warm | None]:
-    """Hold the process that waits, if it can run the job, which then has its directories and its cgroup.
+    """Hold the prewarmed process if it can run the job; the job then has its directories and cgroup.
 
-    A job that is not started ends it.
+    If the job is not started, the process ends.
     """
     warm = hold[Warmer].take(hold.launch, hold.slot)
     if warm is None:
@@ -189,7 +189,7 @@ def take_waiting(hold: JobHold) -> Iterator[Warm | None]:
         return
     hold.prewarmed = True
     try:
-        # Where this fails they may be half moved; the next try goes without.
+        # After a failure the directories may be half moved, so the next try makes new ones.
         workspace.prepare(hold.job, hold.slot, ahead=True)
         yield warm
     finally:
@@ -202,4 +202,4 @@ def _failed(said: bytes) -> dict[str, str]:
     try:
         return msgspec.json.decode(said.partition(b"\n")[0], type=Preloaded).failed
     except (msgspec.DecodeError, UnicodeDecodeError):
-        return {"?": "it does not say what it has imported"}
+        return {"?": "the process did not report its imports"}

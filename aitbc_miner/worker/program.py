@@ -1,4 +1,4 @@
-"""The job's program: its start, and the end of all that it has started."""
+"""Starts the job's program, and ends all its processes."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,9 +14,9 @@ from aitbc_miner.worker.prewarm import Warm
 
 @contextmanager
 def run_program(hold: JobHold) -> Iterator[Started]:
-    """Start the program; on the way out, say in `hold.remains` what of the job is still alive.
+    """Start the program; on leaving, name the job's surviving processes in `hold.remains`.
 
-    Where the worker fails meanwhile, all of the job is killed here; else the monitor has done that.
+    If the worker fails meanwhile, kill the whole job here; otherwise the monitor has done so.
     """
     job_id = hold.job.job_id
     with ExitStack() as stack:
@@ -29,9 +29,9 @@ def run_program(hold: JobHold) -> Iterator[Started]:
             hold.ending = Ending(started.job.poll() or ExitStatus(), clean, reports=[])
             raise
         finally:
-            hold.remains = f"what job {job_id} has left behind is not known"
+            hold.remains = f"cannot tell which processes of job {job_id} are still running"
             look = partial(_left_behind, hold, started.job)
-            hold.remains = hold.link.patiently(job_id, "see what the job has left behind", look, over=True)
+            hold.remains = hold.link.patiently(job_id, "list the job's remaining processes", look, over=True)
 
 
 def _start(hold: JobHold, stack: ExitStack) -> Started:
@@ -40,7 +40,7 @@ def _start(hold: JobHold, stack: ExitStack) -> Started:
     try:
         return hold[Warm].give(hold.launch, stack)
     except OSError:
-        # The next try starts a process of the job's own.
+        # The next try starts a new process.
         hold[Warm].end()
         if hold.slot.group is not None:
             hold.slot.group.renew_job()
@@ -52,10 +52,10 @@ def _start(hold: JobHold, stack: ExitStack) -> Started:
 def _left_behind(hold: JobHold, job: Job) -> str:
     runs_as, most = hold.slot.runs_as, hold.slot.delays.kill
     if not hold.ending.clean:
-        # Between the last look and this one it may have ended after all.
-        left = named(job.survivors()) or "something"
+        # A survivor may have ended since the kill: then its pid is unknown.
+        left = named(job.survivors()) or "a process"
         return f"{left} of job {hold.job.job_id} could not be killed within {most:g} s"
-    # Not started by the job, but for it: by cron, at, or a service manager of the user.
+    # cron, at, or a service manager of the user may have started processes for the job.
     if runs_as and (owned := clear_user(runs_as.uid, most)):
         return f"user {runs_as.name} still owns {named(owned)}"
     return ""

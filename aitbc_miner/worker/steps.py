@@ -1,7 +1,7 @@
-"""The steps of a job: what a job holds while it runs, in the order of acquisition.
+"""The steps of a job, in their order: each acquires a resource that the job holds while it runs.
 
-Each step is a context manager in the file of its concern; the worker leaves them in reverse order.
-`docs/adding.md` says how to add one.
+Each step is a context manager in the file of its concern; the worker leaves the steps in reverse order.
+`docs/adding.md` says how to add a step.
 """
 
 from collections.abc import Callable
@@ -14,11 +14,12 @@ from aitbc_miner.worker.hold import JobHold
 
 
 class Step(NamedTuple):
-    """One step of a job.
+    """A step of a job.
 
-    state: that of the job when the worker takes the step. doing: what the step does, in words that go on from
-    "cannot". enter: makes the context manager, anew for each try after trouble that may pass; it either holds
-    all that it is to hold, or raises and holds nothing. What it yields, later steps find in the JobHold.
+    state: the job's state during the step. doing: the step's verb and object, for a message after "cannot".
+    enter: makes the context manager, anew for each try after trouble that may pass. The context manager
+    either holds its whole resource, or raises and holds nothing. Later steps find its yielded value in the
+    JobHold.
     """
 
     state: State
@@ -27,12 +28,12 @@ class Step(NamedTuple):
 
 
 STEPS = [
-    Step(State.PREP, "take the process that waits for a task", prewarm.take_waiting),
+    Step(State.PREP, "take the prewarmed process", prewarm.take_waiting),
     Step(State.PREP, "make the job's directories", workspace.make_directories),
     Step(State.PREP, "make the job's cgroup", job_group.make_group),
     Step(State.PREP, "take the inputs", workspace.take_inputs),
-    # From here on only the job's own policy lets it run again: the record says that it has started.
+    # From here on the record says that the job has started, so only the job's policy allows another run.
     Step(State.RUNNING, "make the job's log", job_log.open_log),
-    Step(State.RUNNING, "count what the job has on disk", disk_use.count_use),
+    Step(State.RUNNING, "count the job's files", disk_use.count_use),
     Step(State.RUNNING, "start the job", program.run_program),
 ]

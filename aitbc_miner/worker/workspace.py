@@ -1,12 +1,12 @@
-"""The directories a job finds, and who owns them.
+"""The directories of a job and their owners.
 
 ```
 input/      the agent's; empty once the job has started
-work/       the job's; where it starts, with the inputs in it
-output/     the job's; all that is left here is delivered
+work/       the job's; the program starts here, with the inputs
+output/     the job's; all files here are delivered
 tmp/        the job's TMPDIR
-logs/       the worker's; readable by the agent, which cannot put anything there
-artifacts/  the agent's; second names of what is delivered, readable by the agent
+logs/       the worker's; the agent may read, but not write
+artifacts/  the agent's; second names of the delivered files
 ```
 """
 
@@ -20,21 +20,21 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from aitbc_miner.jobs import NEXT
+from aitbc_miner.sandbox.bubblewrap import OF_JOB
 from aitbc_miner.sandbox.users import Identity
 from aitbc_miner.store.records import PASSABLE, JobDir
 from aitbc_miner.util import fs
 from aitbc_miner.worker.context import SlotContext
 from aitbc_miner.worker.hold import JobHold
 
-OF_JOB = ("work", "output", "tmp")
-# How much is looked at in search of a file: how much there is, and how deep, is the job's to decide.
+# Limits of a search for a file, because the job decides on the number and depth of its files.
 MAX_LOOKED_AT = 20_000
 MAX_DEPTH = 32
 
 
 @contextmanager
 def make_directories(hold: JobHold) -> Iterator[None]:
-    """Make the job's directories, unless the job has those of a process that waits. They stay."""
+    """Make the job's directories, unless the job takes over those of a prewarmed process. They stay."""
     if not hold.prewarmed:
         prepare(hold.job, hold.slot)
     yield
@@ -42,7 +42,7 @@ def make_directories(hold: JobHold) -> Iterator[None]:
 
 @contextmanager
 def take_inputs(hold: JobHold) -> Iterator[None]:
-    """Move the inputs into work/. Raises OSError: one of them is not what it should be."""
+    """Move the inputs into work/. Raises OSError if a file in input/ is no fetched input."""
     at = hold.job.fd
     with fs.directory("input", at=at) as source, fs.directory("work", at=at) as target:
         for name in sorted(os.listdir(source)):  # noqa: PTH208  # a descriptor
@@ -51,13 +51,13 @@ def take_inputs(hold: JobHold) -> Iterator[None]:
 
 
 def prepare(job: JobDir, slot: SlotContext, *, ahead: bool = False) -> None:
-    """Make the directories anew, or take those that `make_ahead` has made. May be tried again.
+    """Make the directories anew, or (`ahead`) take the directories of `make_ahead`. May be tried again.
 
     Raises:
-        OSError: the disk is full, or something in the job's directory is not what it should be.
+        OSError: the disk is full, or a directory of the job is no directory.
     """
     for name in (*OF_JOB, "artifacts"):
-        # Of an earlier attempt that came no further than this.
+        # An earlier attempt may have stopped here.
         if fs.exists(job.fd, name):
             fs.remove_tree(job.fd, name)
     if ahead:
@@ -72,14 +72,14 @@ def prepare(job: JobDir, slot: SlotContext, *, ahead: bool = False) -> None:
 
 
 def make_ahead(root: Path, slot: str, runs_as: Identity | None) -> Path:
-    """Make the directories of the slot's next job, whichever that is; gives where they are.
+    """Make the directories of the slot's next job, before the job is known; give their place.
 
     Raises:
-        OSError: the disk is full, or something there is not what it should be.
+        OSError: the disk is full, or a path is no directory.
     """
     with fs.directory(root) as at:
         if not fs.exists(at, NEXT):
-            with suppress(FileExistsError):  # of another slot's worker, at the same moment
+            with suppress(FileExistsError):  # another slot's worker made it at the same moment
                 _make(at, NEXT, PASSABLE, None)
         with fs.directory(NEXT, at=at) as below:
             if fs.exists(below, slot):
@@ -92,20 +92,20 @@ def make_ahead(root: Path, slot: str, runs_as: Identity | None) -> Path:
 
 
 def make_room(job_fd: int, names: tuple[str, ...] = OF_JOB) -> None:
-    """Remove what a job has left and nobody is to get: on a disk without room its outcome comes first."""
+    """Remove a job's undelivered files, to make room for its outcome on a full disk."""
     for name in names:
         with suppress(OSError):
             fs.remove_tree(job_fd, name)
 
 
 def remove_ahead(root: Path, slot: str) -> None:
-    """Remove what `make_ahead` has made, if it can be; the next one will try again."""
+    """Remove the directories of `make_ahead`; after a failure, the next `make_ahead` removes them."""
     with suppress(OSError), fs.directory(root) as at, fs.directory(NEXT, at=at) as below:
         fs.remove_tree(below, slot)
 
 
 def _take(job: JobDir, slot: str) -> None:
-    # What has them open or mounted goes on having them.
+    # The prewarmed process keeps the directories open and mounted.
     with (
         fs.directory(job.path.parent) as at,
         fs.directory(NEXT, at=at) as below,
@@ -125,18 +125,18 @@ def _make(at: int, name: str, mode: int, owner: Identity | None, *, kept: bool =
 
 
 def _hand_over(source: int, name: str, target: int, slot: SlotContext) -> None:
-    """Move an input to the job, which may do with it as it likes.
+    """Move an input to the job and make the job's user its owner.
 
-    Neither a copy, which costs time and disk, nor a second name, which programs such as gzip refuse.
+    A copy would cost time and disk, and programs such as gzip refuse files with a second name.
     """
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=source)
     try:
         info = os.fstat(fd)
         fetched = stat.S_ISREG(info.st_mode) and info.st_nlink == 1
-        # Ours already where an earlier try came no further: nobody but root can make it so.
+        # After an interrupted try the job's user owns the file already; only root can have given it away.
         owners = {each.uid for each in (slot.service, slot.runs_as) if each is not None}
         if not fetched or (slot.service is not None and info.st_uid not in owners):
-            raise OSError(errno.EPERM, "not a file that was fetched for this job", name)
+            raise OSError(errno.EPERM, "not a fetched input of the job", name)
         if slot.runs_as is not None:
             os.fchown(fd, slot.runs_as.uid, slot.runs_as.gid)
     finally:
@@ -145,16 +145,13 @@ def _hand_over(source: int, name: str, target: int, slot: SlotContext) -> None:
 
 
 def room_left(job_fd: int, spent: fs.Room) -> fs.Room:
-    """Say what the job's disk still takes.
-
-    `spent` of that came free by writing records on a disk that was full already (`reserve.spent`).
-    """
+    """Give the room on the job's disk without `spent`, the part of the reserve freed for records."""
     room = fs.free_space(job_fd)
     return fs.Room(max(0, room.size - spent.size), max(0, room.files - spent.files))
 
 
 def file_of_size(job_fd: int, size: int) -> str | None:
-    """Find a file of the job that has at least this many bytes, among a bounded number of them."""
+    """Find a file of the job with at least `size` bytes, among a bounded number of files."""
     room = iter(range(MAX_LOOKED_AT))
     for name in OF_JOB:
         if found := _file_of_size(job_fd, name, name, size, room):
@@ -163,7 +160,7 @@ def file_of_size(job_fd: int, size: int) -> str | None:
 
 
 def _file_of_size(at: int, name: str, path: str, size: int, room: Iterator[int]) -> str | None:
-    # A job that runs as our own user can close its directories to us, or replace them.
+    # A job that runs as our user can close its directories to us, or replace them.
     with suppress(OSError), fs.directory(name, at=at) as fd, os.scandir(fd) as entries:
         for entry, _ in zip(entries, room, strict=False):
             below = f"{path}/{entry.name}"

@@ -129,7 +129,7 @@ def test_the_time_that_a_job_had_is_told(bench: Bench) -> None:
     bench.submit("j1", "exec sleep 600", timeout_s=0.2)
     ended = bench.run("j1")
     assert ended.code == "E_TIMEOUT"
-    assert ended.message.endswith("its time of 0.2 s was over")
+    assert ended.message.endswith("its time limit of 0.2 s was reached")
 
 
 # --- by its limits -----------------------------------------------------------------------------------------

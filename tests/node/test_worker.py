@@ -75,7 +75,7 @@ def test_finished_work_waits_for_a_full_disk(bench: Bench) -> None:
     assert outcome is not None
     assert ended == JobEnded("j1", None, "", outcome.timings)
     assert [artifact.path for artifact in outcome.artifacts] == ["logs/exec.log", "x"]
-    assert bench.log.read_text().count("tried until it can be done") == 1
+    assert bench.log.read_text().count("step retried") == 1
     bench.assert_works()
 
 

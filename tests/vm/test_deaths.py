@@ -79,8 +79,8 @@ def causes(chance: random.Random) -> dict[str, Death]:
     status = chance.choice([number for number in range(1, 256) if number not in {137, 143}])
     by_term = {"timeout_s": 4}
     full = rf"peak (\d+) bytes.* limit {MEMORY_MAX} bytes"
-    refused = r"failed, and the kernel refused it a new process \d+ times; it may have 16"
-    too_large = r"wrote a file larger than it may: 4194304 bytes"
+    refused = r"failed, and the kernel refused the job a new process \d+ times; the limit is 16"
+    too_large = r"wrote a file above the size limit: 4194304 bytes"
     operator, coordinator = "cancelled: by the operator", "cancelled: by the coordinator"
     return {
         "success": Death(OK, "echo done"),
@@ -97,9 +97,9 @@ def causes(chance: random.Random) -> dict[str, Death]:
         "memory of the program": Death("E_OOM", f"exec {MUCH_MEMORY}", full),
         "memory of a child": Death("E_OOM", f"{MUCH_MEMORY}; exit 0", full),
         "processes": Death("E_PIDS", FORKS, refused),
-        "time of the job": Death("E_TIMEOUT", FOR_EVER, "its time of 4 s was over", more=by_term),
-        "time of the job, deaf": Death("E_TIMEOUT", DEAF, "its time of 4 s was over", more=by_term),
-        "time of the slot": Death("E_TIMEOUT", FOR_EVER, "its time of 90 s was over"),
+        "time of the job": Death("E_TIMEOUT", FOR_EVER, "its time limit of 4 s was reached", more=by_term),
+        "time of the job, deaf": Death("E_TIMEOUT", DEAF, "its time limit of 4 s was reached", more=by_term),
+        "time of the slot": Death("E_TIMEOUT", FOR_EVER, "its time limit of 90 s was reached"),
         "cancel by the coordinator": Death("E_CANCELLED", FOR_EVER, coordinator, cancel_at_coordinator),
         "cancel by the operator": Death("E_CANCELLED", FOR_EVER, operator, cancel_as_operator),
         "cancel of a deaf one": Death("E_CANCELLED", DEAF, coordinator, cancel_at_coordinator),

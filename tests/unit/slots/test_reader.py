@@ -270,7 +270,7 @@ MISFITS: list[tuple[dict[str, Any], str]] = [
     ({"cpus": (0, 4)}, "cpus: CPU 4 is offline; chcpu -e 4, or use some of 0-3"),
     (
         {"cpus": (1, 5)},
-        "cpus: CPU 5 is not allowed to this process; use some of 0-3, or widen AllowedCPUs= of the service "
+        "cpus: the miner may not use CPU 5; use some of 0-3, or widen AllowedCPUs= of the service "
         "or the cpuset of the container",
     ),
     ({"cpus": (6,)}, "cpus: there is no CPU 6; this machine has 0-5"),

@@ -277,7 +277,7 @@ def test_a_trap_in_the_place_of_a_declared_file_is_refused(
 
 def test_a_directory_in_the_place_of_a_declared_file_is_refused(job: Path) -> None:
     (job / "work/out.mp4").mkdir()
-    assert "it is a directory" in refused(job, "out.mp4").message
+    assert "a directory, not a regular file" in refused(job, "out.mp4").message
 
 
 @pytest.mark.parametrize("way", ["/etc", "..", "."])
@@ -399,7 +399,7 @@ def test_a_file_over_its_own_size_is_refused(job: Path, size: int) -> None:
         assert collect(job, spec, caps=caps)["a"].bytes == size
         return
     error = refused(job, spec, caps=caps)
-    assert (error.code, "over its 2 MB" in error.message) == (ErrorCode.E_ARTIFACT, True)
+    assert (error.code, "over its max_mb of 2 MB" in error.message) == (ErrorCode.E_ARTIFACT, True)
 
 
 def test_more_files_than_allowed_are_refused(job: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ExitStatus, Usage
+from aitbc_miner.sandbox.bubblewrap import OF_JOB
 from aitbc_miner.sandbox.users import UNALLOCATED
 from aitbc_miner.util import fs
 from aitbc_miner.worker import cleanup, workspace
@@ -58,23 +59,24 @@ CALM: dict[str, Any] = {
         ),
         pytest.param(
             KILLED, MACHINE_OOM, "E_OOM",
-            "the whole machine was out of memory and the job was killed for it: "
+            "the kernel killed the job, because the whole machine was out of memory: "
             "peak 67108864 bytes (64.0 MiB), limit 134217728 bytes (128.0 MiB)", id="the machine is full",
         ),
         pytest.param(FAILED, OOM, "E_OOM", "the job was out of memory: ", id="a child was killed"),
         pytest.param(
             FAILED, REFUSED, "E_PIDS",
-            "the job failed, and the kernel refused it a new process 1234 times; it may have 64",
+            "the job failed, and the kernel refused the job a new process 1234 times; "
+            "the limit is 64 processes and threads",
             id="processes refused",
         ),
         pytest.param(KILLED, REFUSED | {"pids_max": None}, "E_PIDS", "a new process 1234 times", id="signal"),
         pytest.param(
             ExitStatus(signal=signal.SIGXFSZ), {}, "E_OUTPUT",
-            "the job wrote a file larger than it may", id="SIGXFSZ",
+            "the job wrote a file above the size limit", id="SIGXFSZ",
         ),
         pytest.param(
             FAILED, LARGE, "E_OUTPUT",
-            "the job wrote a file larger than it may: 4194304 bytes (4.0 MiB), reached by work/big?",
+            "the job wrote a file above the size limit: 4194304 bytes (4.0 MiB), reached by work/big?",
             id="EFBIG",
         ),
         pytest.param(
@@ -90,15 +92,15 @@ CALM: dict[str, Any] = {
             "the job failed, and the disk of the workspace can hold no more files", id="no inodes",
         ),
         pytest.param(
-            KILLED, CPU, "E_TIMEOUT", "the job used 3.2 s of CPU time, and may use 3 s", id="rlimits.cpu",
+            KILLED, CPU, "E_TIMEOUT", "the job used 3.2 s of CPU time; its limit is 3 s", id="rlimits.cpu",
         ),
         pytest.param(
             ExitStatus(killed_for="timeout"), CALM, "E_TIMEOUT",
-            "the job was ended after 4.0 s: its time of 10 s was over", id="time",
+            "the job was ended after 4.0 s: its time limit of 10 s was reached", id="time",
         ),
         pytest.param(
             ExitStatus(killed_for="timeout"), {}, "E_TIMEOUT",
-            "the job was ended after 0.0 s: its time was over", id="time, by the supervisor",
+            "the job was ended after 0.0 s: its time limit was reached", id="time, by the supervisor",
         ),
         pytest.param(
             ExitStatus(signal=15, killed_for="cancel"), {"cancel_detail": "not wanted"}, "E_CANCELLED",
@@ -118,7 +120,7 @@ CALM: dict[str, Any] = {
         ),
         pytest.param(
             ExitStatus(status=1, killed_for="sandbox"), {"last_line": "bwrap: no /srv/models"}, "E_SANDBOX",
-            "the job was not started: there was no sandbox for it: bwrap: no /srv/models", id="no sandbox",
+            "the job was not started: making its sandbox failed: bwrap: no /srv/models", id="no sandbox",
         ),
     ],
 )  # fmt: skip
@@ -192,7 +194,7 @@ def test_our_own_record_comes_first_and_the_kernels_counts_are_added(
     assert verdict.code == code
     assert verdict.message.endswith(
         "; the kernel killed 2 of its processes for want of memory"
-        "; the kernel refused it a new process 1234 times; it may have 64"
+        "; the kernel refused the job a new process 1234 times; the limit is 64 processes and threads"
     )
 
 
@@ -201,7 +203,7 @@ def test_our_own_record_comes_first_and_the_kernels_counts_are_added(
 
 @pytest.fixture
 def job_fd(tmp_path: Path) -> Iterator[int]:
-    for name in workspace.OF_JOB:
+    for name in OF_JOB:
         (tmp_path / name).mkdir()
     with fs.directory(tmp_path) as fd:
         yield fd

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from aitbc_miner.sandbox.bubblewrap import OF_JOB
 from aitbc_miner.util import clock, fs
 from aitbc_miner.worker import disk_use
 from aitbc_miner.worker.disk_use import MAX_DEPTH, DiskUse
-from aitbc_miner.worker.workspace import OF_JOB
 
 MIB = 1 << 20
 TOO_MUCH = "it had more than 4 MiB on disk (workspace.max_job_mb)"

@@ -96,7 +96,7 @@ def test_a_log_with_a_second_name_or_another_owner_is_refused(logs: tuple[int, P
     written(logs, 100, b"x")
     second = logs[1].parent / "second"
     second.hardlink_to(logs[1])
-    with pytest.raises(PermissionError, match="not a plain file of the worker's own"):
+    with pytest.raises(PermissionError, match="not a plain file owned by the worker"):
         JobLog(logs[0], 100)
     assert second.read_bytes() == b"x"
     second.unlink()
