@@ -34,9 +34,8 @@ from aitbc_miner.runners.interpreter import Interpreter, InterpreterError, canno
 from aitbc_miner.runners.task_catalogue import FoundTask, list_tasks
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, group_of, resolve
 from aitbc_miner.slots.derive import derive_slots, lay_out
-from aitbc_miner.slots.fit import MIB
 from aitbc_miner.slots.reader import check_slots, read_slots
-from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.spec import MIB, SlotSpec
 from aitbc_miner.telemetry.sampling import inventory
 from aitbc_miner.util.trust import distrust, distrust_tree
 from aitbc_miner.util.web import tls_context

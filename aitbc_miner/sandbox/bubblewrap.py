@@ -21,8 +21,7 @@ from aitbc_miner.jobs import ExitStatus
 from aitbc_miner.sandbox.private_mounts import NO_DIRECTORY, NO_FILE, PTS, SHM, TMP, make_mounts
 from aitbc_miner.sandbox.seccomp import filter_fd
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.slots.fit import MIB
-from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.spec import MIB, SlotSpec
 
 BWRAP, TIME = "/usr/bin/bwrap", "/usr/bin/time"
 PACKAGES = {BWRAP: "bubblewrap", TIME: "time"}

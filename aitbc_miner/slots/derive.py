@@ -11,9 +11,8 @@ from aitbc_miner.config.document import Fault
 from aitbc_miner.config.units import AUTO, format_cpus
 from aitbc_miner.probe.topology import MachineFacts
 from aitbc_miner.slots.cpu_layout import Want, cores_of, divide, memory_nodes
-from aitbc_miner.slots.fit import MIB
 from aitbc_miner.slots.reader import check_slots, fault_at, read_slots
-from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.spec import MIB, SlotSpec
 
 
 def lay_out(

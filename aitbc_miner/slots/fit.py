@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 from aitbc_miner.config.units import format_cpus, format_size
 from aitbc_miner.probe.topology import MachineFacts
-from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.spec import MIB, SlotSpec
 from aitbc_miner.util.limits import disk_of
 
-MIB = 1 << 20
 LEFT_TO_SYSTEM = 512 * MIB
 """Bytes. With less (5 % on a smaller machine) the system and the miner may run short of memory."""
 

@@ -8,8 +8,7 @@ from msgspec import Meta, Struct
 
 from aitbc_miner.errors import ErrorCode, JobError
 from aitbc_miner.jobs import JobId, Manifest, Requirements, Short
-from aitbc_miner.slots.fit import MIB
-from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.spec import MIB, SlotSpec
 
 
 class Ticket(Struct, frozen=True):

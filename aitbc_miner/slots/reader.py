@@ -14,8 +14,8 @@ from aitbc_miner.config.settings import SLOTS_DIR
 from aitbc_miner.config.units import CpuList, Percent, Size, format_cpus, format_size, parse_size
 from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.probe.topology import MachineFacts
-from aitbc_miner.slots.fit import MIB, misfits, shared_cpus
-from aitbc_miner.slots.spec import IO_RATES, IoNice, SlotSpec
+from aitbc_miner.slots.fit import misfits, shared_cpus
+from aitbc_miner.slots.spec import IO_RATES, MIB, IoNice, SlotSpec
 from aitbc_miner.util.trust import parse_bind
 
 _BYTES = ("swap_max", "rbps", "wbps", "as", "core", "data", "fsize", "memlock", "msgqueue", "stack")

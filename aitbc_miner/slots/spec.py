@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+MIB = 1 << 20
 IO_RATES = ("rbps", "wbps", "riops", "wiops")
 """The rates of a disk that a slot may limit; the names are those of io.max."""
 

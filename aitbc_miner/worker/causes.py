@@ -12,7 +12,7 @@ from msgspec import Struct
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import ExitStatus, Usage
 from aitbc_miner.runners.interface import Verdict, printable
-from aitbc_miner.slots.fit import MIB
+from aitbc_miner.slots.spec import MIB
 from aitbc_miner.util import fs
 
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from typing import Self
 
 from aitbc_miner.sandbox.bubblewrap import OF_JOB
-from aitbc_miner.slots.fit import MIB
+from aitbc_miner.slots.spec import MIB
 from aitbc_miner.util import clock, fs
 from aitbc_miner.worker.hold import JobHold
 

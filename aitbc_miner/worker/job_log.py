@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from aitbc_miner.jobs import LogInfo
-from aitbc_miner.slots.fit import MIB
+from aitbc_miner.slots.spec import MIB
 from aitbc_miner.util import fs
 from aitbc_miner.worker.hold import JobHold
 

@@ -16,8 +16,7 @@ from aitbc_miner.jobs import Artifact, ExitStatus, LeftOut, Manifest, Outcome, S
 from aitbc_miner.runners.interface import JobPaths, Runner, Verdict, last_line, shortest
 from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.bubblewrap import HOME
-from aitbc_miner.slots.fit import MIB
-from aitbc_miner.slots.spec import SlotSpec
+from aitbc_miner.slots.spec import MIB, SlotSpec
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import JobDir, pretty
 from aitbc_miner.util import clock, fs
