@@ -1,7 +1,7 @@
-"""Known ways to make ordinary programs do more than they seem to: what `check` warns of in an allowlist.
+"""Known ways to abuse ordinary programs; `check` warns about them.
 
-Whoever allows a program allows all that it can be talked into. The tricks here are the well-known ones, as
-collected by GTFOBins and told by the programs' manuals; that there is no warning does not mean it is safe.
+An operator who allows a program allows everything that the program can do. The tricks come from GTFOBins and
+from the programs' manuals. A program without a warning is not necessarily safe.
 """
 
 import re
@@ -15,14 +15,14 @@ from aitbc_miner.allowlist.values import Choice, Regex, TextValue
 
 
 class Trick(NamedTuple):
-    """What can be done with programs of these names.
+    """One way to abuse a program.
 
     Args:
-        programs: fits their names from end to end.
-        words: an argument list with one of these does it; none: any will do.
-        does: what it does, after "lets jobs".
-        unless: leading arguments that prevent it, all of them.
-        remedy: what to do about it.
+        programs: a regular expression for the whole name of the program.
+        words: one of these arguments suffices; if empty, any arguments do.
+        does: the effect, worded to follow "lets jobs".
+        unless: the trick fails if `leading` has all of these arguments.
+        remedy: the advice to the operator.
     """
 
     programs: str
@@ -39,26 +39,26 @@ TRICKS = (
         r"(ba|da|k|z|c|tc|fi)?sh|busybox|python[0-9.]*|pypy[0-9.]*|perl[0-9.]*|ruby[0-9.]*|node(js)?|deno|php[0-9.]*"
         r"|lua[0-9.]*|tclsh[0-9.]*|Rscript|R|guile[0-9.-]*|java|groovy|expect|gdb|make|cmake|ninja|awk|[gm]awk|nawk|ed|vim?(\.\w+)?",
         (),
-        "run any code: it is an interpreter",
-        "make what it is for a task (docs/tasks.md), or a program of its own",
+        "run any code: the program is an interpreter",
+        "offer a task (docs/tasks.md) or a compiled program instead",
     ),
     Trick(
         r"env|nice|ionice|nohup|timeout|time|stdbuf|setsid|setpriv|xargs|parallel|flock|chroot|unshare|nsenter|taskset"
         r"|numactl|strace|ltrace|script|watch|sudo|doas|su|runuser|systemd-run|bwrap|firejail|proot|entr",
         (),
-        "run any other program: that is what it is for",
-        "allow that program itself",
+        "run any other program: the program exists to start others",
+        "allow the program that jobs need",
     ),
     Trick(
         r"docker|podman|nerdctl|kubectl|qemu-.*|virsh|systemctl|crontab|at|batch",
         (),
-        "have others run any code for them",
-        "allow something else",
+        "have a system service run any code",
+        "allow another program",
     ),
     Trick(
         r"curl|wget|aria2c|nc(at)?|netcat|socat|ssh|scp|sftp|rsync|ftp|telnet|openssl",
         (),
-        "speak to the network wherever their slot has one",
+        "use the network if their slot grants network access",
         "have the node fetch inputs (`input.url` of a job)",
     ),
     Trick(r"find", ("-exec", "-execdir", "-ok", "-okdir"), "run any program by {word}", LEAVE_OUT),
@@ -82,7 +82,7 @@ TRICKS = (
     Trick(
         r"ffmpeg|ffprobe|ffplay",
         (),
-        "read addresses and other files that a playlist names",
+        "read any address or file that a playlist names",
         "begin `leading` with -protocol_whitelist file, and allow one input",
         unless=("-protocol_whitelist",),
     ),
@@ -90,30 +90,21 @@ TRICKS = (
         r"ffmpeg|ffprobe",
         ("-f", "-filter_complex_script", "-filter_script", "-init_hw_device", "-attach", "-dump_attachment"),
         "name other files and devices by {word}",
-        "give {word} an enum of what is needed, or leave it out",
+        "give {word} an enum of the needed values, or leave {word} out",
     ),
     Trick(
         r"convert|magick|mogrify|identify|montage|composite|import|display",
         (
-            "-define",
-            "-write",
-            "+write",
-            "-script",
-            "-profile",
-            "-path",
-            "mvg:a",
-            "msl:a",
-            "label:@a",
-            "@a",
-            "http://a",
+            *("-define", "-write", "+write", "-script", "-profile", "-path"),
+            *("mvg:a", "msl:a", "label:@a", "@a", "http://a"),
         ),
-        "have files read, written, or taken for a program by {word}",
+        "read, write or execute files by {word}",
         "use `input` and `output` with suffixes, which admit no `coder:` and no `@`, and leave {word} out",
     ),
     Trick(
         r"gs|ps2pdf|pdf2ps|epstopdf",
         (),
-        "run PostScript, which is a language with files",
+        "run PostScript, a language that reads and writes files",
         "put -dSAFER into `leading`",
         unless=("-dSAFER",),
     ),
@@ -126,7 +117,7 @@ TRICKS = (
     Trick(
         r"blender",
         (),
-        "run the Python that a .blend file brings along",
+        "run the Python code inside a .blend file",
         "put --disable-autoexec and --background into `leading`",
         unless=("--disable-autoexec", "--background"),
     ),
@@ -161,7 +152,7 @@ TRICKS = (
 
 
 def abuse_warnings(entry: Entry) -> Iterator[str]:
-    """Say what an entry lets jobs do that its author has probably not meant."""
+    """Yield what an entry lets jobs do although its author probably did not intend it."""
     program = Path(entry.command.path).name
     for trick in TRICKS:
         if not re.fullmatch(trick.programs, program) or _is_prevented(trick, entry):
@@ -178,7 +169,7 @@ def _is_prevented(trick: Trick, entry: Entry) -> bool:
 
 
 def admits(entry: Entry, word: str) -> bool:
-    """Whether a word can be an argument of an allowed argument list, or of the part that is always there."""
+    """Whether a word is in `leading`, or can be an argument of a permitted argument list."""
     if word in entry.leading:
         return True
     work = Work()
@@ -188,7 +179,7 @@ def admits(entry: Entry, word: str) -> bool:
         rules = [option.rule for option in section.options] + [operand.rule for operand in section.operands]
         if section.read(word) is not None or word in section.words:
             return True
-        # Names of files are of the job's own directory, whatever they are called.
+        # Inputs and outputs are left out: their names stay within the job's own directory.
         kinds = [rule.kind for rule in rules if rule is not None]
         if any(
             isinstance(kind, Choice | Regex | TextValue) and kind.fits(word, None, work) for kind in kinds

@@ -1,7 +1,7 @@
-"""Which programs this node runs, and with which arguments: the operator's allowlist, one file a program.
+"""The operator's allowlist: the programs that this node runs and their arguments, one file for each program.
 
-The arguments are a grammar (allowlist/rules.py, allowlist/grammar.py) or groups of patterns (patterns.py).
-No argument that a job sends can keep the worker busy: what judging it may cost is counted, and bounded.
+An entry describes arguments by a grammar (rules.py, grammar.py) or by groups of patterns (patterns.py).
+No argument list can keep the worker busy: the work of judging a list is counted and bounded.
 """
 
 import hashlib
@@ -15,14 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from aitbc_miner.allowlist.grammar import judge_sections
-from aitbc_miner.allowlist.patterns import (
-    Objection,
-    Pattern,
-    judge_groups,
-    parse_pattern,
-    quoted,
-    some,
-)
+from aitbc_miner.allowlist.patterns import Objection, Pattern, judge_groups, parse_pattern, quoted, some
 from aitbc_miner.allowlist.rules import MAX_RULES, Names, Operand, Option, Section
 from aitbc_miner.config.document import BadField, Fault, Parse, read_document
 from aitbc_miner.config.dropins import drop_ins
@@ -44,7 +37,7 @@ def _program(value: object) -> str:
 
 
 def _untrusted(path: str) -> str | None:
-    """Say why a program must not be run; None when it may, or when it is not there at all."""
+    """Give the reason not to run a program; None if the program may run or does not exist."""
     try:
         info = Path(path).stat()
         if not Path(path).is_file() or not info.st_mode & 0o111:
@@ -53,8 +46,8 @@ def _untrusted(path: str) -> str | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        return f"cannot look at it: {error.strerror or error}"
-    return f"must not be changeable by others: {problem}; mend that with chown or chmod" if problem else None
+        return f"cannot be examined: {error.strerror or error}"
+    return f"must not be changeable by others: {problem}; use chown or chmod" if problem else None
 
 
 def _bind(value: object) -> Path:
@@ -65,27 +58,27 @@ def _bind(value: object) -> Path:
 
 
 def _unfit(path: Path) -> str | None:
-    """Say why jobs must not see a path; None when they may, or when it is not there."""
+    """Give the reason not to show a path to jobs; None if jobs may see the path or it does not exist."""
     try:
         real = path.resolve(strict=True)
         problem = distrust(path)
     except FileNotFoundError:
         return None
     except (OSError, RuntimeError) as error:
-        return f"cannot look at it: {error}"
+        return f"cannot be examined: {error}"
     if real != path:
-        return f"must be a real path, but links lead to {real}; name that"
-    return f"must not be changeable by others: {problem}; mend that with chown or chmod" if problem else None
+        return f"must be a path without symbolic links; write {real}"
+    return f"must not be changeable by others: {problem}; use chown or chmod" if problem else None
 
 
 def _env_name(value: object) -> str:
     if not isinstance(value, str) or not may_be_set(value):
-        raise ValueError("must be the name of a variable that no loader or interpreter obeys")
+        raise ValueError("must be the name of a variable that no loader or interpreter reads")
     return value
 
 
 class Command(Struct, frozen=True):
-    """The program: manifests call it by `name`, else by the last part of its path."""
+    """The program. Manifests name it by `name`, by default the last part of its path."""
 
     path: Annotated[str, Parse(_program)]
     name: Annotated[str, Meta(pattern=r"^[A-Za-z0-9._+-]{1,64}\Z")] | None = None
@@ -95,10 +88,10 @@ class Command(Struct, frozen=True):
 
 
 class Entry(Struct, frozen=True, dict=True):
-    """One file of the allowlist. Lengths in bytes, output in MiB; a limit of None leaves it to the slot.
+    """One file of the allowlist. Lengths are in bytes, output in MiB; if a limit is None, the slot's applies.
 
-    The arguments are those of `sections`, or of the one section that the entry is itself, or, in the short
-    form, `args`. `leading` is put before them by us.
+    Arguments must fit `sections`, or the one section that the entry's own keys describe, or the groups of
+    `args`. The node puts the arguments of `leading` before the job's.
     """
 
     command: Command
@@ -117,20 +110,18 @@ class Entry(Struct, frozen=True, dict=True):
     binds: Annotated[list[Annotated[Path, Parse(_bind)]], Meta(max_length=64)] = []
 
     def __post_init__(self) -> None:
-        """Bound the work that an argument list can cause, and hold the ways to write rules apart."""
+        """Bound the number of patterns, and reject an entry that describes its arguments in two ways."""
         patterns = sum(map(len, self.args))
         if len(self.args) > MAX_GROUPS or patterns > MAX_PATTERNS:
             limits = f"must be at most {MAX_GROUPS} groups and {MAX_PATTERNS} patterns in all"
             raise BadField("args", f"has {len(self.args)} groups with {patterns} patterns; {limits}")
         if any("\0" in word for word in self.leading):
-            raise BadField("leading", "has a NUL, which no argument can hold")
+            raise BadField("leading", "has a NUL character, but arguments cannot hold NUL; remove it")
         own = [key for key in ("options", "operands", "order", "exclusive") if getattr(self, key)]
         ways = [*(key for key in ("args", "sections") if getattr(self, key)), *own]
         if len(ways) > 1 and ways != own:
-            raise BadField(
-                ways[1], f"cannot stand beside `{ways[0]}`: use one way to say which arguments fit"
-            )
-        # What is wrong with it is told with the line of its key.
+            raise BadField(ways[1], f"cannot stand beside `{ways[0]}`; remove one of the two keys")
+        # Making the section here reports its faults with the line of their key.
         _ = self.grammar
 
     @cached_property
@@ -150,11 +141,11 @@ class Entry(Struct, frozen=True, dict=True):
 
     @property
     def name(self) -> str:
-        """What a manifest calls the program."""
+        """The program's name in manifests."""
         return self.command.name or Path(self.command.path).name
 
     def objection(self, args: Sequence[str], inputs: Collection[str] | None = None) -> Objection | None:
-        """Say why arguments are not allowed; None when they are. `inputs` None: any name may be an input."""
+        """Give the reason to deny arguments; None permits them. If `inputs` is None, any input name fits."""
         if problem := _too_long(args, self.max_total_args_len):
             return problem
         if self.args:
@@ -164,7 +155,7 @@ class Entry(Struct, frozen=True, dict=True):
 
 
 class Denied(JobError):  # noqa: N818  # says what it is
-    """No entry allows it: `entry` came nearest, `objection` is what it says."""
+    """No entry permits the command. `objection` is the reason; it comes from `entry`, if that is known."""
 
     def __init__(self, command: str, objection: Objection, entry: Entry | None = None) -> None:
         super().__init__(ErrorCode.E_DENY, f"cannot run {command[:80]!r}: {objection}")
@@ -173,7 +164,7 @@ class Denied(JobError):  # noqa: N818  # says what it is
 
 
 class Digests:
-    """What programs hash to; a file is read again when anything about it has changed."""
+    """The SHA-256 of programs; a file is read again only if its inode, size or times have changed."""
 
     def __init__(self) -> None:
         self._known: dict[str, tuple[tuple[int, ...], str]] = {}
@@ -182,7 +173,7 @@ class Digests:
         """Hash a file.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         with Path(path).open("rb") as file:
             info = os.fstat(file.fileno())
@@ -195,7 +186,7 @@ class Digests:
 
 
 class Allowlist(Struct, frozen=True):
-    """All programs that this node runs, by name, and the files that say so."""
+    """The entries of all programs, by name, and the file of each entry."""
 
     entries: dict[str, Entry] = {}
     files: dict[str, Path] = {}
@@ -208,30 +199,30 @@ class Allowlist(Struct, frozen=True):
         inputs: Collection[str] | None = None,
         kind: str | None = None,
     ) -> Entry:
-        """Find the entry that allows this command line.
+        """Find the entry that permits a command line.
 
         Args:
-            command: what the job calls the program.
-            args: its arguments.
-            inputs: the names of its inputs; None: any name may be one.
-            kind: of the slot that is to run it; None: any.
+            command: the program's name or path in the manifest.
+            args: the job's arguments.
+            inputs: the names of the job's inputs; if None, any name may be an input.
+            kind: the kind of the slot that runs the job; if None, any kind will do.
 
         Raises:
-            Denied: E_DENY, naming the command or the argument, and what would be allowed.
+            Denied: E_DENY, with the command or argument, and the permitted values.
         """
         entry = self._find(command)
-        # Looked at again for each job: the program may have been installed or replaced since the start.
+        # Examined for each job: the program may have been installed or replaced since the start.
         if problem := self.unusable(entry):
             raise Denied(command, problem, entry)
         if objection := entry.objection(args, inputs):
             raise Denied(command, objection, entry)
         if entry.kind not in {None, kind} and kind is not None:
-            text = f"it needs a slot of kind {entry.kind}, and this one is of kind {kind}"
+            text = f"the program needs a slot of kind {entry.kind}, but this slot is of kind {kind}"
             raise Denied(command, Objection(text, rule="kind"), entry)
         return entry
 
     def unusable(self, entry: Entry) -> Objection | None:
-        """Say why nobody can run the program now, whatever the arguments."""
+        """Give the reason why no job can run the program now, whatever its arguments."""
         path = entry.command.path
         if problem := _untrusted(path):
             return Objection(f"{path} {problem}", rule="command.path")
@@ -243,9 +234,10 @@ class Allowlist(Struct, frozen=True):
             except OSError as error:
                 return Objection(f"cannot read {path}: {error.strerror}", rule="command.sha256")
             if digest != entry.command.sha256:
-                return Objection(f"{path} has another sha256 than allowed: {digest}", rule="command.sha256")
+                text = f"{path} has the sha256 {digest}, but its entry requires another"
+                return Objection(text, rule="command.sha256")
         for at, bind in enumerate(entry.binds):
-            if problem := _unfit(bind) or (None if bind.exists() else "is not there"):
+            if problem := _unfit(bind) or (None if bind.exists() else "does not exist"):
                 return Objection(f"{bind} {problem}", rule=f"binds[{at}]")
         return None
 
@@ -256,18 +248,17 @@ class Allowlist(Struct, frozen=True):
             found = [entry for entry in self.entries.values() if entry.command.path == command]
         if len(found) > 1:
             names = some(sorted(entry.name for entry in found))
-            raise Denied(command, Objection(f"several entries have this path; call it by name: {names}"))
+            raise Denied(command, Objection(f"several entries have this path; use an entry's name: {names}"))
         if not found:
-            there = some(sorted(self.entries)) or "none"
-            raise Denied(command, Objection(f"no allowlist entry has this name; there are: {there}"))
+            known = some(sorted(self.entries)) or "none"
+            raise Denied(command, Objection(f"no allowlist entry has this name; known names: {known}"))
         return found[0]
 
 
 def load_allowlist(dirs: Sequence[Path], faults: list[Fault], warnings: list[Fault]) -> Allowlist:
-    """Read each `*.yaml` of the directories; what is wrong goes to `faults`.
+    """Read each `*.yaml` of the directories; an entry with a fault is left out and goes to `faults`.
 
-    An entry with a fault is left out. One whose program is not installed, or not the one that it names, goes
-    to `warnings` and denies until it is.
+    An entry goes to `warnings` and denies its jobs while its program is missing or has another SHA-256.
     """
     allowlist = Allowlist({}, {})
     for file in _files(dirs, faults, warnings):
@@ -275,7 +266,7 @@ def load_allowlist(dirs: Sequence[Path], faults: list[Fault], warnings: list[Fau
         if entry is None:
             continue
         if other := allowlist.files.get(entry.name):
-            problem = f"{entry.name!r} is also defined by {other}; give one of them a `name` of its own"
+            problem = f"{entry.name!r} is also defined by {other}; give one of the two entries another `name`"
             faults.append(Fault(str(file), line_of(file, ["command"]), "command", problem))
             continue
         allowlist.files[entry.name] = file
@@ -290,7 +281,7 @@ def _files(dirs: Sequence[Path], faults: list[Fault], warnings: list[Fault]) -> 
     files: list[Path] = []
     for directory in dirs:
         if not directory.exists():
-            problem = "this directory is not there; it allows no commands"
+            problem = "the directory does not exist and so permits no commands; create it"
             warnings.append(Fault(str(directory), None, "", problem))
         elif found := drop_ins(directory, faults):
             warnings += found.warnings()
@@ -299,7 +290,7 @@ def _files(dirs: Sequence[Path], faults: list[Fault], warnings: list[Fault]) -> 
 
 
 def _too_long(args: Sequence[str], limit: int) -> Objection | None:
-    total = max(0, len(args) - 1)  # counted as on a command line, with a blank between two arguments
+    total = max(0, len(args) - 1)  # counted as on a command line, with a space between two arguments
     for at, arg in enumerate(args):
         try:
             total += len(arg.encode())

@@ -1,8 +1,8 @@
-"""Whether an argument list follows a grammar: one section after the other, each options and then operands.
+"""Whether an argument list follows a grammar: a sequence of sections, each with options and then operands.
 
-Where a section ends, and which of its operands are there, may be read in several ways. All of them are
-followed at once, and which options have been used follows from where a section began. So the work grows with
-the arguments, not with the ways to read them, and `Work` bounds it.
+A list can have several readings: where a section ends, and which operands an argument fills. The reader
+follows all readings at once. A reading is known by its section and the argument at which the section begins,
+so the work grows with the number of arguments, not of readings. `Work` bounds the work.
 """
 
 from collections import Counter
@@ -18,10 +18,11 @@ A_TOKEN = 4 * STEP
 
 
 class ArgumentPlace:
-    """How far one reading of a section has come.
+    """The progress of one reading of a section.
 
-    `at` is the next argument, `used` how often each option is there, `last` the latest of them. `spots` is
-    where one may be among the operands: at which, with how many of it so far; `begun` says that there is one.
+    `at` is the index of the next argument. `used` counts the uses of each option; `last` is the latest one.
+    `spots` has each possible place among the operands: the operand's index and how many of it were read.
+    `begun` is true once an operand was read.
     """
 
     def __init__(self, section: Section, at: int) -> None:
@@ -34,7 +35,7 @@ class ArgumentPlace:
         self.settle({(0, 0)})
 
     def settle(self, spots: set[tuple[int, int]]) -> None:
-        """Be at these spots, and where one gets from them without another operand."""
+        """Set the spots to these, and to all spots reachable from them without reading an operand."""
         operands = self.section.operands
         self.spots = set(spots)
         waiting = list(spots)
@@ -47,7 +48,7 @@ class ArgumentPlace:
 
     @property
     def lacking(self) -> list[Option]:
-        """Options that have to be there, and are not."""
+        """The required options not used yet."""
         options = self.section.options
         return [options[index] for index in self.section.required if not self.used[index]]
 
@@ -57,21 +58,21 @@ class ArgumentPlace:
         return (len(self.section.operands), 0) in self.spots and not self.lacking
 
     def refusal(self, index: int) -> str:
-        """Say why an option must not be here; empty when it may."""
+        """Give the reason to refuse an option here; empty if the option may come here."""
         option = self.section.options[index]
         if self.section.order != "any" and self.begun:
             return "must come before the operands"
         if self.section.order == "fixed" and index < self.last:
             return f"must come before {self.section.options[self.last].names[0]}"
         if self.used[index] >= option.max:
-            return "is there already" if option.max == 1 else f"may be there {option.max} times"
+            return f"may be used only {'once' if option.max == 1 else f'{option.max} times'}"
         for rival in self.section.rivals.get(index, ()):
             if self.used[rival]:
                 return f"cannot be used together with {self.section.options[rival].names[0]}"
         return ""
 
     def expected(self, inputs: InputValue) -> list[str]:
-        """Say what could come here."""
+        """Describe the arguments permitted here."""
         options = list(enumerate(self.section.options))
         able = [option.names[0] for index, option in options if not self.refusal(index)]
         operands = [
@@ -83,7 +84,10 @@ class ArgumentPlace:
 
 
 class ArgumentMisfit(Exception):  # noqa: N818  # says what it is
-    """An argument is not what this reading wants: which one, why, by which rule, and what would be."""
+    """The argument at index `at` does not fit this reading.
+
+    `why` is the reason, `rule` the key of the rule; `fits` describes the arguments that the rule permits.
+    """
 
     def __init__(self, at: int, why: str, rule: str, fits: Callable[[], list[str]]) -> None:
         super().__init__(why)
@@ -96,16 +100,14 @@ class ArgumentMisfit(Exception):  # noqa: N818  # says what it is
 def judge_sections(
     sections: Sequence[Section], args: Sequence[str], inputs: InputValue, prefix: str = "sections[{}]."
 ) -> Objection | None:
-    """Object to arguments that are not these sections, one after the other.
+    """Object to arguments that do not follow the sections.
 
-    `prefix` is the key of a section in the file, `inputs` are the names of the job's inputs.
+    `prefix` is the key of a section in the file, with {} for its index. `inputs` are the job's input names.
     """
     for at, arg in enumerate(args):
         if not arg.isprintable() or len(arg) > MAX_TEXT:
-            why = (
-                f"is longer than {MAX_TEXT} characters" if arg.isprintable() else "holds a control character"
-            )
-            return Objection(f"{quoted(args, at)} {why}", at)
+            fault = f"is longer than {MAX_TEXT}" if arg.isprintable() else "has unprintable"
+            return Objection(f"{quoted(args, at)} {fault} characters", at)
     reader = Reader(sections, args, inputs, prefix)
     try:
         return None if reader.accepts() else reader.objection()
@@ -114,7 +116,7 @@ def judge_sections(
 
 
 class Reader:
-    """Reads one argument list in all the ways in which it can be read."""
+    """Follows all readings of one argument list."""
 
     def __init__(
         self, sections: Sequence[Section], args: Sequence[str], inputs: InputValue, prefix: str
@@ -128,14 +130,14 @@ class Reader:
         self._known: dict[tuple[int, int], frozenset[int]] = {}
 
     def accepts(self) -> bool:
-        """Whether there is a way to read all of it."""
+        """Whether some reading reaches the end of the arguments."""
         reached = {0}
         for k, section in enumerate(self._sections):
             found = set(reached) if section.min == 0 else set()
             for times in range(1, section.most + 1):
                 reached = {end for start in reached for end in self._ends(k, start)}
                 if times >= section.min:
-                    # Where it has been before with fewer of them, it has more left to use.
+                    # A reading that came here with fewer repetitions has more of them left.
                     reached -= found
                     found |= reached
                 if not reached:
@@ -144,20 +146,20 @@ class Reader:
         return len(self._args) in reached
 
     def objection(self) -> Objection:
-        """Name the argument up to which the best reading comes, and what it would have had to be."""
+        """Name the argument at which the best reading fails, and the arguments permitted there."""
         best = max(self._misfits, key=lambda misfit: bool(misfit.why))
         at = best.at
         readings = [best, *(misfit for misfit in self._misfits if misfit is not best)]
         fits = tuple(dict.fromkeys(word for misfit in readings for word in misfit.fits()))
         rule = best.rule if best.why or len({misfit.rule for misfit in readings}) == 1 else ""
         if at < len(self._args):
-            why = best.why or ("is not allowed there" if fits else "is one too many: nothing more may follow")
+            why = best.why or ("is not allowed at this place" if fits else "is too many: the list must end")
             return Objection(f"{quoted(self._args, at)} {why}", at, fits, rule)
-        last = f"after the last {quoted(self._args, at - 1)} another" if self._args else "an argument"
-        return Objection(f"{last} is missing", at, fits, rule)
+        last = f" after {quoted(self._args, at - 1)}" if self._args else ""
+        return Objection(f"an argument is missing{last}", at, fits, rule)
 
     def _ends(self, k: int, start: int) -> frozenset[int]:
-        """Say where one section that begins at an argument may end."""
+        """Give the indices at which section `k` may end if it begins at argument `start`."""
         self._work.spend()
         if (k, start) not in self._known:
             self._known[k, start] = frozenset(self._walk(k, start))
@@ -177,7 +179,7 @@ class Reader:
                 return
 
     def _note(self, misfit: ArgumentMisfit) -> None:
-        """Remember those that came farthest."""
+        """Keep the misfits of the readings that came farthest."""
         farthest = self._misfits[0].at if self._misfits else -1
         if misfit.at > farthest:
             self._misfits = []
@@ -188,7 +190,7 @@ class Reader:
         """Read an option or an operand.
 
         Raises:
-            Misfit: it is neither.
+            ArgumentMisfit: the next argument is neither.
         """
         if place.at == len(self._args):
             raise self._stuck(place, key)
@@ -211,13 +213,13 @@ class Reader:
         at, value = place.at, written
         if option.rule is not None and value is None:
             if "separate" not in option.write:
-                raise ArgumentMisfit(at, "has no value; it must be written in the same argument", rule, list)
+                raise ArgumentMisfit(at, "has no value; write the value in the same argument", rule, list)
             at += 1
             value = self._value(at, option.rule, rule)
         if option.rule is not None and value is not None and not self._fits(option.rule, value):
             name = option.names[0]
             raise ArgumentMisfit(
-                at, f"is no value of {name}", f"{rule}.value", partial(self._describe, option.rule)
+                at, f"is not a value of {name}", f"{rule}.value", partial(self._describe, option.rule)
             )
         place.at = at + 1
         place.used[index] += 1
@@ -246,17 +248,17 @@ class Reader:
             and self._fits(operands[which].rule, self._args[at])
         }
         if not spots and name is not None:
-            raise ArgumentMisfit(at, f"is no value of {name}", f"{key}operands[{which}].value", missing)
+            raise ArgumentMisfit(at, f"is not a value of {name}", f"{key}operands[{which}].value", missing)
         if not spots:
             raise self._stuck(place, key)
         place.settle(spots)
         place.at, place.begun = at + 1, True
 
     def _value(self, at: int, rule: Value, key: str) -> str:
-        """Give the argument that is an option's value.
+        """Give the argument at `at` as an option's value.
 
         Raises:
-            Misfit: there is none, or it would pass for an option.
+            ArgumentMisfit: there is no argument, or a program may read it as an option.
         """
         if at == len(self._args):
             raise ArgumentMisfit(at, "", key, partial(self._describe, rule))
@@ -274,5 +276,5 @@ class Reader:
 
 
 def _stands_alone(rule: Value, value: str) -> bool:
-    """Whether a program cannot take a value that is an argument of its own for an option."""
+    """Whether no program reads the value as an option, if the value is a separate argument."""
     return rule.may_begin_with_dash or not value.startswith("-")

@@ -1,7 +1,7 @@
-"""Patterns for arguments, what judging by them may cost, and the allowlist's short form: groups of patterns.
+"""Patterns for arguments, a bound on the work of matching, and groups of patterns (`args` of an entry).
 
-Patterns are RE2's, which matches in time linear in the argument; Python's own `re` cannot promise that. What
-is left is bounded by `Work`, which counts before it matches: no answer depends on how busy the machine is.
+RE2 matches in time linear in the argument, unlike Python's `re`. `Work` bounds the number of matches. It
+counts units and not seconds, so that no verdict depends on the load of the machine.
 """
 
 from collections import defaultdict
@@ -14,17 +14,17 @@ from msgspec import Struct
 from aitbc_miner.errors import brief
 
 MAX_WORK = 1_500_000
-"""In units of about 5 ns at worst: one state of a pattern, tried on one byte of an argument."""
+"""A unit is one state of a pattern, tried on one byte of an argument: at worst about 5 ns."""
 STEP = 250
-"""What a step of ours costs."""
+"""The cost of one step of the search."""
 A_MATCH, A_WIDE_MATCH = 600, 1500
-"""What it costs to ask RE2 at all; it converts what is not ASCII."""
+"""The cost of one call of RE2, for ASCII and for other text, which RE2 converts first."""
 GLANCE = 25
-"""What it costs to look up what is known already."""
+"""The cost of looking up a remembered match."""
 
 
 class Pattern(Protocol):
-    """A compiled pattern, as far as it is used here."""
+    """A compiled RE2 pattern."""
 
     pattern: str
     programsize: int
@@ -41,13 +41,13 @@ def parse_pattern(value: object) -> Pattern:
     """Compile a pattern.
 
     Raises:
-        ValueError: it is no text, or not in RE2's syntax.
+        ValueError: the value is not text, or not in RE2's syntax.
     """
     if not isinstance(value, str):
-        raise ValueError("must be a pattern; put it in quotes")  # noqa: TRY004  # what Parse asks for
+        raise ValueError("must be a pattern in quotes")  # noqa: TRY004  # Parse expects ValueError
     options = re2.Options()
     options.log_errors = False
-    # Only whether it fits is asked; finding out which part fits which bracket takes many times as long.
+    # No caller reads capture groups, and finding them takes many times as long.
     options.never_capture = True
     try:
         return re2.compile(value, options)  # type: ignore[no-any-return]
@@ -62,17 +62,17 @@ class TooMuchWork(Exception):  # noqa: N818  # says what it is
 
 
 class Work:
-    """Does all that an argument list can make us do, and ends it when it is too much."""
+    """Matches patterns for one argument list, remembers the results, and stops at a limit of units."""
 
     def __init__(self, limit: int = MAX_WORK) -> None:
         self._left = limit
         self._matched: dict[tuple[str, str], bool] = {}
 
     def spend(self, units: int = STEP) -> None:
-        """Account for something that is about to be done.
+        """Account for a step before the caller takes it.
 
         Raises:
-            TooMuchWork: too much has been done already.
+            TooMuchWork: the step exceeds the limit.
         """
         if units > self._left:
             raise TooMuchWork
@@ -82,7 +82,7 @@ class Work:
         """Whether a pattern fits the whole text.
 
         Raises:
-            TooMuchWork: that could take too long.
+            TooMuchWork: the match exceeds the limit.
         """
         asked = pattern.pattern, text
         self.spend(GLANCE)
@@ -95,9 +95,10 @@ class Work:
 
 
 class Objection(Struct, frozen=True):
-    """Why an argument list is not allowed: a sentence, the argument's index (their number: one is missing).
+    """The reason to deny an argument list.
 
-    `fits` is what would have been allowed there, `rule` the key in the file that does not allow it.
+    `at` is the index of the argument; the number of arguments, if a further argument is missing. `fits`
+    describes the permitted arguments at this place. `rule` is the key of the allowlist that denies.
     """
 
     text: str
@@ -110,7 +111,7 @@ class Objection(Struct, frozen=True):
 
 
 def some(values: Iterable[str], between: str = ", ", most: int = 12) -> str:
-    """Name a few of many, each of them in brief."""
+    """Join the first `most` values, each shortened, and count the rest."""
     names = list(dict.fromkeys(values))
     return between.join(brief(name, 200) for name in names[:most]) + (
         f" and {len(names) - most} more" if len(names) > most else ""
@@ -118,31 +119,34 @@ def some(values: Iterable[str], between: str = ", ", most: int = 12) -> str:
 
 
 def quoted(args: Sequence[str], at: int) -> str:
-    """Name an argument in a sentence."""
+    """Name an argument by its number and text."""
     return f"argument {at + 1} ({args[at][:60]!r})"
 
 
-def too_much(limit: str = "too many of its rules fit the same arguments, or they are too long") -> Objection:
-    """Object to arguments that cannot be judged in time."""
-    return Objection(f"its arguments cannot be judged within the work that is allowed: {limit}")
+def too_much(rules: str = "rules") -> Objection:
+    """Object to arguments that take too much work; `rules` says what they are judged by."""
+    return Objection(
+        f"checking the arguments takes too much work: too many {rules} fit the same arguments,"
+        " or the arguments are too long"
+    )
 
 
 def judge_groups(groups: Sequence[PatternGroup], args: Sequence[str]) -> Objection | None:
-    """Object to arguments that cannot be cut into runs that fit.
+    """Object to arguments that cannot be cut into runs of which each fits a group of its own.
 
-    Each run must fit one group, pattern for pattern, each group may be used once, in any order.
+    A run fits a group if each argument fits the pattern at its place. Groups may come in any order.
     """
     try:
         return _judge(groups, args, Work())
     except TooMuchWork:
-        return too_much("too many of its groups fit the same arguments, or they are too long")
+        return too_much("groups")
 
 
 def _judge(groups: Sequence[PatternGroup], args: Sequence[str], work: Work) -> Objection | None:
     most = sum(map(len, groups))
     if len(args) > most:
         return Objection(
-            f"{quoted(args, most)} is one too many; at most {most} can be allowed", most, rule="args"
+            f"{quoted(args, most)} is too many; the entry permits at most {most}", most, rule="args"
         )
     matched: list[list[int]] = []
     reached = {0}
@@ -150,8 +154,8 @@ def _judge(groups: Sequence[PatternGroup], args: Sequence[str], work: Work) -> O
         matched.append([_matched(group, args, at, work) for group in groups] if at in reached else [])
         reached |= {at + count for g, count in enumerate(matched[at]) if count == len(groups[g])}
     runs = [[g for g, count in enumerate(row) if count == len(groups[g])] for row in matched]
-    # Where the rest could be cut if groups could be used again. Few lists fail only for using one twice,
-    # so most searches end here, without a search.
+    # Places from which the rest can be cut if groups may be used again. Few lists fail only because they
+    # use a group twice, so most need no search.
     open_ends = {len(args)}
     for at in reversed(range(len(args))):
         if any(at + len(groups[g]) in open_ends for g in runs[at]):
@@ -162,7 +166,7 @@ def _judge(groups: Sequence[PatternGroup], args: Sequence[str], work: Work) -> O
 
 
 def _matched(group: PatternGroup, args: Sequence[str], at: int, work: Work) -> int:
-    """Count the patterns of a group, from its first on, that fit the arguments from `at` on."""
+    """Count how many patterns of a group, from the first on, fit the arguments from `at` on."""
     for count, pattern in enumerate(group):
         if at + count == len(args) or not work.fits(pattern, args[at + count]):
             return count
@@ -170,7 +174,7 @@ def _matched(group: PatternGroup, args: Sequence[str], at: int, work: Work) -> i
 
 
 def _misfit(groups: Sequence[PatternGroup], args: Sequence[str], matched: list[list[int]]) -> Objection:
-    """Name the farthest argument that some cut arrives at, and what it would have had to be."""
+    """Name the farthest argument at which any cut fails, and the patterns for this place."""
     wanted: dict[int, dict[str, int]] = defaultdict(dict)
     for at in range(len(args)):
         for g, count in enumerate(matched[at]):
@@ -179,9 +183,9 @@ def _misfit(groups: Sequence[PatternGroup], args: Sequence[str], matched: list[l
     farthest = max(wanted)
     fits = tuple(sorted(wanted[farthest]))
     if farthest == len(args):
-        text = f"after the last {quoted(args, farthest - 1)} another is missing"
+        text = f"an argument is missing after {quoted(args, farthest - 1)}"
     else:
-        text = f"{quoted(args, farthest)} is not allowed there"
+        text = f"{quoted(args, farthest)} is not allowed at this place"
     groups_there = set(wanted[farthest].values())
     return Objection(
         text, farthest, fits, f"args[{groups_there.pop()}]" if len(groups_there) == 1 else "args"
@@ -189,7 +193,7 @@ def _misfit(groups: Sequence[PatternGroup], args: Sequence[str], matched: list[l
 
 
 class _Search:
-    """Depth first, at most as deep as there are groups; dead ends are remembered."""
+    """A depth-first search for a cut, at most as deep as the number of groups; it remembers dead ends."""
 
     def __init__(
         self, groups: Sequence[PatternGroup], runs: list[list[int]], open_ends: set[int], work: Work
@@ -201,13 +205,13 @@ class _Search:
         self.dead: set[tuple[int, int]] = set()
         self.farthest = 0
         self.twins = self._twins()
-        # A group that fits nothing further on makes no difference there, used or not.
+        # From a place on, only groups that fit a later run matter: a dead end is remembered by these alone.
         self.useful = [0] * (len(runs) + 1)
         for at in reversed(range(len(runs))):
             self.useful[at] = self.useful[at + 1] | sum(1 << g for g in runs[at])
 
     def _twins(self) -> list[int]:
-        """Give for each group the bit of the one before that fits in all the same places, or 0."""
+        """Give for each group the bit of the latest earlier group with the same length and places, or 0."""
         places: list[list[int]] = [[length] for length in self.lengths]
         for at, fitting in enumerate(self.runs):
             for g in fitting:
@@ -235,7 +239,7 @@ class _Search:
         for g in self.runs[at]:
             self.work.spend()
             bit, end = 1 << g, at + self.lengths[g]
-            # Of groups that are alike here, only the first that is free need be tried.
+            # Of twins, only the first free group need be tried.
             if used & bit or self.twins[g] & ~used or end not in self.open_ends:
                 continue
             if self.cut(end, used | bit):

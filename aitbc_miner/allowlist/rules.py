@@ -1,4 +1,4 @@
-"""The rules of an argument list as an operator writes them: sections of options and operands."""
+"""Rules for argument lists as the operator writes them: sections of options and operands."""
 
 from collections import Counter
 from functools import cached_property
@@ -24,7 +24,7 @@ Often = Annotated[int, Meta(ge=1, le=10_000)]
 
 
 class Option(Struct, frozen=True, dict=True):
-    """A flag, or with `value` an option that has one; `name` may be several spellings of it."""
+    """A flag, or an option with a `value`. `name` may list several spellings."""
 
     name: Name | Names
     value: Written | None = None
@@ -44,17 +44,17 @@ class Option(Struct, frozen=True, dict=True):
 
     @property
     def names(self) -> list[str]:
-        """All its spellings."""
+        """All spellings of the option."""
         return [self.name] if isinstance(self.name, str) else self.name
 
     @cached_property
     def rule(self) -> Value | None:
-        """What its value must be."""
+        """The rule for the option's value; None for a flag."""
         return None if self.value is None else value_of(self.value)
 
 
 class Operand(Struct, frozen=True, dict=True):
-    """What must be in its place; after `name`, if it has one."""
+    """A positional argument; with `name`, a fixed word that precedes each value."""
 
     value: Written
     name: Name | None = None
@@ -66,34 +66,32 @@ class Operand(Struct, frozen=True, dict=True):
             raise BadField("max", f"{self.max} is below min ({self.min}); nothing could fit")
         kind = self.rule.kind
         if self.name is None and isinstance(kind, IntRange | FloatRange) and kind.min < 0:
-            raise BadField(
-                "value", "may be negative; without a `name` before it, -5 would pass for an option"
-            )
+            raise BadField("value", "may be negative, and a program would read -5 as an option; add a `name`")
         if (
             self.name is None
             and isinstance(kind, Choice)
             and any(len(word) > 1 and word[0] == "-" for word in kind.words)
         ):
-            raise BadField("value", "has a word that begins with a dash; make that an option")
+            raise BadField("value", "has a word that begins with a dash; make the word an option")
 
     @cached_property
     def rule(self) -> Value:
-        """What it must be."""
+        """The rule for the operand's value."""
         return value_of(self.value)
 
     @property
     def most(self) -> int:
-        """How many there may be."""
+        """The largest number of such operands in a row."""
         return max(1, self.min) if self.max is None else self.max
 
     def describe(self, inputs: InputValue) -> str:
-        """Say what it must be."""
+        """Describe the operand for a message."""
         what = self.rule.kind.describe(inputs)
         return f"{self.name} with {what}" if self.name else what
 
 
 class Section(Struct, frozen=True, dict=True):
-    """Options and then operands, `min` to `max` times in a row."""
+    """Options, then operands. An argument list has `min` to `max` such sections in a row."""
 
     name: Annotated[str, Meta(min_length=1, max_length=60)] | None = None
     options: Annotated[list[Option], Meta(max_length=MAX_RULES)] = []
@@ -108,32 +106,32 @@ class Section(Struct, frozen=True, dict=True):
             raise BadField("max", f"{self.max} is below min ({self.min}); nothing could fit")
         names = [name for option in self.options for name in option.names]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise BadField("options", f"has {twice[0]} twice; each name may stand for one option")
+            raise BadField("options", f"has {twice[0]} twice; remove one of the two")
         for operand in self.operands:
             if operand.name in names:
-                raise BadField("operands", f"has {operand.name}, which is an option, too; remove one of them")
+                raise BadField("operands", f"has {operand.name}, an option as well; remove one of the two")
         for name in (name for names_of_one in self.exclusive for name in names_of_one):
             if name not in names:
-                raise BadField("exclusive", f"names {name}, which is no option of this section")
+                raise BadField("exclusive", f"names {name}, but the section has no such option")
 
     @property
     def most(self) -> int:
-        """How often it may be there."""
+        """How often the section may be repeated."""
         return max(1, self.min) if self.max is None else self.max
 
     @cached_property
     def required(self) -> tuple[int, ...]:
-        """The options that have to be there."""
+        """The indices of the required options."""
         return tuple(index for index, option in enumerate(self.options) if option.required)
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """Names of operands: such a word is never an operand itself."""
+        """The names of operands. A name is never read as the value of an operand."""
         return frozenset(operand.name for operand in self.operands if operand.name)
 
     @cached_property
     def _written(self) -> dict[str, dict[str, int]]:
-        """The options by way of writing and name."""
+        """The index of each option, by way of writing and by name."""
         ways: dict[str, dict[str, int]] = {"whole": {}, "equals": {}, "joined": {}}
         for index, option in enumerate(self.options):
             ways["whole"] |= dict.fromkeys(option.names, index)
@@ -143,7 +141,7 @@ class Section(Struct, frozen=True, dict=True):
 
     @cached_property
     def rivals(self) -> dict[int, set[int]]:
-        """For each option those that must not be there beside it."""
+        """For each option, the options that exclude it."""
         found: dict[int, set[int]] = {}
         for names in self.exclusive:
             together = {self._written["whole"][name] for name in names}
@@ -152,7 +150,10 @@ class Section(Struct, frozen=True, dict=True):
         return found
 
     def read(self, arg: str) -> tuple[int, str | None] | None:
-        """Say which option an argument is, and the value that is written in it; None: it is none."""
+        """Split an argument into an option's index and its value; None if the argument is no option.
+
+        The value is None unless the argument itself holds the value, as in --time=5.
+        """
         if arg in self._written["whole"]:
             return self._written["whole"][arg], None
         name, equals, value = arg.partition("=")

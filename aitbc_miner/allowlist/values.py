@@ -1,7 +1,7 @@
-"""What the value of an option or operand may be: numbers, words, patterns, files of the job, texts.
+"""Rules for the values of options and operands: numbers, words, patterns, files of the job, texts.
 
-In YAML a value is a mapping with one key, `{int: {min: 0, max: 51}}`, or the bare word `input` or `output`.
-Each kind says whether a text fits, and describes what would.
+In YAML a rule is a mapping with one key, `{int: {min: 0, max: 51}}`, or the bare word `input` or `output`.
+Each kind of rule has `fits`, to judge a text, and `describe`, to name the permitted texts.
 """
 
 import re
@@ -18,7 +18,7 @@ from aitbc_miner.allowlist.patterns import Pattern, Work, parse_pattern, some
 from aitbc_miner.config.document import BadField, Parse
 
 MAX_TEXT = 4096
-"""Characters in one argument, whatever it is for."""
+"""The most characters of one argument."""
 MAX_NAME = 255
 MAX_DEPTH = 8
 MAX_SHOWN = 100
@@ -27,12 +27,12 @@ _INT = re.compile(r"-?(0|[1-9][0-9]{0,18})", re.ASCII)
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.[0-9]{1,15})?", re.ASCII)
 
 InputValue = Collection[str] | None
-"""Names of a job's inputs; None: any name may be one."""
+"""The names of a job's inputs; None if any name may be an input."""
 Number = Annotated[float, Meta(ge=-1e15, le=1e15)]
 
 
 class IntRange(Struct, frozen=True):
-    """A whole number, written in the one usual way."""
+    """A whole number in decimal, without a plus sign or leading zeros."""
 
     min: Annotated[int, Meta(ge=-(2**62), le=2**62)]
     max: Annotated[int, Meta(ge=-(2**62), le=2**62)]
@@ -42,18 +42,16 @@ class IntRange(Struct, frozen=True):
             raise BadField("max", f"{self.max} is below min ({self.min}); nothing could fit")
 
     def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002  # as all kinds
-        """Whether it is such a number."""
-        if not _INT.fullmatch(text) or text == "-0":
-            return False
-        return self.min <= int(text) <= self.max
+        """Whether the text is a number in the range."""
+        return bool(_INT.fullmatch(text)) and text != "-0" and self.min <= int(text) <= self.max
 
     def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
-        """Say what fits."""
+        """Name the range."""
         return f"a whole number from {self.min} to {self.max}"
 
 
 class FloatRange(Struct, frozen=True):
-    """A number in decimal, without an exponent."""
+    """A decimal number without an exponent."""
 
     min: Number
     max: Number
@@ -63,54 +61,54 @@ class FloatRange(Struct, frozen=True):
             raise BadField("max", f"{self.max:.15g} is below min ({self.min:.15g}); nothing could fit")
 
     def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002
-        """Whether it is such a number. Without negative ones, nothing begins with a dash, not even -0."""
+        """Whether the text is a number in the range. If `min` is 0 or more, -0 does not fit either."""
         if not _FLOAT.fullmatch(text) or (text.startswith("-") and self.min >= 0):
             return False
-        # As written: the nearest float of 60.000000000000001 is 60.
+        # Compared as decimals, because 60.000000000000001 as a float is 60.
         return Decimal(str(self.min)) <= Decimal(text) <= Decimal(str(self.max))
 
     def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
-        """Say what fits."""
+        """Name the range."""
         return f"a number from {self.min:.15g} to {self.max:.15g}"
 
 
 def _word(value: object) -> str:
     if not isinstance(value, str) or not value.isprintable() or len(value) > MAX_TEXT:
-        raise ValueError("must be a word as it is written on a command line; put it in quotes")
+        raise ValueError(f"must be at most {MAX_TEXT} printable characters in quotes")
     return value
 
 
 class Choice(Struct, frozen=True):
-    """One of a few words, which the operator has written himself."""
+    """A word of the operator's list."""
 
     words: list[str]
 
     def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002
-        """Whether it is one of them."""
+        """Whether the text is in the list."""
         return text in self.words
 
     def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
-        """Say what fits."""
+        """Name the words."""
         return some(self.words, " or ")
 
 
 class Regex(Struct, frozen=True):
-    """What a pattern fits from end to end."""
+    """A text that matches a pattern from beginning to end."""
 
     pattern: Pattern
 
     def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002
-        """Whether the pattern fits."""
+        """Whether the pattern fits the text."""
         return work.fits(self.pattern, text)
 
     def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
-        """Say what fits."""
-        return f"what {self.pattern.pattern!r} fits"
+        """Name the pattern."""
+        return f"a text that matches {self.pattern.pattern!r}"
 
 
 def _name_chars(value: object) -> str:
     if not isinstance(value, str) or not value.isprintable() or set(value) & set("/\\:") or len(value) > 64:
-        raise ValueError(r"must be at most 64 printable characters in quotes, and none of / \ :")
+        raise ValueError(r"must be at most 64 printable characters in quotes, without / \ and :")
     return value
 
 
@@ -121,23 +119,23 @@ def _suffix(value: object) -> str:
 
 
 class NameFilter(Struct, frozen=True, dict=True):
-    """How files may be called. `chars` are characters besides ASCII letters, digits and `. _ -`."""
+    """A rule for names of files. `chars` are permitted besides ASCII letters, digits and `. _ -`."""
 
     suffixes: Annotated[list[Annotated[str, Parse(_suffix)]], Meta(max_length=64)] = []
     chars: Annotated[str, Parse(_name_chars)] = ""
 
     @cached_property
     def pattern(self) -> Pattern:
-        """What one part of a path is made of; it begins with a letter, a digit or an underscore."""
+        """The pattern for each part of a path: a part begins with a letter, a digit or an underscore."""
         more = "".join(f"\\x{{{ord(char):x}}}" for char in self.chars)
         return parse_pattern(f"[A-Za-z0-9_][A-Za-z0-9._{more}-]*")
 
     def suits(self, path: str, work: Work) -> bool:
-        """Whether a path is made of such parts, and has one of the endings."""
+        """Whether each part of the path fits the pattern, and the path has a permitted ending."""
         if self.suffixes and not path.endswith(tuple(self.suffixes)):
             return False
         parts = path.split("/")
-        # What is no UTF-8 is not printable either, and has no length in it.
+        # `isprintable` comes first, because `encode` fails for text that is not valid Unicode.
         if (
             not path.isprintable()
             or len(parts) > MAX_DEPTH
@@ -147,63 +145,63 @@ class NameFilter(Struct, frozen=True, dict=True):
         return all(work.fits(self.pattern, part) for part in parts)
 
     def ending(self) -> str:
-        """Say which endings there are."""
+        """Name the permitted endings, in parentheses."""
         return f" ({some(self.suffixes, ' ')})" if self.suffixes else ""
 
 
 class InputFile(NameFilter, frozen=True, dict=True):
-    """The name of an input of the job, which lies where its program starts."""
+    """The name of an input of the job. Inputs are in the directory in which the program starts."""
 
     def fits(self, text: str, inputs: InputValue, work: Work) -> bool:
-        """Whether it is an input, under a name that means nothing else to a program."""
+        """Whether the text is an input whose name a program cannot misread as an option or a URL."""
         return (inputs is None or text in inputs) and "/" not in text and self.suits(text, work)
 
     def describe(self, inputs: InputValue) -> str:
-        """Say what fits, by name where the names are known."""
+        """Name the inputs that fit, if the names are known."""
         what = f"an input of this job{self.ending()}"
         if inputs is None:
             return what
         work = Work()
         good = [name for name in islice(inputs, MAX_SHOWN) if self.fits(name, inputs, work)]
-        return f"{what}: {some(good, ' or ')}" if good else f"{what}: there is none"
+        return f"{what}: {some(good, ' or ') or 'the job has none'}"
 
 
 class OutputFile(NameFilter, frozen=True, dict=True):
-    """A path to write to, beneath work/ or, with `../output/` before it, beneath output/."""
+    """A path of a file to write, below work/ or, if it begins with `../output/`, below output/."""
 
     def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002
-        """Whether it stays within the job's directory, under names that mean nothing else to a program."""
+        """Whether the path stays in the job's directory, and a program cannot misread it."""
         return self.suits(text.removeprefix("../output/"), work)
 
     def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
-        """Say what fits."""
+        """Give two examples of paths."""
         end = self.suffixes[0] if self.suffixes else ".txt"
         return f"a path to write to{self.ending()}: out{end} or ../output/out{end}"
 
 
 def _char_class(value: object) -> str:
     if not isinstance(value, str) or not value or not value.isprintable():
-        raise ValueError('must be printable characters and ranges of them in quotes, such as "A-Za-z0-9 .,-"')
+        raise ValueError('must be printable characters and ranges in quotes, such as "A-Za-z0-9 .,-"')
     _ranges(value)
     return value
 
 
 def _ranges(chars: str) -> list[tuple[str, str]]:
-    """Read single characters and ranges; a dash is itself where it has nothing on one of its sides.
+    """Read single characters and ranges. A dash at the beginning or end stands for itself.
 
     Raises:
-        ValueError: a range is the wrong way round.
+        ValueError: the first character of a range comes after the last.
     """
     found = re.findall(r"(.)-(.)|(.)", chars)
     ranges = [(low or one, high or one) for low, high, one in found]
     for low, high in ranges:
         if low > high:
-            raise ValueError(f"has the range {low}-{high}, which must be the other way round")
+            raise ValueError(f"has the range {low}-{high}; write {high}-{low}")
     return ranges
 
 
 class TextValue(Struct, frozen=True, dict=True):
-    """Some characters of a class, and nothing about what they mean."""
+    """A text of `min_length` to `max_length` characters of a class."""
 
     max_length: Annotated[int, Meta(ge=1, le=MAX_TEXT)]
     chars: Annotated[str, Parse(_char_class)]
@@ -215,16 +213,16 @@ class TextValue(Struct, frozen=True, dict=True):
 
     @cached_property
     def pattern(self) -> Pattern:
-        """The class, for RE2."""
+        """The class as an RE2 pattern."""
         ranges = "".join(f"\\x{{{ord(low):x}}}-\\x{{{ord(high):x}}}" for low, high in _ranges(self.chars))
         return parse_pattern(f"[{ranges}]*")
 
     def fits(self, text: str, inputs: InputValue, work: Work) -> bool:  # noqa: ARG002
-        """Whether it is long and short enough and all of it is of the class."""
+        """Whether the text has a permitted length, and all its characters are of the class."""
         return self.min_length <= len(text) <= self.max_length and work.fits(self.pattern, text)
 
     def describe(self, inputs: InputValue) -> str:  # noqa: ARG002
-        """Say what fits."""
+        """Name the lengths and the class."""
         return f"{self.min_length} to {self.max_length} characters of {self.chars}"
 
 
@@ -233,7 +231,7 @@ Words = Annotated[list[Annotated[str, Parse(_word)]], Meta(min_length=1, max_len
 
 
 class Value(Struct, frozen=True, dict=True):
-    """What a value must be: exactly one of these."""
+    """A rule as the operator wrote it: exactly one key is set."""
 
     integer: IntRange | None = msgspec.field(name="int", default=None)
     number: FloatRange | None = msgspec.field(name="float", default=None)
@@ -251,7 +249,7 @@ class Value(Struct, frozen=True, dict=True):
 
     @cached_property
     def kind(self) -> ValueKind:
-        """The one that it is."""
+        """The rule for the key that is set."""
         if self.enum is not None:
             return Choice(self.enum)
         if self.regex is not None:
@@ -261,12 +259,12 @@ class Value(Struct, frozen=True, dict=True):
 
     @property
     def may_begin_with_dash(self) -> bool:
-        """Whether a value that is an argument of its own may begin with a dash all the same."""
+        """Whether the rule permits a separate argument that begins with a dash."""
         return isinstance(self.kind, IntRange | FloatRange | Choice)
 
 
 def value_of(written: Value | Literal["input", "output"]) -> Value:
-    """Read the short notation."""
+    """Make a rule from the bare word `input` or `output`; give a full rule back unchanged."""
     if isinstance(written, Value):
         return written
     return Value(input=InputFile()) if written == "input" else Value(output=OutputFile())

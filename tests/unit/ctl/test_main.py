@@ -617,7 +617,7 @@ def test_slots_as_json_are_the_slots(served: Served) -> None:
 
 DENIED = Judged(
     permitted=False,
-    message="argument 4 ('99') is no value of -crf",
+    message="argument 4 ('99') is not a value of -crf",
     file="/etc/aitbc/miner/allowlist.d/ffmpeg.yaml",
     line=21,
     rule="sections[2].options[1].value",
@@ -631,7 +631,7 @@ def test_a_denied_command_is_shown_with_its_rule_and_ends_with_1(served: Served)
     served.desk.says(DENIED)
     done = run(served.path, "allow", "--input", "a.mp4", "--", "ffmpeg", "-i", "a.mp4", "--", "x")
     assert done.stdout.splitlines() == [
-        "denied      argument 4 ('99') is no value of -crf",
+        "denied      argument 4 ('99') is not a value of -crf",
         "by          /etc/aitbc/miner/allowlist.d/ffmpeg.yaml:21:",
         "            sections[2].options[1].value",
         "would fit   a whole number from 0 to 51",

@@ -78,7 +78,7 @@ def test_a_denial_has_file_line_rule_and_what_would_fit(
 def test_an_unknown_command_is_of_no_file(directory: Path) -> None:
     said = ask(directory, "sh", "-c", "id")
     assert (said.permitted, said.file, said.line, said.rule) == (False, None, None, "")
-    assert said.message == "no allowlist entry has this name; there are: prog"
+    assert said.message == "no allowlist entry has this name; known names: prog"
 
 
 def test_faults_are_told_for_they_keep_the_old_list_in_force(directory: Path) -> None:
