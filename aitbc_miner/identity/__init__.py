@@ -1,5 +1,5 @@
-"""Who this node is, and whom it believes.
+"""The node's credentials, and the signatures that the node checks.
 
-* credentials: where secrets come from: env:, file:, credential:
-* receipts: checks the receipts that a coordinator has signed
+* credentials: reads secrets from env:, file: and credential: sources
+* receipts: checks a coordinator's signed receipts
 """

@@ -1,4 +1,4 @@
-"""Tokens named by where they are kept: env:NAME, file:PATH or credential:NAME (systemd's LoadCredential=)."""
+"""Reads tokens from their sources: env:NAME, file:PATH or credential:NAME (systemd's LoadCredential=)."""
 
 import hashlib
 import os
@@ -18,11 +18,11 @@ _CREDENTIAL = re.compile(r"credential:(?!\.{1,2}$)[A-Za-z0-9._@-]+")
 
 
 class CredentialError(MinerError):
-    """The token cannot be had from its source; the message names the source and never the token."""
+    """A token cannot be read from its source. The message names the source and never the token."""
 
 
 class Credential:
-    """A token that does not show itself: neither in text and logs nor in a pickle."""
+    """A token. `repr` shows only its source, and pickling raises: no log and no file gets the token."""
 
     __slots__ = ("_value", "source")
 
@@ -31,7 +31,7 @@ class Credential:
         self._value = value
 
     def reveal(self) -> str:
-        """Return the token itself, for the one place that sends it."""
+        """Return the token itself, for the code that sends it."""
         return self._value
 
     def __repr__(self) -> str:
@@ -42,31 +42,31 @@ class Credential:
 
 
 def digest(token: str) -> str:
-    """Name a token without telling it."""
+    """Give 16 hexadecimal digits that identify a token and do not reveal it."""
     return hashlib.sha256(token.encode()).hexdigest()[:16]
 
 
 def parse_source(value: object) -> str:
-    """Check that a text names a source, without reading it.
+    """Check the syntax of a source without reading the token.
 
     Raises:
-        ValueError: it does not; the message never shows the text, which may be a token written by mistake.
+        ValueError: the text is not a source. The message hides the text, which may be a misplaced token.
     """
     if isinstance(value, str):
         if any(pattern.fullmatch(value) for pattern in (_ENV, _FILE, _CREDENTIAL)):
             return value
         if value.startswith("pkcs11:"):
-            raise ValueError("pkcs11: is not in this version; use env:NAME, file:/PATH or credential:NAME")
+            raise ValueError("pkcs11: is not supported; use env:NAME, file:/PATH or credential:NAME")
     raise ValueError("must be env:NAME, file:/PATH or credential:NAME, never the token itself")
 
 
 def read_credential(source: str, environ: Mapping[str, str], owners: Collection[int] = ()) -> Credential:
-    """Read the token that `source` names; `environ` has the variables and CREDENTIALS_DIRECTORY.
+    """Read the token of `source`; `environ` has the variables and CREDENTIALS_DIRECTORY.
 
-    `owners` are user ids that may own its file, besides root and our own.
+    `owners` are user ids that may own the token's file, besides root and the current user.
 
     Raises:
-        CredentialError: the source is none, is missing, open to others, empty, too large or not plain text.
+        CredentialError: the source is malformed, missing, open to others, empty, too large or not plain text.
     """
     try:
         kind, _, name = parse_source(source).partition(":")
@@ -75,7 +75,7 @@ def read_credential(source: str, environ: Mapping[str, str], owners: Collection[
     if kind == "env":
         value = environ.get(name)
         if value is None:
-            raise _error(source, f"the variable is not set; set {name} or name another source")
+            raise _error(source, f"the variable is not set; set {name} or use another source")
     elif kind == "file":
         value = _read_file(source, Path(name), private=True)
         if untrusted := refusal(Path(name), owners):
@@ -83,16 +83,14 @@ def read_credential(source: str, environ: Mapping[str, str], owners: Collection[
     else:
         directory = environ.get("CREDENTIALS_DIRECTORY")
         if not directory:
-            raise _error(
-                source, f"not started by systemd with it; add LoadCredential={name}:PATH to the unit"
-            )
-        # systemd has made these readable for the service's user alone, whatever their mode says.
+            raise _error(source, f"systemd passed no credentials; add LoadCredential={name}:PATH to the unit")
+        # systemd lets only the service's user read these files, whatever their mode.
         value = _read_file(source, Path(directory, name), private=False)
     return Credential(source, _checked(source, value))
 
 
 def stamp(source: str, environ: Mapping[str, str]) -> tuple[int, ...] | None:
-    """Give what is another when the file of a credential is replaced; None where there is none to be seen."""
+    """Give values that change when a credential's file is replaced; None without a file."""
     kind, _, name = source.partition(":")
     directory = "/" if kind == "file" else environ.get("CREDENTIALS_DIRECTORY")
     if kind == "env" or not directory:
@@ -105,10 +103,10 @@ def stamp(source: str, environ: Mapping[str, str]) -> tuple[int, ...] | None:
 
 
 def credential_of_root(source: str, environ: Mapping[str, str]) -> Credential | None:
-    """Read a token that only root can, for a process that is about to become another user.
+    """Read a systemd credential as root, for a process that is about to become another user.
 
-    systemd opens the credentials of a service of root to root alone. None for what that user reads himself,
-    and for what cannot be read: then the reason is told when it is wanted.
+    If a service runs as root, only root can read its credentials. None for other sources, which the other
+    user reads, and if reading fails: `read_credential` reports the cause when the token is needed.
     """
     if not source.startswith("credential:"):
         return None
@@ -120,31 +118,29 @@ def credential_of_root(source: str, environ: Mapping[str, str]) -> Credential | 
 
 def _read_file(source: str, path: Path, *, private: bool) -> str:
     try:
-        # A FIFO would make the open wait for its writer.
+        # Opening a FIFO would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
-            raise _error(source, "not a regular file; name a file that holds only the token")
+            raise _error(source, "not a regular file; use a file that contains only the token")
         with path.open("rb") as stream:
-            # Asked of the open file: the path may have been exchanged in between.
+            # The mode of the open file: another file may be at the path by now.
             mode = stat.S_IMODE(os.fstat(stream.fileno()).st_mode)
             if private and mode & (stat.S_IROTH | stat.S_IWOTH):
-                raise _error(source, f"its mode {mode:04o} lets others read or write it; chmod o= {path}")
+                raise _error(source, f"other users may read or write it (mode {mode:04o}); chmod o= {path}")
             return stream.read(MAX_BYTES + 1).decode("ascii")
     except OSError as error:
-        raise _error(source, f"{error.strerror}; check that the file is there and ours to read") from None
+        raise _error(source, f"{error.strerror}; check that the node may read {path}") from None
     except UnicodeDecodeError:
-        raise _error(source, "it is not plain ASCII; write only the token into it") from None
+        raise _error(source, "the file has non-ASCII bytes; write only the token into the file") from None
 
 
 def _checked(source: str, text: str) -> str:
     value = text.rstrip("\r\n")
     if not value:
-        raise _error(source, "it is empty; write the token into it")
+        raise _error(source, "the source is empty; put the token there")
     if len(text) > MAX_BYTES:
-        raise _error(source, f"it is larger than {MAX_BYTES} bytes; is this the right source?")
+        raise _error(source, f"the source is larger than {MAX_BYTES} bytes; put only the token there")
     if not all("!" <= letter <= "~" for letter in value):
-        raise _error(
-            source, "it has spaces, line breaks or other than ASCII characters; write only the token"
-        )
+        raise _error(source, "the token has spaces, line breaks or non-ASCII characters; remove them")
     return value
 
 

@@ -1,31 +1,27 @@
-"""A coordinator's signed word that a job was done and what it is worth: checked, and kept as it came. Pure.
+"""Checks receipts: a coordinator's signed statements of the job that was done and its price. Pure.
 
-What is signed is the receipt as JSON: what is null is left out at every depth, of lists too, keys are sorted,
-there is no space, and what is not ASCII is escaped; without the members that are added after signing. Numbers
-have to be decoded by Python's own `json`, which is what the coordinator writes them with: then they are
-written again as they came, 1.0 as 1.0 and 1 as 1.
+The coordinator signs the receipt as JSON with sorted keys, without spaces, null values (at every depth, in
+lists too) and members added after signing; non-ASCII characters are escaped. The caller must decode a receipt
+with Python's `json`, as the coordinator uses: then numbers are encoded unchanged, 1.0 as 1.0 and 1 as 1.
 """
 
 import base64
 import json
 from collections.abc import Collection, Mapping
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import msgspec
 from msgspec import Struct
 
 from aitbc_miner.util.nesting import too_deep
 
-if TYPE_CHECKING:  # the agent alone checks receipts; others read what came of it
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-
 RECEIPT = "receipt.json"
 MAX_BYTES = 24 << 20
 """A receipt repeats the job and its result."""
 MAX_AMOUNT = 1e15
 MAX_TEXT, MAX_MEMBERS = 200, 50
-"""What is kept of a receipt that cannot be kept whole."""
+"""Bounds for the part that is kept of a receipt too large to keep whole."""
 
 _ADDED_LATER = frozenset(
     {
@@ -36,9 +32,9 @@ _ADDED_LATER = frozenset(
 
 
 class Receipt(Struct, frozen=True):
-    """A receipt as it came, and what is wrong with it (`why`) if it did not verify.
+    """A receipt as received. If it did not verify, `why` has the reason.
 
-    `units` and `price` are None where it names none that can be counted.
+    `units` and `price` are None unless the receipt has a number for them, 0 to `MAX_AMOUNT`.
     """
 
     receipt: dict[str, Any]
@@ -53,23 +49,23 @@ class Receipt(Struct, frozen=True):
 def examine(
     receipt: object, job_id: str, provider: str, trusted_keys: Collection[str] = (), received_wall: str = ""
 ) -> Receipt:
-    """Check a receipt for a job of ours; never raises, whatever it is.
+    """Check a receipt for a job of this node; never raises.
 
-    `provider` is who we are there. With `trusted_keys`, one of them must have signed it.
+    `provider` is the node's id at the coordinator. If `trusted_keys` are given, one must have signed.
     """
     kept = _bounded(receipt)
-    why = "it is no receipt, or too large"
+    why = "it is not a JSON object, nested too deeply or too large"
     try:
         if kept is receipt:
             why = _fault(kept, job_id, provider, trusted_keys)
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        why = f"it cannot be checked: {type(error).__name__}"
+        why = f"checking it failed: {type(error).__name__}"
     units, price = _amount(kept.get("units")), _amount(kept.get("price"))
     return Receipt(kept, not why, why, units, price, received_wall)
 
 
 def canonical(receipt: Mapping[str, Any]) -> bytes:
-    """Give the bytes that are signed. Raises as `json.dumps` where JSON cannot say it."""
+    """Give the bytes that the coordinator signs. Raises as `json.dumps` does."""
     signed = {
         name: value
         for name, value in receipt.items()
@@ -87,13 +83,13 @@ def _without_none(value: Any) -> Any:
 
 
 def _bounded(receipt: object) -> dict[str, Any]:
-    """Give a receipt that can be kept: itself, or of one that is too deep or large what is short in it."""
+    """Give the receipt itself; if it is too deep or too large, give its first short members."""
     if isinstance(receipt, dict):
         try:
             if not too_deep(receipt) and len(msgspec.json.encode(receipt)) <= MAX_BYTES:
                 return receipt
         except (ValueError, TypeError, OverflowError, RecursionError):
-            pass  # it has a number or a text that cannot be written down
+            pass  # a number or text in it cannot be encoded
         short = ((name, value) for name, value in receipt.items() if _is_short(name) and _is_short(value))
         return {str(name): value for name, value in islice(short, MAX_MEMBERS)}
     return {"receipt": receipt if _is_short(receipt) else type(receipt).__name__}
@@ -101,27 +97,30 @@ def _bounded(receipt: object) -> dict[str, Any]:
 
 def _is_short(value: object) -> bool:
     if isinstance(value, str):
-        # What cannot be printed may be half a character, which no file can hold.
+        # Unprintable text may have a lone surrogate, and UTF-8 cannot encode surrogates.
         return len(value) <= MAX_TEXT and value.isprintable()
     return value is None or (isinstance(value, int | float) and abs(value) <= MAX_AMOUNT)
 
 
 def _fault(receipt: Mapping[str, Any], job_id: str, provider: str, trusted_keys: Collection[str]) -> str:
-    from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415
+    # Imported here, because only the agent checks receipts; the other processes save the memory.
+    from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey  # noqa: PLC0415
 
     signature = receipt.get("signature")
     if not isinstance(signature, dict) or signature.get("alg") != "Ed25519":
-        return "it bears no Ed25519 signature"
+        return "it has no Ed25519 signature"
     key = signature.get("key_id")
     try:
         public, signed = Ed25519PublicKey.from_public_bytes(_raw(key)), _raw(signature.get("sig"))
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        return "its signature or the key in it cannot be read"
-    if not _verifies(public, signed, canonical(receipt)):
-        return "its signature is not of what it says"
+        return "its signature or key cannot be decoded"
+    try:
+        public.verify(signed, canonical(receipt))
+    except InvalidSignature:
+        return "its signature does not match its content"
     if trusted_keys and key not in trusted_keys:
-        return "its key is none of coordinator.receipt_keys"
+        return "its key is not in coordinator.receipt_keys"
     if receipt.get("job_id") != job_id:
         return "it is for another job"
     if receipt.get("provider") != provider:
@@ -129,28 +128,18 @@ def _fault(receipt: Mapping[str, Any], job_id: str, provider: str, trusted_keys:
     return ""
 
 
-def _verifies(public: "Ed25519PublicKey", signature: bytes, message: bytes) -> bool:
-    from cryptography.exceptions import InvalidSignature  # noqa: PLC0415
-
-    try:
-        public.verify(signature, message)
-    except InvalidSignature:
-        return False
-    return True
-
-
 def _raw(text: object) -> bytes:
-    """Decode base64url without padding. Raises ValueError for another spelling of the same bytes, too."""
+    """Decode base64url without padding. Raises ValueError unless encoding the bytes gives the same text."""
     if not isinstance(text, str):
-        raise TypeError("no text")
+        raise TypeError("not text")
     raw = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
     if base64.urlsafe_b64encode(raw).decode().rstrip("=") != text:
-        raise ValueError("not as it is written there")
+        raise ValueError("not the usual base64url encoding")
     return raw
 
 
 def _amount(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    # NaN is neither.
+    # NaN fails both comparisons.
     return float(value) if 0 <= value <= MAX_AMOUNT else None

@@ -76,7 +76,7 @@ def test_what_receipts_say_is_added_up_if_their_key_is_believed(*, believed: boo
         assert "verified, signed by " in shown
     else:
         assert (sums["units"], sums["price"]) == (None, None)
-        assert "NOT VERIFIED: its key is none of coordinator.receipt_keys" in shown
+        assert "NOT VERIFIED: its key is not in coordinator.receipt_keys" in shown
     assert "RECEIPTS" in page
 
 

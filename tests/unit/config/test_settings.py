@@ -194,7 +194,7 @@ secret: {}
             [
                 (
                     ":3: coordinator.auth_token: is (hidden); "
-                    "pkcs11: is not in this version; use env:NAME, file:/PATH or credential:NAME"
+                    "pkcs11: is not supported; use env:NAME, file:/PATH or credential:NAME"
                 )
             ],
         ),

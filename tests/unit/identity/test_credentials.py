@@ -70,13 +70,13 @@ def test_a_file_that_a_group_can_write(tmp_path: Path) -> None:
 def test_a_file_open_to_others(tmp_path: Path, mode: int) -> None:
     source = _file(tmp_path, mode=mode)
     path = source.removeprefix("file:")
-    cause = f"its mode {mode:04o} lets others read or write it; chmod o= {path}"
+    cause = f"other users may read or write it (mode {mode:04o}); chmod o= {path}"
     assert _refusal(source) == f"cannot read the credential {source}: {cause}"
 
 
 def test_an_unset_variable() -> None:
     assert _refusal("env:NOPE") == (
-        "cannot read the credential env:NOPE: the variable is not set; set NOPE or name another source"
+        "cannot read the credential env:NOPE: the variable is not set; set NOPE or use another source"
     )
 
 
@@ -96,13 +96,13 @@ def test_not_a_regular_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "cause"),
     [
-        (b"", "it is empty"),
-        (b"\n\n", "it is empty"),
-        (b"a" * (64 * 1024 + 1), "it is larger than 65536 bytes"),
-        (TOKEN.encode() + b" x", "it has spaces"),
-        (TOKEN.encode() + b"\nHost: evil", "it has spaces, line breaks"),
-        (TOKEN.encode() + b"\x00", "it has spaces, line breaks or other"),
-        (TOKEN.encode() + "é".encode(), "it is not plain ASCII"),
+        (b"", "the source is empty"),
+        (b"\n\n", "the source is empty"),
+        (b"a" * (64 * 1024 + 1), "the source is larger than 65536 bytes"),
+        (TOKEN.encode() + b" x", "the token has spaces"),
+        (TOKEN.encode() + b"\nHost: evil", "the token has spaces, line breaks"),
+        (TOKEN.encode() + b"\x00", "the token has spaces, line breaks or non-ASCII"),
+        (TOKEN.encode() + "é".encode(), "the file has non-ASCII bytes"),
     ],
 )
 def test_content_that_is_no_token(tmp_path: Path, content: bytes, cause: str) -> None:
@@ -110,8 +110,8 @@ def test_content_that_is_no_token(tmp_path: Path, content: bytes, cause: str) ->
 
 
 def test_a_variable_that_is_no_token() -> None:
-    assert "it is empty" in _refusal("env:X", {"X": ""})
-    assert "other than ASCII" in _refusal("env:X", {"X": TOKEN + "\udcff"})
+    assert "the source is empty" in _refusal("env:X", {"X": ""})
+    assert "non-ASCII characters" in _refusal("env:X", {"X": TOKEN + "\udcff"})
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_what_is_no_source(source: object) -> None:
 
 
 def test_pkcs11_is_for_later() -> None:
-    with pytest.raises(ValueError, match="pkcs11: is not in this version; use env:NAME") as caught:
+    with pytest.raises(ValueError, match="pkcs11: is not supported; use env:NAME") as caught:
         parse_source("pkcs11:object=x;pin-value=1234")
     assert "1234" not in str(caught.value)
 
