@@ -1,4 +1,4 @@
-"""Runs a program of the allowlist, with arguments that its entry permits. No shell, ever."""
+"""Runs a program of the allowlist with arguments that its entry permits, never through a shell."""
 
 from collections.abc import Mapping
 from urllib.parse import unquote, urlsplit
@@ -20,13 +20,13 @@ class CliRunner:
         self.allowlist = allowlist
 
     def plan(self, manifest: Manifest, paths: JobPaths, slot: SlotSpec, gpu_env: Mapping[str, str]) -> Launch:
-        """Find the program and check its arguments and environment.
+        """Find the program, and check the job's arguments and environment.
 
         Raises:
-            JobError: E_DENY, naming what is not allowed; E_MANIFEST, there is no command.
+            JobError: E_DENY, with the rejected argument or variable; E_MANIFEST, no command is named.
         """
         if not manifest.command:
-            raise JobError(ErrorCode.E_MANIFEST, "cannot run the job: it has no command")
+            raise JobError(ErrorCode.E_MANIFEST, "cannot run the job: its manifest names no command")
         entry = self.allowlist.permit(manifest.command, manifest.args, input_names(manifest), slot.kind)
         allowed = [name for name in entry.env if name in slot.env]
         output_mb = entry.max_output_mb
@@ -39,15 +39,15 @@ class CliRunner:
         )
 
     def verdict(self, exit: ExitStatus, reports: list[Report], log_tail: str) -> Verdict:  # noqa: A002, ARG002
-        """Judge by the exit status; a program of the allowlist makes no reports."""
+        """Judge the job by its exit status; programs of the allowlist send no reports."""
         return ended_badly(exit, log_tail) or Verdict(None)
 
 
 def input_names(manifest: Manifest) -> list[str]:
-    """Name the files that lie in work/ when the job's program starts.
+    """Name the inputs in work/ when the job's program starts.
 
-    An address without a name of its own gives the last part of its path; what could not be a file's name has
-    failed the job before.
+    An input without a name gets the last part of its URL's path. Names that no file can have made the job
+    fail before.
     """
     urls = (InputUrl(item) if isinstance(item, str) else item for item in manifest.input.urls)
     named = [_last_part(item.url) if item.name is None else item.name for item in urls]

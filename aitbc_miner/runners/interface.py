@@ -1,7 +1,7 @@
-"""The kinds of work a job can ask for, one file each.
+"""The interface of runners, and helpers that all runners share.
 
-A runner turns a manifest into what the worker starts (`plan`) and what came of it into a code and a sentence
-(`verdict`). It starts nothing itself: limits, the sandbox and the clock are the same for every kind.
+A runner makes a Launch from a manifest (`plan`), and a Verdict from the end of the program (`verdict`). It
+starts nothing itself: the worker applies the limits, the sandbox and the deadline to every runner alike.
 """
 
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ from aitbc_miner.util.trust import may_be_set
 
 
 class Launch(Struct, frozen=True):
-    """What the worker starts: no shell, `env` is all there is, the current directory is work/.
+    """The program that the worker starts in work/, without a shell; `env` is its whole environment.
 
-    With `reports`, the worker reads a pipe whose writing end the program has as `spawn.REPORT_FD`. `stdin` is
-    all that the program reads there; when empty, stdin is /dev/null. Limits that are None do not apply.
-    `binds` are what it reads of the machine besides /usr, for its sandbox. With `may_wait`, a process that
-    was started ahead of it may run it, which needs no more than `stdin` for that.
+    With `reports`, the program has the writing end of a pipe as `spawn.REPORT_FD`, and the worker reads the
+    other end. `stdin` is the program's whole input; if empty, stdin is /dev/null. A limit of None does not
+    apply. `binds` are the paths outside /usr that the sandbox shows to the program. With `may_wait`, the
+    worker may send `stdin` to a process of `waiting` instead of starting the program.
     """
 
     argv: list[str]
@@ -44,32 +44,32 @@ class JobPaths(Struct, frozen=True):
 
     @property
     def input(self) -> Path:
-        """Where inputs arrive."""
+        """Fetched inputs."""
         return self.root / "input"
 
     @property
     def work(self) -> Path:
-        """Where the program starts and finds its inputs."""
+        """The program's current directory, with its inputs."""
         return self.root / "work"
 
     @property
     def output(self) -> Path:
-        """All that is left here goes to the coordinator."""
+        """Files to deliver to the coordinator."""
         return self.root / "output"
 
     @property
     def logs(self) -> Path:
-        """Where exec.log is written, by the miner alone."""
+        """The directory of exec.log, which only the miner writes."""
         return self.root / "logs"
 
     @property
     def tmp(self) -> Path:
-        """TMPDIR of the job."""
+        """The job's TMPDIR."""
         return self.root / "tmp"
 
 
 class Verdict(Struct, frozen=True):
-    """What came of a job that ended by itself: no code when it did what it was asked to."""
+    """How a job that ended by itself ended; `code` is None if the job succeeded."""
 
     code: ErrorCode | None
     message: str = ""
@@ -82,15 +82,15 @@ class Runner(Protocol):
     name: str
 
     def plan(self, manifest: Manifest, paths: JobPaths, slot: SlotSpec, gpu_env: Mapping[str, str]) -> Launch:
-        """Say what to start.
+        """Make the Launch of a job.
 
         Raises:
-            JobError: this node does not run that.
+            JobError: this node does not run the command or task of the job.
         """
         ...
 
     def verdict(self, exit: ExitStatus, reports: list[Report], log_tail: str) -> Verdict:  # noqa: A002
-        """Say what came of it. Only asked when the job ended by itself, not when we ended it."""
+        """Judge a job that ended by itself; not called for a job that the node ended."""
         ...
 
 
@@ -101,16 +101,16 @@ def job_env(
     gpu_env: Mapping[str, str],
     allowed: list[str],
 ) -> dict[str, str]:
-    """Build the environment of a job from nothing; of the job's own names only those in `allowed`.
+    """Build a job's environment: the variables that every job gets, and those of the job's in `allowed`.
 
     Raises:
-        JobError: E_DENY, the job asks for a name that may not be set.
+        JobError: E_DENY, the job sets another variable.
     """
     for name in manifest.env:
         if not may_be_set(name):
-            raise JobError(ErrorCode.E_DENY, f"cannot set {name[:60]!r}: no job may choose this variable")
+            raise JobError(ErrorCode.E_DENY, f"cannot set {name[:60]!r}: no job may set this variable")
         if name not in allowed:
-            remedy = "`env` of the slot and, for a command, of its allowlist entry must both name it"
+            remedy = "add it to `env` of the slot and, for a command, to `env` of the allowlist entry"
             raise JobError(ErrorCode.E_DENY, f"cannot set {name[:60]!r} in slot {slot.name}: {remedy}")
     return {
         **manifest.env,
@@ -127,32 +127,28 @@ def job_env(
 
 
 def shortest(*limits: float | None) -> float | None:
-    """Return the smallest of the limits that are set."""
+    """Return the smallest limit; None if all are None."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def ended_badly(exit: ExitStatus, log_tail: str) -> Verdict | None:  # noqa: A002
-    """Judge by the exit status alone; None when it is 0."""
+    """Judge a job by its exit status alone; None for exit status 0."""
+    line = last_line(log_tail)
+    printed = f"; last line: {line}" if line else "; it printed nothing"
     if exit.signal is not None:
-        what = f"the program was ended by {signal_name(exit.signal)}, which this node did not send"
-        return Verdict(ErrorCode.E_SIGNAL, what + _last_line(log_tail))
+        ended = f"the program was ended by {signal_name(exit.signal)}, which this node did not send"
+        return Verdict(ErrorCode.E_SIGNAL, ended + printed)
     if exit.status != 0:
-        what = f"the program ended with exit status {exit.status}"
-        return Verdict(ErrorCode.E_EXIT, what + _last_line(log_tail))
+        return Verdict(ErrorCode.E_EXIT, f"the program ended with exit status {exit.status}{printed}")
     return None
 
 
 def printable(text: str, limit: int) -> str:
-    """Make a job's text fit for a message: short, on one line, and with nothing that a terminal acts on."""
+    """Make a job's text fit for a message: at most `limit` characters, on one line, without control codes."""
     return "".join(char if char.isprintable() else "?" for char in text[:limit])
 
 
 def last_line(log_tail: str) -> str:
-    """Give the last line of a job's output that is not blank, fit for a message."""
+    """Give the last line of a job's output with text in it, fit for a message; "" if there is none."""
     lines = [line.strip() for line in log_tail.splitlines() if line.strip()]
     return printable(lines[-1], 300) if lines else ""
-
-
-def _last_line(log_tail: str) -> str:
-    line = last_line(log_tail)
-    return f"; last line: {line}" if line else "; it printed nothing"

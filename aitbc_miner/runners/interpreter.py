@@ -1,4 +1,4 @@
-"""The Python that tasks run in: the miner's own, or that of a virtual environment of the operator's."""
+"""The Python that runs tasks: the miner's own, or the Python of an operator's virtual environment."""
 
 import subprocess
 import sys
@@ -40,26 +40,26 @@ os._exit(0)
 
 
 class InterpreterError(MinerError):
-    """A Python, such as that of `runners.python.venv`, does not do for tasks."""
+    """A Python, such as the one of `runners.python.venv`, cannot run tasks."""
 
 
 class Interpreter(Struct, frozen=True):
-    """A Python for tasks: its program, where its files are, and where it looks for modules."""
+    """A Python for tasks: its program, its installation directories, and its `sys.path`."""
 
     program: Path
     prefixes: tuple[Path, ...]
     path: tuple[Path, ...] = ()
 
     def command(self, module: str, *arguments: str) -> list[str]:
-        """Give the arguments that run `main()` of a module of `aitbc_miner.runners`."""
-        # With -I neither the job's directory nor its environment says what is imported. That leaves out
-        # PYTHONPATH too, by which this package may have been found itself, so its place is told.
+        """Give the command line that runs `main()` of a module of `aitbc_miner.runners`."""
+        # -I ignores the job's directory and environment. It ignores PYTHONPATH too, although this package
+        # may have been found by PYTHONPATH: so the package's place is appended.
         find = f"import sys; sys.path.append({str(PACKAGE_ROOT)!r})"
         boot = f"{find}; from aitbc_miner.runners import {module}; sys.exit({module}.main())"
         return [str(self.program), *_ISOLATED, boot, *arguments]
 
     def needed(self) -> list[Path]:
-        """Give what it reads outside of /usr."""
+        """Give the directories outside /usr that this Python reads."""
         resolved = self.program.resolve().parent.parent
         places = dict.fromkeys((*self.prefixes, resolved, PACKAGE_ROOT))
         return [place for place in places if not place.is_relative_to("/usr")]
@@ -69,28 +69,28 @@ _ISOLATED = ("-I", "-B", "-u", "-c")
 
 
 def find_interpreter(venv: Path | None, user: Identity | None = None) -> Interpreter:
-    """Find the Python of a virtual environment, by asking it; of our own, None, all else is known.
+    """Find the Python of a virtual environment by running it; without one, describe the miner's own.
 
     Args:
         venv: `runners.python.venv`.
-        user: as whom it is asked; None: as we are.
+        user: the user who runs the Python; None for the current user.
 
     Raises:
-        InterpreterError: it is not there, others could change it, it is too old, or has no msgspec.
+        InterpreterError: the Python is missing, too old or without msgspec, or other users can change it.
     """
     if venv is None:
         if user is not None:
             try:
                 _ask(Path(sys.executable), _ASK, user)
             except InterpreterError as error:
-                remedy = "install the miner with a Python that all users may start, such as Debian's"
+                remedy = "install the miner with a Python that all users may run, such as Debian's"
                 where = Path(sys.executable).resolve()
                 raise InterpreterError(f"{user.name} cannot start {where}: {error}; {remedy}") from error
         prefixes = (Path(sys.base_prefix), Path(sys.prefix))
         return Interpreter(Path(sys.executable), prefixes, tuple(map(Path, sys.path)))
     program = venv / "bin" / "python3"
     if not program.exists():
-        raise _unusable(venv, f"there is no {program}; make it with `python3 -m venv {venv}`")
+        raise _unusable(venv, f"{program} does not exist; run `python3 -m venv {venv}`")
     _trust(venv, program)
     try:
         said = _ask(program, _ASK, user)
@@ -100,10 +100,10 @@ def find_interpreter(venv: Path | None, user: Identity | None = None) -> Interpr
         _trust(venv, place)
     version = tuple(said["version"])
     if version < OLDEST:
-        raise _unusable(venv, f"it has Python {version[0]}.{version[1]}; 3.11 or later is needed")
+        raise _unusable(venv, f"it has Python {version[0]}.{version[1]}; tasks need 3.11 or later")
     if said["lacking"]:
-        remedy = f"`{program} -m pip install msgspec`"
-        raise _unusable(venv, f"it cannot import msgspec, which tasks need ({said['lacking']}); {remedy}")
+        remedy = f"run `{program} -m pip install msgspec`"
+        raise _unusable(venv, f"tasks need msgspec, but it cannot be imported ({said['lacking']}); {remedy}")
     return Interpreter(program, tuple(map(Path, said["prefixes"])), tuple(map(Path, said["path"])))
 
 
@@ -111,28 +111,28 @@ def _trust(venv: Path, path: Path) -> None:
     try:
         problem = distrust(path)
     except OSError as error:
-        raise _unusable(venv, f"cannot look at {path}: {error.strerror or error}") from error
+        raise _unusable(venv, f"cannot examine {path}: {error.strerror or error}") from error
     if problem:
-        raise _unusable(venv, f"{problem}; it must belong to root and be writable by nobody else")
+        raise _unusable(venv, f"{problem}; only root may own it or write to it")
 
 
 def cannot_import(python: Interpreter, modules: Sequence[str], user: Identity | None) -> dict[str, str]:
-    """Try modules out; gives those that cannot be imported, and why.
+    """Import modules in a process of the task's Python; give the error of each module that fails.
 
     Raises:
-        InterpreterError: importing one ended the process, or took too long.
+        InterpreterError: an import ended the process, or took longer than `ASK_S`.
     """
     failed: dict[str, str] = _ask(python.program, _TRY, user, *modules) if modules else {}
     return failed
 
 
 def as_user(user: Identity | None) -> dict[str, Any]:
-    """Give what has `subprocess` start a program as this user."""
+    """Give the arguments with which `subprocess` runs a program as this user."""
     return {} if user is None else {"user": user.uid, "group": user.gid, "extra_groups": []}
 
 
 def _ask(program: Path, script: str, user: Identity | None, *arguments: str) -> dict[str, Any]:
-    """Run a script and give what it says in its last line."""
+    """Run a script and decode the last line of its output, one JSON object."""
     try:
         done = subprocess.run(
             [program, *_ISOLATED, script, *arguments],
@@ -147,7 +147,7 @@ def _ask(program: Path, script: str, user: Identity | None, *arguments: str) -> 
         said: dict[str, Any] = msgspec.json.decode(done.stdout.splitlines()[-1])
     except subprocess.CalledProcessError as error:
         last = error.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        raise InterpreterError(f"{program} ends in status {error.returncode}: {last}"[:500]) from error
+        raise InterpreterError(f"{program} failed (exit status {error.returncode}): {last}"[:500]) from error
     except (OSError, subprocess.SubprocessError, msgspec.DecodeError, IndexError) as error:
         raise InterpreterError(f"{program} does not work: {error!s:.300}") from error
     return said

@@ -1,4 +1,4 @@
-"""Runs a task: a file of the operator's task paths with a function `run`, called in a process of its own."""
+"""Runs a task: a separate process calls the function `run` of a file in the operator's task paths."""
 
 import re
 import stat
@@ -20,14 +20,14 @@ from aitbc_miner.util.trust import distrust, distrust_tree
 
 TASK_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
-# What a task can know better than we do. E_CANCELLED, for one, is for us alone to say.
+# The codes that a task may report. Other codes, such as E_CANCELLED, only the node may set.
 _CODES_OF_TASKS = frozenset({ErrorCode.E_TASK, ErrorCode.E_OOM, ErrorCode.E_VRAM})
 
 
 class PythonRunner:
     """The runner `python`.
 
-    `interpreter` None: our own. `preload` is what `waiting` has imported ahead of its task.
+    `interpreter` defaults to the miner's own. `preload` are the modules that a waiting process has imported.
     """
 
     name = "python"
@@ -40,13 +40,13 @@ class PythonRunner:
         self.preload = preload
 
     def plan(self, manifest: Manifest, paths: JobPaths, slot: SlotSpec, gpu_env: Mapping[str, str]) -> Launch:
-        """Find the task's file; its params are checked by the process that can see their annotations.
+        """Find the task's file. The task's process checks the params, because it can read their annotations.
 
         Raises:
-            JobError: E_DENY, there is no such task or others could change it; E_MANIFEST, none is named.
+            JobError: E_DENY, no such task, or other users can change its file; E_MANIFEST, no task is named.
         """
         if not manifest.task:
-            raise JobError(ErrorCode.E_MANIFEST, "cannot run the job: it has no task")
+            raise JobError(ErrorCode.E_MANIFEST, "cannot run the job: its manifest names no task")
         file = find_task(manifest.task, self.task_paths)
         env = job_env(manifest, paths, slot, gpu_env, slot.env)
         return Launch(
@@ -57,12 +57,12 @@ class PythonRunner:
             reports=True,
             stdin=msgspec.json.encode(Order(manifest.task, str(file), manifest.params, env)),
             binds=(*self.interpreter.needed(), *_outside_usr([file.parent])),
-            # What it asks for in its environment may matter to what is imported.
+            # The job's variables can change how modules import, and a waiting process has imported them.
             may_wait=bool(self.preload) and not manifest.env,
         )
 
     def waiting(self, paths: JobPaths, slot: SlotSpec, gpu_env: Mapping[str, str]) -> Launch:
-        """Say what to start ahead of a task, whose `stdin` it is then given."""
+        """Make the Launch of a process that imports `preload` and then waits for the `stdin` of a task."""
         nothing = Manifest(job_id="", runner=self.name)
         places = [path for path in self.task_paths if path.is_dir()]
         return Launch(
@@ -75,7 +75,7 @@ class PythonRunner:
         )
 
     def verdict(self, exit: ExitStatus, reports: list[Report], log_tail: str) -> Verdict:  # noqa: A002
-        """Judge by what the task said at its end, and by how its process ended if that is worse."""
+        """Judge the job by the task's last report, and by the exit status if no failure was reported."""
         said = next((report for report in reports if not isinstance(report, Progress)), None)
         if isinstance(said, TaskFailure):
             code = ErrorCode(said.code) if said.code in _CODES_OF_TASKS else ErrorCode.E_TASK
@@ -83,7 +83,7 @@ class PythonRunner:
         if bad := ended_badly(exit, log_tail):
             return bad
         if said is None:
-            return Verdict(ErrorCode.E_TASK, "the task ended without a result: it left before run() returned")
+            return Verdict(ErrorCode.E_TASK, "the task has no result: it exited before run() returned")
         if too_deep(said.value):
             return Verdict(ErrorCode.E_TASK, f"the task's result is nested deeper than {MAX_NESTING} levels")
         return Verdict(None, "", said.value)
@@ -93,28 +93,26 @@ def find_task(name: str, task_paths: Sequence[Path]) -> Path:
     """Find `<name>.py` in the first task path that has it.
 
     Raises:
-        JobError: E_DENY, the name is no plain name, no path has it, or others could change it.
+        JobError: E_DENY, the name is malformed, no path has the file, or other users can change the file.
     """
     if not TASK_NAME.fullmatch(name):
-        raise _denied(name, "a task's name is 1 to 64 of A-Z a-z 0-9 _, and begins with no digit")
+        raise _denied(name, "task names have 1 to 64 characters of A-Z a-z 0-9 _ and begin with no digit")
     for directory in task_paths:
         file = directory / f"{name}.py"
         try:
             info = file.lstat()
             if not stat.S_ISREG(info.st_mode):
                 raise _denied(name, f"{file} is not a regular file")
-            # What lies beside it, it can import.
+            # The task can import every file beside it.
             problem = distrust(file) or distrust_tree(directory)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            raise _denied(name, f"cannot look at {file}: {error.strerror or error}") from error
+            raise _denied(name, f"cannot examine {file}: {error.strerror or error}") from error
         if problem:
-            raise _denied(name, f"{problem}; it must belong to root and be writable by nobody else")
+            raise _denied(name, f"{problem}; only root may own it or write to it")
         return file
-    raise _denied(
-        name, f"no {name}.py in the task paths {', '.join(map(str, task_paths)) or '(there are none)'}"
-    )
+    raise _denied(name, f"no {name}.py in the task paths {', '.join(map(str, task_paths)) or '(none set)'}")
 
 
 def _outside_usr(paths: Sequence[Path]) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The runners that the configuration enables, with the allowlist as its files are at the moment."""
+"""The runners that the configuration enables, with the current allowlist."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ Stamp = tuple[tuple[str, int, int], ...]
 
 
 class RunnerSet:
-    """Gives the runners anew for each job. A changed allowlist is read again; a broken one is not used."""
+    """Makes the runners for each job. It reads a changed allowlist again, and ignores a faulty allowlist."""
 
     def __init__(self, config: RunnersSection, interpreter: Interpreter | None = None) -> None:
         self._config = config
@@ -24,7 +24,7 @@ class RunnerSet:
         self._stamp: Stamp | None = None
 
     def current(self) -> dict[str, Runner]:
-        """Give the enabled runners by name, as their files are now."""
+        """Give the enabled runners by name, after reading the allowlist again if its files changed."""
         runners: dict[str, Runner] = {}
         if self._config.cli.enable:
             self._refresh()
@@ -43,14 +43,14 @@ class RunnerSet:
         allowlist = load_allowlist(list(self._config.cli.allowlist_dirs), faults, [])
         for fault in faults:
             events("worker").error(
-                "allowlist fault", fault=str(fault), note="the list as it was stays in force"
+                "allowlist rejected", fault=str(fault), note="the last allowlist without faults stays in use"
             )
         if not faults:
             self._allowlist = allowlist
 
 
 def _stamp(directories: list[Path]) -> Stamp:
-    """Tell one state of the files from another: names, times of changes (of modes, too) and sizes."""
+    """Give path, ctime (which a chmod changes too) and size of every file, to detect changes."""
     found: list[tuple[str, int, int]] = []
     for directory in directories:
         try:

@@ -1,7 +1,7 @@
-"""The tasks of this node and what they take, for the operator and for the coordinator.
+"""The node's tasks and their parameters, for the operator and for the coordinator.
 
-The miner imports none of them: a process of its own does, with the tasks' interpreter and as a user without
-rights, and says what it has found.
+The miner itself imports no task. A separate process (task_reader.py) imports each with the tasks' Python, as
+an unprivileged user, and describes it.
 """
 
 import os
@@ -25,13 +25,13 @@ from aitbc_miner.util.log import events
 ALL_S = 60.0
 TASKS_MAX = 200
 TOLD_MAX = 1 << 18
-"""How many bytes of JSON the coordinator is told of all tasks together."""
+"""The most bytes of JSON that describe all tasks to the coordinator."""
 
 _INFO = msgspec.json.Decoder(TaskInfo)
 
 
 class FoundTask(Struct, frozen=True):
-    """A task of this node, with the file it is in."""
+    """A task of this node and its file."""
 
     info: TaskInfo
     file: Path
@@ -40,12 +40,12 @@ class FoundTask(Struct, frozen=True):
 def list_tasks(
     config: PythonRunnerSection, user: Identity | None = None, interpreter: Interpreter | None = None
 ) -> list[FoundTask]:
-    """Look into all tasks. What is wrong with one is in its `error`; takes `ALL_S` at most.
+    """Describe all tasks within `ALL_S`. If a task is faulty, its `error` has the reason.
 
     Args:
-        config: of the runner.
-        user: as whom the tasks are read; None: as we are.
-        interpreter: as it was found; None: it is looked for.
+        config: the runner's section of the configuration.
+        user: the user who imports the tasks; None for the current user.
+        interpreter: the tasks' Python; None to find it.
     """
     found: dict[str, FoundTask] = {}
     for name, file in _names(config.task_paths):
@@ -65,7 +65,7 @@ def list_tasks(
 
 
 def told(tasks: Sequence[FoundTask]) -> list[dict[str, Any]]:
-    """Give what the coordinator is told: without their parameters where these are too much together."""
+    """Describe tasks to the coordinator, without parameters if they would exceed `TOLD_MAX`."""
     infos = [task.info for task in tasks]
     if len(msgspec.json.encode(infos)) > TOLD_MAX:
         infos = [TaskInfo(info.name, info.description, error=info.error) for info in infos]
@@ -73,9 +73,9 @@ def told(tasks: Sequence[FoundTask]) -> list[dict[str, Any]]:
 
 
 class TaskWatch:
-    """Has the tasks looked into once, from a thread; `told` is what the coordinator is told, None until then.
+    """Describes the tasks once, in a thread. `told` is the result for the coordinator; None until then.
 
-    It can be waited for with poll, and `seen` ends that.
+    The caller waits for the result with poll, and calls `seen` after that.
     """
 
     def __init__(self, config: PythonRunnerSection) -> None:
@@ -88,11 +88,11 @@ class TaskWatch:
             self.told = []
 
     def fileno(self) -> int:
-        """Give the descriptor to wait on."""
+        """Give the descriptor to poll."""
         return self._done
 
     def seen(self) -> None:
-        """Take notice that it is done."""
+        """Reset the descriptor after the caller has seen the result."""
         os.eventfd_read(self._done)
 
     def _run(self) -> None:
@@ -103,13 +103,13 @@ class TaskWatch:
             events("heartbeat").error("cannot list tasks", error=str(error))
         for task in tasks:
             if task.info.error:
-                events("heartbeat").warning("broken task", task=task.info.name, error=task.info.error)
+                events("heartbeat").warning("task unusable", task=task.info.name, error=task.info.error)
         self.told = told(tasks)
         os.eventfd_write(self._done, 1)
 
 
 def params_of(info: TaskInfo) -> Iterator[tuple[str, str]]:
-    """Give the parameters of a task for people: each name, and in a few words what it takes."""
+    """Describe a task's parameters in words: yield each name with its type, bounds and default."""
     schema = info.params or {}
     for name, kind in schema.get("properties", {}).items():
         words = [f"{key} {value}" for key, value in kind.items() if key not in {"type", "title", "default"}]
@@ -121,7 +121,7 @@ def params_of(info: TaskInfo) -> Iterator[tuple[str, str]]:
         yield "…", "others"
 
 
-_UNREAD = f"not looked into: all tasks together took longer than {ALL_S:g} s"
+_UNREAD = f"not examined: all tasks together took longer than {ALL_S:g} s"
 
 
 def _names(task_paths: Sequence[Path]) -> list[tuple[str, Path]]:
@@ -153,7 +153,7 @@ def _read(python: Interpreter, tasks: Sequence[FoundTask], user: Identity | None
     try:
         infos = [_INFO.decode(line) for line in said.splitlines(keepends=True) if line.endswith(b"\n")]
     except msgspec.DecodeError as error:
-        raise OSError(f"{python.program} said what makes no sense: {error}") from error
+        raise OSError(f"cannot read the task list that {python.program} printed: {error}") from error
     if whole and len(infos) < len(wanted):
-        raise OSError(f"{python.program} ended before it had looked into all tasks")
+        raise OSError(f"{python.program} ended before it had examined all tasks")
     return infos

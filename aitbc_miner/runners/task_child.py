@@ -1,9 +1,8 @@
-"""The process a Python task runs in: reads what to run from stdin, runs it, reports what came of it.
+"""The process that runs a Python task: it reads an Order from stdin, runs the task, and reports the result.
 
-Its arguments are modules to import before it reads: it can be started ahead of its task, and wait there.
-
-It runs as the job's user within the job's limits, and is as little trusted as the task: everything it says is
-judged again by `runners/python.py`.
+Its arguments are modules to import before it reads stdin, so that it can start ahead of its task and wait.
+The process runs as the job's user within the job's limits. The node trusts it no more than the task:
+`runners/python.py` judges its reports again.
 """
 
 import importlib
@@ -38,7 +37,7 @@ MESSAGE_MAX = 2000
 
 
 class Order(Struct, frozen=True):
-    """What the child is told to do: `file` was found and judged by the miner, `env` is the job's."""
+    """The task to run. The miner has found and checked `file`; `env` is the job's environment."""
 
     task: str
     file: str
@@ -46,25 +45,25 @@ class Order(Struct, frozen=True):
     env: dict[str, str] = {}
 
 
-class TaskRefused(Exception):  # noqa: N818  # says what happened, as StopIteration does
-    """The task cannot be run as asked, or came back with what cannot be sent."""
+class TaskRefused(Exception):  # noqa: N818  # the name says what happened, as StopIteration does
+    """The process cannot run the task with these parameters, or cannot send its result."""
 
 
 class NoTaskError(TaskRefused):
-    """The file is no task."""
+    """The file has no function `run`."""
 
 
 def main() -> int:
-    """Run the task that stdin describes and return the exit status: 0 with a result, 1 with a failure."""
+    """Run the task that stdin describes; return the exit status, 0 for a result and 1 for a failure."""
     if modules := sys.argv[1:]:
         del sys.argv[1:]
         send(Preloaded(preload(modules)))
     if not (told := sys.stdin.buffer.read()):
-        return 0  # there will be no task: the worker has ended
+        return 0  # the worker ended and will send no task
     order = msgspec.json.decode(told, type=Order)
     _close_stdin()
     os.environ.update(order.env)
-    # Programs that the task starts must not hold the pipe open after it has ended.
+    # Programs that the task starts must not hold the pipe open after the task has ended.
     os.set_inheritable(int(os.environ[REPORT_VARIABLE]), False)  # noqa: FBT003
     try:
         hear_cancellation()
@@ -88,7 +87,7 @@ def _carry_out(order: Order) -> int:
 
 
 def preload(modules: Sequence[str]) -> dict[str, str]:
-    """Import modules; gives those that cannot be, and why. A task that needs one will fail of it itself."""
+    """Import modules; give the error of each module that fails. Tasks that need such a module fail later."""
     failed: dict[str, str] = {}
     for name in modules:
         try:
@@ -100,7 +99,7 @@ def preload(modules: Sequence[str]) -> dict[str, str]:
 
 
 def _end_cancelled(task: str) -> int:
-    """End as a program does that takes no notice of SIGTERM, by which the worker knows it."""
+    """End by SIGTERM, as a program without a handler does: the worker recognises a cancelled job by that."""
     sys.stdout.flush()
     print(f"task {task}: cancelled", file=sys.stderr)  # noqa: T201  # the job's log
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -129,19 +128,19 @@ def _result(order: Order) -> msgspec.Raw:
 
 
 def load(name: str, file: Path) -> Callable[..., Any]:
-    """Import a task's file and give its function.
+    """Import a task's file and give its function `run`.
 
     Raises:
-        NoTaskError: there is none in it.
-        Refused: it has the name of something else.
-        Exception: whatever importing it raises.
+        NoTaskError: the file has no function `run`.
+        TaskRefused: the task has the name of a module of Python or of the miner.
+        Exception: any error of the import.
     """
     if name in sys.modules or name in sys.stdlib_module_names:
-        raise TaskRefused(f"a task cannot be called {name}, as a module already is; rename {file.name}")
+        raise TaskRefused(f"a module named {name} exists already; rename {file.name}")
     spec = importlib.util.spec_from_file_location(name, file)
     if spec is None or spec.loader is None:
         raise TaskRefused(f"{file} is not a Python file")
-    # At the end: a file beside the task may help it, but not stand in for a module of Python or of ours.
+    # Appended: the task may import files beside it, but these must not replace modules of Python or ours.
     sys.path.append(str(file.parent))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
@@ -153,10 +152,10 @@ def load(name: str, file: Path) -> Callable[..., Any]:
 
 
 def bind_params(run: Callable[..., Any], params: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Fit a job's params to a function's signature, each converted to what its annotation says.
+    """Fit a job's params to a function's signature, and convert each to the type of its annotation.
 
     Raises:
-        Refused: a parameter is missing, unknown, or not of its type.
+        TaskRefused: a parameter is missing, unknown, or not of its type.
     """
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
@@ -167,7 +166,7 @@ def bind_params(run: Callable[..., Any], params: Mapping[str, Any]) -> tuple[lis
         if parameter.kind is parameter.VAR_KEYWORD:
             rest = parameter
         elif parameter.kind is parameter.VAR_POSITIONAL:
-            continue  # params have names, so there is never anything for *args
+            continue  # params have names, so *args stays empty
         elif name in left:
             kwargs[name] = _converted(name, left.pop(name), parameter)
         elif parameter.default is parameter.empty:
@@ -198,14 +197,11 @@ def _converted(name: str, value: Any, parameter: inspect.Parameter) -> Any:
 
 
 def _type_name(parameter: inspect.Parameter) -> str:
-    annotation = parameter.annotation
-    if annotation is parameter.empty:
-        return "any value"
-    return _readable(annotation)
+    return "any value" if parameter.annotation is parameter.empty else _readable(parameter.annotation)
 
 
 def _readable(annotation: Any) -> str:
-    """Write a type as the author of a job would: `int of at least 1`, not `typing.Annotated[int, …]`."""
+    """Write a type for authors of jobs: `int of at least 1`, not `typing.Annotated[int, …]`."""
     if get_origin(annotation) is Annotated:
         plain, *metas = get_args(annotation)
         bounds = [words for meta in metas if isinstance(meta, msgspec.Meta) for words in _bounds(meta)]
@@ -223,10 +219,10 @@ def _bounds(meta: msgspec.Meta) -> Iterator[str]:
         "gt": "above",
         "le": "of at most",
         "lt": "below",
-        "multiple_of": "that is a multiple of",
+        "multiple_of": "in multiples of",
         "min_length": "of a length of at least",
         "max_length": "of a length of at most",
-        "pattern": "that matches",
+        "pattern": "matching",
     }
     return (
         f"{said} {getattr(meta, name)}" for name, said in words.items() if getattr(meta, name) is not None
@@ -234,14 +230,14 @@ def _bounds(meta: msgspec.Meta) -> Iterator[str]:
 
 
 def _failure(task: str, error: Exception) -> TaskFailure:
-    # Matched by name: torch and cupy are not here to be imported, and cupy's is a MemoryError as well.
+    # Matched by name, because torch and cupy may not be installed. cupy's error is a MemoryError as well.
     names = {kind.__name__ for kind in type(error).__mro__}
     code = ErrorCode.E_TASK
     if "OutOfMemoryError" in names:
         code = ErrorCode.E_VRAM
     elif isinstance(error, MemoryError):
         code = ErrorCode.E_OOM
-    told = isinstance(error, TaskRefused | TaskError)
     text = str(error) or ("out of memory" if isinstance(error, MemoryError) else "")
-    said = text if told else ": ".join(filter(None, (type(error).__name__, text)))
-    return TaskFailure(code, f"task {task}: {said}"[:MESSAGE_MAX])
+    if not isinstance(error, TaskRefused | TaskError):
+        text = ": ".join(filter(None, (type(error).__name__, text)))
+    return TaskFailure(code, f"task {task}: {text}"[:MESSAGE_MAX])

@@ -1,6 +1,6 @@
-"""The process that looks into tasks: imports each in a fork of its own and says what it takes.
+"""The process that describes tasks: it imports each task in a fork of its own.
 
-Stdin has names and files, as JSON; stdout gets a line of JSON for each, whatever becomes of the fork.
+Stdin has the tasks' names and files as JSON. Stdout gets a line of JSON for each task, even if its fork dies.
 """
 
 import inspect
@@ -26,9 +26,9 @@ TEXT_MAX = 300
 
 
 class TaskInfo(Struct, frozen=True, omit_defaults=True):
-    """What is known of a task: `params` is a JSON schema, `error` says why there is none.
+    """The description of a task. `params` is a JSON schema; if it is None, `error` has the reason.
 
-    task: False for a file that only helps others.
+    `task` is False for a file without a function `run`, such as a helper of other tasks.
     """
 
     name: str
@@ -39,11 +39,11 @@ class TaskInfo(Struct, frozen=True, omit_defaults=True):
 
 
 def main() -> int:
-    """Say for each file what it is."""
-    _die_with_parent()
+    """Print the description of each task."""
+    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     wanted = msgspec.json.decode(sys.stdin.buffer.read(), type=list[tuple[str, str]])
     said = os.dup(1)
-    # What modules print while they are imported is not for our reader.
+    # Modules may print while they are imported; their output goes to stderr.
     os.dup2(2, 1)
     for name, file in wanted:
         with os.fdopen(os.dup(said), "wb") as out:
@@ -51,23 +51,19 @@ def main() -> int:
     return 0
 
 
-def _die_with_parent() -> None:
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def _ask(name: str, file: Path) -> TaskInfo:
-    """Have a fork describe the task: what it does to its process costs only this answer."""
+    """Have a fork describe the task, so that a task that ends its process spoils no other description."""
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
-            _die_with_parent()
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             os.write(writing, msgspec.json.encode(describe(name, file)))
         finally:
             os._exit(0)
     os.close(writing)
     with os.fdopen(reading, "rb") as pipe:
-        # Nothing before its end: all is written at once.
+        # The fork writes its whole answer at once.
         late = not select.select([pipe], [], [], READ_S)[0]
         if late:
             os.kill(pid, signal.SIGKILL)
@@ -75,33 +71,31 @@ def _ask(name: str, file: Path) -> TaskInfo:
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if answer:
         return msgspec.json.decode(answer, type=TaskInfo)
-    how = f"exit status {code}" if code >= 0 else signal_name(-code)
-    return TaskInfo(
-        name, error=f"importing it takes longer than {READ_S} s" if late else f"importing it ends in {how}"
-    )
+    end = f"exit status {code}" if code >= 0 else signal_name(-code)
+    return TaskInfo(name, error=f"the import {f'takes longer than {READ_S} s' if late else f'ends in {end}'}")
 
 
 def describe(name: str, file: Path) -> TaskInfo:
-    """Import a task and describe it; what is wrong with it is part of that."""
+    """Import a task and describe it; the description has the error of a faulty task."""
     try:
         run = load(name, file)
         text = sys.modules[name].__doc__ or run.__doc__ or ""
         params = schema_of(run)
     except NoTaskError:
         return TaskInfo(name, task=False)
-    except (Exception, SystemExit) as error:  # noqa: BLE001  # whatever it raises is what is wrong with it
+    except (Exception, SystemExit) as error:  # noqa: BLE001  # any error goes into the description
         kind = "" if isinstance(error, TaskRefused) else f"{type(error).__name__}: "
         return TaskInfo(name, error=_line(f"{kind}{error}"))
     if len(msgspec.json.encode(params)) > SCHEMA_MAX:
-        return TaskInfo(name, error=f"the schema of its parameters is larger than {SCHEMA_MAX} bytes")
+        return TaskInfo(name, error=f"the JSON schema of its parameters is larger than {SCHEMA_MAX} bytes")
     return TaskInfo(name, _line(text), params)
 
 
 def schema_of(run: Callable[..., Any]) -> dict[str, Any]:
-    """Describe what a job's params must be, as a JSON schema of an object.
+    """Describe the params of a job as a JSON schema of an object.
 
     Raises:
-        Refused: a parameter is of a type that JSON cannot fill.
+        TaskRefused: JSON cannot express the type of a parameter.
     """
     takes = [
         each
@@ -136,11 +130,11 @@ def _default(parameter: inspect.Parameter) -> dict[str, Any]:
     try:
         value = msgspec.json.encode(parameter.default)
     except (TypeError, ValueError, OverflowError, RecursionError):
-        return {}  # the task knows it; a job can leave it out all the same
+        return {}  # the schema omits the default, but jobs may still omit the parameter
     return {"default": msgspec.Raw(value)} if len(value) <= DEFAULT_MAX else {}
 
 
 def _line(text: str) -> str:
-    """Make the first line of a text fit for a list."""
+    """Give the first line of a text with words in it, shortened and printable."""
     first = next(filter(None, map(str.strip, text.splitlines())), "")
     return "".join(char if char.isprintable() else "?" for char in first[:TEXT_MAX])

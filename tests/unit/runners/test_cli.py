@@ -90,7 +90,7 @@ def test_a_variable_passes_only_if_entry_and_slot_allow_it(runner: CliRunner) ->
     ],
 )
 def test_what_decides_which_code_runs_never_passes(name: str) -> None:
-    with pytest.raises(JobError, match="no job may choose") as error:
+    with pytest.raises(JobError, match="no job may set") as error:
         job_env(manifest(env={name: "x"}), PATHS, slot(), {}, [name])
     assert error.value.code is ErrorCode.E_DENY
     assert "\n" not in error.value.message

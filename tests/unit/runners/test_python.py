@@ -146,8 +146,8 @@ def test_params_that_fit_arrive(run: Run, signature: str, params: dict[str, Any]
         ("raise TaskError('E_CANCELLED', 'says who')", ErrorCode.E_TASK, "E_CANCELLED: says who"),
         ("sys.exit(3)", ErrorCode.E_EXIT, "exit status 3"),
         ("sys.exit('sorry')", ErrorCode.E_EXIT, "last line: sorry"),
-        ("sys.exit(0)", ErrorCode.E_TASK, "without a result"),
-        ("os._exit(0)", ErrorCode.E_TASK, "without a result"),
+        ("sys.exit(0)", ErrorCode.E_TASK, "the task has no result"),
+        ("os._exit(0)", ErrorCode.E_TASK, "the task has no result"),
         ("os.kill(os.getpid(), 11)", ErrorCode.E_SIGNAL, "SIGSEGV"),
         ("return object()", ErrorCode.E_TASK, "cannot be written as JSON"),
         ("a = []; a.append(a); return a", ErrorCode.E_TASK, "cannot be written as JSON"),
@@ -160,7 +160,7 @@ def test_params_that_fit_arrive(run: Run, signature: str, params: dict[str, Any]
         (
             "os.write(int(os.environ['AITBC_REPORT_FD']), b'{garbage\\n'); os._exit(0)",
             ErrorCode.E_TASK,
-            "without",
+            "the task has no result",
         ),
     ],
 )
@@ -197,7 +197,9 @@ def test_a_file_that_is_no_task_says_why(run: Run, source: str, words: str) -> N
 
 def test_a_task_cannot_stand_in_for_a_module(run: Run) -> None:
     for name in ["json", "queue", "msgspec"]:
-        assert f"cannot be called {name}" in run("def run(): return 1", name=name).verdict.message
+        assert (
+            f"a module named {name} exists already" in run("def run(): return 1", name=name).verdict.message
+        )
 
 
 def test_modules_beside_the_task_help_it_but_replace_nothing(run: Run, tasks: Path) -> None:
@@ -240,7 +242,7 @@ def test_large_params_and_results_pass(run: Run) -> None:
     ],
 )
 def test_a_name_that_is_no_plain_name_is_denied(tasks: Path, name: str) -> None:
-    with pytest.raises(JobError, match="name is 1 to 64") as error:
+    with pytest.raises(JobError, match="names have 1 to 64") as error:
         find_task(name, [tasks])
     assert error.value.code is ErrorCode.E_DENY
     assert error.value.message.isprintable()
@@ -258,7 +260,7 @@ def test_the_first_task_path_that_has_it_counts(tmp_path: Path, tasks: Path) -> 
     with pytest.raises(JobError, match=r"no nothing\.py in the task paths .*other") as error:
         find_task("nothing", paths)
     assert error.value.code is ErrorCode.E_DENY
-    with pytest.raises(JobError, match="there are none"):
+    with pytest.raises(JobError, match="none set"):
         find_task("trial", [])
 
 
