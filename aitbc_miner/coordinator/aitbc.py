@@ -1,7 +1,8 @@
-"""The `aitbc-v1` dialect: the AITBC coordinator-api as it is deployed, with its quirks.
+"""The dialect `aitbc-v1`: the AITBC coordinator-api as deployed, with its quirks.
 
-It has no leases, refuses no report and tells nobody of a cancellation. So this asks for the list of jobs that
-are taken for ours, paces itself below the coordinator's limits, and looks before it says a thing twice.
+The coordinator has no leases, refuses no report and announces no cancellation. So this client asks for the
+list of the node's jobs, stays below the coordinator's limits, and checks a job's state before it repeats its
+report.
 """
 
 import platform
@@ -43,7 +44,7 @@ from aitbc_miner.jobs import Outcome
 from aitbc_miner.util import clock, fs
 
 LIMITS = {"register": 50, "heartbeat": 100, "poll": 100, "result": 50, "fail": 50, "jobs": 200, "leave": 50}
-"""Calls of each kind in 60 s that the coordinator takes from one address."""
+"""The calls of each kind that the coordinator accepts from one IP address in 60 s."""
 PAGE = 100
 MAX_PAGES = 10
 MAX_LIST = 8 << 20
@@ -51,13 +52,13 @@ MAX_REPLY_TO_RESULT = 24 << 20
 """A receipt repeats the job and its result, which may be 10 MiB each."""
 ENVELOPE = 8192
 REPORTS_S = 0.5
-"""How long a poll waits for reports on their way: until they are there, their slots count as taken."""
+"""How long a poll waits for reports being sent: the coordinator counts their slots as taken until then."""
 MANIFEST = "manifest.json"
 MAX_MANIFEST = 64 << 20
 
 
 class Profile(Struct, frozen=True):
-    """What the operator says of this node to this coordinator, and what it knows of itself."""
+    """The node's settings and properties for this coordinator."""
 
     node_id: str
     source: str
@@ -70,9 +71,9 @@ class Profile(Struct, frozen=True):
 
 
 class AitbcCoordinator:
-    """A coordinator that speaks `aitbc-v1`; see `Coordinator` for what each method promises.
+    """A coordinator that speaks `aitbc-v1`; `Coordinator` documents each method.
 
-    `credential` is the operator's API key or JSON web token, which serves as the node token, too.
+    `credential` is the operator's API key or JSON web token, and serves as the node token as well.
     """
 
     slowest = 5.0
@@ -88,7 +89,7 @@ class AitbcCoordinator:
         self._miner_id = profile.node_id
         self._bound = profile.max_job_kb * 1024
         self._known = Known(region=profile.region, price=profile.price, cuda=bool(profile.cuda))
-        # Reports that certainly did not arrive, so that sending them once more cannot count twice.
+        # Jobs whose reports certainly did not count, so that a further report cannot count twice.
         self._unheard: set[str] = set()
         self._fresh: set[str] = set()
         self._on_their_way = 0
@@ -97,15 +98,15 @@ class AitbcCoordinator:
     # --- this node -----------------------------------------------------------------------------------------
 
     def use_token(self, token: str) -> None:
-        """Use the operator's credential. Raises MinerError if no header can hold it."""
+        """Use the operator's credential. Raises MinerError if no header can carry the credential."""
         self._http.set_token(token)
         self._credential = token
         claims = wire.claims_of(token) if self._profile.auth_scheme == "bearer" else None
-        # With a token the coordinator goes by what that says, and not by the name that we give.
+        # If the token names a miner, the coordinator uses this name and ignores X-Miner-ID.
         self._miner_id = claims.sub if claims and claims.sub else self._profile.node_id
 
     def register(self, capabilities: dict[str, Any]) -> str:
-        """POST /miners/register. The session token in its reply is accepted nowhere."""
+        """POST /miners/register. The coordinator accepts the session token of its reply nowhere."""
         doing = "register this node"
         try:
             self.use_token(self._credential)
@@ -125,14 +126,14 @@ class AitbcCoordinator:
         return self._credential
 
     def leave(self) -> None:
-        """DELETE /miners/ID: a node that is only silent counts as there for ever, and holds up all others."""
+        """DELETE /miners/ID: a node that only falls silent stays listed as free and blocks other nodes."""
         doing = "sign this node off"
         reply = self._call("leave", f"/miners/{_segment(self._miner_id)}", None, doing, method="DELETE")
         if reply.status != 404:
             self._answer("leave", reply, doing)
 
     def heartbeat(self, report: Heartbeat) -> None:
-        """POST /miners/heartbeat: the jobs under way that it names replace what was counted there."""
+        """POST /miners/heartbeat: the number of jobs in it replaces the coordinator's own count."""
         doing = "send a heartbeat"
         reply = self._call(
             "heartbeat", "/miners/heartbeat", wire.heartbeat(report, platform.machine()), doing
@@ -140,7 +141,7 @@ class AitbcCoordinator:
         self._answer("heartbeat", reply, doing)
 
     def why_idle(self, standing: Standing) -> list[str]:
-        """Name what is known to keep jobs from a node here."""
+        """List the possible reasons why this node gets no jobs."""
         known = msgspec.structs.replace(
             self._known,
             resting=tuple(self._limits.resting()),
@@ -152,7 +153,7 @@ class AitbcCoordinator:
     # --- jobs that come ------------------------------------------------------------------------------------
 
     def pull(self, _filters: PullFilters) -> PulledJob | None:
-        """POST /miners/poll: with the reply the job is ours, whether we get it or not."""
+        """POST /miners/poll: the coordinator assigns the job even if its reply is lost."""
         doing = "pull a job"
         with self._arrived:
             self._arrived.wait_for(lambda: not self._on_their_way, REPORTS_S)
@@ -167,16 +168,17 @@ class AitbcCoordinator:
         return job
 
     def ack(self, job_id: str, holder: str | None = None) -> None:
-        """Say nothing of a job that was just pulled; of any other, look whether it is still in our list."""
+        """Do nothing for a job just pulled; for any other job, check that the list of this node has it."""
         if job_id in self._fresh:
             self._fresh.discard(job_id)
             return
         state = self._state_of(job_id, f"ask for job {clean(job_id, 128)}", holder)
         if state not in {"RUNNING", "QUEUED"}:
-            raise Gone(f"cannot accept job {clean(job_id, 128)}: it is {state or 'not known'} there", 404)
+            cause = f"the coordinator lists it as {state}" if state else "the coordinator does not list it"
+            raise Gone(f"cannot accept job {clean(job_id, 128)}: {cause}", 404)
 
     def progress(self, _job_id: str, _pct: float, _note: str) -> bool:
-        """Say nothing: who follows a job here is not told. That it is cancelled shows in `assignments`."""
+        """Do nothing: the coordinator takes no progress. `assignments` shows whether a job was cancelled."""
         return False
 
     def assignments(self) -> Assignments:
@@ -194,9 +196,9 @@ class AitbcCoordinator:
 
     # --- what came of them ---------------------------------------------------------------------------------
 
-    # Nobody there reads a key.
+    # The coordinator ignores keys.
     def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:  # noqa: ARG002
-        """POST /miners/JOB/result, which counts each time that it arrives."""
+        """POST /miners/JOB/result. The coordinator counts every result that arrives, repeated ones too."""
         doing = f"deliver the result of job {clean(job_id, 128)}"
         if again and self._settled(job_id, doing, "COMPLETED"):
             return Told()
@@ -206,7 +208,7 @@ class AitbcCoordinator:
         return Told(self._receipt(reply, job_id))
 
     def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:  # noqa: ARG002
-        """POST /miners/JOB/fail. A job that its client has cancelled would count as failed by it."""
+        """POST /miners/JOB/fail, but not for a job that its client cancelled: it would count as failed."""
         doing = f"report the failure of job {clean(job_id, 128)}"
         if outcome.code is ErrorCode.E_CANCELLED and self._state_of(job_id, doing) != "RUNNING":
             raise Gone(f"cannot {doing}: its client has cancelled it", 404)
@@ -217,7 +219,7 @@ class AitbcCoordinator:
         return Told(beat=True)
 
     def _report(self, call: str, job_id: str, doing: str, send: Callable[[], HttpReply]) -> HttpReply:
-        """Send a report, and note whether it is certain that it did not count."""
+        """Send a report; remember the job if the report certainly did not count."""
         with self._arrived:
             self._on_their_way += 1
         self._unheard.discard(job_id)
@@ -236,7 +238,7 @@ class AitbcCoordinator:
         return reply
 
     def _settled(self, job_id: str, doing: str, state: str) -> bool:
-        """Whether a report whose answer was lost has counted all the same."""
+        """Whether a report counted although its reply was lost."""
         return job_id not in self._unheard and self._state_of(job_id, doing) == state
 
     def _receipt(self, reply: HttpReply, job_id: str) -> Receipt | None:
@@ -254,21 +256,21 @@ class AitbcCoordinator:
         return self._book.manifest(job_id, payload)
 
     def _state_of(self, job_id: str, doing: str, miner_id: str | None = None) -> str | None:
-        """Say where the coordinator sees a job of ours; None if it is none, as one that was cancelled."""
-        # A state that there is not filters nothing.
+        """Give the state of a job in the list of this node; None without the job, as after a cancellation."""
+        # The coordinator ignores an unknown state and lists all jobs.
         for reply, _ in self._pages(doing, "ANY", miner_id):
             if reply.complete:
                 known = dict(wire.states(reply, doing))
                 if job_id in known:
                     return known[job_id]
             elif (found := wire.oversized_assignment(reply, MAX_LIST)) and found.job_id == job_id:
-                return "RUNNING"  # no outcome of ours is so large
+                return "RUNNING"  # a job with a result of this node is never so large
         return None
 
     def _pages(self, doing: str, state: str, miner_id: str | None = None) -> Iterator[tuple[HttpReply, bool]]:
-        """Yield the pages of a list of jobs, the newest first, and of each whether it is the last.
+        """Yield the pages of a list of jobs, the newest first, and for each page whether it is the last.
 
-        One that is too large is asked for again in smaller ones, and yielded cut off if it is one job.
+        A page over `MAX_LIST` bytes is requested again with fewer jobs; a page of one job is truncated.
         """
         path = f"/miners/{_segment(miner_id or self._miner_id)}/jobs"
         size, at = PAGE, 0
@@ -296,18 +298,18 @@ class AitbcCoordinator:
         query: dict[str, str] | None = None,
         most: int = 64 * 1024,
     ) -> HttpReply:
-        """Make a call within the limits. Raises Paced, or Busy if the coordinator thinks otherwise."""
+        """Make a call within the limits. Raises Paced, or Busy if the coordinator refuses all the same."""
         self._limits.take(endpoint)
         named = {} if self._profile.auth_scheme == "bearer" else {"X-Miner-ID": self._profile.node_id}
         reply = self._http.call(
             method, path, payload, doing=doing, params=query, headers=named, max_bytes=most
         )
         if reply.status == 429 and is_own_error(reply, AITBC):
-            # What it says of how long to wait is always the same and never so.
+            # Retry-After is left out: the coordinator always sends the same number, and it is always wrong.
             pause_s = self._limits.refused(endpoint)
             raise Busy(
-                f"cannot {doing}: the coordinator takes no more such calls from this address this minute;"
-                " it is tried again; if several nodes share the address, set coordinator.share on each",
+                f"cannot {doing}: the coordinator limits such calls per IP address; the node retries;"
+                " if N nodes share this address, set coordinator.share to 1/N on each",
                 pause_s,
                 429,
             )
@@ -315,9 +317,9 @@ class AitbcCoordinator:
         return reply
 
     def _answer(self, call: str, reply: HttpReply, doing: str) -> None:
-        """Raise unless this is the coordinator's yes. A page that answers all with 200 is none."""
+        """Raise unless the coordinator confirms the call; a web page with status 200 confirms nothing."""
         self._check(call, reply, doing)
-        # A receipt beyond all bounds cuts off what comes behind the yes.
+        # An oversized receipt truncates the reply, but the confirmation comes before the receipt.
         confirm(AITBC.calls[call], decode_answer(reply, doing) if reply.complete else wire.head(reply), doing)
 
     def _check(self, call: str, reply: HttpReply, doing: str) -> None:
@@ -326,25 +328,25 @@ class AitbcCoordinator:
         check(reply, AITBC.calls[call], AITBC, doing, self._profile.source)
 
     def _why_denied(self, reply: HttpReply) -> str:
-        """Say which fault of the credential it is, as far as that can be told."""
+        """Explain why the coordinator rejects the credential."""
         used, scheme = f"the credential from {self._profile.source}", self._profile.auth_scheme
         if fault := wire.fault_of(self._credential, scheme):
             return f"{used} {fault}"
         if scheme == "api_key":
             return (
                 f"the coordinator does not accept {used} as an API key ({reply.status}); ask its operator"
-                " whether the key is listed there"
+                " to register the key"
             )
         if reply.status == 403:
-            return f"the coordinator answers 403 to {used}, whose role is right; see what is on the way"
+            return f"the coordinator answers 403 to {used}, whose role is right; check proxies and filters"
         return (
-            f"the coordinator does not accept {used}: it has been signed with another key, or is no longer"
-            " valid; ask for another"
+            f"the coordinator does not accept {used}: it was signed with another key or is invalid; ask the"
+            " coordinator's operator for a new token"
         )
 
 
 def _was_not_read(reply: HttpReply) -> bool:
-    """Whether the coordinator has said that it did not even look at a report, so that it cannot count."""
+    """Whether the coordinator rejected a report unread, so that the report cannot count."""
     return reply.status in {401, 422} and is_own_error(reply, AITBC)
 
 
@@ -353,7 +355,7 @@ def _segment(text: str) -> str:
 
 
 def _manifest_in(root: Path) -> dict[str, Any]:
-    """Read what the result is to be made of; without it, it is what the job has left for delivery."""
+    """Read the job's manifest; {} if it is missing or unreadable: then the result has only the artifacts."""
     found: object = None
     try:
         with fs.directory(root) as directory:

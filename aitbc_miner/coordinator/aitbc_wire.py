@@ -1,4 +1,4 @@
-"""What is said in the dialect `aitbc-v1`, as data: what we know in its words, and its words in ours. Pure."""
+"""The JSON of the dialect `aitbc-v1`: encodes the node's calls, decodes the coordinator's replies. Pure."""
 
 import base64
 import binascii
@@ -24,15 +24,15 @@ from aitbc_miner.util.nesting import too_deep
 MAX_MESSAGE = 2000
 LOG_TAIL = 1000
 MAX_LISTED = 5000
-"""Jobs of one page, where 100 are asked for: each takes some 20 bytes there, and here a kilobyte and time."""
+"""The most jobs of a page; 100 are requested. 20 bytes of a reply cost a kilobyte of memory here."""
 _UNREADABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 ToManifest = Callable[[str, Mapping[str, Any]], dict[str, Any]]
-"""Makes a manifest of a job's id and payload. Raises ManifestError."""
+"""Makes a manifest from a job's id and payload. Raises ManifestError."""
 
 
 class Claims(Struct, frozen=True):
-    """What a JSON web token says of its bearer; its signature is the coordinator's to check."""
+    """The claims of a JSON web token. Only the coordinator can check the token's signature."""
 
     sub: str = ""
     role: str = ""
@@ -40,7 +40,7 @@ class Claims(Struct, frozen=True):
 
 
 def claims_of(token: str) -> Claims | None:
-    """Read a JSON web token; None when it is none."""
+    """Read the claims of a JSON web token; None for any other text."""
     parts = token.split(".")
     try:
         text = base64.urlsafe_b64decode(parts[1] + "=" * (-len(parts[1]) % 4))
@@ -50,7 +50,7 @@ def claims_of(token: str) -> Claims | None:
 
 
 def fault_of(token: str, scheme: str) -> str | None:
-    """Say what is wrong with a credential, as far as it shows that itself, by our clock."""
+    """Give the fault that a credential itself shows, by the node's clock; None without a fault."""
     claims = claims_of(token)
     if scheme == "api_key":
         return "is a JSON web token; set coordinator.auth_scheme: bearer" if claims else None
@@ -61,11 +61,11 @@ def fault_of(token: str, scheme: str) -> str | None:
     if claims.exp is not None and claims.exp < time.time():
         with suppress(ValueError, OverflowError, OSError):
             end = datetime.fromtimestamp(claims.exp, UTC)
-            return f"expired at {end:%Y-%m-%d %H:%M} UTC; ask for another"
+            return f"expired at {end:%Y-%m-%d %H:%M} UTC; ask for a new token"
     return None
 
 
-# --- of ourselves ------------------------------------------------------------------------------------------
+# --- this node ---------------------------------------------------------------------------------------------
 
 
 _GPU_KEYS = {"name": "name", "memory_mb": "vram_mb", "uuid": "uuid"}
@@ -79,9 +79,9 @@ def registration(
     price: float | None,
     region: str | None,
 ) -> dict[str, Any]:
-    """Say what this node can do: what the matcher reads, and beside it all that we say elsewhere.
+    """Describe this node: the keys that the coordinator's matcher reads, and all capabilities.
 
-    `cuda` are the toolkits that are installed: a job's version is looked for within this text.
+    `cuda` are the versions of the installed toolkits. The matcher searches their text for a job's version.
     """
     gpus = [{ours: gpu[its] for ours, its in _GPU_KEYS.items() if its in gpu} for gpu in capabilities["gpu"]]
     read: dict[str, Any] = {"gpus": gpus, "models": list(models)}
@@ -89,13 +89,13 @@ def registration(
         read["cuda"] = " ".join(cuda)
     if price is not None:
         read["price"] = price
-    # Of 0 slots it would take that any number may come; of fewer, none.
+    # The coordinator reads 0 as unlimited, and a negative number as no jobs.
     concurrency = sum(slot.get("offers", True) for slot in capabilities["slots"]) or -1
     return {"capabilities": {**capabilities, **read}, "concurrency": concurrency, "region": region}
 
 
 def heartbeat(report: Heartbeat, arch: str) -> dict[str, Any]:
-    """Say how this node is. Only one that is ONLINE holds jobs back from others of less reputation."""
+    """Report the node's state. The coordinator offers jobs to the ONLINE node of the highest reputation."""
     return {
         "inflight": report.inflight,
         "status": "ONLINE" if report.accepting else "DRAINING",
@@ -109,7 +109,7 @@ def heartbeat(report: Heartbeat, arch: str) -> dict[str, Any]:
     }
 
 
-# --- of jobs that come -------------------------------------------------------------------------------------
+# --- incoming jobs -----------------------------------------------------------------------------------------
 
 
 class _Job(Struct):
@@ -125,7 +125,7 @@ class _State(Struct):
 
 
 class _Page(Struct):
-    # Each for itself: one that cannot be read must not hide the others.
+    # Raw, so that one unreadable job does not hide the others.
     jobs: list[msgspec.Raw]
     error: Any = None
 
@@ -134,7 +134,7 @@ def pulled_job(reply: HttpReply, bound: int, to_manifest: ToManifest, doing: str
     """Read the reply to a poll.
 
     Raises:
-        Unreachable: there is no job in it that has a name.
+        Unreachable: the reply has no job with an id.
     """
     why = f"it is larger than {bound // 1024} KiB"
     try:
@@ -150,10 +150,10 @@ def pulled_job(reply: HttpReply, bound: int, to_manifest: ToManifest, doing: str
 
 
 def assigned_jobs(reply: HttpReply, to_manifest: ToManifest, doing: str) -> list[Assignment]:
-    """Read a page of the list of our jobs.
+    """Read a page of the list of this node's jobs.
 
     Raises:
-        Unreachable: it cannot be read.
+        Unreachable: the page cannot be read.
     """
     found: list[Assignment] = []
     for raw in _page(reply, doing):
@@ -170,7 +170,7 @@ def assigned_jobs(reply: HttpReply, to_manifest: ToManifest, doing: str) -> list
 
 
 def states(reply: HttpReply, doing: str) -> list[tuple[str, str]]:
-    """Read where the jobs of a page are; raises as `assigned_jobs`."""
+    """Read the ids and states of a page's jobs. Raises as `assigned_jobs` does."""
     found: list[tuple[str, str]] = []
     for raw in _page(reply, doing):
         try:
@@ -185,7 +185,7 @@ def states(reply: HttpReply, doing: str) -> list[tuple[str, str]]:
 def _page(reply: HttpReply, doing: str) -> list[bytes]:
     try:
         page = msgspec.json.decode(reply.body, type=_Page)
-        # Whatever is wrong with its database, it says so with 200 and an empty list.
+        # The coordinator reports a fault of its database as 200 with an empty list and an `error`.
         confirm(AITBC.calls["jobs"], {"jobs": page.jobs, "error": page.error}, doing)
         if len(page.jobs) > MAX_LISTED:
             raise Unreachable(f"cannot {doing}: garbage reply: a page of {len(page.jobs)} jobs")
@@ -195,15 +195,14 @@ def _page(reply: HttpReply, doing: str) -> list[bytes]:
 
 
 def oversized_assignment(reply: HttpReply, bound: int) -> Assignment | None:
-    """Name the job of a page of one that is too large to be read."""
+    """Name the job of a truncated page of one job; None if the id is unreadable, too."""
     job_id = find_text(reply.body, ("jobs[]", "job_id"))
-    return (
-        Assignment(job_id, _unreadable(job_id, f"it is larger than {bound // 1024} KiB")) if job_id else None
-    )
+    cause = f"it is larger than {bound // 1024} KiB"
+    return Assignment(job_id, _unreadable(job_id, cause)) if job_id else None
 
 
 def _in_our_words(job: _Job, to_manifest: ToManifest) -> PulledJob:
-    """Make a manifest of a job; what cannot be one is kept as it came, with the reason."""
+    """Make a manifest from a job. If that fails, keep the job's JSON with the error."""
     if too_deep(job.payload):
         return _unreadable(job.job_id, "it is nested too deeply")
     try:
@@ -220,7 +219,7 @@ def _unreadable(job_id: str, why: str) -> PulledJob:
 
 
 def _left(expires_at: str | None, served: float | None) -> float | None:
-    """Say how long a job has; both times are the coordinator's, so that our clock may be wrong."""
+    """Give the seconds until a job expires. Both times are by the coordinator's clock; ours may be wrong."""
     try:
         ends = datetime.fromisoformat(expires_at or "")
     except ValueError:
@@ -229,16 +228,16 @@ def _left(expires_at: str | None, served: float | None) -> float | None:
     return None if served is None else ends.timestamp() - served
 
 
-# --- of what came of them ----------------------------------------------------------------------------------
+# --- reports -----------------------------------------------------------------------------------------------
 
 
 def result(made: Mapping[str, Any], outcome: Outcome) -> dict[str, Any]:
-    """Report what a job made. The time that it took is what it is paid by."""
+    """Report a job's result. The coordinator pays by the duration in the metrics."""
     return {"result": made, "metrics": metrics(outcome)}
 
 
 def failure(outcome: Outcome) -> dict[str, Any]:
-    """Report that a job failed. Its client is shown the message alone, so the code stands in that, too."""
+    """Report a failed job. The message repeats the code, because the client sees only the message."""
     message = f"{outcome.code}: {message_of(outcome)}"
     if tail := clean(log_of(outcome)[-LOG_TAIL:], LOG_TAIL):
         message += f" | the end of its log: {tail}"
@@ -250,7 +249,7 @@ def failure(outcome: Outcome) -> dict[str, Any]:
 
 
 def metrics(outcome: Outcome) -> dict[str, Any]:
-    """Say what a job has used; nothing of it is the job's own word."""
+    """Give the node's own measurements of a job; the job cannot set any."""
     usage = outcome.usage
     return {
         "duration_ms": max(0, round(usage.wall_s * 1000)),
@@ -263,11 +262,11 @@ def metrics(outcome: Outcome) -> dict[str, Any]:
 
 
 def head(reply: HttpReply) -> dict[str, str | None]:
-    """Give what a reply that is cut off says before its receipt."""
+    """Give the status of a truncated reply; `status` comes before the receipt."""
     return {"status": find_text(reply.body, ("status",))}
 
 
 def receipt_in(reply: HttpReply) -> object:
-    """Give the receipt in the reply to a result, its numbers as they stand there; None without one."""
+    """Give the receipt in the reply to a result, with numbers as Python's `json` decodes them; or None."""
     body = json.loads(reply.body)
     return body.get("receipt") if isinstance(body, dict) else None

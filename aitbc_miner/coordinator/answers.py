@@ -1,11 +1,11 @@
-"""What counts as an answer: for each call of each dialect, in one table, which reply means what.
+"""The meaning of each reply to each call of each dialect, in one table.
 
-Proxies, login pages and a coordinator in maintenance answer, too. What is no answer by this table says
-nothing: it is as if the answer had been lost. And only the coordinator itself, in the form of its own errors,
-can refuse a thing.
+Proxies, login pages and coordinators under maintenance reply, too. The node treats a reply that fits no rule
+of the table like a lost reply. Only an error in the coordinator's own format can refuse a job or a report.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -23,16 +23,17 @@ from aitbc_miner.coordinator.interface import (
 )
 
 ABOUT_US = frozenset({403, 408, 425})
-"""What answers 403 is as often a filter on the way, or a credential that has just expired."""
-FINAL_THERE = frozenset({409, 410})
+"""Statuses that do not refuse a report: for example, filters and expired credentials cause 403 as well."""
+CLOSED = frozenset({409, 410})
+"""Statuses of the coordinator for a job that is closed or belongs to another node."""
 
 
 class Call(Struct, frozen=True):
-    """What the replies to one call mean.
+    """The meaning of the replies to one call.
 
-    holds: whether a JSON object, which says of no error, is the answer. empty: no body at all is one, too.
-    nothing, strange, gone: the statuses for "there is none", UnknownNode and Gone. refusable: any other 4xx
-    is Refused. patience_s: the longest that the coordinator may ask us to leave this call alone.
+    `holds` says whether a JSON object without an error is an answer; `empty` whether an empty body is one.
+    `nothing` are the statuses for "no job", `strange` for UnknownNode, `denied` for Unauthorized, `gone` for
+    Gone. If `refusable`, any other 4xx is Refused. `patience_s` bounds the pause that a coordinator requests.
     """
 
     holds: Callable[[Mapping[str, Any]], bool] = lambda _: True
@@ -46,7 +47,7 @@ class Call(Struct, frozen=True):
 
 
 class Dialect(Struct, frozen=True):
-    """The calls of a dialect, and what its coordinator's own errors look like."""
+    """The calls of a dialect, and the test for an error in its coordinator's own format."""
 
     calls: Mapping[str, Call]
     is_error: Callable[[Mapping[str, Any]], bool]
@@ -58,7 +59,7 @@ def _is_bootstrap_error(body: Mapping[str, Any]) -> bool:
 
 
 def _is_aitbc_error(body: Mapping[str, Any]) -> bool:
-    # What its framework says of a path that is not there, other services say in the same words.
+    # Every service of the same framework gives these two texts, for example for an unknown path.
     if isinstance(said := body.get("detail"), str):
         return said not in {"", "Not Found", "Method Not Allowed"}
     error = body.get("error")
@@ -73,8 +74,8 @@ def _is_ok(body: Mapping[str, Any]) -> bool:
     return body.get("status") == "ok"
 
 
-# This dialect names a status alone for most calls.
-_REPORT = Call(empty=True, gone=FINAL_THERE, refusable=True, patience_s=600.0)
+# For most calls this dialect specifies a status and no body.
+_REPORT = Call(empty=True, gone=CLOSED, refusable=True, patience_s=600.0)
 BOOTSTRAP = Dialect(
     {
         "register": Call(
@@ -82,19 +83,19 @@ BOOTSTRAP = Dialect(
         ),
         "heartbeat": Call(empty=True, strange=frozenset({404})),
         "pull": Call(nothing=frozenset({204}), strange=frozenset({404})),
-        "ack": Call(empty=True, gone=FINAL_THERE, refusable=True, patience_s=60.0),
+        "ack": Call(empty=True, gone=CLOSED, refusable=True, patience_s=60.0),
         "progress": Call(empty=True),
         "result": _REPORT,
         "fail": _REPORT,
     },
     _is_bootstrap_error,
 )
-_AITBC_REPORT = Call(_is_ok, gone=FINAL_THERE, refusable=True, patience_s=600.0)
+_AITBC_REPORT = Call(_is_ok, gone=CLOSED, refusable=True, patience_s=600.0)
 AITBC = Dialect(
     {
         "register": Call(_is_ok, refusable=True),
         "heartbeat": Call(_is_ok, strange=frozenset({404})),
-        # It answers 500 to strangers.
+        # The coordinator answers 500 to a node that it does not know.
         "poll": Call(nothing=frozenset({204}), strange=frozenset({500})),
         "jobs": Call(lambda body: isinstance(body.get("jobs"), list) and body.get("error") is None),
         "result": _AITBC_REPORT,
@@ -106,33 +107,33 @@ AITBC = Dialect(
 
 
 def answer(reply: HttpReply, call: Call, dialect: Dialect, doing: str, credential: str) -> dict[str, Any]:
-    """Give the JSON object of an answer, empty if there is no body.
+    """Give the JSON object of an answer, {} for an empty body.
 
     Raises:
-        CoordinatorError: it is none, or it is not the wished-for one; as `check` and `confirm` do.
+        CoordinatorError: the reply is an error or no answer to this call; see `check` and `confirm`.
     """
     check(reply, call, dialect, doing, credential)
     return confirm(call, decode_answer(reply, doing), doing)
 
 
 def confirm(call: Call, body: object, doing: str) -> dict[str, Any]:
-    """Give the body of a reply with the right status. Raises Unreachable if it is no answer."""
+    """Check the decoded body of a reply with the right status. Raises Unreachable if it is no answer."""
     if body is None and call.empty:
         return {}
     if not isinstance(body, dict):
         raise Unreachable(f"cannot {doing}: garbage reply: no JSON object")
     if body.get("error"):
-        said = clean(str(_message(body) or "an error"), 200)
-        raise Unreachable(f"cannot {doing}: the coordinator answered 200, and with it an error: {said}")
+        said = clean(str(_message(body) or "no message"), 200)
+        raise Unreachable(f"cannot {doing}: the coordinator answered 200 with an error: {said}")
     if not call.holds(body):
-        raise Unreachable(f"cannot {doing}: garbage reply: it is JSON, but no answer to this")
+        raise Unreachable(f"cannot {doing}: garbage reply: JSON that does not answer this call")
     return body
 
 
 def check(reply: HttpReply, call: Call, dialect: Dialect, doing: str, credential: str) -> None:
-    """Raise what a status means that neither says yes nor, where that may be, that there is nothing.
+    """Raise the error that a reply's status means; return for 200 and for a status of `call.nothing`.
 
-    `credential` says which one was used.
+    `credential` names the credential of the call, for the message.
     """
     status, said = reply.status, _said(reply)
     if status == 200 or status in call.nothing:
@@ -140,38 +141,37 @@ def check(reply: HttpReply, call: Call, dialect: Dialect, doing: str, credential
     if 300 <= status < 400:
         raise Unreachable(
             f"cannot {doing}: the coordinator answered {status}, a redirect to"
-            f" {clean(reply.location.partition('?')[0], 120) or 'nowhere'}, which is not followed;"
+            f" {clean(reply.location.partition('?')[0], 120) or 'nowhere'}; the node follows no redirects:"
             " set coordinator.base_url to the final address"
         )
     if 200 <= status < 300:
-        raise Unreachable(f"cannot {doing}: garbage reply: {said}, which is no answer to this")
+        raise Unreachable(f"cannot {doing}: garbage reply: {said} does not answer this call")
     if status in call.denied:
         raise Unauthorized(f"cannot {doing}: the coordinator does not accept {credential} ({said})")
     if status in call.strange:
         raise UnknownNode(f"cannot {doing}: the coordinator does not know this node ({said})")
     if status in {429, 503}:
         asked = None if reply.retry_after is None else min(reply.retry_after, call.patience_s)
-        wait = "" if reply.retry_after is None else f"; it asks to wait {reply.retry_after:.0f} s"
+        wait = "" if reply.retry_after is None else f" and asks to wait {reply.retry_after:.0f} s"
         raise Busy(f"cannot {doing}: the coordinator is busy ({said}){wait}", asked, status)
     if 400 <= status < 500 and status not in ABOUT_US and not is_own_error(reply, dialect):
-        # A proxy that has lost the coordinator answers so; taking its word would lose a job or a result.
-        what = f"something answered {said} that is not the coordinator"
-        raise CoordinatorError(f"cannot {doing}: {what}", status)
+        # A proxy without a connection to the coordinator answers so; obeying would lose a job or a result.
+        cause = f"not the coordinator but another server, such as a proxy, answered {said}"
+        raise CoordinatorError(f"cannot {doing}: {cause}", status)
     if status in call.gone:
-        raise Gone(f"cannot {doing}: the job is not ours any more ({said})", status)
+        raise Gone(f"cannot {doing}: the job no longer belongs to this node ({said})", status)
     if call.refusable and 400 <= status < 500 and status not in ABOUT_US:
-        raise Refused(f"cannot {doing}: the coordinator refuses it ({said})", status)
+        raise Refused(f"cannot {doing}: the coordinator refuses ({said})", status)
     raise CoordinatorError(f"cannot {doing}: the coordinator answered {said}", status)
 
 
 def is_own_error(reply: HttpReply, dialect: Dialect) -> bool:
-    """Whether the body is an error as this dialect's coordinator writes it."""
-    body = _object(reply)
-    return body is not None and dialect.is_error(body)
+    """Whether the body is an error in the format of this dialect's coordinator."""
+    return dialect.is_error(json_object(reply))
 
 
 def decode_answer(reply: HttpReply, doing: str) -> Any:
-    """Decode a JSON body; None if it is empty. Raises Unreachable for garbage."""
+    """Decode a JSON body; None for an empty body. Raises Unreachable if the body is too large or not JSON."""
     if not reply.complete:
         raise Unreachable(f"cannot {doing}: garbage reply: larger than {len(reply.body) // 1024} KiB")
     try:
@@ -183,21 +183,21 @@ def decode_answer(reply: HttpReply, doing: str) -> Any:
     return value
 
 
-def _object(reply: HttpReply) -> dict[str, Any] | None:
-    try:
+def json_object(reply: HttpReply) -> dict[str, Any]:
+    """Decode a body that is a JSON object; {} for any other body."""
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         body = msgspec.json.decode(reply.body)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        return None
-    return body if isinstance(body, dict) else None
+        return body if isinstance(body, dict) else {}
+    return {}
 
 
 def _message(body: Mapping[str, Any]) -> object:
-    """Give what an error body says in `error.message` or in `detail`."""
+    """Give `error.message` or `detail` of an error body."""
     error = body.get("error", body.get("detail"))
     return error.get("message") if isinstance(error, dict) else error
 
 
 def _said(reply: HttpReply) -> str:
-    """Return the status and, shortened, what an error body says."""
-    message = _message(_object(reply) or {})
+    """Return the status and the shortened message of an error body."""
+    message = _message(json_object(reply))
     return f"{reply.status}: {clean(message, 200)}" if isinstance(message, str) else str(reply.status)

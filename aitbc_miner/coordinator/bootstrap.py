@@ -1,4 +1,4 @@
-"""The `bootstrap` dialect: bearer tokens, JSON calls below /nodes and /jobs, results as multipart uploads."""
+"""The dialect `bootstrap`: bearer tokens, JSON calls below /nodes and /jobs, results as multipart uploads."""
 
 import hashlib
 import os
@@ -28,23 +28,22 @@ from aitbc_miner.coordinator.interface import (
     Unreachable,
 )
 from aitbc_miner.coordinator.job_failure import log_of, message_of
-from aitbc_miner.coordinator.service_result import unsendable
+from aitbc_miner.coordinator.service_result import LOG, encodable, unsendable
 from aitbc_miner.errors import LocalError, MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
 from aitbc_miner.util import fs
 from aitbc_miner.util.nesting import too_deep
 
-ENVELOPE = 4096  # room around the manifest in the reply to a pull
-LOG = "logs/exec.log"
-NODE_TOKEN = "the node token"  # noqa: S105  # what it is called
+ENVELOPE = 4096  # bytes around the manifest in the reply to a pull
+NODE_TOKEN = "the node token"  # noqa: S105  # a text for messages, not a token
 
 _MEDIA_TYPE = re.compile(r"[\w.+-]+/[\w.+-]+(; ?[\w.+-]+=[\w.+-]+)*", re.ASCII)
 
 
 class BootstrapCoordinator:
-    """A coordinator that speaks `bootstrap`; see `Coordinator` for what each method promises.
+    """A coordinator that speaks `bootstrap`; `Coordinator` documents each method.
 
-    `credential` is the operator's bootstrap token and `source` where it came from, as in `env:MINER_AUTH`.
+    `credential` is the operator's bootstrap token, and `source` its source, such as `env:MINER_AUTH`.
     """
 
     slowest = 1.0
@@ -59,7 +58,7 @@ class BootstrapCoordinator:
         self._max_manifest = max_manifest_kb * 1024
 
     def use_token(self, token: str) -> None:
-        """Use a node token from elsewhere. Raises MinerError if no header can hold it."""
+        """Use another process's node token. Raises MinerError if no header can carry the token."""
         self._http.set_token(token)
 
     def register(self, capabilities: dict[str, Any]) -> str:
@@ -75,18 +74,18 @@ class BootstrapCoordinator:
         try:
             self._http.set_token(token)
         except MinerError as error:
-            raise Unreachable(f"cannot {doing}: garbage reply: no usable node_token in it") from error
+            raise Unreachable(f"cannot {doing}: garbage reply: no usable node_token") from error
         return token
 
     def leave(self) -> None:
-        """Say nothing: who sends no heartbeats is gone."""
+        """Do nothing: this coordinator drops nodes that send no heartbeats."""
 
     def assignments(self) -> Assignments | None:
-        """None: the reply to a progress report says what this tells elsewhere."""
+        """Give None: this dialect cancels jobs in its replies to progress reports."""
         return None
 
     def why_idle(self, _standing: Standing) -> list[str]:
-        """Say nothing: this coordinator is told what each slot could take."""
+        """Give no reasons: each pull describes the free slots to this coordinator."""
         return []
 
     def heartbeat(self, report: Heartbeat) -> None:
@@ -112,7 +111,7 @@ class BootstrapCoordinator:
         return None if reply.status == 204 else _read_job(reply, self._max_manifest, doing)
 
     def ack(self, job_id: str, holder: str | None = None) -> None:
-        """POST /jobs/ack, the ids in the body and in the query: there are coordinators that read only one."""
+        """POST /jobs/ack with the ids in body and query, because some coordinators read only one of them."""
         doing = f"accept job {clean(job_id, 128)}"
         ids = {"job_id": job_id, "node_id": self._node_id} | ({"from": holder} if holder else {})
         key = _key(f"ack:{self._node_id}:{job_id}")
@@ -120,14 +119,14 @@ class BootstrapCoordinator:
         self._answer("ack", reply, doing)
 
     def progress(self, job_id: str, pct: float, note: str) -> bool:
-        """POST /jobs/progress. No Idempotency-Key: a remembered reply would hide a later wish to cancel."""
+        """POST /jobs/progress without Idempotency-Key: a cached reply would hide a later cancellation."""
         doing = f"report the progress of job {clean(job_id, 128)}"
         payload = {"job_id": job_id, "pct": pct, "note": note}
         reply = self._http.call("POST", "/jobs/progress", payload, doing=doing)
         return self._answer("progress", reply, doing).get("cancel") is True
 
-    def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:  # noqa: ARG002  # its key tells it
-        """POST /jobs/result: ids and metadata, then the artifacts, streamed; the log is always one."""
+    def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:  # noqa: ARG002  # the key suffices
+        """POST /jobs/result: ids and metadata, then the artifacts as streams, always with the log."""
         doing = f"deliver the result of job {clean(job_id, 128)}"
         if all(artifact.file != LOG for artifact in outcome.artifacts):
             outcome = replace(outcome, artifacts=[_log(root), *outcome.artifacts])
@@ -135,7 +134,7 @@ class BootstrapCoordinator:
         for artifact in outcome.artifacts:
             file = _CollectedFile(root, artifact.file, artifact.bytes)
             media = artifact.type if _MEDIA_TYPE.fullmatch(artifact.type) else "application/octet-stream"
-            files.append(("artifact", (_text(artifact.path), file, media)))
+            files.append(("artifact", (encodable(artifact.path), file, media)))
         fields = [
             ("job_id", job_id),
             ("node_id", self._node_id),
@@ -159,7 +158,7 @@ class BootstrapCoordinator:
             "error_code": outcome.code,
             "error_msg": clean(message_of(outcome), 2000),
             "logs_ref": LOG,
-            "metrics": {**_measured(outcome), "log_tail": _text(log_of(outcome)[-4096:])},
+            "metrics": {**_measured(outcome), "log_tail": encodable(log_of(outcome)[-4096:])},
         }
         reply = self._http.call("POST", "/jobs/fail", payload, doing=doing, headers=_key(key))
         self._answer("fail", reply, doing)
@@ -172,19 +171,14 @@ class BootstrapCoordinator:
 
 
 def _key(key: str) -> dict[str, str]:
-    # The id of a hostile job may be part of it, and a header holds no line breaks.
-    return {"Idempotency-Key": quote(_text(key), safe=":._-/")}
-
-
-def _text(text: str) -> str:
-    """Return text that UTF-8 can hold: names of files may carry bytes that are no characters."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    # The key contains the job's id. A hostile id may have line breaks, which no header can carry.
+    return {"Idempotency-Key": quote(encodable(key), safe=":._-/")}
 
 
 def _filters(filters: PullFilters) -> dict[str, Any]:
-    """Add the free slots' summary, for coordinators that do not look at single slots.
+    """Add a summary of the free slots, for coordinators that ignore the single slots.
 
-    `free` counts slots by kind; `vram_mb` and `memory_mb` are the most that one job could get.
+    `free` counts slots by kind; `vram_mb` and `memory_mb` are those of the largest slot.
     """
     kinds = [str(slot.get("kind", "")) for slot in filters.slots]
     return {
@@ -211,7 +205,7 @@ def _measured(outcome: Outcome) -> dict[str, Any]:
 
 def _metadata(outcome: Outcome) -> dict[str, Any]:
     artifacts = [
-        {"path": _text(one.path), "type": _text(one.type), "bytes": one.bytes, "sha256": one.sha256}
+        {"path": encodable(one.path), "type": encodable(one.type), "bytes": one.bytes, "sha256": one.sha256}
         for one in outcome.artifacts
     ]
     left_out = {"left_out": outcome.left_out} if outcome.left_out else {}
@@ -224,7 +218,7 @@ class _PullReply(Struct):
 
 
 def _read_job(reply: HttpReply, bound: int, doing: str) -> PulledJob | None:
-    """Read the reply to a pull: a bad job fails if it can be named, else the pull does."""
+    """Read the reply to a pull. A bad job gets an error; if its id is unreadable too, raises Unreachable."""
     try:
         said = msgspec.json.decode(reply.body, type=_PullReply) if reply.complete else _PullReply()
         raw = bytes(said.job)
@@ -234,7 +228,7 @@ def _read_job(reply: HttpReply, bound: int, doing: str) -> PulledJob | None:
         if not reply.complete or len(raw) > bound:
             return _unreadable(reply, f"it is larger than {bound // 1024} KiB", doing)
         if not raw:
-            raise Unreachable(f"cannot {doing}: garbage reply: no job in it")
+            raise Unreachable(f"cannot {doing}: garbage reply: no job")
         value = msgspec.json.decode(raw)
         if too_deep(value):
             return _unreadable(reply, "it is nested too deeply", doing)
@@ -258,9 +252,9 @@ def _unreadable(reply: HttpReply, why: str, doing: str) -> PulledJob:
 
 
 class _CollectedFile:
-    """A file of the job for the upload: `len` is what is left of it.
+    """A file of the job for the upload; `len` is the number of bytes left to read.
 
-    Opened only when its turn comes, so a job of ten thousand artifacts needs one descriptor.
+    `read` opens the file, so that ten thousand artifacts need one descriptor.
     """
 
     def __init__(self, root: Path, file: str, size: int) -> None:
@@ -270,18 +264,18 @@ class _CollectedFile:
         self._fd: int | None = None
 
     def read(self, size: int = -1) -> bytes:
-        """Read up to `size` bytes. Raises ArtifactChanged if the file is not as recorded."""
+        """Read up to `size` bytes. Raises ArtifactChanged if the file has changed."""
         try:
             if self._fd is None:
                 self._fd = self._open()
             data = os.read(self._fd, self.len if size < 0 else min(size, self.len))
         except OSError as error:
-            why = unsendable(self._file, error)
+            cause = unsendable(self._file, error)
             raise (
-                why if isinstance(why, LocalError) else self._changed(error.strerror or str(error))
+                cause if isinstance(cause, LocalError) else self._changed(error.strerror or str(error))
             ) from error
         if self.len and size and not data:
-            raise self._changed(f"it is {self.len} bytes shorter than when it was collected")
+            raise self._changed(f"the file is {self.len} bytes shorter than at its collection")
         self.len -= len(data)
         if not self.len:
             self.close()
@@ -302,11 +296,11 @@ class _CollectedFile:
         raise self._changed(f"it has {status.st_size} bytes instead of {self.len}, or is no plain file")
 
     def _changed(self, why: str) -> ArtifactChanged:
-        return ArtifactChanged(f"cannot send {clean(_text(self._file), 200)}: {why}")
+        return ArtifactChanged(f"cannot send {clean(encodable(self._file), 200)}: {why}")
 
 
 def _log(root: Path) -> Artifact:
-    """Describe the log of a job that was not collected; an empty one where there is none to be had."""
+    """Describe the log of a job whose log was not collected; an empty artifact if the log is missing."""
     size, digest = 0, hashlib.sha256()
     try:
         with os.fdopen(_open_below(root, LOG), "rb") as file:

@@ -1,20 +1,20 @@
-"""Finds the name of a job in JSON that cannot be decoded, so that somebody can be told what is wrong."""
+"""Finds the id of a job in JSON that cannot be decoded, so that the node can report the job as failed."""
 
 import re
 
 import msgspec
 
-# A JSON string, a lone quote (a string cut off), punctuation, or anything else up to the next of these.
+# A JSON string, a lone quote (of a truncated string), punctuation, or other text up to one of the three.
 _TOKENS = re.compile(rb'"(?:[^"\\]++|\\.)*+"|"|[{}\[\],:]|[^"{}\[\],:\s]++', re.DOTALL)
 _DEEPEST = 8
 
 
 def find_text(body: bytes, path: tuple[str, ...]) -> str | None:
-    """Find a member of JSON that is cut off, too deep or broken further on; None if it is not to be had.
+    """Find a text member of JSON that is truncated, too deep or broken further on; None without the member.
 
-    `path` leads to it by the keys of objects; `jobs[]` stands for each object in a list called `jobs`.
-    Goes from token to token with a short list of open objects, so that nothing deep or long in it can hurt,
-    and so that a "job_id" inside the parameters of a job is not taken for its own.
+    `path` has the keys that lead to the member; `jobs[]` stands for each object in a list called `jobs`.
+    The search reads one token after another and tracks the open objects, so that deep or long JSON does no
+    harm, and a "job_id" among a job's parameters is not mistaken for the job's own.
     """
     wanted = b"".join(
         b'{"%s"[' % key[:-2].encode() if key.endswith("[]") else b'{"%s"' % key.encode() for key in path

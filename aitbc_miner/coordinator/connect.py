@@ -1,4 +1,4 @@
-"""Makes the client for the configured coordinator; the one place that knows all dialects."""
+"""Makes the client for the configured coordinator; no other module knows all dialects."""
 
 from collections.abc import Mapping
 
@@ -16,9 +16,9 @@ from aitbc_miner.util.web import Proxy
 
 
 def proxy_of(url: str | None, source: str | None, environ: Mapping[str, str]) -> Proxy | None:
-    """Make a proxy of its address and the source of its credential; None without an address.
+    """Make a proxy from its address and the source of its credential; None without an address.
 
-    Its credential is read when it is used, but for one that only root can read, which is read here.
+    The proxy reads its credential at each use. A credential that only root can read is read here.
     """
     if url is None or source is None:
         return Proxy(url) if url else None
@@ -33,7 +33,7 @@ def proxy_of(url: str | None, source: str | None, environ: Mapping[str, str]) ->
 
 
 def connect(config: Config, credential: Credential | None, proxy: Proxy | None = None) -> Coordinator:
-    """Make a client. Without a credential it cannot register, and is given a node token instead."""
+    """Make the client. Without a credential it cannot register, and needs a node token (`use_token`)."""
     settings = config.coordinator
     http = HttpClient(
         settings.base_url,

@@ -1,16 +1,15 @@
-"""What answers at coordinator.base_url, if it is not what the configuration says: asked without any token.
+"""Finds out whether coordinator.base_url and coordinator.dialect fit the server, by calls without a token.
 
-A wrong dialect, a path without /v1, http instead of https: each looks like a refused token or an outage. Here
-a few harmless calls tell them apart, so that the operator gets the line that mends it.
+A wrong dialect, a missing /v1, or http instead of https looks like a refused token or an outage. A few
+harmless calls tell these faults apart, so that the operator learns which key to change.
 """
 
 import contextlib
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-import msgspec
-
 from aitbc_miner.config.settings import CoordinatorSection as Settings
+from aitbc_miner.coordinator.answers import json_object
 from aitbc_miner.coordinator.http import HttpClient, HttpReply
 from aitbc_miner.coordinator.interface import Unreachable
 from aitbc_miner.util.web import Proxy
@@ -23,29 +22,24 @@ _DENIED = frozenset({401, 403})
 
 
 def likely_cause(settings: Settings, proxy: Proxy | None = None) -> str | None:
-    """Say what is probably wrong with base_url or dialect, and what to set; None if that is not known."""
+    """Give the likely fault of base_url or dialect, with the value to set; None without a likely fault."""
     base, other = settings.base_url, _other_scheme(settings.base_url)
     answer = _ask(proxy, base, "/")
     if answer is None or (answer.status == 400 and base.startswith("http:")):
         if _ask(proxy, other, "/") is None:
             return None
         allow = ", and coordinator.allow_http: true if you trust the network" if other[4] == ":" else ""
-        speaks = other.partition(":")[0]
-        return f"{speaks} is spoken there: set coordinator.base_url: {other}{allow}"
-    # What stands before a coordinator that is down says nothing about it.
+        return f"the server speaks {other.partition(':')[0]}: set coordinator.base_url: {other}{allow}"
+    # A proxy in front of a stopped coordinator answers 5xx, which reveals nothing about the coordinator.
     return None if answer.status >= 500 else next(_guesses(settings, proxy), None)
 
 
 def diagnosis(settings: Settings, proxy: Proxy | None = None) -> str | None:
-    """Say what is probably set wrongly, or why nobody can be reached; None if somebody can."""
+    """Give the likely fault of the settings, or the error of a call; None if the coordinator answers."""
     if guess := likely_cause(settings, proxy):
         return guess
     http = HttpClient(
-        settings.base_url,
-        LOOK_S,
-        verify=settings.tls_verify,
-        ca_file=settings.ca_file,
-        proxy=proxy,
+        settings.base_url, LOOK_S, verify=settings.tls_verify, ca_file=settings.ca_file, proxy=proxy
     )
     with contextlib.closing(http):
         try:
@@ -73,16 +67,16 @@ def _guesses(settings: Settings, proxy: Proxy | None) -> Iterator[str | None]:
         denied |= serves is None
     if denied and not aitbc:
         yield (
-            "it refuses every path alike, as an AITBC coordinator does: if it is one, set"
-            f" coordinator.dialect: aitbc-v1 and coordinator.base_url: {origin}/v1 (docs/aitbc.md);"
+            "the server refuses every path alike, as AITBC coordinators do: if it is an AITBC coordinator,"
+            f" set coordinator.dialect: aitbc-v1 and coordinator.base_url: {origin}/v1 (docs/aitbc.md);"
             " otherwise the token is wrong"
         )
     elif denied and not base.endswith("/v1"):
         yield f"an AITBC coordinator's API is below /v1: set coordinator.base_url: {origin}/v1"
     elif not denied:
         yield (
-            f"what answers at {origin} seems to be a web server and no coordinator: compare"
-            " coordinator.base_url with what the coordinator's operator gave you, and mind its path"
+            f"the server at {origin} seems to be a web server and no coordinator: compare"
+            " coordinator.base_url, with its path, to the address from the coordinator's operator"
         )
 
 
@@ -97,9 +91,9 @@ def _advice(settings: Settings, what: str, dialect: str, base: str) -> str | Non
 
 
 def _ask(proxy: Proxy | None, base: str, path: str, method: str = "POST") -> HttpReply | None:
-    """Call without a token, and whatever the certificate: nothing that is said matters to anybody."""
+    """Make a call without a token and with any certificate; the call sends and returns nothing secret."""
     if proxy and proxy.url.startswith("https:"):
-        proxy = Proxy(proxy.url)  # which does not show who it is, and so is told no credential
+        proxy = Proxy(proxy.url)  # without a credential, because the proxy's certificate is not verified
     http = HttpClient(base, LOOK_S, connect_s=LOOK_S, verify=False, proxy=proxy)
     with contextlib.closing(http), contextlib.suppress(Unreachable):
         return http.call(method, path, None if method == "GET" else {}, doing="look at the coordinator")
@@ -107,7 +101,7 @@ def _ask(proxy: Proxy | None, base: str, path: str, method: str = "POST") -> Htt
 
 
 def _serves(proxy: Proxy | None, base: str, call: str) -> bool | None:
-    """Whether there is this call below an address; None where all calls are denied alike."""
+    """Whether an address serves a call; None if the address denies unknown calls as well."""
     there = _ask(proxy, base, call)
     nothing = _ask(proxy, base, "/no-such-call") if there and not _is_page(there) else None
     if there is None or nothing is None or _is_page(nothing):
@@ -118,20 +112,13 @@ def _serves(proxy: Proxy | None, base: str, call: str) -> bool | None:
 
 
 def _is_aitbc(reply: HttpReply | None) -> bool:
-    said = _object(reply) if reply and reply.status == 200 else {}
-    return said.get("status") == "ok" and bool({"env", "python_version"} & said.keys())
+    body = json_object(reply) if reply and reply.status == 200 else {}
+    return body.get("status") == "ok" and bool({"env", "python_version"} & body.keys())
 
 
 def _is_page(reply: HttpReply) -> bool:
-    """Whether it is something for a browser: a coordinator's replies are JSON objects, or empty."""
-    return bool(reply.body.strip()) and not _object(reply)
-
-
-def _object(reply: HttpReply) -> dict[str, object]:
-    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-        said = msgspec.json.decode(reply.body)
-        return said if isinstance(said, dict) else {}
-    return {}
+    """Whether a reply is a page for browsers: a coordinator's replies are JSON objects, or empty."""
+    return bool(reply.body.strip()) and not json_object(reply)
 
 
 def _other_scheme(url: str) -> str:

@@ -1,7 +1,7 @@
-"""HTTP to a coordinator that may be slow, broken or hostile: everything about a reply is bounded.
+"""HTTP to a coordinator that may be slow, broken or hostile: time and size of every reply are bounded.
 
-`requests` does the talking. Added here are a deadline for a whole reply, a bound on its size, uploads that
-stall rather than time out, and errors an operator can read. No redirect is followed: it would get the token.
+`requests` sends the calls. This module adds a deadline and a size limit for the whole reply, uploads that
+time out only if they stall, and readable errors. It follows no redirect: the target would get the token.
 """
 
 import codecs
@@ -44,16 +44,16 @@ from aitbc_miner.util.web import (
 
 MAX_REPLY = 64 * 1024
 MAX_RETRY_AFTER_S = 3600.0
-MIN_TOKEN = 8  # anything shorter may be a word of any error
-UPLOAD_REPLY_S = 60.0  # the coordinator may want to store what it got before it answers
+MIN_TOKEN = 8  # a shorter token may be a word of an error's text
+UPLOAD_REPLY_S = 60.0  # the coordinator may store an upload before it answers
 
 _TOKEN = re.compile(r"[\x21-\x7e]{1,8192}")
 
 
 class HttpReply(Struct, frozen=True):
-    """An answer: HTTP status, body, whether that is all of it or cut at the bound, and three headers.
+    """A reply: HTTP status, body, whether the body is complete or cut at the size limit, and three headers.
 
-    `date` is when it was given, in seconds since 1970 by the clock of who gave it.
+    `date` is the header `Date`, in seconds since 1970 by the server's clock.
     """
 
     status: int
@@ -64,16 +64,16 @@ class HttpReply(Struct, frozen=True):
     date: float | None = None
 
 
-class Packed(ValueError):  # noqa: N818  # says what is wrong with it
-    """A reply in a Content-Encoding that we cannot undo."""
+class Packed(ValueError):  # noqa: N818  # the name says what is wrong
+    """The Content-Encoding of a reply is unknown."""
 
 
 class HttpClient:
-    """Calls below one base URL, each with a deadline. May be used from several threads.
+    """Makes calls below one base URL, each with a deadline. Several threads may use one client.
 
-    `connect_s` bounds connecting, over all addresses of the name and with the TLS handshake; `timeout_s` each
-    piece that is sent, and the whole reply. Looking the name up has the resolver's own time-outs. `ca_file`
-    has the only certificates to trust, instead of the system's. `auth_scheme` is `bearer` or `api_key`.
+    `connect_s` bounds connecting to all addresses of the name, TLS handshake included. `timeout_s` bounds
+    each piece sent, and the whole reply. Looking up the name has the resolver's own time-outs. The CAs of
+    `ca_file` replace the system's. `auth_scheme` is `bearer` or `api_key`.
     """
 
     def __init__(
@@ -102,20 +102,19 @@ class HttpClient:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._peer = urlsplit(base_url).netloc.rpartition("@")[2]
         if verify is False:
-            # The operator decided so; urllib3 would repeat its warning on stderr.
+            # The operator switched verification off; urllib3 would warn of each call on stderr.
             urllib3.disable_warnings(urllib3.exceptions.InsecureRequestWarning)
 
     def set_token(self, token: str) -> None:
-        """Send this token with every later call. Raises MinerError if no header can hold it."""
+        """Send this token with every later call. Raises MinerError if no header can carry the token."""
         self.authorization(token)
         self._token = token
 
     def authorization(self, token: str) -> dict[str, str]:
-        """Build the header that carries a token. Raises MinerError if no header can hold it."""
+        """Build the header with a token. Raises MinerError if no header can carry the token."""
         if not _TOKEN.fullmatch(token):
             raise MinerError(
-                "cannot use the token: it is empty, too long, or holds a space, a line break or a character"
-                " beyond ASCII"
+                "cannot use the token: it is empty or too long, or has spaces, line breaks or non-ASCII text"
             )
         if self._auth_scheme == "api_key":
             return {"X-Api-Key": token}
@@ -137,9 +136,9 @@ class HttpClient:
         headers: Mapping[str, str] | None = None,
         max_bytes: int = MAX_REPLY,
     ) -> HttpReply:
-        """Send a JSON value or a MultipartEncoder and read the reply, whatever its status.
+        """Send a JSON value or a MultipartEncoder, and read a reply of any status.
 
-        `headers` go before the token's own. Raises Unreachable ("cannot DOING: …") when no reply arrives.
+        `headers` override the token's header. Raises Unreachable ("cannot DOING: …") if no reply arrives.
         """
         upload = isinstance(payload, MultipartEncoder)
         body = payload if upload or payload is None else msgspec.json.encode(payload)
@@ -182,14 +181,14 @@ class HttpClient:
             raise Unreachable(f"cannot {doing}: {_PROXY.format(proxy=self._proxy, error='it answered 407')}")
 
     def _start_anew(self) -> None:
-        """Have the next call ask another address first, and read the proxy's credential once more."""
+        """Make the next call try another address first, and read the proxy's credential again."""
         self._dialer.blame()
         if self._proxy:
-            self._local.session = None  # where none could be made, there is none
+            self._local.session = None  # assigned, not deleted: no session exists if making one failed
 
     def _cause(self, error: BaseException) -> str:
-        """Say in words what went wrong, from the innermost error that says something."""
-        # requests' own errors show the insides of urllib3, so only what they wrap is shown.
+        """Describe an error by the first row of `_CAUSES` that fits an error of its chain."""
+        # The texts of requests' errors have internals of urllib3; only the errors inside are used.
         chain = [one for one in _chain(error) if not isinstance(one, requests.RequestException)]
         fitting = ((text, one) for kinds, text in _CAUSES for one in chain if isinstance(one, kinds))
         text, found = next(fitting, (_UNKNOWN, error))
@@ -220,21 +219,21 @@ def _reply(response: requests.Response, content: bytes, most: int, sent: Mapping
 
 
 def _untold(content: bytes, sent: Mapping[str, str]) -> bytes:
-    """Take the token out of an error that quotes it: errors are shown, recorded, and told to clients."""
+    """Replace the token in the body of an error: the node logs, records and forwards such bodies."""
     token = sent.get("X-Api-Key") or sent.get("Authorization", "").removeprefix("Bearer ")
     return content.replace(token.encode(), b"***") if len(token) >= MIN_TOKEN else content
 
 
 def _read(raw: Any, most: int) -> bytes:
     content: bytes = raw.read(most, decode_content=False)
-    # urllib3 tells of a body that ended too early only when asked once more.
+    # urllib3 raises for a body that ended too early only at a further read.
     if len(content) < most and raw.length_remaining:
         raise http.client.IncompleteRead(content, raw.length_remaining)
     return content
 
 
 def _unpacked(content: bytes, headers: Mapping[str, str], most: int) -> bytes:
-    """Undo a packing that nobody asked for, up to the bound. Raises Packed for one that we do not know."""
+    """Decompress a body, although the node requests none, up to `most` bytes. Raises Packed if it cannot."""
     coding = headers.get("Content-Encoding", "").strip().lower()
     if coding in {"", "identity"} or not content or len(content) > most:
         return content
@@ -246,11 +245,11 @@ def _unpacked(content: bytes, headers: Mapping[str, str], most: int) -> bytes:
             unpacked = unpacker.decompress(content, most + 1)
             if unpacker.eof or len(unpacked) > most:
                 return unpacked
-    return content  # some say that it is packed, and it is not
+    return content  # some servers name an encoding and do not use it
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and all that it wraps: as cause, as context, as urllib3's `reason`, as an argument."""
+    """Yield an error and all errors inside it: causes, contexts, urllib3's `reason`s, arguments."""
     todo, seen = [error], set()
     while todo:
         found = todo.pop(0)
@@ -262,54 +261,48 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         todo.extend(one for one in inner if isinstance(one, BaseException))
 
 
-# The first row that any error of the chain fits is what an operator can do something about.
+# The first row that fits an error of the chain gives the text. Causes that an operator can mend come first.
 _CAUSES: list[tuple[tuple[type[BaseException], ...], str]] = [
     ((ssl.SSLCertVerificationError,), "the TLS certificate of {peer} {fault}"),
     ((NoConnection,), "no connection to {peer} within {connect:g} s"),
     (
         (NoHandshake,),
-        "{peer} takes the connection, but answers no TLS handshake within {connect:g} s; is it http there?",
+        "{peer} accepts connections, but no TLS handshake within {connect:g} s; does the server speak http?",
     ),
     ((ssl.SSLError,), "TLS with {peer} failed ({error.reason})"),
     ((socket.gaierror,), "the name of {peer} cannot be looked up ({error.strerror})"),
     ((ConnectionRefusedError,), "connection refused by {peer}"),
     ((urllib3.exceptions.NewConnectionError,), "no connection to {peer} ({error.__cause__.strerror})"),
     ((TimeoutError, urllib3.exceptions.TimeoutError), "no complete reply from {peer} within {timeout:g} s"),
-    (
-        (http.client.IncompleteRead, urllib3.exceptions.IncompleteRead),
-        "the reply of {peer} was cut short",
-    ),
+    ((http.client.IncompleteRead, urllib3.exceptions.IncompleteRead), "the reply of {peer} was cut short"),
     ((ConnectionError,), "{peer} closed the connection without a reply"),
     ((TooMuch,), "garbage reply from {peer}: {error}"),
-    ((Packed,), "garbage reply from {peer}: it is packed as {error}, which was not asked for"),
-    (
-        (http.client.HTTPException, urllib3.exceptions.ProtocolError),
-        "garbage reply from {peer}: it is not HTTP",
-    ),
+    ((Packed,), "garbage reply from {peer}: unknown Content-Encoding {error}"),
+    ((http.client.HTTPException, urllib3.exceptions.ProtocolError), "garbage reply from {peer}: not HTTP"),
     ((OSError,), "{error}"),
 ]
 _NO_TLS = (
-    "TLS with {peer} failed (what answers speaks no TLS): it is probably http there; see coordinator.base_url"
+    "TLS with {peer} failed (the server speaks no TLS): it probably speaks http; see coordinator.base_url"
 )
-_PROXY = "{proxy} does not let us pass ({error}); see coordinator.proxy and coordinator.proxy_auth"
+_PROXY = "{proxy} refuses ({error}); see coordinator.proxy and coordinator.proxy_auth"
 _UNKNOWN = "{error.__class__.__name__} from {peer}"
 
 
 def clean(text: str, limit: int) -> str:
-    """Make foreign text fit for one line of a log: printable, single spaces, at most `limit` characters."""
+    """Make untrusted text fit for one line of a log: printable, single spaces, at most `limit` characters."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text[: 4 * limit]).split())
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Read `Retry-After`, seconds or a date, as seconds from now, 0 to an hour; None without a usable one."""
+    """Read `Retry-After` (seconds or a date) as seconds from now, 0 to an hour; None if unusable."""
     value = headers.get("Retry-After", "").strip()
     if re.fullmatch(r"[0-9]{1,20}", value):
         return min(float(value), MAX_RETRY_AFTER_S)
     due = _seconds(value)
     if due is None:
         return None
-    # By the coordinator's own clock where it tells us; ours may be wrong.
+    # The header `Date` has the coordinator's time; the node's clock may be wrong.
     current = _seconds(headers.get("Date", ""))
     return min(max(due - (time.time() if current is None else current), 0.0), MAX_RETRY_AFTER_S)
 

@@ -1,10 +1,10 @@
-"""What the node says to a coordinator, whatever its dialect, and what can come of saying it.
+"""The calls of the node to a coordinator of any dialect, and their errors.
 
-One small interface, one module for each dialect. The errors are told apart by what the caller does next:
-wait, register again, drop the job, or give the report up.
+There is one error class for each reaction of the caller: wait, register again, drop the job, or give up the
+report.
 """
 
-# ruff: noqa: N818  # Unreachable, Busy, Gone say what happened; "Error" behind each would add nothing.
+# ruff: noqa: N818  # Unreachable, Busy, Gone name the cause; a suffix "Error" would add nothing.
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +18,9 @@ from aitbc_miner.jobs import Manifest, ManifestError, Outcome
 
 
 class CoordinatorError(MinerError):
-    """A call failed. "cannot pull a job: cause"; worth another try later unless `retryable` is false.
+    """A call failed ("cannot pull a job: CAUSE"). Trying again later makes sense unless `retryable` is false.
 
-    `status` is the HTTP status that says so, where it is one.
+    `status` is the HTTP status of the reply, 0 without a reply.
     """
 
     retryable = True
@@ -31,22 +31,19 @@ class CoordinatorError(MinerError):
 
 
 class Unreachable(CoordinatorError):
-    """No usable answer: refused, unknown name, TLS, too slow, broken off, endless, a redirect, or garbage."""
+    """No usable reply: connection refused, unknown name, TLS fault, time-out, redirect, or garbage."""
 
 
 class Unauthorized(CoordinatorError):
-    """The coordinator does not accept the credential. The message names its source, never its value."""
+    """The coordinator rejects the credential. The message names the credential's source, never its value."""
 
 
 class UnknownNode(CoordinatorError):
-    """The coordinator does not know this node (any more): register again."""
+    """The coordinator does not know this node: the caller registers again."""
 
 
 class Busy(CoordinatorError):
-    """The coordinator asks for patience: `retry_after` seconds, as far as it may; None if it did not say.
-
-    It does so with HTTP `status` 429 or 503.
-    """
+    """The coordinator answered 429 or 503; `retry_after` is the pause in seconds, None if it named none."""
 
     def __init__(self, message: str, retry_after: float | None = None, status: int = 503) -> None:
         super().__init__(message, status)
@@ -54,7 +51,7 @@ class Busy(CoordinatorError):
 
 
 class Paced(CoordinatorError):
-    """Nothing was sent: this node keeps below the coordinator's limits. It may be in `wait_s` seconds."""
+    """The node sent nothing, to stay below the coordinator's limits; it may call in `wait_s` seconds."""
 
     def __init__(self, message: str, wait_s: float) -> None:
         super().__init__(message)
@@ -66,22 +63,21 @@ class _Final(CoordinatorError):
 
 
 class Refused(_Final):
-    """The coordinator itself says that it will not take this: HTTP `status` 4xx. Final if it goes on so."""
+    """The coordinator itself rejects the content of the call (4xx). Final if it repeats the answer."""
 
 
 class Gone(_Final):
-    """The job is not ours, or is already final there: nothing is left to say about it."""
+    """The coordinator gave the job to another node or has closed the job: the node need not report it."""
 
 
 class ArtifactChanged(FileChanged):
-    """A file is no longer the one that was collected: sending again cannot help."""
+    """An artifact has changed since the node collected it: sending again cannot help."""
 
 
 class Heartbeat(Struct, frozen=True):
-    """How this node is: load average of one minute, free memory in MiB, free GPUs, each slot as a dict.
+    """The node's state: load average of one minute, free memory in MiB, free GPUs, each slot as a dict.
 
-    `inflight` counts the jobs that it is at work on, those that wait for a slot included; `accepting`:
-    whether it takes more.
+    `inflight` counts running jobs and jobs that wait for a slot. `accepting` is whether the node takes more.
     """
 
     node_id: str
@@ -94,10 +90,10 @@ class Heartbeat(Struct, frozen=True):
 
 
 class PullFilters(Struct, frozen=True):
-    """What this node can take now.
+    """The work that this node can take now.
 
-    `slots`: the free ones, each `{name, kind, cpu_threads, memory_mb, vram_mb, runners}`.
-    `known`: ids of jobs that this node still holds and does not want again.
+    `slots` are the free slots, each `{name, kind, cpu_threads, memory_mb, vram_mb, runners}`.
+    `known` are the ids of jobs that this node already has and does not want again.
     """
 
     slots: list[dict[str, Any]] = []
@@ -105,10 +101,9 @@ class PullFilters(Struct, frozen=True):
 
 
 class PulledJob(Struct, frozen=True):
-    """A job as it came: its JSON (empty if unreadable), and either the manifest or what is wrong with it.
+    """A pulled job: its JSON (empty if unreadable), and either its manifest or the error in the JSON.
 
-    `error.job_id` is never None: a job that did not even say its name is an `Unreachable` instead, because
-    nobody could be told about it.
+    `error.job_id` is never None: the node cannot report a job without an id, so the pull raises Unreachable.
     """
 
     raw: bytes
@@ -117,7 +112,7 @@ class PulledJob(Struct, frozen=True):
 
 
 class Assignment(Struct, frozen=True):
-    """A job that the coordinator believes us to be at work on; in `left_s` seconds its time there is over."""
+    """A job in the coordinator's list of this node's jobs. It expires there in `left_s` seconds."""
 
     job_id: str
     job: PulledJob
@@ -125,16 +120,16 @@ class Assignment(Struct, frozen=True):
 
 
 class Assignments(Struct, frozen=True):
-    """All of them; not `complete` where there are too many to be told."""
+    """The coordinator's list of this node's jobs; `complete` is false if the list was too long to read."""
 
     jobs: list[Assignment]
     complete: bool = True
 
 
 class Told(Struct, frozen=True):
-    """What the coordinator says to a report: its receipt, where it gives one.
+    """The coordinator's reply to a report: a receipt, if the coordinator issues receipts.
 
-    `beat`: it does not take the job for ended before the next heartbeat.
+    If `beat` is true, the coordinator counts the job as running until the next heartbeat.
     """
 
     receipt: Receipt | None = None
@@ -142,65 +137,65 @@ class Told(Struct, frozen=True):
 
 
 class Standing(Struct, frozen=True):
-    """What this node knows that may explain why it gets no jobs: how many of its jobs have come to what."""
+    """How many jobs of this node succeeded and failed, which may explain why the node gets no jobs."""
 
     succeeded: int = 0
     failed: int = 0
 
 
 class Coordinator(Protocol):
-    """A coordinator. Every method raises CoordinatorError; each may be used from several threads."""
+    """A coordinator. Every method raises CoordinatorError; several threads may call the same method."""
 
     slowest: float
-    """By how much the pause between two pulls may grow as long as there is no job."""
+    """The factor by which the pause between two pulls may grow while there are no jobs."""
 
     def use_token(self, token: str) -> None:
-        """Use a node token that another process got by registering."""
+        """Use the node token that another process got by registering."""
         ...
 
     def register(self, capabilities: dict[str, Any]) -> str:
-        """Make this node known; returns the node token, which later calls of this object use at once."""
+        """Register this node. Return the node token, which later calls of this object use at once."""
         ...
 
     def leave(self) -> None:
-        """Say that this node takes no more jobs and runs none: it stops."""
+        """Tell the coordinator that this node stops."""
         ...
 
     def heartbeat(self, report: Heartbeat) -> None:
-        """Say how this node is. UnknownNode: register again."""
+        """Report the node's state. Raises UnknownNode if the node must register again."""
         ...
 
     def assignments(self) -> Assignments | None:
-        """Ask what we are believed to be at work on; None where a coordinator does not say."""
+        """Ask for the coordinator's list of this node's jobs; None if the dialect has no such call."""
         ...
 
     def why_idle(self, standing: Standing) -> list[str]:
-        """Say why there may be no jobs for this node, as far as can be told; each "cause; remedy"."""
+        """List the possible reasons why this node gets no jobs, each as "cause; remedy"."""
         ...
 
     def pull(self, filters: PullFilters) -> PulledJob | None:
-        """Ask for one job; None when there is none."""
+        """Ask for one job; None if the coordinator has none."""
         ...
 
     def ack(self, job_id: str, holder: str | None = None) -> None:
-        """Accept a pulled job, or one that another node of our fleet, the `holder`, could not finish.
+        """Accept a pulled job, or a job that another node of the fleet, the `holder`, did not finish.
 
-        Gone: it is no longer ours and must not be run. Refused: it is not had now.
+        Raises Gone if the node must not run the job, Refused if the node cannot have the job now.
         """
         ...
 
     def progress(self, job_id: str, pct: float, note: str) -> bool:
-        """Say how far a job is, 0 to 100. True: the coordinator wants it cancelled."""
+        """Report a job's progress, 0 to 100. True if the coordinator wants the job cancelled."""
         ...
 
     def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:
-        """Deliver what a job made; artifacts are read below `root`, its directory.
+        """Deliver a job's result, with the artifacts below `root`, the job's directory.
 
-        `key` is the same for every try; `again`: there may have been one whose answer was lost. Gone counts
-        as delivered. Raises FileChanged when a file is not the collected one.
+        `key` is the same for every try. `again` is whether an earlier try may have arrived although its reply
+        was lost. Gone counts as delivered. Raises FileChanged if a file has changed since its collection.
         """
         ...
 
     def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:
-        """Report that a job failed; `key` and `again` as above. Gone counts as delivered."""
+        """Report that a job failed; `key` and `again` as for `result`. Gone counts as delivered."""
         ...

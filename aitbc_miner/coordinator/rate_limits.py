@@ -1,9 +1,8 @@
-"""Keeps the node below a coordinator's limits: how many calls of each kind it has made in the last minute.
+"""Keeps the node below a coordinator's limits by counting the calls of each kind in the last minute.
 
-A window that slides, as the coordinator's own does, and no bucket that drips: with a bucket that drips, the
-most that is safe is either no burst at all or half the rate. The calls are noted in a small file, which all
-processes of the node share and a restart does not empty. It is a help and no record: one that is lost or
-broken costs a refusal, which is counted nowhere.
+The window slides, as the coordinator's own does. A leaky bucket would be safe only without bursts or at half
+the rate. A small file has the calls; all processes of the node share the file, and it survives a restart. If
+the file is lost or broken, the coordinator refuses a call, which has no further effect.
 """
 
 import fcntl
@@ -21,16 +20,16 @@ from aitbc_miner.util import clock
 from aitbc_miner.util.system import boot_id
 
 WINDOW_S = 60.5
-"""A little more than the coordinator's minute, for calls do not all take equally long to arrive."""
+"""A little more than the coordinator's minute, since some calls take longer to arrive than others."""
 SPARE = 1
-"""Calls of each kind that are left out."""
+"""Calls of each kind that the node leaves unused."""
 PAUSES_S = (1.0, 2.0, 4.0, 8.0, 10.0)
-"""After a refusal, and after each further one. Trying is free: calls that are refused are not counted."""
+"""Pauses after the first and each further refusal. The coordinator does not count calls that it refuses."""
 SIZE = 32 * 1024
 
 
 class Window(Struct):
-    """The calls of one kind. Mutable: it is only ever had under the lock."""
+    """The calls of one kind. Mutable, because only the holder of the lock uses a window."""
 
     calls: list[float] = field(default_factory=list)
     until: float = 0.0
@@ -43,24 +42,24 @@ class _Book(Struct):
 
 
 class Limits:
-    """For all threads and processes that name the same file.
+    """The limits for all threads and processes that use the same file.
 
-    `most` is how many calls of each kind a minute has, `share` the part of it that is ours where other nodes
-    call from the same address.
+    `most` has the calls a minute of each kind. `share` is this node's part of the calls, 0 to 1, if other
+    nodes call from the same address.
     """
 
     def __init__(self, path: Path, most: Mapping[str, int], share: float = 1.0) -> None:
         self._path = path
         self._most = {name: max(1, int((limit - SPARE) * share)) for name, limit in most.items()}
         self._lock = threading.Lock()
-        # Where the file cannot be used, this process is on its own.
+        # If the file cannot be used, this process counts alone.
         self._kept = _Book(boot_id())
 
     def take(self, name: str) -> None:
-        """Note a call that is about to be made.
+        """Count a call before the caller makes it.
 
         Raises:
-            Paced: it must wait, and is not noted.
+            Paced: the call must wait, and was not counted.
         """
         now = clock.now()
         with self._window(name) as window:
@@ -70,13 +69,13 @@ class Limits:
             if wait_s <= 0:
                 window.calls.append(now)
                 if window.refusals:
-                    # One at a time, until one is not refused.
+                    # One call per pause, until the coordinator accepts one.
                     window.until = now + PAUSES_S[0]
         if wait_s > 0:
-            raise Paced(f"cannot call {name} now: the limit of calls a minute is reached", wait_s)
+            raise Paced(f"cannot call {name} now: the node has used up its calls for this minute", wait_s)
 
     def refused(self, name: str) -> float:
-        """Note that the call was refused, as one too many; gives the seconds for which it rests now."""
+        """Record that the coordinator refused a call as one too many; give the pause in seconds."""
         with self._window(name) as window:
             window.refusals += 1
             if window.calls:
@@ -86,26 +85,19 @@ class Limits:
         return pause_s
 
     def answered(self, name: str) -> None:
-        """Note that a call was not refused."""
-        if self._resting(name):
+        """Record that the coordinator did not refuse a call."""
+        if name in self.resting():
             with self._window(name) as window:
                 window.refusals, window.until = 0, 0.0
 
     def resting(self) -> list[str]:
-        """Name the kinds of calls that were refused when they were last made."""
+        """Name the kinds of calls of which the coordinator refused the latest."""
         with self._lock:
-            return [name for name in self._most if self._look(name).refusals]
-
-    def _resting(self, name: str) -> bool:
-        with self._lock:
-            return bool(self._look(name).refusals)
-
-    def _look(self, name: str) -> Window:
-        return self._kept.windows.get(name) or Window()
+            return [name for name, window in self._kept.windows.items() if window.refusals]
 
     @contextmanager
     def _window(self, name: str) -> Iterator[Window]:
-        """Give the calls of one kind to look at and to change, as all processes know them."""
+        """Lock and read the calls of one kind; write them back after the caller has changed them."""
         with self._lock, self._file() as file:
             book = _read(file) if file is not None else None
             if book is None or book.boot != self._kept.boot:
@@ -122,7 +114,7 @@ class Limits:
     @contextmanager
     def _file(self) -> Iterator[int | None]:
         try:
-            # Who could read it could lock it, and keep us from the coordinator.
+            # A user who can read the file can lock it and so stop all calls of the node.
             file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError:
             yield None

@@ -1,7 +1,7 @@
-"""What a service's client gets: a JSON object, made of what the job's own words say below names of ours.
+"""Makes the result for a service's client: a JSON object of texts from the job under names of the service.
 
-The coordinator believes what stands in a result about units and prices. So the names at its top are the
-service's, and those that it reads as money or time cannot be among them: no job sets its own price.
+The coordinator trusts the units and prices in a result. So the service file chooses the names of the top
+level, and cannot choose a name that the coordinator reads as money or time: no job sets its own price.
 """
 
 import base64
@@ -26,25 +26,25 @@ RESERVED = frozenset(
 )
 LOG = "logs/exec.log"
 MAX_INLINE = 6 << 20
-"""Of all files together, before they are encoded."""
+"""The most bytes of all inline files together, before base64."""
 MAX_RESULT = 9 << 20
-"""Of the whole object: requests above 10 MiB are refused."""
+"""The most bytes of a result. The coordinator refuses requests above 10 MiB."""
 
 
-class FileChanged(MinerError):  # noqa: N818  # says what happened
-    """A file cannot be sent as it was collected: trying again cannot help."""
+class FileChanged(MinerError):  # noqa: N818  # the name says what happened
+    """A file cannot be sent as collected; trying again cannot help."""
 
 
 def unsendable(file: str, error: OSError) -> MinerError:
-    """Say why a file cannot be sent, and whether that may pass."""
+    """Make the error for an unreadable file: LocalError if the cause may pass, else FileChanged."""
     kind = LocalError if fs.may_pass(error) else FileChanged
-    return kind(f"cannot send {_printable(file)[:200]}: {error.strerror or error}")
+    return kind(f"cannot send {encodable(file)[:200]}: {error.strerror or error}")
 
 
 class Source(Struct, frozen=True):
-    """Where one member of the result comes from: what the task returned, or a file, or the log.
+    """The source of one member of the result: the task's return value, a file, or the log.
 
-    `task` is true for all of it, or the name of one of its members. `file` is the path of an artifact.
+    `task` is true for the whole value, or the name of one member. `file` is the path of an artifact.
     """
 
     task: bool | Annotated[str, Meta(max_length=255)] = False
@@ -64,10 +64,10 @@ class _Spec(Struct):
 
 
 def result_object(manifest: Mapping[str, Any], outcome: Outcome, root: Path) -> dict[str, Any]:
-    """Make the result of a job that did what it was asked to; `root` is its directory.
+    """Make the result of a job that succeeded; `root` is the job's directory.
 
     Raises:
-        FileChanged: a file is not as it was collected, or the whole is too large to be sent.
+        FileChanged: a file has changed since its collection, or the result is too large to send.
     """
     spec = msgspec.convert(manifest.get("service") or {}, _Spec)
     made = {
@@ -79,18 +79,18 @@ def result_object(manifest: Mapping[str, Any], outcome: Outcome, root: Path) -> 
     size = len(msgspec.json.encode(made))
     if size > MAX_RESULT:
         raise FileChanged(
-            f"cannot send the result: it has {size} bytes, and the coordinator takes {MAX_RESULT}; "
-            "lower inline_kb or max_kb of the service"
+            f"cannot send the result: {size} bytes are more than the coordinator's {MAX_RESULT};"
+            " lower inline_kb or max_kb of the service"
         )
     return made
 
 
 def _value(source: Source, outcome: Outcome, root: Path) -> Any:
     if source.task:
-        said = outcome.result
+        value = outcome.result
         if isinstance(source.task, str):
-            return said.get(source.task) if isinstance(said, dict) else None
-        return said
+            return value.get(source.task) if isinstance(value, dict) else None
+        return value
     most = source.max_kb << 10
     if source.log:
         return _text(_read(root, LOG, most))
@@ -114,26 +114,26 @@ def _text(data: bytes) -> str:
 
 
 def _artifacts(artifacts: Sequence[Artifact], root: Path, inline: int) -> list[dict[str, Any]]:
-    """List what was collected, small files with what is in them, as long as there is room for that."""
+    """List the artifacts; small files have their content in `data`, up to `MAX_INLINE` together."""
     listed: list[dict[str, Any]] = []
     room = MAX_INLINE
     for one in artifacts:
         if one.path == LOG:
             continue
-        entry: dict[str, Any] = {"path": _printable(one.path), "type": _printable(one.type)}
+        entry: dict[str, Any] = {"path": encodable(one.path), "type": encodable(one.type)}
         entry |= {"bytes": one.bytes, "sha256": one.sha256}
         if one.bytes <= min(inline, room):
             room -= one.bytes
             data = _read(root, one.file, one.bytes)
             if len(data) != one.bytes:
-                raise FileChanged(f"cannot send {entry['path']}: it is shorter than when it was collected")
+                raise FileChanged(f"cannot send {entry['path']}: the file shrank after its collection")
             entry["data"] = base64.b64encode(data).decode()
         listed.append(entry)
     return listed
 
 
-def _printable(text: str) -> str:
-    """Return text that UTF-8 can hold: names of files may carry bytes that are no characters."""
+def encodable(text: str) -> str:
+    """Return text that UTF-8 can encode: bytes of file names that are no characters become escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

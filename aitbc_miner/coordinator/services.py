@@ -1,8 +1,8 @@
-"""What an AITBC coordinator's jobs may ask of this node: one file of services.d for each kind of job.
+"""Services: make manifests from the payloads of an AITBC coordinator, one file of services.d for each kind.
 
-Such a job names no program. It is a payload, and a service says which of its fields are taken, of which type
-and size, and where each goes in a manifest of ours; and what the client gets for it. A field is put where the
-service has a place for it, as one argument or one parameter, and can never become another.
+A payload names no program. A service lists the fields that it accepts, their types and sizes, their places in
+the manifest, and the members of the result for the client. A field fills only the places that the service has
+for it, as one argument or one parameter, and never adds a further argument.
 """
 
 import re
@@ -33,11 +33,11 @@ ServiceText = Annotated[str, Meta(max_length=4096)]
 
 
 class ServiceError(ManifestError):
-    """No service takes the job (E_DENY), or its payload does not fit the one that does (E_MANIFEST)."""
+    """No service matches the job (E_DENY), or the payload does not fit its service (E_MANIFEST)."""
 
 
 class Match(Struct, frozen=True):
-    """Which payloads: by `type`, by `service_type`, or, without a type, those with all fields of `when`."""
+    """The payloads of a service: by `type`, by `service_type`, or without a type by all fields of `when`."""
 
     types: tuple[ServiceText, ...] = ()
     service_types: tuple[ServiceText, ...] = ()
@@ -45,7 +45,7 @@ class Match(Struct, frozen=True):
 
 
 class Field(Struct, frozen=True):
-    """One field of the payload. `max_bytes` is of its text, or of its JSON; min and max are for numbers."""
+    """A field of the payload. `max_bytes` bounds its text or JSON; `min` and `max` bound numbers."""
 
     type: Literal["text", "url", "int", "number", "bool", "choice", "json"] = "text"
     required: bool = False
@@ -61,18 +61,18 @@ class Field(Struct, frozen=True):
         if self.type == "choice" and not self.values:
             raise BadField("type", "is choice, which needs `values`")
         if self.required and self.default is not None:
-            raise BadField("default", "has no use: the field is required")
+            raise BadField("default", "has no effect, because the field is required; remove it")
 
     @property
     def always_there(self) -> bool:
-        """Whether there is a value in each job."""
+        """Whether the field has a value in each job."""
         return self.required or self.default is not None
 
 
 class Run(Struct, frozen=True):
-    """What runs: a command of the allowlist with arguments, or a trusted task with parameters.
+    """The program of a service: a command of the allowlist with arguments, or a task with parameters.
 
-    A list among the arguments is left out as a whole where one of its fields is absent; so is a parameter.
+    If a job lacks a field, the manifest omits the parameter, or the whole list of arguments, with this field.
     """
 
     command: ServiceText | None = None
@@ -84,13 +84,13 @@ class Run(Struct, frozen=True):
         if (self.command is None) == (self.task is None):
             raise ValueError("needs either `command`, with `args`, or `task`, with `params`")
         if self.task is None and self.params:
-            raise BadField("params", "is for a task; a command takes `args`")
+            raise BadField("params", "is only for tasks; a command takes `args`")
         if self.command is None and self.args:
-            raise BadField("args", "is for a command; a task takes `params`")
+            raise BadField("args", "is only for commands; a task takes `params`")
 
 
 class Input(Struct, frozen=True):
-    """A file to fetch before the program starts: under a name of ours, whatever the address ends in."""
+    """A file to fetch before the program starts. The service and not the URL chooses the file's name."""
 
     url: ServiceText
     name: ServiceName
@@ -98,7 +98,7 @@ class Input(Struct, frozen=True):
 
 
 class Needs(Struct, frozen=True):
-    """What a slot must have: see `Requirements`."""
+    """The requirements for a slot; see `Requirements`."""
 
     gpu: bool = False
     vram_mb: Annotated[int, Meta(ge=0)] = 0
@@ -109,7 +109,7 @@ class Needs(Struct, frozen=True):
 class Service(Struct, frozen=True):
     """One file of services.d.
 
-    `models` are told to the coordinator. A file of up to `inline_kb` KiB travels within the result.
+    The node announces `models` to the coordinator. The result contains files of up to `inline_kb` KiB.
     """
 
     name: ServiceName = msgspec.field(name="service")
@@ -131,18 +131,18 @@ class Service(Struct, frozen=True):
         for key, template, whole in self._templates():
             for field in _fields_in(key, template):
                 if field not in self.fields:
-                    raise BadField(key, f"names {{{field}}}, which is not among `fields`")
+                    raise BadField(key, f"uses {{{field}}}, but `fields` does not define it")
                 if whole and not self.fields[field].always_there:
-                    remedy = "give it a default, make it required, or put the argument into a list of its own"
-                    raise BadField(key, f"needs {{{field}}}, which a job may leave out; {remedy}")
+                    remedy = "add `default` or `required: true`, or put the argument into a list of its own"
+                    raise BadField(key, f"needs {{{field}}}, but jobs may omit this field; {remedy}")
         for name in self.result:
             if name in RESERVED:
-                raise BadField("result", f"has {name!r}, which the coordinator reads as money, time or ours")
+                raise BadField("result", f"has {name!r}, a name that coordinator or node reserve; rename it")
         if not (self.match.types or self.match.service_types or self.match.when):
             raise BadField("match", "needs `types`, `service_types` or `when`")
 
     def _templates(self) -> Iterator[tuple[str, Any, bool]]:
-        """Yield the texts with places for fields: key, text, and whether all must be there."""
+        """Yield the texts with places for fields: key, text, and whether the text needs all its fields."""
         for arg in self.run.args:
             yield "run", arg, isinstance(arg, str)
         yield "run", list(self.run.params.values()), False
@@ -156,7 +156,7 @@ def _fields_in(key: str, template: Any) -> Iterator[str]:
     for text in texts:
         for place in _PLACE.finditer(text) if isinstance(text, str) else ():
             if place[0] in {"{", "}"}:
-                raise BadField(key, f"has a lone {place[0]} in {text[:80]!r}; write {place[0] * 2} for it")
+                raise BadField(key, f"has a single {place[0]} in {text[:80]!r}; write {place[0] * 2}")
             if place[1]:
                 yield place[1]
 
@@ -170,9 +170,9 @@ def read_services(
     warnings: list[Fault] | None = None,
     files: dict[str, Path] | None = None,
 ) -> list[Service]:
-    """Read all of services.d; what is wrong goes to `faults`, and its service is left out.
+    """Read all of services.d; a service with a fault is left out and goes to `faults`.
 
-    `files` gets the file of each service by its name.
+    `files` gets the file of each service, by the service's name.
     """
     services: list[Service] = []
     taken: dict[str, Path] = {}
@@ -186,7 +186,7 @@ def read_services(
         kinds = [*(f"type {one!r}" for one in service.match.types), f"service {service.name!r}"]
         kinds += [f"service_type {one!r}" for one in service.match.service_types]
         if twice := [kind for kind in kinds if kind in taken]:
-            message = f"{twice[0]} is also that of {taken[twice[0]]}; remove one of them"
+            message = f"{taken[twice[0]]} has {twice[0]}, too; remove it from one of the two files"
             faults.append(Fault(str(path), line_of(path, ["match"]), "match", message))
             continue
         taken |= dict.fromkeys(kinds, path)
@@ -197,7 +197,7 @@ def read_services(
 
 
 class ServiceBook:
-    """The services of a directory, which is read anew when something in it has changed."""
+    """The services of a directory, read again after a change of the directory."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -206,7 +206,7 @@ class ServiceBook:
 
     @property
     def services(self) -> list[Service]:
-        """The services as they are now; one with a fault is left out, and the others are not."""
+        """The current services without fault."""
         if (seen := self._look()) != self._seen:
             self._services = read_services(self._directory, [])
             self._seen = seen
@@ -223,10 +223,10 @@ class ServiceBook:
             return error.errno
 
     def manifest(self, job_id: str, payload: Mapping[str, Any]) -> dict[str, Any]:
-        """Make a manifest of a job, as JSON data; it holds the payload and how its result is made, too.
+        """Make a job's manifest, as JSON data, with the payload and the rule for the result.
 
         Raises:
-            ServiceError: no service takes it, or its fields do not fit.
+            ServiceError: no service matches the job, or the fields do not fit.
         """
         service, given = self._find(job_id, payload)
         return {**_manifest(service, job_id, given), "payload": dict(payload)}
@@ -246,7 +246,7 @@ class ServiceBook:
         asked = brief(ascii(kind if kind is not None else named), 100)
         known = ", ".join(service.name for service in services) or "none"
         raise ServiceError(
-            f"cannot run the job: this node has no service for type {asked}; it has: {brief(known)}",
+            f"cannot run the job: this node has no service for type {asked}; its services: {brief(known)}",
             job_id,
             ErrorCode.E_DENY,
         )
@@ -307,7 +307,7 @@ def _values(service: Service, job_id: str, given: Mapping[str, Any]) -> Iterator
 
 
 def _checked(field: Field, value: Any) -> Any:
-    """Check one value; raises ValueError with what it must be."""
+    """Check one value. Raises ValueError with the permitted values."""
     if field.type == "bool":
         if not isinstance(value, bool):
             raise ValueError("must be true or false")
@@ -328,7 +328,7 @@ def _check_number(field: Field, value: Any) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole and (field.type == "int" or not isinstance(value, float)):
         raise ValueError("must be a whole number" if field.type == "int" else "must be a number")
-    # NaN is neither below nor above anything.
+    # Written so that NaN fails, too: NaN is neither below nor above a number.
     if not (-(2**63) < value < 2**63):
         raise ValueError("must be a number of reasonable size")
     if (field.min is not None and value < field.min) or (field.max is not None and value > field.max):
@@ -352,7 +352,7 @@ def _check_text(field: Field, value: str) -> None:
 
 def _check_size(field: Field, data: bytes) -> None:
     if len(data) > field.max_bytes:
-        raise ValueError(f"has {len(data)} bytes; at most {field.max_bytes} are taken")
+        raise ValueError(f"has {len(data)} bytes; at most {field.max_bytes} are permitted")
 
 
 def _args(templates: Sequence[str | list[str]], values: Mapping[str, Any]) -> list[str]:
@@ -365,7 +365,7 @@ def _args(templates: Sequence[str | list[str]], values: Mapping[str, Any]) -> li
 
 
 def _filled(template: Any, values: Mapping[str, Any]) -> Any:
-    """Give a parameter: a place for one field alone becomes that field's value, of its own type."""
+    """Make a parameter: a template of one place alone becomes the field's value in its own type."""
     if not isinstance(template, str):
         return template
     alone = _PLACE.fullmatch(template)
@@ -373,7 +373,7 @@ def _filled(template: Any, values: Mapping[str, Any]) -> Any:
 
 
 def _text(template: str, values: Mapping[str, Any]) -> str | None:
-    """Put fields into their places; None where one is absent."""
+    """Put fields into their places; None if a field is absent."""
     if any(place[1] and place[1] not in values for place in _PLACE.finditer(template)):
         return None
     return _PLACE.sub(lambda place: _as_text(values[place[1]]) if place[1] else place[0][0], template)

@@ -1,4 +1,4 @@
-"""How HTTP to the coordinator goes through `requests`: our own connections, deadlines, pieces and proxies."""
+"""Adapts `requests` to the node's own connections, deadlines, pieces of uploads and proxies."""
 
 import io
 import socket
@@ -15,17 +15,17 @@ from urllib3.exceptions import NewConnectionError
 from aitbc_miner.util.clock import now
 from aitbc_miner.util.web import Dialer, Proxy, Response
 
-UPLOAD_READ = 1 << 20  # requests' own 16 KiB make an upload several times slower
-UPLOAD_PIECE = 64 * 1024  # what must get through within one time-out: 3 KiB/s at 20 s
+UPLOAD_READ = 1 << 20  # the default of requests, 16 KiB, makes an upload several times slower
+UPLOAD_PIECE = 64 * 1024  # bytes to send within one time-out: 3 KiB/s at 20 s
 
 
 class _DeadlineReader(io.RawIOBase):
-    """Reads a socket until its time-out is used up once: the socket's own starts anew with every byte."""
+    """Reads a socket up to one deadline for the whole reply; a socket's time-out restarts at each read."""
 
     def __init__(self, sock: socket.socket, held: io.BufferedReader) -> None:
         super().__init__()
         self._sock = sock
-        self._held = held  # its reference keeps the socket open when the connection lets go of it
+        self._held = held  # keeps the socket open after the connection drops its reference
         self._deadline = now() + (sock.gettimeout() or 0.0)
 
     def readable(self) -> bool:
@@ -64,12 +64,12 @@ class _Http(HTTPConnection):
         except (TimeoutError, ConnectionRefusedError, socket.gaierror, ssl.SSLError):
             raise
         except OSError as error:
-            # urllib3 would take it for one of a request: it ignores a reset there, since an answer may have
-            # come all the same, and goes on without a socket.
+            # urllib3 would mistake the error for one while sending. It ignores a reset while sending, since a
+            # reply may have come before, and would go on without a socket.
             raise NewConnectionError(self, str(error)) from error
 
     def send(self, data: Any) -> None:
-        """Send in pieces: a socket's time-out is for all of one `sendall`, too little for a slow line."""
+        """Send in pieces: a socket's time-out bounds one `sendall`, too short for a body on a slow line."""
         if self.sock:
             self.sock.settimeout(self.answer_s)
         if not isinstance(data, bytes):
@@ -82,7 +82,7 @@ class _Http(HTTPConnection):
 
 class _Https(_Http, HTTPSConnection):
     def connect(self) -> None:
-        """Leave the handshake to the dialer, which has further addresses; but not one behind a proxy."""
+        """Let the dialer make the handshake, so that it tries further addresses; not behind a proxy."""
         if self.proxy:
             super().connect()
             return
@@ -93,7 +93,7 @@ class _Https(_Http, HTTPSConnection):
 
 
 class Adapter(HTTPAdapter):
-    """Has requests use connections of ours: `dialer` makes them, `context` says whom to trust."""
+    """Makes requests use the node's connections: `dialer` opens them, `context` has the trusted CAs."""
 
     def __init__(self, dialer: Dialer, context: ssl.SSLContext, answer_s: float, proxy: Proxy | None) -> None:
         own = {"dialer": dialer, "answer_s": answer_s}
@@ -107,12 +107,12 @@ class Adapter(HTTPAdapter):
         super().__init__()
 
     def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
-        """Have what is made without a proxy be ours."""
+        """Use the node's connections for calls without a proxy."""
         super().init_poolmanager(*args, blocksize=UPLOAD_READ, ssl_context=self._context, **kwargs)
         self.poolmanager.pool_classes_by_scheme = self._pools
 
     def proxy_manager_for(self, proxy: Any, **kwargs: Any) -> Any:
-        """Have the proxy reached with what reaches the coordinator."""
+        """Use the node's connections for calls through a proxy."""
         manager = super().proxy_manager_for(
             proxy, blocksize=UPLOAD_READ, ssl_context=self._context, proxy_ssl_context=self._context, **kwargs
         )
@@ -120,15 +120,15 @@ class Adapter(HTTPAdapter):
         return manager
 
     def proxy_headers(self, _proxy: Any) -> dict[str, str]:
-        """Give what the proxy alone is to see."""
+        """Give the headers for the proxy alone."""
         return self._proxy.headers() if self._proxy else {}
 
     def cert_verify(self, conn: Any, url: Any, verify: Any, cert: Any) -> None:
-        """Do nothing: the context knows whom to trust. requests would add its own certificates."""
+        """Do nothing: the context has the trusted CAs. requests would add its own."""
 
 
 class Session(requests.Session):
-    """Takes nothing from the environment (proxies, netrc, CA files), keeps no cookie, follows nothing."""
+    """A session that ignores the environment (proxies, netrc, CA files), cookies and redirects."""
 
     def __init__(self, adapter: Adapter, proxy: Proxy | None, user_agent: str, *, verify: bool) -> None:
         super().__init__()
@@ -142,5 +142,5 @@ class Session(requests.Session):
         self.mount("https://", adapter)
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:  # noqa: ARG002  # as its base has it
-        """Know of none: even to follow no redirect, requests reads all of its body and parses its goal."""
+        """Report no redirect: requests would read the body and parse the target, even to follow none."""
         return None

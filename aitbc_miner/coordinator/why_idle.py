@@ -1,4 +1,4 @@
-"""Why a node may get no jobs from an AITBC coordinator, which answers "none" to all reasons alike. Pure."""
+"""Why a node may get no jobs from an AITBC coordinator: its reply "no job" never has a reason. Pure."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ from aitbc_miner.coordinator.interface import Standing
 
 
 class Known(Struct, frozen=True):
-    """What of this node bears on it: what it offers, and which of its calls are refused as too many."""
+    """The node's facts that decide about jobs: its offers, and the calls that the coordinator refuses."""
 
     region: str | None = None
     price: float | None = None
@@ -19,30 +19,36 @@ class Known(Struct, frozen=True):
 
 
 def why_idle(known: Known, standing: Standing) -> list[str]:
-    """Name the reasons there may be, the likeliest first, each with its remedy."""
+    """List the possible reasons, the most likely first, each with its remedy."""
     return [*_certain(known), *_reputation(standing), *_matching(known), _BOND]
 
 
 _BOND = (
-    "jobs that ask for a bond, or pay 10 or more, go only to miners with one, and whether this node has one"
-    " is not told; see your account with the coordinator"
+    "jobs that require a bond or pay 10 or more go only to miners with a bond, and the coordinator does not"
+    " tell whether this node has a bond; see your account with the coordinator"
 )
 
 
 def _certain(known: Known) -> Iterator[str]:
     if not known.services:
-        yield "no service is offered, so that each job would be refused; put one into services_dir"
+        yield "this node offers no service and so refuses every job; put a service file into services_dir"
     if "poll" in known.resting:
-        yield "the coordinator refuses to be asked so often from this address; set coordinator.share"
+        yield (
+            "the coordinator limits requests per IP address and rejects ours; if N nodes share this address,"
+            " set coordinator.share to 1/N"
+        )
 
 
 def _reputation(standing: Standing) -> Iterator[str]:
-    rule = "a miner of a higher reputation that counts as free gets each job, even one that is long gone"
+    rule = (
+        "the coordinator gives every job to the miner with the highest reputation that it lists as free, even"
+        " if that miner has been offline for long"
+    )
     if standing.failed:
         done = standing.failed + standing.succeeded
         yield (
             f"{standing.failed} of the {done} jobs of this node failed, which costs reputation: {rule};"
-            " see `aitbc-minerctl history`, and ask the coordinator's operator for miners that are gone"
+            " see `aitbc-minerctl history`, and ask the coordinator's operator to remove offline miners"
         )
     elif not standing.succeeded:
         yield f"this node is new and has no reputation yet: {rule}"
@@ -60,5 +66,5 @@ def _matching(known: Known) -> Iterator[str]:
         if not there
     ]
     if lacking:
-        yield f"jobs that ask for a {', a '.join(lacking)} are not for this node, which names none"
-    yield "jobs may ask for another GPU or for more video memory than this node has, see `aitbc-miner probe`"
+        yield f"this node gets no jobs that require a {', a '.join(lacking)}, because it declares none"
+    yield "jobs may require another GPU or more video memory than this node has; see `aitbc-miner probe`"

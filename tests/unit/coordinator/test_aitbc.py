@@ -145,10 +145,10 @@ def test_with_a_bearer_token_we_are_who_it_says(wire: responses.RequestsMock, se
         ("api_key", KEY, 401, "does not accept the credential from env:MINER_AUTH as an API key"),
         ("api_key", token(), 401, "is a JSON web token; set coordinator.auth_scheme: bearer"),
         ("bearer", KEY, 401, "is no JSON web token; for an API key set coordinator.auth_scheme: api_key"),
-        ("bearer", token(), 401, "it has been signed with another key"),
+        ("bearer", token(), 401, "it was signed with another key"),
         ("bearer", token(exp=1e9), 401, "expired at 2001-09-09 01:46 UTC"),
-        ("bearer", token(exp=1e300), 401, "it has been signed with another key"),
-        ("bearer", token(exp=-1e300), 401, "it has been signed with another key"),
+        ("bearer", token(exp=1e300), 401, "it was signed with another key"),
+        ("bearer", token(exp=-1e300), 401, "it was signed with another key"),
         ("bearer", token(role="client"), 403, "has the role 'client'; ask for a token with the role 'miner'"),
         ("bearer", token(), 403, "whose role is right"),
     ],
@@ -490,7 +490,7 @@ def test_the_causes_of_an_empty_poll_are_those_that_apply(services: Path) -> Non
     assert "coordinator.price" in bare
     assert "coordinator.region" in bare
     assert "bond" in bare
-    assert "no service is offered" not in bare
+    assert "offers no service" not in bare
     told = "\n".join(client(services, region="eu", price=1.0, cuda=("12",)).why_idle(Standing(succeeded=7)))
     assert "reputation" not in told
     assert "coordinator.price" not in told
@@ -498,4 +498,4 @@ def test_the_causes_of_an_empty_poll_are_those_that_apply(services: Path) -> Non
 
 def test_without_a_service_that_is_the_first_cause(services: Path) -> None:
     (services / "words.yaml").unlink()
-    assert "no service is offered" in client(services).why_idle(Standing())[0]
+    assert "offers no service" in client(services).why_idle(Standing())[0]

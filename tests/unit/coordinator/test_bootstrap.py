@@ -106,8 +106,8 @@ def test_a_credential_that_no_header_can_hold(credential: str) -> None:
     with coordinator(credential=credential) as client, pytest.raises(Unauthorized) as caught:
         client.register({})
     assert str(caught.value) == (
-        "cannot register this node: the credential from env:MINER_AUTH: cannot use the token: it is empty,"
-        " too long, or holds a space, a line break or a character beyond ASCII; see coordinator.auth_token"
+        "cannot register this node: the credential from env:MINER_AUTH: cannot use the token: it is empty or"
+        " too long, or has spaces, line breaks or non-ASCII text; see coordinator.auth_token"
     )
     assert caught.value.__suppress_context__
 
@@ -302,7 +302,9 @@ def test_a_404_that_is_not_the_coordinators_own_takes_no_job_away(
     client: Coordinator, name: str, body: bytes, tmp_path: Path
 ) -> None:
     responses.post(f"{BASE}/jobs/{name}", status=404, body=body)
-    with pytest.raises(CoordinatorError, match="something answered 404 that is not") as caught:
+    with pytest.raises(
+        CoordinatorError, match="not the coordinator but another server, such as a proxy, answered 404"
+    ) as caught:
         calls(client, tmp_path)[name]()
     assert caught.value.retryable
 

@@ -59,7 +59,7 @@ def test_a_name_that_only_the_proxy_knows(peer: Start) -> None:
 def test_a_proxy_that_refuses_our_credential(scheme: str) -> None:
     with SmallProxy(SECRET) as proxy:
         said = failure(f"{scheme}://127.0.0.1:1", proxy=Proxy(proxy.url, lambda: "user:wrong"))
-        assert said.startswith(f"cannot pull a job: the proxy {proxy.url} does not let us pass (")
+        assert said.startswith(f"cannot pull a job: the proxy {proxy.url} refuses (")
         assert said.endswith("see coordinator.proxy and coordinator.proxy_auth")
         assert "407" in said
         assert "wrong" not in said

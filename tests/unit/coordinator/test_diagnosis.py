@@ -81,14 +81,16 @@ def replying(status: str, body: bytes, kind: str = "text/html") -> Callable[[Any
 def test_a_web_server_that_is_no_coordinator(peer: Start, status: str, dialect: str) -> None:
     server = peer(replying(status, b"<html>Welcome to nginx!</html>"))
     assert guess(f"{server.url}/v1", dialect).startswith(
-        f"what answers at http://{server.address} seems to be a web server and no coordinator"
+        f"the server at http://{server.address} seems to be a web server and no coordinator"
     )
 
 
 def test_a_server_that_denies_all_paths_alike(peer: Start) -> None:
     denial = b'{"detail": "Authentication required"}'
     origin = f"http://{peer(replying('401 Unauthorized', denial, 'application/json')).address}"
-    assert guess(f"{origin}/api/v1").startswith("it refuses every path alike, as an AITBC coordinator does")
+    assert guess(f"{origin}/api/v1").startswith(
+        "the server refuses every path alike, as AITBC coordinators do"
+    )
     assert guess(origin, "aitbc-v1").endswith(f"set coordinator.base_url: {origin}/v1")
     assert guess(f"{origin}/v1", "aitbc-v1") == ""
 
@@ -114,10 +116,12 @@ def test_http_and_https_taken_for_each_other(
     monkeypatch.setattr(diagnosis, "LOOK_S", 1.0)  # this server waits for more of the handshake
     plain = peer(replying("404 Not Found", b"{}", "application/json"))
     said = guess(f"https://{plain.address}/v1")
-    assert said.startswith(f"http is spoken there: set coordinator.base_url: http://{plain.address}/v1, and")
+    assert said.startswith(
+        f"the server speaks http: set coordinator.base_url: http://{plain.address}/v1, and"
+    )
     secure = peer(replying("404 Not Found", b"{}"), Party("server").server(tmp_path))
     said = guess(f"http://{secure.address}/v1")
-    assert said == f"https is spoken there: set coordinator.base_url: https://{secure.address}/v1"
+    assert said == f"the server speaks https: set coordinator.base_url: https://{secure.address}/v1"
 
 
 def test_nobody_there() -> None:

@@ -120,7 +120,7 @@ def test_all_ways_to_name_a_service(payload: dict[str, Any], book: ServiceBook) 
 def test_what_is_not_offered_is_denied(payload: dict[str, Any], book: ServiceBook) -> None:
     code, message = refused(book, payload)
     assert code is ErrorCode.E_DENY
-    assert "it has: full" in message
+    assert "its services: full" in message
     assert message.isprintable()
     assert len(message) < 400
 
@@ -131,7 +131,7 @@ def test_what_is_not_offered_is_denied(payload: dict[str, Any], book: ServiceBoo
         ({}, "field 'text' is missing"),
         ({"text": 5}, "field 'text' must be text"),
         ({"text": "a\0"}, "must be text"),
-        ({"text": "a" * 21}, "has 21 bytes; at most 20 are taken"),
+        ({"text": "a" * 21}, "has 21 bytes; at most 20 are permitted"),
         ({"text": "A"}, "must match"),
         ({"text": "a", "url": "ftp://h"}, "must be an http or https address"),
         ({"text": "a", "count": 11}, "must be from 0 to 10"),
@@ -142,7 +142,7 @@ def test_what_is_not_offered_is_denied(payload: dict[str, Any], book: ServiceBoo
         ({"text": "a", "ratio": 2}, "must be from 0 to 1"),
         ({"text": "a", "flag": 1}, "must be true or false"),
         ({"text": "a", "model": "three"}, "must be one of one, two"),
-        ({"text": "a", "more": ["x" * 60]}, "at most 50 are taken"),
+        ({"text": "a", "more": ["x" * 60]}, "at most 50 are permitted"),
     ],
 )
 def test_what_does_not_fit_is_refused_by_field(fields: dict[str, Any], said: str, book: ServiceBook) -> None:
@@ -222,16 +222,19 @@ run: {task: work, params: {n: "{n}", s: "{s}!", j: "{j}", b: "{b}", fixed: [1, {
     ("text", "fault"),
     [
         (FULL + "typo: 1\n", "unknown key"),
-        (FULL.replace("{ratio}", "{ration}"), "names {ration}, which is not among `fields`"),
-        (FULL.replace('["--ratio", "{ratio}"]', '"{ratio}"'), "needs {ratio}, which a job may leave out"),
-        (FULL.replace("{count}{{}}", "{count}{"), "has a lone {"),
-        (FULL.replace("said:", "price:"), "which the coordinator reads as money, time or ours"),
+        (FULL.replace("{ratio}", "{ration}"), "uses {ration}, but `fields` does not define it"),
+        (FULL.replace('["--ratio", "{ratio}"]', '"{ratio}"'), "needs {ratio}, but jobs may omit this field"),
+        (FULL.replace("{count}{{}}", "{count}{"), "has a single {"),
+        (FULL.replace("said:", "price:"), "a name that coordinator or node reserve"),
         (FULL.replace("command: tool", "command: tool\n  task: x"), "needs either `command`"),
         (FULL.replace("{log: true}", "{log: true, task: true}"), "needs one of `task`, `file` and `log`"),
         (FULL.replace("values: [one, two]", "values: []"), "which needs `values`"),
         (FULL.replace('pattern: "[a-z -]*"', 'pattern: "["'), "RE2"),
         (FULL.replace("types: [full, other], service_types: [fulls], when: [text, model]", ""), "match"),
-        (FULL.replace("required: true,", "required: true, default: x,"), "has no use: the field is required"),
+        (
+            FULL.replace("required: true,", "required: true, default: x,"),
+            "has no effect, because the field is required",
+        ),
         ("", "missing"),
         ("- 1", "a list"),
     ],
@@ -254,7 +257,7 @@ def test_two_for_the_same_type(tmp_path: Path) -> None:
     directory = written(tmp_path / "d", FULL)
     written(directory, FULL.replace("service: full", "service: second"), "t.yaml")
     (fault,) = faults_of(directory)
-    assert fault.startswith("t.yaml:3: match: type 'full' is also that of")
+    assert fault.startswith(f"t.yaml:3: match: {directory}/s.yaml has type 'full', too; remove it from one")
 
 
 def test_a_file_that_others_can_change_is_not_trusted(tmp_path: Path) -> None:
@@ -416,7 +419,7 @@ def test_a_reserved_name_of_an_old_record_is_left_out(root: Path) -> None:
 def test_a_file_that_is_not_as_it_was_cannot_be_sent(root: Path) -> None:
     gone = artifact(root, "a", b"four")
     (root / gone.file).write_bytes(b"two")
-    with pytest.raises(FileChanged, match="shorter"):
+    with pytest.raises(FileChanged, match="the file shrank after its collection"):
         made(root, {}, Outcome(JOB, artifacts=[gone]))
     (root / gone.file).unlink()
     (root / gone.file).symlink_to("/etc/hostname")

@@ -81,7 +81,7 @@ def test_a_proxy_makes_of_loopback_another_machine(site: Site) -> None:
 @pytest.mark.parametrize(
     ("scheme", "credential", "said"),
     [
-        ("bearer", token(exp=1e9), "expired at 2001-09-09 01:46 UTC; ask for another"),
+        ("bearer", token(exp=1e9), "expired at 2001-09-09 01:46 UTC; ask for a new token"),
         ("bearer", token(role="client"), "has the role 'client'; ask for a token with the role 'miner'"),
         ("bearer", "plain-key", "is no JSON web token; for an API key set coordinator.auth_scheme: api_key"),
         ("api_key", token(), "is a JSON web token; set coordinator.auth_scheme: bearer"),

@@ -112,7 +112,7 @@ def test_an_address_that_answers_no_handshake_leaves_the_next_its_time(
         resolve(where)
         said = failure(url, 5, connect_s=0.3, ca_file=authority.file(tmp_path))
         assert said.startswith(
-            f"cannot pull a job: many.test:{port} takes the connection, but answers no TLS handshake within"
+            f"cannot pull a job: many.test:{port} accepts connections, but no TLS handshake within"
         )
         assert silent
 
