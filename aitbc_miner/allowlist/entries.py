@@ -154,7 +154,7 @@ class Entry(Struct, frozen=True, dict=True):
         return judge_sections(self.grammar, args, inputs, prefix)
 
 
-class Denied(JobError):  # noqa: N818  # says what it is
+class Denied(JobError):  # noqa: N818  # the name says what happened
     """No entry permits the command. `objection` is the reason; it comes from `entry`, if that is known."""
 
     def __init__(self, command: str, objection: Objection, entry: Entry | None = None) -> None:

@@ -83,7 +83,7 @@ class ArgumentPlace:
         return [*(option.names[0] for option in self.lacking), *operands, *able]
 
 
-class ArgumentMisfit(Exception):  # noqa: N818  # says what it is
+class ArgumentMisfit(Exception):  # noqa: N818  # the name says what happened
     """The argument at index `at` does not fit this reading.
 
     `why` is the reason, `rule` the key of the rule; `fits` describes the arguments that the rule permits.
@@ -137,7 +137,7 @@ class Reader:
             for times in range(1, section.most + 1):
                 reached = {end for start in reached for end in self._ends(k, start)}
                 if times >= section.min:
-                    # A reading that came here with fewer repetitions has more of them left.
+                    # A reading that came here with fewer repetitions has more repetitions left.
                     reached -= found
                     found |= reached
                 if not reached:

@@ -57,7 +57,7 @@ def parse_pattern(value: object) -> Pattern:
         raise ValueError(f"must be a pattern in RE2 syntax: {brief(text)}") from error
 
 
-class TooMuchWork(Exception):  # noqa: N818  # says what it is
+class TooMuchWork(Exception):  # noqa: N818  # the name says what happened
     """The arguments cannot be judged within MAX_WORK."""
 
 

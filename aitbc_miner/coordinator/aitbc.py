@@ -150,7 +150,7 @@ class AitbcCoordinator:
         )
         return why_idle(known, standing)
 
-    # --- jobs that come ------------------------------------------------------------------------------------
+    # --- incoming jobs -------------------------------------------------------------------------------------
 
     def pull(self, _filters: PullFilters) -> PulledJob | None:
         """POST /miners/poll: the coordinator assigns the job even if its reply is lost."""
@@ -194,7 +194,7 @@ class AitbcCoordinator:
             complete = is_last
         return Assignments(found, complete)
 
-    # --- what came of them ---------------------------------------------------------------------------------
+    # --- reports -------------------------------------------------------------------------------------------
 
     # The coordinator ignores keys.
     def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:  # noqa: ARG002
@@ -250,7 +250,7 @@ class AitbcCoordinator:
             return None
         return examine(said, job_id, self._miner_id, self._profile.receipt_keys, clock.wall())
 
-    # --- what calls have in common -------------------------------------------------------------------------
+    # --- helpers -------------------------------------------------------------------------------------------
 
     def _manifest(self, job_id: str, payload: Any) -> dict[str, Any]:
         return self._book.manifest(job_id, payload)
@@ -305,7 +305,7 @@ class AitbcCoordinator:
             method, path, payload, doing=doing, params=query, headers=named, max_bytes=most
         )
         if reply.status == 429 and is_own_error(reply, AITBC):
-            # Retry-After is left out: the coordinator always sends the same number, and it is always wrong.
+            # Retry-After is ignored: the coordinator always sends the same number, and always a wrong one.
             pause_s = self._limits.refused(endpoint)
             raise Busy(
                 f"cannot {doing}: the coordinator limits such calls per IP address; the node retries;"

@@ -158,7 +158,7 @@ class Coordinator(Protocol):
         ...
 
     def leave(self) -> None:
-        """Tell the coordinator that this node stops."""
+        """Sign off: this node takes no more jobs and runs none."""
         ...
 
     def heartbeat(self, report: Heartbeat) -> None:

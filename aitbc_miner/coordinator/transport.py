@@ -64,8 +64,8 @@ class _Http(HTTPConnection):
         except (TimeoutError, ConnectionRefusedError, socket.gaierror, ssl.SSLError):
             raise
         except OSError as error:
-            # urllib3 would mistake the error for one while sending. It ignores a reset while sending, since a
-            # reply may have come before, and would go on without a socket.
+            # urllib3 ignores a reset while it sends, because a reply may have come before. It would take this
+            # error for such a reset, and go on without a socket.
             raise NewConnectionError(self, str(error)) from error
 
     def send(self, data: Any) -> None:

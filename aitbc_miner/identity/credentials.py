@@ -38,7 +38,7 @@ class Credential:
         return f"<credential {self.source}>"
 
     def __reduce__(self) -> Never:
-        raise TypeError("cannot pickle a credential: it must not leave the process that read it")
+        raise TypeError("cannot pickle a credential: credentials must stay in the process")
 
 
 def digest(token: str) -> str:

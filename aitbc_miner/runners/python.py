@@ -75,7 +75,7 @@ class PythonRunner:
         )
 
     def verdict(self, exit: ExitStatus, reports: list[Report], log_tail: str) -> Verdict:  # noqa: A002
-        """Judge the job by the task's last report, and by the exit status if no failure was reported."""
+        """Judge the job by the task's final report; without a reported failure, by the exit status too."""
         said = next((report for report in reports if not isinstance(report, Progress)), None)
         if isinstance(said, TaskFailure):
             code = ErrorCode(said.code) if said.code in _CODES_OF_TASKS else ErrorCode.E_TASK

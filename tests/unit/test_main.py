@@ -236,7 +236,8 @@ def test_check_tells_all_faults_at_once_with_file_line_and_key(site: Site) -> No
     for part in (
         f"{site.allowlist}/bad.yaml:1: command.path:",
         f"{site.slots}/s.yaml:3: slots[1].gpu: this key is missing",
-        f"{site.path}:{token}: coordinator.auth_token: cannot read the credential env:MINER_AUTH: it is emp",
+        f"{site.path}:{token}: coordinator.auth_token: cannot read the credential env:MINER_AUTH: "
+        "the source is empty; put the token there",
         f"runners.python.task_paths: cannot trust {site.tasks}: {site.tasks}/one.py",
     ):
         assert part in done.stderr
