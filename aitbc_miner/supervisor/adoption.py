@@ -1,7 +1,8 @@
-"""Processes that a dead worker, or an earlier run of the node, left behind.
+"""Processes that a dead worker or an earlier run of the node left behind.
 
-Where there is no cgroup to kill, the program dies with its worker, but what it forked does not: it becomes a
-child of the supervisor, which is their subreaper. A child that it did not start has no right to be.
+Without a cgroup, the kernel kills a job's program with its worker, but not the program's own children. The
+kernel gives these orphans to the supervisor, which is their subreaper. The supervisor kills every child that
+it did not start.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ MAX_BOOK = 1 << 20
 
 
 class WorkerName(Struct, frozen=True):
-    """A process, named so that no other can be meant: its pid and when it started."""
+    """A process identified without doubt: its pid and its start time."""
 
     pid: int
     start: int
@@ -31,14 +32,15 @@ class WorkerName(Struct, frozen=True):
 class WorkerBook:
     """The workers that this node has started, in a file that only the supervisor writes.
 
-    A job's record names its worker too, but it belongs to the process that reads the network, and whom root
-    signals must not be for that one to say.
+    A job's record names its worker too, but the agent owns the record and reads the network. Root must not
+    signal a process because the agent named it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._before = self._read()
-        # A slot whose worker of an earlier run goes on gets no new one, and keeps its entry for the next run.
+        # A slot whose worker survived the last run starts no new worker, so its entry must stay for the next
+        # run.
         self._now = dict(self._before)
         self._written = True
 
@@ -55,7 +57,7 @@ class WorkerBook:
             return {}
 
     def note(self, slot: str, pid: int) -> None:
-        """Enter a worker that was just started."""
+        """Record a worker that was just started."""
         start = process_start(pid)
         if start is None:
             return
@@ -65,10 +67,10 @@ class WorkerBook:
             self.write()
 
     def write(self) -> None:
-        """Bring the file up to date, if it is not. Without it the next run cannot adopt a worker's job.
+        """Write the file if an entry changed. Without the file, the next run cannot adopt the workers.
 
         Raises:
-            OSError: it cannot be written now; to be called again.
+            OSError: the file cannot be written; call again later.
         """
         if not self._written:
             with fs.directory(self._path.parent) as folder:
@@ -76,16 +78,17 @@ class WorkerBook:
             self._written = True
 
     def knows(self, slot: str | None, pid: int | None, start: int | None) -> bool:
-        """Whether an earlier run of the node started this process as the worker of this slot."""
+        """Whether an earlier run of the node started process `pid` as the worker of `slot`."""
         known = self._before.get(slot or "")
         return known is not None and (known.pid, known.start) == (pid, start)
 
 
 def works_in(group: Path | None, pid: int) -> bool:
-    """Whether a process is where a slot's worker is: in its group, or where there is none, our user's.
+    """Whether a process is in the cgroup of a slot's worker; without cgroups, whether our user owns it.
 
     Raises:
-        OSError: that cannot be told now. Taken for gone, a worker would go on with a job that is called lost.
+        OSError: the kernel cannot tell now. The caller must not take the worker for dead: the worker may go
+            on with its job.
     """
     try:
         if group is not None:
@@ -98,13 +101,13 @@ def works_in(group: Path | None, pid: int) -> bool:
 
 
 def end_worker(pid: int, start: int) -> None:
-    """Kill a worker of an earlier run that cannot be adopted, and with it the program of its job."""
+    """Kill a worker of an earlier run that cannot be adopted; its job's program dies as well."""
     try:
         fd = os.pidfd_open(pid)
     except OSError:
-        return  # it is gone, as it should be
+        return  # the process is gone
     try:
-        # Looked at when the pidfd is held: the number may belong to somebody else by now.
+        # Checked while the pidfd is open: the kernel may have given the pid to another process.
         if process_start(pid) == start:
             signal.pidfd_send_signal(fd, signal.SIGKILL)
     except ProcessLookupError:
@@ -114,7 +117,7 @@ def end_worker(pid: int, start: int) -> None:
 
 
 def children() -> set[int]:
-    """Name the children of this process, zombies included; of all threads, though there is one."""
+    """Give the pids of this process's children, zombies included."""
     found: set[int] = set()
     for task in Path("/proc/self/task").iterdir():
         found.update(int(pid) for pid in (task / "children").read_text().split())
@@ -122,10 +125,10 @@ def children() -> set[int]:
 
 
 def kill_strangers(own: set[int]) -> None:
-    """Kill and collect all children but our own."""
+    """Kill and reap all children except those in `own`."""
     for pid in children() - own:
         os.kill(pid, signal.SIGKILL)
-        # Only this one: our own must keep their exit status until their pidfd is heard.
+        # Reaps this pid only: our own children keep their exit status until `Child.reap`.
         if os.waitpid(pid, os.WNOHANG) != (0, 0):
-            # Told when it has gone, for one that hangs in the kernel is killed again each second.
+            # Logged after the reap: an orphan that hangs in the kernel is killed again each second.
             events("supervisor").warning("orphan of a job killed", pid=pid)

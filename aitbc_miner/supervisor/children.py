@@ -1,4 +1,4 @@
-"""The supervisor's children: forked with nothing but their pipe, watched by pidfd, restarted with a pause."""
+"""The supervisor's children: forked with their pipe only, watched by pidfd, restarted after a pause."""
 
 import fcntl
 import os
@@ -25,13 +25,13 @@ from aitbc_miner.util.signals import signal_name
 T = TypeVar("T")
 Main = Callable[["Connection[Any, Any]"], None]
 
-# A child that lived this long before it died is not failing to start.
+# A child that lived this long has started well: its death resets the pause before restarts.
 SETTLED_S = 60.0
 LAST_WORDS = 500
 
 
 class Child(Generic[T]):
-    """A running child. `incoming` is the union of what it may say."""
+    """A running child. `incoming` is the union of the messages that the child may send."""
 
     def __init__(self, name: str, main: Main, incoming: Any, *, keep: Iterable[int] = ()) -> None:
         self.name = name
@@ -53,7 +53,7 @@ class Child(Generic[T]):
         self._fault = ""
 
     def receive(self) -> list[T]:
-        """Take what it says. One that is gone or talks nonsense is ended, and not listened to any more."""
+        """Read the child's messages. If its pipe is closed or a message does not decode, kill the child."""
         try:
             self.channel.flush()
             return self.channel.receive()
@@ -66,14 +66,14 @@ class Child(Generic[T]):
         return []
 
     def end(self, fault: str) -> None:
-        """End it for what it said, which is told, and listen to it no more."""
-        events("supervisor").error("child ended by us", child=self.name, fault=fault)
+        """Kill the child for a fault in its messages, log the fault, and read no more messages."""
+        events("supervisor").error("child killed", child=self.name, fault=fault)
         self._fault = self._fault or fault
         self.heard = False
         self.kill()
 
     def send(self, message: Any) -> None:
-        """Tell it something; a child that does not read its messages is ended."""
+        """Send a message; a child that does not read its messages is killed."""
         try:
             self.channel.send(message)
         except ChannelError as error:
@@ -81,7 +81,7 @@ class Child(Generic[T]):
             self.kill()
 
     def sources(self, hear: Callable[[], None], gone: Callable[[], None]) -> dict[int, PollSource]:
-        """Say what to wait for with `poll`: its words, as long as it is listened to, and its end."""
+        """Give the descriptors to poll: the child's pidfd and, while its messages are read, its pipe."""
         sources: dict[int, PollSource] = {self.pidfd: (gone, select.POLLIN)}
         if self.heard:
             room = select.POLLOUT if self.channel.has_unsent else 0
@@ -89,14 +89,14 @@ class Child(Generic[T]):
         return sources
 
     def kill(self) -> None:
-        """End it at once; its pidfd tells when it is gone."""
+        """Kill the child with SIGKILL; its pidfd becomes readable when the child has ended."""
         try:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
         except ProcessLookupError:
             return
 
     def reap(self) -> str:
-        """Collect it after its end and say how it ended."""
+        """Collect the ended child's exit status and describe its end, such as `was killed by SIGKILL`."""
         _, status = os.waitpid(self.pid, 0)
         os.close(self.pidfd)
         self.channel.close()
@@ -113,7 +113,7 @@ class Child(Generic[T]):
 
 
 def _make_words() -> int:
-    """Make the memory in which a child may leave why it ends; it can make it no longer."""
+    """Make the memory in which a child may write the cause of its end; seals keep its size."""
     fd = os.memfd_create("last-words", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     os.ftruncate(fd, LAST_WORDS)
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
@@ -123,7 +123,7 @@ def _make_words() -> int:
 def _fork(
     main: Main, end: "Connection[Any, Any]", keep: Iterable[int], words: int, line: socket.socket | None
 ) -> int:
-    # Signals are blocked over the fork: a handler of the supervisor's must not run in the child.
+    # Signals are blocked over the fork: a handler of the supervisor must not run in the child.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         if (pid := os.fork()) != 0:
@@ -136,7 +136,7 @@ def _fork(
             main(end)
             status = 0
         except ChannelError:
-            status = 0  # the supervisor is gone, and so is what this child is for
+            status = 0  # the supervisor is gone, and nobody else needs this child
         except MinerError as error:
             os.pwrite(words, str(error).encode("utf-8", "replace")[:LAST_WORDS], 0)
             sys.stderr.write(f"{error}\n")
@@ -144,20 +144,20 @@ def _fork(
             os.pwrite(words, type(error).__name__.encode(), 0)
             traceback.print_exc()
         finally:
-            # Nothing before it: whatever that raised would unwind through the supervisor's own code.
+            # No statement before `_exit`: an exception would unwind through the supervisor's own code.
             os._exit(status)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _forget(keep: set[int]) -> None:
-    """Drop what a child must not have of its parent: descriptors, signal handlers, its wake-up pipe.
+    """Close the parent's descriptors except `keep`, and reset its signal handlers and wake-up pipe.
 
-    Were the other children's pipes kept open here, nobody would ever see their end.
+    If a child kept the pipes of other children open, the supervisor would never see these pipes close.
     """
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    # Ctrl-C and the end of a terminal reach the whole foreground group; the supervisor decides what it means.
+    # The terminal sends Ctrl-C and SIGHUP to the whole foreground group; the supervisor alone acts on them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for entry in list(Path("/proc/self/fd").iterdir()):
@@ -166,11 +166,11 @@ def _forget(keep: set[int]) -> None:
             try:
                 os.close(fd)
             except OSError:
-                continue  # the listing's own
+                continue  # the descriptor of this listing
 
 
 class Keeper(Generic[T]):
-    """Keeps one child running: starts it, and starts it again after its death with a growing pause."""
+    """Keeps one child running: restarts the child after its death, with a growing pause."""
 
     def __init__(
         self, name: str, main: Main, incoming: Any, keep: Iterable[int], *, pause_min: float, pause_max: float
@@ -189,13 +189,13 @@ class Keeper(Generic[T]):
         self._untold: set[type[Any]] = set()
 
     def start_if_due(self) -> bool:
-        """Start the child when it is time; True when it was started."""
+        """Start the child if its time has come; True when the child was started."""
         if self._start_at is None or clock.now() < self._start_at:
             return False
         try:
             self.child = Child(self.name, self._main, self._incoming, keep=self._keep)
         except OSError as error:
-            # Out of processes or descriptors, which a job may have seen to: no reason for the node to end.
+            # A job may have used up the processes or descriptors: the node goes on and tries again.
             events("supervisor").error("cannot start child", child=self.name, error=str(error))
             self._plan_restart()
             return False
@@ -204,8 +204,8 @@ class Keeper(Generic[T]):
         return True
 
     def died(self) -> str:
-        """Collect the dead child, plan its restart, and say how it ended."""
-        assert self.child is not None  # noqa: S101  # for the type checker: only the living can die
+        """Reap the dead child, plan its restart, and describe its end."""
+        assert self.child is not None  # noqa: S101  # for the type checker
         how = self.child.reap()
         if clock.now() - self.child.started > SETTLED_S:
             self._failures = 0
@@ -220,31 +220,31 @@ class Keeper(Generic[T]):
         self._start_at = clock.now() + min(self._pause_max, pause)
 
     def send(self, message: Any) -> None:
-        """Tell the child, if there is one; a new one is told everything anew."""
+        """Send the child a message, if the child runs. After a restart the message is not sent again."""
         if self.child is not None:
             self.child.send(message)
 
     def tell(self, news: Any) -> None:
-        """Tell the child how something stands now. Of each type of message only the latest waits for it.
+        """Send the child a state. Of each type of message only the latest waits, so the queue stays short.
 
-        So another child that says the same again and again fills nothing. A new child is told the latest.
+        A restarted child gets the latest message of each type.
         """
         self._news[type(news)] = news
         self._untold.add(type(news))
         self.tell_waiting()
 
     def tell_waiting(self) -> None:
-        """Send the news that wait, when the child has read what it was sent before."""
+        """Send the waiting states as soon as the child has read the earlier messages."""
         while self._untold and self.child is not None and not self.child.channel.has_unsent:
             self.child.send(self._news[self._untold.pop()])
 
     def stop(self) -> None:
-        """Start it no more."""
+        """Do not start the child again."""
         self._start_at = None
 
 
 class OneShots:
-    """Children that do one thing which may take its time, say one thing of it at most, and end."""
+    """Children that do one slow piece of work, send at most one message, and end."""
 
     def __init__(self) -> None:
         self._done: dict[Child[Any], Callable[[Any], None]] = {}
@@ -258,22 +258,22 @@ class OneShots:
         done: Callable[[Any], None],
         keep: Iterable[int] = (),
     ) -> None:
-        """Have a child do `work`; `done` is told what that gives, of type `says`, or how the child ended.
+        """Run `work` in a child; `done` gets its result, of type `says`, or a text about the child's end.
 
-        It has the descriptors in `keep`, too.
+        The child inherits the descriptors in `keep`.
 
         Raises:
-            OSError: it cannot be started.
+            OSError: the child cannot be started.
         """
         child: Child[Any] = Child(name, partial(_answer, work), says, keep=keep)
         self._done[child] = done
 
     def under_way(self) -> list[Child[Any]]:
-        """Give the children that have not ended."""
+        """Give the running children."""
         return list(self._done)
 
     def sources(self) -> dict[int, PollSource]:
-        """Say what to wait for with `poll`."""
+        """Give the descriptors to poll, with their handlers."""
         sources: dict[int, PollSource] = {}
         for child in self._done:
             sources |= child.sources(partial(self._hear, child), partial(self._over, child))
@@ -281,19 +281,19 @@ class OneShots:
 
     def _hear(self, child: Child[Any]) -> None:
         if child not in self._done:
-            return  # over by now
+            return  # the child was reaped in this turn
         for message in child.receive():
             self._said[child] = message
 
     def _over(self, child: Child[Any]) -> None:
-        while child.heard:  # until the end of what it has said
+        while child.heard:  # reads the rest of the pipe
             self._hear(child)
         how = child.reap()
         self._done.pop(child)(self._said.pop(child, how))
 
 
 def _answer(work: Callable[[], Any], pipe: "Connection[Any, Any]") -> None:
-    """Be a one-shot child: work, and say what that gives, unless it is None."""
+    """Run `work` in a one-shot child, and send its result unless the result is None."""
     channel: Channel[Stop] = Channel(pipe, Stop)
     if (said := work()) is not None:
         channel.send(said)

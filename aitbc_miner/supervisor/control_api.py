@@ -1,4 +1,4 @@
-"""Answers what `aitbc-minerctl` asks, from what the supervisor knows at this moment."""
+"""Answers the requests of `aitbc-minerctl` from the supervisor's state in memory."""
 
 import contextlib
 import os
@@ -37,14 +37,36 @@ from aitbc_miner.util import clock, fs
 from aitbc_miner.util.build import build
 
 FILES = {"job": ("manifest.json", "state.json", "outcome.json", "receipt.json"), "logs": ("logs/exec.log",)}
-# A child that died once and has run since then is no problem any more.
+# For how long `status` shows the death of a child that runs again.
 DEATH_SHOWN_S = 600.0
 MAX_ASKED = 100
 BAD = frozenset({SlotState.BACKOFF, SlotState.QUARANTINED})
 
 
+def open_files(job: int, verb: str) -> tuple[list[str], list[int]]:
+    """Open the files that `verb` shows of a job: their names and descriptors, without absent files.
+
+    `job` is the descriptor of the job's directory.
+
+    Raises:
+        OSError: a file cannot be opened; all are closed again.
+    """
+    names: list[str] = []
+    fds: list[int] = []
+    try:
+        for name in FILES[verb]:
+            with contextlib.suppress(FileNotFoundError):
+                fds.append(fs.open_below(job, name))
+                names.append(Path(name).name)
+    except OSError:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return names, fds
+
+
 class ControlApi:
-    """Answers the operator. Holds what only that shows, and whether the node takes new jobs."""
+    """Answers the operator. Holds the facts that only `status` shows, and whether the node takes new jobs."""
 
     def __init__(
         self,
@@ -76,11 +98,11 @@ class ControlApi:
         self._deaths: dict[str, tuple[float, str]] = {}
 
     def note_death(self, name: str, text: str) -> None:
-        """Show for a while how a child died."""
+        """Have `status` show for a while how a child died."""
         self._deaths[name] = clock.now(), text
 
     def answer(self, request: Request, later: Later) -> FullAnswer | None:
-        """Answer a request that is permitted; None when the answer comes later."""
+        """Answer a permitted request; None when `later` will get the answer."""
         match request.verb:
             case "status" | "slots":
                 return self._status(), []
@@ -98,71 +120,64 @@ class ControlApi:
         if job_id is None or row is None or not valid_job_id(job_id):
             what = "cancel" if request.verb == "cancel" else "show"
             return Refusal(
-                f"cannot {what} job {job_id!r}: there is none of this id here; see `aitbc-minerctl jobs`"
+                f"cannot {what} job {job_id!r}: this node has no job with this id; see `aitbc-minerctl jobs`"
             ), []
-        if names := FILES.get(request.verb):
-            return self._files(self._with_use(row), names)
+        if request.verb in FILES:
+            return self._files(self._with_use(row), request.verb)
         return self._cancel_job(row), []
 
     def _use(self, slot: RunningSlot | None) -> JobUse | None:
         if slot is None or slot.rules.job_state is not State.RUNNING:
             return None
-        # Of a worker of an earlier run nobody has heard since when its job runs.
+        # An adopted worker sends no messages, so the start of its job is not known.
         said = slot.said or Said(slot.rules.since, slot.rules.deadline)
         most = self._config.workspace.max_job_mb
         return use_of(slot.view(), said, slot.plan.spec.cpu_max, None if most is None else most << 20)
 
     def _with_use(self, row: JobRow) -> JobRow:
-        """Add what a job uses that runs now."""
+        """Add the resource use of a running job."""
         slot = self._slots.slots.get(row.slot or "") if row.state is State.RUNNING else None
         ours = slot if slot and slot.rules.job_id == row.job_id else None
         return replace(row, use=use) if (use := self._use(ours)) else row
 
-    def _set_accepting(self, accepting: bool) -> Done:  # noqa: FBT001  # the one thing that it sets
+    def _set_accepting(self, accepting: bool) -> Done:  # noqa: FBT001  # the new value
         self.accepting = accepting
         if accepting:
-            return Done("resumed: jobs are pulled again")
+            return Done("resumed: the node pulls jobs again")
         running = sum(slot.rules.job_id is not None for slot in self._slots)
         waiting = len(self._slots.queue)
-        return Done(f"draining: no new jobs are pulled; {running} running, {waiting} waiting go on")
+        return Done(f"draining: the node pulls no new jobs; {running} running, {waiting} waiting go on")
 
     def _cancel_job(self, row: JobRow) -> Answer:
         if self._slots.cancel(row.job_id, "cancel", "by the operator"):
-            return Done(f"cancelling job {row.job_id}; it is given a few seconds to end by itself")
+            return Done(f"cancelling job {row.job_id}: its program has a few seconds to end by itself")
         return Refusal(
-            f"cannot cancel job {row.job_id}: it is in no slot, but {row.state}; "
+            f"cannot cancel job {row.job_id}: no slot runs it, its state is {row.state}; "
             f"see `aitbc-minerctl job {row.job_id}`"
         )
 
     def _retry(self, job_id: str | None, later: Later) -> FullAnswer | None:
-        """Ask the agent, who knows what waits and what was refused, to try a job once more."""
+        """Ask the agent to retry a job: the agent knows the waiting jobs and the refused reports."""
         if job_id is None or not valid_job_id(job_id):
-            return Refusal(f"cannot retry: {job_id!r:.200} is no job's id; see `aitbc-minerctl jobs`"), []
+            return Refusal(f"cannot retry: {job_id!r:.200} is not a job id; see `aitbc-minerctl jobs`"), []
         if len(self._retries) >= MAX_ASKED:
-            return Refusal(f"cannot retry: the agent has not answered for {MAX_ASKED} other jobs yet"), []
+            return Refusal(f"cannot retry: {MAX_ASKED} other retries wait for the agent; try again later"), []
         self._retries.setdefault(job_id, []).append(later)
         self._agent.send(RetryJob(job_id))
         return None
 
     def retried(self, said: Retried) -> None:
-        """Pass the agent's answer on to those who asked."""
+        """Pass the agent's answer on to the clients that asked for the retry."""
         for later in self._retries.pop(said.job_id, []):
             later(Done(said.message) if said.done else Refusal(said.message))
 
-    def _files(self, row: JobRow, names: tuple[str, ...]) -> FullAnswer:
-        """Open a job's files for the client, which reads them itself: reading may take long."""
-        fds: list[int] = []
-        found: list[str] = []
+    def _files(self, row: JobRow, verb: str) -> FullAnswer:
+        """Open a job's files for the client. The client reads the files: a disk may be slow."""
+        where = self._config.workspace.root / directory_of(row.job_id)
         try:
-            with fs.directory(self._config.workspace.root / directory_of(row.job_id)) as job:
-                for name in names:
-                    with contextlib.suppress(FileNotFoundError):
-                        fds.append(fs.open_below(job, name))
-                        found.append(Path(name).name)
+            with fs.directory(where) as job:
+                found, fds = open_files(job, verb)
         except OSError as error:
-            for fd in fds:
-                os.close(fd)
-            where = self._config.workspace.root / directory_of(row.job_id)
             return Refusal(
                 f"cannot open the record of job {row.job_id}: {error.strerror}; look into {where}"
             ), []
@@ -190,15 +205,15 @@ class ControlApi:
         )
 
     def _why_paused(self) -> str:
-        """Say why no job is pulled, where nobody wanted that; the remedies are among the problems."""
+        """Say why the node pulls no jobs although it accepts jobs; the problems hold the remedies."""
         if not self.accepting:
             return ""
         reasons = {
             "the node is starting": not self._slots.slots,
             "no slot can be used": all(slot.rules.state in BAD for slot in self._slots),
-            "there is too little space on the disk": self._disk.short,
-            "the agent does not run; it is started again": self._agent.child is None,
-            "the coordinator was not asked yet": not self.coordinator.registered
+            "the disk has too little free space": self._disk.short,
+            "the agent does not run; the supervisor restarts it": self._agent.child is None,
+            "the node has not asked the coordinator yet": not self.coordinator.registered
             and not self.coordinator.error,
             "the coordinator has not registered this node": not self.coordinator.registered,
             self.deliveries.paused: bool(self.deliveries.paused),
@@ -212,13 +227,13 @@ class ControlApi:
             problems.append(Problem(view.error, view.remedy or ""))
         if self.deliveries.error and self.deliveries.error != view.error:
             problems.append(
-                Problem(self.deliveries.error, "nothing is lost: it is tried again until it works")
+                Problem(self.deliveries.error, "no result is lost: the node sends the report again by itself")
             )
         if self.deliveries.refused:
             problems.append(
                 Problem(
                     f"the coordinator has refused the reports of {self.deliveries.refused} jobs (E_UPLOAD)",
-                    "see `aitbc-minerctl jobs --state FAILED`; `aitbc-minerctl retry ID` sends one once more",
+                    "see `aitbc-minerctl jobs --state FAILED`; `aitbc-minerctl retry ID` sends one again",
                 )
             )
         if self._disk.problem:
@@ -231,10 +246,10 @@ class ControlApi:
         for slot in self._slots:
             if slot.rules.state in BAD:
                 reason = slot.rules.reason or "unknown"
-                problems.append(Problem(f"slot {slot.name}: {reason}", "it is tried again by itself"))
+                problems.append(Problem(f"slot {slot.name}: {reason}", "the node tries again by itself"))
             elif slot.trouble:
                 what = f"slot {slot.name}: {slot.trouble}"
-                problems.append(Problem(what, "nothing is lost: it is tried again until it works"))
+                problems.append(Problem(what, "no result is lost: the worker tries again by itself"))
         recent = clock.now() - DEATH_SHOWN_S
         problems += [Problem(f"{name} {how}") for name, (at, how) in self._deaths.items() if at > recent]
         return problems + [Problem(notice) for notice in self._notices]
@@ -244,5 +259,5 @@ class ControlApi:
         if since is None or not self.accepting:
             return
         minutes = (clock.now() - since) / 60
-        yield Problem(f"no job has come for {minutes:.0f} minutes; the coordinator does not say why")
-        yield from (Problem("perhaps: " + cause) for cause in self.starved.causes)
+        yield Problem(f"the coordinator has sent no job for {minutes:.0f} minutes and gives no reason")
+        yield from (Problem("possible cause: " + cause) for cause in self.starved.causes)

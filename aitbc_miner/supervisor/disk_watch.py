@@ -1,7 +1,7 @@
-"""The jobs' disk, as the supervisor watches it: whether there is room for more jobs, and who makes some.
+"""Watches the free space of the jobs' disk: stops pulling, starts sweeps, and refills the reserve.
 
-Only looks here (statvfs, a few names); what takes time is done by one child at a time: a sweep
-(`supervisor/sweep.py`), or filling the reserve up again.
+The supervisor itself only looks (statvfs, a few names). One child at a time does the slow work: a sweep
+(`supervisor/sweep.py`), or filling the reserve.
 """
 
 from collections.abc import Callable
@@ -15,21 +15,22 @@ from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import FromAgent, Retuned, SpaceWanted, Sweepable, Swept
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import MARK
+from aitbc_miner.store.reserve import MIB
 from aitbc_miner.supervisor.children import Keeper, OneShots
 from aitbc_miner.supervisor.sweep import Sweep, sweep
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 
-MIB = 1 << 20
 SWEEP_S = 2.0
-# How often the agent is asked for what may go before its time, and what has failed is tried again.
+# The pause before the next `SpaceWanted` to the agent, and before the next try of failed work.
 AGAIN_S = 5.0
-# Space that comes and goes around the limit must not make pulling go on and off: so much above it is enough.
+# Pulling resumes only with this share of space above the limit, so that it does not go on and off at the
+# limit.
 SLACK = 1 / 16
 
 
 class DiskWatch:
-    """Keeps an eye on the disk of `workspace.root`. `short`: there is too little space for more jobs."""
+    """Watches the disk of `workspace.root`. `short`: the disk has too little space for more jobs."""
 
     def __init__(self, kept: WorkspaceSection, one_shots: OneShots, agent: Keeper[FromAgent]) -> None:
         self._kept = kept
@@ -37,7 +38,7 @@ class DiskWatch:
         self._agent = agent
         self._log = events("supervisor")
         self._busy = False
-        # What a sweep that was broken off left half removed is looked for once at the start.
+        # True at the start: an earlier run may have left half removed directories.
         self._remains = True
         self._to_sweep: dict[str, None] = {}
         self._early: dict[str, None] = {}
@@ -46,39 +47,41 @@ class DiskWatch:
         self.problem: Problem | None = None
 
     def tick(self) -> None:
-        """Look at the disk and have done what is due."""
+        """Look at the disk, and start a child for the work that is due."""
         try:
             free = fs.free_space(self._kept.root)
             lacking = reserve.lacking(self._kept.root, self._kept.reserve_mb)
             ours = (self._kept.root / MARK).exists()
         except OSError as error:
-            what = f"cannot look at workspace.root {self._kept.root}: {error.strerror}: no jobs are pulled"
-            self.problem = Problem(what, "see that its disk is mounted and works")
+            what = f"cannot check workspace.root {self._kept.root}: {error.strerror}; the node pulls no jobs"
+            self.problem = Problem(what, "check that its disk is mounted and works")
             self.short = True
             return
         self._judge(free, lacking)
-        # What may be the empty place of a disk that is not mounted is left as it is.
+        # Without the mark, the directory may be the empty mount point of an absent disk: nothing is changed
+        # there.
         if not self._busy and ours:
             self._act(free, lacking)
 
     def sweep(self, named: Sweepable) -> None:
-        """Have the directories of these jobs removed, as soon as there is a child to do it.
+        """Have the next sweep remove the directories of these jobs.
 
         Raises:
-            ExcessError: there are more than there can be; the next agent names those that are there.
+            ExcessError: more jobs wait than can exist; the list is cleared, and the next agent names the jobs
+                again.
         """
         waiting = self._early if named.early else self._to_sweep
         waiting.update(dict.fromkeys(named.job_ids))
         if len(waiting) > MAX_SWEEPABLE:
             waiting.clear()
-            raise ExcessError(f"it named more than {MAX_SWEEPABLE} directories to be removed")
+            raise ExcessError(f"the agent named more than {MAX_SWEEPABLE} directories to be removed")
 
     @property
     def _least(self) -> fs.Room:
         return fs.Room(self._kept.min_free_mb * MIB, self._kept.min_free_inodes)
 
     def _wanted(self, lacking: fs.Room) -> fs.Room:
-        """Give how much must be free before pulling goes on, once it has stopped: the reserve comes first."""
+        """Give the free space from which pulling resumes; includes the space for the reserve."""
         more = 1 + SLACK
         return fs.Room(self._least.size * more + lacking.size, self._least.files * more + lacking.files)
 
@@ -91,8 +94,8 @@ class DiskWatch:
             what = f"{free.size // MIB:.0f} MB" if mb else f"{free.files:.0f} inodes (files)"
             key = "min_free_mb" if mb else "min_free_inodes"
             self.problem = Problem(
-                f"workspace.root has {what} free, below workspace.{key} ({getattr(self._kept, key)}): "
-                "no jobs are pulled",
+                f"workspace.root has {what} free, below workspace.{key} ({getattr(self._kept, key)}); "
+                "the node pulls no jobs",
                 f"remove files on the disk of {self._kept.root}, or lower workspace.{key} or keep_*",
             )
         if self.short is not was:
@@ -112,7 +115,7 @@ class DiskWatch:
         elif self.short and now >= self._ask_at:
             self._ask_at = now + AGAIN_S
             self._agent.send(SpaceWanted())
-        # Never more than half of what there is: a job needs space, too, and may be about to give some back.
+        # The reserve takes at most half of the free space: running jobs need space as well.
         half = fs.Room(2 * lacking.size, 2 * lacking.files)
         if not self._busy and lacking.files and free.covers(half) and now >= self._fill_at:
             self._fill_at = now + AGAIN_S
@@ -124,7 +127,7 @@ class DiskWatch:
         try:
             self._one_shots.start(name, work, says, done)
         except OSError as error:
-            # Out of processes for a moment; the next tick tries again.
+            # The machine has no free process now; the next tick tries again.
             self._log.warning("cannot start child", child=name, error=str(error))
             return False
         return True
@@ -136,7 +139,7 @@ class DiskWatch:
     def _swept(self, job_ids: dict[str, None], said: Sweep | str) -> None:
         self._busy = False
         if isinstance(said, str):
-            # What it has done is found by the next one.
+            # The next sweep finds the work that this sweep has done.
             self._log.error("sweep failed", how=said)
             self._remains = True
             self._sweep_at = clock.now() + AGAIN_S
@@ -145,10 +148,10 @@ class DiskWatch:
         for job_id in (*said.gone, *said.kept):
             job_ids.pop(job_id, None)
         if not said.unfinished:
-            # There is space enough, and those left over are named again when there is not.
+            # The disk has enough space; when it has not, the agent names the remaining jobs again.
             self._early.clear()
         if said.gone or said.freed_bytes:
-            self._log.info("swept", jobs=len(said.gone), freed_bytes=said.freed_bytes)
+            self._log.info("directories swept", jobs=len(said.gone), freed_bytes=said.freed_bytes)
             self._agent.send(Swept(said.gone, said.freed_bytes))
 
     def _filled(self, _: Retuned | str) -> None:
@@ -159,5 +162,5 @@ def _fill(kept: WorkspaceSection) -> None:
     try:
         reserve.fill(kept.root, kept.reserve_mb)
     except OSError as error:
-        what = f"cannot set aside workspace.reserve_mb ({kept.reserve_mb}) for records: {error}"
-        events("supervisor").warning("no reserve", error=what)
+        what = f"cannot reserve workspace.reserve_mb ({kept.reserve_mb}) for records: {error}"
+        events("supervisor").warning("reserve not filled", error=what)

@@ -1,4 +1,4 @@
-"""What the supervisor remembers of jobs, for `jobs` and `job`: bounded, and the disk is the truth."""
+"""The supervisor's bounded list of jobs, for `jobs` and `job`. The records on disk are the truth."""
 
 from collections import Counter, OrderedDict
 
@@ -13,7 +13,7 @@ KEPT = 2000
 
 
 class JobIndex:
-    """The jobs of this node by id, oldest first. Of the finished ones only the last `KEPT` are remembered."""
+    """The jobs of this node by id, oldest first, with at most the last `KEPT` finished jobs."""
 
     def __init__(self) -> None:
         self._rows: OrderedDict[str, JobRow] = OrderedDict()
@@ -22,21 +22,21 @@ class JobIndex:
         self.unreported: set[str] = set()
 
     def get(self, job_id: str) -> JobRow | None:
-        """Give a job's row, if it is remembered."""
+        """Give a job's row; None for a job that is not in the list."""
         return self._rows.get(job_id)
 
     def rows(self, state: State | None) -> list[JobRow]:
-        """Give all rows, or those in one state."""
+        """Give the rows of all jobs, or of the jobs in one state."""
         return [row for row in self._rows.values() if state in {None, row.state}]
 
     def update(self, said: JobUpdate) -> bool:
-        """Take in what the agent says; True when it is the end of a job that was in no slot to the end.
+        """Enter a change that the agent reports; True when a job has ended outside a slot.
 
         Raises:
-            ExcessError: it knows more jobs without an end than there can be.
+            ExcessError: the agent names more unfinished jobs than can exist.
         """
         old = self._rows.get(said.job_id, JobRow(said.job_id, said.state))
-        # An earlier attempt of a job that was tried again may have failed.
+        # The old row may hold the code of an earlier attempt, which the end of the job overwrites.
         ends = said.state in FINAL | {State.UPLOADING}
         row = JobRow(
             said.job_id,
@@ -50,7 +50,7 @@ class JobIndex:
             said.artifacts or old.artifacts,
         )
         self._put(row)
-        # One that waits for its next attempt has no report yet, and waits over a stop as well.
+        # A job in RETRY_WAIT has no report yet, so the node's stop does not wait for one.
         if said.state in FINAL | {State.RETRY_WAIT}:
             self.unreported.discard(said.job_id)
         ended = said.state is State.UPLOADING and old.state not in FINAL | {State.UPLOADING}
@@ -59,18 +59,18 @@ class JobIndex:
         return ended
 
     def step(self, job_id: str, state: State, slot: str) -> None:
-        """Note that a job has come to a step in a slot."""
+        """Note that a job has reached a step in a slot."""
         old = self._rows.get(job_id, JobRow(job_id, state))
         self._put(replace(old, state=state, slot=slot))
 
     def ended(self, said: JobEnded) -> None:
-        """Note how a job ended; its report is next."""
+        """Note how a job ended; the agent reports the job next."""
         self.finished[said.code or "OK"] += 1
         old = self._rows.get(said.job_id, JobRow(said.job_id, State.UPLOADING))
         self._put(replace(old, state=State.UPLOADING, code=said.code, message=said.message))
 
     def settled(self, job_id: str) -> None:
-        """Note that nobody works on a job any more: its report is next, whether the agent knows it or not."""
+        """Note that no process works on a job any more, so that the agent must report the job."""
         old = self._rows.get(job_id)
         if (old is None or old.state not in FINAL) and len(self.unreported) < MAX_UNFINISHED:
             self.unreported.add(job_id)
@@ -84,6 +84,6 @@ class JobIndex:
         if self._final and len(self._rows) > KEPT:
             del self._rows[self._final.popitem(last=False)[0]]
         if len(self._rows) > KEPT + MAX_UNFINISHED:
-            # The next agent tells of those that there are.
+            # The next agent names the existing jobs again.
             self._rows = OrderedDict((job_id, self._rows[job_id]) for job_id in self._final)
-            raise ExcessError(f"it told of more than {MAX_UNFINISHED} jobs without an end")
+            raise ExcessError(f"the agent named more than {MAX_UNFINISHED} unfinished jobs")

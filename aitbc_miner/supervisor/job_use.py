@@ -1,4 +1,4 @@
-"""What a job that runs uses and may use, for the operator: read at the moment of the question."""
+"""The resources that a running job uses and may use, read when the operator asks."""
 
 import contextlib
 import os
@@ -10,13 +10,12 @@ from msgspec import Struct
 from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.ipc.messages import SlotView
 from aitbc_miner.jobs import JobUse
+from aitbc_miner.store.reserve import MIB
 from aitbc_miner.util import clock
-
-MIB = 1 << 20
 
 
 class Said(Struct):
-    """What the worker of a slot has said of its job: since when it runs, until when it may, how far it is."""
+    """A worker's messages about its job: start and deadline (boot-time seconds), progress, disk use."""
 
     since: float
     until: float | None = None
@@ -26,13 +25,13 @@ class Said(Struct):
 
 
 def use_of(view: SlotView, said: Said, cpu_max: int | None, disk_max: int | None) -> JobUse:
-    """Say what the job of a slot uses.
+    """Measure the resources that the job of a slot uses.
 
     Args:
         view: the slot.
-        said: by its worker.
+        said: the last messages of the slot's worker.
         cpu_max: percent of one CPU; None: as many CPUs as the slot has.
-        disk_max: bytes, if there is a limit.
+        disk_max: bytes; None: no limit.
     """
     ran = max(0.001, clock.now() - said.since)
     cpu_s, memory = _read(view)
@@ -51,7 +50,7 @@ def use_of(view: SlotView, said: Said, cpu_max: int | None, disk_max: int | None
 
 
 def _read(view: SlotView) -> tuple[float | None, int | None]:
-    """Give the CPU seconds and the bytes of memory that the job's group uses, as far as it counts."""
+    """Read the job's CPU seconds and bytes of memory from its cgroup; None for an unknown value."""
     with contextlib.suppress(OSError, CgroupError):
         if view.cgroup is None:
             return None, _resident([view.job_pid]) if view.job_pid else None
@@ -62,7 +61,7 @@ def _read(view: SlotView) -> tuple[float | None, int | None]:
 
 
 def _resident(pids: Iterable[int]) -> int:
-    """Sum what processes have in memory; what they share counts several times."""
+    """Sum the resident memory of processes in bytes; shared pages count once for each process."""
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):

@@ -1,7 +1,7 @@
-"""The supervisor: one thread, no network, no waiting for the disk. Slots, kills, the control socket.
+"""The supervisor's loop: slots, kills, the control socket. One thread, no network, no waiting for a disk.
 
-It waits, turns what happened into events, and feeds each to the rules of the slot or child it concerns. Each
-tick also compares what should be with what is, so that an event that was missed heals.
+The loop waits for events and passes each event to the slot or child that the event concerns. Each tick also
+compares the wanted state with the present state, so that a missed event does no lasting harm.
 """
 
 import os
@@ -54,7 +54,7 @@ TICK_S = 1.0
 
 
 class Supervisor:
-    """The node's main loop and what it knows."""
+    """The node's main loop and its parts."""
 
     def __init__(self, node: NodePlan, notifier: Notifier) -> None:
         self._node = node
@@ -80,7 +80,7 @@ class Supervisor:
     # --- the loop ------------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Run until told to stop, and then until it is done."""
+        """Run until the node is told to stop and all processes have ended."""
         self._listen()
         self._disk.tick()
         self._notifier.say("READY=1")
@@ -92,7 +92,7 @@ class Supervisor:
         self._log.info("stopped", mode=self._shutdown.mode)
 
     def _turn(self) -> None:
-        """Wait for something to happen, and deal with it."""
+        """Wait for events, at most one tick, and handle each."""
         sources = self._sources()
         poller = select.poll()
         for fd, (_, wanted) in sources.items():
@@ -104,10 +104,11 @@ class Supervisor:
         sources = self._control.sources()
         sources[self._signals] = (self._take_signals, select.POLLIN)
         if agent := self._agent.child:
-            sources |= agent.sources(self._hear_agent, partial(self._child_gone, self._agent))
+            hear = partial(self._hear, self._agent, self._take_from_agent)
+            sources |= agent.sources(hear, partial(self._child_gone, self._agent))
         if heartbeat := self._heartbeat.child:
-            gone = partial(self._child_gone, self._heartbeat)
-            sources |= heartbeat.sources(self._hear_heartbeat, gone)
+            hear = partial(self._hear, self._heartbeat, self._take_from_heartbeat)
+            sources |= heartbeat.sources(hear, partial(self._child_gone, self._heartbeat))
         sources |= self._one_shots.sources()
         for slot in self._slots:
             if slot.child:
@@ -117,7 +118,7 @@ class Supervisor:
         return sources
 
     def _tick(self) -> None:
-        """Do what is due, and put right what an event that was missed left wrong."""
+        """Do the work that is due, and repair the effects of missed events."""
         if self._shutdown.mode is None:
             for keeper in self._keepers:
                 keeper.start_if_due()
@@ -128,27 +129,27 @@ class Supervisor:
         self._shutdown.proceed(self._api.deliveries.pending)
         if clock.now() - self._ticked >= TICK_S:
             self._ticked = clock.now()
-            # From this loop and nowhere else: a supervisor that hangs is to be restarted.
+            # Sent from this loop only, so that systemd restarts a supervisor whose loop hangs.
             self._notifier.say("WATCHDOG=1")
             self._control.tend()
             flush_log()
             self._disk.tick()
             self._chore("look for orphans of jobs", lambda: kill_strangers(self._own_children()))
-            self._chore("note our workers for the next run", self._node.book.write)
+            self._chore("record the workers for the next run", self._node.book.write)
 
     def _chore(self, what: str, do: Callable[[], object]) -> None:
-        """Do something that the next tick does again, should this machine's own trouble be in its way."""
+        """Do a chore; if an OSError prevents the chore, show the problem and let the next tick try again."""
         try:
             do()
         except OSError as error:
             if what not in self._api.troubles:
                 self._log.warning("chore left for the next tick", what=what, error=str(error))
-            self._api.troubles[what] = Problem(f"cannot {what}: {error}", "it is tried again by itself")
+            self._api.troubles[what] = Problem(f"cannot {what}: {error}", "the node tries again by itself")
         else:
             self._api.troubles.pop(what, None)
 
     def _tell(self) -> None:
-        """Tell agent and heartbeat of the slots, when they have changed."""
+        """Send the slots to the agent and the heartbeat, if a slot has changed."""
         accepting = self._api.accepting and not self._disk.short and self._shutdown.mode is None
         now = ([(slot.rules, slot.plan) for slot in self._slots], list(self._slots.queue), accepting)
         if now != self._told:
@@ -164,10 +165,6 @@ class Supervisor:
 
     # --- what the children say -----------------------------------------------------------------------------
 
-    def _hear_heartbeat(self) -> None:
-        for message in self._receive(self._heartbeat):
-            self._guarded(self._heartbeat, self._take_from_heartbeat, message)
-
     def _take_from_heartbeat(self, message: FromHeartbeat) -> None:
         match message:
             case Inventory():
@@ -179,10 +176,6 @@ class Supervisor:
                 self._api.coordinator = message
             case Troubles():
                 self._api.reported = message.texts
-
-    def _hear_agent(self) -> None:
-        for message in self._receive(self._agent):
-            self._guarded(self._agent, self._take_from_agent, message)
 
     def _take_from_agent(self, message: FromAgent) -> None:
         match message:
@@ -210,20 +203,21 @@ class Supervisor:
                 self._heartbeat.send(message)
 
     def _guarded(self, keeper: Keeper[Any], take: Callable[[M], None], message: M) -> None:
-        """Take a message. Whatever is wrong with it costs the child that sent it, and never this process."""
+        """Handle a message. A bad message ends the child that sent the message, never this process."""
         if keeper.child is None or not keeper.child.heard:
             return
         try:
             take(message)
         except ExcessError as error:
             keeper.child.end(str(error))
-        except Exception:  # noqa: BLE001  # a defect; it is told, and the node goes on
+        except Exception:  # noqa: BLE001  # a defect; the supervisor logs the defect and goes on
             self._log.error("message not taken", child=keeper.name, exc_info=True)
             if keeper.child:
                 keeper.child.kill()
 
-    def _receive(self, keeper: Keeper[M]) -> list[M]:
-        return keeper.child.receive() if keeper.child else []
+    def _hear(self, keeper: Keeper[M], take: Callable[[M], None]) -> None:
+        for message in keeper.child.receive() if keeper.child else ():
+            self._guarded(keeper, take, message)
 
     def _child_gone(self, keeper: Keeper[FromAgent] | Keeper[FromHeartbeat]) -> None:
         how = keeper.died()
@@ -233,11 +227,11 @@ class Supervisor:
         self._log.error("child died", child=keeper.name, how=how, deaths=keeper.deaths)
         self._api.note_death(keeper.name, f"{how}; {keeper.deaths} deaths so far")
         if keeper is self._agent:
-            # The next agent reads the records and says again what is ready.
+            # The next agent reads the records and sends the ready jobs again.
             self._slots.queue.clear()
 
     def _begin(self) -> None:
-        """Have slots when the GPUs and the unfinished jobs are known; later, settle what was found."""
+        """Make the slots once GPUs and unfinished jobs are known; later, settle the jobs of a new agent."""
         if self._inventory is None or self._recovered is None or self._shutdown.mode is not None:
             return
         self._slots.begin(self._inventory.gpus, self._recovered)
@@ -246,7 +240,8 @@ class Supervisor:
     # --- signals ------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        # The handler does nothing: the number arrives in the pipe, and the loop deals with it.
+        # The handler does nothing: Python writes the signal's number into the pipe, and the loop reads the
+        # pipe.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
@@ -259,4 +254,4 @@ class Supervisor:
                 self._shutdown.order()
 
     def _reloaded(self, said: Answer | FullAnswer) -> None:
-        self._log.info("reload", answer=getattr(said, "message", ""))
+        self._log.info("reload answered", answer=getattr(said, "message", ""))

@@ -1,4 +1,4 @@
-"""What the supervisor is told to run: the slots, how its children begin, and what they do."""
+"""The supervisor's view of the node: the slots to run, and the work of its children."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,10 +18,10 @@ from aitbc_miner.supervisor.children import Child, Keeper
 
 
 class Layout(Struct, frozen=True):
-    """The slots as a node is to have them, or what is wrong with them.
+    """The slots that the operator wants, or the `faults` in their files.
 
-    Without `specs` they follow from the machine. `users` run their jobs, by slot; empty: not looked up yet.
-    `restart` are the keys whose change needs a restart.
+    Without `specs` the slots are derived from the machine. `users` run the jobs, by slot; empty: not looked
+    up yet. `restart` are the changed keys that take effect after a restart only.
     """
 
     specs: list[SlotSpec]
@@ -31,9 +31,9 @@ class Layout(Struct, frozen=True):
 
 
 class SlotPlan(Struct, frozen=True):
-    """What a slot is to be, and how its worker begins; `problem` says why it cannot be used, if so.
+    """The wanted state of a slot, and how to start its worker; `problem`: why the slot cannot be used.
 
-    `adjust` is for a child: it gives the slot's groups their limits behind an adopted worker.
+    `adjust`, run in a child, changes the limits of the slot's cgroups behind an adopted worker.
     """
 
     spec: SlotSpec
@@ -47,9 +47,9 @@ class SlotPlan(Struct, frozen=True):
 
 
 class NodePlan(Protocol):
-    """The node, as far as the supervisor asks: `aitbc_miner.node.Node`.
+    """The part of `aitbc_miner.node.Node` that the supervisor uses.
 
-    `layout` is for the start. A method that is said to be for a child may take its time.
+    `layout` holds the slots at the start. Methods marked "for a child" may be slow.
     """
 
     config: Config
@@ -60,7 +60,7 @@ class NodePlan(Protocol):
     notices: list[str]
 
     def plan(self, layout: Layout, gpus: list[GpuFact]) -> list[SlotPlan]:
-        """Say what each slot is to be.
+        """Plan each slot.
 
         Raises:
             MinerError: the layout does not fit this machine.
@@ -68,19 +68,19 @@ class NodePlan(Protocol):
         ...
 
     def plan_stray(self, name: str) -> SlotPlan:
-        """Plan a slot that is not wanted any more, and in which a worker of an earlier run has a job."""
+        """Plan a removed slot in which a worker of an earlier run still has a job."""
         ...
 
     def end_others(self, names: set[str]) -> None:
-        """End what runs in the groups of slots that are none of these; for a child."""
+        """Kill the processes in the cgroups of all slots except `names`; for a child."""
         ...
 
     def read_layout(self) -> Layout:
-        """Read the configuration anew; for a child."""
+        """Read the configuration again; for a child."""
         ...
 
     def read_history(self, request: Request, memory: int) -> History | Refusal:
-        """Write the history that is asked for into `memory`; for a child."""
+        """Write the requested history into the memory file `memory`; for a child."""
         ...
 
     def judge(self, request: Request) -> Judged:

@@ -1,4 +1,4 @@
-"""The slots of a running node: each one's rules (slots/state.py), its worker process, and what it offers."""
+"""A slot of a running node: its rules (slots/state.py), its worker process, and its limits."""
 
 import contextlib
 import os
@@ -65,7 +65,7 @@ from aitbc_miner.util.system import process_start
 
 
 class Outcomes(Struct, frozen=True):
-    """Whom a slot has news for, and who does for it what takes time."""
+    """The receivers of a slot's news, and the children for its slow work."""
 
     index: JobIndex
     agent: Keeper[FromAgent]
@@ -73,19 +73,19 @@ class Outcomes(Struct, frozen=True):
     one_shots: OneShots
 
     def ended(self, said: JobEnded) -> None:
-        """Tell that a worker has written the outcome of its job."""
+        """Note that a worker has written the outcome of its job."""
         self.index.ended(said)
         self.heartbeat.send(JobDone(said.code, said.timings))
 
     def settle(self, job_id: str, why: str, code: ErrorCode | None = None) -> None:
-        """Have the agent report a job: no process works on it any more or, with a code, ever will."""
+        """Have the agent report a job on which no process works any more; with a code, the job never ran."""
         self.index.settled(job_id)
         self.agent.send(JobSettled(job_id, why, code))
 
     def aside(
         self, name: str, work: Callable[[], Retuned | None], done: Callable[[Retuned | str], None]
     ) -> None:
-        """Have a child do something; `done` is told what came of it, or that it could not be started."""
+        """Run `work` in a child; `done` gets its result, or a text that describes the child's failure."""
         try:
             self.one_shots.start(name, work, Retuned, done)
         except OSError as error:
@@ -93,7 +93,7 @@ class Outcomes(Struct, frozen=True):
 
 
 class RunningSlot:
-    """One slot: feeds what happens to the rules and carries out what they say."""
+    """One slot: passes events to the slot's rules and carries out the actions that the rules return."""
 
     def __init__(self, plan: SlotPlan, outcomes: Outcomes) -> None:
         self.plan = plan
@@ -105,25 +105,25 @@ class RunningSlot:
         self.note = ""
         self.trouble = ""
         self.said: Said | None = None
-        # False when the worker could not do what it was told of the plan, so that it can be told again.
+        # False when the worker could not apply the plan, so that the next reload sends the plan again.
         self._tuned = True
         self._outcomes = outcomes
         self._log = events("supervisor", slot=self.name)
 
     @property
     def free(self) -> bool:
-        """Whether a job can be put here now."""
+        """Whether the slot can take a job now."""
         return self.rules.state is SlotState.IDLE
 
     @property
     def offers(self) -> bool:
-        """Whether it takes jobs, now or later."""
+        """Whether the slot takes jobs, now or later."""
         return not (self.rules.retiring or self.plan.problem)
 
     def view(self) -> SlotView:
         """Describe the slot to the other processes and to the operator."""
         rules = self.rules
-        leaving = rules.retiring and rules.job_id is not None
+        leaving = "will be removed when its job ends" if rules.retiring and rules.job_id is not None else None
         return SlotView(
             offer=self.plan.offer,
             state=rules.state,
@@ -132,7 +132,7 @@ class RunningSlot:
             job_id=rules.job_id,
             job_state=rules.job_state,
             since=rules.since,
-            reason=rules.reason or self.trouble or self.note or ("leaves after its job" if leaving else None),
+            reason=rules.reason or self.trouble or self.note or leaving,
             enforced=self.enforced,
             cgroup=str(self.plan.group) if self.plan.group else None,
             job_pid=rules.job_pid,
@@ -142,11 +142,12 @@ class RunningSlot:
         )
 
     def feed(self, event: Event) -> bool:
-        """Let the rules decide and do what they say; True when the slot has changed."""
+        """Pass an event to the rules and carry out their actions; True when the slot has changed."""
         before = self.rules
         self.rules, actions = step(self.rules, event, clock.now())
         if self.rules.state is not before.state:
-            self._log.info("slot", state=self.rules.state, reason=self.rules.reason, job_id=self.rules.job_id)
+            rules = self.rules
+            self._log.info("slot changed", state=rules.state, reason=rules.reason, job_id=rules.job_id)
         for action in actions:
             self._do(action)
         return self.rules is not before
@@ -185,7 +186,8 @@ class RunningSlot:
             self.feed(Unusable(self.plan.problem))
             return
         if self.child is not None:
-            # It was told to end and has not yet; its death will be an event, and then there is a next try.
+            # The old worker was told to end and has not ended; its death is an event that starts the next
+            # worker.
             self.child.kill()
             return
         try:
@@ -196,15 +198,15 @@ class RunningSlot:
 
     def _kill_job(self) -> None:
         if self.plan.group is None:
-            return  # the kernel ends the job's program with its worker; the supervisor inherits the rest
+            return  # the kernel kills the program with its worker; the supervisor kills the orphans
         try:
             Group(self.plan.group / "job").kill()
         except (CgroupError, OSError) as error:
-            # The slot's next worker kills it before it says that it is ready.
+            # The slot's next worker kills the job before it sends WorkerReady.
             self._log.error("cannot kill job", error=str(error))
 
     def hear(self) -> None:
-        """Take what the worker says."""
+        """Read the worker's messages."""
         for message in self.child.receive() if self.child else ():
             self._take(message)
 
@@ -239,10 +241,10 @@ class RunningSlot:
                 self.feed(Ended(message.job_id, message.clean, message.remains))
 
     def worker_gone(self) -> None:
-        """Deal with the end of the worker's process."""
+        """Handle the end of the worker's process."""
         if self.child is None:
             return
-        # What it said before its end is still in the pipe, and may be that its job has ended.
+        # The pipe may still hold the worker's last messages, such as the end of its job.
         self.hear()
         how = self.child.reap()
         self.child = None
@@ -251,12 +253,12 @@ class RunningSlot:
         self.feed(Died(how))
 
     def adopt(self, pid: int, start: int | None) -> bool:
-        """Watch a worker of an earlier run of the node; False when it is not there any more."""
+        """Watch a worker of an earlier run of the node; False when the worker has ended."""
         try:
             fd = fs.tried_again(lambda: os.pidfd_open(pid))
         except ProcessLookupError:
             return False
-        # Looked at when the pidfd is held: the number may belong to somebody else by now.
+        # Checked while the pidfd is open: the kernel may have given the pid to another process.
         if start is None or process_start(pid) != start:
             os.close(fd)
             return False
@@ -264,7 +266,7 @@ class RunningSlot:
         return True
 
     def adopted_gone(self) -> None:
-        """Deal with the end of an adopted worker: its job has an outcome now, or is lost."""
+        """Handle the end of an adopted worker: its job has an outcome now, or is lost."""
         if self.adopted is not None:
             os.close(self.adopted)
             self.adopted = None
@@ -272,7 +274,7 @@ class RunningSlot:
             self.feed(Died("ended"))
 
     def change(self, plan: SlotPlan) -> bool:
-        """Be what the operator wants now; False when that is nothing new. A job that runs goes on."""
+        """Apply a new plan; False when the plan changes nothing. A running job goes on."""
         if self._tuned and _wanted(plan) == _wanted(self.plan):
             return False
         self.plan = plan
@@ -286,21 +288,23 @@ class RunningSlot:
 
     def _retuned(self, said: Retuned | str) -> None:
         if isinstance(said, str):
-            note = f"cannot give the slot its new limits: what was to do it {said}"
+            note = f"cannot change the limits of {self.name}: the helper process {said}; the old limits stay"
             said = Retuned(self.enforced, note, done=False)
         self.enforced = said.enforced
         self.note = said.note
         self._tuned = said.done
         if self.note:
-            self._log.warning("limits", note=self.note)
+            self._log.warning(
+                "limits not changed" if not said.done else "limits changed in part", note=self.note
+            )
 
     def stop(self) -> None:
-        """Let the worker end; it finishes its job first, if it has one."""
+        """Let the worker end; a running job is finished first."""
         self.feed(Retire())
         if self.child:
             self.child.send(Stop())
 
 
 def _wanted(plan: SlotPlan) -> tuple[object, ...]:
-    """Give what of a plan the operator can change."""
+    """Give the parts of a plan that the operator can change."""
     return plan.spec, plan.offer, plan.gpu_env, plan.devices, plan.problem

@@ -1,4 +1,4 @@
-"""The node's end, in its order: slots let go of their jobs as the mode says, then the last reports go out."""
+"""Stops the node in order: the slots' jobs as the mode says, then the last reports, then the children."""
 
 from typing import Any
 
@@ -12,12 +12,12 @@ from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
 from aitbc_miner.util.notify import Notifier
 
-# After the last slot is empty, how long the reports of a stop that was ordered may still take.
+# How long the last reports may take after the last slot is empty.
 LAST_REPORTS_S = 10.0
 
 
 class NodeShutdown:
-    """`mode` is None as long as nobody has ordered the node to stop; `told`, whether the children were."""
+    """`mode` is None until the node is told to stop; `told` is True once the children are told to stop."""
 
     def __init__(self, node: NodePlan, slots: SlotPool, index: JobIndex, notifier: Notifier) -> None:
         self._grace_s = node.config.shutdown.grace_s
@@ -32,7 +32,7 @@ class NodeShutdown:
         self.told = False
 
     def order(self) -> None:
-        """Begin to stop as configured; who says so once more wants it at once."""
+        """Begin to stop as configured; a second call kills the jobs at once."""
         self._order("kill" if self.mode else self._first)
 
     def _order(self, mode: str) -> None:
@@ -44,21 +44,21 @@ class NodeShutdown:
             self._slots.feed(Cancel("shutdown", "the miner stops"))
 
     def proceed(self, pending: int) -> None:
-        """Let go of the slots as the mode says, then of the children once the last reports are out.
+        """Do the next step of the stop: wait for the slots as the mode says, then for the last reports.
 
-        `pending`: so many there are by the agent's last word.
+        `pending` is the number of unsent reports in the agent's last message.
         """
         if self.mode is None or self.told:
             return
         now = clock.now()
         holding = self._slots.holding
         if holding and self.mode == "drain" and now >= self._at:
-            self._log.warning("grace is over", jobs=[slot.rules.job_id for slot in holding])
+            self._log.warning("grace period ended", jobs=[slot.rules.job_id for slot in holding])
             self._order("kill")
         if holding and self.mode != "handover":
             self._at = max(self._at, now)
             return
-        # The agent's last word may not count a job that has just ended.
+        # The agent's last message may not count a job that has just ended.
         reporting = (pending or self._index.unreported) and self.mode != "handover"
         if reporting and now < self._at + LAST_REPORTS_S and self._keepers[0].child:
             return
@@ -70,7 +70,7 @@ class NodeShutdown:
             keeper.send(Stop(leave=not holding and not self._slots.queue))
 
     def finished(self) -> bool:
-        """Whether nobody is left who has to end."""
+        """Whether all processes that must end have ended."""
         if not self.told:
             return False
         if clock.now() > self._at + LAST_REPORTS_S:

@@ -1,4 +1,4 @@
-"""The slots of a running node: which there are, which job goes where, what becomes of jobs that are found."""
+"""The slots of a running node: adds and removes slots, gives jobs to slots, adopts jobs of an earlier run."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -31,13 +31,13 @@ HOLDING = frozenset({SlotState.BUSY, SlotState.CANCELLING, SlotState.ADOPTED})
 
 
 class Changes:
-    """What a new layout means for the slots, for the operator."""
+    """The effects of a new layout on the slots, for the operator."""
 
     def __init__(self) -> None:
         self.said: dict[str, list[str]] = {}
 
     def note(self, kind: str, slot: str) -> None:
-        """Add a slot to those of one kind of change."""
+        """Note one kind of change of a slot."""
         self.said.setdefault(kind, []).append(slot)
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Changes:
 
 
 class SlotPool:
-    """All slots by their names, and the jobs that wait for one."""
+    """All slots by their names, and the jobs that wait for a slot."""
 
     def __init__(self, node: NodePlan, outcomes: Outcomes) -> None:
         self._node = node
@@ -54,7 +54,7 @@ class SlotPool:
         self._log = events("supervisor")
         self.slots: dict[str, RunningSlot] = {}
         self.queue: dict[str, Ticket] = {}
-        # Whether there are jobs in the queue that perhaps no slot will ever take.
+        # Whether the queue has jobs that were not yet checked against all slots.
         self.unjudged = False
 
     def __iter__(self) -> Iterator[RunningSlot]:
@@ -71,7 +71,7 @@ class SlotPool:
         return {slot.child.pid for slot in self if slot.child}
 
     def view(self, *, accepting: bool) -> Slots:
-        """Describe the slots and what waits for one to the other processes."""
+        """Describe the slots and the waiting jobs to the other processes."""
         return Slots([slot.view() for slot in self], list(self.queue), accepting)
 
     def of(self, job_id: str) -> RunningSlot | None:
@@ -79,14 +79,14 @@ class SlotPool:
         return next((slot for slot in self if slot.rules.job_id == job_id), None)
 
     def feed(self, event: Event) -> None:
-        """Tell all slots of something."""
+        """Pass an event to all slots."""
         for slot in self:
             slot.feed(event)
 
     # --- the layout ----------------------------------------------------------------------------------------
 
     def begin(self, gpus: list[GpuFact], found: Sequence[FoundJob]) -> None:
-        """Lay out the slots and settle what was found; later, settle what a further agent has found."""
+        """Make the slots and settle the jobs in `found`; later calls settle the jobs of a new agent."""
         first = not self.slots
         if first:
             self._gpus = gpus
@@ -94,23 +94,23 @@ class SlotPool:
         for job in found:
             self.take_up(job)
         if first:
-            # It may have to wait for what dies slowly.
+            # In a child, because some processes die slowly.
             end_others = partial(self._node.end_others, set(self.slots))
             self._outcomes.aside("old slots", end_others, self._others_ended)
         self.feed(Begin())
 
     def _others_ended(self, how: Retuned | str) -> None:
-        self._log.debug("done", what="old slots", how=how)
+        self._log.debug("old slots removed", how=how)
 
     def follow(self, layout: Layout) -> str:
-        """Make the slots what a reload wants them to be, and say what that changes."""
+        """Change the slots as a reload wants, and describe the changes."""
         changes = str(self.lay_out(self._node.plan(layout, self._gpus)))
         self.refuse_hopeless()
         self.feed(Begin())
         return changes
 
     def lay_out(self, plans: Sequence[SlotPlan]) -> Changes:
-        """Make the slots what the operator wants, without touching a job."""
+        """Add, change and remove slots as the operator wants; running jobs go on."""
         changes = Changes()
         for plan in plans:
             name = plan.spec.name
@@ -122,17 +122,18 @@ class SlotPool:
                 changes.note("changed", name)
             if slot is not None and slot.rules.retiring:
                 slot.feed(Unretire())
-                changes.note("kept after all", name)
+                changes.note("removal cancelled", name)
         for name in self.slots.keys() - {plan.spec.name for plan in plans}:
             slot = self.slots[name]
             if not slot.rules.retiring:
-                changes.note("removed after its job" if slot.rules.job_id else "removed", name)
-                # Its worker is told to end only when it has no job: until then the slot may be wanted again.
+                kind = "will be removed when its job ends" if slot.rules.job_id else "removed"
+                changes.note(kind, name)
+                # The worker ends only after its job: until then, a reload may want the slot again.
                 slot.feed(Retire())
         return changes
 
     def tick(self) -> None:
-        """Let time pass for each slot; those that are to go and are empty, go."""
+        """Give each slot its tick, and remove empty slots that are no longer wanted."""
         self.feed(Tick())
         for name, slot in list(self.slots.items()):
             if not slot.rules.retiring or slot.rules.state is not SlotState.STOPPED:
@@ -147,7 +148,7 @@ class SlotPool:
             if slot.plan.group:
                 Group(slot.plan.group).remove(timeout_s=0)
         except (CgroupError, OSError) as error:
-            # Something dies slowly; there is a next tick.
+            # A process dies slowly; the next tick tries again.
             self._log.debug("group of a removed slot stays", error=str(error))
             return
         del self.slots[name]
@@ -156,20 +157,20 @@ class SlotPool:
     # --- jobs ----------------------------------------------------------------------------------------------
 
     def enqueue(self, ticket: Ticket) -> None:
-        """Take in a job that wants a slot, unless it has one.
+        """Queue a job for a slot, unless a slot has the job already.
 
         Raises:
-            ExcessError: more jobs wait than can be.
+            ExcessError: too many jobs wait.
         """
         if self.of(ticket.job_id) is not None:
             return
         self.queue[ticket.job_id] = ticket
         self.unjudged = True
         if len(self.queue) > MAX_WAITING:
-            raise ExcessError(f"it had more than {MAX_WAITING} jobs wait for a slot")
+            raise ExcessError(f"the agent queued more than {MAX_WAITING} jobs for a slot")
 
     def refuse_hopeless(self) -> None:
-        """Have the agent report waiting jobs that no slot will ever take, though one would have before."""
+        """Have the agent report waiting jobs that no slot can take, for example after a reload."""
         self.unjudged = False
         offers = [slot.plan.offer for slot in self if slot.offers]
         for ticket in list(self.queue.values()):
@@ -181,7 +182,7 @@ class SlotPool:
 
     def place(self) -> None:
         """Give waiting jobs to free slots that fit."""
-        # Once for all that have come, for each goes through all that wait.
+        # Once for all new jobs: each check goes through the whole queue.
         if self.unjudged:
             self.refuse_hopeless()
         if not self.queue:
@@ -194,12 +195,12 @@ class SlotPool:
             self.slots[offer.name].feed(Assign(ticket.job_id))
 
     def take_up(self, job: FoundJob) -> None:
-        """Settle a job that was started and has no outcome, unless its worker lives."""
+        """Settle a started job without outcome, or adopt its worker if the worker lives."""
         if self.of(job.job_id) is not None:
             return
         if job.worker_pid in self.workers:
-            # It has ended since the agent looked. That was told, but perhaps to an agent that died.
-            self._outcomes.settle(job.job_id, "its worker ended it without an outcome")
+            # The job has ended since the agent looked, and an agent that died may have taken the message.
+            self._outcomes.settle(job.job_id, "its worker ended the job without an outcome")
             return
         pid, start = job.worker_pid, job.worker_start
         if pid and start and self._node.book.knows(job.slot, pid, start):
@@ -217,10 +218,10 @@ class SlotPool:
                 return
             if ours:
                 end_worker(pid, start)
-        self._outcomes.settle(job.job_id, "the miner was restarted and found no worker with the job")
+        self._outcomes.settle(job.job_id, "the miner was restarted and found no worker for the job")
 
     def cancel(self, job_id: str, why: EndReason, detail: str) -> bool:
-        """End a job in a slot, waiting for one, or being taken in; False when it is none of these."""
+        """Cancel a job that is in a slot, waits for a slot, or is being admitted; False for any other job."""
         if slot := self.of(job_id):
             slot.feed(Cancel(why, detail))
             return True

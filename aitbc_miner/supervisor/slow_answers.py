@@ -1,8 +1,7 @@
-"""What a child of the supervisor's answers, for disks may take their time: the history, a command, a layout.
+"""Answers that need the disk and are therefore made in a child: the history, a command, a layout.
 
-The history is written down for `aitbc-minerctl`: a line of JSON with the `Totals` and, where they are asked
-for, one with the `LedgerRow` of each job. A command is judged by the very code that judges jobs, with the
-files as they are now.
+A history is lines of JSON for `aitbc-minerctl`: first the `Totals` and then, if the request wants them, the
+`LedgerRow` of each job. A command is judged by the code that judges jobs, with the present files.
 """
 
 import os
@@ -30,14 +29,14 @@ from aitbc_miner.store.ledger import Ledger, Totals
 from aitbc_miner.supervisor.node_plan import Layout
 
 MAX_HISTORY = 128 << 20
-"""Bytes of memory for one history, some 300,000 jobs."""
+"""Bytes of memory for one history, about 300,000 jobs."""
 MAX_NOTES = 20
 
 
 def read_history(path: Path, request: Request, out: BinaryIO, *, still: bool = False) -> str:
-    """Write what a request asks for; gives why there is no history, or nothing.
+    """Write the requested history to `out`; returns the error message, or an empty text.
 
-    Where no job has ended yet, there is an empty one. `still`: the node does not run.
+    If no job has ended yet, the history is empty. `still`: the node does not run.
     """
     try:
         if path.exists():
@@ -46,12 +45,12 @@ def read_history(path: Path, request: Request, out: BinaryIO, *, still: bool = F
             _line(out, Totals())
         out.flush()
     except DatabaseError as error:
-        remedy = "try again; a file that is broken is set aside when the miner starts anew"
+        remedy = "try again; if the file is broken, restart the miner, which sets the file aside"
         return f"cannot show the history: cannot read {path}: {error.__cause__ or error}; {remedy}"
     except MinerError as error:
         return str(error)
     except OSError as error:
-        return f"cannot show the history from {path}: {error.strerror}; see that the miner's user can read it"
+        return f"cannot show the history from {path}: {error.strerror}; let the miner's user read the file"
     return ""
 
 
@@ -65,8 +64,8 @@ def _write(accounts: Ledger, request: Request, out: BinaryIO) -> None:
             _line(out, row)
             if out.tell() > MAX_HISTORY:
                 raise MinerError(
-                    f"cannot show the history: these jobs take more than {MAX_HISTORY >> 20} MiB; "
-                    "ask for less time with --since"
+                    f"cannot show the history: its jobs take more than {MAX_HISTORY >> 20} MiB; "
+                    "choose a shorter time with --since"
                 )
 
 
@@ -75,21 +74,21 @@ def _line(out: BinaryIO, value: msgspec.Struct) -> None:
 
 
 def judge(runner: CliRunnerSection, request: Request) -> Judged:
-    """Say whether a job may run a command with these inputs, as its slot's worker would."""
+    """Say whether a job may run a command with these inputs, by the rules of the slot's worker."""
     command, *args = request.command
     if not runner.enable:
-        return Judged(permitted=False, message="no commands are run here: runners.cli.enable is false")
+        return Judged(permitted=False, message="this node runs no commands: runners.cli.enable is false")
     faults: list[Fault] = []
     allowlist = load_allowlist(runner.allowlist_dirs, faults, [])
-    notes = [f"workers keep the list that they have while a file has a fault: {fault}" for fault in faults]
+    notes = [f"workers use the previous allowlist until this fault is mended: {fault}" for fault in faults]
     try:
         entry = allowlist.permit(command, args, request.inputs)
     except Denied as denied:
         name = denied.entry.name if denied.entry else ""
         return _denial(allowlist, name, denied.objection, notes)
     if request.inputs is None:
-        notes.append("any name was taken for that of an input; name those that the job has with --input")
-    notes += [f"only in slots of kind {entry.kind}"] if entry.kind else []
+        notes.append("every file name was accepted as an input; name the job's inputs with --input")
+    notes += [f"permitted only in slots of kind {entry.kind}"] if entry.kind else []
     started = shlex.join([entry.command.path, *entry.leading, *args])
     return Judged(
         permitted=True, message=started, file=str(allowlist.files[entry.name]), notes=notes[:MAX_NOTES]
@@ -111,13 +110,13 @@ def _denial(allowlist: Allowlist, name: str, objection: Objection, notes: list[s
 
 
 def _steps(rule: str) -> Iterator[str | int]:
-    """Take a key such as `sections[1].options[0].value` apart."""
+    """Split a key such as `sections[1].options[0].value` into names and indices."""
     for name, index in re.findall(r"([a-z_0-9]+)|\[(\d+)\]", rule):
         yield name or int(index)
 
 
 def read_layout(path: Path, running: Config, facts: MachineFacts) -> Layout:
-    """Read configuration and slots anew, for a node that runs with `running` on a machine with these GPUs."""
+    """Read configuration and slots again, for a node that runs with the configuration `running`."""
     config, faults, _ = load_config(path, os.environ)
     if config is None:
         return Layout([], faults=[str(fault) for fault in faults])
@@ -133,7 +132,7 @@ def read_layout(path: Path, running: Config, facts: MachineFacts) -> Layout:
 
 
 def _differences(one: Struct, other: Struct, prefix: str = "") -> list[str]:
-    """Name the keys in which two configurations differ, as "coordinator.base_url"."""
+    """Name the keys in which two configurations differ, such as "coordinator.base_url"."""
     names: list[str] = []
     for key in one.__struct_fields__:
         mine, its = getattr(one, key), getattr(other, key)

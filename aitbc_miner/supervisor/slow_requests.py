@@ -1,7 +1,7 @@
-"""Requests of `aitbc-minerctl` that a child answers, for disks may take their time: history, allow, reload.
+"""Requests of `aitbc-minerctl` that need the disk: history, allow, reload. A child answers each.
 
-The child does what slow_answers.py has for it. What is here starts few children at once, ends those that take
-too long, and passes on the answer, or says why there is none.
+`slow_answers.py` has the child's work. This module limits the number of children, kills a child that takes
+too long, and passes on its answer or the reason why the child gave none.
 """
 
 import os
@@ -24,9 +24,9 @@ MAX_AT_ONCE = 4
 
 
 class SlowVerb(Struct, frozen=True):
-    """What the child of a verb may say, how many there are at once, and after how long one may be ended.
+    """The rules of a verb: the type of its answer, its most children at once, and their time limit.
 
-    A refusal says what we `cannot` do, and then who of us failed (`reader`), or that it is `busy`.
+    A refusal consists of `cannot` and then `reader`, the name of the failed process, or `busy`.
     """
 
     says: Any
@@ -41,20 +41,20 @@ VERB_RULES = {
     "history": SlowVerb(
         says=History | Refusal,
         cannot="cannot show the history",
-        reader="what was to read it",
-        busy=f"{MAX_AT_ONCE} others are asking for it; try again",
+        reader="the process that reads it",
+        busy=f"{MAX_AT_ONCE} other requests are running; try again in a moment",
     ),
     "allow": SlowVerb(
         says=Judged,
         cannot="cannot judge a command",
-        reader="what was to read the allowlist",
-        busy=f"{MAX_AT_ONCE} others are asking; try again",
+        reader="the process that reads the allowlist",
+        busy=f"{MAX_AT_ONCE} other requests are running; try again in a moment",
     ),
     "reload": SlowVerb(
         says=Layout,
         cannot="cannot reload",
-        reader="what was to read the configuration",
-        busy="another reload is under way; try again in a moment",
+        reader="the process that reads the configuration",
+        busy="another reload is running; try again in a moment",
         at_once=1,
         limit_s=30.0,
     ),
@@ -62,7 +62,7 @@ VERB_RULES = {
 
 
 class SlowRequests:
-    """Has children answer requests; `slots` follow the layout that one has read."""
+    """Has children answer requests, and changes `slots` after a reload."""
 
     def __init__(self, node: NodePlan, one_shots: OneShots, slots: SlotPool, shutdown: NodeShutdown) -> None:
         self._node = node
@@ -72,15 +72,15 @@ class SlowRequests:
         self._log = events("supervisor")
 
     def ask(self, request: Request, later: Later) -> None:
-        """Have a child answer; `later` gets the answer then, or at once that there will be none."""
+        """Have a child answer; `later` gets the answer, or at once a refusal."""
         verb = VERB_RULES[request.verb]
         children = [child for child in self._one_shots.under_way() if child.name == request.verb]
         for child in children:
-            # A disk hangs; it is ended so that a further try can begin.
+            # A disk hangs; the child is killed so that the next request can start another.
             if clock.now() - child.started > verb.limit_s:
                 child.kill()
         if request.verb == "allow" and not request.command:
-            later(Refusal("cannot judge: there is no command; give one with its arguments"))
+            later(Refusal("cannot judge a command: the request has none; give a command with its arguments"))
         elif len(children) >= verb.at_once:
             later(Refusal(f"{verb.cannot}: {verb.busy}"))
         else:
@@ -90,7 +90,7 @@ class SlowRequests:
         files: list[int] = []
         try:
             if request.verb == "history":
-                # The child writes into memory of ours, which goes to the client unread.
+                # The child writes into this memory file; the client gets the file unread.
                 files.append(os.memfd_create("history"))
             work, done = self._work(request, *files), partial(self._done, verb, files, later)
             self._one_shots.start(request.verb, work, verb.says, done, keep=files)
@@ -112,25 +112,26 @@ class SlowRequests:
             return
         _close(files)
         if isinstance(said, str):
-            later(Refusal(f"{verb.cannot}: {verb.reader} {said}; see the journal"))
+            later(Refusal(f"{verb.cannot}: {verb.reader} {said}; see `journalctl -u aitbc-miner`"))
         else:
             later(self._follow(said) if isinstance(said, Layout) else said)
 
     def _follow(self, layout: Layout) -> Answer:
-        """Make the slots what the operator wants them to be now, and say what that changes."""
+        """Change the slots as the operator wants, and describe the changes."""
         if layout.faults:
-            self._log.error("not reloaded", faults=layout.faults)
+            self._log.error("reload refused", faults=layout.faults)
             lines = "\n".join(layout.faults)
-            return Refusal(f"cannot reload, nothing was changed:\n{lines}", EXIT_CONFIG)
+            return Refusal(f"cannot reload; nothing was changed:\n{lines}", EXIT_CONFIG)
         if self._shutdown.mode is not None or not self._slots.slots:
-            changes = "nothing, for the node is starting or stopping; reload again when it is up"
+            changes = "no change, because the node is starting or stopping; reload again when it runs"
         else:
             try:
                 changes = self._slots.follow(layout)
             except MinerError as error:
-                return Refusal(f"cannot reload, nothing was changed: {error}", EXIT_CONFIG)
+                return Refusal(f"cannot reload; nothing was changed: {error}", EXIT_CONFIG)
         self._log.info("reloaded", changes=changes, restart=layout.restart)
-        restart = f"; for {', '.join(layout.restart)} restart the miner: jobs go on" if layout.restart else ""
+        keys = ", ".join(layout.restart)
+        restart = f"; restart the miner to apply {keys}: running jobs go on" if keys else ""
         return Done(f"reloaded: {changes}{restart}")
 
 

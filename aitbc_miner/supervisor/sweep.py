@@ -1,7 +1,7 @@
-"""Removes the directories of delivered jobs: a child of the supervisor's, root, for a bounded time.
+"""Removes the directories of settled jobs, as root, in a child of the supervisor, for a bounded time.
 
-Which ones, the agent says, which reads the network; so each record is read again here, and what is not
-delivered by that is not touched. Files in there are jobs' own: nothing is reached through a link.
+The agent, which reads the network, names the jobs. So the sweep reads each record again and leaves a job
+whose record is not settled. Jobs may have made links in their directories: the sweep follows no link.
 """
 
 import os
@@ -14,14 +14,14 @@ from aitbc_miner.store.records import RecordError, Records
 from aitbc_miner.util import clock, fs
 from aitbc_miner.util.log import events
 
-# `+` is in no job id: what a crash leaves half removed is not taken for a job.
+# No job id has a `+`, so a directory that a crash left half removed is not taken for a job.
 LEAVING = "+old-"
 
 
 class Sweep(Struct, frozen=True):
-    """What one sweep came to: `gone` are jobs without a directory now, `kept` may not go.
+    """The result of a sweep: `gone` are jobs without a directory now, `kept` are jobs that must stay.
 
-    `unfinished`: time was over before all was removed, and there is more to do whether named again or not.
+    `unfinished`: the time was over before the sweep had removed everything; the next sweep goes on.
     """
 
     gone: list[str] = []
@@ -31,9 +31,9 @@ class Sweep(Struct, frozen=True):
 
 
 def sweep(root: Path, job_ids: list[str], enough: fs.Room, time_s: float) -> Sweep:
-    """Remove what is half removed and these jobs, in this order, and say what came of it; for a child.
+    """Remove the half removed directories, then these jobs in their order; for a child.
 
-    No further job is removed once the disk has `enough` room.
+    The sweep stops before the next job once the disk has `enough` room.
     """
     return _Sweeper(root, enough, clock.now() + time_s).run(job_ids)
 
@@ -60,7 +60,7 @@ class _Sweeper:
                 for job_id in job_ids:
                     fs.check_time(self._deadline)
                     now = fs.free_space(root)
-                    # What was removed counts even where the file system hands it out later.
+                    # Some file systems free removed space later: the removed bytes count at once.
                     if fs.Room(max(before.size + self._freed, now.size), now.files).covers(self._enough):
                         break
                     self._sweep(root, job_id)
@@ -75,7 +75,8 @@ class _Sweeper:
                 self._gone.append(job_id)
                 return
             os.rename(directory_of(job_id), leaving, src_dir_fd=root, dst_dir_fd=root)
-            # Before anything in it: what a power cut brings back is whole, or not under its name.
+            # The new name must be durable before a file goes: a power cut must not leave a job with half its
+            # files.
             os.fsync(root)
         except (RecordError, OSError) as error:
             self._kept.append(job_id)
@@ -85,17 +86,19 @@ class _Sweeper:
         self._remove(root, leaving)
 
     def _is_gone(self, root: int, job_id: str) -> bool:
-        """Whether it is not there any more, as when nobody heard of an earlier sweep.
+        """Whether the job has no directory, for example because an earlier sweep's message was lost.
 
         Raises:
-            RecordError: by its record it is not delivered, or it has none that can be read.
+            RecordError: the record says that the job is not settled, or cannot be read.
         """
         if valid_job_id(job_id) and not fs.exists(root, directory_of(job_id)):
             return True
         with self._records.open(job_id) as job:
             state = job.state().state
         if state not in FINAL:
-            raise RecordError(f"cannot sweep job {job_id}: it is {state}, which is not delivered")
+            raise RecordError(
+                f"cannot sweep job {job_id}: its state is {state}, so its report is not settled"
+            )
         return False
 
     def _remove(self, root: int, name: str) -> None:
@@ -105,4 +108,4 @@ class _Sweeper:
             raise
         except OSError as error:
             what = f"cannot remove {self._records.root / name}: {error}; remove it by hand"
-            self._log.warning("remains of a job", error=what)
+            self._log.warning("directory not removed", error=what)

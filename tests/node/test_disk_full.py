@@ -83,7 +83,7 @@ def test_a_disk_without_a_free_inode_loses_nothing(
             wait_until(lambda: os.statvfs(node.jobs).f_favail == 0, WAIT_S)
             wait_until(lambda: not node.now().accepting, WAIT_S)
             [problem] = [each.what for each in node.now().problems if "inodes" in each.what]
-            assert "below workspace.min_free_inodes (60): no jobs are pulled" in problem
+            assert "below workspace.min_free_inodes (60); the node pulls no jobs" in problem
             late = coordinator.submit(node.script("late", ":"))
             go.touch()
             # What they have finished is kept, and delivered, while there is no inode to be had.

@@ -45,7 +45,7 @@ def test_an_agent_that_floods_is_ended_and_costs_little(node_factory: NodeFactor
     assert peak_mib(node.process.pid) - before < GROWTH_MIB
     status = node.now()
     assert status.pid == node.process.pid
-    ended = node.log.read_text().count("child ended by us")
+    ended = node.log.read_text().count("child killed")
     assert ended == len(KINDS), node.log.read_text()[-4000:]
     assert "heartbeat" not in " ".join(problem.what for problem in status.problems)
     assert any("was ended by the supervisor: " in problem.what for problem in status.problems)

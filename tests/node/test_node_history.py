@@ -91,5 +91,5 @@ def test_it_is_read_with_the_rights_of_the_service_alone(node_factory: Any) -> N
         state.chmod(0o750)
     assert said.returncode == 1
     assert str(state) in said.stderr
-    assert "Permission denied; see that" in said.stderr
+    assert "Permission denied; let the miner's user" in said.stderr
     assert node.now().slots, "it goes on"

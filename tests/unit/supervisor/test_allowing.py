@@ -52,7 +52,7 @@ def test_what_is_permitted_is_shown_as_it_would_be_started(directory: Path) -> N
     assert "--input" in note
     with (directory / "prog.yaml").open("a") as file:
         file.write("kind: gpu\n")
-    assert ask(directory, "prog", "-i", "a", inputs=["a"]).notes == ["only in slots of kind gpu"]
+    assert ask(directory, "prog", "-i", "a", inputs=["a"]).notes == ["permitted only in slots of kind gpu"]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_an_unknown_command_is_of_no_file(directory: Path) -> None:
 def test_faults_are_told_for_they_keep_the_old_list_in_force(directory: Path) -> None:
     (directory / "bad.yaml").write_text("command: {path: relative}\n")
     notes = ask(directory, "prog", "-i", "a", inputs=["a"]).notes
-    assert notes[0].startswith("workers keep the list that they have while a file has a fault: ")
+    assert notes[0].startswith("workers use the previous allowlist until this fault is mended: ")
     assert f"{directory}/bad.yaml:1: command.path" in notes[0]
 
 

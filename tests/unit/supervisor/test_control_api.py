@@ -91,8 +91,8 @@ def test_a_link_in_place_of_a_record_is_refused_and_leaves_nothing_open(site: Si
 
 def test_refusals_say_what_could_not_be_done_and_what_to_do(site: Site) -> None:
     for request, what in (
-        (Request("job", "j2"), "cannot show job 'j2': there is none"),
-        (Request("cancel", "j1"), "cannot cancel job j1: it is in no slot"),
+        (Request("job", "j2"), "cannot show job 'j2': this node has no job with this id"),
+        (Request("cancel", "j1"), "cannot cancel job j1: no slot runs it"),
     ):
         answer, _ = site.ask(request)
         assert isinstance(answer, Refusal)
@@ -143,11 +143,11 @@ def test_all_who_want_a_job_tried_again_get_the_agents_answer(site: Site) -> Non
     for job_id in (None, "../j"):
         answer, _ = site.ask(Request("retry", job_id))
         assert isinstance(answer, Refusal)
-        assert "is no job's id" in answer.message
+        assert "is not a job id" in answer.message
     for n in range(MAX_ASKED):
         assert site.api.answer(Request("retry", f"k{n}"), answers.append) is None
     answer, _ = site.ask(Request("retry", "one-more"))
-    assert answer == Refusal("cannot retry: the agent has not answered for 100 other jobs yet")
+    assert answer == Refusal("cannot retry: 100 other retries wait for the agent; try again later")
 
 
 # --- whether jobs are pulled -------------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def test_each_reason_why_nothing_is_pulled_is_said(tmp_path: Path) -> None:
     slots: dict[str, Any] = site.slots.slots
     slots["cpu0"] = Fake(SlotState.IDLE)
     desk = site.api
-    assert told(site).paused == "the coordinator was not asked yet"
+    assert told(site).paused == "the node has not asked the coordinator yet"
     desk.coordinator = CoordinatorView(False, "", error="cannot reach it", remedy="look")
     assert told(site).paused == "the coordinator has not registered this node"
     desk.coordinator = CoordinatorView(True, "", registered=True)
@@ -188,9 +188,9 @@ def test_each_reason_why_nothing_is_pulled_is_said(tmp_path: Path) -> None:
     desk.deliveries = Deliveries(100, paused="the coordinator has not yet accepted 100 reports or more")
     assert told(site).paused.startswith("the coordinator has not yet accepted")
     site.agent.child = None
-    assert told(site).paused == "the agent does not run; it is started again"
+    assert told(site).paused == "the agent does not run; the supervisor restarts it"
     site.disk.short = True
-    assert told(site).paused == "there is too little space on the disk"
+    assert told(site).paused == "the disk has too little free space"
     slots["cpu0"] = Fake(SlotState.QUARANTINED)
     assert told(site).paused == "no slot can be used"
     assert not told(site).accepting

@@ -14,9 +14,10 @@ from aitbc_miner.ipc.channel import MAX_SWEEPABLE, ExcessError
 from aitbc_miner.ipc.messages import SpaceWanted, Sweepable, Swept
 from aitbc_miner.store import reserve
 from aitbc_miner.store.records import MARK
+from aitbc_miner.store.reserve import MIB
 from aitbc_miner.supervisor import disk_watch
 from aitbc_miner.supervisor.children import OneShots
-from aitbc_miner.supervisor.disk_watch import AGAIN_S, MIB, DiskWatch
+from aitbc_miner.supervisor.disk_watch import AGAIN_S, DiskWatch
 from aitbc_miner.supervisor.sweep import Sweep
 from aitbc_miner.util import clock, fs
 
@@ -92,7 +93,7 @@ def test_pulling_stops_below_the_limit_and_goes_on_well_above_it(site: Site) -> 
     assert problem is not None
     assert (
         problem.what
-        == "workspace.root has 159 MB free, below workspace.min_free_mb (160): no jobs are pulled"
+        == "workspace.root has 159 MB free, below workspace.min_free_mb (160); the node pulls no jobs"
     )
     assert "lower workspace.min_free_mb or keep_*" in problem.remedy
     assert not site.tick(LEAST + LEAST / 16 - 1)
@@ -120,8 +121,8 @@ def test_inodes_are_guarded_as_bytes_are(site: Site) -> None:
     problem = site.storage.problem
     assert problem is not None
     assert problem.what == (
-        "workspace.root has 9999 inodes (files) free, below workspace.min_free_inodes (10000):"
-        " no jobs are pulled"
+        "workspace.root has 9999 inodes (files) free, below workspace.min_free_inodes (10000);"
+        " the node pulls no jobs"
     )
     assert "lower workspace.min_free_inodes or keep_*" in problem.remedy
     assert site.said == [SpaceWanted()]
@@ -245,7 +246,7 @@ def test_the_child_fills_the_reserve_and_says_why_it_cannot(
     assert reserve.lacking(tmp_path, 1).size == 0
     disk_watch._fill(WorkspaceSection(tmp_path / "none", reserve_mb=1))
     [record] = caplog.records
-    assert record.getMessage() == "no reserve"
+    assert record.getMessage() == "reserve not filled"
 
 
 @pytest.mark.parametrize("call", ["statvfs", "stat"])
@@ -257,7 +258,7 @@ def test_a_disk_that_is_gone_is_said(site: Site, monkeypatch: pytest.MonkeyPatch
     assert not site.storage.short
     site.storage.tick()
     assert site.storage.problem is not None
-    assert "Input/output error: no jobs are pulled" in site.storage.problem.what
+    assert "Input/output error; the node pulls no jobs" in site.storage.problem.what
     assert site.storage.short
     monkeypatch.undo()
     site.tick(1000)

@@ -120,14 +120,14 @@ def test_a_directory_that_cannot_be_entered_is_told(path: Path, monkeypatch: pyt
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "exists", denied)
-    assert "Permission denied; see that" in fault(path)
+    assert "Permission denied; let the miner's user" in fault(path)
 
 
 def test_more_than_there_is_room_for_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slow_answers, "MAX_HISTORY", 10)
     assert read(path)[0].all.jobs == 2, "the totals are never too much"
     told = slow_answers.read_history(path, Request("history", each=True), io.BytesIO())
-    assert told.endswith("; ask for less time with --since")
+    assert told.endswith("; choose a shorter time with --since")
 
 
 # --- for the operator --------------------------------------------------------------------------------------

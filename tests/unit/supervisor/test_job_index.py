@@ -32,7 +32,7 @@ def test_too_many_unfinished_jobs_are_an_excess_and_the_next_agent_begins_anew()
     index = JobIndex()
     for n in range(KEPT + MAX_UNFINISHED):
         index.update(JobUpdate(f"j{n}", State.PULLED))
-    with pytest.raises(ExcessError, match="5000 jobs without an end"):
+    with pytest.raises(ExcessError, match="5000 unfinished jobs"):
         index.update(JobUpdate("one-more", State.PULLED))
     assert index.rows(None) == []
     index.update(JobUpdate("next", State.PULLED))

@@ -75,7 +75,7 @@ def test_a_waiting_job_that_no_slot_can_ever_take_is_given_back(site: Site) -> N
     site.slots.place()
     assert (list(site.slots.queue), site.said) == (["waits"], [])
     # The only slot that is large enough is to go, so nothing but its present job will ever run there.
-    assert str(site.slots.lay_out([plan("small")])) == "removed after its job: large"
+    assert str(site.slots.lay_out([plan("small")])) == "will be removed when its job ends: large"
     site.slots.refuse_hopeless()
     (told,) = site.said
     assert (told.job_id, told.code) == ("waits", ErrorCode.E_NOSLOT)
@@ -118,5 +118,5 @@ def test_only_a_job_that_is_on_its_way_can_be_cancelled(site: Site) -> None:
 def test_too_many_jobs_that_wait_are_an_excess(site: Site) -> None:
     for n in range(MAX_WAITING):
         site.slots.enqueue(ticket(f"j{n}", 1))
-    with pytest.raises(ExcessError, match="5000 jobs wait"):
+    with pytest.raises(ExcessError, match="more than 5000 jobs for a slot"):
         site.slots.enqueue(ticket("one-more", 1))

@@ -132,15 +132,15 @@ def test_the_childs_judgement_goes_to_the_client() -> None:
 @pytest.mark.parametrize(
     ("verb", "told"),
     [
-        ("history", "cannot show the history: what was to read it"),
-        ("allow", "cannot judge a command: what was to read the allowlist"),
-        ("reload", "cannot reload: what was to read the configuration"),
+        ("history", "cannot show the history: the process that reads it"),
+        ("allow", "cannot judge a command: the process that reads the allowlist"),
+        ("reload", "cannot reload: the process that reads the configuration"),
     ],
 )
 def test_a_child_that_dies_is_told(verb: str, told: str) -> None:
     site = Site(os.abort)
     site.answer_to(verb)
-    assert site.refusal() == f"{told} was killed by SIGABRT; see the journal"
+    assert site.refusal() == f"{told} was killed by SIGABRT; see `journalctl -u aitbc-miner`"
     assert memories() == 0
 
 
@@ -148,13 +148,13 @@ def test_a_child_that_dies_is_told(verb: str, told: str) -> None:
 def test_an_answer_of_another_kind_is_none(verb: str) -> None:
     site = Site(lambda: Done("done"))
     site.answer_to(verb)
-    assert site.refusal().endswith("; see the journal")
+    assert site.refusal().endswith("; see `journalctl -u aitbc-miner`")
 
 
 def test_a_request_without_a_command_starts_no_child() -> None:
     site = Site(hang)
     site.requests.ask(Request("allow"), site.answers.append)
-    assert "there is no command" in site.refusal()
+    assert "the request has none" in site.refusal()
     assert site.one_shots.under_way() == []
 
 
@@ -204,7 +204,8 @@ def test_children_that_hang_are_few_and_ended_at_last(verb: str, monkeypatch: py
 def test_the_slots_follow_what_was_read() -> None:
     assert Site(lambda: Layout([])).answer_to("reload") == Done("reloaded: added: 0")
     told = Site(lambda: Layout([], restart=["node_id", "queue.path"])).answer_to("reload")
-    assert told == Done("reloaded: added: 0; for node_id, queue.path restart the miner: jobs go on")
+    restart = "restart the miner to apply node_id, queue.path: running jobs go on"
+    assert told == Done(f"reloaded: added: 0; {restart}")
 
 
 @pytest.mark.parametrize("change", [{"mode": "drain"}, {"slots": {}}])
@@ -219,7 +220,7 @@ def test_a_node_that_starts_or_stops_follows_nothing(change: dict[str, Any]) -> 
 def test_faults_change_nothing() -> None:
     site = Site(lambda: Layout([], faults=["a", "b"]))
     site.node.follow = lambda _: pytest.fail("nothing is to be followed")
-    assert site.answer_to("reload") == Refusal("cannot reload, nothing was changed:\na\nb", EXIT_CONFIG)
+    assert site.answer_to("reload") == Refusal("cannot reload; nothing was changed:\na\nb", EXIT_CONFIG)
 
 
 def test_a_layout_that_cannot_be_followed_is_told() -> None:
@@ -228,4 +229,4 @@ def test_a_layout_that_cannot_be_followed_is_told() -> None:
 
     site = Site(lambda: Layout([]))
     site.node.follow = fail
-    assert site.answer_to("reload") == Refusal("cannot reload, nothing was changed: no room", EXIT_CONFIG)
+    assert site.answer_to("reload") == Refusal("cannot reload; nothing was changed: no room", EXIT_CONFIG)
