@@ -3,5 +3,5 @@
 * protocol: the verbs, requests and answers
 * client: ask()
 * server: serves the socket: peers, permissions, time-outs
-* listening: makes the socket, and makes it again
+* listening: makes the socket
 """

@@ -1,4 +1,4 @@
-"""Asks the daemon over its control socket."""
+"""Asks the miner over its control socket."""
 
 import os
 import socket
@@ -12,11 +12,11 @@ from aitbc_miner.ipc.channel import HEADER
 
 
 def ask(path: Path, request: Request, timeout_s: float) -> tuple[Any, list[int]]:
-    """Ask the daemon; for the client.
+    """Send one request to the miner; gives the answer and the descriptors that came with it.
 
     Raises:
-        OSError: it is not there, does not answer in time, or does not let us connect.
-        msgspec.DecodeError: what answers is not our daemon.
+        OSError: nobody listens, the miner does not answer in time, or we may not connect.
+        msgspec.DecodeError: the answer is not from a miner of this version.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         sock.settimeout(timeout_s)
@@ -27,6 +27,6 @@ def ask(path: Path, request: Request, timeout_s: float) -> tuple[Any, list[int]]
         while len(data) < HEADER or len(data) < HEADER + int.from_bytes(data[:HEADER], "big"):
             more = sock.recv(1 << 16)
             if not more:
-                raise ConnectionError("the daemon closed the connection without an answer")
+                raise ConnectionError("the miner closed the connection without an answer")
             data += more
     return msgspec.json.decode(data[HEADER:], type=Answer), list(fds)

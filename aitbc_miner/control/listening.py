@@ -1,4 +1,4 @@
-"""A local socket to listen on: made, recognised, and never taken from somebody who listens there."""
+"""Makes a local socket to listen on, and never takes the socket of a program that listens already."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ def listen(path: Path, readers: set[int]) -> socket.socket:
     made = _make_directory(path.parent)
     _clear(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    # Nobody may connect in the moment before the mode is set.
+    # Keeps everybody out until the mode is set.
     old = os.umask(0o177)
     try:
         listener.bind(os.fspath(path))
@@ -25,18 +25,18 @@ def listen(path: Path, readers: set[int]) -> socket.socket:
     finally:
         os.umask(old)
     if os.geteuid() == 0 and readers:
-        # A directory that was there already belongs to somebody who knows whom it is for.
+        # If the directory existed already, its owner has chosen its group.
         for place in (path.parent, path) if made else (path,):
             os.chown(place, -1, next(iter(readers)))
         path.chmod(0o660)
-    # A client with a time-out does not wait for room in the queue: it is turned away.
+    # A full queue turns a client with a time-out away at once, so the queue is as long as possible.
     listener.listen(socket.SOMAXCONN)
-    os.set_blocking(listener.fileno(), False)  # takes no keyword
+    os.set_blocking(listener.fileno(), False)
     return listener
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """Name what is at a path; None when there is nothing."""
+    """Give device and inode of a path; None if the path does not exist."""
     try:
         found = path.lstat()
     except OSError:
@@ -45,7 +45,7 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def _make_directory(path: Path) -> bool:
-    """Make the socket's directory; False when it is there already, and not as we make it."""
+    """Make the socket's directory; False if it exists with another owner, group or mode than ours."""
     path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
     path.mkdir(mode=0o750, exist_ok=True)
     found = path.stat()
@@ -53,10 +53,10 @@ def _make_directory(path: Path) -> bool:
 
 
 def _clear(path: Path) -> None:
-    """Remove a socket that a miner left behind when it was killed.
+    """Remove the socket of a killed miner.
 
     Raises:
-        OSError: it is no socket, or somebody listens there.
+        OSError: the path is no socket, or a program listens there.
     """
     try:
         mode = path.lstat().st_mode
@@ -64,10 +64,10 @@ def _clear(path: Path) -> None:
         return
     if not stat.S_ISSOCK(mode):
         raise FileExistsError(
-            f"cannot listen on {path}: it is no socket; remove it, or set another control.socket"
+            f"cannot listen on {path}: the file is no socket; remove the file, or set another control.socket"
         )
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        # A listener whose queue is full lets nobody wait either, but is one.
+        # A listener with a full queue raises BlockingIOError.
         probe.setblocking(False)  # noqa: FBT003  # takes no keyword
         try:
             probe.connect(os.fspath(path))
@@ -77,5 +77,5 @@ def _clear(path: Path) -> None:
         except BlockingIOError:
             pass
     raise OSError(
-        f"cannot listen on {path}: another miner answers there; stop that one, or set another control.socket"
+        f"cannot listen on {path}: another miner listens there; stop it, or set another control.socket"
     )

@@ -1,7 +1,7 @@
 """Requests and answers on the control socket.
 
-One request a connection: a frame with a `Request`, answered by a frame with an answer, which may carry open
-files (SCM_RIGHTS), so that the supervisor never reads a log itself.
+Each connection carries one frame with a `Request` and one frame with an answer. An answer may carry open
+files (SCM_RIGHTS), so that the supervisor itself never reads a log.
 """
 
 from collections.abc import Callable
@@ -15,16 +15,17 @@ from aitbc_miner.jobs import JobUse, State
 READ_VERBS = frozenset({"status", "slots", "jobs", "job", "logs", "history", "allow"})
 WRITE_VERBS = frozenset({"drain", "resume", "cancel", "retry", "reload"})
 SLOW_VERBS = frozenset({"history", "allow", "reload"})
-"""Those that a child answers: clients wait `LATER_S` for it."""
+"""The verbs that a child answers: clients wait `LATER_S` for the answer."""
 MAX_REQUEST = 256 * 1024
-# For an answer that has to wait for something.
+# The time-out in seconds of an answer from a child or from the agent.
 LATER_S = 60.0
 
 
 class Request(Struct, frozen=True):
-    """What a client wants; of the history the last `since_s` seconds, or all, and with `each` every job.
+    """A client's request.
 
-    `command` is a program with its arguments, `inputs` the files that its job has: None means any.
+    Of the history: the last `since_s` seconds (None: all), and with `each` every job. `command` is a program
+    with its arguments, `inputs` the job's input files; None means any.
     """
 
     verb: str
@@ -37,20 +38,20 @@ class Request(Struct, frozen=True):
 
 
 class Refusal(Struct, frozen=True, tag="refusal"):
-    """No: why, and the exit status that the command should end with."""
+    """The request is refused: the reason, and the exit status for the client's command."""
 
     message: str
     exit_code: int = EXIT_FAILURE
 
 
 class Done(Struct, frozen=True, tag="done"):
-    """It was done."""
+    """The request was carried out."""
 
     message: str
 
 
 class JobRow(Struct, frozen=True):
-    """A job in one line."""
+    """A job in one line of `jobs`."""
 
     job_id: str
     state: State
@@ -65,26 +66,26 @@ class JobRow(Struct, frozen=True):
 
 
 class Jobs(Struct, frozen=True, tag="jobs"):
-    """The jobs that this node holds, the newest last."""
+    """The jobs of this node, the newest last."""
 
     jobs: list[JobRow]
 
 
 class Files(Struct, frozen=True, tag="files"):
-    """A job, and the files that come along with this answer, in this order."""
+    """A job, and the names of the open files that come with this answer, in the same order."""
 
     job: JobRow
     names: list[str]
 
 
 class History(Struct, frozen=True, tag="history"):
-    """What jobs have come to. With it comes one file, as `supervisor/slow_answers.py` describes it."""
+    """The history. One open file comes with this answer; `supervisor/slow_answers.py` has its format."""
 
 
 class Judged(Struct, frozen=True, tag="judged"):
-    """Whether a job may run a command: by which file and rule, at which argument (from 1), what fits there.
+    """Whether a job may run a command: the deciding file and rule, the argument (from 1), the fitting values.
 
-    `message` is what the job would be told, or of one that is permitted what would be started.
+    `message` is the reason that the job would get or, for a permitted command, the command line to start.
     """
 
     permitted: bool
@@ -98,7 +99,7 @@ class Judged(Struct, frozen=True, tag="judged"):
 
 
 class SlotStatus(Struct, frozen=True):
-    """A slot and how long, in seconds, it has been in its state."""
+    """A slot, and the seconds since its last change of state."""
 
     slot: SlotView
     for_s: float
@@ -106,14 +107,14 @@ class SlotStatus(Struct, frozen=True):
 
 
 class Problem(Struct, frozen=True):
-    """Something the operator should know, and what to do about it."""
+    """A problem that the operator should know, and its remedy."""
 
     what: str
     remedy: str = ""
 
 
 class Status(Struct, frozen=True, tag="status"):
-    """The node on one screen. `accepting`: jobs are pulled; if not, `paused` says why."""
+    """The node on one screen. `accepting`: the node pulls jobs; if not, `paused` says why."""
 
     node_id: str
     version: str
@@ -135,8 +136,8 @@ Answer = Refusal | Done | Jobs | Files | History | Judged | Status
 
 
 FullAnswer = tuple[Answer, list[int]]
-"""An answer, and the descriptors that go with it; the server closes them."""
+"""An answer, and the descriptors to send with it; the server closes them."""
 
 
 Later = Callable[[Answer | FullAnswer], None]
-"""How to answer when the answer is not known yet; it may be used after the client has gone."""
+"""The function that sends a later answer; may be called after the client has gone."""

@@ -1,4 +1,4 @@
-"""Serves the control socket. The kernel tells who asks."""
+"""Serves the control socket. The kernel tells the server the user and groups of each client."""
 
 import contextlib
 import grp
@@ -32,10 +32,10 @@ from aitbc_miner.util.log import events
 READERS, WRITERS = "aitbc-view", "aitbc-admin"  # not the service's group, which reads the token
 MAX_CLIENTS = 32
 CLIENT_TIMEOUT_S = 5.0
-# What is asked may take this long in one turn of the loop, and the rest waits for the next.
+# The seconds for requests in one turn of the loop; further requests wait for the next turn.
 TURN_S = 0.02
 SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module does not name it
-# As much as Python's getsockopt can take: 256 groups. Who is in more is refused, not let in.
+# The most bytes that Python's getsockopt takes: 256 groups. The groups of a user in more do not count.
 MAX_GROUPS = 1024
 
 
@@ -56,13 +56,13 @@ class Client:
 class ControlServer:
     """Serves the socket without ever waiting for a client.
 
-    `answer` replies to what is permitted, at once or, having given None, later by what it is given for that.
+    `answer` replies to a permitted request: at once, or it returns None and calls its second argument later.
     """
 
     def __init__(self, path: Path, answer: Callable[[Request, Later], FullAnswer | None]) -> None:
         self._answer, self._path = answer, path
         self._clients: dict[int, Client] = {}
-        # Once, for whatever keeps the groups (a directory server) may let a question wait.
+        # Looked up once, because a directory server that keeps the groups may be slow.
         self._readers, self._writers = group_ids(READERS), group_ids(WRITERS)
         self._listener = listen(path, self._readers)
         self._made = identity(path)
@@ -79,17 +79,17 @@ class ControlServer:
                 self._path.unlink()
 
     def sources(self) -> dict[int, PollSource]:
-        """Give what to wait for: descriptor to what to call, and for which of poll's events."""
+        """Give the descriptors to poll, each with its handler and its poll events."""
         self._turn_ends = None
         own: dict[int, PollSource] = {self._listener.fileno(): (self._accept, select.POLLIN)}
         for fd, client in self._clients.items():
-            # One that was answered is not listened to any more, however much it has to say.
+            # Once a client has its answer, the server reads no more from the client.
             events = select.POLLOUT if client.closing else select.POLLIN
             own[fd] = (partial(self._serve, fd), events)
         return own
 
     def tend(self) -> None:
-        """Drop clients that neither ask nor read in time, and make the socket again if it is gone."""
+        """Drop clients that neither ask nor read in time, and make a removed socket again."""
         now = clock.now()
         for fd in [fd for fd, client in self._clients.items() if now > client.until]:
             self._drop(fd)
@@ -103,7 +103,7 @@ class ControlServer:
             listener = listen(self._path, self._readers)
         except OSError as error:
             if not self._lost:
-                log.error("control socket is gone", path=str(self._path), error=str(error))  # noqa: TRY400
+                log.error("control socket lost", path=str(self._path), error=str(error))  # noqa: TRY400
             self._lost = True
             return
         self._listener.close()
@@ -114,9 +114,9 @@ class ControlServer:
         try:
             sock, _ = self._listener.accept()
         except OSError:
-            return  # it left again, or we are out of descriptors
+            return  # the client has left, or no descriptor is free
         if len(self._clients) >= MAX_CLIENTS:
-            # The one that has been silent for the longest: whoever comes now may have something to ask.
+            # The oldest client gives way to the new client.
             self._drop(next(iter(self._clients)))
         self._clients[sock.fileno()] = Client(sock)
 
@@ -126,14 +126,14 @@ class ControlServer:
     def _serve(self, fd: int) -> None:
         client = self._clients.get(fd)
         if client is None:
-            return  # dropped for another one, after it had been heard
+            return  # `_accept` dropped the client in this turn
         self._turn_ends = self._turn_ends or clock.now() + TURN_S
         if not client.closing and clock.now() > self._turn_ends:
             return
         try:
             client.channel.flush()
             if not client.closing:
-                # One that waits for its answer is only listened to for its hanging up.
+                # After its request, a client is read only to notice its hang-up.
                 requests = client.channel.receive()
                 if requests and not client.asked:
                     client.asked = True
@@ -158,7 +158,7 @@ class ControlServer:
         if self._clients.get(fd) is not client:
             for unsent in fds:
                 os.close(unsent)
-            return  # it has gone meanwhile
+            return  # the client has gone
         try:
             client.closing = True
             _reply(client, answer, fds)
@@ -169,19 +169,19 @@ class ControlServer:
         uid, groups = peer(client.sock)
         if request.verb not in READ_VERBS | WRITE_VERBS:
             verbs = ", ".join(sorted(READ_VERBS | WRITE_VERBS))
-            return Refusal(f"cannot do {request.verb[:40]!r}: not one of {verbs}"), []
+            return Refusal(f"cannot do {request.verb[:40]!r}: the miner knows only {verbs}"), []
         reads = request.verb in READ_VERBS
         group, ids = (READERS, self._readers | self._writers) if reads else (WRITERS, self._writers)
         if uid not in {0, os.geteuid()} and not groups & ids:
             message = (
-                f"cannot {request.verb}: only for root and the group {group}; use sudo, or join the group"
+                f"cannot {request.verb}: only root and the group {group} may; use sudo, or join the group"
             )
             return Refusal(message, EXIT_NOT_PERMITTED), []
         return self._answer(request, partial(self._later, client))
 
 
 def peer(sock: socket.socket) -> tuple[int, set[int]]:
-    """Ask the kernel who is on the other end: uid, and all group ids."""
+    """Ask the kernel for the user id and all group ids of the client."""
     credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     _, uid, gid = struct.unpack("3i", credentials)
     try:
@@ -192,7 +192,7 @@ def peer(sock: socket.socket) -> tuple[int, set[int]]:
 
 
 def group_ids(name: str) -> set[int]:
-    """Give the id of a group, as a set that is empty when there is no such group."""
+    """Give the id of a group as a set; empty if the group does not exist."""
     try:
         return {grp.getgrnam(name).gr_gid}
     except KeyError:
@@ -206,7 +206,7 @@ def _reply(client: Client, answer: Answer, fds: list[int]) -> None:
             return
         body = msgspec.json.encode(answer)
         frame = len(body).to_bytes(HEADER, "big") + body
-        # A fresh socket has room for such a small frame; one that has not is dropped.
+        # A fresh socket has room for this small frame; a client whose socket is full is dropped.
         if socket.send_fds(client.sock, [frame], fds) != len(frame):
             raise ChannelError("cannot send: the client does not read")
     except OSError as error:

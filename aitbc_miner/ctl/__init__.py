@@ -2,8 +2,8 @@
 
 * main: the program
 * arguments: its command line
-* ask: asks the daemon; errors and exit codes
+* ask: asks the miner; errors and exit codes
 * logs: `logs -f`
-* pages, history_page: what people read
-* stopped_node: what can be told of a node that does not run
+* pages, history_page: the pages for people
+* stopped_node: answers from the disk of a stopped node
 """

@@ -1,4 +1,4 @@
-"""The command line of `aitbc-minerctl`: its verbs, and what may stand after each of them."""
+"""The command line of `aitbc-minerctl`: its verbs and their arguments."""
 
 import argparse
 import os
@@ -14,7 +14,7 @@ SOCKET_VARIABLE = "AITBC_MINER_CONTROL__SOCKET"
 
 
 def parser() -> argparse.ArgumentParser:
-    """Make what reads the command line."""
+    """Make the parser of the command line."""
     top = argparse.ArgumentParser(prog="aitbc-minerctl", description="Ask and steer the running miner.")
     top.add_argument("--version", action="version", version=f"aitbc-minerctl {build()}")
     _add_places(top)
@@ -25,24 +25,22 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("slots", help="every slot, and what enforces its limits")
     jobs = verbs.add_parser("jobs", help="the jobs that this node holds")
     states = ", ".join(State)
-    jobs.add_argument("--state", type=_state, metavar="STATE", help=f"only those in one state: {states}")
-    job = verbs.add_parser("job", help="all about one job")
-    logs = verbs.add_parser("logs", help="what a job has printed")
+    jobs.add_argument("--state", type=_state, metavar="STATE", help=f"only the jobs in one state: {states}")
+    job = verbs.add_parser("job", help="one job in detail")
+    logs = verbs.add_parser("logs", help="the output of a job")
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job has ended")
-    _add_history(verbs.add_parser("history", help="what jobs have come to, by slot, code and day"))
-    verbs.add_parser("drain", help="take no new jobs; those that are here go on")
-    verbs.add_parser("resume", help="take jobs again")
-    verbs.add_parser("reload", help="read slots.d anew; jobs that run go on")
+    _add_history(verbs.add_parser("history", help="totals of ended jobs, by slot, code and day"))
+    verbs.add_parser("drain", help="pull no new jobs; present jobs go on")
+    verbs.add_parser("resume", help="pull jobs again")
+    verbs.add_parser("reload", help="read slots.d again; running jobs go on")
     cancel = verbs.add_parser("cancel", help="end a job that is in a slot")
-    retry = verbs.add_parser(
-        "retry", help="try a job that waits, or send a report that was refused, once more"
-    )
+    retry = verbs.add_parser("retry", help="retry a waiting job, or send a refused report, now")
     _add_allow(verbs.add_parser("allow", help="say whether a job may run a command, and if not, why"))
-    _add_sandbox(verbs.add_parser("sandbox", help="run a command as a job would be run (root only)"))
+    _add_sandbox(verbs.add_parser("sandbox", help="run a command in the surroundings of a job (root only)"))
     for verb in (job, logs, cancel, retry):
         verb.add_argument("job_id", type=_job_id, metavar="ID", help="the job's id, as `jobs` shows it")
     for verb in verbs.choices.values():
-        # Without a default, or it would undo a --json before the verb.
+        # A default here would undo a --json before the verb.
         verb.add_argument("--json", default=argparse.SUPPRESS, **as_json)
     return top
 
@@ -55,7 +53,7 @@ def _add_places(top: argparse.ArgumentParser) -> None:
         default=os.environ.get(SOCKET_VARIABLE) or SOCKET,
         help=f"where the miner listens (default: ${SOCKET_VARIABLE}, else {SOCKET})",
     )
-    what = f"tells where the files of a miner are that does not run (default: {CONFIG})"
+    what = f"the configuration that locates the files of a stopped miner (default: {CONFIG})"
     top.add_argument("--config", type=Path, metavar="FILE", default=CONFIG, help=what)
 
 
@@ -66,13 +64,13 @@ def _add_history(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_allow(verb: argparse.ArgumentParser) -> None:
-    known = "a file that the job has as an input, once for each (default: any name may be one)"
+    known = "an input file of the job; repeatable (default: every name counts as an input)"
     verb.add_argument("--input", dest="inputs", action="append", metavar="NAME", help=known)
     verb.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
 
 
 def _add_sandbox(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--slot", required=True, metavar="NAME", help="the slot whose job it would be")
+    verb.add_argument("--slot", required=True, metavar="NAME", help="the slot whose limits apply")
     default = argparse.SUPPRESS
     verb.add_argument("--config", type=Path, default=default, metavar="FILE", help=f"default: {CONFIG}")
     verb.add_argument("command", nargs="+", metavar="COMMAND", help="after --, with its arguments")
@@ -83,17 +81,19 @@ def _state(text: str) -> State:
         return State(text.upper())
     except ValueError:
         states = ", ".join(State)
-        raise argparse.ArgumentTypeError(f"{text!r} is no state of a job; there are {states}") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a state of jobs; name one of {states}") from None
 
 
 def _job_id(text: str) -> str:
     if not valid_job_id(text):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r} is no job id: 1 to 128 of A-Z a-z 0-9 . _ -")
+        raise argparse.ArgumentTypeError(
+            f"{text[:80]!r} is not a job id: write 1 to 128 of A-Z a-z 0-9 . _ -"
+        )
     return text
 
 
 def _duration(text: str) -> float:
-    from aitbc_miner.config.units import parse_duration  # noqa: PLC0415  # reads YAML, too
+    from aitbc_miner.config.units import parse_duration  # noqa: PLC0415  # imports YAML
 
     try:
         return parse_duration(text)

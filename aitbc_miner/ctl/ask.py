@@ -1,4 +1,4 @@
-"""Asks the miner and, should it not run, its disk; what goes wrong has an exit status."""
+"""Asks the miner or, if the miner does not run, reads its disk; each error has an exit status."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ TIMEOUT_S = 5.0
 
 
 class Target(NamedTuple):
-    """Where the miner listens, and the configuration that tells where its files are, should it not."""
+    """The miner's socket, and the configuration that locates its files if the miner does not run."""
 
     socket: Path
     config: Path = Path(CONFIG)
@@ -35,31 +35,31 @@ class CtlError(MinerError):
 
 
 def warn(text: str) -> None:
-    """Tell the operator something that is none of the answer."""
+    """Print a warning for the operator on stderr."""
     print(f"aitbc-minerctl: {visible(text)}", file=sys.stderr)
 
 
 def ask_miner(target: Target, request: Request) -> tuple[Any, list[int]]:
-    """Ask the miner; of one that is not there, the disk tells what it can.
+    """Ask the miner; if the miner does not run, answer from its disk as far as possible.
 
     Raises:
-        CtlError: it does not answer (69), we may not ask (77), or it refuses (as it says).
+        CtlError: the miner does not answer (69), we may not ask (77), or the miner refuses (its own status).
     """
     try:
         too_long = len(msgspec.json.encode(request)) > MAX_REQUEST
     except UnicodeEncodeError:
         raise CtlError(
-            "cannot ask: an argument is not valid UTF-8, which no job can send", EXIT_USAGE
+            "cannot ask the miner: an argument is not UTF-8, and jobs can send UTF-8 only", EXIT_USAGE
         ) from None
     if too_long:
-        raise CtlError(f"cannot ask: more than {MAX_REQUEST} bytes of arguments", EXIT_USAGE)
+        raise CtlError(f"cannot ask the miner: the arguments have more than {MAX_REQUEST} bytes", EXIT_USAGE)
     path = target.socket
     patience = LATER_S if request.verb in SLOW_VERBS else TIMEOUT_S
     try:
         answer, fds = ask(path, request, patience)
     except PermissionError:
         remedy = f"use sudo, or join the group {READERS}"
-        message = f"cannot reach the miner at {path}: not permitted; {remedy}"
+        message = f"cannot reach the miner at {path}: this user may not; {remedy}"
         raise CtlError(message, EXIT_NOT_PERMITTED) from None
     except TimeoutError:
         raise _unreachable(path, f"no answer within {patience:g} s") from None
@@ -69,7 +69,7 @@ def ask_miner(target: Target, request: Request) -> tuple[Any, list[int]]:
             raise cause from error
         answer, fds = _ask_the_disk(target, request, cause)
     except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise _unreachable(path, f"what answers there is no miner of this version ({error})") from error
+        raise _unreachable(path, f"the answer is not from a miner of this version ({error})") from error
     if isinstance(answer, Refusal):
         close_all(fds)
         raise CtlError(answer.message, answer.exit_code)
@@ -77,29 +77,30 @@ def ask_miner(target: Target, request: Request) -> tuple[Any, list[int]]:
 
 
 def _ask_the_disk(target: Target, request: Request, cause: CtlError) -> tuple[Any, list[int]]:
-    from aitbc_miner.ctl import stopped_node  # noqa: PLC0415  # reads YAML, records and the database
+    from aitbc_miner.ctl import stopped_node  # noqa: PLC0415  # imports YAML, records and the database
 
     if request.verb not in stopped_node.VERBS:
         raise cause
     try:
         told = stopped_node.answer_from_disk(target.config, target.socket, request)
     except (MinerError, OSError) as error:
-        raise CtlError(f"{cause}; and its disk: {error}", EXIT_UNREACHABLE) from error
+        raise CtlError(f"{cause}; its disk does not answer either: {error}", EXIT_UNREACHABLE) from error
     if told is None:
-        hint = "what its disk tells can be had with --config and the configuration of that miner"
+        hint = "to read its disk, name the configuration of this miner with --config"
         raise CtlError(f"{cause}; {hint}", EXIT_UNREACHABLE)
-    warn(f"the miner is not running at {target.socket}; this is what its disk tells")
+    warn(f"no miner runs at {target.socket}; the answer comes from its disk")
     return told
 
 
 def _unreachable(path: Path, cause: str) -> CtlError:
-    remedy = "is it running? `systemctl status aitbc-miner`, or name its socket with --socket"
+    remedy = "check `systemctl status aitbc-miner`, or name its socket with --socket"
     return CtlError(f"cannot reach the miner at {path}: {cause}; {remedy}", EXIT_UNREACHABLE)
 
 
 def not_ours(verb: str) -> CtlError:
-    """Give the error for an answer that is none to this verb."""
-    return CtlError(f"cannot {verb}: the miner gave another answer; is it another version?", EXIT_UNREACHABLE)
+    """Make the error for an answer of the wrong type for this verb."""
+    message = f"cannot {verb}: the miner sent another kind of answer; use the aitbc-minerctl of its version"
+    return CtlError(message, EXIT_UNREACHABLE)
 
 
 def close_all(fds: list[int]) -> None:
@@ -110,7 +111,7 @@ def close_all(fds: list[int]) -> None:
 
 @contextlib.contextmanager
 def job_files(target: Target, verb: str, job_id: str) -> Iterator[tuple[JobRow, dict[str, BinaryIO], bool]]:
-    """Ask for a job, its files by name (those that it has not are left out), and whether they may change."""
+    """Ask for a job, its existing files by name, and whether the files may still change."""
     answer, fds = ask_miner(target, Request(verb, job_id))
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(os.fdopen(fd, "rb", buffering=0)) for fd in fds]

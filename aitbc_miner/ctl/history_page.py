@@ -1,4 +1,4 @@
-"""`aitbc-minerctl history`: what jobs have come to, as a page, as CSV and as JSON."""
+"""`aitbc-minerctl history`: the totals of ended jobs, as a page, as CSV and as JSON."""
 
 import csv
 import io
@@ -13,31 +13,31 @@ from aitbc_miner.store.ledger import LedgerRow, Total, Totals
 from aitbc_miner.util.terminal import duration, pad, size, visible
 
 COLUMNS = tuple(name for name in LedgerRow.__struct_fields__ if name != "finished")
-"""All but the node's own time, which means nothing to anybody else."""
+"""All columns except `finished`, a time of the node's own clock."""
 NAME = 24
-# A spreadsheet takes what begins so for a formula; the wide forms are the same letters to some of them.
+# A spreadsheet takes a text with such a beginning for a formula; some accept the wide forms as well.
 FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 
 
 def read_totals(file: BinaryIO) -> Totals:
-    """Read the first line of what the miner wrote.
+    """Read the first line of the miner's history.
 
     Raises:
-        msgspec.DecodeError: it is not of this version.
+        msgspec.DecodeError: the line is from another version.
     """
-    file.seek(0)  # whoever wrote it has left it at its end
+    file.seek(0)  # the writer left the position at the end
     return msgspec.json.decode(file.readline(), type=Totals)
 
 
 def read_rows(file: BinaryIO) -> Iterator[LedgerRow]:
-    """Read the lines after the first; raises as `read_totals`."""
+    """Read the lines after the first; raises like `read_totals`."""
     decoder = msgspec.json.Decoder(LedgerRow)
     return map(decoder.decode, file)
 
 
 def history_page(totals: Totals, since_s: float, paint: Paint) -> str:
-    """Show the sums by slot, code and day, in 80 columns."""
-    from aitbc_miner.config.units import format_duration  # noqa: PLC0415  # reads YAML, too
+    """Show the totals by slot, code and day, in 80 columns."""
+    from aitbc_miner.config.units import format_duration  # noqa: PLC0415  # imports YAML
 
     since = format_duration(since_s)
     if not totals.all.jobs:
@@ -58,7 +58,7 @@ def _table(title: str, rows: Sequence[Total], paint: Paint) -> Iterator[str]:
 
 
 def _receipts(totals: Totals, paint: Paint) -> Iterator[str]:
-    """Show what the coordinator has given receipts for, by day; only FLAGGED counts what did not verify."""
+    """Show the coordinator's receipts by day; receipts that did not verify count under FLAGGED only."""
     widths = (10, 18, 18, 10)
     heads = "".join(map(str.rjust, ("RECEIPTS", "UNITS", "PRICE", "FLAGGED"), widths))
     yield paint(f"{'DAY (UTC)':{NAME}}{heads}", "dim")
@@ -82,7 +82,7 @@ def _time(seconds: float | None) -> str:
 
 
 def csv_lines(rows: Iterable[LedgerRow]) -> Iterator[str]:
-    """Write one line a job, and a head; texts of strangers can be neither further lines nor formulas."""
+    """Write a head and one line for each job; no text of a job can become a further line or a formula."""
     yield _csv_line(COLUMNS)
     for row in rows:
         yield _csv_line([_cell(getattr(row, name)) for name in COLUMNS])

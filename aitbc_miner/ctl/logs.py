@@ -1,4 +1,4 @@
-"""`aitbc-minerctl logs`: a job's log as it is, and what is added to it."""
+"""`aitbc-minerctl logs`: a job's log and, with `-f`, the lines that follow."""
 
 import codecs
 import io
@@ -20,31 +20,31 @@ POLL_S = 0.25
 ASK_S = 1.0
 CHUNK = 1 << 16
 LOG_ENDED = FINAL | {State.UPLOADING}
-"""From here on the log stays as it is, while the report may wait for days for a coordinator that is down."""
+"""In these states the log is complete, although the report may wait for days for the coordinator."""
 
 
 class LogWriter(Protocol):
-    """Brings a log to stdout, piece by piece."""
+    """Writes a log to stdout, piece by piece."""
 
     def __call__(self, data: bytes, *, last: bool = False) -> None:
-        """Take the next piece."""
+        """Write the next piece."""
         ...
 
 
 def show_log(target: Target, job_id: str, write: LogWriter, *, follow: bool) -> None:
-    """Show what a job has printed and, with `follow`, what it prints until it has ended.
+    """Show a job's output and, with `follow`, its further output until the job has ended.
 
     Raises:
-        CtlError: as `ask_miner`, or the job has no log.
+        CtlError: like `ask_miner`, or the job has no log.
     """
     offset, found = 0, False
     if follow:
-        # Also in the background of a script, where the shell has Ctrl-C ignored: else nothing short of
-        # SIGTERM would end this.
+        # For the background of a script, where the shell ignores Ctrl-C: else only SIGTERM would end `logs
+        # -f`.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         with job_files(target, "logs", job_id) as (row, files, live):
-            # The state was asked for before the file is read, so after the end nothing can be missed.
+            # The state is older than the read below, so after the job's end the read gets the whole log.
             ended = not follow or not live or row.state in LOG_ENDED
             log = next(iter(files.values()), None)
             found = found or log is not None
@@ -58,12 +58,13 @@ def show_log(target: Target, job_id: str, write: LogWriter, *, follow: bool) -> 
             break
     write(b"", last=True)
     if not found:
-        raise CtlError(f"cannot show the log of job {job_id}: it has none; it is {row.state}", EXIT_FAILURE)
+        message = f"cannot show the log of job {job_id}: the job has no log; its state is {row.state}"
+        raise CtlError(message, EXIT_FAILURE)
 
 
 def _copy(log: BinaryIO, offset: int, write: LogWriter) -> int:
     if os.fstat(log.fileno()).st_size < offset:
-        offset = 0  # a new try of the job has a log of its own
+        offset = 0  # each attempt has a new log
     while data := os.pread(log.fileno(), CHUNK, offset):
         write(data)
         offset += len(data)
@@ -71,7 +72,7 @@ def _copy(log: BinaryIO, offset: int, write: LogWriter) -> int:
 
 
 def log_writer(*, as_json: bool) -> LogWriter:
-    """Say how a log is shown: as it is, on a terminal tamed, or as JSON with a line for each of its lines."""
+    """Choose the writer: JSON lines, text without control characters for a terminal, or the raw bytes."""
     if as_json:
         return TextWriter(_json_lines, whole_lines=True)
     return TextWriter(_tamed) if sys.stdout.isatty() else _write_bytes
@@ -92,7 +93,7 @@ def _json_lines(text: str) -> str:
 
 
 class TextWriter:
-    """Shows a log as text, whichever way it ends its lines; with `whole_lines` each one in one go."""
+    """Shows a log as text, with any kind of line end; with `whole_lines` only whole lines at a time."""
 
     def __init__(self, show: Callable[[str], str], *, whole_lines: bool = False) -> None:
         self._show = show
@@ -102,7 +103,7 @@ class TextWriter:
         self._held: list[str] = []
 
     def __call__(self, data: bytes, *, last: bool = False) -> None:
-        """Show the next piece, or keep it until its line is whole."""
+        """Show the next piece, or keep the piece until its line is whole."""
         self._held.append(self._decoder.decode(data, final=last))
         partly = self._whole_lines and not last
         if partly and "\n" not in self._held[-1]:

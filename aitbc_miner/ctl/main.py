@@ -1,6 +1,6 @@
-"""`aitbc-minerctl`: asks the running miner how it goes, and tells it what to do.
+"""`aitbc-minerctl`: shows and steers the running miner.
 
-It starts in a moment, because it imports little: nothing of the network, nothing that reads YAML.
+The command starts fast because it imports little: no network library, no YAML.
 """
 
 import argparse
@@ -30,7 +30,7 @@ COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
 
 
 def start() -> int:
-    """Be the program `aitbc-minerctl`, however it was started."""
+    """Run the program `aitbc-minerctl`."""
     begin_command()
     return main()
 
@@ -38,23 +38,23 @@ def start() -> int:
 def main() -> int:
     """Run one command and give the exit status."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # not every terminal knows every letter
+        sys.stdout.reconfigure(errors="replace")  # some terminals lack some characters
     arguments = parser().parse_args()
     try:
         _run(arguments)
     except CtlError as error:
-        # Each fault of a configuration has a line of its own.
+        # A message may have several lines: one for each fault of the configuration.
         text = visible(str(error), keep="\n")
         print(f"aitbc-minerctl: {text}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
-        # Python flushes once more at its end, and would complain then.
+        # Python's last flush at exit would fail on the broken pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
     except OSError as error:
-        print(f"aitbc-minerctl: cannot go on: {error.strerror}", file=sys.stderr)
+        print(f"aitbc-minerctl: cannot finish the command: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
     return EXIT_OK
@@ -87,17 +87,17 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _sandbox(asked: argparse.Namespace) -> None:
-    from aitbc_miner.preflight.try_sandbox import try_out  # noqa: PLC0415  # reads YAML and asks for GPUs
+    from aitbc_miner.preflight.try_sandbox import try_out  # noqa: PLC0415  # imports YAML and the GPU reader
 
     try:
         status = try_out(asked.config, asked.slot, asked.command, os.environ, warn)
     except MinerError as error:
         raise CtlError(str(error), getattr(error, "exit_code", EXIT_FAILURE)) from error
-    raise SystemExit(status)  # of the command, whatever it means
+    raise SystemExit(status)
 
 
 def _show(text: str) -> None:
-    print(text, flush=True)  # now, while a closed pipe or a full disk can still be told
+    print(text, flush=True)  # flushed here, so that `main` reports a full disk
 
 
 def _page(verb: str, answer: object) -> str:
@@ -116,7 +116,7 @@ def _page(verb: str, answer: object) -> str:
 
 
 def _value(verb: str, answer: object) -> object:
-    """Give what `--json` prints: the answer as it came, of `slots` only the slots."""
+    """Give the value that `--json` prints: the answer, but for `slots` its slots only."""
     if isinstance(answer, Files | History):
         raise not_ours(verb)
     return {"slots": answer.slots} if verb == "slots" and isinstance(answer, Status) else answer
@@ -129,12 +129,12 @@ def _paint() -> Paint:
 
 
 def _json(value: object) -> str:
-    # ASCII only, so that nothing in it can speak to a terminal; msgspec leaves some control characters.
+    # ASCII only: msgspec's JSON would let some control characters through to the terminal.
     return json.dumps(msgspec.to_builtins(value), indent=2)
 
 
 def _records(files: dict[str, BinaryIO]) -> dict[str, Any]:
-    """Read what is on record of a job; None for what is not there."""
+    """Read a job's records by name; None for a missing record."""
     names = ("manifest", "state", "outcome", "receipt")
     return {name: _record(files.get(f"{name}.json"), name) for name in names}
 

@@ -1,4 +1,4 @@
-"""The pages of `aitbc-minerctl`: what the miner answers, for people, within the width of their terminal."""
+"""The pages of `aitbc-minerctl`: the miner's answers for people, as wide as their terminal."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,13 +14,13 @@ from aitbc_miner.jobs import JobUse, Outcome, State
 from aitbc_miner.util.terminal import columns, cut, duration, pad, size, visible, width, wrap
 
 LINES = 23
-"""Of a screen of 24, one is for the prompt."""
+"""A screen has 24 lines, one of them for the prompt."""
 HEAD = 6
 SLOTS_SHOWN = 8
-"""Under a head of that many lines; a longer one leaves room for fewer."""
+"""The lines for slots under a head of `HEAD` lines; a longer head leaves fewer."""
 MAX_ID = 48
 ENOUGH = 20
-"""Columns that show what a message is about; with fewer, and for what a job uses, there is a line below."""
+"""The least columns for a message beside its job; a narrower message, or a job's use, gets its own line."""
 MAX_ARTIFACTS = 100
 LABEL = 12
 STATE_COLOURS = {
@@ -30,7 +30,7 @@ STATE_COLOURS = {
 }
 
 Paint = Callable[[str, str], str]
-"""Gives a text in a colour."""
+"""Gives a text (first argument) in a colour (second argument)."""
 
 
 def plain(text: str, _colour: str) -> str:
@@ -62,7 +62,7 @@ def status_page(status: Status, paint: Paint) -> str:
 
 
 def slots_page(status: Status, paint: Paint) -> str:
-    """Show every slot, why one is not in use, and what enforces its limits."""
+    """Show every slot, the reason if a slot is not in use, and the controls that enforce its limits."""
     lines = _slot_lines(status.slots, paint, 2 * len(status.slots))
     for entry in status.slots:
         if entry.slot.reason:
@@ -71,7 +71,7 @@ def slots_page(status: Status, paint: Paint) -> str:
 
 
 def judged_page(judged: Judged, paint: Paint) -> str:
-    """Show whether a command is permitted, which rule says so, and what would fit."""
+    """Show whether a command is permitted, the rule that decides, and the values that would fit."""
     word, colour = ("permitted", "green") if judged.permitted else ("denied", "red")
     lines = wrap(f"{word:{LABEL}}", judged.message)
     if judged.file is not None:
@@ -102,23 +102,23 @@ def _head(status: Status, paint: Paint) -> Iterator[str]:
     elif status.paused:
         mood = paint("paused", "yellow") + cut(f": {status.paused}", width() - LABEL - len("paused"))
     else:
-        mood = paint("draining", "yellow") + ": no new jobs; `aitbc-minerctl resume` ends that"
+        mood = paint("draining", "yellow") + ": no new jobs; `aitbc-minerctl resume` pulls jobs again"
     yield f"{'node':{LABEL}}{mood}"
     running = sum(entry.slot.job_id is not None for entry in status.slots)
     waiting = f"{_count(status.pending_reports, 'report')} waiting to be delivered"
     yield f"{'jobs':{LABEL}}{running} in slots, {len(status.queued)} queued, {waiting}"
     counts = sorted(status.finished.items(), key=lambda item: (item[0] != "OK", -item[1]))
-    # A code and its number stay together on a line.
+    # The ~ keeps a code and its number together on a line.
     told = ", ".join(f"{code}~{number}" for code, number in counts if number) or "none yet"
     yield from (line.replace("~", " ") for line in wrap(f"{'finished':{LABEL}}", told))
 
 
 def _slot_lines(slots: Sequence[SlotStatus], paint: Paint, most: int) -> list[str]:
-    """Show a line for each slot, and below it what its job uses, as far as there is room for that."""
+    """Show a line for each slot and, while lines are left, a second line with its job's use."""
     if not slots:
         return ["no slots yet"]
     hidden = len(slots) - most + 1 if len(slots) > most else 0
-    # Where not all can be shown, those that are idle can be left out.
+    # If not all slots fit, idle slots are hidden first.
     ordered = sorted(slots, key=lambda entry: entry.slot.state == "IDLE") if hidden else slots
     shown = ordered[: len(slots) - hidden]
     room = most - len(shown) - bool(hidden)
@@ -138,7 +138,7 @@ def _slot_lines(slots: Sequence[SlotStatus], paint: Paint, most: int) -> list[st
 
 
 def used(use: JobUse) -> str:
-    """Say how far a job is, what it uses, and what it may use."""
+    """Describe a job's progress, its use of resources, and the limits."""
     spent = duration(use.for_s) + ("" if use.max_s is None else f" of {duration(use.max_s)}")
     most = use.cpu_max_pct
     cpus = None if use.cpu_pct is None else _number(use.cpu_pct / 100)
@@ -158,7 +158,7 @@ def _sizes(name: str, number: int | None, most: int | None) -> str:
         return ""
     if not most:
         return f"{name} {size(number)}"
-    # Both in the unit of the larger, so that they can be compared at a glance.
+    # Both sizes in the unit of the larger, so that they compare at a glance.
     unit = size(most).split()[1]
     factor = 1024 ** ("B", "KiB", "MiB", "GiB", "TiB").index(unit)
     return f"{name} {_number(number / factor)} of {_number(most / factor)} {unit}"
@@ -169,7 +169,7 @@ def _number(number: float) -> str:
 
 
 def _enforcement(slots: Sequence[SlotStatus], most: int) -> list[str]:
-    """Say what enforces the limits, once for all slots that are alike."""
+    """Show the controls that enforce the limits, once for all slots with the same controls."""
     alike: dict[str, list[str]] = defaultdict(list)
     for entry in slots:
         held = " ".join(f"{limit}={how}" for limit, how in sorted(entry.slot.enforced.items()))
@@ -184,7 +184,7 @@ def _enforcement(slots: Sequence[SlotStatus], most: int) -> list[str]:
 
 
 def _problems(problems: Sequence[Problem], paint: Paint, room: int) -> Iterator[str]:
-    """Show as many problems as there is room for, each with its remedy."""
+    """Show as many problems as fit, each with its remedy."""
     each = 2 if room >= 5 else 1
     for number, problem in enumerate(problems):
         lines = [paint(line, "yellow") for line in wrap("! ", problem.what, lines=each)]
@@ -217,7 +217,7 @@ def jobs_page(jobs: Jobs, paint: Paint) -> str:
         if columns(result) <= room or (room >= ENOUGH and not row.use):
             lines.append((start + cut(result, room)).rstrip())
         else:
-            # Below, where it has a line of its own.
+            # The result gets its own line below the job.
             lines += [start.rstrip(), "    " + cut(result, width() - 4)]
     return "\n".join(lines)
 
@@ -231,7 +231,7 @@ def _result(row: JobRow) -> str:
 
 
 def job_page(row: JobRow, records: Mapping[str, Any], paint: Paint) -> str:
-    """Show all about one job. `records` has its manifest, state, outcome and receipt as JSON, or None."""
+    """Show one job in detail. `records` has its manifest, state, outcome and receipt as JSON, or None."""
     manifest = records["manifest"] if isinstance(records["manifest"], dict) else {}
     what = manifest.get("command") or manifest.get("task") or ""
     facts = [
@@ -299,7 +299,7 @@ def _receipt_facts(value: object) -> Iterator[tuple[str, str]]:
     said = {name: value for name, value in kept.receipt.items() if isinstance(value, str)}
     signature = kept.receipt.get("signature")
     key = signature.get("key_id") if isinstance(signature, dict) else None
-    # A line of its own: no text of the receipt's can push it out of sight, or be taken for it.
+    # On its own line, so that no text of the receipt can hide or imitate the verdict.
     yield "receipt", f"verified, signed by {key}" if kept.verified else f"NOT VERIFIED: {kept.why}"
     unit = said.get("unit_type", "units")[:40]
     number = said.get("receipt_id", "none")[:64]
@@ -307,10 +307,10 @@ def _receipt_facts(value: object) -> Iterator[tuple[str, str]]:
 
 
 def amount(number: float | None) -> str:
-    """Write what a receipt says of units or price."""
+    """Write a receipt's units or price."""
     if number is None:
         return "-"
-    # Of 11 digits: what adding up leaves behind them is no money.
+    # 11 digits: further digits are rounding errors of the sum.
     text = f"{number:.{max(11 - len(str(int(number))), 0)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
@@ -325,7 +325,7 @@ def _exit(outcome: Outcome) -> str:
         names = {member.value: member.name for member in Signals}
         how = f"signal {ended.signal} ({names.get(ended.signal, 'real-time')})"
     else:
-        # Of a job that was lost, nobody knows how far it came.
+        # A lost job may have run, although its outcome has no times.
         ran = "run" in outcome.timings or outcome.code == ErrorCode.E_LOST
         how = "not run to its end" if ran else "never ran"
         how = how if ended.status is None else f"status {ended.status}"
@@ -342,7 +342,7 @@ def _artifacts(outcome: Outcome) -> Iterator[str]:
     if len(outcome.artifacts) > MAX_ARTIFACTS:
         yield f"  … and {len(outcome.artifacts) - MAX_ARTIFACTS} more; see `aitbc-minerctl --json job`"
     if outcome.left_out:
-        yield "left out of output/, for it cannot be delivered"
+        yield "files in output/ that cannot be delivered"
     for left in outcome.left_out[:MAX_ARTIFACTS]:
         yield f"  {cut(left.path, 60)}  {cut(left.why, 60)}"
 

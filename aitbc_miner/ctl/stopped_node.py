@@ -1,6 +1,6 @@
-"""What the disk tells of a node that does not run: its jobs, their records and logs, and the history.
+"""Answers for a stopped node from its disk: its jobs, their records and logs, and the history.
 
-Nothing is written. Root reads as the user whose files they are, as the node itself does.
+Nothing is written. Root reads as the user who owns the files, like the node itself.
 """
 
 import contextlib
@@ -13,23 +13,22 @@ from aitbc_miner.control.protocol import Answer, Files, History, JobRow, Jobs, R
 from aitbc_miner.errors import EXIT_NOT_PERMITTED
 from aitbc_miner.jobs import Outcome, State
 from aitbc_miner.store.records import JobDir, RecordError, Records
-from aitbc_miner.supervisor.control_api import FILES
+from aitbc_miner.supervisor.control_api import open_files
 from aitbc_miner.supervisor.slow_answers import read_history
-from aitbc_miner.util import fs
 from aitbc_miner.util.system import drop_privileges
 
 VERBS = frozenset({"jobs", "job", "logs", "history"})
 
 
 class Stored(Files, frozen=True, tag="stored"):
-    """A job's files that do not change any more, for nobody is there to change them."""
+    """A job's files on the disk of a stopped node, where no process changes them."""
 
 
 def answer_from_disk(config: Path, socket: Path, request: Request) -> tuple[Answer, list[int]] | None:
-    """Answer as the node would; None for what only a running one can, or where it is another's configuration.
+    """Answer like the node; None if only a running node can answer, or the configuration is another node's.
 
     Raises:
-        MinerError, OSError: what there is cannot be read.
+        MinerError, OSError: the files cannot be read.
     """
     if request.verb in VERBS and config.exists() and not os.access(config, os.R_OK):
         return _not_permitted(f"cannot read {config}"), []
@@ -54,9 +53,7 @@ def answer_from_disk(config: Path, socket: Path, request: Request) -> tuple[Answ
 
 
 def _not_permitted(what: str) -> Refusal:
-    message = (
-        "not permitted; the files of a miner that is not running are for root and its own user: use sudo"
-    )
+    message = "only root and the miner's user may read the files of a stopped miner; use sudo"
     return Refusal(f"{what}: {message}", EXIT_NOT_PERMITTED)
 
 
@@ -88,19 +85,9 @@ def _row(config: Config, job: JobDir) -> JobRow:
 
 
 def _files(config: Config, request: Request) -> tuple[Answer, list[int]]:
-    fds: list[int] = []
-    names: list[str] = []
-    try:
-        with Records(config.workspace.root).open(request.job_id or "") as job:
-            row = _row(config, job)
-            for name in FILES[request.verb]:
-                with contextlib.suppress(FileNotFoundError):
-                    fds.append(fs.open_below(job.fd, name))
-                    names.append(Path(name).name)
-    except OSError:
-        for fd in fds:
-            os.close(fd)
-        raise
+    with Records(config.workspace.root).open(request.job_id or "") as job:
+        row = _row(config, job)
+        names, fds = open_files(job.fd, request.verb)
     return Stored(row, names), fds
 
 

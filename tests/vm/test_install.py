@@ -194,9 +194,7 @@ def test_who_may_look_reads_no_token(machine: Machine) -> None:
     try:
         looker = ("runuser", "-u", "looker", "--")
         assert "up " in run(*looker, "aitbc-minerctl", "status")
-        assert "only for root and the group aitbc-admin" in run(
-            *looker, "aitbc-minerctl", "drain", check=False
-        )
+        assert "only root and the group aitbc-admin" in run(*looker, "aitbc-minerctl", "drain", check=False)
         for secret in (ETC / "token", ETC / "config.yaml"):
             assert "Permission denied" in run(*looker, "cat", secret, check=False)
         run("usermod", "-aG", "aitbc", "looker")

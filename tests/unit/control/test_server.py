@@ -143,7 +143,7 @@ def test_an_unknown_verb_is_refused_with_those_that_there_are(node: Node) -> Non
     assert isinstance(answer, Refusal)
     assert answer.exit_code == EXIT_FAILURE
     assert answer.message.endswith(
-        "not one of allow, cancel, drain, history, job, jobs, logs, reload, resume, retry, slots, status"
+        "the miner knows only allow, cancel, drain, history, job, jobs, logs, reload, resume, retry, slots, status"
     )
     assert len(answer.message) < 200
     assert node.asked == []
@@ -370,7 +370,7 @@ def test_a_socket_on_which_another_miner_answers_is_left_alone(node: Node, crowd
         live.listen(0)
         for _ in range(crowd):
             stack.enter_context(socket.socket(socket.AF_UNIX)).connect(os.fspath(path))
-        with pytest.raises(OSError, match=f"^cannot listen on {path}: another miner answers there; stop"):
+        with pytest.raises(OSError, match=f"^cannot listen on {path}: another miner listens there; stop"):
             serve(path)
         assert path.is_socket()
     path.unlink()
@@ -379,7 +379,7 @@ def test_a_socket_on_which_another_miner_answers_is_left_alone(node: Node, crowd
 def test_what_is_no_socket_is_not_removed(node: Node) -> None:
     path = node.path.with_name("a-file")
     path.write_text("precious")
-    with pytest.raises(OSError, match=f"^cannot listen on {path}: it is no socket; remove it"):
+    with pytest.raises(OSError, match=f"^cannot listen on {path}: the file is no socket; remove the file"):
         serve(path)
     assert path.read_text() == "precious"
     path.unlink()
@@ -471,7 +471,7 @@ def test_a_stranger_may_neither_read_nor_write(
         answer, _ = answer_to(node, Request(verb))
         code, message = answer.exit_code, answer.message
     assert code == EXIT_NOT_PERMITTED
-    assert message.startswith(f"cannot {verb}: only for root and the group aitbc")
+    assert message.startswith(f"cannot {verb}: only root and the group aitbc")
     assert node.asked == []
 
 

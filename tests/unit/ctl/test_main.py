@@ -506,7 +506,7 @@ def test_no_log_yet(served: Served) -> None:
     served.desk.says(Files(row(State.PULLED), []))
     done = run(served.path, "logs", "j-1")
     assert (done.returncode, done.stdout) == (1, "")
-    assert "cannot show the log of job j-1: it has none; it is PULLED" in done.stderr
+    assert "cannot show the log of job j-1: the job has no log; its state is PULLED" in done.stderr
 
 
 def test_follow_begins_before_the_log_is_there_and_ends_with_the_job(served: Served, tmp_path: Path) -> None:
@@ -592,7 +592,7 @@ def test_a_full_disk_is_told(served: Served) -> None:
             command, stdout=full, stderr=subprocess.PIPE, env=environ(), timeout=DEADLINE_S, check=False
         )
     assert done.returncode == 1
-    assert done.stderr == b"aitbc-minerctl: cannot go on: No space left on device\n"
+    assert done.stderr == b"aitbc-minerctl: cannot finish the command: No space left on device\n"
 
 
 # --- orders, refusals, faults ------------------------------------------------------------------------------
@@ -658,7 +658,7 @@ def test_a_permitted_command_ends_with_0(served: Served) -> None:
 def test_a_command_that_cannot_be_asked_for_is_wrong_usage(served: Served, args: list[str]) -> None:
     done = run(served.path, "allow", "--", "true", *args)
     assert done.returncode == 2
-    assert done.stderr.startswith("aitbc-minerctl: cannot ask: ")
+    assert done.stderr.startswith("aitbc-minerctl: cannot ask the miner: ")
     assert served.desk.asked == []
 
 
@@ -697,7 +697,7 @@ def test_no_miner_there(tmp_path: Path) -> None:
     path = tmp_path / "none.sock"
     done = run(path, "status")
     assert done.returncode == 69
-    assert f"cannot reach the miner at {path}: No such file or directory; is it running?" in done.stderr
+    assert f"cannot reach the miner at {path}: No such file or directory; check `systemctl" in done.stderr
     assert run("/" + "x" * 200, "status").returncode == 69
 
 

@@ -99,7 +99,7 @@ def test_jobs_records_logs_and_history_are_on_disk(site: Site) -> None:
     before = files(site)
     jobs = site.ctl("jobs")
     assert jobs.returncode == 0, jobs.stderr
-    assert "the miner is not running at" in jobs.stderr
+    assert "no miner runs at" in jobs.stderr
     assert [line.split()[:2] for line in jobs.stdout.splitlines()[1:]] == [
         ["waits", "PULLED"],
         ["done", "FAILED"],
