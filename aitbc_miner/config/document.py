@@ -1,8 +1,8 @@
 """Reads YAML files into msgspec structs and reports every fault in one pass.
 
-Each fault names file, line, key, the value (never that of a secret) and what is allowed instead. A struct
-field may carry `Parse(function)` in `Annotated` where YAML holds another notation than the field's type; a
-struct's `__post_init__` may raise `BadField` or `ValueError` to check keys against each other.
+Each fault names file, line, key, value (hidden for secrets) and the allowed values. A struct field may carry
+`Parse(function)` in `Annotated` if its YAML notation differs from its type. A struct's `__post_init__` may
+raise `BadField` or `ValueError` to check keys against each other.
 """
 
 import math
@@ -55,7 +55,7 @@ _SOURCE = re.compile(r"(env|file|credential):\S+")
 
 
 class Fault(msgspec.Struct, frozen=True):
-    """One thing wrong with a file; `file` is the name of the variable that overrode its value, if one did."""
+    """A mistake in a file of the operator, or in the variable that overrides a value; `file` names either."""
 
     file: str
     line: int | None
@@ -65,12 +65,12 @@ class Fault(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         place = self.file if self.line is None else f"{self.file}:{self.line}"
         text = ": ".join(part for part in (place, self.key, self.message) if part)
-        # What is wrong with a file may be what is in it.
+        # The message may quote unprintable characters of the file.
         return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-class BadField(ValueError):  # noqa: N818  # says what it names: a field, not a failure of ours
-    """Raised by `__post_init__` when one field contradicts the others, so that the fault names its line."""
+class BadField(ValueError):  # noqa: N818  # named after the field
+    """Raised by `__post_init__` for a field that contradicts others, so that the fault names its line."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(message)
@@ -80,12 +80,11 @@ class BadField(ValueError):  # noqa: N818  # says what it names: a field, not a 
 def read_document(
     path: Path, type_: type[T], faults: list[Fault], *, env_overrides: Mapping[str, str] | None = None
 ) -> T | None:
-    """Read a YAML file as `type_`; append what is wrong to `faults` and then return None.
+    """Read a YAML file as `type_`; if the file has faults, append them to `faults` and return None.
 
-    Such files decide about what root and jobs do, so one that others could change is not obeyed.
-
-    Variables of `env_overrides` called AITBC_MINER_<SECTION>__<KEY> take the place of the file's values;
-    others without that prefix are ignored, so the whole environment may be given.
+    A file that other users could change is a fault: these files decide what root and jobs do. Variables of
+    `env_overrides` called AITBC_MINER_<SECTION>__<KEY> override the file's values. Variables without the
+    prefix are ignored, so the caller may pass the whole environment.
     """
     try:
         text = read_text(path)
@@ -95,17 +94,13 @@ def read_document(
     if untrusted := refusal(path):
         faults.append(Fault(str(path), None, "", untrusted))
         return None
-    return _decode(text, type_, faults, str(path), env_overrides or {})
+    return decode_text(text, type_, faults, file=str(path), environ=env_overrides)
 
 
-def decode_text(text: str, type_: type[T], faults: list[Fault], *, file: str) -> T | None:
-    """Read YAML text as `type_`, as `read_document` does; `file` is the name that faults give."""
-    return _decode(text, type_, faults, file, {})
-
-
-def _decode(
-    text: str, type_: type[T], faults: list[Fault], file: str, environ: Mapping[str, str]
+def decode_text(
+    text: str, type_: type[T], faults: list[Fault], *, file: str, environ: Mapping[str, str] | None = None
 ) -> T | None:
+    """Read YAML text as `type_`, like `read_document`; faults name `file`."""
     try:
         root = compose(text, file)
     except YamlTextError as error:
@@ -113,13 +108,13 @@ def _decode(
         return None
     before = len(faults)
     walk = _Walk(faults)
-    walk.override(root, type_, environ)
+    walk.override(root, type_, environ or {})
     result = walk.value(root, type_, "")
     return typing.cast("T", result) if len(faults) == before else None
 
 
 class _Walk:
-    """One pass over a node tree; `value` returns `_BAD` for whatever it has already reported."""
+    """One pass over a node tree; `value` returns `_BAD` for a value whose fault is in `faults`."""
 
     def __init__(self, faults: list[Fault]) -> None:
         self.faults = faults
@@ -141,8 +136,7 @@ class _Walk:
         members = tuple(member for member in members if member is not types.NoneType)
         listed = key.endswith("]")
         if node.tag == _NULL and len(members) == 1 and is_struct(bare_type(members[0])) and not listed:
-            # "section:" with all its keys commented out means its defaults.
-            # A dash with nothing behind it does not.
+            # "section:" with all keys commented out means the defaults; a dash without a value does not.
             node = empty_mapping(node.start_mark)
         fitting = [member for member in members if node_kind(member) is type(node)]
         if not fitting:
@@ -169,7 +163,7 @@ class _Walk:
 
     def _scalar(self, node: Node, type_: Any, declared: Any, key: str) -> object:
         try:
-            # YAML takes a bare `off` for false, but where `off` is one of the choices it is meant as such.
+            # YAML reads a bare `off` as false; if `off` is one of the choices, the operator means the choice.
             chosen = typing.get_origin(type_) is Literal and node.value in typing.get_args(type_)
             value = node.value if chosen else construct_scalar(node)
         except YamlTextError as error:
@@ -177,7 +171,7 @@ class _Walk:
         try:
             if parse := parser_of(type_):
                 return parse(value)
-            # NaN passes every range check, because it compares as neither less nor more.
+            # NaN would pass every range check.
             finite = not isinstance(value, float) or math.isfinite(value)
             return msgspec.convert(value if finite else None, type_)
         except msgspec.ValidationError:
@@ -234,14 +228,14 @@ class _Walk:
             if not isinstance(key_node, ScalarNode):
                 self.fault(key_node, key, f"has {_kind(key_node)} for a key; must be plain text")
             elif (name := key_node.value) in seen:
-                message = f"this key is here twice, first in line {seen[name]}; remove one of them"
+                message = f"duplicate key, first in line {seen[name]}; remove one of the two"
                 self.fault(key_node, _join(key, name), message)
             else:
                 seen[name] = key_node.start_mark.line + 1
                 yield name, key_node, child
 
     def override(self, root: Node, type_: Any, environ: Mapping[str, str]) -> None:
-        """Put the values of AITBC_MINER_<SECTION>__<KEY> into the tree, where `value` then judges them."""
+        """Put the values of AITBC_MINER_<SECTION>__<KEY> into the tree; `value` then checks them."""
         given = {name: text for name, text in environ.items() if name.startswith(ENV_PREFIX)}
         known = {ENV_PREFIX + "__".join(path).upper(): (path, field) for path, field in _paths(type_)}
         for variable, text in sorted(given.items()):
@@ -263,7 +257,7 @@ class _Walk:
 
 
 def _given(text: str, field: FieldInfo, variable: str) -> Node | None:
-    """Read the value of a variable: of a key with one value the text is that. None is the key's default."""
+    """Read a variable: as YAML for a list or mapping, else as plain text. None means the key's default."""
     members = members_of(field.type)
     plain = text.strip()
     if not plain or (plain == "null" and types.NoneType not in members):
@@ -281,7 +275,7 @@ def _given(text: str, field: FieldInfo, variable: str) -> Node | None:
 
 
 def _is_text(type_: Any) -> bool:
-    """Whether a value is taken as it is written, whatever number or truth value it may look like."""
+    """Whether a value is taken as written, even if the text looks like a number or a truth value."""
     bare = bare_type(type_)
     return bare is str or parser_of(type_) is not None or typing.get_origin(bare) is Literal
 
@@ -296,10 +290,10 @@ def _paths(type_: Any) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
 
 
 def _graft(node: Node, path: tuple[str, ...], value: Node | None) -> None:
-    """Put a value into the tree, or None: take what is there away, for the default."""
+    """Put a value into the tree; None removes the present value, so that the default applies."""
     for depth, name in enumerate(path):
         if not isinstance(node, MappingNode):
-            return  # the walk reports that this section is no mapping
+            return  # `value` reports that the section is no mapping
         pairs = node.value
         at = next((i for i, (key, _) in enumerate(pairs) if key.value == name), len(pairs))
         known = pairs[at] if at < len(pairs) else (None, None)
@@ -328,7 +322,7 @@ def _kind(node: Node) -> str:
 
 
 def _shown(node: Node, key: str) -> str:
-    """Return the value as it is written in the file, or "(hidden)" where it may be a secret."""
+    """Give the value as written in the file, or "(hidden)" if the value may be a secret."""
     if node.tag == _NULL:
         return "null"
     if _SECRET_NAME.search(key) and not _SOURCE.fullmatch(node.value):

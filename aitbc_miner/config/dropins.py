@@ -1,4 +1,4 @@
-"""The directories of files that each say one thing (slots.d, allowlist.d, …): which of their files count."""
+"""Lists the files of drop-in directories such as slots.d and allowlist.d."""
 
 import re
 from collections.abc import Iterator
@@ -8,14 +8,14 @@ from typing import NamedTuple
 from aitbc_miner.config.document import Fault
 from aitbc_miner.util.trust import refusal
 
-# What editors and packages leave beside a file, and our own samples.
+# Leftovers of editors and packages, and our own samples.
 _LEFT = re.compile(r".*(~|\.(sample|bak|orig|rej|swp|tmp|(dpkg|ucf)-(new|old|dist|tmp)))")
 
 
 class DropIns(NamedTuple):
-    """The files of a directory in their order, those with another ending, and whether it holds any at all.
+    """The files of a directory in their order, the files with another ending, and whether both are empty.
 
-    Samples and hidden files are none.
+    Samples and hidden files do not count.
     """
 
     files: list[Path]
@@ -23,20 +23,21 @@ class DropIns(NamedTuple):
     empty: bool
 
     def warnings(self, suffix: str = ".yaml") -> Iterator[Fault]:
-        """Yield a warning for each file that was probably meant to be read, and is not."""
+        """Yield a warning for each file that the operator probably meant, but the node does not read."""
         for path in self.strange:
             remedy = f"rename it to {path.stem}{suffix}" if path.suffix == ".yml" else "rename or remove it"
-            what = "is a directory" if path.is_dir() else f"does not end in {suffix}"
-            yield Fault(str(path), None, "", f"this is not read, because it {what}; {remedy}")
+            cause = "it is a directory" if path.is_dir() else f"its name does not end in {suffix}"
+            yield Fault(str(path), None, "", f"not read, because {cause}; {remedy}")
 
 
 def drop_ins(directory: Path, faults: list[Fault], *, suffix: str = ".yaml") -> DropIns | None:
-    """Look which files of a directory count; None when it is not there, or for what is added to `faults`.
+    """List the files of a directory; None if the directory does not exist, or with a new fault in `faults`.
 
-    Hidden files and what editors leave do not count, and nothing does where others could add a file.
+    Hidden files and leftovers of editors do not count. A directory to which other users could add a file is a
+    fault.
     """
     try:
-        # Path.glob would hide that a directory is missing or closed.
+        # Path.glob would raise no error for a missing or unreadable directory.
         paths = sorted(path for path in directory.iterdir() if not path.name.startswith((".", "#")))
     except FileNotFoundError:
         return None

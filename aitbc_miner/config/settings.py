@@ -1,6 +1,6 @@
 """The node's configuration: /etc/aitbc/miner/config.yaml and its AITBC_MINER_* overrides, read once, frozen.
 
-The structs below are the list of keys and their defaults; etc/config.yaml explains each to the operator.
+The structs define the keys and their defaults; etc/config.yaml explains each key to the operator.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from aitbc_miner.identity.credentials import parse_source
 
 MACHINE_ID = Path("/etc/machine-id")
 SLOTS_DIR = Path("/etc/aitbc/miner/slots.d")
-"""Where no other is set, and where no file need be: the slots are derived from the machine then."""
+"""The default; without files in the directory, the node derives the slots from the machine."""
 _MACHINE_ID = re.compile(r"[0-9a-fA-F]{32}")
 _NODE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -58,7 +58,7 @@ ModeOrOff = Literal["required", "auto", "off"]
 
 
 def read_machine_id(path: Path = MACHINE_ID) -> str:
-    """Give what the file says that is to have the machine's id."""
+    """Give the text of the machine-id file; empty if the file cannot be read."""
     try:
         return path.read_text(errors="replace").strip()
     except OSError:
@@ -66,12 +66,12 @@ def read_machine_id(path: Path = MACHINE_ID) -> str:
 
 
 def is_machine_id(text: str) -> bool:
-    """Whether it is an id: not "uninitialized", as in images, nor nothing, which many machines have alike."""
+    """Whether a text is a real id, and not empty or "uninitialized" as in images of many machines."""
     return bool(_MACHINE_ID.fullmatch(text)) and len(set(text)) > 1
 
 
 def derive_node_id(machine_id_path: Path = MACHINE_ID) -> str:
-    """Name this node: stable, and not giving away the machine-id, which machine-id(5) calls confidential."""
+    """Derive a stable node id. The machine-id, confidential by machine-id(5), cannot be computed from it."""
     machine_id = read_machine_id(machine_id_path)
     seed = "aitbc-miner" + (machine_id if is_machine_id(machine_id) else socket.gethostname())
     return f"node-{hashlib.sha256(seed.encode()).hexdigest()[:12]}"
@@ -81,12 +81,12 @@ def _parse_node_id(value: object) -> str:
     if value is None:
         return derive_node_id()
     if not isinstance(value, str) or not _NODE_ID.fullmatch(value):
-        raise ValueError("must be text of 1 to 64 of A-Z a-z 0-9 . _ -, or null")
+        raise ValueError("must be text of 1 to 64 characters A-Z a-z 0-9 . _ -, or null")
     return value
 
 
 class GiveUp(Struct, frozen=True):
-    """When it is believed that the coordinator refuses a job or a report, and when that is tried anew."""
+    """When the node gives up a report that the coordinator refuses, and when the node sends it again."""
 
     refusals: Annotated[int, Meta(ge=1, le=1000)] = 5
     over_s: Annotated[float, Meta(ge=0, le=86_400)] = 600.0
@@ -94,10 +94,10 @@ class GiveUp(Struct, frozen=True):
 
 
 class CoordinatorSection(Struct, frozen=True):
-    """Where jobs come from. auth_token names the token's source, never the token.
+    """The coordinator and the calls to it. `auth_token` names the token's source, never the token.
 
-    For aitbc-v1 alone: `price` is what this node wants at least for a unit, `share` its part of the calls
-    that the coordinator takes from one address, `receipt_keys` the keys that may sign receipts (empty: any).
+    For aitbc-v1 only: `price` is the node's lowest price for a unit, `share` its part of the calls that the
+    coordinator accepts from one address, `receipt_keys` the keys that may sign receipts (empty: any key).
     """
 
     base_url: Annotated[str, Parse(parse_base_url)]
@@ -127,10 +127,11 @@ class CoordinatorSection(Struct, frozen=True):
             raise BadField("base_url", f"is {self.base_url!r}, which sends the token unencrypted; {remedy}")
         if self.dialect == "bootstrap" and self.auth_scheme != "bearer":
             raise BadField(
-                "auth_scheme", f"is {self.auth_scheme}, which the dialect bootstrap has not; use bearer"
+                "auth_scheme",
+                f"is {self.auth_scheme}, but the dialect bootstrap knows bearer only; use bearer",
             )
         if self.ca_file and not self.tls_verify:
-            raise BadField("ca_file", "has no use while tls_verify is false; remove one of the two")
+            raise BadField("ca_file", "has no effect while tls_verify is false; remove one of the two keys")
         _check_proxy(self)
 
     def _stays_here(self) -> bool:
@@ -138,7 +139,7 @@ class CoordinatorSection(Struct, frozen=True):
 
 
 class InputsSection(Struct, frozen=True):
-    """How inputs are fetched. A `proxy` looks their addresses up, so that this node cannot check them."""
+    """How inputs are fetched. A `proxy` resolves their addresses, so the node cannot check the addresses."""
 
     proxy: Annotated[str, Parse(parse_proxy)] | None = None
     proxy_auth: Annotated[str, Parse(parse_source)] | None = None
@@ -149,22 +150,24 @@ class InputsSection(Struct, frozen=True):
 
 def _check_proxy(section: CoordinatorSection | InputsSection) -> None:
     if section.proxy_auth and not section.proxy:
-        raise BadField("proxy_auth", "has no use without proxy; set that, or remove this")
+        raise BadField("proxy_auth", "has no effect without proxy; set proxy, or remove proxy_auth")
 
 
 class BackoffSection(Struct, frozen=True):
-    """Waits between failed attempts: doubling from min_s up to max_s."""
+    """The waits after failures: doubling from min_s up to max_s."""
 
     min_s: Seconds = 5.0
     max_s: Seconds = 120.0
 
     def __post_init__(self) -> None:
         if self.min_s > self.max_s:
-            raise BadField("min_s", f"is {self.min_s:g}, above max_s ({self.max_s:g}); must be at most that")
+            raise BadField(
+                "min_s", f"is {self.min_s:g}, above max_s ({self.max_s:g}); lower min_s or raise max_s"
+            )
 
 
 class HeartbeatSection(Struct, frozen=True):
-    """How often the coordinator hears from us."""
+    """How often the node sends a heartbeat."""
 
     interval_s: Seconds = 15.0
     jitter_pct: Annotated[float, Meta(ge=0, le=50)] = 10.0
@@ -181,8 +184,8 @@ class CliRunnerSection(Struct, frozen=True):
 class PythonRunnerSection(Struct, frozen=True):
     """Jobs that are Python tasks.
 
-    `venv` is the virtual environment they run in (null: the miner's own), `preload` what a waiting process of
-    each slot imports ahead of them.
+    `venv` is the virtual environment of the tasks (null: the miner's own). `preload` are the modules that a
+    waiting process of each slot imports in advance.
     """
 
     enable: bool = True
@@ -192,14 +195,14 @@ class PythonRunnerSection(Struct, frozen=True):
 
 
 class RunnersSection(Struct, frozen=True):
-    """Which kinds of jobs this node takes."""
+    """The kinds of jobs that this node takes."""
 
     cli: CliRunnerSection = CliRunnerSection()
     python: PythonRunnerSection = PythonRunnerSection()
 
 
 class WorkspaceSection(Struct, frozen=True):
-    """The directories of the jobs, how long they stay, and how much a job may write and deliver."""
+    """The jobs' directories, their lifetime, and the limits on the files of a job."""
 
     root: Path = Path("/var/lib/aitbc/miner/jobs")
     keep_success: Duration = 86_400.0
@@ -215,10 +218,10 @@ class WorkspaceSection(Struct, frozen=True):
 
 
 class QueueSection(Struct, frozen=True):
-    """Where jobs to run again and reports to send again wait. The node's own database is always at `path`.
+    """The queue of jobs to retry and reports to resend. The node's own database is always at `path`.
 
-    `url` and `password` (its source) are for redis, which a fleet may share. A node that has not renewed its
-    lease on a job for `lease_s` may lose it to the others.
+    `url` and `password` (its source) are for redis, which a fleet may share. A node that does not renew its
+    lease on a job for `lease_s` may lose the job to other nodes.
     """
 
     backend: Literal["sqlite", "redis"] = "sqlite"
@@ -230,11 +233,11 @@ class QueueSection(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if self.backend == "redis" and self.url is None:
-            raise BadField("url", "is not set; the redis backend needs one, such as redis://127.0.0.1:6379/0")
+            raise BadField("url", "is not set; set an address for redis, such as redis://127.0.0.1:6379/0")
 
 
 class PrivilegesSection(Struct, frozen=True):
-    """As which users the parts run; job_user `per-slot` is one user for each slot."""
+    """The users of the processes; job_user `per-slot` means one user for each slot."""
 
     mode: Mode = "required"
     service_user: UserName = "aitbc"
@@ -242,7 +245,7 @@ class PrivilegesSection(Struct, frozen=True):
 
 
 class SandboxSection(Struct, frozen=True):
-    """Whether jobs must run in a sandbox, and how many MiB its /tmp and /dev/shm hold."""
+    """Whether jobs must run in a sandbox, and the MiB of its /tmp and /dev/shm."""
 
     mode: ModeOrOff = "required"
     tmp_mb: Annotated[int, Meta(ge=1, le=1 << 20)] = 256
@@ -250,28 +253,28 @@ class SandboxSection(Struct, frozen=True):
 
 
 class CgroupSection(Struct, frozen=True):
-    """Whether limits must be held by cgroups."""
+    """Whether cgroups must enforce the limits."""
 
     mode: ModeOrOff = "required"
 
 
 class ShutdownSection(Struct, frozen=True):
-    """What becomes of running jobs at SIGTERM; `drain` waits up to grace_s."""
+    """How SIGTERM treats running jobs; `drain` waits up to grace_s."""
 
     mode: Literal["handover", "drain", "kill"] = "handover"
     grace_s: Annotated[float, Meta(ge=0, le=86_400)] = 300.0
 
 
 class SecretsSection(Struct, frozen=True):
-    """The key that opens what is sealed for this node."""
+    """The key that opens secrets sealed for this node."""
 
     pkcs11: Annotated[str, Meta(max_length=4096)] | None = None
 
 
 class TelemetrySection(Struct, frozen=True):
-    """Where /healthz and /metrics are served; port 0 takes a free one.
+    """The address of /healthz and /metrics; port 0 takes a free port.
 
-    `textfile` gets the metrics as well, for node_exporter's textfile collector; its name must end in .prom.
+    `textfile` also gets the metrics, for node_exporter's textfile collector; its name must end in .prom.
     """
 
     listen: Annotated[str, Parse(parse_listen)] = "127.0.0.1:9464"
@@ -279,13 +282,13 @@ class TelemetrySection(Struct, frozen=True):
 
 
 class ControlSection(Struct, frozen=True):
-    """Where aitbc-minerctl finds the daemon."""
+    """The socket for aitbc-minerctl."""
 
     socket: Annotated[Path, Parse(parse_socket)] = Path("/run/aitbc-miner/control.sock")
 
 
 class LoggingSection(Struct, frozen=True):
-    """What is logged; without a path, to standard error."""
+    """The least level to log; without a path, to standard error."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     json: bool = True
@@ -293,7 +296,7 @@ class LoggingSection(Struct, frozen=True):
 
 
 class Config(Struct, frozen=True):
-    """All of config.yaml. `node_id` is never empty: without the key it is derived from the machine-id."""
+    """All of config.yaml. `node_id` is never empty: its default is derived from the machine-id."""
 
     coordinator: CoordinatorSection
     node_id: Annotated[str, Parse(_parse_node_id)] = msgspec.field(default_factory=derive_node_id)
@@ -315,7 +318,7 @@ class Config(Struct, frozen=True):
     logging: LoggingSection = LoggingSection()
 
     def sources(self) -> list[str]:
-        """Name where the operator's secrets are, as `env:NAME`."""
+        """Give the sources of the operator's secrets, such as `env:NAME`."""
         there, inputs = self.coordinator, self.inputs
         named = (there.auth_token, there.proxy_auth, inputs.proxy_auth, self.queue.password)
         return [source for source in named if source]
@@ -342,10 +345,10 @@ def _warnings(config: Config) -> Iterator[str]:
     defaults = Config(CoordinatorSection(there.base_url, there.auth_token, allow_http=True))
     for key in _WITHOUT_EFFECT:
         if _look_up(config, key) != _look_up(defaults, key):
-            yield f"{key} has no effect in this version; it is accepted for later ones"
+            yield f"{key} has no effect in this version; remove the key until a later version supports it"
     for key in _AITBC_ONLY if there.dialect != "aitbc-v1" else ():
         if _look_up(config, key) != _look_up(defaults, key):
-            yield f"{key} has no effect: coordinator.dialect is {there.dialect}, which has no use for it"
+            yield f"{key} has no effect: only aitbc-v1 uses it, coordinator.dialect is {there.dialect}"
 
 
 def _look_up(config: Struct, key: str) -> object:

@@ -1,4 +1,4 @@
-"""What values of the configuration must be, beyond their type; each function says it in a ValueError."""
+"""Parsers for addresses and paths in the configuration; each raises ValueError("must be ...")."""
 
 import ipaddress
 import re
@@ -16,19 +16,19 @@ def parse_base_url(value: object) -> str:
     try:
         url = urlsplit(value if isinstance(value, str) else "")
         good = url.scheme in {"http", "https"} and url.hostname and url.port != 0
-    except ValueError:  # a port that is no number, an IPv6 address that is none
+    except ValueError:  # a bad port or IPv6 address
         good = False
     if not isinstance(value, str) or not good or re.search(r"[\s\x00-\x1f\\]", value):
         raise ValueError("must be an http or https address, such as https://coordinator.example/api/v1")
     if "@" in url.netloc or url.query or url.fragment:
         raise ValueError(
-            "must be without user, password, ? and #; the token belongs in coordinator.auth_token"
+            "must have no user, password, ? or #; set the token's source in coordinator.auth_token"
         )
     return value.rstrip("/")
 
 
 def is_loopback(url: str) -> bool:
-    """Whether an address is one of this machine alone."""
+    """Whether the host of an address is this machine."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -37,10 +37,10 @@ def is_loopback(url: str) -> bool:
 
 
 def parse_ca_file(value: object) -> Path:
-    """Check the path of a file with certificates, which must be there."""
+    """Check the path of an existing file with certificates."""
     path = absolute_path(value)
     if not path.is_file():
-        raise ValueError("must be an existing file with CA certificates in PEM form; there is none")
+        raise ValueError("must be an existing file with CA certificates in PEM form")
     if untrusted := refusal(path):
         raise ValueError(untrusted)
     return path
@@ -58,7 +58,7 @@ def parse_textfile(value: object) -> Path:
     """Check the path of a file for node_exporter."""
     path = absolute_path(value)
     if path.suffix != ".prom":
-        raise ValueError("must end in .prom: node_exporter reads no other file")
+        raise ValueError("must end in .prom, because node_exporter reads only such files")
     return path
 
 
@@ -68,12 +68,12 @@ def parse_redis_url(value: object) -> str:
         url = urlsplit(value if isinstance(value, str) else "")
         where = url.path if url.scheme == "unix" else url.hostname
         good = url.scheme in {"redis", "rediss", "unix"} and bool(where) and url.port != 0
-    except ValueError:  # a port that is no number
+    except ValueError:  # a bad port
         good = False
     if not isinstance(value, str) or not good or re.search(r"[\s\x00-\x1f\\]", value):
         raise ValueError("must be redis://HOST:PORT/N, rediss://HOST:PORT/N (TLS) or unix:///PATH?db=N")
     if "@" in url.netloc:
-        raise ValueError("must be without user and password; name the source of that in queue.password")
+        raise ValueError("must have no user and password; set the password's source in queue.password")
     return value
 
 
@@ -85,7 +85,7 @@ def parse_proxy(value: object) -> str:
         url = ""
     if not url or urlsplit(url).path:
         raise ValueError(
-            "must be http://HOST:PORT or https://HOST:PORT; the source of user and password is proxy_auth"
+            "must be http://HOST:PORT or https://HOST:PORT; set the source of user and password in proxy_auth"
         )
     return url
 

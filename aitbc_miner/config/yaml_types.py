@@ -1,4 +1,4 @@
-"""What a type allows: as which kind of YAML node it is written, who reads it, and in words."""
+"""For a Python type: its kind of YAML node, its parser, and its description in words."""
 
 import difflib
 import enum
@@ -13,30 +13,30 @@ from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 
 class Parse(NamedTuple):
-    """Marks a field whose YAML value is read by `function`, which raises ValueError("must be ...")."""
+    """Marks a field whose YAML value `function` reads; `function` raises ValueError("must be ...")."""
 
     function: Callable[[object], object]
 
 
 def members_of(type_: Any) -> tuple[Any, ...]:
-    """Return the members of a union, or the type itself."""
+    """Give the members of a union, or the type itself."""
     if typing.get_origin(type_) in {Union, types.UnionType}:
         return typing.get_args(type_)
     return (type_,)
 
 
 def bare_type(type_: Any) -> Any:
-    """Return the type without its annotations."""
+    """Give the type without its annotations."""
     return typing.get_args(type_)[0] if typing.get_origin(type_) is Annotated else type_
 
 
 def is_struct(type_: Any) -> bool:
-    """Whether it is one of our structs."""
+    """Whether a type is a struct."""
     return isinstance(type_, type) and issubclass(type_, msgspec.Struct)
 
 
 def node_kind(type_: Any) -> type[Node]:
-    """Say which kind of YAML node a type is written as."""
+    """Give the kind of YAML node in which a type is written."""
     bare = bare_type(type_)
     if any(isinstance(extra, Parse) for extra in typing.get_args(type_)):
         return ScalarNode
@@ -48,7 +48,7 @@ def node_kind(type_: Any) -> type[Node]:
 
 
 def parser_of(type_: Any) -> Callable[[object], object] | None:
-    """Return what reads the value, if it has a notation of its own."""
+    """Give the parser of a type with its own notation; None for a plain type."""
     own = next((extra.function for extra in typing.get_args(type_) if isinstance(extra, Parse)), None)
     return absolute_path if own is None and bare_type(type_) is Path else own
 
@@ -61,7 +61,7 @@ def absolute_path(value: object) -> Path:
 
 
 def describe_type(type_: Any) -> str:
-    """Say in words what a type allows, to be put after "must be"."""
+    """Describe the allowed values of a type, to follow "must be"."""
     members = [member for member in members_of(type_) if member is not types.NoneType]
     if len(members) < len(members_of(type_)):
         return " or ".join([*map(describe_type, members), "null"])
@@ -88,7 +88,7 @@ def _one_of(values: typing.Iterable[object]) -> str:
 
 
 def limits_of(meta: msgspec.Meta) -> Iterator[str]:
-    """Yield the limits of a value in words."""
+    """Describe the limits of a value."""
     words = {
         "ge": "of at least",
         "gt": "above",
@@ -104,7 +104,7 @@ def limits_of(meta: msgspec.Meta) -> Iterator[str]:
 
 
 def nearest(name: str, known: typing.Iterable[str]) -> str:
-    """Say what an unknown name was probably meant to be."""
+    """Suggest the known name that an unknown name probably means."""
     options = sorted(known)
     if near := difflib.get_close_matches(name, options, n=1):
         return f"did you mean {near[0]}?"
@@ -114,10 +114,10 @@ def nearest(name: str, known: typing.Iterable[str]) -> str:
 
 
 def allowed(type_: Any) -> str:
-    """Say what a value must be."""
+    """Describe the allowed values of a type as a sentence with "must be"."""
     if parse := parser_of(members_of(type_)[0]):
         try:
-            parse(object())  # what none accepts, so that it says what it does accept
+            parse(object())  # no parser accepts an object, so the error lists the allowed values
         except ValueError as error:
             return str(error)
     return f"must be {describe_type(type_)}"

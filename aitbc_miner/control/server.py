@@ -169,7 +169,7 @@ class ControlServer:
         uid, groups = peer(client.sock)
         if request.verb not in READ_VERBS | WRITE_VERBS:
             verbs = ", ".join(sorted(READ_VERBS | WRITE_VERBS))
-            return Refusal(f"cannot do {request.verb[:40]!r}: the miner knows only {verbs}"), []
+            return Refusal(f"cannot do {request.verb[:40]!r}: unknown verb; use {verbs}"), []
         reads = request.verb in READ_VERBS
         group, ids = (READERS, self._readers | self._writers) if reads else (WRITERS, self._writers)
         if uid not in {0, os.geteuid()} and not groups & ids:

@@ -1,10 +1,10 @@
-"""What the node requires of this machine, looked at before it starts.
+"""Checks the machine before the node starts.
 
 * check: `aitbc-miner check`
 * doctor: `aitbc-miner doctor`
-* requirements: the one list of both
-* confinement: whether jobs can be held and shut in here
-* try_sandbox: makes a sandbox, and sees whether it holds
-* sandbox_view: whether a program's files can be seen in it
+* requirements: the list that both go through
+* confinement: finds the cgroups and the sandbox for jobs
+* try_sandbox: `aitbc-minerctl sandbox`
+* sandbox_view: whether a program's files are visible in the sandbox
 * network: whether the coordinator can be reached
 """

@@ -1,4 +1,4 @@
-"""Whether a node could run here with its configuration; nothing is changed."""
+"""`aitbc-miner check`: whether a node could run here with its configuration. Changes nothing."""
 
 import os
 import ssl
@@ -43,7 +43,7 @@ from aitbc_miner.worker.prewarm import NO_PRELOAD
 
 
 def machine_facts(gpus: GpuList) -> MachineFacts:
-    """Say what slots can be made of here."""
+    """Describe the CPUs, memory and GPUs from which slots can be made."""
     nodes: dict[str, int] = {}
     parts: dict[str, tuple[str, ...]] = {}
     for gpu in gpus.gpus:
@@ -57,7 +57,7 @@ def machine_facts(gpus: GpuList) -> MachineFacts:
 
 
 def told_of(specs: Sequence[SlotSpec], facts: MachineFacts) -> list[SlotCapability]:
-    """Describe slots as the coordinator is told of them, except for what enforces the limits."""
+    """Describe slots as the coordinator gets them, but without the controls that enforce the limits."""
     return [
         SlotCapability(
             name=spec.name,
@@ -73,7 +73,7 @@ def told_of(specs: Sequence[SlotSpec], facts: MachineFacts) -> list[SlotCapabili
 
 
 class Checker:
-    """Goes through all that a node needs. `faults` are what is wrong, `warnings` what may be meant so."""
+    """Checks everything that a node needs. `faults` prevent a start, `warnings` may be intended."""
 
     def __init__(self, path: Path, config: Config, environ: Mapping[str, str], gpus: GpuList) -> None:
         self._path = path
@@ -90,7 +90,7 @@ class Checker:
         self._absent: dict[str, str] = {}
 
     def check(self) -> None:
-        """Check everything, however much of it is wrong."""
+        """Check everything; a fault does not end the check."""
         identities = self.check_start()
         self._check_runners()
         if self._config.coordinator.dialect == "aitbc-v1":
@@ -103,7 +103,7 @@ class Checker:
             self._fault(key, message)
 
     def check_start(self) -> Identities | None:
-        """Check what `run` needs to start at all, and would refuse."""
+        """Check the requirements without which `run` refuses to start."""
         self._check_slots()
         identities = self._check_privileges()
         self._check_confinement(identities)
@@ -119,7 +119,7 @@ class Checker:
         return identities
 
     def _fault(self, key: str, message: str) -> None:
-        """Note what is wrong with a key, where it was set: in the file or by a variable."""
+        """Note a fault of a key, with the place that sets the key: a line of the file or a variable."""
         variable = ENV_PREFIX + key.replace(".", "__").upper()
         if variable in self._environ:
             self.faults.append(Fault(variable, None, key, message))
@@ -147,7 +147,7 @@ class Checker:
         for spec in self.slots:
             if any(enabled.values()) and not any(enabled[name] for name in spec.runners):
                 names = " and ".join(spec.runners)
-                yield f"slot {spec.name} can take no job: runners.{names}.enable is false"
+                yield f"slot {spec.name} takes no jobs: runners.{names}.enable is false"
 
     def _doubtful_binds(self) -> Iterator[str]:
         for spec in self.slots:
@@ -155,9 +155,7 @@ class Checker:
                 try:
                     problem = distrust(path)
                 except OSError as error:
-                    problem = (
-                        f"cannot look at it: {error.strerror}, and without it no job of the slot can start"
-                    )
+                    problem = f"cannot read the path: {error.strerror}; no job of the slot can start"
                 if problem:
                     yield f"slot {spec.name}: binds: {path}: {problem}"
                 for text in special(path):
@@ -178,8 +176,10 @@ class Checker:
             self.warnings += find_cgroups(self._config).missing
         except ConfinementError as error:
             if os.geteuid() == 0 and offered_controllers() >= set(NEEDED_CONTROLLERS):
-                # A shell is in another group than the service, which is given what the machine has.
-                self.warnings.append(f"{error} (this concerns this shell; the packaged service has them)")
+                # This shell's cgroup lacks controllers that systemd gives to the service.
+                self.warnings.append(
+                    f"{error} (in this shell only; the packaged service has the controllers)"
+                )
             else:
                 self._fault("cgroup.mode", str(error))
         try:
@@ -209,10 +209,12 @@ class Checker:
             if self._interpreter:
                 self._check_tasks(self._interpreter)
         if not (runners.cli.enable or runners.python.enable):
-            self.warnings.append("no runner is enabled: this node can take no job")
+            self.warnings.append(
+                "no runner is enabled: this node takes no jobs; enable a runner in `runners`"
+            )
 
     def _hidden(self, entry: Entry) -> Iterator[str]:
-        """Say so if jobs would not see the program in their sandbox, or not all that it needs."""
+        """Yield a warning for each file of a command that jobs cannot see in their sandbox."""
         if self._config.sandbox.mode == "off":
             return
         program = Path(entry.command.path)
@@ -224,7 +226,7 @@ class Checker:
                 blind.setdefault(what, []).append(spec.name)
         for what, names in blind.items():
             whose = "jobs" if len(names) == len(able) else f"jobs of {' and '.join(names)}"
-            whose_need = "" if what == program else f", which {program} needs"
+            whose_need = "" if what == program else f", a file of {program}"
             yield f"{whose} do not see {what} in their sandbox{whose_need}; name its directory in `binds`"
         for path in entry.binds:
             yield from special(path)
@@ -233,15 +235,15 @@ class Checker:
         key = "runners.python.task_paths"
         try:
             if directory.exists() and not directory.is_dir():
-                self._fault(key, f"{directory} is no directory; name one that holds tasks")
+                self._fault(key, f"{directory} is no directory; name a directory of tasks")
             elif problem := distrust_tree(directory):
-                self._fault(key, f"cannot trust {directory}: {problem}; mend that with chown or chmod")
+                self._fault(key, f"cannot trust {directory}: {problem}; use chown or chmod")
             elif found := drop_ins(directory, self.faults, suffix=".py"):
                 self.warnings += [str(one) for one in found.warnings(".py") if not Path(one.file).is_dir()]
         except FileNotFoundError:
-            self.warnings.append(f"{key}: {directory} is not there; it offers no tasks")
+            self.warnings.append(f"{key}: {directory} does not exist and offers no tasks")
         except OSError as error:
-            self._fault(key, f"cannot look at {directory}: {error.strerror}")
+            self._fault(key, f"cannot read {directory}: {error.strerror}")
 
     def _check_python(self, identities: Identities | None) -> None:
         python = self._config.runners.python
@@ -251,7 +253,7 @@ class Checker:
             self._fault("runners.python.venv", str(error))
 
     def _check_tasks(self, interpreter: Interpreter) -> None:
-        """Have the tasks' own Python look at them, and at what it is to preload."""
+        """Have the tasks' Python import the tasks and the modules in `preload`."""
         python = self._config.runners.python
         user = resolve("auto", self._config.privileges.service_user, []).service
         self.tasks = list_tasks(python, user, interpreter)
@@ -265,21 +267,21 @@ class Checker:
         self.warnings += [f"{key}: cannot import {name}: {why}" for name, why in failed.items()]
 
     def _check_services(self) -> None:
-        """Look whether there is what each service needs."""
+        """Check that each service has its command or task, its program and a slot with its egress."""
         directory = self._config.services_dir
         strange: list[Fault] = []
         files: dict[str, Path] = {}
         self.services = read_services(directory, self.faults, strange, files)
         self.warnings += map(str, strange)
         if not self.services:
-            self.warnings.append(f"services_dir: {directory} offers no service: every job is refused")
+            self.warnings.append(f"services_dir: {directory} has no service: the node refuses every job")
         tasks = {task.info.name for task in self.tasks}
         for service in self.services:
             run = service.run
             if run.command is not None and run.command not in self.commands:
                 self.warnings.append(f"service {service.name}: the allowlist has no command {run.command!r}")
             if run.task is not None and run.task not in tasks:
-                self.warnings.append(f"service {service.name}: there is no task {run.task!r}")
+                self.warnings.append(f"service {service.name}: task_paths have no task {run.task!r}")
             file = files[service.name]
             self.faults += [
                 Fault(str(file), line_of(file, key.split(".")), key, f"{message}, or remove the service")
@@ -287,17 +289,19 @@ class Checker:
             ]
 
     def _lacking(self, service: Service) -> Iterator[tuple[str, str]]:
-        """Say without what every job of a service would fail."""
+        """Give key and fault of each missing thing without which every job of a service fails."""
         if service.egress and all(service.egress != spec.egress for spec in self.slots):
             wanted = f"egress: {service.egress}"
-            yield "egress", f"no slot has {wanted}; give one in {self._config.slots_dir} `{wanted}`"
+            yield "egress", f"no slot has {wanted}; add `{wanted}` to a slot in {self._config.slots_dir}"
         if program := self._absent.get(service.run.command or ""):
-            yield "run.command", f"there is no program {program}; install it"
+            yield "run.command", f"the program {program} does not exist; install the program"
 
     def _check_credential(self, service: Identity | None) -> None:
         source = self._config.coordinator.auth_token
         if source.startswith("credential:") and "CREDENTIALS_DIRECTORY" not in self._environ:
-            self.warnings.append(f"{source} cannot be checked here: systemd shows it to the service alone")
+            self.warnings.append(
+                f"cannot check {source} here: systemd gives the credential to the service only"
+            )
             return
         try:
             found = read_credential(source, self._environ, [service.uid] if service else [])
@@ -307,7 +311,7 @@ class Checker:
         if fault := refused_later(self._config, found):
             self._fault("coordinator.auth_token", fault)
         kind, _, path = source.partition(":")
-        # Root may read anything, but it is the service's user who will.
+        # Root can read any file, but the service's user must read the token.
         if kind == "file" and service and not may_read(path, service):
             remedy = f"chgrp {group_of(service)} {path}; chmod 640 {path}"
             self._fault("coordinator.auth_token", f"the user {service.name} cannot read {path}; {remedy}")
@@ -319,27 +323,27 @@ class Checker:
         try:
             tls_context(path)
         except OSError as error:
-            cause = "no certificate is in it" if isinstance(error, ssl.SSLError) else error.strerror
+            cause = "the file has no certificate" if isinstance(error, ssl.SSLError) else error.strerror
             remedy = "name a readable file with CA certificates in PEM form (-----BEGIN CERTIFICATE-----)"
             self._fault("coordinator.ca_file", f"cannot use {path}: {cause}; {remedy}")
             return
         if service and not may_read(str(path), service):
-            remedy = f"chmod a+r {path}, and a+x the directories that lead to it"
+            remedy = f"chmod a+r {path}, and chmod a+x its directories"
             self._fault("coordinator.ca_file", f"the user {service.name} cannot read {path}; {remedy}")
 
 
 def find_python(python: PythonRunnerSection, identities: Identities | None) -> Interpreter:
-    """Find the Python of tasks, as the service's user, or our own where there are no tasks.
+    """Find the Python of tasks as the service's user; without tasks, our own Python.
 
     Raises:
-        InterpreterError: it does not do, or nobody but root can start it.
+        InterpreterError: the Python cannot be used, or only root can start it.
     """
     user = identities.service if identities else None
     return find_interpreter(python.venv if python.enable else None, user)
 
 
 def may_read(path: str, user: Identity) -> bool:
-    """Whether a user may read a file, as the kernel sees it. For root only."""
+    """Ask the kernel whether a user may read a file. For root only."""
     command = ["/usr/bin/test", "-r", path]
     done = subprocess.run(command, user=user.uid, group=user.gid, extra_groups=[], check=False)
     return done.returncode == 0

@@ -1,7 +1,7 @@
-"""Whether and where this node can confine jobs: the control groups it may use, and the sandbox.
+"""Finds the means to confine jobs on this machine: the cgroups that the node may use, and the sandbox.
 
-Under systemd jobs live in a unit of their own beside ours, so that they outlive a restart or an upgrade of
-the miner: `aitbc-miner.service` looks for the group of `aitbc-miner-slots.service` next to its own.
+Under systemd, the jobs' unit is separate from the miner's, so that jobs outlive a restart or an upgrade of
+the miner: `aitbc-miner.service` looks for the cgroup of `aitbc-miner-slots.service` next to its own.
 """
 
 import os
@@ -23,13 +23,13 @@ UNIT, SLOTS_UNIT = ".service", "-slots.service"
 
 
 class ConfinementError(MinerError):
-    """What the configuration requires for confining jobs is not to be had."""
+    """The machine lacks a cgroup controller or sandbox that the configuration requires."""
 
 
 class Cgroups(Struct, frozen=True):
-    """Where the slots' groups are to be made; None where they cannot be. `missing` says what that means.
+    """The cgroup `parent` for the slots' cgroups; None if none can be made. `missing` are the consequences.
 
-    `home` is the group that must hand the controllers on: `parent` itself, or the one above it.
+    `home` is the cgroup that must hand down the controllers: `parent` itself, or its parent.
     """
 
     parent: Path | None
@@ -39,7 +39,7 @@ class Cgroups(Struct, frozen=True):
 
 
 class _Place(Struct, frozen=True):
-    """A group to make the slots' groups in, or why there is none and what to do about it."""
+    """A cgroup for the slots' cgroups, or the cause why the machine has none, and the remedy."""
 
     home: Path | None
     parent: Path | None = None
@@ -49,13 +49,13 @@ class _Place(Struct, frozen=True):
 
 
 def find_cgroups(config: Config) -> Cgroups:
-    """Find where the slots' groups can be made.
+    """Find the cgroup in which the slots' cgroups can be made.
 
     Raises:
-        ConfinementError: `cgroup.mode` is `required` and cpu, memory and pids cannot be limited.
+        ConfinementError: `cgroup.mode` is `required`, and cpu, memory and pids cannot be limited.
     """
     if config.cgroup.mode == "off":
-        return Cgroups(None, (), ["cgroup.mode is off: jobs are held by process limits only"])
+        return Cgroups(None, (), ["cgroup.mode is off: only process limits hold jobs"])
     mount = find_mount()
     place = _find_place(mount, f"aitbc-miner-{config.node_id}")
     controllers = Group(place.home).controllers() if place.home else ()
@@ -65,8 +65,8 @@ def find_cgroups(config: Config) -> Cgroups:
     if cause and config.cgroup.mode == "required":
         raise ConfinementError(f"cannot limit jobs: {cause}; {remedy}, or set cgroup.mode: auto")
     if place.parent is None:
-        return Cgroups(None, (), [f"{cause}: jobs are held by process limits only"])
-    missing = [f"{cause}: process limits serve where they can"] if cause else []
+        return Cgroups(None, (), [f"{cause}: only process limits hold jobs"])
+    missing = [f"{cause}: process limits replace its limits where possible"] if cause else []
     if place.note:
         missing.append(place.note)
     return Cgroups(place.parent, controllers, missing, place.home)
@@ -74,15 +74,15 @@ def find_cgroups(config: Config) -> Cgroups:
 
 def _find_place(mount: Mount | None, name: str) -> _Place:
     if mount is None:
-        return _Place(None, cause="there is no cgroup2 mount", remedy=_remedy(None))
+        return _Place(None, cause="the machine has no cgroup2 mount", remedy=_remedy(None))
     try:
         own = own_group(mount)
     except CgroupError as error:
         return _Place(None, cause=str(error), remedy=_remedy(mount))
     if not mount.writable:
-        return _Place(None, cause=f"no right to write in {own}", remedy=_remedy(mount))
+        return _Place(None, cause=f"the miner may not write in {own}", remedy=_remedy(mount))
     if own.name == LEAF and os.access(own.parent, os.W_OK | os.X_OK):
-        # Where `prepare` has put whoever started us.
+        # `delegate` of an earlier start has moved this process into the leaf.
         own = own.parent
     if own.name.endswith(UNIT):
         slots = own.with_name(own.name.removesuffix(UNIT) + SLOTS_UNIT)
@@ -94,26 +94,26 @@ def _find_place(mount: Mount | None, name: str) -> _Place:
 
 
 def in_container() -> bool:
-    """Whether a container manager has started this system: systemd-nspawn, LXC, Docker, Podman."""
+    """Whether this system runs in a container: systemd-nspawn, LXC, Docker, Podman."""
     return any(Path(mark).exists() for mark in CONTAINER_MARKS)
 
 
 def _remedy(mount: Mount | None) -> str:
     if in_container():
         return (
-            "let the container write its own cgroups (Docker: --privileged --cgroupns=private; "
+            "let the container write its cgroups (Docker: --privileged --cgroupns=private; "
             "LXC: a container with nesting), or run the miner on the host"
         )
     if mount is None or mount.hybrid:
-        return "boot with systemd.unified_cgroup_hierarchy=1, so that version 2 has the controllers"
+        return "boot with systemd.unified_cgroup_hierarchy=1, so that cgroup2 has the controllers"
     return "start the miner as systemd's service aitbc-miner (see `aitbc-miner doctor`)"
 
 
 def take_cgroups(config: Config, found: Cgroups) -> Cgroups:
-    """Make the controllers that were found usable for the slots' groups, which may move this process.
+    """Enable the found controllers for the slots' cgroups; may move this process into a leaf.
 
     Raises:
-        ConfinementError: `cgroup.mode` is `required` and it cannot be done.
+        ConfinementError: `cgroup.mode` is `required`, and a needed controller cannot be enabled.
     """
     if found.home is None or not found.controllers:
         return found
@@ -126,25 +126,26 @@ def take_cgroups(config: Config, found: Cgroups) -> Cgroups:
         remedy = "start the miner as systemd's service aitbc-miner, or set cgroup.mode: auto"
         raise ConfinementError(f"cannot limit jobs: {needed[0]}; {remedy}")
     controllers = tuple(name for name in found.controllers if name not in refused)
-    told = [f"{reason}: process limits serve where they can" for reason in dict.fromkeys(refused.values())]
+    reasons = dict.fromkeys(refused.values())
+    told = [f"{reason}: process limits replace its limits where possible" for reason in reasons]
     return Cgroups(found.parent, controllers, [*found.missing, *told], found.home)
 
 
 def offered_controllers() -> set[str]:
-    """Give the cgroup2 controllers of the machine, wherever on it we are."""
+    """Give the cgroup2 controllers of the whole machine."""
     mount = find_mount()
     return set(mount.controllers) if mount else set()
 
 
 def find_sandbox(config: Config, runs_as: Identity | None) -> tuple[bool, list[str]]:
-    """Find whether jobs can be put into a sandbox, by trying it out; and what it means if they are not.
+    """Try whether jobs can run in a sandbox; gives also the consequences if they cannot.
 
     Args:
         config: of the node.
         runs_as: the user of some slot's jobs; None: the miner's own.
 
     Raises:
-        ConfinementError: `sandbox.mode` is `required` and there can be none.
+        ConfinementError: `sandbox.mode` is `required`, and no sandbox can be made.
     """
     if config.sandbox.mode == "off":
         return False, ["sandbox.mode is off: jobs see the machine as their slots' users do"]

@@ -1,4 +1,4 @@
-"""`aitbc-miner doctor`: what a node needs of its machine, what of it is there, and what mends the rest."""
+"""`aitbc-miner doctor`: the requirements of a node, whether the machine meets each, and the remedies."""
 
 import grp
 import os
@@ -15,21 +15,17 @@ from aitbc_miner.control.server import READERS, WRITERS
 from aitbc_miner.gpu.reader import GpuList
 from aitbc_miner.preflight.check import machine_facts
 from aitbc_miner.preflight.confinement import offered_controllers
-from aitbc_miner.preflight.network import look, unused_proxy
+from aitbc_miner.preflight.network import NOBODY, look, unused_proxy
 from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, Machine
 from aitbc_miner.sandbox.bubblewrap import Sandbox, lacking_packages, why_not
 from aitbc_miner.sandbox.users import Identity, job_user
 from aitbc_miner.slots.derive import derive_slots
-from aitbc_miner.slots.reader import read_slots
+from aitbc_miner.slots.reader import MIB, read_slots
 from aitbc_miner.telemetry.sampling import inventory
-
-MIB = 1 << 20
-# Debian's user nobody.
-NOBODY = 65534
 
 
 class Finding(Struct, frozen=True):
-    """One thing that a node needs, whether it is there, and the command or step that mends it."""
+    """One requirement of a node, whether the machine meets it, and the command or step to meet it."""
 
     name: str
     there: bool
@@ -45,14 +41,14 @@ def diagnose(
     machine: Machine,
     gpus: GpuList,
 ) -> Iterator[Finding]:
-    """Look for everything that a node needs; without a configuration, that the packaged one needs."""
+    """Check every requirement of a node; without a configuration, of the packaged configuration."""
     if config:
         yield Finding("config", there=True, detail=str(path))
     elif not path.exists():
         remedy = f"install -D -m 0640 etc/config.yaml {path}; set base_url and auth_token there"
-        yield Finding("config", there=False, detail=f"there is no {path}", remedy=remedy)
+        yield Finding("config", there=False, detail=f"{path} does not exist", remedy=remedy)
     else:
-        shown = f"{len(faults)} faulty: {faults[0]}" if faults else str(path)
+        shown = f"{len(faults)} faults, the first: {faults[0]}" if faults else str(path)
         yield Finding("config", there=False, detail=shown, remedy=f"aitbc-miner check --config {path}")
     yield _root(config)
     yield _users(config)
@@ -65,7 +61,7 @@ def diagnose(
             detail, _, remedy = unused.partition(": ")
             yield Finding("proxy", there=False, detail=detail, remedy=remedy, required=False)
     found = machine.tools.get("nft")
-    detail = found or "not here; the network of a slot cannot be restricted"
+    detail = found or "not installed; the network of a slot cannot be restricted"
     yield Finding("nft", bool(found), detail, "apt-get install nftables", required=False)
     yield _nvidia(config, gpus)
     least = config.workspace.min_free_mb if config else 2048
@@ -75,7 +71,7 @@ def diagnose(
 
 def _root(config: Config | None) -> Finding:
     is_root = os.geteuid() == 0
-    detail = "root" if is_root else "not root; jobs would run as the same user as the miner"
+    detail = "root" if is_root else "not root; jobs would run as the miner's user"
     return Finding("root", is_root, detail, "sudo aitbc-miner doctor", required=_wants_users(config))
 
 
@@ -96,7 +92,7 @@ def _users(config: Config | None) -> Finding:
 def _groups() -> Finding:
     absent = [name for name in (READERS, WRITERS) if not _known(grp.getgrnam, name)]
     remedy = "; ".join(f"groupadd --system {name}" for name in absent)
-    detail = f"no such group: {', '.join(absent)}; only root can look and steer" if absent else "there"
+    detail = f"no such group: {', '.join(absent)}; only root can use aitbc-minerctl" if absent else "present"
     return Finding("groups", not absent, detail, remedy, required=False)
 
 
@@ -109,11 +105,11 @@ def _known(look_up: Callable[[str], object], name: str) -> bool:
 
 
 def _sandbox(config: Config | None) -> Finding:
-    # As somebody who is not root, as jobs are: he may be forbidden what root is not.
+    # Tried as a user without rights, like jobs: the system may forbid him a sandbox that root may make.
     runs_as = Identity(NOBODY, NOBODY, "nobody") if os.geteuid() == 0 else None
     problem = why_not(Sandbox(runs_as=runs_as, tmp_bytes=MIB, shm_bytes=MIB))
     required = config is None or config.sandbox.mode == "required"
-    detail = problem.partition(";")[0] if problem else "bubblewrap makes one"
+    detail = problem.partition(";")[0] if problem else "bubblewrap can make a sandbox"
     lacking = " ".join(lacking_packages())
     remedy = f"apt-get install {lacking}" if lacking else "sysctl kernel.unprivileged_userns_clone=1"
     return Finding("sandbox", not problem, detail, remedy, required=required)
@@ -123,7 +119,7 @@ def _coordinator(config: Config) -> Finding:
     url = config.coordinator.base_url
     if (urlsplit(url).hostname or "").endswith((".example", ".invalid")):
         remedy = "set coordinator.base_url to the address that the coordinator's operator gave you"
-        detail = f"{url} is no real address"
+        detail = f"{url} is an example, not a real address"
         return Finding("coordinator", there=False, detail=detail, remedy=remedy, required=False)
     wrong, _, remedy = (look(config, os.environ) or "").partition(": ")
     return Finding("coordinator", not wrong, wrong or f"{url} answers", remedy, required=False)
@@ -134,7 +130,7 @@ def _cgroup2(config: Config | None, machine: Machine) -> Finding:
     place = machine.cgroup.mount
     detail = f"at {place}" if place else "no cgroup2 mount"
     if absent:
-        detail += f", without the controllers {', '.join(absent)}: limits are those of single processes"
+        detail += f", without the controllers {', '.join(absent)}: limits apply to single processes only"
     option = "systemd.unified_cgroup_hierarchy=1"
     remedy = f"add {option} to GRUB_CMDLINE_LINUX in /etc/default/grub; update-grub; reboot"
     required = config is None or config.cgroup.mode == "required"

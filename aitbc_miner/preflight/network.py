@@ -1,6 +1,6 @@
-"""How the coordinator and inputs will be reached: what can be told beforehand, and what a look tells.
+"""Checks the way to the coordinator and to inputs.
 
-`check` asks nobody. `doctor` looks, in a child that is not root: whoever is root reads no network.
+`check` makes no connection. `doctor` connects in a child that is not root: root reads no network.
 """
 
 import multiprocessing
@@ -22,39 +22,39 @@ NOBODY = 65534  # Debian's user nobody
 
 
 def network_warnings(config: Config, environ: Mapping[str, str]) -> Iterator[str]:
-    """Say what may be meant so, and what it means."""
+    """Yield the settings of the network that may be a mistake, with their consequences."""
     there = config.coordinator
     if text := unused_proxy(config, environ):
         yield text
     if config.inputs.proxy:
         yield (
-            "inputs.proxy: the proxy looks up where inputs come from, so this node cannot refuse addresses of"
-            " your own network: the proxy must"
+            "inputs.proxy: the proxy resolves the addresses of inputs, so the node cannot refuse addresses of"
+            " your own network; configure the proxy to refuse them"
         )
     if there.dialect == "aitbc-v1" and not urlsplit(there.base_url).path.endswith("/v1"):
         yield (
-            f"coordinator.base_url: {there.base_url} does not end in /v1, as the address of an AITBC"
-            f" coordinator does; try {there.base_url}/v1"
+            f"coordinator.base_url: {there.base_url} does not end in /v1 like the address of an AITBC"
+            f" coordinator; try {there.base_url}/v1"
         )
 
 
 def unused_proxy(config: Config, environ: Mapping[str, str]) -> str:
-    """Say so if the environment has a proxy and the configuration has not."""
+    """Give a warning if the environment has a proxy and the configuration has none; else an empty text."""
     name = next((one for one in _VARIABLES if environ.get(one)), None)
     if name is None or config.coordinator.proxy:
         return ""
-    # It need not be a URL, and may begin with user and password without a scheme, too.
+    # The value may lack a scheme, and may begin with user and password.
     head, _, rest = environ[name].partition("://")
     where = (rest or head).rpartition("@")[2].partition("/")[0]
     shown = f"{head if rest and head.isalnum() else 'http'}://{where}"
     return (
-        f"the environment has a proxy ({name}), which is not used: if the coordinator is behind it, set"
+        f"the node ignores the proxy in the environment ({name}): if the coordinator is behind the proxy, set"
         f" coordinator.proxy: {shown} (and inputs.proxy for the inputs of jobs)"
     )
 
 
 def refused_later(config: Config, credential: Credential) -> str | None:
-    """Say why the coordinator will not accept a credential, as far as it shows that itself."""
+    """Give the fault for which the coordinator will refuse a credential, if the credential shows a fault."""
     there = config.coordinator
     if there.dialect != "aitbc-v1":
         return None
@@ -63,7 +63,7 @@ def refused_later(config: Config, credential: Credential) -> str | None:
 
 
 def proxy_faults(config: Config, environ: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Give the key of each proxy's credential that cannot be read, and why."""
+    """Give key and fault of each proxy credential that cannot be used."""
     sources = {
         "coordinator.proxy_auth": config.coordinator.proxy_auth,
         "inputs.proxy_auth": config.inputs.proxy_auth,
@@ -74,13 +74,13 @@ def proxy_faults(config: Config, environ: Mapping[str, str]) -> Iterator[tuple[s
             continue
         try:
             if ":" not in read_credential(source, environ).reveal():
-                yield key, f"{source} holds no USER:PASSWORD, which a proxy wants; write that"
+                yield key, f"{source} has no colon; write USER:PASSWORD for the proxy"
         except CredentialError as error:
             yield key, str(error)
 
 
 def look(config: Config, environ: Mapping[str, str]) -> str | None:
-    """Look at the coordinator from a child; what is probably set wrongly, or None."""
+    """Connect to the coordinator from a child; gives the probable fault of the settings, or None."""
     there = config.coordinator
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)

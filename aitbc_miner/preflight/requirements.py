@@ -1,7 +1,6 @@
-"""What `run` needs of its machine besides users and confinement: one list, for `check` and `run` alike.
+"""The requirements of `run` besides users and confinement, also for `check`. Makes and changes nothing.
 
-Nothing is made or changed. Each function yields what is wrong, with what mends it; NEEDS has the key that it
-follows from.
+Each function in NEEDS yields the faults of one key, with their remedies.
 """
 
 import os
@@ -19,17 +18,17 @@ from aitbc_miner.sandbox.users import Identities
 from aitbc_miner.util.trust import distrust_place
 
 ROOM_BYTES, ROOM_INODES = 1 << 20, 64
-"""What a directory and the first records take."""
+"""The space for a directory and the first records."""
 LINKS = 40
 FILES, FILES_PER_SLOT = 64, 8
 
 
 class RequirementError(MinerError):
-    """The machine has not what `run` needs."""
+    """The machine does not meet a requirement of `run`."""
 
 
 class NodePlace(Struct, frozen=True):
-    """What the requirements are about. Without `identities` it is not known who is who."""
+    """The node whose requirements are checked. `identities`: None if the users are not known."""
 
     config: Config
     identities: Identities | None
@@ -43,20 +42,20 @@ def unmet(place: NodePlace) -> Iterator[tuple[str, str]]:
 
 
 def require(place: NodePlace) -> None:
-    """Let a node start only where all requirements are met.
+    """Refuse a start if the machine does not meet all requirements.
 
     Raises:
-        RequirementError: some are not; the message has each with its key.
+        RequirementError: the message lists each fault with its key.
     """
     if faults := [f"{key}: {fault}" for key, fault in unmet(place)]:
         raise RequirementError("; ".join(faults))
 
 
 def resolved(config: Config) -> Config:
-    """Give the configuration with the links in its paths followed, once, where they are root's or ours.
+    """Give the configuration with the links in its paths resolved, if root or we own the links.
 
     Raises:
-        RequirementError: a link is somebody else's, who could have it lead anywhere later.
+        RequirementError: another user owns a link, and could change its target later.
     """
     return replace(
         config,
@@ -76,17 +75,17 @@ def _resolved(key: str, path: Path) -> Path:
             return path
         if (owner := link.lstat().st_uid) not in {0, os.geteuid()}:
             raise RequirementError(
-                f"{key}: {link} is a link of user id {owner}, which root does not follow; name where it leads"
+                f"{key}: user id {owner} owns the link {link}, so root does not follow it; name its target"
             )
         path = Path(os.path.normpath(link.parent / link.readlink() / path.relative_to(link)))
-    raise RequirementError(f"{key}: {path} leads through more than {LINKS} links; name where it leads")
+    raise RequirementError(f"{key}: {path} leads through more than {LINKS} links; name their target")
 
 
 def _identity(place: NodePlace) -> Iterator[str]:
     said = read_machine_id()
     if not is_machine_id(said) and place.config.node_id == derive_node_id():
-        shown = f"{said[:40]!r}, which many machines are" if said else "not there or empty"
-        yield f"{MACHINE_ID} is {shown}; run `systemd-machine-id-setup`, or set node_id to a name of its own"
+        shown = f"{said[:40]!r}, like on many machines" if said else "missing or empty"
+        yield f"{MACHINE_ID} is {shown}; run `systemd-machine-id-setup`, or set node_id to a unique name"
 
 
 def _workspace(place: NodePlace) -> Iterator[str]:
@@ -96,24 +95,23 @@ def _workspace(place: NodePlace) -> Iterator[str]:
     there = _existing(root)
     passers = place.identities is not None and bool(place.identities.jobs) and not faults
     for step in [there, *there.parents] if passers else ():
-        # The miner itself opens the last step to all.
+        # The miner itself opens `root` to all users.
         if step != root and not step.stat().st_mode & stat.S_IXOTH:
-            remedy = f"chmod o+x {step}, or name another place"
-            yield f"the slots' users cannot pass through {step}; {remedy}"
+            yield f"the slots' users cannot pass through {step}; chmod o+x {step}, or name another directory"
 
 
 def _state(place: NodePlace) -> Iterator[str]:
     path = place.config.queue.path
     yield from _directory(path.parent)
     if path.is_dir():
-        yield f"{path} is a directory; name a file in a directory of its own"
+        yield f"{path} is a directory; name a file in its own directory"
     service = place.identities.service if place.identities else None
     if fault := foreign(path.parent, service.uid if service else None, service.gid if service else None):
         yield fault
 
 
 def foreign(directory: Path, uid: int | None, gid: int | None) -> str:
-    """Say so if a directory with files is not the service's: it may be any directory at all."""
+    """Give the fault of a directory with files that the service does not own; else an empty text."""
     if (
         uid is None
         or not directory.is_dir()
@@ -122,8 +120,8 @@ def foreign(directory: Path, uid: int | None, gid: int | None) -> str:
     ):
         return ""
     return (
-        f"{directory} is not empty and not the service's; set queue.path to a file in a directory of its "
-        f"own, or if this is it: `chown -R {uid}:{gid} {directory}`"
+        f"{directory} has files, and another user owns it; set queue.path to a file in an empty directory, "
+        f"or, if the files are the miner's: `chown -R {uid}:{gid} {directory}`"
     )
 
 
@@ -135,7 +133,7 @@ def _log(place: NodePlace) -> Iterator[str]:
     if path.is_dir():
         yield f"{path} is a directory; name a file"
     elif not path.parent.is_dir():
-        yield f"there is no directory {path.parent}; `mkdir -p {path.parent}`, or name another file"
+        yield f"the directory {path.parent} does not exist; `mkdir -p {path.parent}`, or name another file"
     elif not os.access(path if path.exists() else path.parent, os.W_OK):
         yield f"cannot write {path}; start as another user, or name another file"
     elif not path.exists() and _full(path.parent):
@@ -143,13 +141,13 @@ def _log(place: NodePlace) -> Iterator[str]:
 
 
 def _guarded(path: Path) -> Iterator[str]:
-    """Say who could put something of his where root listens, believes its own notes, or writes the log."""
+    """Yield a fault if another user could replace a file that root reads or writes at this path."""
     try:
         problem = distrust_place(path)
     except OSError as error:
         problem = error.strerror or str(error)
     if problem:
-        remedy = "name a place in a directory that only root can change, such as /run/aitbc-miner"
+        remedy = "name a path in a directory that only root can change, such as /run/aitbc-miner"
         yield f"cannot trust {path}: {problem}; {remedy}"
 
 
@@ -158,14 +156,14 @@ def _control(place: NodePlace) -> Iterator[str]:
     yield from _guarded(path)
     yield from _directory(path.parent)
     if path.exists() and not path.is_socket():
-        yield f"{path} is no socket; remove it, or name another place"
+        yield f"{path} is not a socket; remove the file, or name another path"
 
 
 def _files(place: NodePlace) -> Iterator[str]:
     wanted = FILES + FILES_PER_SLOT * place.slots
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if most != resource.RLIM_INFINITY and most < wanted and os.geteuid() != 0:
-        yield f"{place.slots} slots take {wanted} open files, but the limit is {most}; raise `ulimit -n`"
+        yield f"{place.slots} slots need {wanted} open files, but the limit is {most}; raise `ulimit -n`"
 
 
 NEEDS: tuple[tuple[str, Callable[[NodePlace], Iterator[str]]], ...] = (
@@ -179,21 +177,21 @@ NEEDS: tuple[tuple[str, Callable[[NodePlace], Iterator[str]]], ...] = (
 
 
 def full_disks(config: Config) -> Iterator[tuple[str, str]]:
-    """Give the keys whose disks are full, which ends no node that has run there: it waits for space."""
+    """Give key and fault of each full disk. A full disk ends no running node: the node waits for space."""
     for key, path in (("workspace.root", config.workspace.root), ("queue.path", config.queue.path)):
         if _full(there := _existing(path)):
-            yield key, f"the disk of {there} is full: nothing can be recorded; free space or inodes there"
+            yield key, f"the disk of {there} is full: the node cannot record jobs; free space or inodes there"
 
 
 def _directory(path: Path) -> Iterator[str]:
-    """Say why a directory cannot be used or made."""
+    """Yield the fault of a directory that cannot be used or made."""
     there = _existing(path)
     if not there.is_dir():
-        yield f"{there} is no directory; name another place"
+        yield f"{there} is not a directory; name another path"
     elif not os.access(there, os.W_OK | os.X_OK):
-        yield f"cannot write in {there}; start as another user, or name another place"
+        yield f"cannot write in {there}; start as another user, or name another path"
     elif there != path and _full(there):
-        yield f"cannot make {path}: the disk of {there} is full; free space there, or name another place"
+        yield f"cannot make {path}: the disk of {there} is full; free space there, or name another path"
 
 
 def _existing(path: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Whether jobs see in their sandbox what a program needs, and what there is no plain file: for `check`."""
+"""For `check`: whether jobs see a program's files in their sandbox, and which special files they see."""
 
 import os
 import re
@@ -7,17 +7,17 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from aitbc_miner.preflight.network import NOBODY
 from aitbc_miner.sandbox.bubblewrap import etc_shown
 
-# Directories that a sandbox has by itself, some of them as links.
+# The directories that every sandbox has, some of them as links.
 _PLACES = ("/usr", "/bin", "/sbin", "/lib", "/lib64")
-# Whose directories are no single program's.
+# Directories that several programs share.
 _SHARED = frozenset(map(Path, ("/", "/usr", "/usr/local", "/usr/lib", "/usr/share", "/opt", "/srv", "/home")))
 LDD = "/usr/bin/ldd"
 _LDD_S = 10.0
-_NOBODY = 65534
 _MAX_LINKS = 40
-# How much is looked at, and how much of one kind is named.
+# The most files to look at, and the most files of one kind to name.
 _LOOKED_AT, _NAMED = 20_000, 3
 _KINDS = {
     stat.S_IFSOCK: "a socket",
@@ -28,14 +28,14 @@ _KINDS = {
 
 
 def needs(program: Path) -> list[Path]:
-    """Name the files that a program needs: itself, interpreter, libraries, what its own links lead to."""
+    """List a program's files: the program, its interpreter, its libraries, the targets of its links."""
     return (
         [program, *_interpreter(program), *_libraries(program), *_linked(program)] if program.exists() else []
     )
 
 
 def unseen(binds: Sequence[Path], needed: Sequence[Path]) -> list[Path]:
-    """Give what of these files jobs with these `binds` do not see; without the first no more is said."""
+    """Give the files that jobs with these `binds` do not see; if the first is hidden, only the first."""
     places = [*map(Path, _PLACES), *etc_shown(network=False), *binds]
     found = [hidden for path in needed if (hidden := _hidden(places, path))]
     first = needed and _hidden(places, needed[0])
@@ -43,16 +43,16 @@ def unseen(binds: Sequence[Path], needed: Sequence[Path]) -> list[Path]:
 
 
 def special(top: Path) -> Iterator[str]:
-    """Say which sockets, FIFOs and devices are bound: that this is read-only does not hold for them."""
+    """Yield a warning for each bound socket, FIFO and device: a read-only bind does not restrict them."""
     found = ((path, _KINDS.get(stat.S_IFMT(info.st_mode))) for path, info in _all_in(top))
     named = [
-        f"{path} is {kind}, which jobs can use though they cannot write there" for path, kind in found if kind
+        f"{path} is {kind}: jobs can use it although the bind is read-only" for path, kind in found if kind
     ]
     yield from named[:_NAMED]
 
 
 def _hidden(places: Sequence[Path], path: Path) -> Path | None:
-    """Give what of the way to a file no job sees, link by link; None when there is nothing."""
+    """Follow a path link by link and give the first step that no job sees; None if jobs see the file."""
     for _ in range(_MAX_LINKS):
         if not any(path.is_relative_to(place) for place in places):
             return path
@@ -71,8 +71,8 @@ def _interpreter(program: Path) -> Iterator[Path]:
 
 
 def _libraries(program: Path) -> Iterator[Path]:
-    """Ask the loader, as nobody: it runs a part of the program."""
-    whose = {"user": _NOBODY, "group": _NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
+    """Ask the loader for the libraries, as nobody: the loader runs a part of the program."""
+    whose = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
     try:
         done = subprocess.run(
             [LDD, program],
@@ -90,7 +90,7 @@ def _libraries(program: Path) -> Iterator[Path]:
 
 
 def _linked(program: Path) -> Iterator[Path]:
-    """Name what links in a program's own directories lead to, as of Java's to its settings in /etc."""
+    """Yield the links in a program's own directories, such as Java's links to its settings in /etc."""
     own = program.resolve().parent
     own = own.parent if own.name in {"bin", "sbin"} else own
     if own not in _SHARED and own.parent not in {Path("/"), Path("/usr")}:
@@ -100,7 +100,7 @@ def _linked(program: Path) -> Iterator[Path]:
 
 
 def _all_in(top: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Go through a directory, through no link and up to a bound; what is shut to us is left out."""
+    """Walk a directory up to a bound, without following links; unreadable directories are skipped."""
     left = _LOOKED_AT
     waiting = [top]
     while waiting and left > 0:

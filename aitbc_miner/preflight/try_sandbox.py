@@ -1,4 +1,4 @@
-"""`aitbc-minerctl sandbox`: a command in a job's surroundings, so that an operator sees what a job sees."""
+"""`aitbc-minerctl sandbox`: runs a command in a job's surroundings to show a job's view of the machine."""
 
 import os
 import select
@@ -34,7 +34,7 @@ BY_SIGNAL = 128
 
 
 class TrialError(MinerError):
-    """The command cannot be run; ends with this exit status."""
+    """The command cannot be run; `exit_code` is the exit status."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -44,17 +44,17 @@ class TrialError(MinerError):
 def try_out(
     path: Path, slot: str, command: Sequence[str], environ: Mapping[str, str], note: Callable[[str], None]
 ) -> int:
-    """Run a command as a job of a slot would be run, and give its exit status; 128 + N for signal N.
+    """Run a command like a job of a slot, and give its exit status; 128 + N for signal N.
 
-    Its input and output are ours. It has a directory /job of its own, which is removed afterwards. `note` is
-    told what is not as it would be for a job.
+    The command has our input and output, and a temporary directory /job. `note` gets each difference from a
+    job.
 
     Raises:
-        TrialError: we are not root, the configuration is faulty, or there is no such slot.
-        MinerError: there is no sandbox, or no such user; or the command cannot be started.
+        TrialError: we are not root, the configuration is faulty, or the slot does not exist.
+        MinerError: the sandbox cannot be made, the user does not exist, or the command cannot be started.
     """
     if os.geteuid() != 0:
-        raise TrialError("cannot try the sandbox: only root may; use sudo", EXIT_NOT_PERMITTED)
+        raise TrialError("cannot try the sandbox: this needs root; use sudo", EXIT_NOT_PERMITTED)
     config, faults, _ = load_config(path, environ)
     if config is None:
         raise TrialError("cannot try the sandbox: " + "\n".join(map(str, faults)), EXIT_CONFIG)
@@ -74,7 +74,7 @@ def try_out(
     return ended.status if ended.status is not None else BY_SIGNAL + (ended.signal or 0)
 
 
-def _start(  # what a job is made of
+def _start(
     command: Sequence[str],
     directory: Path,
     env: dict[str, str],
@@ -112,7 +112,7 @@ def _find_slot(config: Config, name: str) -> tuple[SlotSpec, GpuFact | None]:
     spec = next((spec for spec in specs if spec.name == name), None)
     if spec is None:
         known = ", ".join(spec.name for spec in specs)
-        raise TrialError(f"cannot try the sandbox: no slot {name!r:.60}; there are {known}", EXIT_USAGE)
+        raise TrialError(f"cannot try the sandbox: no slot {name!r:.60}; name a slot: {known}", EXIT_USAGE)
     found = inventory(gpus).gpus
     return spec, next((gpu for gpu in found if spec.gpu is not None and str(spec.gpu) in gpu.ids), None)
 
@@ -138,7 +138,7 @@ def _directory(runs_as: Identity | None) -> Iterator[Path]:
 
 @contextmanager
 def _group(spec: SlotSpec, note: Callable[[str], None]) -> Iterator[Group | None]:
-    """Make a group beside that of the slot's jobs, with their limits; None where the slot has none."""
+    """Make a cgroup with the limits of the slot's jobs, beside theirs; None if the slot has no cgroup."""
     mount = find_mount()
     parent = Path(mount.path) / SLOTS_GROUP / spec.name if mount else None
     if parent is None or not parent.is_dir():

@@ -133,6 +133,6 @@ def test_the_state_is_in_a_directory_of_its_own(
 def test_a_directory_of_others_is_not_taken(tmp_path: Path) -> None:
     other = Identity(tmp_path.stat().st_uid + 1, tmp_path.stat().st_gid, "aitbc")
     (tmp_path / "of-others").touch()
-    with pytest.raises(WorkspaceError, match=r"is not empty and not the service's; set queue\.path"):
+    with pytest.raises(WorkspaceError, match=r"has files, and another user owns it; set queue\.path"):
         _make_state(tmp_path, other)
     assert tmp_path.stat().st_uid == other.uid - 1

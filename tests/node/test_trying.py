@@ -76,7 +76,7 @@ def test_what_is_wrong_is_said(config: Path) -> None:
     unknown = sandbox(config, "true", slot="gpu7")
     assert (unknown.returncode, unknown.stderr) == (
         EXIT_USAGE,
-        "aitbc-minerctl: cannot try the sandbox: no slot 'gpu7'; there are cpu0\n",
+        "aitbc-minerctl: cannot try the sandbox: no slot 'gpu7'; name a slot: cpu0\n",
     )
     config.write_text("node: 1\n")
     assert sandbox(config, "true").returncode == EXIT_CONFIG

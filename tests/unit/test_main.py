@@ -207,7 +207,7 @@ def warns_of_binds(site: Site) -> None:
     site.keys["sandbox"] = {"mode": "required"}
     told = "\n".join(site.checker().warnings)
     assert f"jobs do not see {program} in their sandbox" in told
-    assert f"slot cpu0: binds: {site.root / 'none'}: cannot look at it: No such file" in told
+    assert f"slot cpu0: binds: {site.root / 'none'}: cannot read the path: No such file" in told
     assert f"slot cpu0: binds: {open_to_all}: " in told
     assert "/usr/share" not in told
     assert f"jobs do not see {link} in their sandbox" in told
@@ -266,7 +266,7 @@ def test_the_machine_is_not_rented_out_by_mistake(site: Site) -> None:
     checker = site.checker()
     assert "no file here ends in .yaml, so the node has no slot" in fault_texts(checker)
     assert "not read: slots.yml" in fault_texts(checker)
-    assert any("slots.yml: this is not read" in warning for warning in checker.warnings)
+    assert any("slots.yml: not read" in warning for warning in checker.warnings)
     assert not checker.slots
 
 
@@ -356,7 +356,7 @@ def test_a_ca_file_without_a_certificate(site: Site) -> None:
     ca = site.path.parent / "ca.pem"
     ca.write_text("a certificate\n")
     site.keys["coordinator"]["ca_file"] = str(ca)
-    assert f"coordinator.ca_file: cannot use {ca}: no certificate is in it; name" in fault_texts(
+    assert f"coordinator.ca_file: cannot use {ca}: the file has no certificate; name" in fault_texts(
         site.checker()
     )
 
@@ -384,25 +384,26 @@ def test_what_may_be_meant_so_is_a_warning(site: Site) -> None:
     assert not checker.faults
     for part in (
         "/opt/none/such is not installed",
-        "/opt/none is not there",
-        "credential:token cannot be checked",
+        "/opt/none does not exist",
+        "cannot check credential:token here",
     ):
         assert any(part in warning for warning in checker.warnings), part
 
 
 def test_no_runner_is_a_warning(site: Site) -> None:
     site.keys["runners"] = {"cli": {"enable": False}, "python": {"enable": False}}
-    assert "no runner is enabled: this node can take no job" in site.checker().warnings
+    told = "no runner is enabled: this node takes no jobs; enable a runner in `runners`"
+    assert told in site.checker().warnings
 
 
 def test_a_task_path_that_is_no_directory(site: Site) -> None:
     site.keys["runners"]["python"]["task_paths"] = [str(site.tasks / "one.py")]
-    assert "is no directory; name one that holds tasks" in fault_texts(site.checker())
+    assert "is no directory; name a directory of tasks" in fault_texts(site.checker())
 
 
 def test_a_workspace_that_cannot_be(site: Site) -> None:
     site.keys["workspace"]["root"] = str(site.path / "below" / "a" / "file")
-    assert "config.yaml is no directory; name another place" in fault_texts(site.checker())
+    assert "config.yaml is not a directory; name another path" in fault_texts(site.checker())
 
 
 def test_a_workspace_that_we_may_not_make(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,7 +472,7 @@ def test_a_shell_of_root_has_less_than_the_service_will(
     site.keys["cgroup"] = {"mode": "required"}
     checker = site.checker()
     assert not [fault for fault in checker.faults if fault.key == "cgroup.mode"]
-    assert any("this concerns this shell" in warning for warning in checker.warnings)
+    assert any("in this shell only" in warning for warning in checker.warnings)
     monkeypatch.setattr(check, "offered_controllers", set)
     assert "cgroup.mode: cannot limit jobs" in fault_texts(site.checker())
 
@@ -643,8 +644,8 @@ def test_doctor_on_a_broken_configuration(site: Site) -> None:
             "runners.python.venv",
             "`python3 -m venv /opt/nothere`",
         ),
-        ("workspace", {"root": "TOP/config.yaml/jobs"}, "workspace.root", "name another place"),
-        ("control", {"socket": "TOP/config.yaml"}, "control.socket", "remove it, or name another place"),
+        ("workspace", {"root": "TOP/config.yaml/jobs"}, "workspace.root", "name another path"),
+        ("control", {"socket": "TOP/config.yaml"}, "control.socket", "remove the file, or name another path"),
         pytest.param(
             "privileges",
             {"mode": "required", "service_user": "nobody-here"},
@@ -699,7 +700,7 @@ def test_a_service_needs_its_program(site: Site) -> None:
     (site.allowlist / "server.yaml").write_text(entry)
     site.keys["services_dir"] = str(services)
     site.keys["coordinator"]["dialect"] = "aitbc-v1"
-    wanted = "there is no program /opt/nothere/server; install it, or remove the service"
+    wanted = "the program /opt/nothere/server does not exist; install the program, or remove the service"
     assert f"{services}/serve.yaml:3: run.command: {wanted}" in fault_texts(site.checker())
 
 
@@ -710,7 +711,7 @@ def test_a_service_needs_a_slot_with_its_network(site: Site) -> None:
     (services / "infer.yaml").write_text(text)
     site.keys["services_dir"] = str(services)
     site.keys["coordinator"]["dialect"] = "aitbc-v1"
-    wanted = f"egress: no slot has egress: open; give one in {site.slots} `egress: open`, or remove the"
+    wanted = f"egress: no slot has egress: open; add `egress: open` to a slot in {site.slots}, or remove the"
     assert f"{services}/infer.yaml:2: {wanted}" in fault_texts(site.checker())
     (site.slots / "slots.yaml").write_text("slots: [{name: cpu0, kind: cpu, egress: open}]\n")
     assert "egress" not in fault_texts(site.checker())

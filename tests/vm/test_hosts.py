@@ -36,9 +36,9 @@ BY_PROCESS = {
     "cpu": "nice", "cpuset": "affinity", "io": "ionice", "memory": "rlimit", "pids": "rlimit",
 }  # fmt: skip
 BOOT = "boot with systemd.unified_cgroup_hierarchy=1"
-CONTAINER = "let the container write its own cgroups"
-ONLY = "jobs are held by process limits only"
-WHERE_THEY_CAN = "process limits serve where they can"
+CONTAINER = "let the container write its cgroups"
+ONLY = "only process limits hold jobs"
+WHERE_THEY_CAN = "process limits replace its limits where possible"
 
 
 class Host(NamedTuple):
@@ -66,11 +66,13 @@ HYBRID = (
     f"mount -t cgroup -o none,name=systemd,xattr cgroup {CGROUPS}/systemd"
 )
 HOSTS = {
-    "without cgroup2": Host(f"umount {CGROUPS}", "there is no cgroup2 mount", BOOT),
-    "read-only": Host(READ_ONLY, f"no right to write in {CGROUPS}/", "start the miner as systemd's service"),
+    "without cgroup2": Host(f"umount {CGROUPS}", "the machine has no cgroup2 mount", BOOT),
+    "read-only": Host(
+        READ_ONLY, f"the miner may not write in {CGROUPS}/", "start the miner as systemd's service"
+    ),
     "container": Host(
         f"{READ_ONLY}; echo docker > /run/systemd/container",
-        f"no right to write in {CGROUPS}/",
+        f"the miner may not write in {CGROUPS}/",
         CONTAINER,
     ),
     "no controllers": Host(

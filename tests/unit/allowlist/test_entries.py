@@ -248,8 +248,8 @@ def test_a_missing_directory_is_a_warning_and_other_files_are_left_alone(tmp_pat
     assert not faults
     assert [(Path(warning.file).name, warning.message) for warning in warnings] == [
         ("none", "the directory does not exist and so permits no commands; create it"),
-        ("README", "this is not read, because it does not end in .yaml; rename or remove it"),
-        ("ls.yml", "this is not read, because it does not end in .yaml; rename it to ls.yaml"),
+        ("README", "not read, because its name does not end in .yaml; rename or remove it"),
+        ("ls.yml", "not read, because its name does not end in .yaml; rename it to ls.yaml"),
     ]
     assert "known names: none" in denial(allowlist, "ls")
 

@@ -163,7 +163,7 @@ anything: {x: 1, x: 2}
         ":15: auth_token: is (hidden); must be text of length at most 8 or null",
         ":16: path: is 'relative'; must be an absolute path, such as /var/lib/aitbc",
         ":17: flag: is 1; must be true or false",
-        ":18: anything.x: this key is here twice, first in line 18; remove one of them",
+        ":18: anything.x: duplicate key, first in line 18; remove one of the two",
     ]
 
 
@@ -178,10 +178,10 @@ anything: {x: 1, x: 2}
         ("names: [a, b, c]", ":1: names: has 3 entries; must be of length at most 2"),
         ("a: 1\n---\nb: 2", ":2: holds more than one YAML document; keep one"),
         ("range:\n\tlow: 1", ":2: is indented with a tab; use spaces"),
-        ("either: &x 1\nanything: *x", ":2: an alias (*name) is not accepted; write the value out"),
+        ("either: &x 1\nanything: *x", ":2: aliases (*name) are not accepted; write the value out"),
         ("anything: " + "[" * 50, ":1: is nested more than 40 levels deep"),
         ("either: a\nmode: 'x", ":2: is not valid YAML: found unexpected end of stream"),
-        ("either: a\nmode: \x07", ":2: contains a control character; remove it"),
+        ("either: a\nmode: \x07", ":2: contains a control character; remove the character"),
         ("range: {high: .nan}", ":1: range.high: is .nan; must be a number"),
         ("range: {high: .inf}", ":1: range.high: is .inf; must be a number"),
         ("range: {low: true}", ":1: range.low: is true; must be a whole number of at least 0 and at most 10"),
@@ -191,10 +191,13 @@ anything: {x: 1, x: 2}
         ("items: [{name: no}]", ":1: items[0].name: is no; must be text; put it in quotes"),
         (
             "anything: !!python/object/apply:os.system [id]",
-            ":1: anything: has a tag (!name) that is not accepted here; remove it",
+            ":1: anything: has a tag (!name), and tags are not accepted; remove the tag",
         ),
-        ("anything: !!set {a, b}", ":1: anything: has a tag (!name) that is not accepted here; remove it"),
-        ("flag: !x 1", ":1: flag: has a tag (!name) that is not accepted here; remove it"),
+        (
+            "anything: !!set {a, b}",
+            ":1: anything: has a tag (!name), and tags are not accepted; remove the tag",
+        ),
+        ("flag: !x 1", ":1: flag: has a tag (!name), and tags are not accepted; remove the tag"),
         ("flag: !!int abc", ":1: flag: does not fit its tag, or has too many digits"),
         ("range: {low: " + "9" * 6000 + "}", ":1: range.low: does not fit its tag, or has too many digits"),
         ("? [a]\n: 1", ":1: has a list for a key; must be plain text"),
@@ -244,8 +247,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "huge").write_bytes("é".encode() * (512 * 1024 + 1))
     expected = {
         "nope": "cannot read this file: No such file or directory",
-        "fifo": "cannot read this: it is not a regular file",
-        ".": "cannot read this: it is not a regular file",
+        "fifo": "cannot read this path: it is not a regular file",
+        ".": "cannot read this path: it is not a regular file",
         "latin": "cannot read this file: byte 6 is not UTF-8",
         "huge": "is larger than 1048576 bytes",
     }

@@ -105,7 +105,7 @@ secret: {}
     absolute = "must be an absolute path, such as /var/lib/aitbc"
     shown_socket = "/" + "s" * 76 + "..."
     assert faults_of(tmp_path, text) == [
-        ":1: node_id: is 'no/slash'; must be text of 1 to 64 of A-Z a-z 0-9 . _ -, or null",
+        ":1: node_id: is 'no/slash'; must be text of 1 to 64 characters A-Z a-z 0-9 . _ -, or null",
         (
             ":3: coordinator.base_url: is 'ftp://c.example'; "
             "must be an http or https address, such as https://coordinator.example/api/v1"
@@ -119,11 +119,11 @@ secret: {}
         f":7: coordinator.timeout_s: is -1; {whole}",
         (
             ":8: coordinator.ca_file: is '/nonexistent/ca.pem'; "
-            "must be an existing file with CA certificates in PEM form; there is none"
+            "must be an existing file with CA certificates in PEM form"
         ),
         f":10: heartbeat.interval_s: is '15s'; {whole}",
         ":11: heartbeat.jitter_pct: is 51; must be a number of at least 0 and at most 50",
-        ":12: heartbeat.backoff.min_s: is 9, above max_s (3); must be at most that",
+        ":12: heartbeat.backoff.min_s: is 9, above max_s (3); lower min_s or raise max_s",
         ":13: runners.cli.enable: is 'maybe'; must be true or false",
         f":13: runners.cli.allowlist_dirs[0]: is 'relative'; {absolute}",
         (
@@ -211,14 +211,14 @@ secret: {}
             coordinator(base_url="https://user:hunter2@c.example"),
             [
                 (
-                    ":2: coordinator.base_url: is 'https://(hidden)@c.example'; must be without user, "
-                    "password, ? and #; the token belongs in coordinator.auth_token"
+                    ":2: coordinator.base_url: is 'https://(hidden)@c.example'; must have no user, "
+                    "password, ? or #; set the token's source in coordinator.auth_token"
                 )
             ],
         ),
         (
             coordinator(tls_verify="false", ca_file="/etc/passwd"),
-            [":5: coordinator.ca_file: has no use while tls_verify is false; remove one of the two"],
+            [":5: coordinator.ca_file: has no effect while tls_verify is false; remove one of the two keys"],
         ),
         (
             coordinator(dialect="other"),
@@ -312,10 +312,10 @@ def test_what_is_no_address_of_a_redis_server(tmp_path: Path, url: str) -> None:
 
 def test_the_redis_backend_needs_an_address_without_its_password(tmp_path: Path) -> None:
     assert faults_of(tmp_path, GOOD + "queue: {backend: redis}") == [
-        ":2: queue.url: is not set; the redis backend needs one, such as redis://127.0.0.1:6379/0"
+        ":2: queue.url: is not set; set an address for redis, such as redis://127.0.0.1:6379/0"
     ]
     (fault,) = faults_of(tmp_path, GOOD + "queue: {backend: redis, url: 'redis://:hunter2@h'}")
-    assert fault.endswith("must be without user and password; name the source of that in queue.password")
+    assert fault.endswith("must have no user and password; set the password's source in queue.password")
     assert "hunter2" not in fault
 
 
@@ -419,7 +419,7 @@ def test_faulty_overrides(tmp_path: Path) -> None:
         ),
         (
             "AITBC_MINER_HEARTBEAT__BACKOFF__MIN_S: heartbeat.backoff.min_s: is 500, above max_s (120); "
-            "must be at most that"
+            "lower min_s or raise max_s"
         ),
         "AITBC_MINER_LOGGING__LEVEL: logging.level: is 'loud'; must be one of debug, info, warning, error",
     ]
@@ -451,8 +451,8 @@ sandbox: {mode: "off"}
 """
     _, _, warnings = load(tmp_path, GOOD + text)
     assert warnings == [
-        "secrets.pkcs11 has no effect in this version; it is accepted for later ones",
-        "services_dir has no effect: coordinator.dialect is bootstrap, which has no use for it",
+        "secrets.pkcs11 has no effect in this version; remove the key until a later version supports it",
+        "services_dir has no effect: only aitbc-v1 uses it, coordinator.dialect is bootstrap",
     ]
 
 

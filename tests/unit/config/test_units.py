@@ -130,7 +130,7 @@ def test_a_choice_of_cpus_may_be_left_to_the_node() -> None:
     assert units.parse_cpu_choice("auto") == units.AUTO
     assert units.parse_cpu_choice("1-2") == (1, 2)
     assert units.format_cpus(units.AUTO) == ""
-    with pytest.raises(ValueError, match=r'such as "0-3,5"; or auto, and the node chooses'):
+    with pytest.raises(ValueError, match=r'such as "0-3,5"; or auto, so that the node chooses'):
         units.parse_cpu_choice("automatic")
 
 

@@ -143,7 +143,7 @@ def test_an_unknown_verb_is_refused_with_those_that_there_are(node: Node) -> Non
     assert isinstance(answer, Refusal)
     assert answer.exit_code == EXIT_FAILURE
     assert answer.message.endswith(
-        "the miner knows only allow, cancel, drain, history, job, jobs, logs, reload, resume, retry, slots, status"
+        "; use allow, cancel, drain, history, job, jobs, logs, reload, resume, retry, slots, status"
     )
     assert len(answer.message) < 200
     assert node.asked == []

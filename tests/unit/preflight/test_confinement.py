@@ -75,7 +75,7 @@ def test_under_systemd_slots_live_in_a_unit_of_their_own(
     [
         ("memory", {}, "no controller for cpu, pids in", "start the miner as systemd's service"),
         ("", {"hybrid": True}, "no controller for cpu, memory, pids in", "boot with systemd.unified_cgroup"),
-        (ALL, {"writable": False}, "no right to write in", "start the miner as systemd's service"),
+        (ALL, {"writable": False}, "the miner may not write in", "start the miner as systemd's service"),
     ],
 )
 def test_cgroups_that_lack_something(
@@ -95,7 +95,7 @@ def test_cgroups_that_lack_something(
     ):
         find_cgroups(config())
     monkeypatch.setattr(confinement, "in_container", lambda: True)
-    with pytest.raises(ConfinementError, match="let the container write its own cgroups"):
+    with pytest.raises(ConfinementError, match="let the container write its cgroups"):
         find_cgroups(config())
 
 
@@ -117,7 +117,7 @@ def test_cgroups_are_taken_or_done_without_as_the_mode_says(
     refused["cpu"] = "cannot write '+cpu'"
     without = take_cgroups(config("auto"), found)
     assert without.controllers == ("memory", "pids")
-    assert without.missing == ["cannot write '+cpu': process limits serve where they can"]
+    assert without.missing == ["cannot write '+cpu': process limits replace its limits where possible"]
     with pytest.raises(ConfinementError, match=r"cannot limit jobs: cannot write '.cpu'; start the miner as"):
         take_cgroups(config(), found)
 
@@ -134,7 +134,7 @@ def test_a_group_that_cannot_be_emptied_limits_nothing(
     found = find_cgroups(config())
     without = take_cgroups(config("auto"), found)
     assert (without.parent, without.controllers) == (found.parent, ())
-    assert without.missing == ["cannot write: busy: process limits serve where they can"]
+    assert without.missing == ["cannot write: busy: process limits replace its limits where possible"]
     # With no controllers there is nothing to take.
     assert take_cgroups(config("auto"), without) is without
     with pytest.raises(ConfinementError, match="cannot limit jobs: cannot write: busy; start the miner as"):
@@ -151,10 +151,10 @@ def test_whoever_is_in_the_supervisors_leaf_counts_from_the_group_above_it(
 
 def test_no_cgroups_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     off = find_cgroups(config("off"))
-    assert off == Cgroups(None, (), ["cgroup.mode is off: jobs are held by process limits only"])
+    assert off == Cgroups(None, (), ["cgroup.mode is off: only process limits hold jobs"])
     monkeypatch.setattr(confinement, "find_mount", lambda: None)
     missing = find_cgroups(config("auto")).missing
-    assert missing == ["there is no cgroup2 mount: jobs are held by process limits only"]
+    assert missing == ["the machine has no cgroup2 mount: only process limits hold jobs"]
     with pytest.raises(ConfinementError, match=r"no cgroup2 mount; boot with systemd\.unified_cgroup"):
         find_cgroups(config())
 

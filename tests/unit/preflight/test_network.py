@@ -19,8 +19,8 @@ def test_check_says_that_a_proxy_of_the_environment_is_not_used(site: Site) -> N
     environ: dict[str, Any] = {"MINER_AUTH": "t", "https_proxy": "http://user:hidden@proxy.test:3128/"}
     (said,) = [one for one in site.checker(**environ).warnings if "proxy" in one]
     assert said == (
-        "the environment has a proxy (https_proxy), which is not used: if the coordinator is behind it, set"
-        f" coordinator.proxy: {PROXY} (and inputs.proxy for the inputs of jobs)"
+        "the node ignores the proxy in the environment (https_proxy): if the coordinator is behind the"
+        f" proxy, set coordinator.proxy: {PROXY} (and inputs.proxy for the inputs of jobs)"
     )
     site.keys["coordinator"] |= {"proxy": PROXY, "allow_http": True}
     assert not [one for one in site.checker(**environ).warnings if "proxy" in one]
@@ -46,11 +46,11 @@ def test_check_says_what_a_proxy_for_inputs_means(site: Site) -> None:
     site.keys["inputs"] = {"proxy": PROXY, "proxy_auth": "env:PROXY"}
     checker = site.checker(MINER_AUTH="t")
     (said,) = [one for one in checker.warnings if one.startswith("inputs.proxy: ")]
-    assert "this node cannot refuse addresses of your own network: the proxy must" in said
+    assert "the node cannot refuse addresses of your own network; configure the proxy" in said
     assert "inputs.proxy_auth: cannot read the credential env:PROXY: the variable is not set" in fault_texts(
         checker
     )
-    assert "holds no USER:PASSWORD" in fault_texts(site.checker(MINER_AUTH="t", PROXY="secret"))
+    assert "has no colon; write USER:PASSWORD" in fault_texts(site.checker(MINER_AUTH="t", PROXY="secret"))
     assert site.checker(MINER_AUTH="t", PROXY="user:secret").faults == []
 
 
@@ -60,7 +60,7 @@ def test_check_says_what_a_proxy_for_inputs_means(site: Site) -> None:
         ("proxy", "http://user:pass@proxy.test", "must be http://HOST:PORT or https://HOST:PORT"),
         ("proxy", "socks5://proxy.test", "must be http://HOST:PORT or https://HOST:PORT"),
         ("proxy", "http://proxy.test/path", "must be http://HOST:PORT or https://HOST:PORT"),
-        ("proxy_auth", "env:X", "has no use without proxy"),
+        ("proxy_auth", "env:X", "has no effect without proxy"),
     ],
 )
 def test_proxies_that_are_none(site: Site, key: str, value: str, said: str) -> None:
@@ -144,11 +144,11 @@ def test_doctor_tells_why_nobody_can_be_reached(site: Site) -> None:
         "connection refused by 127.0.0.1:9",
     )
     _, detail, _ = seen(site, base_url="https://coordinator.example")
-    assert detail == "https://coordinator.example is no real address"
+    assert detail == "https://coordinator.example is an example, not a real address"
 
 
 def test_doctor_says_that_a_proxy_is_not_used(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "proxy.test:3128")
     found = findings(site, site.config())["proxy"]
-    assert found.detail == "the environment has a proxy (ALL_PROXY), which is not used"
+    assert found.detail == "the node ignores the proxy in the environment (ALL_PROXY)"
     assert "coordinator.proxy: " in found.remedy

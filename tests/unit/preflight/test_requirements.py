@@ -60,7 +60,7 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "no log directory": (
         lambda top, c: replace(c, logging=LoggingSection(path=top / "gone" / "node.log")),
         "logging.path",
-        "there is no directory {top}/gone; `mkdir -p {top}/gone`, or name another file",
+        "the directory {top}/gone does not exist; `mkdir -p {top}/gone`, or name another file",
     ),
     "a log that is a directory": (
         lambda top, c: replace(c, logging=LoggingSection(path=top)),
@@ -70,27 +70,27 @@ FAULTS: dict[str, tuple[Change, str, str]] = {
     "a workspace below a file": (
         lambda top, c: replace(c, workspace=WorkspaceSection(file_at(top / "file") / "jobs")),
         "workspace.root",
-        "{top}/file is no directory; name another place",
+        "{top}/file is not a directory; name another path",
     ),
     "a workspace that is a file": (
         lambda top, c: replace(c, workspace=WorkspaceSection(file_at(top / "file"))),
         "workspace.root",
-        "{top}/file is no directory; name another place",
+        "{top}/file is not a directory; name another path",
     ),
     "a workspace behind a link that leads nowhere": (
         lambda top, c: replace(c, workspace=WorkspaceSection(link_at(top / "link"))),
         "workspace.root",
-        "{top}/link is no directory; name another place",
+        "{top}/link is not a directory; name another path",
     ),
     "a database that is a directory": (
         lambda top, c: replace(c, queue=QueueSection(path=top / "run")),
         "queue.path",
-        "{top}/run is a directory; name a file in a directory of its own",
+        "{top}/run is a directory; name a file in its own directory",
     ),
     "a socket that is a file": (
         lambda top, c: replace(c, control=ControlSection(file_at(top / "run" / "control.sock"))),
         "control.socket",
-        "{top}/run/control.sock is no socket; remove it, or name another place",
+        "{top}/run/control.sock is not a socket; remove the file, or name another path",
     ),
 }
 
@@ -132,7 +132,7 @@ def test_slots_users_must_pass(config: Config, tmp_path: Path) -> None:
     faults = found(config, Identities(None, {"cpu0": job}, []))
     assert (
         "workspace.root",
-        f"the slots' users cannot pass through {tmp_path}; chmod o+x {tmp_path}, or name another place",
+        f"the slots' users cannot pass through {tmp_path}; chmod o+x {tmp_path}, or name another directory",
     ) in faults
 
 
@@ -157,7 +157,7 @@ def test_a_link_of_somebody_else_is_not_followed(
     else:
         monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
     with pytest.raises(
-        RequirementError, match=r"^workspace.root: .*/jobs is a link of user id \d+, which root"
+        RequirementError, match=r"^workspace.root: user id \d+ owns the link .*/jobs, so root"
     ):
         resolved(config)
 

@@ -96,8 +96,8 @@ def test_what_can_be_used_though_it_is_read_only_is_told(place: Path) -> None:
         line.bind(str(place / "below" / "socket"))
     (place / "link").symlink_to("below/socket")
     assert sorted(special(place)) == [
-        f"{place}/below/socket is a socket, which jobs can use though they cannot write there",
-        f"{place}/fifo is a FIFO, which jobs can use though they cannot write there",
+        f"{place}/below/socket is a socket: jobs can use it although the bind is read-only",
+        f"{place}/fifo is a FIFO: jobs can use it although the bind is read-only",
     ]
     assert list(special(place / "none")) == []
 

@@ -93,7 +93,7 @@ def test_defaults() -> None:
             {"cpus": "3-1"},
             (
                 "cpus: is '3-1'; must be a list of CPU numbers up to 9999 and ranges of them, such as "
-                '"0-3,5"; or auto, and the node chooses'
+                '"0-3,5"; or auto, so that the node chooses'
             ),
         ),
         (
@@ -380,7 +380,7 @@ def test_a_slot_whose_runners_are_off(tmp_path: Path) -> None:
     checker = Checker(path, config, {}, GpuList(missing=True))
     checker.check()
     assert [warning for warning in checker.warnings if warning.startswith("slot ")] == [
-        "slot a can take no job: runners.python.enable is false"
+        "slot a takes no jobs: runners.python.enable is false"
     ]
 
 
