@@ -1,7 +1,7 @@
-"""Everything that can go wrong with a job, and the root of our own exceptions.
+"""The error codes of failed jobs, the root of our exceptions, and the exit statuses of our commands.
 
-The code of a failed job is public: it goes to the coordinator, into the metrics and onto the operator's
-screen. Each one says what may be done about it: try again on this node, on another one, or not at all.
+The code of a failed job is public: the coordinator, the metrics and the operator's screen show the code. Each
+code says where a retry may succeed: on this node, on another node, or nowhere.
 """
 
 from enum import StrEnum
@@ -13,16 +13,16 @@ class MinerError(Exception):
     """Root of our exceptions. The message reads "cannot X: cause; remedy"."""
 
 
-class IllegalMove(Exception):  # noqa: N818  # it is a defect of ours, not a condition to handle
-    """A slot or a job was to go from one state to another that may not follow."""
+class IllegalMove(Exception):  # noqa: N818  # a defect of the miner, not a condition to handle
+    """A slot or a job was to change to a state that may not follow its present state."""
 
 
 class LocalError(MinerError):
-    """This machine's own trouble, which may pass: it says nothing of what was tried, and is tried again."""
+    """A fault of this machine that may pass: the caller tries again, and the job is not judged by it."""
 
 
 def brief(error: object, most: int = 400) -> str:
-    """Give an error's text, which may quote a stranger: printable, and without its middle if it is long."""
+    """Give an error's text in printable characters, without its middle if the text is longer than `most`."""
     text = str(error)
     half = most // 2
     short = text if len(text) <= most else f"{text[:half]} … {text[-half:]}"
@@ -30,7 +30,7 @@ def brief(error: object, most: int = 400) -> str:
 
 
 class Retry(StrEnum):
-    """Where a job that failed with a code may be tried again."""
+    """The nodes on which a failed job may be retried."""
 
     HERE = "here"
     ELSEWHERE = "elsewhere"
@@ -38,7 +38,7 @@ class Retry(StrEnum):
 
 
 class ErrorCode(StrEnum):
-    """Why a job failed. See docs/errors.md, which is checked against this table."""
+    """The code of a failed job. A test compares docs/errors.md with this table."""
 
     E_MANIFEST = "E_MANIFEST"
     E_DENY = "E_DENY"
@@ -65,7 +65,7 @@ class ErrorCode(StrEnum):
 
 
 class CodeInfo(Struct, frozen=True):
-    """What a code means, where a job that failed with it may run again, and what the operator can do."""
+    """The meaning of a code, the nodes for a retry, and the advice to the operator."""
 
     retry: Retry
     meaning: str
@@ -76,32 +76,32 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ErrorCode.E_MANIFEST: CodeInfo(
         Retry.FINAL,
         "the job's manifest cannot be read, is too large, or contradicts itself",
-        "nothing on this node; the job's author must mend the manifest",
+        "no action needed on this node; the job's author must mend the manifest",
     ),
     ErrorCode.E_DENY: CodeInfo(
         Retry.FINAL,
-        "the allowlist does not permit this command or these arguments, or the task is not a trusted one",
-        "if you do want to offer it, add to allowlist.d or task_paths what it needs; the next job sees it",
+        "the allowlist does not permit the command or its arguments, or the task is not trusted",
+        "to offer the command or task, add it to allowlist.d or task_paths; the next job can use it",
     ),
     ErrorCode.E_INPUT: CodeInfo(
         Retry.ELSEWHERE,
         "an input has a bad name, cannot be fetched, is too large, or its sha256 differs",
-        "look at the address in the message; if many jobs fail so, check this node's network",
+        "check the address in the message; if many jobs fail like this, check this node's network",
     ),
     ErrorCode.E_NOGPU: CodeInfo(
         Retry.ELSEWHERE,
         "no slot of this node has the GPU or the video memory that the job needs",
-        "check `aitbc-miner probe` if you expected a GPU here",
+        "if this machine has a GPU, run `aitbc-miner probe` and `aitbc-miner doctor`",
     ),
     ErrorCode.E_NOSLOT: CodeInfo(
         Retry.ELSEWHERE,
-        "no slot of this node is large enough for the job, or none offers its runner",
+        "no slot of this node is large enough for the job, or no slot offers its runner",
         "compare the job's requirements with slots.d",
     ),
     ErrorCode.E_TIMEOUT: CodeInfo(
         Retry.FINAL,
         "the job ran longer than its own or the slot's time limit and was ended",
-        "raise max_runtime_s of the slot or of the allowlist entry if such jobs should finish here",
+        "to let longer jobs finish, raise max_runtime_s of the slot or of the allowlist entry",
     ),
     ErrorCode.E_OOM: CodeInfo(
         Retry.ELSEWHERE,
@@ -111,83 +111,91 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ErrorCode.E_VRAM: CodeInfo(
         Retry.ELSEWHERE,
         "the job needed more video memory than its GPU has",
-        "check that nothing else uses the GPU",
+        "check with `nvidia-smi` that no other program uses the GPU",
     ),
     ErrorCode.E_PIDS: CodeInfo(
         Retry.FINAL,
         "the job started more processes than its slot allows",
-        "raise pids_max of the slot if such jobs are wanted",
+        "to accept jobs with more processes, raise pids_max of the slot",
     ),
     ErrorCode.E_DISK: CodeInfo(
         Retry.ELSEWHERE,
         "the disk of the workspace was full",
-        "free space on the disk of workspace.root, or move workspace.root to a larger one",
+        "free space on the disk of workspace.root, or move workspace.root to a larger disk",
     ),
     ErrorCode.E_OUTPUT: CodeInfo(
         Retry.FINAL,
-        "the job wrote more than it was allowed to",
-        "raise max_output_mb of the allowlist entry, or what the message names, if such output is wanted",
+        "the job wrote more than its limit",
+        "to accept more output, raise max_output_mb of the allowlist entry or the key in the message",
     ),
     ErrorCode.E_ARTIFACT: CodeInfo(
         Retry.FINAL,
-        "what is to be delivered is missing, too large, not a plain file of the job's own, or still in use",
-        "nothing on this node; see logs/exec.log of the job for why it did not write it",
+        "an artifact is missing, too large, not a plain file of the job, or still in use",
+        "no action needed on this node; see logs/exec.log of the job for the cause",
     ),
     ErrorCode.E_EXIT: CodeInfo(
         Retry.FINAL,
         "the program ended by itself with a non-zero exit status",
-        "nothing on this node; see logs/exec.log of the job",
+        "no action needed on this node; see logs/exec.log of the job",
     ),
     ErrorCode.E_SIGNAL: CodeInfo(
         Retry.HERE,
         "the program was ended by a signal that this node did not send",
-        "look for a crash in logs/exec.log, or for another program or person that kills jobs",
+        "look for a crash in logs/exec.log, or for a program or person that kills jobs",
     ),
     ErrorCode.E_SANDBOX: CodeInfo(
         Retry.ELSEWHERE,
-        "the job could not be started within its limits",
+        "the node could not start the job within its limits",
         "run `aitbc-miner doctor`; the message names the step that failed",
     ),
     ErrorCode.E_SECRET: CodeInfo(
         Retry.ELSEWHERE,
-        "a secret of the job could not be opened on this node",
-        "check the node's key",
+        "this node could not open a secret of the job",
+        "check the node's key (secrets.pkcs11)",
     ),
     ErrorCode.E_EGRESS: CodeInfo(
         Retry.ELSEWHERE,
         "the job asks for network access that its slot does not grant",
-        "change the slot's egress policy if you want to grant it",
+        "to grant the access, change `egress` of the slot",
     ),
     ErrorCode.E_TASK: CodeInfo(
         Retry.FINAL,
         "the Python task rejected its parameters, or raised an error",
-        "nothing on this node; the message and logs/exec.log have the error",
+        "no action needed on this node; the message and logs/exec.log have the error",
     ),
     ErrorCode.E_CANCELLED: CodeInfo(
         Retry.FINAL,
-        "the job was cancelled by the coordinator or by an operator",
-        "nothing",
+        "the coordinator or an operator cancelled the job",
+        "no action needed",
     ),
     ErrorCode.E_LOST: CodeInfo(
         Retry.HERE,
         "the machine or the slot's worker stopped while the job was running",
-        "look at the journal for what stopped them",
+        "see `journalctl -u aitbc-miner` for the cause",
     ),
     ErrorCode.E_UPLOAD: CodeInfo(
         Retry.HERE,
-        "the result could not be handed to the coordinator",
-        "see the message for why; `aitbc-minerctl retry ID` sends it once more, and the node once a day",
+        "the coordinator did not accept the result",
+        "see the message for the cause; the node retries once a day, `aitbc-minerctl retry ID` retries now",
     ),
     ErrorCode.E_INTERNAL: CodeInfo(
         Retry.HERE,
         "the miner itself failed; this is a defect",
-        "please report it with the journal of that minute",
+        "report the defect with the journal of that minute",
     ),
 }
 
 
+class CommandError(MinerError):
+    """Ends a command of the operator with this message and exit status."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class JobError(MinerError):
-    """A job cannot go on; the code says why. Raised anywhere in a job's way, caught where it is recorded."""
+    """A job cannot go on, because of `code`. The process that records the job catches this error."""
 
     def __init__(self, code: ErrorCode, message: str) -> None:
         super().__init__(message)

@@ -1,6 +1,6 @@
-"""A job as its author wrote it (manifest) and as we keep it (state, outcome).
+"""The data of a job: the manifest from its author, and the node's records of its state and outcome.
 
-Everything here is plain data with its rules: store/records.py puts it on disk; nothing here runs anything.
+All structs are plain data with their rules; store/records.py writes them to disk.
 """
 
 import re
@@ -14,45 +14,42 @@ from aitbc_miner.errors import ErrorCode, MinerError, brief
 from aitbc_miner.util import forgiving
 
 JOB_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-"""A job id becomes the name of a directory, so nothing else may pass; see `directory_of`."""
+"""A job id becomes the name of a directory, so other characters are refused; see `directory_of`."""
 BROKEN = ".broken"
-"""The directory, beside those of the jobs, of records that cannot be read."""
+"""The directory, beside the jobs' directories, of records that cannot be read."""
 NEXT = ".next"
-"""That of the directories which wait for a slot's next job, see `workspace.make_ahead`."""
+"""The directory of the directories that are made ahead for the next jobs, see `workspace.make_ahead`."""
 OURS = frozenset({BROKEN, NEXT})
 NAMED = "+job"
-"""Before the name of a job's directory, where that alone would be another's. `+` is in no job id."""
+"""Prefix for the directory of a job whose id is one of OURS. No job id has a `+`."""
 
 Count = Annotated[int, Meta(ge=0, le=2**31)]
 MegaBytes = Annotated[float, Meta(ge=0, le=2**31)]
 Text = Annotated[str, Meta(max_length=4096)]
 Short = Annotated[str, Meta(max_length=256)]
-# What comes from a process that is not root is checked again by the one that is.
+# The supervisor, which is root, checks the ids in messages of other processes again.
 JobId = Annotated[str, Meta(pattern=f"^{JOB_ID.pattern}\\Z")]
 EndReason = Literal["cancel", "shutdown", "timeout", "expired"]
 
 
 def valid_job_id(job_id: object) -> bool:
-    """Whether this may name a job here, on disk and everywhere else."""
+    """Whether a value is a valid job id."""
     return isinstance(job_id, str) and bool(JOB_ID.fullmatch(job_id)) and job_id not in {".", ".."}
 
 
 def directory_of(job_id: str) -> str:
-    """Say what a job's directory is called: as the job, unless we have a directory of that name ourselves."""
+    """Give the name of a job's directory: the id, with a prefix if the id is one of OURS."""
     return f"{NAMED}{job_id}" if job_id in OURS else job_id
 
 
 def job_in(directory: str) -> str | None:
-    """Say which job is in a directory of this name; None: it is no job's."""
+    """Give the id of the job in a directory of this name; None if the directory is not a job's."""
     job_id = directory.removeprefix(NAMED)
     return job_id if valid_job_id(job_id) and directory_of(job_id) == directory else None
 
 
 class ManifestError(MinerError):
-    """A manifest is no manifest; `job_id` is the id it gave itself when that much could be read.
-
-    `code` is what its job fails with.
-    """
+    """A manifest is malformed. `job_id` is its id, if readable; its job fails with `code`."""
 
     def __init__(
         self, message: str, job_id: str | None = None, code: ErrorCode = ErrorCode.E_MANIFEST
@@ -63,7 +60,7 @@ class ManifestError(MinerError):
 
 
 class Requirements(Struct, frozen=True, forbid_unknown_fields=False):
-    """What the job needs of a slot; memory in MiB, video memory in MB as NVML counts it."""
+    """The job's needs of a slot; memory in MiB, video memory in MB as NVML counts."""
 
     gpu: bool = False
     vram_mb: Count = 0
@@ -72,7 +69,7 @@ class Requirements(Struct, frozen=True, forbid_unknown_fields=False):
 
 
 class InputUrl(Struct, frozen=True):
-    """An input to fetch; without a name it is called by the last part of the URL's path."""
+    """An input to fetch; the default of its name is the last part of the URL's path."""
 
     url: Text
     name: str | None = None
@@ -81,7 +78,7 @@ class InputUrl(Struct, frozen=True):
 
 
 class Inputs(Struct, frozen=True):
-    """What is put into the job's directory before it starts."""
+    """The files that the node puts into the job's directory before the start."""
 
     urls: Annotated[list[Text | InputUrl], Meta(max_length=1000)] = []
     inline: Annotated[dict[str, str], Meta(max_length=1000)] = {}
@@ -96,9 +93,9 @@ class ArtifactSpec(Struct, frozen=True):
 
 
 class RetryPolicy(Struct, frozen=True):
-    """How often a job's program may be started in all, and after which failures; see agent/retry_policy.py.
+    """The most starts of a job's program, and the codes that allow a retry; see agent/retry_policy.py.
 
-    Without `on`, after each that is not final by its code.
+    Without `on`, a retry is allowed after each code that is not final.
     """
 
     max_attempts: Annotated[int, Meta(ge=1, le=100)] = 1
@@ -106,7 +103,7 @@ class RetryPolicy(Struct, frozen=True):
 
 
 class Manifest(Struct, frozen=True):
-    """What the coordinator sent. Unknown fields stay in manifest.json and are ignored."""
+    """The job as the coordinator sent it. Unknown fields stay in manifest.json and are ignored."""
 
     job_id: str
     runner: Annotated[str, Meta(max_length=64)]
@@ -147,28 +144,22 @@ def decode_manifest(raw: object) -> Manifest:
 
 
 def _check_runner_fields(manifest: Manifest) -> None:
-    needed = {"cli": ("command", manifest.command), "python": ("task", manifest.task)}.get(manifest.runner)
+    runner = manifest.runner
+    needed = {"cli": ("command", manifest.command), "python": ("task", manifest.task)}.get(runner)
+    texts = [manifest.command or "", manifest.task or "", *manifest.args]
     if needed is None:
-        raise ManifestError(
-            f"cannot run the job: runner {manifest.runner[:64]!r} is not one of cli, python", manifest.job_id
-        )
-    if not needed[1]:
-        raise ManifestError(
-            f"cannot run the job: runner {manifest.runner!r} needs {needed[0]!r}", manifest.job_id
-        )
-    texts = [
-        manifest.command or "",
-        manifest.task or "",
-        *manifest.args,
-        *manifest.env,
-        *manifest.env.values(),
-    ]
-    if any("\0" in text for text in texts):
-        raise ManifestError("cannot run the job: command, args and env must not contain NUL", manifest.job_id)
+        fault = f"runner {runner[:64]!r} is not one of cli, python"
+    elif not needed[1]:
+        fault = f"runner {runner!r} needs {needed[0]!r}"
+    elif any("\0" in text for text in (*texts, *manifest.env, *manifest.env.values())):
+        fault = "command, args and env must not contain NUL"
+    else:
+        return
+    raise ManifestError(f"cannot run the job: {fault}", manifest.job_id)
 
 
 class State(StrEnum):
-    """Where a job is on its way; `MOVES` says which step may follow which."""
+    """The state of a job; `MOVES` has the allowed next states."""
 
     PULLED = "PULLED"
     ACKED = "ACKED"
@@ -183,7 +174,7 @@ class State(StrEnum):
 
 FINAL = frozenset({State.DONE, State.FAILED})
 
-# Every state may also turn to UPLOADING: whatever happens to a job, its report is what ends it.
+# Every state except DONE may turn to UPLOADING: in every case, the report ends the job.
 MOVES: dict[State, frozenset[State]] = {
     State.PULLED: frozenset({State.ACKED, State.UPLOADING, State.FAILED}),
     State.ACKED: frozenset({State.PREP, State.UPLOADING, State.FAILED, State.RETRY_WAIT}),
@@ -191,16 +182,16 @@ MOVES: dict[State, frozenset[State]] = {
     State.RUNNING: frozenset({State.COLLECTING, State.UPLOADING, State.RETRY_WAIT}),
     State.COLLECTING: frozenset({State.UPLOADING, State.RETRY_WAIT}),
     State.UPLOADING: frozenset({State.DONE, State.FAILED, State.UPLOADING}),
-    # Again, when its worker died before it had written anything of the attempt.
+    # RETRY_WAIT may follow itself: the worker may die before it records the attempt.
     State.RETRY_WAIT: frozenset({State.PREP, State.UPLOADING, State.FAILED, State.RETRY_WAIT}),
     State.DONE: frozenset(),
-    # The operator has a report that was refused sent once more.
+    # The operator may have a refused report sent again.
     State.FAILED: frozenset({State.UPLOADING}),
 }
 
 
 class Refusals(Struct, frozen=True):
-    """How often a job's report was refused, over how many seconds; `at` is the boot time of the last one."""
+    """How often the coordinator refused a report, over how many seconds; `at`: boot time of the last."""
 
     times: int = 0
     over_s: float = 0.0
@@ -208,17 +199,17 @@ class Refusals(Struct, frozen=True):
     boot_id: str = ""
 
     def another(self, now: float, boot_id: str) -> "Refusals":
-        """Count one more. The time between two of them counts where one boot has seen both."""
+        """Count one more refusal. The time between two refusals counts only within one boot."""
         between_s = now - self.at if self.boot_id == boot_id else 0.0
         return Refusals(self.times + 1, self.over_s + max(0.0, between_s), now, boot_id)
 
 
 class StateRecord(Struct, frozen=True):
-    """state.json: where the job is now. Boot times are seconds of the boot-time clock, with the boot's id.
+    """state.json: the job's present state. Boot times are seconds of the boot-time clock, with the boot's id.
 
-    `attempt` is the one under way or to come. `started`: the program was, in this or an earlier attempt.
-    `lease` is the token of our hold on it where a fleet shares its jobs, see agent/fleet.py, and `origin` the
-    node that it was taken over from. `delivery` is what became of its report, `refusals` how it fared before.
+    `attempt` is the present or the next attempt. `started`: an attempt has started the program. `lease` is
+    the token of our lease in a fleet (agent/fleet.py), `origin` the node from which we took the job over.
+    `delivery` is the result of the report, `refusals` counts its refusals.
     """
 
     job_id: str
@@ -242,7 +233,7 @@ class StateRecord(Struct, frozen=True):
 
 
 class ExitStatus(Struct, frozen=True):
-    """How the program ended, as data: an exit status or a signal, and why we ended it if we did."""
+    """The end of the program: an exit status or a signal, and the reason if the node killed the program."""
 
     status: int | None = None
     signal: int | None = None
@@ -250,7 +241,7 @@ class ExitStatus(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """What the job used. Seconds and bytes; None where this machine cannot tell."""
+    """The job's use of resources in seconds and bytes; None if this machine cannot measure a value."""
 
     wall_s: float = 0.0
     user_s: float | None = None
@@ -263,7 +254,7 @@ class Usage(Struct, frozen=True):
 
 
 class Artifact(Struct, frozen=True):
-    """A file for the coordinator: `path` is its name there, `file` its place in the job's directory."""
+    """A file for the coordinator: `path` is the name to deliver, `file` the path in the job's directory."""
 
     path: str
     file: str
@@ -273,14 +264,14 @@ class Artifact(Struct, frozen=True):
 
 
 class LeftOut(Struct, frozen=True):
-    """Something in output/ that nobody declared and that cannot be delivered, and why."""
+    """An undeclared file in output/ that cannot be delivered, and the reason."""
 
     path: str
     why: str
 
 
 class LogInfo(Struct, frozen=True):
-    """logs/exec.log: bytes kept, bytes dropped over the cap, and its last 4 KiB as text."""
+    """logs/exec.log: bytes kept, bytes dropped beyond the limit, and the last 4 KiB as text."""
 
     bytes: int = 0
     dropped: int = 0
@@ -288,7 +279,7 @@ class LogInfo(Struct, frozen=True):
 
 
 class Outcome(Struct, frozen=True):
-    """outcome.json: what came of the job. On disk before anybody is told of it."""
+    """outcome.json: how the job ended. Written to disk before any report."""
 
     job_id: str
     version: Literal[1] = 1
@@ -309,18 +300,18 @@ class Outcome(Struct, frozen=True):
 
     @property
     def ok(self) -> bool:
-        """Whether the job did what it was asked to."""
+        """Whether the job succeeded."""
         return self.code is None
 
     def count_artifacts(self, *, log_too: bool) -> int:
-        """Count what the client gets; not every coordinator takes the log."""
+        """Count the delivered files; `log_too`: the coordinator takes the log as well."""
         return sum(log_too or artifact.file != "logs/exec.log" for artifact in self.artifacts)
 
 
 class JobUse(Struct, frozen=True):
-    """What a job that runs has used, and may: seconds, percent of one CPU since it began, bytes.
+    """A running job's use and limits: seconds, percent of one CPU since the start, bytes.
 
-    None where it cannot be told, or where there is no limit. `pct` and `note` are the task's own word.
+    None means an unknown value or no limit. `pct` and `note` come from the task itself.
     """
 
     for_s: float

@@ -1,4 +1,4 @@
-"""`aitbc-miner`: runs the node, or looks at what it would run with."""
+"""`aitbc-miner`: runs the node, or shows and checks the machine and the configuration."""
 
 import argparse
 import os
@@ -28,7 +28,7 @@ CONFIG = Path("/etc/aitbc/miner/config.yaml")
 
 
 def start() -> int:
-    """Be the program `aitbc-miner`, however it was started."""
+    """Run the program `aitbc-miner`."""
     begin_command()
     arguments = _parser().parse_args()
     if arguments.verb == "run":
@@ -36,7 +36,7 @@ def start() -> int:
             arguments.config = arguments.config.absolute()
         except FileNotFoundError:
             print(
-                f"cannot find {arguments.config}: the current directory is gone; name the whole path",
+                f"cannot find {arguments.config}: the current directory was removed; name an absolute path",
                 file=sys.stderr,
             )
             return EXIT_CONFIG
@@ -70,15 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"aitbc-miner {build()}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="COMMAND")
-    verbs.add_parser("run", help="run the node in the foreground, until it is told to stop")
-    probe_ = verbs.add_parser("probe", help="show what this machine has")
-    probe_.add_argument("--json", action="store_true", help="as the coordinator is told it")
-    verbs.add_parser("check", help="check the configuration and all that it names; changes nothing")
+    verbs.add_parser("run", help="run the node in the foreground")
+    probe_ = verbs.add_parser("probe", help="show the CPUs, memory, disks and GPUs of this machine")
+    probe_.add_argument("--json", action="store_true", help="in the form that the coordinator gets")
+    verbs.add_parser("check", help="check the configuration and this machine; changes nothing")
     slots_ = verbs.add_parser("slots", help="print the slots as YAML")
     slots_.add_argument("--suggest", action="store_true", help="a layout derived from the machine")
     tasks_ = verbs.add_parser("tasks", help="list the Python tasks and their parameters")
     tasks_.add_argument("--json", action="store_true", help="with the parameters as JSON schemas")
-    verbs.add_parser("doctor", help="show what is missing on this machine, and how to mend it")
+    verbs.add_parser("doctor", help="show the missing requirements of this machine, with their remedies")
     for name, verb in verbs.choices.items():
         default = None if name == "probe" else CONFIG
         text = f"(default: {default or 'none, and the slots are derived from the machine'})"
@@ -94,9 +94,7 @@ def run(path: Path) -> int:
     if config is None:
         status = _refuse(faults)
         if not path.exists():
-            print(
-                "name the configuration with --config; etc/config.yaml is one to start from", file=sys.stderr
-            )
+            print("name the configuration with --config; etc/config.yaml is an example", file=sys.stderr)
         return status
     try:
         config = resolved(config)
@@ -104,11 +102,11 @@ def run(path: Path) -> int:
     except RequirementError as error:
         print(error, file=sys.stderr)
         return _refuse(_why_not(path, config))
-    from aitbc_miner.node import run_node  # noqa: PLC0415  # the whole daemon, which nothing else here needs
+    from aitbc_miner.node import run_node  # noqa: PLC0415  # imports the whole node
 
     status = run_node(path, config, warnings)
     if status == EXIT_CONFIG:
-        # The node has said what it came upon; where that was set, and what else is wrong, is said here.
+        # The node has logged the first fault; here follow all faults with file and line.
         _refuse(_why_not(path, config))
     return status
 
@@ -120,7 +118,7 @@ def _why_not(path: Path, config: Config) -> list[Fault]:
 
 
 def probe(path: Path | None, *, as_json: bool) -> int:
-    """Show what this machine has, for the coordinator or for people."""
+    """Show the machine's CPUs, memory, disks and GPUs, for the coordinator or for people."""
     config: Config | None = None
     faults: list[Fault] = []
     if path:
@@ -144,7 +142,7 @@ def probe(path: Path | None, *, as_json: bool) -> int:
 
 
 def check(path: Path) -> int:
-    """Check the configuration, and all that it names against this machine."""
+    """Check the configuration against this machine."""
     config, faults, warnings = load_config(path, os.environ)
     if config is None:
         return _refuse(faults)
@@ -155,19 +153,20 @@ def check(path: Path) -> int:
     if checker.faults:
         return _refuse(checker.faults)
     _say("ok:", f"node {config.node_id}, coordinator {config.coordinator.base_url}")
-    _say("ok:", f"{len(checker.slots)} slots: {_names(checker.slots)}")
-    _say("ok:", f"{len(checker.commands)} commands allowed: {', '.join(checker.commands) or 'none'}")
-    _say(
-        "ok:", f"{len(checker.tasks)} tasks: {', '.join(task.info.name for task in checker.tasks) or 'none'}"
-    )
+    listed = {
+        "slots": [spec.name for spec in checker.slots],
+        "commands allowed": checker.commands,
+        "tasks": [task.info.name for task in checker.tasks],
+    }
     if config.coordinator.dialect == "aitbc-v1":
-        names = ", ".join(service.name for service in checker.services) or "none"
-        _say("ok:", f"{len(checker.services)} services: {names}")
+        listed["services"] = [service.name for service in checker.services]
+    for what, names in listed.items():
+        _say("ok:", f"{len(names)} {what}: {', '.join(names) or 'none'}")
     return EXIT_OK
 
 
 def slots(path: Path, *, suggest: bool) -> int:
-    """Print the slots of the configuration, or those that suit this machine, as a file for slots.d."""
+    """Print the configured slots, or a layout that suits this machine, as a file for slots.d."""
     specs: list[SlotSpec] = []
     gpus = find_gpus()
     facts = machine_facts(gpus)
@@ -178,14 +177,14 @@ def slots(path: Path, *, suggest: bool) -> int:
             return _refuse(faults)
         checker = Checker(path, config, os.environ, gpus)
         checker.check()
-        # They are the slots all the same: the installer makes their users, without which `check` has a fault.
+        # Printed in spite of faults: the installer makes the slots' users, whose absence is a fault.
         _refuse(checker.faults)
     print(to_yaml(specs or derive_slots(facts)), end="")
     return EXIT_OK
 
 
 def tasks(path: Path, *, as_json: bool) -> int:
-    """List the Python tasks and what they take; what is wrong with one stands beside it."""
+    """List the Python tasks with their parameters; a faulty task shows its error."""
     config, faults, _ = load_config(path, os.environ)
     if config is None:
         return _refuse(faults)
@@ -202,7 +201,7 @@ def tasks(path: Path, *, as_json: bool) -> int:
 
 
 def doctor(path: Path) -> int:
-    """Show what is missing on this machine, and the command that mends it."""
+    """Show each requirement, whether the machine meets it, and its remedy."""
     config, faults, _ = load_config(path, os.environ)
     machine = probe_machine((config.workspace if config else WorkspaceSection()).root)
     missing = False
@@ -212,12 +211,12 @@ def doctor(path: Path) -> int:
         missing |= finding.required and not finding.there
         for remedy in finding.remedy.split("; ") if not finding.there else []:
             _say("  →", remedy)
-    print("something required is missing" if missing else "nothing that is required is missing")
+    print("a requirement is missing" if missing else "no requirement is missing")
     return EXIT_FAILURE if missing else EXIT_OK
 
 
 def find_gpus() -> GpuList:
-    """Ask the driver, which may hang, for the GPUs."""
+    """Ask the driver for the GPUs; the driver may hang, so a child asks."""
     with GpuReader() as reader:
         return reader.list()
 
@@ -232,12 +231,8 @@ def _runners(config: Config | None) -> list[str]:
 def _tasks(config: Config | None) -> list[FoundTask]:
     if config is None or not config.runners.python.enable:
         return []
-    # Read as the coordinator's are: by no root.
+    # Read as the service's user, like in the running node: root does not import tasks.
     return list_tasks(config.runners.python, resolve("auto", config.privileges.service_user, []).service)
-
-
-def _names(specs: list[SlotSpec]) -> str:
-    return ", ".join(spec.name for spec in specs)
 
 
 def _refuse(faults: list[Fault]) -> int:
@@ -251,7 +246,7 @@ def _say(label: str, text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    """Say what is wrong: as wide as a terminal is, elsewhere in one line, for the programs that read it."""
+    """Print a fault: wrapped for a terminal, else in one line for other programs."""
     print("\n    ".join(wrap("", text, most=width() - 4)) if sys.stderr.isatty() else text, file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Puts a node together: directories, users, cgroups, how each child begins. Then the supervisor runs."""
+"""Puts a node together: directories, users, cgroups, the start of each child. Then runs the supervisor."""
 
 import fcntl
 import os
@@ -60,18 +60,18 @@ from aitbc_miner.worker.loop import Worker, adjusted
 
 
 class WorkspaceError(MinerError):
-    """The directory of the jobs is in use, or that of the node's own files is somebody else's."""
+    """Another miner uses the jobs' directory, or another user owns the directory of the node's files."""
 
 
 def run_node(path: Path, config: Config, warnings: list[str]) -> int:
-    """Run the node in the foreground until it is told to stop; gives the exit status.
+    """Run the node in the foreground until the node is told to stop; gives the exit status.
 
-    `config` is what the file `path` says; a reload reads that again.
+    `config` is the content of the file `path`; a reload reads the file again.
     """
     log.configure(
         config.node_id,
         level=config.logging.level,
-        # Whoever runs it at a terminal reads it himself.
+        # A person at a terminal gets text, not JSON.
         as_json=config.logging.json and not (config.logging.path is None and sys.stderr.isatty()),
         path=str(config.logging.path) if config.logging.path else None,
     )
@@ -80,17 +80,18 @@ def run_node(path: Path, config: Config, warnings: list[str]) -> int:
         become_subreaper()
         node = Node(path, config)
         for line in [*warnings, *node.notices]:
-            events.warning("notice", text=line)
+            events.warning("notice given", text=line)
         supervisor = Supervisor(node, Notifier(os.environ))
     except (MinerError, OSError) as error:
         events.error("cannot start", error=str(error))
-        # What only the operator can mend is not tried again; a full disk may be better in a moment.
+        # systemd does not restart after EXIT_CONFIG, which only the operator can mend; a full disk may
+        # recover.
         return EXIT_CONFIG if isinstance(error, MinerError) else EXIT_FAILURE
     events.info("started", pid=os.getpid(), root=str(config.workspace.root))
     try:
         supervisor.run()
     except OSError as error:
-        # What runs goes on, and the next start takes it up.
+        # The workers and jobs go on, and the next start adopts them.
         events.error("cannot go on", error=str(error), exc_info=True)
         return EXIT_FAILURE
     finally:
@@ -99,7 +100,7 @@ def run_node(path: Path, config: Config, warnings: list[str]) -> int:
 
 
 class Node:
-    """What does not change while the node runs, and how each kind of child begins."""
+    """The facts that do not change while the node runs, and the start of each kind of child."""
 
     def __init__(self, path: Path, config: Config) -> None:
         self._path = path
@@ -113,9 +114,9 @@ class Node:
         self.layout = Layout(specs, self._identities.jobs)
         require(NodePlace(config, self._identities, len(specs)))
         self._locks = Locks(f"pid {os.getpid()}, since {clock.wall()}, configuration {path}")
-        self._locks.take(f"the node id {config.node_id}", "stop that one, or set another node_id")
+        self._locks.take(f"the node id {config.node_id}", "stop the other miner, or set another node_id")
         if found.parent is not None:
-            self._locks.take(f"the control group {found.parent}", "stop that one")
+            self._locks.take(f"the control group {found.parent}", "stop the other miner")
         self._cgroups = take_cgroups(config, found)
         self._sandboxed, unsafe = find_sandbox(config, self._identities.probe)
         self._interpreter = find_python(config.runners.python, self._identities)
@@ -129,23 +130,24 @@ class Node:
             ("queue.path", config.queue.path.parent),
             ("control.socket", config.control.socket.parent),
         ):
-            self._locks.take(str(place.resolve()), f"stop that one, or set another {key}")
-        # For those that have the directory, but not our /run: in containers.
+            self._locks.take(str(place.resolve()), f"stop the other miner, or set another {key}")
+            # For miners in containers, which share the directory but not our /run.
         self._lock = _lock(config.workspace.root)
         self.book = WorkerBook(config.control.socket.with_name("workers.json"))
-        # The node token goes this way and never through the supervisor, which keeps both ends open but
-        # reads neither, so that a child that is started again finds its end as it was.
+        # The node token takes this line. The supervisor keeps both ends open, so that a restarted child
+        # inherits
+        # its end, but never reads from them.
         self._heartbeat_end, self._agent_end = socket.socketpair()
         self.agent = _keeper("agent", self._be_agent, FromAgent, self._agent_end)
         self.heartbeat = _keeper("heartbeat", self._be_heartbeat, FromHeartbeat, self._heartbeat_end)
 
     def close(self) -> None:
-        """Remove the slots' groups, except for one that a job is still in (hand-over)."""
+        """Remove the slots' cgroups, except cgroups with a running job (handover)."""
         parent = self._cgroups.parent
         extra = [parent] if parent not in {None, self._cgroups.home} else []
         for path in [*(slot_groups(parent) if parent else ()), *extra]:
             try:
-                # Of one with a job we know that it stays; the last process of another may be going just now.
+                # A cgroup with a job stays; in another cgroup, the last process may be ending.
                 Group(path).remove(timeout_s=0.0 if Group(path).populated() else 0.5)
             except CgroupError as error:
                 log.events("supervisor").debug("cgroup stays", reason=str(error))
@@ -158,8 +160,8 @@ class Node:
     # --- slots ---------------------------------------------------------------------------------------------
 
     def plan(self, layout: Layout, gpus: list[GpuFact]) -> list[SlotPlan]:
-        """Say what each slot is to be, with these GPUs."""
-        # For what reads a layout anew, too.
+        """Plan each slot, with these GPUs."""
+        # A reload uses these facts as well.
         nodes = {name: gpu.numa_node for gpu in gpus if gpu.numa_node is not None for name in gpu.ids}
         self._facts = replace(self._facts, gpu_ids=[gpu.ids for gpu in gpus], gpu_nodes=nodes)
         specs = lay_out(layout.specs, self._facts, []) or derive_slots(self._facts)
@@ -170,11 +172,11 @@ class Node:
         return [self._plan_slot(spec, gpus, users.get(spec.name), problems.get(spec.name)) for spec in specs]
 
     def plan_stray(self, name: str) -> SlotPlan:
-        """Plan a slot that is not wanted any more, and in which a worker of an earlier run has a job."""
+        """Plan a removed slot in which a worker of an earlier run still has a job."""
         return self._plan_slot(SlotSpec(name=name, kind="cpu"), [], None, None)
 
     def _users_of(self, names: list[str]) -> tuple[dict[str, Identity], dict[str, str]]:
-        """Find the users of slots, and say of which slots there is none: these are not used."""
+        """Find the users of slots; gives also the error of each slot without a user, which stays unused."""
         try:
             return self._resolve(names).jobs, {}
         except PrivilegeError:
@@ -188,7 +190,7 @@ class Node:
         return users, problems
 
     def end_others(self, names: set[str]) -> None:
-        """End what still runs in the groups of slots that are none of these, in a child."""
+        """Kill the processes in the cgroups of all slots except `names`; in a child."""
         parent = self._cgroups.parent
         for path in slot_groups(parent) if parent else ():
             if path.name not in names:
@@ -204,7 +206,7 @@ class Node:
         memory = self._facts.memory_bytes
         vram_mb = gpu.vram_mb if gpu else 0
         if gpu and gpu.unified:
-            # What of the machine's memory may be used at all bounds it, too.
+            # A unified GPU uses the machine's memory.
             vram_mb = min(vram_mb, memory >> 20)
         offer = make_offer(spec, threads=self._facts.threads, memory_bytes=memory, vram_mb=vram_mb)
         parent = self._cgroups.parent
@@ -222,7 +224,7 @@ class Node:
         )
         problem = self._claim(user) or problem
         if spec.gpu is not None and gpu is None:
-            problem = f"GPU {spec.gpu} is not there or does not answer; see `aitbc-miner probe`"
+            problem = f"GPU {spec.gpu} is missing or does not answer; see `aitbc-miner probe`"
         return SlotPlan(
             spec,
             offer,
@@ -235,11 +237,11 @@ class Node:
         )
 
     def _claim(self, user: Identity | None) -> str | None:
-        """Keep other miners off a slot's user, whose processes end between jobs; says why that cannot be."""
+        """Lock a slot's user, whose processes the worker kills between jobs; gives the error of a failure."""
         try:
-            # Of an unallocated id nothing is ended.
+            # No process of an unallocated id is killed.
             if user is not None and not is_unallocated(user.uid):
-                self._locks.take(f"the user {user.name}", "stop that one, or rename the slot", 0.0)
+                self._locks.take(f"the user {user.name}", "stop the other miner, or rename the slot", 0.0)
         except (HeldError, OSError) as error:
             return str(error)
         return None
@@ -271,7 +273,7 @@ class Node:
         run_heartbeat(channel, line, self.config, os.environ, early=early, proxy=proxy)
 
     def _proxies(self) -> tuple[Proxy | None, Proxy | None]:
-        """Make the coordinator's proxy and that of inputs, while we can read all credentials."""
+        """Make the proxies of the coordinator and of inputs, while this process can read all credentials."""
         there, inputs = self.config.coordinator, self.config.inputs
         return (
             proxy_of(there.proxy, there.proxy_auth, os.environ),
@@ -279,11 +281,11 @@ class Node:
         )
 
     def read_layout(self) -> Layout:
-        """Read the configuration anew, in a child, and say what the slots are to be."""
+        """Read the configuration again, in a child."""
         return read_layout(self._path, self.config, self._facts)
 
     def read_history(self, request: Request, memory: int) -> History | Refusal:
-        """Read the history in a child: what the service writes into its database, root does not parse."""
+        """Read the history in a child, as the service's user: root does not parse the service's database."""
         self._become_service()
         with os.fdopen(memory, "wb") as out:
             fault = read_history(self.config.queue.path, request, out)
@@ -304,7 +306,7 @@ def _keeper(name: str, main: Main, incoming: Any, line: socket.socket) -> Keeper
 
 def be_worker(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
     """Be a slot's worker, after the fork."""
-    # The operator's secrets are none of its business, nor of what it starts.
+    # Neither the worker nor its jobs may see the operator's secrets.
     for secret in slot.config.sources():
         source, _, name = secret.partition(":")
         if source == "env":
@@ -314,13 +316,13 @@ def be_worker(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
 
 
 def adjust_slot(slot: SlotContext) -> Retuned:
-    """Limit a slot's groups, in a child: its worker is of an earlier run, and cannot be told."""
+    """Change the limits of a slot's cgroups, in a child: its adopted worker takes no messages."""
     group = SlotGroup(slot.group_parent, slot.spec.name) if slot.group_parent else None
     return adjusted(group, slot.spec, slot.controllers)
 
 
 def _make_workspace(root: Path, service: Identity | None) -> None:
-    # Through no link that the service could have made: the directory above may be its own.
+    # Opened without following links: the service may own the parent directory.
     fd = fs.open_directory(root, make=PASSABLE)
     try:
         if service is not None:
@@ -331,12 +333,12 @@ def _make_workspace(root: Path, service: Identity | None) -> None:
 
 
 def _make_state(directory: Path, service: Identity | None) -> None:
-    """Make the directory of the node's own database and counters.
+    """Make the directory of the node's database and counters.
 
     Raises:
-        WorkspaceError: it is there, with files, and not the service's: it may be any directory at all.
+        WorkspaceError: the directory has files, and the service does not own it.
     """
-    # Passable, for the jobs' directories may be below it.
+    # Passable, because the jobs' directories may be below this directory.
     os.close(fs.open_directory(directory, make=PASSABLE))
     with fs.directory(directory) as fd:
         if service is None or os.fstat(fd).st_uid == service.uid:
@@ -347,18 +349,19 @@ def _make_state(directory: Path, service: Identity | None) -> None:
 
 
 def _lock(root: Path) -> int:
-    """Keep any other miner off these jobs for as long as this process lives; gives the descriptor to keep.
+    """Lock the jobs' directory against other miners while this process lives; gives the descriptor to keep.
 
     Raises:
-        WorkspaceError: there is one already.
+        WorkspaceError: another miner has the lock.
     """
     lock = fs.open_directory(root)
     try:
-        # It ends with its last descriptor; children close theirs, so a worker that lives on does not hold it.
+        # The lock ends with its last descriptor; children close theirs, so an adopted worker does not hold
+        # the lock.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
         raise WorkspaceError(
-            f"cannot use {root}: another miner runs with it; stop that one, or set another workspace.root"
+            f"cannot use {root}: another miner uses the directory; stop it, or set another workspace.root"
         ) from None
     return lock

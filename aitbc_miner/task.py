@@ -1,10 +1,10 @@
-"""What a Python task may use: report progress, find its directories, fail with a reason, hear of its end.
+"""The functions for Python tasks: report progress, find directories, fail with a reason, hear of the end.
 
-A task is a file `<name>.py` in one of the task paths with a function `run(...)`; see docs/tasks.md. Run by
-hand, the same functions work: progress goes to stderr, files go below the current directory.
+A task is a file `<name>.py` in one of the task paths with a function `run(...)`; see docs/tasks.md. Outside a
+job the functions work as well: progress goes to stderr, files go below the current directory.
 
-The structs are what the process of a task tells the miner. The job controls that process, so nothing in them
-is believed further than the job's own result.
+The structs are the messages of a task's process to the miner. The job controls the process, so the miner
+trusts them no more than the job's result.
 """
 
 import contextlib
@@ -21,31 +21,30 @@ from msgspec import Struct
 __all__ = ["TaskCancelled", "TaskError", "cancelled", "output_dir", "progress", "work_dir"]
 
 REPORT_VARIABLE = "AITBC_REPORT_FD"
-"""Names the environment variable with the number of the descriptor that reports go to, as lines of JSON."""
-
+"""The environment variable with the number of the descriptor for reports, which are lines of JSON."""
 
 RESULT_MAX = 1 << 20
-"""A returned value may take this many bytes as JSON: larger results belong into a file in output/."""
+"""The most bytes of a returned value as JSON; larger results belong into a file in output/."""
 
 LINE_MAX = RESULT_MAX + 4096
 PROGRESS_MAX = 10_000
 
 
 class Progress(Struct, frozen=True, tag="progress"):
-    """How far a task is, 0 to 100."""
+    """The progress of a task in percent, 0 to 100."""
 
     pct: float
     note: str = ""
 
 
 class TaskResult(Struct, frozen=True, tag="result"):
-    """A task came back with a value."""
+    """A task returned a value."""
 
     value: Any = None
 
 
 class TaskFailure(Struct, frozen=True, tag="failure"):
-    """A task did not come back with a value; `code` is one of our E_ codes as the child sees it."""
+    """A task failed; `code` is an E_ code, chosen by the task's process."""
 
     code: str
     message: str
@@ -55,13 +54,13 @@ Report = Progress | TaskResult | TaskFailure
 
 
 class Preloaded(Struct, frozen=True, tag="preloaded"):
-    """A process that waits for its task has imported what it was to; `failed`: what it could not, and why."""
+    """A waiting process has imported the modules to preload; `failed`: error by module."""
 
     failed: dict[str, str] = {}
 
 
 class TaskError(Exception):
-    """Raised by a task to fail with a code and a sentence of its own; the job's code is then E_TASK."""
+    """Raised by a task to fail with its own code and sentence; the job's code is E_TASK."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
@@ -69,19 +68,19 @@ class TaskError(Exception):
         self.message = message
 
 
-class TaskCancelled(BaseException):  # says what happened, as KeyboardInterrupt does
-    """Raised in a task's main thread, wherever it is, when the job is to end: cancelled, or out of time.
+class TaskCancelled(BaseException):  # a name like KeyboardInterrupt
+    """Raised in a task's main thread when the job must end: cancelled, or out of time.
 
-    No Exception, so that a task that goes on after errors does not go on after this one.
+    Not an Exception, so that `except Exception` in a task does not catch it.
     """
 
 
-# Set by the handler alone, and waited for by nobody, so that no thread can be in its lock then.
+# Only the handler sets the event and no thread waits for it, so the handler never meets a held lock.
 _told_to_end = threading.Event()
 
 
 def cancelled() -> bool:
-    """Whether the job is to end: some seconds later it is killed. For threads, and for what cleans up."""
+    """Whether the job must end: the node kills it some seconds later. For threads and for cleaning up."""
     return _told_to_end.is_set()
 
 
@@ -89,33 +88,34 @@ def hear_cancellation() -> None:
     """Raise `TaskCancelled` at SIGTERM, once; for the process that runs the task."""
 
     def end(_number: int, _frame: object) -> None:
-        # Not SIG_IGN, which programs that are started from here on would inherit.
+        # Not SIG_IGN, because programs that the task starts would inherit SIG_IGN.
         signal.signal(signal.SIGTERM, lambda *_: None)
         _told_to_end.set()
         raise TaskCancelled
 
     signal.signal(signal.SIGTERM, end)
-    # A pool ends its processes with this signal, and waits until it has: no exception there may get lost.
+    # A process pool ends its processes with SIGTERM and waits for them, so the children need the default
+    # action.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 def progress(pct: float, note: str = "") -> None:
-    """Tell the coordinator how far the task is: percent from 0 to 100, and a few words."""
+    """Report the task's progress to the coordinator: percent from 0 to 100, and a few words."""
     if REPORT_VARIABLE not in os.environ:
-        print(f"{pct:5.1f}% {note}", file=sys.stderr)  # noqa: T201  # run by hand
+        print(f"{pct:5.1f}% {note}", file=sys.stderr)  # noqa: T201  # outside a job
         return
-    # That nobody listens any more is no reason for the work to fail.
+    # The task goes on even if the miner has closed the pipe.
     with contextlib.suppress(BrokenPipeError):
         send(Progress(min(100.0, max(0.0, float(pct))), note[:1000]))
 
 
 def work_dir() -> Path:
-    """Directory with the job's inputs; also where the task starts."""
+    """Directory with the job's inputs, and the task's current directory at the start."""
     return Path(os.environ.get("AITBC_WORK_DIR", ".")).absolute()
 
 
 def output_dir() -> Path:
-    """Directory whose files all go to the coordinator with the result."""
+    """Directory whose files go to the coordinator with the result."""
     path = Path(os.environ.get("AITBC_OUTPUT_DIR", "output")).absolute()
     path.mkdir(exist_ok=True)
     return path
@@ -133,10 +133,10 @@ def send(report: Report | Preloaded) -> None:
 
 
 class ReportReader:
-    """Takes the reports of a task from its pipe, as they arrive and within bounds.
+    """Reads the reports of a task from its pipe, piece by piece and within bounds.
 
-    The job writes them, so anything can be there: what is no report, or is one too many, is left out and told
-    in `notes`, once for each kind. A task has one end, so only the first result or failure counts.
+    The job controls the pipe: a line that is no report, or a report beyond the bounds, is dropped, with a
+    note in `notes` once for each kind. Only the first result or failure counts.
     """
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class ReportReader:
         self._decoder = msgspec.json.Decoder(Report | Preloaded)
 
     def feed(self, data: bytes) -> list[Report]:
-        """Take the bytes that came and return the reports they complete."""
+        """Take the next bytes and return the reports that they complete."""
         reports: list[Report] = []
         *whole, rest = data.split(b"\n")
         for part in whole:
@@ -161,14 +161,14 @@ class ReportReader:
         return reports
 
     def finish(self) -> list[Report]:
-        """Return what the last bytes hold, where the task ended without a last newline."""
+        """Return the report in a last line without a newline."""
         return self.feed(b"\n")
 
     def _append(self, part: bytes) -> None:
         if self._skipping or len(self._line) + len(part) > LINE_MAX:
             self._skipping = True
             self._line.clear()
-            self._note(f"a report longer than {LINE_MAX} bytes was left out")
+            self._note(f"a report longer than {LINE_MAX} bytes was dropped")
         else:
             self._line += part
 
@@ -176,19 +176,20 @@ class ReportReader:
         try:
             report = self._decoder.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
-            self._note("something that is no report was left out")
+            self._note("a line that is no report was dropped")
             return []
         if isinstance(report, Preloaded):
-            # Of a process that got its task before it had said so: its log has it, too.
+            # Sent by a process that got its task before this report; the job's log shows the failed imports
+            # as well.
             return []
         if isinstance(report, Progress):
             self._progress += 1
             if self._progress > PROGRESS_MAX:
-                self._note(f"progress after the first {PROGRESS_MAX} reports was left out")
+                self._note(f"progress after the first {PROGRESS_MAX} reports was dropped")
                 return []
             return [Progress(min(100.0, max(0.0, report.pct)), report.note[:1000])]
         if self._ended:
-            self._note("what was reported after the task's end was left out")
+            self._note("a report after the task's end was dropped")
             return []
         self._ended = True
         return [report]

@@ -13,10 +13,7 @@ _LEFT = re.compile(r".*(~|\.(sample|bak|orig|rej|swp|tmp|(dpkg|ucf)-(new|old|dis
 
 
 class DropIns(NamedTuple):
-    """The files of a directory in their order, the files with another ending, and whether both are empty.
-
-    Samples and hidden files do not count.
-    """
+    """A directory's files in their order, its files with another ending, and whether it has samples only."""
 
     files: list[Path]
     strange: list[Path]

@@ -7,6 +7,7 @@ import hashlib
 import re
 import socket
 from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -343,16 +344,13 @@ def load_config(path: Path, environ: Mapping[str, str]) -> tuple[Config | None, 
 def _warnings(config: Config) -> Iterator[str]:
     there = config.coordinator
     defaults = Config(CoordinatorSection(there.base_url, there.auth_token, allow_http=True))
-    for key in _WITHOUT_EFFECT:
-        if _look_up(config, key) != _look_up(defaults, key):
-            yield f"{key} has no effect in this version; remove the key until a later version supports it"
-    for key in _AITBC_ONLY if there.dialect != "aitbc-v1" else ():
-        if _look_up(config, key) != _look_up(defaults, key):
-            yield f"{key} has no effect: only aitbc-v1 uses it, coordinator.dialect is {there.dialect}"
-
-
-def _look_up(config: Struct, key: str) -> object:
-    value: object = config
-    for name in key.split("."):
-        value = getattr(value, name)
-    return value
+    unused = dict.fromkeys(
+        _WITHOUT_EFFECT, " in this version; remove the key until a later version supports it"
+    )
+    if there.dialect != "aitbc-v1":
+        cause = f": only aitbc-v1 uses it, coordinator.dialect is {there.dialect}"
+        unused |= dict.fromkeys(_AITBC_ONLY, cause)
+    for key, cause in unused.items():
+        look_up = attrgetter(key)
+        if look_up(config) != look_up(defaults):
+            yield f"{key} has no effect{cause}"

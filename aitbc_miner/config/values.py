@@ -3,7 +3,7 @@
 import ipaddress
 import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from aitbc_miner.config.document import absolute_path
 from aitbc_miner.util.trust import refusal
@@ -11,20 +11,28 @@ from aitbc_miner.util.trust import refusal
 _LISTEN = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):(\d{1,5})", re.ASCII)
 
 
-def parse_base_url(value: object) -> str:
-    """Check the address of an API."""
+def _split(value: object, schemes: set[str], expected: str) -> SplitResult:
+    """Split an address; raises ValueError(expected) for a bad address."""
     try:
         url = urlsplit(value if isinstance(value, str) else "")
-        good = url.scheme in {"http", "https"} and url.hostname and url.port != 0
+        where = url.path if url.scheme == "unix" else url.hostname
+        good = url.scheme in schemes and bool(where) and url.port != 0
     except ValueError:  # a bad port or IPv6 address
         good = False
-    if not isinstance(value, str) or not good or re.search(r"[\s\x00-\x1f\\]", value):
-        raise ValueError("must be an http or https address, such as https://coordinator.example/api/v1")
+    if not good or re.search(r"[\s\x00-\x1f\\]", str(value)):
+        raise ValueError(expected)
+    return url
+
+
+def parse_base_url(value: object) -> str:
+    """Check the address of an API."""
+    expected = "must be an http or https address, such as https://coordinator.example/api/v1"
+    url = _split(value, {"http", "https"}, expected)
     if "@" in url.netloc or url.query or url.fragment:
         raise ValueError(
             "must have no user, password, ? or #; set the token's source in coordinator.auth_token"
         )
-    return value.rstrip("/")
+    return str(value).rstrip("/")
 
 
 def is_loopback(url: str) -> bool:
@@ -64,17 +72,10 @@ def parse_textfile(value: object) -> Path:
 
 def parse_redis_url(value: object) -> str:
     """Check the address of a Redis."""
-    try:
-        url = urlsplit(value if isinstance(value, str) else "")
-        where = url.path if url.scheme == "unix" else url.hostname
-        good = url.scheme in {"redis", "rediss", "unix"} and bool(where) and url.port != 0
-    except ValueError:  # a bad port
-        good = False
-    if not isinstance(value, str) or not good or re.search(r"[\s\x00-\x1f\\]", value):
-        raise ValueError("must be redis://HOST:PORT/N, rediss://HOST:PORT/N (TLS) or unix:///PATH?db=N")
-    if "@" in url.netloc:
+    expected = "must be redis://HOST:PORT/N, rediss://HOST:PORT/N (TLS) or unix:///PATH?db=N"
+    if "@" in _split(value, {"redis", "rediss", "unix"}, expected).netloc:
         raise ValueError("must have no user and password; set the password's source in queue.password")
-    return value
+    return str(value)
 
 
 def parse_proxy(value: object) -> str:

@@ -20,9 +20,8 @@ class Parse(NamedTuple):
 
 def members_of(type_: Any) -> tuple[Any, ...]:
     """Give the members of a union, or the type itself."""
-    if typing.get_origin(type_) in {Union, types.UnionType}:
-        return typing.get_args(type_)
-    return (type_,)
+    union = typing.get_origin(type_) in {Union, types.UnionType}
+    return typing.get_args(type_) if union else (type_,)
 
 
 def bare_type(type_: Any) -> Any:

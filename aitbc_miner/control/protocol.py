@@ -134,10 +134,8 @@ class Status(Struct, frozen=True, tag="status"):
 
 Answer = Refusal | Done | Jobs | Files | History | Judged | Status
 
-
 FullAnswer = tuple[Answer, list[int]]
 """An answer, and the descriptors to send with it; the server closes them."""
-
 
 Later = Callable[[Answer | FullAnswer], None]
 """The function that sends a later answer; may be called after the client has gone."""

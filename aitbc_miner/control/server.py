@@ -38,7 +38,6 @@ SO_PEERGROUPS = 59  # asm-generic/socket.h; the socket module does not name it
 # The most bytes that Python's getsockopt takes: 256 groups. The groups of a user in more do not count.
 MAX_GROUPS = 1024
 
-
 PollSource = tuple[Callable[[], None], int]
 
 
@@ -93,7 +92,6 @@ class ControlServer:
         now = clock.now()
         for fd in [fd for fd, client in self._clients.items() if now > client.until]:
             self._drop(fd)
-
         if identity(self._path) != self._made:
             self._renew()
 

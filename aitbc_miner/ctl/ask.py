@@ -13,7 +13,7 @@ from aitbc_miner.control.client import ask
 from aitbc_miner.control.protocol import LATER_S, MAX_REQUEST, SLOW_VERBS, Files, JobRow, Refusal, Request
 from aitbc_miner.control.server import READERS
 from aitbc_miner.ctl.arguments import CONFIG
-from aitbc_miner.errors import EXIT_NOT_PERMITTED, EXIT_UNREACHABLE, EXIT_USAGE, MinerError
+from aitbc_miner.errors import EXIT_NOT_PERMITTED, EXIT_UNREACHABLE, EXIT_USAGE, CommandError, MinerError
 from aitbc_miner.util.terminal import visible
 
 TIMEOUT_S = 5.0
@@ -26,14 +26,6 @@ class Target(NamedTuple):
     config: Path = Path(CONFIG)
 
 
-class CtlError(MinerError):
-    """Ends the command with this message and exit status."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 def warn(text: str) -> None:
     """Print a warning for the operator on stderr."""
     print(f"aitbc-minerctl: {visible(text)}", file=sys.stderr)
@@ -43,16 +35,19 @@ def ask_miner(target: Target, request: Request) -> tuple[Any, list[int]]:
     """Ask the miner; if the miner does not run, answer from its disk as far as possible.
 
     Raises:
-        CtlError: the miner does not answer (69), we may not ask (77), or the miner refuses (its own status).
+        CommandError: the miner does not answer (69), we may not ask (77), or the miner refuses (its own
+            status).
     """
     try:
         too_long = len(msgspec.json.encode(request)) > MAX_REQUEST
     except UnicodeEncodeError:
-        raise CtlError(
+        raise CommandError(
             "cannot ask the miner: an argument is not UTF-8, and jobs can send UTF-8 only", EXIT_USAGE
         ) from None
     if too_long:
-        raise CtlError(f"cannot ask the miner: the arguments have more than {MAX_REQUEST} bytes", EXIT_USAGE)
+        raise CommandError(
+            f"cannot ask the miner: the arguments have more than {MAX_REQUEST} bytes", EXIT_USAGE
+        )
     path = target.socket
     patience = LATER_S if request.verb in SLOW_VERBS else TIMEOUT_S
     try:
@@ -60,7 +55,7 @@ def ask_miner(target: Target, request: Request) -> tuple[Any, list[int]]:
     except PermissionError:
         remedy = f"use sudo, or join the group {READERS}"
         message = f"cannot reach the miner at {path}: this user may not; {remedy}"
-        raise CtlError(message, EXIT_NOT_PERMITTED) from None
+        raise CommandError(message, EXIT_NOT_PERMITTED) from None
     except TimeoutError:
         raise _unreachable(path, f"no answer within {patience:g} s") from None
     except OSError as error:
@@ -72,11 +67,11 @@ def ask_miner(target: Target, request: Request) -> tuple[Any, list[int]]:
         raise _unreachable(path, f"the answer is not from a miner of this version ({error})") from error
     if isinstance(answer, Refusal):
         close_all(fds)
-        raise CtlError(answer.message, answer.exit_code)
+        raise CommandError(answer.message, answer.exit_code)
     return answer, fds
 
 
-def _ask_the_disk(target: Target, request: Request, cause: CtlError) -> tuple[Any, list[int]]:
+def _ask_the_disk(target: Target, request: Request, cause: CommandError) -> tuple[Any, list[int]]:
     from aitbc_miner.ctl import stopped_node  # noqa: PLC0415  # imports YAML, records and the database
 
     if request.verb not in stopped_node.VERBS:
@@ -84,23 +79,23 @@ def _ask_the_disk(target: Target, request: Request, cause: CtlError) -> tuple[An
     try:
         told = stopped_node.answer_from_disk(target.config, target.socket, request)
     except (MinerError, OSError) as error:
-        raise CtlError(f"{cause}; its disk does not answer either: {error}", EXIT_UNREACHABLE) from error
+        raise CommandError(f"{cause}; its disk does not answer either: {error}", EXIT_UNREACHABLE) from error
     if told is None:
         hint = "to read its disk, name the configuration of this miner with --config"
-        raise CtlError(f"{cause}; {hint}", EXIT_UNREACHABLE)
+        raise CommandError(f"{cause}; {hint}", EXIT_UNREACHABLE)
     warn(f"no miner runs at {target.socket}; the answer comes from its disk")
     return told
 
 
-def _unreachable(path: Path, cause: str) -> CtlError:
+def _unreachable(path: Path, cause: str) -> CommandError:
     remedy = "check `systemctl status aitbc-miner`, or name its socket with --socket"
-    return CtlError(f"cannot reach the miner at {path}: {cause}; {remedy}", EXIT_UNREACHABLE)
+    return CommandError(f"cannot reach the miner at {path}: {cause}; {remedy}", EXIT_UNREACHABLE)
 
 
-def not_ours(verb: str) -> CtlError:
+def not_ours(verb: str) -> CommandError:
     """Make the error for an answer of the wrong type for this verb."""
     message = f"cannot {verb}: the miner sent another kind of answer; use the aitbc-minerctl of its version"
-    return CtlError(message, EXIT_UNREACHABLE)
+    return CommandError(message, EXIT_UNREACHABLE)
 
 
 def close_all(fds: list[int]) -> None:

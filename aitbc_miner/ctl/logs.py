@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from typing import BinaryIO, Protocol
 
-from aitbc_miner.ctl.ask import CtlError, Target, job_files
-from aitbc_miner.errors import EXIT_FAILURE
+from aitbc_miner.ctl.ask import Target, job_files
+from aitbc_miner.errors import EXIT_FAILURE, CommandError
 from aitbc_miner.jobs import FINAL, State
 from aitbc_miner.util import clock
 from aitbc_miner.util.terminal import visible
@@ -35,7 +35,7 @@ def show_log(target: Target, job_id: str, write: LogWriter, *, follow: bool) -> 
     """Show a job's output and, with `follow`, its further output until the job has ended.
 
     Raises:
-        CtlError: like `ask_miner`, or the job has no log.
+        CommandError: like `ask_miner`, or the job has no log.
     """
     offset, found = 0, False
     if follow:
@@ -59,7 +59,7 @@ def show_log(target: Target, job_id: str, write: LogWriter, *, follow: bool) -> 
     write(b"", last=True)
     if not found:
         message = f"cannot show the log of job {job_id}: the job has no log; its state is {row.state}"
-        raise CtlError(message, EXIT_FAILURE)
+        raise CommandError(message, EXIT_FAILURE)
 
 
 def _copy(log: BinaryIO, offset: int, write: LogWriter) -> int:

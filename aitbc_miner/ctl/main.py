@@ -15,11 +15,11 @@ import msgspec
 
 from aitbc_miner.control.protocol import Done, Files, History, Jobs, Judged, Request, Status
 from aitbc_miner.ctl.arguments import parser
-from aitbc_miner.ctl.ask import CtlError, Target, ask_miner, close_all, job_files, not_ours, warn
+from aitbc_miner.ctl.ask import Target, ask_miner, close_all, job_files, not_ours, warn
 from aitbc_miner.ctl.history_page import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.ctl.logs import log_writer, show_log
 from aitbc_miner.ctl.pages import Paint, job_page, jobs_page, judged_page, plain, slots_page, status_page
-from aitbc_miner.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, MinerError
+from aitbc_miner.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, CommandError, MinerError
 from aitbc_miner.util.inherited import begin_command
 from aitbc_miner.util.terminal import visible
 
@@ -42,11 +42,11 @@ def main() -> int:
     arguments = parser().parse_args()
     try:
         _run(arguments)
-    except CtlError as error:
+    except MinerError as error:
         # A message may have several lines: one for each fault of the configuration.
         text = visible(str(error), keep="\n")
         print(f"aitbc-minerctl: {text}", file=sys.stderr)
-        return error.exit_code
+        return getattr(error, "exit_code", EXIT_FAILURE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:
@@ -74,8 +74,9 @@ def _run(arguments: argparse.Namespace) -> None:
         _history(target, arguments.since, as_json=arguments.json, as_csv=arguments.csv)
         return
     if arguments.verb == "sandbox":
-        _sandbox(arguments)
-        return
+        from aitbc_miner.preflight.try_sandbox import try_out  # noqa: PLC0415  # imports YAML and the GPU reader
+
+        raise SystemExit(try_out(arguments.config, arguments.slot, arguments.command, os.environ, warn))
     asked = {"job_id", "state", "command", "inputs"} & vars(arguments).keys()
     answer, fds = ask_miner(
         target, Request(arguments.verb, **{name: getattr(arguments, name) for name in asked})
@@ -84,16 +85,6 @@ def _run(arguments: argparse.Namespace) -> None:
     _show(_json(_value(arguments.verb, answer)) if arguments.json else _page(arguments.verb, answer))
     if isinstance(answer, Judged) and not answer.permitted:
         raise SystemExit(EXIT_FAILURE)
-
-
-def _sandbox(asked: argparse.Namespace) -> None:
-    from aitbc_miner.preflight.try_sandbox import try_out  # noqa: PLC0415  # imports YAML and the GPU reader
-
-    try:
-        status = try_out(asked.config, asked.slot, asked.command, os.environ, warn)
-    except MinerError as error:
-        raise CtlError(str(error), getattr(error, "exit_code", EXIT_FAILURE)) from error
-    raise SystemExit(status)
 
 
 def _show(text: str) -> None:
@@ -149,7 +140,7 @@ def _record(file: BinaryIO | None, name: str) -> Any:
 
 def _history(target: Target, since_s: float, *, as_json: bool, as_csv: bool) -> None:
     if as_json and as_csv:
-        raise CtlError("cannot show the history: --json and --csv exclude each other", EXIT_USAGE)
+        raise CommandError("cannot show the history: --json and --csv exclude each other", EXIT_USAGE)
     answer, fds = ask_miner(target, Request("history", since_s=since_s, each=as_json or as_csv))
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(os.fdopen(fd, "rb")) for fd in fds]

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from signal import Signals
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -28,6 +28,8 @@ STATE_COLOURS = {
     **dict.fromkeys(("BACKOFF", "QUARANTINED", "FAILED"), "red"),
     **dict.fromkeys(("STARTING", "CANCELLING", "RETRY_WAIT"), "yellow"),
 }
+
+T = TypeVar("T")
 
 Paint = Callable[[str, str], str]
 """Gives a text (first argument) in a colour (second argument)."""
@@ -244,7 +246,7 @@ def job_page(row: JobRow, records: Mapping[str, Any], paint: Paint) -> str:
     args = manifest.get("args")
     if isinstance(args, list) and args:
         facts.insert(1, ("arguments", " ".join(map(str, args))[:400]))
-    outcome = _outcome(records["outcome"])
+    outcome = _convert(records["outcome"], Outcome)
     code, message = (outcome.code, outcome.message) if outcome else (row.code, row.message)
     if code:
         facts += [("code", f"{code}: {CODES[code].meaning}"), ("advice", CODES[code].advice)]
@@ -259,9 +261,9 @@ def job_page(row: JobRow, records: Mapping[str, Any], paint: Paint) -> str:
     return "\n".join(lines)
 
 
-def _outcome(value: object) -> Outcome | None:
+def _convert(value: object, type_: type[T]) -> T | None:
     try:
-        return msgspec.convert(value, Outcome) if value is not None else None
+        return msgspec.convert(value, type_) if value is not None else None
     except msgspec.ValidationError:
         return None
 
@@ -290,10 +292,7 @@ def _outcome_facts(outcome: Outcome) -> Iterator[tuple[str, str]]:
 
 
 def _receipt_facts(value: object) -> Iterator[tuple[str, str]]:
-    try:
-        kept = msgspec.convert(value, Receipt) if value is not None else None
-    except msgspec.ValidationError:
-        return
+    kept = _convert(value, Receipt)
     if kept is None:
         return
     said = {name: value for name, value in kept.receipt.items() if isinstance(value, str)}

@@ -121,11 +121,9 @@ class Checker:
     def _fault(self, key: str, message: str) -> None:
         """Note a fault of a key, with the place that sets the key: a line of the file or a variable."""
         variable = ENV_PREFIX + key.replace(".", "__").upper()
-        if variable in self._environ:
-            self.faults.append(Fault(variable, None, key, message))
-        else:
-            line = line_of(self._path, key.split("."))
-            self.faults.append(Fault(str(self._path), line, key, message))
+        overridden = variable in self._environ
+        line = None if overridden else line_of(self._path, key.split("."))
+        self.faults.append(Fault(variable if overridden else str(self._path), line, key, message))
 
     def _check_slots(self) -> None:
         directory = self._config.slots_dir
@@ -246,9 +244,8 @@ class Checker:
             self._fault(key, f"cannot read {directory}: {error.strerror}")
 
     def _check_python(self, identities: Identities | None) -> None:
-        python = self._config.runners.python
         try:
-            self._interpreter = find_python(python, identities)
+            self._interpreter = find_python(self._config.runners.python, identities)
         except InterpreterError as error:
             self._fault("runners.python.venv", str(error))
 

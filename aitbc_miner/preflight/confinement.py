@@ -138,11 +138,7 @@ def offered_controllers() -> set[str]:
 
 
 def find_sandbox(config: Config, runs_as: Identity | None) -> tuple[bool, list[str]]:
-    """Try whether jobs can run in a sandbox; gives also the consequences if they cannot.
-
-    Args:
-        config: of the node.
-        runs_as: the user of some slot's jobs; None: the miner's own.
+    """Try whether `runs_as` (None: our user) can have a sandbox; gives also the consequences if not.
 
     Raises:
         ConfinementError: `sandbox.mode` is `required`, and no sandbox can be made.

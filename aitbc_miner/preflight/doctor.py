@@ -35,11 +35,7 @@ class Finding(Struct, frozen=True):
 
 
 def diagnose(
-    path: Path,
-    config: Config | None,
-    faults: Sequence[Fault],
-    machine: Machine,
-    gpus: GpuList,
+    path: Path, config: Config | None, faults: Sequence[Fault], machine: Machine, gpus: GpuList
 ) -> Iterator[Finding]:
     """Check every requirement of a node; without a configuration, of the packaged configuration."""
     if config:

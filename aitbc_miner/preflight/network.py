@@ -3,6 +3,7 @@
 `check` makes no connection. `doctor` connects in a child that is not root: root reads no network.
 """
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Iterator, Mapping
@@ -98,12 +99,9 @@ def look(config: Config, environ: Mapping[str, str]) -> str | None:
     child.start()
     theirs.close()
     said = ""
-    with ours:
-        try:
-            if ours.poll(LOOK_S):
-                said = ours.recv_bytes(4096).decode()
-        except (EOFError, OSError):
-            said = ""
+    with ours, contextlib.suppress(EOFError, OSError):
+        if ours.poll(LOOK_S):
+            said = ours.recv_bytes(4096).decode()
     child.kill()
     child.join()
     return said or None

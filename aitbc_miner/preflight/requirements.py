@@ -112,12 +112,9 @@ def _state(place: NodePlace) -> Iterator[str]:
 
 def foreign(directory: Path, uid: int | None, gid: int | None) -> str:
     """Give the fault of a directory with files that the service does not own; else an empty text."""
-    if (
-        uid is None
-        or not directory.is_dir()
-        or directory.stat().st_uid == uid
-        or not any(directory.iterdir())
-    ):
+    if uid is None or not directory.is_dir() or directory.stat().st_uid == uid:
+        return ""
+    if not any(directory.iterdir()):
         return ""
     return (
         f"{directory} has files, and another user owns it; set queue.path to a file in an empty directory, "

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from aitbc_miner.cgroup.group import CgroupError, Group, find_mount
 from aitbc_miner.config.settings import Config, load_config
-from aitbc_miner.errors import EXIT_CONFIG, EXIT_NOT_PERMITTED, EXIT_USAGE, MinerError
+from aitbc_miner.errors import EXIT_CONFIG, EXIT_NOT_PERMITTED, EXIT_USAGE, CommandError, MinerError
 from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.gpu.job_view import gpu_env, gpu_view
 from aitbc_miner.gpu.reader import GpuReader
@@ -33,14 +33,6 @@ KILL_S = 5.0
 BY_SIGNAL = 128
 
 
-class TrialError(MinerError):
-    """The command cannot be run; `exit_code` is the exit status."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 def try_out(
     path: Path, slot: str, command: Sequence[str], environ: Mapping[str, str], note: Callable[[str], None]
 ) -> int:
@@ -50,14 +42,14 @@ def try_out(
     job.
 
     Raises:
-        TrialError: we are not root, the configuration is faulty, or the slot does not exist.
+        CommandError: we are not root, the configuration is faulty, or the slot does not exist.
         MinerError: the sandbox cannot be made, the user does not exist, or the command cannot be started.
     """
     if os.geteuid() != 0:
-        raise TrialError("cannot try the sandbox: this needs root; use sudo", EXIT_NOT_PERMITTED)
+        raise CommandError("cannot try the sandbox: this needs root; use sudo", EXIT_NOT_PERMITTED)
     config, faults, _ = load_config(path, environ)
     if config is None:
-        raise TrialError("cannot try the sandbox: " + "\n".join(map(str, faults)), EXIT_CONFIG)
+        raise CommandError("cannot try the sandbox: " + "\n".join(map(str, faults)), EXIT_CONFIG)
     spec, gpu = _find_slot(config, slot)
     mode, service = config.privileges.mode, config.privileges.service_user
     runs_as = resolve(mode, service, [slot]).jobs.get(slot)
@@ -69,7 +61,8 @@ def try_out(
     with ExitStack() as stack:
         group = stack.enter_context(_group(spec, note))
         directory = stack.enter_context(_directory(runs_as))
-        env = _environment(HOME if box else directory, spec, gpu)
+        paths = JobPaths(HOME if box else directory)
+        env = job_env(Manifest(job_id="sandbox", runner="cli"), paths, spec, gpu_env(gpu), [])
         ended = _wait(_start(command, directory, env, spec, box, runs_as, group, stack))
     return ended.status if ended.status is not None else BY_SIGNAL + (ended.signal or 0)
 
@@ -107,18 +100,14 @@ def _find_slot(config: Config, name: str) -> tuple[SlotSpec, GpuFact | None]:
     facts = machine_facts(gpus)
     specs, faults = slots_for(config.slots_dir, facts)
     if faults:
-        raise TrialError("cannot try the sandbox: " + "\n".join(map(str, faults)), EXIT_CONFIG)
+        raise CommandError("cannot try the sandbox: " + "\n".join(map(str, faults)), EXIT_CONFIG)
     specs = specs or derive_slots(facts)
     spec = next((spec for spec in specs if spec.name == name), None)
     if spec is None:
         known = ", ".join(spec.name for spec in specs)
-        raise TrialError(f"cannot try the sandbox: no slot {name!r:.60}; name a slot: {known}", EXIT_USAGE)
+        raise CommandError(f"cannot try the sandbox: no slot {name!r:.60}; name a slot: {known}", EXIT_USAGE)
     found = inventory(gpus).gpus
     return spec, next((gpu for gpu in found if spec.gpu is not None and str(spec.gpu) in gpu.ids), None)
-
-
-def _environment(home: Path, spec: SlotSpec, gpu: GpuFact | None) -> dict[str, str]:
-    return job_env(Manifest(job_id="sandbox", runner="cli"), JobPaths(home), spec, gpu_env(gpu), [])
 
 
 @contextmanager

@@ -109,9 +109,8 @@ def end_worker(pid: int, start: int) -> None:
     try:
         # Checked while the pidfd is open: the kernel may have given the pid to another process.
         if process_start(pid) == start:
-            signal.pidfd_send_signal(fd, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(fd, signal.SIGKILL)
     finally:
         os.close(fd)
 

@@ -1,5 +1,6 @@
 """The supervisor's children: forked with their pipe only, watched by pidfd, restarted after a pause."""
 
+import contextlib
 import fcntl
 import os
 import select
@@ -90,10 +91,8 @@ class Child(Generic[T]):
 
     def kill(self) -> None:
         """Kill the child with SIGKILL; its pidfd becomes readable when the child has ended."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-        except ProcessLookupError:
-            return
 
     def reap(self) -> str:
         """Collect the ended child's exit status and describe its end, such as `was killed by SIGKILL`."""
@@ -105,11 +104,9 @@ class Child(Generic[T]):
         os.close(self._words)
         if self._fault and code == -signal.SIGKILL:
             return f"was ended by the supervisor: {self._fault}"
-        return (
-            f"was killed by {signal_name(-code)}"
-            if code < 0
-            else f"ended with exit status {code}" + (f": {words}" if words else "")
-        )
+        if code < 0:
+            return f"was killed by {signal_name(-code)}"
+        return f"ended with exit status {code}" + (f": {words}" if words else "")
 
 
 def _make_words() -> int:
@@ -163,10 +160,9 @@ def _forget(keep: set[int]) -> None:
     for entry in list(Path("/proc/self/fd").iterdir()):
         fd = int(entry.name)
         if fd > 2 and fd not in keep:
-            try:
+            # The listing has closed its own descriptor.
+            with contextlib.suppress(OSError):
                 os.close(fd)
-            except OSError:
-                continue  # the descriptor of this listing
 
 
 class Keeper(Generic[T]):

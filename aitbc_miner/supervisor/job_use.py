@@ -25,13 +25,9 @@ class Said(Struct):
 
 
 def use_of(view: SlotView, said: Said, cpu_max: int | None, disk_max: int | None) -> JobUse:
-    """Measure the resources that the job of a slot uses.
+    """Measure the resources that the job of a slot uses; `said` are the last messages of its worker.
 
-    Args:
-        view: the slot.
-        said: the last messages of the slot's worker.
-        cpu_max: percent of one CPU; None: as many CPUs as the slot has.
-        disk_max: bytes; None: no limit.
+    `cpu_max` is in percent of one CPU (None: the slot's CPUs), `disk_max` in bytes (None: no limit).
     """
     ran = max(0.001, clock.now() - said.since)
     cpu_s, memory = _read(view)

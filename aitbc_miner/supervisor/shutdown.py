@@ -4,7 +4,7 @@ from typing import Any
 
 from aitbc_miner.ipc.messages import Stop
 from aitbc_miner.slots.state import Cancel
-from aitbc_miner.supervisor.children import Keeper
+from aitbc_miner.supervisor.children import Child, Keeper
 from aitbc_miner.supervisor.job_index import JobIndex
 from aitbc_miner.supervisor.node_plan import NodePlan
 from aitbc_miner.supervisor.slot_pool import HOLDING, SlotPool
@@ -73,15 +73,9 @@ class NodeShutdown:
         """Whether all processes that must end have ended."""
         if not self.told:
             return False
+        left: list[Child[Any]] = [keeper.child for keeper in self._keepers if keeper.child]
+        left += [slot.child for slot in self._slots if slot.child and slot.rules.state not in HOLDING]
         if clock.now() > self._at + LAST_REPORTS_S:
-            self._kill_the_rest()
-        idle = all(slot.child is None or slot.rules.state in HOLDING for slot in self._slots)
-        return idle and all(keeper.child is None for keeper in self._keepers)
-
-    def _kill_the_rest(self) -> None:
-        for keeper in self._keepers:
-            if keeper.child:
-                keeper.child.kill()
-        for slot in self._slots:
-            if slot.child and slot.rules.state not in HOLDING:
-                slot.child.kill()
+            for child in left:
+                child.kill()
+        return not left

@@ -23,7 +23,7 @@ from aitbc_miner.coordinator.bootstrap import BootstrapCoordinator
 from aitbc_miner.coordinator.http import HttpClient, HttpReply, clean
 from aitbc_miner.ctl import ask, history_page, logs, pages
 from aitbc_miner.ctl import main as ctl
-from aitbc_miner.errors import JobError
+from aitbc_miner.errors import CommandError, JobError
 from aitbc_miner.identity.receipts import Receipt
 from aitbc_miner.jobs import Artifact, Outcome, State
 from aitbc_miner.runners.interface import last_line, printable
@@ -146,7 +146,7 @@ def _client() -> Iterator[Check]:
                         assert not fds
                         page = ctl._page(verb, answer)
                         told = ctl._json(ctl._value(verb, answer))
-                    except ask.CtlError as error:
+                    except CommandError as error:
                         # As `main` prints it; how much the miner says is not the client's affair.
                         page, told = visible(str(error), keep="\n"), ""
                     assert not raw(page + told, "\n")

@@ -141,7 +141,7 @@ def test_no_configuration(tmp_path: Path) -> None:
     assert done.returncode == 78
     assert done.stderr.splitlines() == [
         f"{tmp_path}/none.yaml: cannot read this file: No such file or directory",
-        "name the configuration with --config; etc/config.yaml is one to start from",
+        "name the configuration with --config; etc/config.yaml is an example",
     ]
 
 
@@ -586,7 +586,7 @@ def test_doctor_without_a_configuration(site: Site) -> None:
     done = run("doctor", "--config", str(site.path))
     assert done.returncode == 1
     assert "MISSING  config" in done.stdout
-    assert done.stdout.endswith("something required is missing\n")
+    assert done.stdout.endswith("a requirement is missing\n")
 
 
 def test_doctor_is_content_where_nothing_required_is_missing(site: Site) -> None:
@@ -594,7 +594,7 @@ def test_doctor_is_content_where_nothing_required_is_missing(site: Site) -> None
     done = run("doctor", "--config", str(site.write()))
     assert done.returncode == 0
     assert "MISSING" not in done.stdout
-    assert done.stdout.endswith("nothing that is required is missing\n")
+    assert done.stdout.endswith("no requirement is missing\n")
 
 
 @pytest.mark.parametrize("verb", ["check", "doctor", "tasks", "probe"])

@@ -95,7 +95,7 @@ def test_the_installed_node_does_a_job(boxed: BoxedMachine) -> None:
     assert machine.problems() == []
     doctor = run("aitbc-miner", "doctor")
     assert missing(doctor) == []
-    assert "nothing that is required is missing" in doctor
+    assert "no requirement is missing" in doctor
 
 
 @ONE

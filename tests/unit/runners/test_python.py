@@ -326,7 +326,7 @@ def test_garbage_between_reports_is_left_out_with_a_note() -> None:
     got = reader.feed(b"\n".join(lines) + b"\n")
     assert got[0] == Progress(1.0)
     assert all(isinstance(report, Progress) and 0 <= report.pct <= 100 for report in got)
-    assert reader.notes == ["something that is no report was left out"]
+    assert reader.notes == ["a line that is no report was dropped"]
 
 
 def test_an_endless_line_takes_no_memory() -> None:
@@ -335,7 +335,7 @@ def test_an_endless_line_takes_no_memory() -> None:
         assert reader.feed(b"x" * 100_000) == []
         assert len(reader._line) <= LINE_MAX
     assert reader.feed(b'\n{"type":"progress","pct":1}\n') == [Progress(1.0)]
-    assert reader.notes == [f"a report longer than {LINE_MAX} bytes was left out"]
+    assert reader.notes == [f"a report longer than {LINE_MAX} bytes was dropped"]
 
 
 def test_too_many_reports_are_left_out() -> None:
