@@ -84,8 +84,7 @@ def run_node(path: Path, config: Config, warnings: list[str]) -> int:
         supervisor = Supervisor(node, Notifier(os.environ))
     except (MinerError, OSError) as error:
         events.error("cannot start", error=str(error))
-        # systemd does not restart after EXIT_CONFIG, which only the operator can mend; a full disk may
-        # recover.
+        # Only the operator can mend EXIT_CONFIG, so systemd does not restart; a full disk may recover.
         return EXIT_CONFIG if isinstance(error, MinerError) else EXIT_FAILURE
     events.info("started", pid=os.getpid(), root=str(config.workspace.root))
     try:
@@ -134,9 +133,7 @@ class Node:
             # For miners in containers, which share the directory but not our /run.
         self._lock = _lock(config.workspace.root)
         self.book = WorkerBook(config.control.socket.with_name("workers.json"))
-        # The node token takes this line. The supervisor keeps both ends open, so that a restarted child
-        # inherits
-        # its end, but never reads from them.
+        # The node token takes this line. The supervisor never reads it, but keeps both ends for new children.
         self._heartbeat_end, self._agent_end = socket.socketpair()
         self.agent = _keeper("agent", self._be_agent, FromAgent, self._agent_end)
         self.heartbeat = _keeper("heartbeat", self._be_heartbeat, FromHeartbeat, self._heartbeat_end)
@@ -356,8 +353,7 @@ def _lock(root: Path) -> int:
     """
     lock = fs.open_directory(root)
     try:
-        # The lock ends with its last descriptor; children close theirs, so an adopted worker does not hold
-        # the lock.
+        # The lock ends with its last descriptor. Children close theirs, so adopted workers hold no lock.
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)

@@ -94,8 +94,7 @@ def hear_cancellation() -> None:
         raise TaskCancelled
 
     signal.signal(signal.SIGTERM, end)
-    # A process pool ends its processes with SIGTERM and waits for them, so the children need the default
-    # action.
+    # A process pool ends its processes with SIGTERM and waits: they need the default action.
     os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
@@ -179,8 +178,7 @@ class ReportReader:
             self._note("a line that is no report was dropped")
             return []
         if isinstance(report, Preloaded):
-            # Sent by a process that got its task before this report; the job's log shows the failed imports
-            # as well.
+            # Of a process that got its task early; the job's log shows the failed imports as well.
             return []
         if isinstance(report, Progress):
             self._progress += 1

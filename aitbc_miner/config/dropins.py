@@ -30,8 +30,7 @@ class DropIns(NamedTuple):
 def drop_ins(directory: Path, faults: list[Fault], *, suffix: str = ".yaml") -> DropIns | None:
     """List the files of a directory; None if the directory does not exist, or with a new fault in `faults`.
 
-    Hidden files and leftovers of editors do not count. A directory to which other users could add a file is a
-    fault.
+    Hidden files and leftovers of editors do not count. A directory that other users can write is a fault.
     """
     try:
         # Path.glob would raise no error for a missing or unreadable directory.

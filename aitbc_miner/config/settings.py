@@ -87,7 +87,7 @@ def _parse_node_id(value: object) -> str:
 
 
 class GiveUp(Struct, frozen=True):
-    """When the node gives up a report that the coordinator refuses, and when the node sends it again."""
+    """When the node believes the coordinator's refusals of a job or report, and when the node tries again."""
 
     refusals: Annotated[int, Meta(ge=1, le=1000)] = 5
     over_s: Annotated[float, Meta(ge=0, le=86_400)] = 600.0

@@ -80,8 +80,7 @@ def compose(text: str, name: str) -> Node:
     """Parse one YAML document; an empty document is an empty mapping. Every node's mark has `name`.
 
     Raises:
-        YamlTextError: the text is too large, not YAML, more than one document, has aliases or too much
-            nesting.
+        YamlTextError: the text is too large, not YAML, two documents, has aliases or too much nesting.
     """
     # An environment variable may hold bytes that are not UTF-8; the loader refuses them.
     if len(text.encode(errors="surrogatepass")) > MAX_BYTES:

@@ -39,8 +39,7 @@ def show_log(target: Target, job_id: str, write: LogWriter, *, follow: bool) -> 
     """
     offset, found = 0, False
     if follow:
-        # For the background of a script, where the shell ignores Ctrl-C: else only SIGTERM would end `logs
-        # -f`.
+        # In the background of a script the shell ignores Ctrl-C: only SIGTERM would end `logs -f`.
         signal.signal(signal.SIGINT, signal.default_int_handler)
     while True:
         with job_files(target, "logs", job_id) as (row, files, live):

@@ -38,8 +38,7 @@ def try_out(
 ) -> int:
     """Run a command like a job of a slot, and give its exit status; 128 + N for signal N.
 
-    The command has our input and output, and a temporary directory /job. `note` gets each difference from a
-    job.
+    The command has our input and output and a temporary directory /job. `note` gets differences to a job.
 
     Raises:
         CommandError: we are not root, the configuration is faulty, or the slot does not exist.

@@ -39,8 +39,7 @@ class WorkerBook:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._before = self._read()
-        # A slot whose worker survived the last run starts no new worker, so its entry must stay for the next
-        # run.
+        # If a slot's worker survived the last run, the slot starts no new worker: its entry must stay.
         self._now = dict(self._before)
         self._written = True
 

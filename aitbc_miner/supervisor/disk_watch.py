@@ -24,8 +24,7 @@ from aitbc_miner.util.log import events
 SWEEP_S = 2.0
 # The pause before the next `SpaceWanted` to the agent, and before the next try of failed work.
 AGAIN_S = 5.0
-# Pulling resumes only with this share of space above the limit, so that it does not go on and off at the
-# limit.
+# Pulling resumes at the limit plus this share, so that small changes of space do not switch it on and off.
 SLACK = 1 / 16
 
 
@@ -58,8 +57,7 @@ class DiskWatch:
             self.short = True
             return
         self._judge(free, lacking)
-        # Without the mark, the directory may be the empty mount point of an absent disk: nothing is changed
-        # there.
+        # Without the mark, the directory may be the empty mount point of an absent disk: leave it alone.
         if not self._busy and ours:
             self._act(free, lacking)
 
@@ -67,8 +65,7 @@ class DiskWatch:
         """Have the next sweep remove the directories of these jobs.
 
         Raises:
-            ExcessError: more jobs wait than can exist; the list is cleared, and the next agent names the jobs
-                again.
+            ExcessError: more jobs wait than can exist; the list is cleared, the next agent names them again.
         """
         waiting = self._early if named.early else self._to_sweep
         waiting.update(dict.fromkeys(named.job_ids))

@@ -240,8 +240,7 @@ class Supervisor:
     # --- signals ------------------------------------------------------------------------------
 
     def _listen(self) -> None:
-        # The handler does nothing: Python writes the signal's number into the pipe, and the loop reads the
-        # pipe.
+        # The handler does nothing: Python writes the signal's number into the pipe that the loop reads.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda *_: None)
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)

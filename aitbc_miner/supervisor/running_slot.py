@@ -186,8 +186,7 @@ class RunningSlot:
             self.feed(Unusable(self.plan.problem))
             return
         if self.child is not None:
-            # The old worker was told to end and has not ended; its death is an event that starts the next
-            # worker.
+            # The old worker was told to end and still lives; its death is the event that starts the next.
             self.child.kill()
             return
         try:

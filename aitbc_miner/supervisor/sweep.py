@@ -75,8 +75,7 @@ class _Sweeper:
                 self._gone.append(job_id)
                 return
             os.rename(directory_of(job_id), leaving, src_dir_fd=root, dst_dir_fd=root)
-            # The new name must be durable before a file goes: a power cut must not leave a job with half its
-            # files.
+            # The new name must be durable first: a power cut must not leave a job with half its files.
             os.fsync(root)
         except (RecordError, OSError) as error:
             self._kept.append(job_id)

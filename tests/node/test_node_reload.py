@@ -117,7 +117,7 @@ def test_what_needs_a_restart_is_named(node: Node) -> None:
     config["heartbeat"]["interval_s"] = 3
     node.config.write_text(yaml.safe_dump(config))
     said = reload(node)
-    assert said.startswith("reloaded: no change; for heartbeat.interval_s restart the miner")
+    assert said.startswith("reloaded: no change; restart the miner to apply heartbeat.interval_s")
 
 
 def test_a_signal_reloads_too(node: Node) -> None:
