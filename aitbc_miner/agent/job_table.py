@@ -73,8 +73,8 @@ class JobEntry(Struct):
 
     `progress` is None until the job is acknowledged; from then on the coordinator counts the job as ours.
     `ticket` says what the job needs of a slot, None if unknown. `due` is the time of the next attempt.
-    `cancelled` ends the job during its admission. `ended_here`: an attempt on this node has ended. `outcome`: the
-    content of outcome.json, until the agent tries to send the report for the first time.
+    `cancelled` ends the job during its admission. `ended_here`: an attempt on this node has ended. `outcome`:
+    the content of outcome.json, until the agent tries to send the report for the first time.
     """
 
     job_id: str

@@ -20,7 +20,8 @@ from aitbc_miner.probe.machine import NEEDED_CONTROLLERS, Machine
 from aitbc_miner.sandbox.bubblewrap import Sandbox, lacking_packages, why_not
 from aitbc_miner.sandbox.users import Identity, job_user
 from aitbc_miner.slots.derive import derive_slots
-from aitbc_miner.slots.reader import MIB, read_slots
+from aitbc_miner.slots.reader import read_slots
+from aitbc_miner.slots.spec import MIB
 from aitbc_miner.telemetry.sampling import inventory
 
 
