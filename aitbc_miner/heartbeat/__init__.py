@@ -1,6 +1,6 @@
-"""The process that registers the node and beats. It runs as the user aitbc.
+"""The heartbeat process registers the node and sends heartbeats. It runs as the user aitbc.
 
-* loop: HeartbeatProcess: registers, beats, samples
-* registration: the node's token, and the client that uses it
-* status_report: what a heartbeat says of the slots
+* loop: HeartbeatProcess, the main loop
+* registration: the node token and the client that uses the token
+* status_report: the slots in a heartbeat; remedies for the coordinator's errors
 """

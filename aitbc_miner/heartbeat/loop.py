@@ -1,6 +1,6 @@
-"""The heartbeat process: registers the node, sends its heartbeats, serves /healthz and /metrics.
+"""The heartbeat process: registers the node, sends heartbeats, serves /healthz and /metrics.
 
-It holds the node token and hands it to the agent over a line of their own.
+The process holds the node token and sends the token to the agent over a private line.
 """
 
 import math
@@ -61,17 +61,16 @@ from aitbc_miner.util.web import Proxy
 log = events("heartbeat")
 
 CREDENTIAL_S = 1.0
-"""Between two looks at the credential's file as long as we are not registered."""
+"""While the node is not registered, the process checks the credential's file this often."""
 UNSETTLED = frozenset({SlotState.STOPPED, SlotState.STARTING})
 
 
 class HeartbeatTiming(Struct, frozen=True):
-    """The delays that are not configured, in seconds.
+    """The delays without a configuration key, in seconds.
 
-    slots_wait: how long the first registration waits for the slots to be set up. settle: how long a change of
-    the slots may go on before it is told. sample: between two looks at what the slots use, and between two
-    savings of what was counted. between_beats: the least between two heartbeats, however often they are
-    wanted.
+    slots_wait: the first registration waits at most this long for the slots to be set up. settle: the node
+    registers changed slots after this delay. sample: the period of sampling the slots and of saving the
+    counters. between_beats: the least time between two heartbeats, however often the agent asks for them.
     """
 
     slots_wait: float = 10.0
@@ -81,7 +80,7 @@ class HeartbeatTiming(Struct, frozen=True):
 
 
 class HeartbeatProcess:
-    """The loop and what it knows. What blocks in it are HTTP calls only, and they have their time-out."""
+    """The main loop and its state. Only HTTP calls block the loop, and each has a time-out."""
 
     def __init__(
         self,
@@ -113,10 +112,10 @@ class HeartbeatProcess:
         self._leave = False
 
     def run(self, tend: Callable[[], None] = lambda: None) -> None:
-        """Go on until the supervisor says Stop; `tend` is called now and then.
+        """Run until the supervisor sends Stop; call `tend` before each sample.
 
         Raises:
-            ChannelError: the supervisor, or the agent at the other end of the line, is gone.
+            ChannelError: the supervisor or the agent is gone.
         """
         while not self._stopping:
             now = clock.now()
@@ -130,13 +129,13 @@ class HeartbeatProcess:
                 due = max(due, self._started + self._timing.slots_wait)
             if now >= due:
                 self._beat()
-            # Between two beats, however close, what has come in is looked at.
+            # Even if the next heartbeat is due already, the loop reads the messages first.
             until = min(due, self._sample_due)
             self._wait(min(until - clock.now(), math.inf if self._registration.token else CREDENTIAL_S))
         if self._leave:
             self._registration.leave()
 
-    # --- what comes in -------------------------------------------------------------------------------------
+    # --- messages from the other processes -----------------------------------------------------------------
 
     def _wait(self, timeout_s: float) -> None:
         ends = {end.fileno(): end for end in (self._channel, self._line)}
@@ -187,17 +186,17 @@ class HeartbeatProcess:
     def _give_token(self, refused: str | None) -> None:
         token = self._registration.token
         if token is None:
-            return  # it goes out as soon as there is one
+            return  # `_register` sends the token once the node has one
         if refused == digest(token):
             log.warning("node token refused", of="agent")
             self._registration.token = None
-            # A coordinator that refuses every token it gives must not make us ask for ever more of them.
+            # A coordinator may refuse each token that it has just issued: the pause bounds the registrations.
             pause_s = self._config.heartbeat.backoff.min_s
             self._schedule.hurry(max(clock.now(), self._registration.at + pause_s), answered=True)
         else:
             self._line.send(NodeToken(token))
 
-    # --- what goes out -------------------------------------------------------------------------------------
+    # --- samples, registrations, heartbeats ----------------------------------------------------------------
 
     def _show(self, **changes: Any) -> None:
         self._metrics.snapshot = replace(self._metrics.snapshot, **changes)
@@ -229,11 +228,11 @@ class HeartbeatProcess:
         return self._registration.at > -math.inf or (self._settled() and self._tasks.told is not None)
 
     def _stale(self) -> bool:
-        """Whether the coordinator was told of other slots or GPUs than there are now."""
+        """Whether the slots or GPUs have changed since the last registration."""
         return self._settled() and self._registration.told != capability_of(self._metrics.snapshot.slots)
 
     def _beat(self) -> None:
-        """Send a heartbeat, registering before if need be, and settle when the next one is due."""
+        """Send a heartbeat, register first if necessary, and plan the next heartbeat."""
         pause = self._config.heartbeat
         error: MinerError | None = None
         try:
@@ -275,7 +274,7 @@ class HeartbeatProcess:
         try:
             self._register()
         except RegistrationError as error:
-            # The node token may well outlive the operator's; as long as it serves, we go on with it.
+            # The node token may be valid for longer than the operator's token, so heartbeats go on.
             log.warning("slot change not registered", error=str(error))
             self._registration.told = capability_of(self._metrics.snapshot.slots)
 
@@ -301,17 +300,17 @@ class HeartbeatProcess:
             free_mb=psutil.virtual_memory().available >> 20,
             gpu_free=sum(view.free and view.offer.kind == "gpu" for view in snapshot.slots),
             slots=[slot_report(snapshot, view) for view in snapshot.slots],
-            # An agent that has just been started may not have counted yet what goes on.
+            # After its start the agent may not have counted the running jobs yet.
             inflight=max(self._load, sum(view.job_id is not None for view in snapshot.slots)),
             accepting=snapshot.accepting and any(view.offers for view in snapshot.slots),
         )
 
     def _report(self, error: MinerError | None) -> None:
-        """Tell the supervisor how we stand with the coordinator, if that has changed."""
-        before = self._view
+        """Send the supervisor the state of the coordinator, if the state has changed."""
+        before, source = self._view, self._config.coordinator.auth_token
         told = str(error) if error else None
         if isinstance(error and error.__cause__, CredentialError):
-            # Without a credential nobody was asked, and what was known of the coordinator still holds.
+            # Without a credential the node made no call, so the coordinator's last known state still holds.
             reachable = before is not None and before.reachable
             told = told if reachable else f"not asked yet: {told}"
         else:
@@ -321,14 +320,14 @@ class HeartbeatProcess:
             since_wall=before.since_wall if before and before.reachable == reachable else clock.wall(),
             registered=self._registration.token is not None,
             error=told,
-            remedy=self._remedy_for(error) if error else None,
+            remedy=self._registration.guess(error) or remedy_for(error, source) if error else None,
         )
         if view == before:
             return
         self._view = view
         self._channel.send(view)
         self._show(reachable=reachable, registered=view.registered, error=view.error, remedy=view.remedy)
-        # One outage has many an error: refused, reset, 502.
+        # One outage causes several errors (refused, reset, 502): the log gets one warning for each remedy.
         known = before is not None and before.error and before.remedy == view.remedy
         if error and known:
             log.debug("coordinator in trouble", error=view.error)
@@ -336,19 +335,6 @@ class HeartbeatProcess:
             log.warning("coordinator in trouble", error=view.error, remedy=view.remedy)
         else:
             log.info("coordinator reachable")
-
-    def _remedy_for(self, error: MinerError) -> str:
-        guess = self._registration.guess(error)
-        return guess or remedy_for(error, self._config.coordinator.auth_token)
-
-
-def _first(config: Config) -> Snapshot:
-    return Snapshot(
-        node_id=config.node_id,
-        coordinator=config.coordinator.base_url,
-        interval_s=config.heartbeat.interval_s,
-        started=clock.now(),
-    )
 
 
 def run_heartbeat(
@@ -361,22 +347,24 @@ def run_heartbeat(
     proxy: Proxy | None = None,
     timing: HeartbeatTiming | None = None,
 ) -> None:
-    """Be the heartbeat process, after the fork, until Stop comes or one of the other processes is gone.
+    """Run the heartbeat process after the fork, until Stop arrives or the supervisor or agent is gone.
 
-    `channel` goes to the supervisor, `line` to the agent; `environ` is where the credential may be, or
-    `early` is it.
+    `channel` leads to the supervisor, `line` to the agent. The credential may be a variable in `environ`;
+    `early` is the credential if root has read it already.
     """
     timing = timing or HeartbeatTiming()
-    metrics = Metrics(_first(config), config.queue.path.parent)
+    interval_s = config.heartbeat.interval_s
+    snapshot = Snapshot(config.node_id, config.coordinator.base_url, interval_s, started=clock.now())
+    metrics = Metrics(snapshot, config.queue.path.parent)
     registration = Registration(Access(config, environ, early, proxy), metrics)
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
     tasks = TaskWatch(config.runners.python)
     process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, tasks, timing)
-    upkeep = Upkeep(metrics, timing.sample, config.telemetry.textfile, config.heartbeat.interval_s)
+    upkeep = Upkeep(metrics, timing.sample, config.telemetry.textfile, interval_s)
     try:
         with upkeep, Served(config.telemetry.listen, metrics) as served:
             process.run(served.tend)
     except ChannelError as error:
-        log.info("ending", cause=str(error))
+        log.info("heartbeat process ends", cause=str(error))
     finally:
         gpus.stop()

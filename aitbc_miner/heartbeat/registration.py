@@ -1,4 +1,4 @@
-"""How the node becomes known to the coordinator, and the node token that it gets for it."""
+"""Registers the node with the coordinator and holds the node token that the coordinator issues."""
 
 import math
 from collections.abc import Mapping
@@ -27,11 +27,11 @@ from aitbc_miner.util.web import Proxy
 
 
 class RegistrationError(MinerError):
-    """The operator has something to mend before this node can be known, so there is no hurry to try again."""
+    """The node cannot register until the operator changes something, so the next attempt has time."""
 
 
 class Access(Struct, frozen=True):
-    """The configured way to the coordinator; `early` is a credential that was read while it could be."""
+    """The configured access to the coordinator; `early` is the credential if root has read it already."""
 
     config: Config
     environ: Mapping[str, str]
@@ -39,10 +39,10 @@ class Access(Struct, frozen=True):
     proxy: Proxy | None = None
 
     def connect(self) -> Coordinator:
-        """Make a client with the operator's credential as it is now: it may have been exchanged.
+        """Make a client with the operator's present credential, which may have been replaced.
 
         Raises:
-            CredentialError: it cannot be read.
+            CredentialError: the credential cannot be read.
         """
         try:
             credential = read_credential(self.config.coordinator.auth_token, self.environ)
@@ -54,16 +54,16 @@ class Access(Struct, frozen=True):
         return connect(self.config, credential, self.proxy)
 
     def likely_cause(self) -> str | None:
-        """Say what may be wrong with the coordinator's address."""
+        """Guess a mistake in the coordinator's address."""
         return likely_cause(self.config.coordinator, self.proxy)
 
     def stamp(self) -> object | None:
-        """Give another value when the credential's file was replaced."""
+        """Give a value that changes when the credential's file is replaced."""
         return stamp(self.config.coordinator.auth_token, self.environ)
 
 
 class Registration:
-    """Our standing with the coordinator: the node token, the client that uses it, and what was told of us."""
+    """The registration: the node token, the client that uses the token, and the registered slots (`told`)."""
 
     def __init__(self, access: Access, metrics: Metrics) -> None:
         self._access = access
@@ -76,7 +76,7 @@ class Registration:
         self._stamped = access.stamp()
 
     def credential_replaced(self) -> bool:
-        """Whether there is another credential since this was last asked: all is to be told anew with it."""
+        """Whether the credential has changed since the last call; if so, the node must register again."""
         before, self._stamped = self._stamped, self._access.stamp() or self._stamped
         if self._stamped == before:
             return False
@@ -84,46 +84,43 @@ class Registration:
         return True
 
     def register(self, payload: dict[str, Any], slots: list[SlotCapability]) -> str:
-        """Make the node known with this payload, which tells of these slots; gives the new token.
+        """Register the node with this payload, which describes `slots`; give the new node token.
 
         Raises:
-            RegistrationError: it is for the operator to do something; an old token is kept.
-            CoordinatorError: it may work later.
+            RegistrationError: the operator must change something; the node keeps an old token.
+            CoordinatorError: the call failed for now.
         """
-        sent = False
         try:
-            client = self._access.connect()
-            token = client.register(payload)
-            sent = True
+            with self._metrics.counted("registrations"):
+                client = self._access.connect()
+                token = client.register(payload)
         except (CredentialError, Unauthorized, Refused) as error:
             raise RegistrationError(str(error)) from error
-        finally:
-            self._metrics.count_registration(sent=sent)
         log.mask(token)
         self._client, self.token, self.told, self.at = client, token, slots, clock.now()
         return token
 
     def heartbeat(self, report: Heartbeat) -> None:
-        """Send one.
+        """Send a heartbeat.
 
         Raises:
-            Unauthorized, UnknownNode: the token is void now.
-            CoordinatorError: it may work later.
+            Unauthorized, UnknownNode: the coordinator rejected the node token, which is dropped.
+            CoordinatorError: the call failed for now.
         """
         if self._client is None:
             raise UnknownNode("cannot send a heartbeat: not registered")
-        sent = False
         try:
-            self._client.heartbeat(report)
-            sent = True
+            with self._metrics.counted("heartbeats"):
+                self._client.heartbeat(report)
         except (Unauthorized, UnknownNode):
             self.token = None
             raise
-        finally:
-            self._metrics.count_heartbeat(sent=sent)
 
     def guess(self, error: MinerError) -> str | None:
-        """Say what is probably set wrongly; nothing is asked twice for one error, nor once it has worked."""
+        """Guess the wrong setting behind an error; None after a first registration, or without a guess.
+
+        The same error again gets the same guess, without further calls.
+        """
         if self.at > -math.inf or isinstance(error.__cause__, CredentialError):
             return None
         if (told := str(error)) != self._guessed[0]:
@@ -131,10 +128,10 @@ class Registration:
         return self._guessed[1]
 
     def leave(self) -> None:
-        """Say that this node is gone, as far as that can be said now."""
+        """Tell the coordinator that this node is gone; log a failure."""
         if self._client is None:
             return
         try:
             self._client.leave()
         except CoordinatorError as error:
-            events("heartbeat").warning("not signed off", error=str(error))
+            events("heartbeat").warning("cannot sign off", error=str(error))

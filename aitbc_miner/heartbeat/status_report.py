@@ -1,4 +1,4 @@
-"""What the heartbeat process says of this node's slots, and of what is wrong with the coordinator."""
+"""Describes the slots for registrations and heartbeats, and finds remedies for the coordinator's errors."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from aitbc_miner.telemetry.metrics import Snapshot
 from aitbc_miner.telemetry.sampling import Use
 
 SILENT_BEATS = 3
-"""For so many intervals at most a coordinator may ask to hear nothing of us."""
+"""The node pauses its heartbeats for at most so many intervals, even if the coordinator asks for more."""
 
 
 def capability_of(slots: Sequence[SlotView]) -> list[SlotCapability]:
-    """Say what each slot is; a change of that is told to the coordinator anew."""
+    """Describe each slot for a registration; if the description changes, the node registers again."""
     return [
         SlotCapability(
             name=view.offer.name,
@@ -33,7 +33,7 @@ def capability_of(slots: Sequence[SlotView]) -> list[SlotCapability]:
 
 
 def slot_report(snapshot: Snapshot, view: SlotView) -> dict[str, Any]:
-    """Say what a slot does now, and what its job uses of the machine."""
+    """Describe the present state of a slot and its job's use of the machine, for a heartbeat."""
     use, gpu = snapshot.uses.get(view.offer.name, Use()), snapshot.gpu_uses.get(view.offer.name)
     report: dict[str, Any] = {
         "name": view.offer.name,
@@ -48,24 +48,24 @@ def slot_report(snapshot: Snapshot, view: SlotView) -> dict[str, Any]:
 
 
 def remedy_for(error: MinerError, source: str) -> str:
-    """Say what the operator can do; `source` is where the credential comes from."""
+    """Give the operator's remedy for an error; `source` is the value of coordinator.auth_token."""
     match error:
         case CoordinatorError(status=404) | RegistrationError(__cause__=Refused(status=404)):
-            return "check coordinator.base_url: nothing there takes registrations; mind its path"
+            return "check coordinator.base_url and its path: this address takes no registrations"
         case RegistrationError(__cause__=Refused()):
-            return "compare coordinator.base_url with what the coordinator's operator gave you, and ask them"
+            return "check coordinator.base_url with the coordinator's operator"
         case RegistrationError():
-            return f"put the token that the coordinator gave you into {source} (coordinator.auth_token)"
+            return f"put the token from the coordinator's operator into {source} (coordinator.auth_token)"
         case Unreachable():
-            return "check coordinator.base_url and this machine's network; the node keeps trying"
+            return "check coordinator.base_url and this machine's network; the node retries by itself"
         case _:
-            return "nothing on this node; it keeps trying"
+            return "no action needed here: the node retries by itself"
 
 
 def rest_after(error: CoordinatorError, interval_s: float) -> float:
-    """Say how long to wait at least before the next heartbeat, where somebody has said so.
+    """Give the least seconds until the next heartbeat, as far as the error asks for a pause; else 0.0.
 
-    Who is silent for long is taken for dead, whatever was asked. It is asked in whole seconds.
+    A coordinator takes a silent node for dead, so a longer request is cut. Retry-After has whole seconds.
     """
     longest_s = max(SILENT_BEATS * interval_s, 2.0)
     match error:

@@ -1,11 +1,11 @@
-"""Typed messages between two processes that do not trust each other to be prompt or correct.
+"""Typed messages between two processes, each of which may be slow, stopped or malicious.
 
-A frame is four bytes of length (big-endian) and one JSON value. Nothing here ever blocks: what cannot be
-written yet waits in a bounded buffer, what has not arrived whole yet waits for the rest. So a stopped or
-malicious peer costs its own channel and nobody's time.
+A frame is four bytes of length (big-endian) and one JSON value. `send` and `receive` never block: a bounded
+buffer keeps unsent messages, and a second buffer keeps an incomplete message. So a stopped or malicious peer
+breaks its own channel and delays nobody.
 
-What a less trusted peer can make us keep or do has its bounds here: the length of a message, how much in a
-second, how many of each thing. One that exceeds them is not listened to any more.
+The bounds on a less trusted peer are here: the length of a message, the rate of messages, the number of jobs
+in each table. If a peer exceeds a bound, the supervisor ends the peer.
 """
 
 import os
@@ -24,30 +24,29 @@ HEADER = 4
 MAX_FRAME = 4 << 20
 MAX_UNSENT = 16 << 20
 READ_AT_ONCE = 1 << 16
-KIB = 1 << 10
 MAX_WAITING = 5_000
-"""Jobs that the agent may have wait for a slot."""
+"""The agent may have at most so many jobs wait for a slot."""
 MAX_UNFINISHED = 5_000
-"""Jobs without an end that the agent may have us know."""
+"""The agent may report at most so many unfinished jobs to the supervisor."""
 MAX_SWEEPABLE = 20_000
-"""Directories that the agent may have wait to be removed."""
+"""The agent may queue at most so many directories for removal."""
 MAX_LINE = 500
-"""Characters of what a job came to that are kept for `jobs`; the whole is in its record."""
+"""`jobs` shows at most so many characters of a job's message; the job's record has the whole message."""
 
 
 class ChannelError(MinerError):
-    """The peer is gone, does not read, or sent something that is no message: this channel is over."""
+    """The peer is gone, does not read, or sent an undecodable message: the channel cannot be used again."""
 
 
 class ExcessError(ChannelError):
-    """The peer exceeds what it may say, or have us keep: it is to be ended, and the operator told."""
+    """The peer exceeded a bound: the supervisor ends the peer and tells the operator."""
 
 
 class Allowance:
-    """How much a peer may say: `burst` messages at once, and `per_s` in each second ever after.
+    """Limits the messages of a peer to `burst` at once and to `per_s` in each second after that.
 
-    A message of more than one KiB counts as so many. Ours say a hundredth of that, but for the start, when
-    the agent tells of each job on the disk.
+    A message of N KiB counts as 1 + N messages. The node's processes send a hundredth of the limit, except
+    at the start, when the agent reports each job on the disk.
     """
 
     def __init__(self, burst: float = 50_000, per_s: float = 2_000) -> None:
@@ -55,17 +54,18 @@ class Allowance:
         self._left, self._at = burst, clock.now()
 
     def spend(self, length: int) -> None:
-        """Take a message of that length off.
+        """Charge a message of `length` bytes.
 
         Raises:
-            ExcessError: there is not so much left.
+            ExcessError: the peer has sent more than its limit.
         """
         now = clock.now()
-        self._left = min(self._burst, self._left + (now - self._at) * self._per_s) - (1 + length // KIB)
+        self._left = min(self._burst, self._left + (now - self._at) * self._per_s) - (1 + (length >> 10))
         self._at = now
         if self._left < 0:
             raise ExcessError(
-                f"it said more than {self._burst:.0f} messages or KiB at once and {self._per_s:.0f} a second"
+                f"cannot receive: the peer sent over {self._burst:.0f} messages or KiB at once"
+                f" and {self._per_s:.0f} a second"
             )
 
 
@@ -74,15 +74,13 @@ class HasFileno(Protocol):
 
     def fileno(self) -> int:
         """Give the descriptor."""
-        ...
 
     def close(self) -> None:
-        """Close it."""
-        ...
+        """Close the descriptor."""
 
 
 class Channel(Generic[T]):
-    """One end of a stream of messages; `incoming` is the type (a union of tagged structs) it accepts."""
+    """One end of a stream of messages; `incoming` is the union of tagged structs that `receive` accepts."""
 
     def __init__(
         self,
@@ -102,23 +100,23 @@ class Channel(Generic[T]):
         os.set_blocking(end.fileno(), False)
 
     def fileno(self) -> int:
-        """Give the descriptor, to wait on."""
+        """Give the descriptor for `poll`."""
         return self._end.fileno()
 
     def close(self) -> None:
-        """Close the descriptor; what was not sent is dropped."""
+        """Close the descriptor and drop the unsent messages."""
         self._end.close()
 
     @property
     def has_unsent(self) -> bool:
-        """Whether to wait for the channel to become writable as well."""
+        """Whether messages wait for the channel to become writable."""
         return bool(self._unsent)
 
     def send(self, message: Any) -> None:
-        """Send a message, or keep it until there is room.
+        """Send a message, or buffer the message until the pipe has room.
 
         Raises:
-            ChannelError: the peer is gone, or has not read for so long that the buffer is full.
+            ChannelError: the peer is gone, or did not read and the buffer is full.
         """
         body = msgspec.json.encode(message)
         frame = len(body).to_bytes(HEADER, "big") + body
@@ -129,7 +127,7 @@ class Channel(Generic[T]):
             raise ChannelError(f"cannot send: the peer left {self._unsent_bytes} bytes unread")
 
     def flush(self) -> None:
-        """Send what waits, as far as there is room.
+        """Send the buffered messages as far as the pipe has room.
 
         Raises:
             ChannelError: the peer is gone.
@@ -150,12 +148,12 @@ class Channel(Generic[T]):
                 self._unsent[0] = self._unsent[0][sent:]
 
     def receive(self) -> list[T]:
-        """Give the messages that have arrived whole; [] when there is none yet.
+        """Give the complete messages that have arrived; [] if none is complete yet.
 
-        One read at a time, so that a peer that never stops sending cannot keep us here.
+        The method reads once, so that a peer that never stops sending cannot keep the caller here.
 
         Raises:
-            ChannelError: the peer is gone, or what it sent is no message of the expected type.
+            ChannelError: the peer is gone, or sent a message of an unexpected type.
         """
         try:
             data = os.read(self.fileno(), READ_AT_ONCE)
@@ -176,7 +174,7 @@ class Channel(Generic[T]):
         while len(self._received) - start >= HEADER:
             length = int.from_bytes(self._received[start : start + HEADER], "big")
             if length > self._max_frame:
-                raise ExcessError(f"cannot receive: a message of {length} bytes; at most {self._max_frame}")
+                raise ExcessError(f"cannot receive: a message of {length} bytes exceeds {self._max_frame}")
             end = start + HEADER + length
             if len(self._received) < end:
                 break
@@ -185,13 +183,13 @@ class Channel(Generic[T]):
             try:
                 messages.append(self._decoder.decode(self._received[start + HEADER : end]))
             except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-                raise ExcessError(f"cannot receive: not a message: {brief(error)}") from error
+                raise ExcessError(f"cannot receive: a message does not decode: {brief(error)}") from error
             start = end
         del self._received[:start]
         return messages
 
     def wait(self, timeout_s: float) -> list[T]:
-        """Wait for the next messages, sending what waits meanwhile; [] after the time-out.
+        """Wait for the next messages and send the buffered messages meanwhile; [] after the time-out.
 
         Raises:
             ChannelError: as for `receive`.

@@ -1,7 +1,8 @@
-"""What the processes of the node say to each other.
+"""The messages between the node's processes.
 
-Every message is a struct with a tag; each direction has a union type at the end of this file, and a process
-that sends anything else is ended. Times are seconds of the boot-time clock unless the name says otherwise.
+Every message is a tagged struct. Each direction has a union type, below its messages; the supervisor ends a
+child that sends any other message. Times are seconds of the boot-time clock, except in names with `_wall`.
+A docstring begins with the sender ("agent:") or the receiver ("to agent:").
 """
 
 import signal
@@ -16,19 +17,19 @@ from aitbc_miner.jobs import EndReason, JobId, Short, State
 from aitbc_miner.slots.placement import Offer, Ticket
 from aitbc_miner.slots.spec import SlotSpec
 
-# How a worker is told what `CancelJob.why` says when there is no channel to it. SIGTERM is also what systemd
-# sends to stop the slots: then the job is lost, and nobody has said that it is not wanted any more.
+# The supervisor sends these signals instead of `CancelJob` (key: `why`) to a worker without a channel.
+# Systemd also sends SIGTERM to stop the slots: the job is then lost, but nobody has cancelled the job.
 END_SIGNALS = {"shutdown": signal.SIGTERM, "cancel": signal.SIGUSR1, "expired": signal.SIGUSR2}
 
 CounterName = Literal["broken_records", "retries", "deliveries", "rate_limited", "receipts", "units", "price"]
 
 
 class Message(Struct, frozen=True, tag=True):
-    """The root of all messages: a frozen struct, tagged with the name of its class."""
+    """The base of all messages: a frozen struct, tagged with the name of its class."""
 
 
 class SlotView(Struct, frozen=True):
-    """A slot as the others see it. `offers`: whether it takes jobs, now or later."""
+    """A slot, for the processes that are not its worker. `offers`: the slot takes jobs, now or later."""
 
     offer: Offer
     state: str
@@ -47,7 +48,7 @@ class SlotView(Struct, frozen=True):
 
 
 class FoundJob(Struct, frozen=True):
-    """A job that the agent found started but not ended on disk."""
+    """A job whose record on disk shows a start and no end."""
 
     job_id: JobId
     state: State
@@ -61,14 +62,14 @@ class FoundJob(Struct, frozen=True):
 
 
 class Inventory(Message, frozen=True):
-    """heartbeat: the GPUs of this machine, or why they cannot be told."""
+    """heartbeat: the GPUs of this machine; `error`: the reason why GPUs are missing or incomplete."""
 
     gpus: list[GpuFact]
     error: str | None = None
 
 
 class CoordinatorView(Message, frozen=True):
-    """heartbeat: whether the coordinator answers, since when, and what it last said wrong."""
+    """heartbeat: whether the coordinator answers, since when, and its last error."""
 
     reachable: bool
     since_wall: str
@@ -78,25 +79,25 @@ class CoordinatorView(Message, frozen=True):
 
 
 class Troubles(Message, frozen=True):
-    """heartbeat: what else is wrong now, each with its cause and what to do."""
+    """heartbeat: further faults of the node now, each with cause and remedy."""
 
     texts: Annotated[list[Annotated[str, Meta(max_length=2000)]], Meta(max_length=10)] = []
 
 
 class Recovered(Message, frozen=True):
-    """agent: it has read the records; these jobs were started and have no outcome yet."""
+    """agent: the records are read; the jobs in `started` have no outcome yet."""
 
     started: Annotated[list[FoundJob], Meta(max_length=MAX_WAITING)]
 
 
 class JobReady(Message, frozen=True):
-    """agent: recorded, acknowledged, inputs in place; wants a slot."""
+    """agent: the job is recorded and acknowledged, its inputs are in place, and it needs a slot."""
 
     ticket: Ticket
 
 
 class JobUpdate(Message, frozen=True):
-    """agent: what `jobs` shows of a job that is not in a slot."""
+    """agent: a job that is in no slot, for the command `jobs`."""
 
     job_id: JobId
     state: State
@@ -112,7 +113,7 @@ class JobUpdate(Message, frozen=True):
 class CancelJob(Message, frozen=True):
     """agent to supervisor to worker: end the job; `why` is `cancel`, `expired` or `shutdown`.
 
-    supervisor to agent: a job that waited for a slot will get none.
+    supervisor to agent: the job that waited for a slot will get none.
     """
 
     job_id: JobId
@@ -121,9 +122,9 @@ class CancelJob(Message, frozen=True):
 
 
 class Deliveries(Message, frozen=True):
-    """agent: reports that are not accepted yet, the last reason, and how many were refused for good.
+    """agent: the number of reports not yet accepted, the last error, the number refused for good.
 
-    paused: why nothing is pulled although slots are free.
+    paused: the reason why the agent pulls no jobs although slots are free.
     """
 
     pending: int
@@ -133,16 +134,16 @@ class Deliveries(Message, frozen=True):
 
 
 class Starved(Message, frozen=True):
-    """agent: each pull has come back empty since then, and what may be the causes; without, it is over."""
+    """agent: all pulls since `since` came back empty, with possible causes; None: a pull brought a job."""
 
     since: float | None = None
     causes: list[str] = []
 
 
 class Sweepable(Message, frozen=True):
-    """agent: the directories of these jobs may go; they are delivered, the oldest first.
+    """agent: the supervisor may remove the directories of these settled jobs, the oldest first.
 
-    early: before their time, so only as many of them as it takes until there is space enough.
+    early: their time to be kept is not over, so the supervisor stops once the disk has enough space.
     """
 
     job_ids: Annotated[list[JobId], Meta(max_length=1000)]
@@ -150,7 +151,7 @@ class Sweepable(Message, frozen=True):
 
 
 class Retried(Message, frozen=True):
-    """agent: what became of `RetryJob`, as a sentence for the operator."""
+    """agent: the result of `RetryJob`, as a sentence for the operator."""
 
     job_id: JobId
     message: str
@@ -158,7 +159,7 @@ class Retried(Message, frozen=True):
 
 
 class Counted(Message, frozen=True):
-    """agent to supervisor to heartbeat: for the metrics; `label` is the code, or how a delivery ended."""
+    """agent to supervisor to heartbeat: add `n` to a counter; `label` is a code or the end of a delivery."""
 
     name: CounterName
     label: Annotated[str, Meta(pattern=r"^\w{0,32}\Z")] = ""
@@ -166,15 +167,15 @@ class Counted(Message, frozen=True):
 
 
 class WorkerReady(Message, frozen=True):
-    """worker: its slot is set up and empty; what enforces each of its limits."""
+    """worker: the slot is set up and empty; `enforced` names the mechanism that enforces each limit."""
 
     enforced: dict[str, str]
 
 
 class Retuned(Message, frozen=True):
-    """worker: what enforces its slot's limits now; `note` says what of them does not hold yet, and why.
+    """worker: the mechanisms that now enforce the slot's limits; `note` names the limits not in force yet.
 
-    done: False when the old ones go on.
+    done: False if the old limits stay.
     """
 
     enforced: dict[str, str]
@@ -183,13 +184,13 @@ class Retuned(Message, frozen=True):
 
 
 class WorkerRefused(Message, frozen=True):
-    """worker: its slot cannot be used; it ends."""
+    """worker: the slot cannot be used, and the worker ends."""
 
     reason: str
 
 
 class JobStep(Message, frozen=True):
-    """worker: its job has come to this step; `deadline` is when the worker will end it, if it ever will."""
+    """worker: the job has reached this state; the worker ends the job at `deadline` (None: never)."""
 
     job_id: str
     state: State
@@ -198,14 +199,14 @@ class JobStep(Message, frozen=True):
 
 
 class JobTrouble(Message, frozen=True):
-    """worker: what keeps it from going on with its job, until it says so again with nothing in `what`."""
+    """worker: `what` blocks the worker's job; an empty `what`: nothing blocks the job any more."""
 
     job_id: str
     what: str
 
 
 class JobProgress(Message, frozen=True):
-    """worker to supervisor to agent: the task's own word on how far it is."""
+    """worker to supervisor to agent: the progress that the task reports."""
 
     job_id: str
     pct: float | None
@@ -213,14 +214,14 @@ class JobProgress(Message, frozen=True):
 
 
 class JobOnDisk(Message, frozen=True):
-    """worker: so many bytes its job has on disk."""
+    """worker: the job's use of the disk, in bytes."""
 
     job_id: str
     bytes: int
 
 
 class JobEnded(Message, frozen=True):
-    """worker: the outcome is on disk. `clean` is False when something survives, which `remains` says."""
+    """worker: the outcome is on disk. `clean` is False if processes survive; `remains` names them."""
 
     job_id: str
     code: ErrorCode | None
@@ -234,7 +235,7 @@ class JobEnded(Message, frozen=True):
 
 
 class Slots(Message, frozen=True):
-    """to agent and heartbeat: all slots, the jobs that wait for one, and whether more may be pulled."""
+    """to agent and heartbeat: all slots, the jobs waiting for a slot, whether the agent may pull more."""
 
     slots: list[SlotView]
     queued: list[str]
@@ -242,9 +243,9 @@ class Slots(Message, frozen=True):
 
 
 class JobSettled(Message, frozen=True):
-    """to agent: no process works on the job any more; its outcome is on disk, or it is lost.
+    """to agent: no process works on the job any more; its outcome is on disk, or the job is lost.
 
-    With a code it has never run, and cannot here: `why` is the whole message then.
+    With a code: the job never ran and cannot run here, and `why` is the whole message.
     """
 
     job_id: str
@@ -253,14 +254,14 @@ class JobSettled(Message, frozen=True):
 
 
 class JobDone(Message, frozen=True):
-    """to heartbeat: for the metrics."""
+    """to heartbeat: a job has ended, for the metrics."""
 
     code: ErrorCode | None
     timings: dict[str, float] = {}
 
 
 class NodeView(Message, frozen=True):
-    """to heartbeat: what else /healthz and /metrics show."""
+    """to heartbeat: further values for /healthz and /metrics."""
 
     pending_deliveries: int = 0
     agent_error: str | None = None
@@ -274,23 +275,23 @@ class Swept(Message, frozen=True):
 
 
 class SpaceWanted(Message, frozen=True):
-    """to agent: there is not room enough on the disk; name what may go before its time."""
+    """to agent: the disk lacks space; name the directories that the supervisor may remove early."""
 
 
 class RetryJob(Message, frozen=True):
-    """to agent: the operator wants a job tried, or its report sent, once more now."""
+    """to agent: the operator asks to run the job again, or to send its report again, now."""
 
     job_id: str
 
 
 class StartJob(Message, frozen=True):
-    """to worker: run the job whose directory bears this id."""
+    """to worker: run the job in the directory with this id."""
 
     job_id: str
 
 
 class Retune(Message, frozen=True):
-    """to worker: the slot is to have other limits, for the job that runs as far as can be."""
+    """to worker: change the slot's limits, as far as possible also for the running job."""
 
     spec: SlotSpec
     gpu_env: dict[str, str] = {}
@@ -298,9 +299,9 @@ class Retune(Message, frozen=True):
 
 
 class Stop(Message, frozen=True):
-    """to all: end in good order. A worker finishes the job that it has, if any.
+    """to all: end in good order. A worker finishes its running job first.
 
-    `leave`: no job of this node goes on meanwhile, so the coordinator may be told that it is gone.
+    leave: no job of this node goes on, so the heartbeat signs the node off at the coordinator.
     """
 
     leave: bool = False
@@ -320,13 +321,13 @@ ToWorker = StartJob | CancelJob | Retune | Stop
 
 
 class TokenWanted(Message, frozen=True):
-    """agent: send the node token; `refused` is the digest of one that the coordinator no longer takes."""
+    """agent: send the node token; `refused` is the digest of a token that the coordinator rejected."""
 
     refused: str | None = None
 
 
 class NodeToken(Message, frozen=True):
-    """heartbeat: the token of a registration; `forgotten`: of one by a coordinator that did not know us."""
+    """heartbeat: the token of a registration; `forgotten`: the coordinator had forgotten the node."""
 
     token: str
     forgotten: bool = False
@@ -337,17 +338,17 @@ class NodeToken(Message, frozen=True):
 
 
 class Load(Message, frozen=True):
-    """agent: so many jobs are this node's to do now, wherever they are."""
+    """agent: the number of this node's unfinished jobs, in slots or not."""
 
     inflight: Annotated[int, Meta(ge=0)]
 
 
 class BeatWanted(Message, frozen=True):
-    """agent: the coordinator should hear from us now."""
+    """agent: send a heartbeat now."""
 
 
 class Beaten(Message, frozen=True):
-    """heartbeat: it has, since that was asked for."""
+    """heartbeat: the coordinator has accepted a heartbeat since `BeatWanted`."""
 
 
 PrivateLine = TokenWanted | NodeToken | Load | BeatWanted | Beaten

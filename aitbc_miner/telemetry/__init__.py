@@ -1,7 +1,7 @@
-"""What the node tells of itself in numbers.
+"""The node's metrics and health.
 
-* metrics: Prometheus, over all processes
-* counters: what is counted, kept over restarts
+* metrics: the metrics for Prometheus, over all processes
+* counters: the counters, kept over restarts
 * sampling: use of slots and GPUs
-* pages, httpd: /metrics and /healthz, and the server that answers them
+* pages, httpd: the pages /metrics and /healthz, and their HTTP server
 """

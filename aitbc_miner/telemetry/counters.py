@@ -1,6 +1,6 @@
-"""What the node has counted: kept over restarts, and never shown ahead of what is on the disk.
+"""The node's counters: the disk keeps them over restarts, and Prometheus never sees a count before the disk.
 
-To Prometheus a counter that goes back has begun anew at zero: all that it had counted would count once more.
+If a counter falls, Prometheus assumes a restart at zero and counts the whole new value again.
 """
 
 import errno
@@ -21,14 +21,14 @@ from aitbc_miner.util.log import events
 FILE = "metrics.json"
 MAX_FILE = 4 << 20
 BUCKETS_S = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400, 43200, 86400)
-"""From a no-op's start to a day's rendering; both ends matter here."""
+"""The buckets range from the start of an empty program to a day of rendering."""
 BOUNDS = (*(str(float(bound)) for bound in BUCKETS_S), "+Inf")
-"""The buckets by name, as Prometheus writes them."""
+"""The names of the buckets, as Prometheus writes them."""
 LONGEST_S = 1e9
-"""No step of a job lasts thirty years: a longer duration is a defect, and could spoil a sum for good."""
+"""A longer duration (thirty years) comes from a defect and would spoil the sum for good."""
 
 MOST = 2**53
-"""What a float holds exactly, which is what Prometheus makes of it. More than that is not counted."""
+"""Counters stop here: Prometheus uses floats, and a float holds integers exactly up to 2**53."""
 MAX_LABELS = 200
 CountKept = Annotated[int, Meta(ge=0, le=MOST)]
 Bound = Annotated[str, Meta(pattern=r"^(\d+\.\d+|\+Inf)\Z")]
@@ -37,27 +37,27 @@ log = events("heartbeat")
 
 
 class Durations(Struct, forbid_unknown_fields=True):
-    """How long something took: how often between a bucket's bound and the one below, and seconds in all."""
+    """A histogram of durations: the count in each bucket, by its upper bound, and the sum in seconds."""
 
     buckets: dict[Bound, CountKept] = {}
     sum_s: Annotated[float, Meta(ge=0, le=MOST)] = 0.0
 
 
 class CounterTotals(Struct, forbid_unknown_fields=True):
-    """All counts, by name and label; without one the label is empty."""
+    """All counters and histograms, by name and label; "" is the label of a counter without labels."""
 
     version: Literal[1] = 1
     counters: dict[str, dict[str, CountKept]] = {}
     durations: dict[str, dict[str, Durations]] = {}
 
     def count(self, name: str, label: str, n: int) -> None:
-        """Add to a counter."""
+        """Add `n` to a counter; labels beyond MAX_LABELS count as "other"."""
         row = self.counters.setdefault(name, {})
         label = label if label in row or len(row) < MAX_LABELS else "other"
         row[label] = min(MOST, row.get(label, 0) + n)
 
     def observe(self, name: str, label: str, more: Durations) -> None:
-        """Add durations; those of buckets that there are no more go into the next larger one."""
+        """Add durations; durations of a bucket that no longer exists go into the next larger bucket."""
         mine = self.durations.setdefault(name, {}).setdefault(label, Durations())
         for bound, n in more.buckets.items():
             bucket = BOUNDS[bisect_left(BUCKETS_S, float(bound))]
@@ -65,7 +65,7 @@ class CounterTotals(Struct, forbid_unknown_fields=True):
         mine.sum_s = min(float(MOST), mine.sum_s + more.sum_s)
 
     def add(self, more: "CounterTotals") -> None:
-        """Add all of them."""
+        """Add all counters and histograms of `more`."""
         for name, counts in more.counters.items():
             for label, n in counts.items():
                 self.count(name, label, n)
@@ -75,9 +75,9 @@ class CounterTotals(Struct, forbid_unknown_fields=True):
 
 
 class Counters:
-    """The counts of this node, in `metrics.json` of a directory. Every method may be called from any thread.
+    """The counters of this node, in `metrics.json` of a directory. Any thread may call any method.
 
-    `shown` is what is on the disk: None until what was there is known. `unsaved`: whether it lags behind.
+    `shown` is the content of the file; None until the file is read. `unsaved`: the last save failed.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -86,19 +86,19 @@ class Counters:
         self._totals = CounterTotals()
         self._changed = True
         self._ended = False
-        # A disk that hangs holds up those who save, never those who count.
+        # Two locks, so that a hanging disk blocks only threads that save, and no thread that counts.
         self._counting, self._saving = threading.Lock(), threading.Lock()
         self.shown: CounterTotals | None = None
         self.unsaved = False
 
     def count(self, name: str, label: str = "", n: int = 1) -> None:
-        """Count something; with n=0, have the counter shown before there is anything to count."""
+        """Add `n` to a counter; n=0 makes the counter appear with the value 0."""
         with self._counting:
             self._totals.count(name, label, n)
             self._changed = True
 
     def observe(self, name: str, label: str, seconds: float) -> None:
-        """Count a duration; one that cannot be is left out."""
+        """Count a duration; ignore a negative, impossibly long or NaN duration."""
         if 0 <= seconds < LONGEST_S:
             bucket = BOUNDS[bisect_left(BUCKETS_S, seconds)]
             with self._counting:
@@ -106,7 +106,7 @@ class Counters:
                 self._changed = True
 
     def save(self) -> None:
-        """Bring the disk and `shown` up to date. Where that cannot be, it is logged, and both stay."""
+        """Write the counters to the disk and update `shown`; if the disk fails, log the error."""
         with self._saving:
             if self._ended:
                 return
@@ -114,9 +114,9 @@ class Counters:
                 self._save()
             except OSError as error:
                 if not self.unsaved:
-                    text = f"cannot keep {self._directory / FILE}: {error.strerror or error}"
-                    remedy = "the counters stand still until the service's user can write there"
-                    log.error("metrics not saved", error=f"{text}; {remedy}")  # noqa: TRY400
+                    cause = f"cannot write {self._directory / FILE}: {error.strerror or error}"
+                    remedy = "let the service's user write this file; until then /metrics shows old values"
+                    log.error("metrics not saved", error=f"{cause}; {remedy}")  # noqa: TRY400
                 self.unsaved = True
             else:
                 if self.unsaved:
@@ -124,7 +124,7 @@ class Counters:
                 self.unsaved = False
 
     def close(self) -> None:
-        """Let another process have the file: nothing is saved any more."""
+        """Close the file and save nothing any more, so that another process may use the file."""
         with self._saving:
             if self._fd is not None and not self._ended:
                 os.close(self._fd)
@@ -164,8 +164,8 @@ def _lock(fd: int) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        # One that is about to end would put its own counts in the place of ours.
-        raise BlockingIOError(errno.EAGAIN, "another heartbeat process has it still") from None
+        # A previous heartbeat process that still ends would overwrite our counts with its own.
+        raise BlockingIOError(errno.EAGAIN, "the previous heartbeat process still uses it") from None
 
 
 def _read(fd: int, directory: Path) -> CounterTotals:

@@ -1,6 +1,6 @@
-"""A small HTTP server for a few read-only pages, bounded in everything a client could use up.
+"""A small HTTP server for a few read-only pages, with bounds on connections, time and sizes.
 
-It has neither directories nor keep-alive, so that its whole surface is the table of pages it is given.
+The server reads no files and keeps no connection alive: a client reaches only the pages of the given table.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ TIMEOUT_S = 5.0
 
 
 class Page(Struct, frozen=True):
-    """What is answered: the status, the media type and the body."""
+    """An answer: status, media type and body."""
 
     status: int
     media_type: str
@@ -37,17 +37,17 @@ class Page(Struct, frozen=True):
 
 
 Pages = Mapping[str, Callable[[], Page]]
-"""Path to the function that makes the page; called from several threads."""
+"""Maps a path to the function that makes its page; several threads call the functions."""
 
 
 class PageServer(socketserver.ThreadingTCPServer):
-    """Serves `pages` on `listen` ("host:port", port 0 for a free one) from `start` to `stop`.
+    """Serves `pages` on `listen` ("host:port"; port 0 is any free port) from `start` to `stop`.
 
-    There are no more than `MAX_CONNECTIONS` at a time: for one more, the oldest of the client that has most
-    is closed. So nobody who only holds connections keeps the others from their answer.
+    Beyond `MAX_CONNECTIONS` the server closes the oldest connection of the client with the most connections.
+    So a client that only holds connections cannot keep other clients from their answers.
 
     Raises:
-        MinerError: the address cannot be had; the message names it and the remedy.
+        MinerError: the address is taken or wrong; the message names the address and the remedy.
     """
 
     allow_reuse_address = True
@@ -58,7 +58,7 @@ class PageServer(socketserver.ThreadingTCPServer):
         self.pages = pages
         self.timeout_s = timeout_s
         self._log = events("httpd")
-        # Those that are served, in the order in which they came, with the client's address.
+        # The open connections, the oldest first, with the client's address.
         self._served: dict[socket.socket, str] = {}
         self._lock = threading.Lock()
         host, _, port = listen.rpartition(":")
@@ -67,35 +67,35 @@ class PageServer(socketserver.ThreadingTCPServer):
         try:
             super().__init__((host, int(port)), _Handler)
         except (OSError, ValueError, OverflowError) as error:
-            cause = error.strerror if isinstance(error, OSError) else "not an address as 127.0.0.1:9464"
+            cause = error.strerror if isinstance(error, OSError) else "not an address such as 127.0.0.1:9464"
             raise MinerError(
                 f"cannot serve on {listen}: {cause}; set telemetry.listen to a free address of this machine"
             ) from error
 
     @property
     def address(self) -> str:
-        """Where it really listens, as "host:port"."""
+        """The bound address, as "host:port"."""
         host, port = self.server_address[:2]
         return f"[{host!s}]:{port}" if self.address_family == socket.AF_INET6 else f"{host!s}:{port}"
 
     def start(self) -> None:
-        """Serve from a thread of its own until `stop`."""
+        """Start a thread that serves until `stop`."""
         threading.Thread(target=self.serve_forever, name="httpd", daemon=True).start()
 
     def stop(self) -> None:
-        """Take no more connections; answers under way are left to end or not."""
+        """Stop accepting connections; do not wait for unfinished answers."""
         self.shutdown()
         self.server_close()
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give the connection a thread, and end another one if there are too many."""
+        """Start a thread for the connection; close another connection if there are too many."""
         with self._lock:
             if len(self._served) >= MAX_CONNECTIONS:
                 self._cut_one()
             self._served[request] = str(client_address[0])
         try:
             super().process_request(request, client_address)
-        except RuntimeError:  # the system has no thread for us
+        except RuntimeError:  # the system cannot start another thread
             self._forget(request)
             self.shutdown_request(request)
 
@@ -104,7 +104,7 @@ class PageServer(socketserver.ThreadingTCPServer):
         most = max(counts.values())
         victim = next(line for line, address in self._served.items() if counts[address] == most)
         del self._served[victim]
-        # Its thread finds the end of the connection, whatever it waits for, and closes it.
+        # `shutdown` wakes the connection's thread, whatever it waits for; the thread closes the socket.
         with contextlib.suppress(OSError):
             victim.shutdown(socket.SHUT_RDWR)
 
@@ -113,20 +113,20 @@ class PageServer(socketserver.ThreadingTCPServer):
             self._served.pop(request, None)
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, and give the place free whatever happens."""
+        """Answer, and release the connection's place also after an error."""
         try:
             super().process_request_thread(request, client_address)
         finally:
             self._forget(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002  # given by the base
-        """Tell of a defect of ours; a connection that broke is its client's own affair."""
+        """Log a defect of the node; ignore a broken connection, which only its client needs to know."""
         if not isinstance(sys.exception(), OSError):
             self._log.error("page failed", exc_info=True)
 
 
 class _DeadlineReader(io.RawIOBase):
-    """Reads a request as long as time and size allow: one byte every four seconds is no way to stay."""
+    """Reads a request within a total time and size, so that a slow client cannot hold a connection."""
 
     def __init__(self, connection: socket.socket, timeout_s: float) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(page, with_body=with_body)
 
     def _send(self, page: Page, *, with_body: bool) -> None:
-        # Of one sendall, and so for the whole answer.
+        # sendall takes this as the time-out of the whole call, so of the whole answer.
         self.connection.settimeout(self.server.timeout_s)
         self.send_response(page.status)
         self.send_header("Content-Type", page.media_type)
@@ -195,14 +195,14 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(page.body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Say nothing: who asks, and how often, is not the node's concern."""
+        """Log no requests."""
 
 
 def _path(target: str) -> str:
     try:
         return urlsplit(target).path
     except ValueError:
-        return ""  # `http://[`, for one
+        return ""  # for example `http://[`
 
 
 def _plain(status: HTTPStatus) -> Page:

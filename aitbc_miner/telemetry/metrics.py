@@ -1,14 +1,14 @@
-"""What tools and people are shown of the node: its health, and its metrics for Prometheus.
+"""The node's health for people and tools, and its metrics for Prometheus.
 
-The main loop replaces one immutable `Snapshot` and counts events; other threads only ever read. All of it is
-public on the address where it is served, so no secret may come into a snapshot.
+The main loop replaces one immutable `Snapshot` and counts events; other threads only read. Anybody who
+reaches the address of the pages can read a snapshot, so no secret may enter a snapshot.
 """
 
-import logging
 import math
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
 from typing import Self
@@ -32,20 +32,20 @@ from aitbc_miner.util.log import events
 log = events("heartbeat")
 
 LAST_SAVE_S = 3.0
-"""How long an end waits for the disk."""
+"""At its end the process waits at most this long for the disk."""
 SILENT_AFTER = 3
-"""Heartbeats missed in a row until the silence is a problem of its own."""
+"""After so many missed heartbeats in a row, /healthz reports a problem."""
 
 
 class HealthProblem(Struct, frozen=True):
-    """What is wrong, and what the operator can do about it."""
+    """A problem of the node and the operator's remedy."""
 
     problem: str
     remedy: str | None = None
 
 
 class Snapshot(Struct, frozen=True):
-    """All that is shown of the node at one moment. `last_heartbeat` is in boot time, the others as named."""
+    """The state of the node at one moment. Times are seconds of the boot-time clock."""
 
     node_id: str
     coordinator: str
@@ -66,12 +66,12 @@ class Snapshot(Struct, frozen=True):
     gpu_error: str | None = None
 
     def age_s(self, now: float) -> float | None:
-        """Give the seconds since the coordinator last took a heartbeat."""
+        """Give the seconds since the coordinator last accepted a heartbeat; None before the first."""
         return None if self.last_heartbeat is None else max(0.0, now - self.last_heartbeat)
 
 
 class SlotHealth(Struct, frozen=True):
-    """A slot on /healthz and on the page."""
+    """A slot on /healthz and on the page for people."""
 
     name: str
     kind: str
@@ -83,7 +83,7 @@ class SlotHealth(Struct, frozen=True):
 
 
 class Health(Struct, frozen=True):
-    """The body of /healthz; `status` is `ok`, or `degraded` when there are problems."""
+    """The body of /healthz; `status` is `ok` without problems, else `degraded`."""
 
     status: str
     node_id: str
@@ -101,7 +101,7 @@ class Health(Struct, frozen=True):
 
 
 def health(snapshot: Snapshot, now: float, textfile_error: str | None = None) -> Health:
-    """Judge the node: anything that keeps it from earning is a problem."""
+    """Make the body of /healthz; anything that keeps the node from earning is a problem."""
     problems = list(_problems(snapshot, now))
     age_s = snapshot.age_s(now)
     return Health(
@@ -144,7 +144,9 @@ def _problems(snapshot: Snapshot, now: float) -> Iterator[HealthProblem]:
         yield HealthProblem("not registered with the coordinator yet", "wait some seconds")
     silent_s = now - (snapshot.started if snapshot.last_heartbeat is None else snapshot.last_heartbeat)
     if silent_s > SILENT_AFTER * snapshot.interval_s:
-        yield HealthProblem(f"the coordinator has taken no heartbeat for {silent_s:.0f} s", snapshot.remedy)
+        yield HealthProblem(
+            f"the coordinator has accepted no heartbeat for {silent_s:.0f} s", snapshot.remedy
+        )
     if not snapshot.slots:
         yield HealthProblem("no slot is set up", "run `aitbc-miner check` and `aitbc-miner slots --suggest`")
     for view in snapshot.slots:
@@ -152,15 +154,17 @@ def _problems(snapshot: Snapshot, now: float) -> Iterator[HealthProblem]:
             why = view.reason or "its worker failed"
             yield HealthProblem(f"slot {view.offer.name} is out of use: {why}", "run `aitbc-miner doctor`")
     if snapshot.node.agent_error:
-        yield HealthProblem(snapshot.node.agent_error, "results are kept and sent again")
+        yield HealthProblem(
+            snapshot.node.agent_error, "no action needed here: the node keeps the results and retries"
+        )
     if snapshot.gpu_error:
         yield HealthProblem(snapshot.gpu_error)
 
 
 class Family(Struct, frozen=True):
-    """A counter: what it means, its label if it has one, and labels that are there from the start.
+    """A counter: its meaning, the name of its label if any, and the label's values shown from the start.
 
-    It is kept in whole numbers, `scale` of which are 1.
+    The counter is stored as a whole number, `scale` times the shown value.
     """
 
     meaning: str
@@ -169,11 +173,11 @@ class Family(Struct, frozen=True):
     scale: int = 1
 
 
-# With some labels from the start, so that a rate can be told from the first failure on.
+# `always` shows a label's value with 0 from the start, so that Prometheus sees the rise to the first failure.
 COUNTERS = {
     "jobs": Family("Jobs ended, by error code; OK for success", "code"),
-    "heartbeats": Family("Heartbeats, by whether they were taken", "result", ("sent", "failed")),
-    "registrations": Family("Registrations, by whether they were taken", "result", ("sent", "failed")),
+    "heartbeats": Family("Heartbeats, by result", "result", ("sent", "failed")),
+    "registrations": Family("Registrations, by result", "result", ("sent", "failed")),
     "broken_records": Family("Records of jobs that could not be read and were set aside", always=("",)),
     "deliveries": Family(
         "Reports that the coordinator has settled, by how", "how", ("accepted", "superseded", "refused")
@@ -188,9 +192,9 @@ STEPS = "step_duration_seconds"
 
 
 class Metrics:
-    """What is counted, also by the runs of the node before this one, and the gauges of the present snapshot.
+    """The counters, including earlier runs of the node, and the gauges of the present snapshot.
 
-    Counting is for the main loop, the rest for any thread. The counts are kept in `directory`.
+    The main loop counts; any thread may render. `directory` holds the file of the counters.
     """
 
     def __init__(self, snapshot: Snapshot, directory: Path) -> None:
@@ -205,30 +209,32 @@ class Metrics:
         self._registry.register(_Counted(self.counters))
         self._registry.register(_Gauges(self))
 
-    def count_heartbeat(self, *, sent: bool) -> None:
-        """Count a heartbeat that was sent or failed."""
-        self.counters.count("heartbeats", "sent" if sent else "failed")
-
-    def count_registration(self, *, sent: bool) -> None:
-        """Count a registration that was taken or failed."""
-        self.counters.count("registrations", "sent" if sent else "failed")
+    @contextmanager
+    def counted(self, name: str) -> Iterator[None]:
+        """Count a call to the coordinator under `name`: as "failed" if the block raises, else as "sent"."""
+        result = "failed"
+        try:
+            yield
+            result = "sent"
+        finally:
+            self.counters.count(name, result)
 
     def count_job(self, code: ErrorCode | None, timings: Mapping[str, float]) -> None:
-        """Count a job that ended, with the seconds that each of its steps took."""
+        """Count a job that ended and the seconds of each of its steps."""
         self.counters.count("jobs", code or "OK")
         for step, seconds in timings.items():
             self.counters.observe(STEPS, step, seconds)
 
     def render(self) -> bytes:
-        """Give the text that Prometheus reads."""
+        """Give the metrics as text in the format of Prometheus."""
         self.counters.save()
         return generate_latest(self._registry)
 
 
 class Upkeep:
-    """Keeps what is on the disk up to date, from a thread: a disk that hangs must not delay a heartbeat.
+    """A thread that writes the metrics to the disk, so that a hanging disk does not delay a heartbeat.
 
-    These are the counts, every `every_s` seconds, and the text for node_exporter, every `textfile_s`.
+    The thread saves the counters every `every_s` seconds, and the file for node_exporter every `textfile_s`.
     """
 
     def __init__(self, metrics: Metrics, every_s: float, textfile: Path | None, textfile_s: float) -> None:
@@ -239,12 +245,12 @@ class Upkeep:
         self._thread = threading.Thread(target=self._run, name="upkeep", daemon=True)
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End, with all that is counted now on the disk if that can be had in some seconds."""
+        """End the thread after a last save; wait at most LAST_SAVE_S for it."""
         self._ending.set()
         self._thread.join(LAST_SAVE_S)
         if not self._thread.is_alive():
@@ -266,15 +272,18 @@ class Upkeep:
         try:
             _replace(path, self._metrics.render())
         except OSError as caught:
-            remedy = "have the directory made, and the service's user allowed to write there"
+            remedy = "make the directory and let the service's user write there"
             error = f"cannot write {path} (telemetry.textfile): {caught.strerror}; {remedy}"
         if error != self._metrics.textfile_error:
-            log.log(logging.WARNING if error else logging.INFO, "textfile", error=error)
+            if error:
+                log.warning("textfile not written", error=error)
+            else:
+                log.info("textfile written")
         self._metrics.textfile_error = error
 
 
 def _replace(path: Path, text: bytes) -> None:
-    """Replace a file that all may read, so that nobody ever sees half of it."""
+    """Replace a world-readable file by a rename, so that no reader sees half of the text."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
@@ -285,18 +294,15 @@ def _replace(path: Path, text: bytes) -> None:
 
 
 class _Counted(Collector):
-    """What is on the disk of the counts; nothing as long as that is not known."""
+    """The saved counters; none until the file is read."""
 
     def __init__(self, counters: Counters) -> None:
         self._counters = counters
 
-    def describe(self) -> list[Metric]:
-        return []
-
     def collect(self) -> Iterator[Metric]:
         yield _gauge(
             "metrics_unsaved",
-            "Whether the counters stand still, because they cannot be kept on disk",
+            "1 while the counters stand still, because the node cannot write them to the disk",
             self._counters.unsaved,
         )
         shown = self._counters.shown
@@ -318,13 +324,10 @@ class _Counted(Collector):
 
 
 class _Gauges(Collector):
-    """The snapshot as gauges: made anew at each scrape, so that no slot outlives its end."""
+    """The snapshot as gauges, made anew at each scrape, so that a removed slot disappears."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-
-    def describe(self) -> list[Metric]:
-        return []
 
     def collect(self) -> Iterator[Metric]:
         snapshot = self._metrics.snapshot
@@ -338,44 +341,37 @@ def _node_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     yield _gauge("free_slots", "Slots that could take a job", sum(view.free for view in slots))
     yield _gauge("queue_jobs", "Jobs that wait for a slot", snapshot.queued)
     yield _gauge(
-        "pending_deliveries", "Reports not yet taken by the coordinator", snapshot.node.pending_deliveries
+        "pending_deliveries", "Reports not yet accepted by the coordinator", snapshot.node.pending_deliveries
     )
     yield _gauge("coordinator_up", "Whether the coordinator answers", snapshot.reachable)
     yield _gauge("coordinator_registered", "Whether the node is registered", snapshot.registered)
     since = snapshot.starved_since
     yield _gauge(
         "starved_seconds",
-        "Seconds for which each request for a job has come back empty, once they are many; else 0",
+        "Seconds since pulls began to come back empty, once many did in a row; else 0",
         0.0 if since is None else max(0.0, clock.now() - since),
     )
     age_s = snapshot.age_s(clock.now())
     yield _gauge(
         "last_heartbeat_age_seconds",
-        "Seconds since the coordinator last took a heartbeat; NaN before the first",
+        "Seconds since the coordinator last accepted a heartbeat; NaN before the first",
         math.nan if age_s is None else age_s,
     )
 
 
 def _slot_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     shown = [_slot_health(snapshot, view) for view in snapshot.slots]
-    yield _by_slot(
-        "slot_cpu_percent",
-        "Processor use of the slot's job in percent of one core",
-        [(slot.name, slot.cpu_pct) for slot in shown],
-    )
-    yield _by_slot(
-        "slot_memory_bytes",
-        "Memory use of the slot's job",
-        [(slot.name, slot.memory_bytes) for slot in shown],
-    )
-    yield _by_slot(
-        "slot_vram_bytes",
-        "Video memory in use on the slot's GPU",
-        [(slot.name, slot.vram_bytes) for slot in shown],
-    )
-    states = GaugeMetricFamily(
-        "aitbc_miner_slot_state", "1 for the state that the slot is in", labels=["slot", "state"]
-    )
+    for name, meaning, field in (
+        ("cpu_percent", "CPU use of the slot's job in percent of one core", "cpu_pct"),
+        ("memory_bytes", "Memory use of the slot's job", "memory_bytes"),
+        ("vram_bytes", "Video memory in use on the slot's GPU", "vram_bytes"),
+    ):
+        family = GaugeMetricFamily(f"aitbc_miner_slot_{name}", meaning, labels=["slot"])
+        for slot in shown:
+            if (value := getattr(slot, field)) is not None:
+                family.add_metric([slot.name], value)
+        yield family
+    states = GaugeMetricFamily("aitbc_miner_slot_state", "1 for the slot's state", labels=["slot", "state"])
     for slot in shown:
         for state in SlotState:
             states.add_metric([slot.name, state], slot.state == state)
@@ -384,11 +380,3 @@ def _slot_gauges(snapshot: Snapshot) -> Iterator[Metric]:
 
 def _gauge(name: str, meaning: str, value: float) -> Metric:
     return GaugeMetricFamily(f"aitbc_miner_{name}", meaning, value=value)
-
-
-def _by_slot(name: str, meaning: str, values: Sequence[tuple[str, float | None]]) -> Metric:
-    family = GaugeMetricFamily(f"aitbc_miner_{name}", meaning, labels=["slot"])
-    for slot, value in values:
-        if value is not None:
-            family.add_metric([slot], value)
-    return family

@@ -1,4 +1,4 @@
-"""What is served over HTTP: /metrics for Prometheus, /healthz, and a small page for people."""
+"""The HTTP pages of the node: /metrics for Prometheus, /healthz, and a small page for people."""
 
 import html
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ log = events("heartbeat")
 
 
 class Served:
-    """The pages on `listen` ("host:port"), for which `tend` tries again as long as it cannot be had."""
+    """Serves the pages on `listen` ("host:port"). While the address is taken, each call of `tend` retries."""
 
     def __init__(self, listen: str, metrics: Metrics) -> None:
         self._listen, self._metrics = listen, metrics
@@ -32,24 +32,24 @@ class Served:
             self._server.stop()
 
     def tend(self) -> None:
-        """Serve, unless that is done already. Jobs are worth more than their statistics: it may fail."""
+        """Start the server unless it runs; log a failure, because jobs do not need these pages."""
         if self._server or not self._listen:
             return
         try:
             server = PageServer(self._listen, pages(self._metrics))
         except MinerError as error:
             if self._metrics.listen_error is None:
-                log.error("telemetry not served", error=str(error))  # noqa: TRY400  # the message says it all
-            self._metrics.listen_error = f"{error}; it is tried again, or set telemetry.listen"
+                log.error("telemetry not served", error=str(error))  # noqa: TRY400  # the message has the cause
+            self._metrics.listen_error = f"{error}; the node retries by itself"
             return
-        log.info("telemetry", address=server.address)
+        log.info("telemetry served", address=server.address)
         self._metrics.listen_error = None
         self._server = server
         server.start()
 
 
 def pages(metrics: Metrics) -> Pages:
-    """Give what the server serves: `/healthz` (200, or 503 when degraded), `/metrics`, and `/` for people."""
+    """Give the pages: `/healthz` (200, or 503 if degraded), `/metrics`, and `/` for people."""
 
     def healthz() -> Page:
         now = health(metrics.snapshot, clock.now(), metrics.textfile_error)

@@ -1,8 +1,10 @@
-"""What each slot uses of processor, memory and GPU: told by its cgroup, else its processes, and by NVML."""
+"""Measures the CPU, memory and GPU use of each slot, from its cgroup or its processes, and from NVML."""
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 from msgspec import Struct
@@ -13,12 +15,14 @@ from aitbc_miner.gpu.reader import GpuList, GpuReader, GpuUsage
 from aitbc_miner.ipc.messages import Inventory, SlotView
 from aitbc_miner.util import clock
 
+T = TypeVar("T")
+
 
 class Use(Struct, frozen=True):
-    """What a slot's job uses: percent of one core (400: four cores) and bytes; None where it cannot be told.
+    """The use of a slot's job: CPU in percent of one core (400: four cores), memory in bytes; None: unknown.
 
-    Without a memory controller the bytes are the sum of the processes' resident sets, in which memory that
-    they share counts several times.
+    Without a memory controller, `memory_bytes` is the sum of the processes' resident sets, and so counts
+    shared memory several times.
     """
 
     cpu_pct: float | None = None
@@ -26,7 +30,7 @@ class Use(Struct, frozen=True):
 
 
 class _Reading(Struct, frozen=True):
-    """CPU seconds so far of one thing that counts them; `counter` differs when the counting began anew."""
+    """The CPU seconds of a cgroup or process tree; with a new `counter`, counting restarted at zero."""
 
     counter: str
     cpu_s: float | None
@@ -34,16 +38,16 @@ class _Reading(Struct, frozen=True):
 
 
 class Sampler:
-    """Turns counters into rates: each call tells of the time since the one before."""
+    """Turns CPU seconds into rates: each call covers the time since the previous call."""
 
     def __init__(self, now: Callable[[], float] = clock.now) -> None:
         self._now = now
         self._before: dict[str, tuple[float, _Reading]] = {}
 
     def sample(self, slots: Sequence[SlotView]) -> dict[str, Use]:
-        """Give the use of each slot by its name. A slot's first sample has no CPU rate yet.
+        """Give the use of each slot by its name. A slot's first sample has no CPU rate.
 
-        Processes and groups may vanish meanwhile; what cannot be read is None, and nothing is raised.
+        If a process or group vanishes meanwhile, its values are None; the method raises nothing.
         """
         at = self._now()
         readings = {view.offer.name: (at, _read(view)) for view in slots}
@@ -58,7 +62,7 @@ class Sampler:
 def _rate(before: tuple[float, _Reading] | None, at: float, reading: _Reading) -> float | None:
     if before is None or reading.cpu_s is None or at <= before[0]:
         return None
-    # Another counter began at zero somewhere between the two samples: a new job has come.
+    # A new job came between the two samples, and its counter began at zero.
     same = before[1].counter == reading.counter
     base = (before[1].cpu_s or 0.0) if same else 0.0
     return round(max(0.0, reading.cpu_s - base) / (at - before[0]) * 100, 1)
@@ -74,57 +78,43 @@ def _read(view: SlotView) -> _Reading:
         processes = [root, *root.children(recursive=True)]
     except (psutil.Error, OSError):
         return _Reading(f"pid {view.job_pid}", None, None)
-    return _Reading(f"pid {view.job_pid}", _cpu_seconds(processes), _resident_bytes(processes))
+    memory_bytes = int(_total(lambda process: process.memory_info().rss, processes))
+    return _Reading(f"pid {view.job_pid}", _total(_cpu_seconds, processes), memory_bytes)
 
 
 def _read_group(path: Path) -> _Reading:
     group = Group(path)
     try:
-        # Each job has a group of its own by the same name; only the inode tells them apart.
+        # The groups of successive jobs have the same name and differ only in their inode.
         counter = f"group {path.stat().st_ino}"
         usage, memory = group.cpu_usage(), group.memory_current()
         if memory is None:
-            memory = _resident_bytes(_existing(group.pids()))
+            memory = int(_total(lambda pid: psutil.Process(pid).memory_info().rss, group.pids()))
     except OSError:
-        # Between two jobs the group is away for a moment.
+        # Between two jobs the group does not exist for a moment.
         return _Reading("gone", None, None)
     return _Reading(counter, usage.total_s if usage else None, memory)
 
 
-def _existing(pids: Iterable[int]) -> Iterable[psutil.Process]:
-    for pid in pids:
-        try:
-            yield psutil.Process(pid)
-        except (psutil.Error, OSError):
-            continue
+def _cpu_seconds(process: psutil.Process) -> float:
+    """Give the CPU time of a process and of its ended children, which the kernel adds to the parent's."""
+    times = process.cpu_times()
+    return float(times.user + times.system + times.children_user + times.children_system)
 
 
-def _cpu_seconds(processes: Iterable[psutil.Process]) -> float:
-    """Sum the CPU time of the processes and of their ended children, for which the parents account."""
+def _total(measure: Callable[[T], float], processes: Iterable[T]) -> float:
+    """Sum a measure over processes; skip the processes that have ended."""
     total = 0.0
     for process in processes:
-        try:
-            times = process.cpu_times()
-        except (psutil.Error, OSError):
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
-
-
-def _resident_bytes(processes: Iterable[psutil.Process]) -> int:
-    total = 0
-    for process in processes:
-        try:
-            total += process.memory_info().rss
-        except (psutil.Error, OSError):
-            continue
+        with suppress(psutil.Error, OSError):
+            total += measure(process)
     return total
 
 
 class GpuWatch:
-    """Keeps asking NVML from a thread of its own, so that a driver that hangs delays nobody.
+    """A thread that samples the GPUs by NVML, so that a hanging driver delays nobody.
 
-    `found` and `uses` (by UUID) are replaced whole and may be read at any time.
+    The thread replaces `found` and `uses` (by UUID) as a whole; other threads may read both at any time.
     """
 
     def __init__(self, reader: GpuReader, interval_s: float) -> None:
@@ -137,7 +127,7 @@ class GpuWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread and NVML's child; a hanging driver is waited for a moment only."""
+        """End the thread and NVML's child; wait three seconds at most for a hanging driver."""
         self._stopping.set()
         self._thread.join(3.0)
         if not self._thread.is_alive():
@@ -146,26 +136,26 @@ class GpuWatch:
     def _run(self) -> None:
         while not self.found.missing and not self._stopping.wait(self._interval_s):
             if self.found.error:
-                # The driver may be loaded late; the reader paces the attempts.
+                # The driver may be loaded later; the reader spaces the attempts.
                 self.found = self._reader.list()
             elif self.found.gpus:
                 self.uses = {use.uuid: use for use in self._reader.usage()}
 
     def use_of(self, name: str | None) -> GpuUsage | None:
-        """Give the use of a GPU or MIG instance by its UUID, or of a GPU by its index."""
+        """Give the use of a GPU (`name`: UUID or index) or MIG instance (UUID)."""
         uuid = next((gpu.uuid for gpu in self.found.gpus if name == str(gpu.index)), name)
         return self.uses.get(uuid or name or "")
 
 
 def inventory(found: GpuList) -> Inventory:
-    """Say which GPUs and MIG instances a slot can be given, by UUID and, for whole GPUs, index.
+    """Give the GPUs and MIG instances for slots, by UUID; a whole GPU also by its index.
 
-    A machine without NVIDIA's library has none, and that is no error.
+    A machine without NVIDIA's library has no GPUs, and the inventory reports no error.
     """
     facts = []
     for gpu in found.gpus:
         if gpu.mig_enabled:
-            # The GPU itself runs nothing then, only its instances do.
+            # With MIG, jobs run on the GPU's instances only.
             facts += [
                 GpuFact(
                     (part.uuid,),

@@ -76,7 +76,8 @@ def test_the_next_run_goes_on_where_this_one_was(tmp_path: Path) -> None:
 def test_what_is_shown_is_on_the_disk_already(tmp_path: Path) -> None:
     metrics = start(tmp_path)
     for number in range(1, 4):
-        metrics.count_heartbeat(sent=True)
+        with metrics.counted("heartbeats"):
+            pass
         assert scrape(metrics)["aitbc_miner_heartbeats_total", "sent"] == number
         assert on_disk(tmp_path).counters["heartbeats"]["sent"] == number
 
@@ -121,7 +122,8 @@ def test_counts_that_this_version_does_not_know_are_kept(tmp_path: Path) -> None
     kept = CounterTotals(counters={"of_tomorrow": {"a": 7}})
     (tmp_path / FILE).write_bytes(msgspec.json.encode(kept))
     metrics = start(tmp_path)
-    metrics.count_heartbeat(sent=True)
+    with metrics.counted("heartbeats"):
+        pass
     assert b"of_tomorrow" not in metrics.render()
     assert on_disk(tmp_path).counters["of_tomorrow"] == {"a": 7}
 
