@@ -160,26 +160,22 @@ class _Handler(BaseHTTPRequestHandler):
         super().handle_one_request()
         self.close_connection = True
 
-    def do_GET(self) -> None:  # the base class looks for this name
-        self._answer(with_body=True)
-
-    def do_HEAD(self) -> None:
-        self._answer(with_body=False)
-
     def _refuse(self) -> None:
-        self._send(_plain(HTTPStatus.METHOD_NOT_ALLOWED), with_body=True)
+        self._send(_plain(HTTPStatus.METHOD_NOT_ALLOWED))
 
-    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse  # noqa: N815
-
-    def _answer(self, *, with_body: bool) -> None:
+    def _answer(self) -> None:
         if len(self.path) > MAX_TARGET:
             page = _plain(HTTPStatus.REQUEST_URI_TOO_LONG)
         else:
             make = self.server.pages.get(_path(self.path))
             page = make() if make else _plain(HTTPStatus.NOT_FOUND)
-        self._send(page, with_body=with_body)
+        self._send(page)
 
-    def _send(self, page: Page, *, with_body: bool) -> None:
+    # The base class calls the method do_NAME for a request of this name.
+    do_GET = do_HEAD = _answer  # noqa: N815
+    do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _refuse  # noqa: N815
+
+    def _send(self, page: Page) -> None:
         # sendall takes this as the time-out of the whole call, so of the whole answer.
         self.connection.settimeout(self.server.timeout_s)
         self.send_response(page.status)
@@ -191,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
         if page.status == HTTPStatus.METHOD_NOT_ALLOWED:
             self.send_header("Allow", "GET, HEAD")
         self.end_headers()
-        if with_body:
+        if self.command != "HEAD":
             self.wfile.write(page.body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -152,33 +153,17 @@ def inventory(found: GpuList) -> Inventory:
 
     A machine without NVIDIA's library has no GPUs, and the inventory reports no error.
     """
-    facts = []
+    facts: list[GpuFact] = []
     for gpu in found.gpus:
+        fact = partial(GpuFact, numa_node=gpu.numa_node, minor=gpu.minor, pci_bus_id=gpu.pci_bus_id)
         if gpu.mig_enabled:
             # With MIG, jobs run on the GPU's instances only.
             facts += [
-                GpuFact(
-                    (part.uuid,),
-                    part.vram_mb or 0,
-                    gpu.numa_node,
-                    gpu.minor,
-                    part.capabilities,
-                    pci_bus_id=gpu.pci_bus_id,
-                )
-                for part in gpu.mig
+                fact((part.uuid,), part.vram_mb or 0, capabilities=part.capabilities) for part in gpu.mig
             ]
         elif not gpu.error:
             ids = tuple(filter(None, (gpu.uuid, str(gpu.index))))
-            facts.append(
-                GpuFact(
-                    ids,
-                    gpu.vram_mb or 0,
-                    gpu.numa_node,
-                    gpu.minor,
-                    unified=gpu.unified,
-                    pci_bus_id=gpu.pci_bus_id,
-                )
-            )
+            facts.append(fact(ids, gpu.vram_mb or 0, unified=gpu.unified))
     errors = [None if found.missing else found.error, *(gpu.error for gpu in found.gpus)]
     errors += [f"GPU {gpu.index} does not tell its {', '.join(gpu.odd)}" for gpu in found.gpus if gpu.odd]
     return Inventory(facts, "; ".join(filter(None, errors)) or None)

@@ -1,19 +1,19 @@
-"""Small helpers that know nothing of jobs or slots.
+"""Small helpers without knowledge of jobs or slots.
 
 * clock: boot-time and wall clock
-* backoff: how long to wait before the next attempt
-* background: calls beside a loop
-* fs: durable writes, no link followed
-* locks: files that only one process may hold
+* backoff: the delay before the next attempt
+* background: slow calls in threads
+* fs: durable writes, directories without links
+* locks: one process for each lock file
 * log: JSON lines, masked secrets
-* forgiving, nesting: JSON of another version, and how deep it may go
-* trust: whether a file of the operator's may be trusted
+* forgiving, nesting: lenient decoding of JSON, and the bound on its depth
+* trust: checks who else can change a file of the operator
 * limits: rlimits, nice and ionice of a process
 * system, signals: prctl, boot id, the names of signals
-* inherited: what a process does not take over from its parent
-* persisting: calls that a local fault kept from being done, until they are
-* notify: tells systemd how the service is
-* web: connections: addresses, time-outs, TLS, proxies
-* terminal: what may be shown on a terminal
-* build: which code this is
+* inherited: resets the state that a process inherits from its parent
+* persisting: retries calls after a local fault
+* notify: tells systemd the service's state
+* web: addresses, time-outs, TLS and proxies of connections
+* terminal: text that is safe on a terminal
+* build: the version and fingerprint of the code
 """

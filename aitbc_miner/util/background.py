@@ -1,4 +1,4 @@
-"""Calls that may take long, beside a loop that must not wait for them."""
+"""Runs slow calls in threads, beside a main loop that must not block."""
 
 import os
 import queue
@@ -14,7 +14,10 @@ T = TypeVar("T")
 
 
 class Background:
-    """Calls that may take long, in threads; what comes of each is handed to a callback in the main thread."""
+    """Runs slow calls in a pool of threads, and a callback for each finished call in the main thread.
+
+    The main loop waits on the descriptor `woken`; then it calls `clear` and `finish`.
+    """
 
     def __init__(self) -> None:
         self._done: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -23,28 +26,21 @@ class Background:
     def start(
         self, pool: ThreadPoolExecutor, call: Callable[[], T], done: Callable[[Future[T]], None]
     ) -> None:
-        """Run `call` in the pool, then `done` with its future where `finish` is called."""
-
-        def hand_over(future: Future[T]) -> None:
-            self.post(partial(done, future))
-
-        pool.submit(call).add_done_callback(hand_over)
+        """Run `call` in the pool; after that `finish` runs `done` with the call's future."""
+        pool.submit(call).add_done_callback(lambda future: self.post(partial(done, future)))
 
     def post(self, callback: Callable[[], None]) -> None:
-        """Have a function run where `finish` is called. May be called from any thread."""
+        """Queue a function for the next `finish`. Any thread may call this method."""
         self._done.put(callback)
-        self._end_wait()
-
-    def _end_wait(self) -> None:
-        # If it is full, the main thread wakes up anyway; and what waits is looked at in each of its turns.
+        # If the pipe is full, the main thread wakes up anyway; and each of its turns calls `finish`.
         with suppress(OSError):
             fs.tried_again(partial(os.write, self._wake, b"."))
 
     def finish(self) -> None:
-        """Run the callbacks of all calls that have ended, and what was posted."""
+        """Run the queued callbacks."""
         while not self._done.empty():
             self._done.get()()
 
     def clear(self) -> None:
-        """Forget that the wait was ended."""
+        """Empty the pipe, so that the main loop can wait on `woken` again."""
         os.read(self.woken, 4096)

@@ -1,13 +1,13 @@
-"""When to try again and when the next beat is due, so that many nodes never knock at the same moment."""
+"""Delays before retries and heartbeats, with jitter, so that many nodes never call at the same moment."""
 
 import math
 import random
 
 
 class Backoff:
-    """Growing delays with full jitter: each drawn between `min_s` and a ceiling that doubles up to `max_s`.
+    """Growing delays with full jitter: each is random from `min_s` to a ceiling that doubles up to `max_s`.
 
-    The jitter is what keeps a thousand nodes apart after the coordinator was down for all of them at once.
+    Without jitter, all nodes would call at the same moment after an outage of the coordinator.
     """
 
     def __init__(
@@ -25,19 +25,19 @@ class Backoff:
         return self._rng.uniform(self._min_s, ceiling_s)
 
     def reset(self) -> None:
-        """Begin again with short delays: it worked."""
+        """Begin again with short delays, after a success."""
         self.failures = 0
 
 
 def jittered(interval: float, pct: float, rng: random.Random) -> float:
-    """Give `interval`, more or less by up to `pct` percent."""
+    """Change `interval` at random by up to `pct` percent."""
     return interval * (1 + rng.uniform(-pct, pct) / 100)
 
 
 class BeatSchedule:
-    """When the next beat is due (`due`): on a fixed grid with jitter, or after a backoff when one failed.
+    """Plans the next heartbeat (`due`): on a fixed grid with jitter, or, after a failure, by a backoff.
 
-    Being late moves nothing, so lateness does not add up; what was missed, as in a suspend, is left out.
+    A late heartbeat does not move the grid, so delays do not add up. Points missed in a suspend are skipped.
     """
 
     def __init__(
@@ -53,26 +53,27 @@ class BeatSchedule:
         self.due = now
 
     def succeeded(self, now: float) -> None:
-        """Plan the next one, for the next point of the grid, give or take the jitter."""
+        """Plan the next heartbeat for the next point of the grid, with jitter."""
         if self._failing:
             self._grid = now
         self._failing = False
         self._backoff.reset()
-        # One sent early by its jitter leaves its own point of the grid ahead; that one is done all the same.
+        # Jitter may send a heartbeat before its point of the grid; the next heartbeat takes the next point.
         missed = max(0, math.floor((now - self._grid) / self._interval_s))
         self._grid += (missed + 1) * self._interval_s
         self.due = self._grid - self._interval_s + jittered(self._interval_s, self._jitter_pct, self._rng)
 
     def failed(self, now: float, at_least_s: float = 0.0) -> None:
-        """Plan to try again, not before as long as asked, nor at the same moment as all the others."""
+        """Plan a retry after at least `at_least_s`, with jitter against retries of all nodes at once."""
         self._failing = True
         self._asked = now + at_least_s * (1 + self._rng.uniform(0, self._jitter_pct) / 100)
         self.due = max(self._asked, now + self._backoff.next())
 
     def hurry(self, at: float, *, answered: bool = False) -> None:
-        """Make the next one due at this time if it was due later, unless we wait after a failure.
+        """Move the next heartbeat forward to `at`, except during the backoff after a failure.
 
-        `answered`: the other side has just answered something else; then we wait for what it asked alone.
+        answered: the coordinator has just answered another call, so that only the pause that the coordinator
+        asked for still holds, not the backoff.
         """
         if self._failing and answered:
             self.due = min(self.due, max(at, self._asked))
@@ -80,5 +81,5 @@ class BeatSchedule:
             self.due = self._grid = at
 
     def again(self, now: float) -> None:
-        """Make the next one due now, whatever there was: it is another one."""
+        """Make the next heartbeat due now, also during a backoff."""
         self.due = self._grid = now

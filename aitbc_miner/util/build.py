@@ -1,4 +1,4 @@
-"""Which build of the package this is: several have the same version, and two machines must be told apart."""
+"""Identifies the build of the package, because several builds share one version."""
 
 import functools
 import hashlib
@@ -11,7 +11,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 @functools.cache
 def build() -> str:
-    """Give the version and a fingerprint of the code, as "0.1.0+3f9c2a1b", as it is at the first call."""
+    """Give the version and a fingerprint of the code at the first call, such as "0.1.0+3f9c2a1b"."""
     found = hashlib.sha256()
     for path in sorted(_PACKAGE.rglob("*.py")):
         code = path.read_bytes()

@@ -1,7 +1,7 @@
-"""Two clocks: one to measure with and one to show.
+"""Two clocks: the boot-time clock to measure with, and the wall clock to show to people.
 
-Durations, deadlines and leases use the boot-time clock: it never jumps and goes on during suspend. The wall
-clock is only ever shown, because an operator or a broken time server may set it to anything.
+Durations, deadlines and leases use the boot-time clock, which never jumps and goes on during suspend. The
+node only shows the wall clock, because an operator or a broken time server may set it to any value.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""JSON from strangers, as its types mean it: many write 1.0 for 1, and null for what is not there."""
+"""Decodes JSON of other programs leniently: many write 1.0 for 1, and null for an absent field."""
 
 import functools
 from typing import Any, TypeVar, cast
@@ -12,15 +12,19 @@ _EXACT = float(2**53)
 
 
 def decode(data: bytes | msgspec.Raw, type_: type[T]) -> T:
-    """Decode JSON; raises what msgspec raises."""
+    """Decode JSON as `convert` does.
+
+    Raises:
+        msgspec.DecodeError: the data is no JSON, or does not fit the type.
+    """
     return convert(msgspec.json.decode(data), type_)
 
 
 def convert(value: object, type_: type[T]) -> T:
-    """Convert a decoded JSON value: a whole number may have a `.0`, and a field with a default be null.
+    """Convert a decoded JSON value; accept `1.0` as an integer and null in a field with a default.
 
     Raises:
-        msgspec.ValidationError: it is not of this type all the same.
+        msgspec.ValidationError: the value does not fit the type even so.
     """
     return msgspec.convert(_fit(value, _info(cast("Any", type_))), type_)
 
@@ -30,13 +34,13 @@ _info = functools.cache(inspect.type_info)
 
 def _fit(value: Any, wanted: inspect.Type) -> Any:
     if isinstance(wanted, inspect.UnionType):
-        wanted = next((one for one in wanted.types if _may_fit(value, one)), wanted)
+        wanted = next((each for each in wanted.types if _may_fit(value, each)), wanted)
     if isinstance(wanted, inspect.IntType) and isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) <= _EXACT else value
     if isinstance(wanted, inspect.ListType) and isinstance(value, list):
-        return [_fit(one, wanted.item_type) for one in value]
+        return [_fit(item, wanted.item_type) for item in value]
     if isinstance(wanted, inspect.DictType) and isinstance(value, dict):
-        return {key: _fit(one, wanted.value_type) for key, one in value.items()}
+        return {key: _fit(item, wanted.value_type) for key, item in value.items()}
     if isinstance(wanted, inspect.StructType) and isinstance(value, dict):
         return _fit_fields(value, wanted)
     return value
@@ -53,7 +57,7 @@ def _may_fit(value: Any, wanted: inspect.Type) -> bool:
 def _fit_fields(value: dict[str, Any], wanted: inspect.StructType) -> dict[str, Any]:
     fields = {field.encode_name: field for field in wanted.fields}
     return {
-        key: _fit(one, fields[key].type) if key in fields else one
-        for key, one in value.items()
-        if one is not None or key not in fields or fields[key].required
+        key: _fit(item, fields[key].type) if key in fields else item
+        for key, item in value.items()
+        if item is not None or key not in fields or fields[key].required
     }

@@ -1,7 +1,7 @@
-"""Files that must survive a power cut, and files that a stranger may have prepared as a trap.
+"""Writes files that survive a power cut, and opens files in directories of less privileged users.
 
-A worker is root and works in directories that less privileged processes own, so it goes by directory
-descriptors and never follows a link there.
+A worker is root and works in directories of less privileged processes. So it opens files by directory
+descriptor and never follows a link in these directories.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PASS = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 MAX_LINKS = 40
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""What a write is refused with by a disk, or an owner's share of it, that has no room."""
+"""The errors of a write to a full disk, or over its owner's quota."""
 OF_THE_FILE = frozenset(
     {
         *(errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EPERM),
@@ -32,44 +32,44 @@ OF_THE_FILE = frozenset(
         *(errno.ENOSYS, errno.EOPNOTSUPP),
     }
 )
-"""What tells of the file that is asked for, or of this kernel, and stays so. All else is this machine's own
-trouble, whoever meets it."""
-# How many subdirectories of one are kept in mind: how many there are was a stranger's to decide.
+"""Errors that come from the requested file or the kernel and so recur. All other errors come from the present
+state of the machine."""
 NAMES_AT_ONCE = 1000
+"""`empty` remembers at most so many subdirectories of a directory, because a job may have made millions."""
 
 
 class Room(NamedTuple):
-    """Bytes and files that a disk still takes; infinitely many files where they are not counted."""
+    """The free bytes and files (inodes) of a disk; `files` is infinite on a disk without a count of files."""
 
     size: float = 0.0
     files: float = 0.0
 
     def covers(self, other: "Room") -> bool:
-        """Whether there is as much of both."""
+        """Whether this room has at least the bytes and the files of `other`."""
         return self.size >= other.size and self.files >= other.files
 
 
 def free_space(of: Path | int) -> Room:
-    """Say what whoever is not root can still write there. Raises OSError: that cannot be told."""
+    """Give the free room of a disk for users other than root. Raises OSError: statvfs(3) failed."""
     disk = os.statvfs(of)
-    # Without a number of files, as on btrfs, none are "free" either.
+    # A disk without a number of files, such as btrfs, reports 0 files free.
     return Room(disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else inf)
 
 
 NO_ROOM = Room(64 << 10, 8)
-"""With less a disk refuses even small files: file systems hand out whole blocks, some of them large."""
+"""With less room, a disk may refuse even small files, because file systems allocate large blocks."""
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether this is trouble of this machine, such as a want of descriptors or a disk that fails.
+    """Whether the machine's present state caused an error, such as a lack of descriptors or a failing disk.
 
-    It says nothing about the file, and may be over in a moment: whatever was to be done is tried again.
+    Such an error does not concern the file and may soon be over, so the caller retries.
     """
     return isinstance(error, OSError) and error.errno is not None and error.errno not in OF_THE_FILE
 
 
 def tried_again(call: Callable[[], T]) -> T:
-    """Call, and after trouble that may pass again; the pauses leave the supervisor its 50 ms a turn."""
+    """Call up to three times while the error may pass; the pauses fit into the supervisor's 50 ms a turn."""
     for pause in (0.01, 0.03):
         try:
             return call()
@@ -82,10 +82,10 @@ def tried_again(call: Callable[[], T]) -> T:
 
 @contextmanager
 def directory(path: Path | str, *, at: int | None = None) -> Iterator[int]:
-    """Open a directory, not through a link, and give its descriptor; without `at` as `open_directory` does.
+    """Open a directory, without following a link, and give its descriptor; `at`: the directory above.
 
     Raises:
-        OSError: it is not there, is a link, or is no directory.
+        OSError: the directory is missing, is a link, or is no directory.
     """
     fd = open_directory(Path(path)) if at is None else os.open(path, DIRECTORY, dir_fd=at)
     try:
@@ -95,13 +95,13 @@ def directory(path: Path | str, *, at: int | None = None) -> Iterator[int]:
 
 
 def open_directory(path: Path, make: int | None = None) -> int:
-    """Open a directory by its path, not through a link at its end, nor through a stranger's on the way.
+    """Open a directory by its path; follow no link at the end, and only trusted links on the way.
 
-    Where a less trusted user owns a directory on the way, he decides what is found in it, and so whether root
-    ends up in his directory or in another's. What is missing is made with the mode `make`, if one is given.
+    A less trusted user who owns a directory on the way could put a link there and so lead root to another
+    directory. `make`: create each missing directory with this mode.
 
     Raises:
-        OSError: it is not there, is no directory, or such a link is on the way.
+        OSError: the directory is missing, is no directory, or an untrusted link is on the way.
     """
     path = path.absolute()
     here, ahead, links = os.open("/", _PASS), list(reversed(path.parts[1:])), MAX_LINKS
@@ -132,15 +132,15 @@ def _step(here: int, part: str, flags: int, make: int | None) -> int:
             raise
     os.mkdir(part, make, dir_fd=here)
     fd = os.open(part, DIRECTORY, dir_fd=here)
-    os.fchmod(fd, make)  # whatever the umask is
+    os.fchmod(fd, make)  # the umask may have removed permissions
     return fd
 
 
 def _trusted_link(at: int, name: str, path: Path) -> Path | None:
-    """Read a link on the way to a path; None for what is none.
+    """Read the link `name` on the way to a path; None if `name` is no link.
 
     Raises:
-        OSError: somebody else could have made it.
+        OSError: another user could have made the link.
     """
     info, trusted = os.stat(name, dir_fd=at, follow_symlinks=False), {0, os.geteuid()}
     if not stat.S_ISLNK(info.st_mode):
@@ -148,13 +148,13 @@ def _trusted_link(at: int, name: str, path: Path) -> Path | None:
     place = os.fstat(at)
     shut = not place.st_mode & 0o022 or place.st_mode & stat.S_ISVTX
     if info.st_uid not in trusted or place.st_uid not in trusted or not shut:
-        message = f"{name!r} on the way is a link that user id {info.st_uid} could have made"
+        message = f"user id {info.st_uid} or others could have made the link {name!r} on the way"
         raise OSError(errno.ELOOP, message, str(path))
     return Path(os.readlink(name, dir_fd=at))
 
 
 def make_file(dir_fd: int, name: str, mode: int) -> int:
-    """Make a file, which must not be there, and give it open for writing; no umask changes its mode."""
+    """Make a new file, with this mode whatever the umask, and give its descriptor, open for writing."""
     fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode, dir_fd=dir_fd)
     os.fchmod(fd, mode)
     return fd
@@ -168,22 +168,22 @@ def write_durably(
     mode: int = 0o640,
     make: Callable[[int, str, int], int] = make_file,
 ) -> None:
-    """Replace a file so that after a crash either the old or the new content is there, never a part.
+    """Replace a file so that after a crash the file has either its old or its new content, never a part.
 
-    `make` makes the new file, under another name at first, and may make it longer than its content.
+    `make` makes the new file under a temporary name, and may make the file longer than its content.
 
     Raises:
-        OSError: the disk is full or broken; the old file is untouched then.
+        OSError: the disk is full or broken; the old file is unchanged.
     """
     temporary = unfinished(name)
-    # Made anew: what is there was left by a crash, or is a trap with another name or a reader somewhere else.
+    # A crash may have left a file of this name, or a stranger may hold it open or have linked it elsewhere.
     with contextlib.suppress(FileNotFoundError):
         os.unlink(temporary, dir_fd=dir_fd)
     fd = make(dir_fd, temporary, mode)
     try:
         if os.geteuid() == 0:
-            # Whoever owns the directory reads on when it is his turn; root needs no permission for its own.
-            # First: what is whole can be read by him, also if we come no further than that.
+            # The directory's owner must be able to read the file, which root can read anyway. The file
+            # changes its owner before its content, so that a crash never leaves a complete file unreadable.
             owner = os.fstat(dir_fd)
             os.fchown(fd, owner.st_uid, owner.st_gid)
         with os.fdopen(fd, "wb", closefd=False) as file:
@@ -193,21 +193,21 @@ def write_durably(
     finally:
         os.close(fd)
     os.rename(temporary, name, src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
-    # Without this the rename itself may be lost, and the old file come back.
+    # Without this a power cut may undo the rename.
     os.fsync(dir_fd)
 
 
 def unfinished(name: str) -> str:
-    """Say what `write_durably` calls a file before it gets its name."""
+    """Give the temporary name under which `write_durably` writes a file."""
     return f".{name}.new"
 
 
 def read_bounded(dir_fd: int, name: str, limit: int, *, own: bool = False) -> bytes:
-    """Read a small regular file, not through a link.
+    """Read a small regular file, without following a link.
 
     Raises:
-        FileNotFoundError: it is not there.
-        OSError: it is a link, larger than `limit` bytes, or, with `own`, another user could have written it.
+        FileNotFoundError: the file is missing.
+        OSError: the file is a link, exceeds `limit` bytes, or (`own`) another user could have written it.
     """
     fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=dir_fd)
     try:
@@ -215,7 +215,7 @@ def read_bounded(dir_fd: int, name: str, limit: int, *, own: bool = False) -> by
         if not stat.S_ISREG(info.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", name)
         if own and (info.st_uid != os.geteuid() or info.st_mode & 0o022 or info.st_nlink != 1):
-            raise OSError(errno.EPERM, f"user id {info.st_uid} or others could have written it", name)
+            raise OSError(errno.EPERM, f"user id {info.st_uid} or others could have written this file", name)
         with os.fdopen(fd, "rb", closefd=False) as file:
             data = file.read(limit + 1)
     finally:
@@ -226,10 +226,10 @@ def read_bounded(dir_fd: int, name: str, limit: int, *, own: bool = False) -> by
 
 
 def open_below(base: int, path: str) -> int:
-    """Open a file below a directory for reading, following no link in any part of the way.
+    """Open a file below a directory for reading, without following a link in any part of the path.
 
     Raises:
-        OSError: it is not there, a part of the way is a link, or the path leads elsewhere.
+        OSError: the file is missing, a part of the path is a link, or the path leaves the directory.
     """
     *parents, name = path.split("/")
     if any(part in {"", ".", ".."} for part in (*parents, name)):
@@ -237,12 +237,12 @@ def open_below(base: int, path: str) -> int:
     with contextlib.ExitStack() as stack:
         for part in parents:
             base = stack.enter_context(directory(part, at=base))
-        # O_NONBLOCK: opening a FIFO would wait for a writer for ever.
+        # Without O_NONBLOCK, opening a FIFO would wait for a writer for ever.
         return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=base)
 
 
 def exists(dir_fd: int, name: str) -> bool:
-    """Whether anything of that name is in the directory, links included."""
+    """Whether the directory has an entry of this name; a link counts even if its target is missing."""
     try:
         os.stat(name, dir_fd=dir_fd, follow_symlinks=False)
     except FileNotFoundError:
@@ -251,7 +251,7 @@ def exists(dir_fd: int, name: str) -> bool:
 
 
 class _Level(NamedTuple):
-    """A directory on the way down: its name in the one above, what it is, and what to go into next."""
+    """A directory on the way down: its name, its device and inode, and its unvisited subdirectories."""
 
     name: str
     identity: tuple[int, int]
@@ -259,7 +259,7 @@ class _Level(NamedTuple):
 
 
 def remove_tree(at: int, name: str, deadline: float = inf) -> int:
-    """Remove a directory with all that is in it; gives the bytes that this frees. See `empty`."""
+    """Remove a directory with its content, as `empty` does; give the freed bytes."""
     top = _enter(at, name)
     try:
         freed = empty(top, deadline)
@@ -270,14 +270,14 @@ def remove_tree(at: int, name: str, deadline: float = inf) -> int:
 
 
 def empty(top: int, deadline: float = inf) -> int:
-    """Remove all that is in a directory; gives the bytes that this frees.
+    """Remove the content of a directory; give the freed bytes.
 
-    How deep it goes was a stranger's to decide, so this takes neither recursion nor a descriptor for each
-    level; nor any room on the disk, which may be full. No link is followed, and no mount point crossed.
+    A job may have nested directories without limit, so the function neither recurses nor holds a descriptor
+    for each level. It needs no room on a full disk, follows no link, and crosses no mount point.
 
     Raises:
-        TimeoutError: not all is gone at the deadline.
-        OSError: something cannot be removed, or is moved about meanwhile.
+        TimeoutError: the deadline came before the end.
+        OSError: an entry cannot be removed, or somebody moved a directory meanwhile.
     """
     mount = _mount_of(top)
     way = [_Level("", _identity(top), [])]
@@ -297,7 +297,7 @@ def empty(top: int, deadline: float = inf) -> int:
                 name = way.pop().name
                 here = _instead_of(here, os.open("..", DIRECTORY, dir_fd=here))
                 if _identity(here) != way[-1].identity:
-                    raise OSError(errno.ESTALE, "moved while it was removed", name)
+                    raise OSError(errno.ESTALE, "somebody moved the directory during its removal", name)
                 os.rmdir(name, dir_fd=here)
             else:
                 return freed
@@ -306,13 +306,13 @@ def empty(top: int, deadline: float = inf) -> int:
 
 
 def check_time(deadline: float) -> None:
-    """Raise TimeoutError once it is over: somebody with a way into a directory could fill it for ever."""
+    """Raise TimeoutError after the deadline, because a program may go on filling the directory for ever."""
     if clock.now() >= deadline:
-        raise TimeoutError("it is too much for the time there is")
+        raise TimeoutError("too many files to remove in time")
 
 
 def _enter(at: int, name: str) -> int:
-    """Open a directory, which its owner may have shut to himself: only root is not stopped by that."""
+    """Open a directory. Unless root, first restore the owner's rights, which a job may have removed."""
     if os.geteuid() != 0:
         fd = os.open(name, DIRECTORY | os.O_PATH, dir_fd=at)
         try:
@@ -334,15 +334,15 @@ def _identity(fd: int) -> tuple[int, int]:
 
 
 def _mount_of(fd: int) -> bytes:
-    # Not by the number of the device, which a bind mount shares, and a subvolume of btrfs does not.
+    # Not st_dev: a bind mount shares it with its source, and each subvolume of btrfs has its own.
     lines = Path(f"/proc/self/fdinfo/{fd}").read_bytes().splitlines()
     return next(line for line in lines if line.startswith(b"mnt_id:"))
 
 
 def _unlink_files(fd: int, below: list[str], deadline: float) -> int:
-    """Remove files of a directory, and name directories in it, up to so many; gives the bytes that are freed.
+    """Remove a directory's files and append its subdirectories to `below`; give the freed bytes.
 
-    All of its files, where it names fewer.
+    The function stops at NAMES_AT_ONCE subdirectories, so files may remain.
     """
     freed = 0
     with os.scandir(fd) as entries:

@@ -1,7 +1,7 @@
-"""What a process has from the one that started it, put into a known state before anything else is done.
+"""Resets the state that a process inherits from its parent: signals, descriptors, limits, environment.
 
 A shell, `nohup`, cron, a supervisor or a container may leave signals ignored or blocked, timers running,
-standard descriptors closed and others open, limits low, variables that change how Python or libc work.
+standard descriptors closed, other descriptors open, limits low, and variables that change Python or libc.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ LIMITS: dict[str, tuple[int, int]] = {
     "MSGQUEUE": (819_200, 819_200),
     **dict.fromkeys(("NICE", "RTPRIO"), (0, 0)),
 }
-"""Soft and hard limits of the node's processes, and of a job where its slot says nothing else."""
+"""Soft and hard limits of the node's processes, and of a job unless its slot sets others."""
 
 _LANGUAGE = "C.UTF-8"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-# What changes how Python, libc and OpenSSL work, or has the latter write keys down. LD_LIBRARY_PATH stays:
-# the operator may name the place of the GPU's driver by it. Proxies stay, too: `check` tells of them.
+# These variables change how Python, libc and OpenSSL work, or make OpenSSL log keys. LD_LIBRARY_PATH stays,
+# because it may lead to the GPU's driver. Variables of proxies stay, because `check` reports them.
 _PREFIXES = ("PYTHON", "LC_", "LD_", "MALLOC_", "GLIBC_", "OPENSSL_", "SSL_CERT_")
 _NAMES = frozenset(
     {
@@ -44,39 +44,40 @@ _TIMERS = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
 
 def begin_node(again: str) -> None:
-    """Put all that is inherited into a known state, at the very start of the node's first process.
+    """Reset all inherited state, at the very start of the node's first process.
 
-    It closes what it did not open, and may replace itself: `again` is Python that starts the same program.
+    The function closes inherited descriptors and may restart the process: `again` is Python code that starts
+    the same program.
     """
     begin_command()
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}:
         signal.signal(number, signal.SIG_DFL)
-    # A reload that is asked for before the node can do it, and a terminal that wants no background output.
+    # SIGHUP would ask for a reload too early; SIGTTOU and SIGTTIN would stop a process in the background.
     for number in (signal.SIGHUP, signal.SIGTTOU, signal.SIGTTIN):
         signal.signal(number, signal.SIG_IGN)
     wanted = environment(os.environ)
-    # What Python reads of its environment it has read by now.
+    # Python has already read its variables, so only a restart undoes their effect.
     misled = any(name.startswith("PYTHON") for name in os.environ) or sys.getfilesystemencoding() != "utf-8"
     if misled and not sys.flags.isolated:
         _start_again(again, wanted)
     os.environ.clear()
     os.environ.update(wanted)
-    for fd in _open_descriptors():
-        if fd > 2:
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        if (fd := int(entry.name)) > 2:
             with contextlib.suppress(OSError):
                 os.close(fd)
     os.chdir("/")
     for step in _rights():
-        # Somebody without the right to it may run a node, too.
+        # A user without these rights may run a node too.
         with contextlib.suppress(OSError, ValueError):
             step()
 
 
 def begin_command() -> None:
-    """Put into a known state what any command of ours needs, and leave to its caller what concerns him."""
+    """Reset the state that every command needs: descriptors 0 to 2, blocked signals, timers, the umask."""
     open_standard()
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    # Where it is ignored, no child can be waited for.
+    # With SIGCHLD ignored, waitpid(2) finds no children.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for timer in _TIMERS:
         signal.setitimer(timer, 0)
@@ -84,7 +85,7 @@ def begin_command() -> None:
 
 
 def open_standard() -> None:
-    """Open descriptors 0 to 2 where they are closed: what is opened next would be taken for one of them."""
+    """Open closed descriptors among 0 to 2, which the next opened file would otherwise become."""
     for fd, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(fd)
@@ -101,7 +102,7 @@ def open_standard() -> None:
 
 
 def environment(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Give the variables that the node's processes have."""
+    """Give the environment of the node's processes."""
     kept = {
         name: text
         for name, text in inherited.items()
@@ -111,23 +112,19 @@ def environment(inherited: Mapping[str, str]) -> dict[str, str]:
 
 
 def _start_again(again: str, environ: Mapping[str, str]) -> None:
-    """Become the same program in a Python that heeds no variables, with the same arguments."""
-    # -I leaves out PYTHONPATH, by which this package may have been found, so its place is told.
+    """Replace the process by the same program with the same arguments, in a Python that ignores variables."""
+    # -I ignores PYTHONPATH, which may have led to this package, so the code adds the package's directory.
     place = str(Path(__file__).resolve().parents[2])
     boot = f"import sys; sys.path.append({place!r}); {again}"
     program = [sys.executable, "-I", "-c", boot, *sys.argv[1:]]
     os.execve(program[0], program, dict(environ))  # noqa: S606
 
 
-def _open_descriptors() -> list[int]:
-    return [int(entry.name) for entry in list(Path("/proc/self/fd").iterdir())]
-
-
 def _rights() -> Iterator[Callable[[], object]]:
     for name, (soft, hard) in LIMITS.items():
         yield partial(_limit, getattr(resource, f"RLIMIT_{name}"), soft, hard)
     yield partial(os.sched_setscheduler, 0, os.SCHED_OTHER, os.sched_param(0))
-    # More than the usual is somebody's wish for this node; less would make it miss its deadlines.
+    # A raised priority may be the operator's choice; a lowered priority would make the node miss deadlines.
     yield lambda: os.setpriority(os.PRIO_PROCESS, 0, min(0, os.getpriority(os.PRIO_PROCESS, 0)))
     yield _ordinary_io
     yield _be_spared
@@ -137,7 +134,7 @@ def _limit(number: int, soft: int, hard: int) -> None:
     try:
         resource.setrlimit(number, (soft, hard))
     except (OSError, ValueError):
-        # Only root may raise what is the most.
+        # Only root may raise a hard limit.
         most = resource.getrlimit(number)[1]
         hard = hard if most == _ANY else most if hard == _ANY else min(hard, most)
         resource.setrlimit(
@@ -146,7 +143,7 @@ def _limit(number: int, soft: int, hard: int) -> None:
 
 
 def _ordinary_io() -> None:
-    import psutil  # noqa: PLC0415  # which the operator's client has no use for
+    import psutil  # noqa: PLC0415  # the operator's client does not need psutil
 
     psutil.Process().ionice(psutil.IOPRIO_CLASS_NONE)
 

@@ -1,6 +1,6 @@
-"""Locks that say who holds them: each on a file that nobody but its owner can open.
+"""File locks that name their holder; only the holder's user can open a lock file.
 
-A lock lasts as long as the process that took it. It must not be handed on to a child.
+The kernel releases a lock when its process ends. A child must not inherit a lock.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from aitbc_miner.errors import MinerError
 from aitbc_miner.util import clock, fs
 
 ROOTS = Path("/run/aitbc-miner/locks")
-# One that has just been killed may have a child that is about to let go of what it inherited.
+# A killed process may have a child that inherited the lock and is about to close it.
 PATIENCE_S = 1.0
 MAX_TEXT = 1000
 
@@ -30,11 +30,11 @@ def lock_directory() -> Path:
     own = Path(f"/run/user/{uid}")
     if uid == 0:
         return ROOTS
-    return own / "aitbc-miner" if own.is_dir() else Path(f"/tmp/aitbc-miner-{uid}")  # noqa: S108  # looked at
+    return own / "aitbc-miner" if own.is_dir() else Path(f"/tmp/aitbc-miner-{uid}")  # noqa: S108  # `take` checks its owner
 
 
 class Locks:
-    """All locks of this process; `says` is what others are told of it: who it is, since when."""
+    """All locks of this process; `says` identifies this process to others: pid, start, configuration."""
 
     def __init__(self, says: str, directory: Path | None = None) -> None:
         self._says = says
@@ -42,11 +42,11 @@ class Locks:
         self._held: dict[str, int] = {}
 
     def take(self, what: str, remedy: str, patience_s: float = PATIENCE_S) -> None:
-        """Take the lock on a thing, named so that nothing else is named alike, unless we have it.
+        """Take the lock on `what`, a unique name, unless this process has the lock already.
 
         Raises:
-            HeldError: another process has it; the message says who, and ends in the remedy.
-            OSError: its file cannot be made.
+            HeldError: another process has the lock; the message names the process and ends with `remedy`.
+            OSError: the lock file cannot be made.
         """
         if what in self._held:
             return
@@ -55,20 +55,22 @@ class Locks:
         with fs.directory(self._directory) as at:
             found = os.fstat(at)
             if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
-                raise HeldError(f"cannot lock {what}: {self._directory} is not ours alone; remove it")
+                raise HeldError(
+                    f"cannot lock {what}: others may open {self._directory}; remove this directory"
+                )
             name = hashlib.sha256(what.encode()).hexdigest()[:32]
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             file = os.open(name, flags, 0o600, dir_fd=at)
         if not _flock(file, clock.now() + patience_s):
             holder = os.pread(file, MAX_TEXT, 0).decode("utf-8", "replace")
             os.close(file)
-            raise HeldError(f"cannot use {what}: another miner has it ({holder}); {remedy}")
+            raise HeldError(f"cannot use {what}: another miner uses it ({holder}); {remedy}")
         os.ftruncate(file, 0)
         os.pwrite(file, self._says.encode()[:MAX_TEXT], 0)
         self._held[what] = file
 
     def close(self) -> None:
-        """Let go of all."""
+        """Release all locks."""
         while self._held:
             os.close(self._held.popitem()[1])
 

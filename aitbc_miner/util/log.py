@@ -1,4 +1,4 @@
-"""Log lines as JSON for journald and tools, or as text on a terminal; the one place that masks secrets."""
+"""Writes log lines, as JSON for journald and tools or as text on a terminal, and masks secrets in them."""
 
 import contextlib
 import json
@@ -18,21 +18,21 @@ from typing import Any, ClassVar, TextIO
 from aitbc_miner.util import clock
 
 MASK = "****"
-# A shorter value would blank out ordinary words.
+# Masking a shorter secret would also mask ordinary words.
 MIN_SECRET = 4
 MAX_SECRETS = 8
 BACKLOG_BYTES = 256 << 10
-"""Of lines that nobody reads; beyond it the oldest are dropped."""
+"""The bound on unread log lines; beyond it the handler drops the oldest lines."""
 
 
 class EventLog(logging.LoggerAdapter[logging.Logger]):
-    """A logger whose message is the name of an event and whose keywords are the event's attributes."""
+    """A logger for events: the message is the event's name, the keywords are the event's attributes."""
 
     def __init__(self, logger: logging.Logger, **context: str | None) -> None:
         super().__init__(logger, {key: value for key, value in context.items() if value is not None})
 
     def process(self, msg: object, kwargs: Any) -> tuple[object, Any]:
-        """Keep the event's name apart from its attributes."""
+        """Move the keywords into the record's `attrs`."""
         passed = {key: kwargs.pop(key) for key in ("exc_info", "stack_info") if key in kwargs}
         context = dict(self.extra or {})
         attrs = {key: value for key, value in {**context, **kwargs}.items() if value is not None}
@@ -45,7 +45,7 @@ def events(part: str, **context: str | None) -> EventLog:
 
 
 class Formatter(logging.Formatter):
-    """One line an event: `ts level node_id job_id slot event attrs`, as JSON or for eyes."""
+    """Makes one line of an event: `ts level node_id job_id slot event attrs`, as JSON or as text."""
 
     FIRST: ClassVar[tuple[str, ...]] = ("job_id", "slot")
 
@@ -59,48 +59,47 @@ class Formatter(logging.Formatter):
             self.add_secret(secret)
 
     def add_secret(self, secret: str) -> None:
-        """Mask this value from now on: the first one for good, of later ones the last few."""
+        """Mask this value from now on: the first secret for good, of later secrets the newest few."""
         if len(secret) < MIN_SECRET or secret in self._secrets:
             return
-        # The first is the operator's own; node tokens are replaced again and again.
+        # The first secret is the operator's token; the coordinator replaces node tokens again and again.
         first, later = self._secrets[:1], self._secrets[1:]
         self._secrets = [*first, *[*later, secret][1 - MAX_SECRETS :]] if first else [secret]
-        # The longest first, for a secret may begin like another one.
+        # The longest form first, because a secret may begin with a shorter secret.
         forms = {form for known in self._secrets for form in _forms(known)}
         self._masked_forms = sorted(forms, key=len, reverse=True)
 
     def format(self, record: logging.LogRecord) -> str:
-        """Make the line; a traceback becomes an attribute, so that a line stays a line."""
+        """Make the line; a traceback becomes an attribute, so that the record stays on one line."""
         attrs = dict(getattr(record, "attrs", {}))
         if record.exc_info:
             attrs["traceback"] = self.formatException(record.exc_info)
         part = record.name.removeprefix("aitbc_miner.")
         first = {key: attrs.pop(key) for key in self.FIRST if key in attrs}
         head = {"ts": clock.wall(), "level": record.levelname.lower(), "node_id": self._node_id}
-        what = {"part": part, "event": record.getMessage(), "attrs": attrs}
-        whole = {**head, **first, **what}
-        line = json.dumps(_plain(whole)) if self._as_json else _text(head, first, what)
+        rest = {"part": part, "event": record.getMessage(), "attrs": attrs}
+        line = json.dumps(_plain(head | first | rest)) if self._as_json else _text(head, first, rest)
         for form in self._masked_forms:
             line = line.replace(form, MASK)
         return line
 
 
 def _forms(secret: str) -> set[str]:
-    """Give the secret as it may stand in a line: itself, in a traceback, and either of them inside JSON."""
+    """Give the forms of a secret in a line: plain, as in a traceback, and each of both inside JSON."""
     plain = {secret, repr(secret)[1:-1]}
     shown = plain | {_printable(form) for form in plain}
     return shown | {json.dumps(form)[1:-1] for form in shown}
 
 
-def _text(head: dict[str, str], first: dict[str, Any], what: dict[str, Any]) -> str:
+def _text(head: dict[str, str], first: dict[str, Any], rest: dict[str, Any]) -> str:
     where = " ".join(str(value) for value in first.values())
-    rest = " ".join(f"{key}={value}" for key, value in what["attrs"].items())
-    begin = f"{head['ts'][11:]} {head['level'].upper():<7} {what['part']:<10} {where:<12}"
-    return _printable(f"{begin} {what['event']} {rest}".rstrip())
+    attrs = " ".join(f"{key}={value}" for key, value in rest["attrs"].items())
+    begin = f"{head['ts'][11:]} {head['level'].upper():<7} {rest['part']:<10} {where:<12}"
+    return _printable(f"{begin} {rest['event']} {attrs}".rstrip())
 
 
 def _plain(value: object) -> object:
-    """Turn anything into what JSON can hold: a line with an odd value in it is better than no line."""
+    """Turn any value into a value for JSON, so that an odd value never costs the line."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
@@ -111,15 +110,15 @@ def _plain(value: object) -> object:
 
 
 def _printable(text: str) -> str:
-    """Escape what would end the line, move the cursor, or cannot be encoded."""
+    """Escape characters that would end the line, move the cursor, or cannot be encoded."""
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 class PatientHandler(logging.Handler):
-    """Writes to a pipe or socket and never waits for its reader: what does not fit is kept, then dropped.
+    """Writes to a pipe or socket without waiting for its reader; keeps unsent lines, then drops the oldest.
 
-    send: writes at most the bytes it is given and tells how many, or raises BlockingIOError.
-    close: lets go of `fd`, which is the handler's own.
+    send: writes a part of the given bytes and gives the number, or raises BlockingIOError.
+    close: closes `fd`, which the handler owns.
     """
 
     def __init__(self, fd: int, send: Callable[[bytes], int], close: Callable[[], None]) -> None:
@@ -128,17 +127,17 @@ class PatientHandler(logging.Handler):
         self._send = send
         self._close = close
         self._pid = os.getpid()
-        # Each with the number of lines that are lost with it; the first may have been written in part.
+        # Each line with the number of lines lost if it is dropped. The first line may be partly written.
         self._waiting: deque[tuple[bytes, int]] = deque()
         self._size = 0
         self._begun = False
         self._dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the line, or keep it for later."""
+        """Write the line, or keep the line for later."""
         try:
             if self._pid != os.getpid():
-                # What was waiting at the fork is written by the parent.
+                # After a fork the parent writes the lines that waited at the fork.
                 self._pid = os.getpid()
                 self._forget()
             line = self._encode(record)
@@ -147,19 +146,19 @@ class PatientHandler(logging.Handler):
             while self._size > BACKLOG_BYTES and len(self._waiting) > self._begun:
                 self._drop()
             self._drain()
-        except Exception:  # noqa: BLE001  # as every handler does: a log that fails must end nobody
+        except Exception:  # noqa: BLE001  # as every handler does: a failing log must not end the process
             self.handleError(record)
 
     def flush(self) -> None:
-        """Write what is waiting, as far as there is room for it."""
+        """Write the waiting lines as far as the pipe has room."""
         if self._pid == os.getpid():
             try:
                 self._drain()
             except OSError:
-                return  # nobody reads any more
+                return  # the reader is gone
 
     def close(self) -> None:
-        """Let go of the descriptor; what is waiting is lost."""
+        """Close the descriptor and lose the waiting lines."""
         super().close()
         self._close()
 
@@ -167,7 +166,7 @@ class PatientHandler(logging.Handler):
         return f"{self.format(record)}\n".encode("utf-8", "backslashreplace")
 
     def _drop(self) -> None:
-        # The rest of a line that was begun must follow, or two lines would become one.
+        # The rest of a partly written line must follow, else two lines would become one.
         line, stands_for = self._waiting[self._begun]
         del self._waiting[self._begun]
         self._size -= len(line)
@@ -193,13 +192,13 @@ class PatientHandler(logging.Handler):
                 self._waiting.popleft()
 
     def _confess(self) -> None:
-        """Say how many lines were lost in one piece with the next one, and be lost with it if that is."""
+        """Put a notice about the dropped lines before the next line; both are written or dropped together."""
         record = logging.makeLogRecord(
             {
                 "name": "aitbc_miner.log",
                 "levelname": "WARNING",
                 "msg": f"{self._dropped} log lines were dropped",
-                "attrs": {"reason": "the log's reader does not keep up"},
+                "attrs": {"reason": "the reader of the log is too slow"},
             }
         )
         notice = self._encode(record)
@@ -215,9 +214,9 @@ class PatientHandler(logging.Handler):
 
 
 class FileHandler(logging.FileHandler):
-    """Writes to a file, and to a new one of the same name when that was renamed or removed.
+    """Writes to a file; if the file is renamed or removed, opens a new file of the same name.
 
-    A child that became another user may not open it, and gets it from its parent, over a line of its own.
+    A child that became another user may not open the file, and gets the file from its parent over a socket.
     """
 
     def __init__(self, path: Path) -> None:
@@ -225,20 +224,20 @@ class FileHandler(logging.FileHandler):
         self.inbox: socket.socket | None = None
         self.heirs: list[socket.socket] = []
         self._uid = os.geteuid()
-        self._fd: int = self.stream.fileno()  # type: ignore[union-attr]  # open, for there is no delay
+        self._fd: int = self.stream.fileno()  # type: ignore[union-attr]  # without `delay` the file is open
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write the line into the file that has the name now."""
+        """Write the line into the file that has the name at present."""
         self.flush()
         super().emit(record)
 
     def flush(self) -> None:
-        """Take the file that has the name now; the old one is good enough where that fails."""
+        """Change to the file that has the name at present; if opening it fails, keep the old file."""
         with contextlib.suppress(OSError):
             if self.stream is None:
                 return
             if self.inbox is not None:
-                # Without a descriptor to be had, what comes is a message with none.
+                # If this process has no descriptor left, the message arrives without a descriptor.
                 with contextlib.suppress(BlockingIOError, IndexError):
                     self._take(socket.recv_fds(self.inbox, 1, 1)[1][0])
             if os.geteuid() == self._uid and not self._is_there():
@@ -247,7 +246,7 @@ class FileHandler(logging.FileHandler):
         super().flush()
 
     def close(self) -> None:
-        """Let go of the file and of the lines to children."""
+        """Close the file and the sockets to children."""
         super().close()
         while self.heirs:
             self.heirs.pop().close()
@@ -264,18 +263,18 @@ class FileHandler(logging.FileHandler):
         for heir in list(self.heirs):
             try:
                 socket.send_fds(heir, [b"."], [self._fd])
-            except OSError:  # it has ended
+            except OSError:  # the child has ended
                 self.heirs.remove(heir)
                 heir.close()
 
 
 def line_for_child() -> socket.socket | None:
-    """Give the end over which a child that is about to be forked gets new log files; None: it needs none."""
+    """Give the socket over which a child, forked next, receives new log files; None: the log is no file."""
     handler = next(iter(logging.getLogger("aitbc_miner").handlers), None)
     if not isinstance(handler, FileHandler):
         return None
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
-    # Not MSG_DONTWAIT, which send_fds and recv_fds do not pass on.
+    # Not MSG_DONTWAIT: send_fds and recv_fds do not pass the flag on.
     for end in (ours, theirs):
         end.setblocking(False)  # noqa: FBT003  # takes no keyword
     handler.heirs.append(ours)
@@ -283,18 +282,18 @@ def line_for_child() -> socket.socket | None:
 
 
 def be_child(line: socket.socket | None) -> None:
-    """Get new log files over this end from now on, in the child."""
+    """In the child: receive new log files over this socket from now on."""
     for handler in logging.getLogger("aitbc_miner").handlers:
         if isinstance(handler, FileHandler):
             handler.inbox, handler.heirs = line, []
 
 
 def _handler(path: Path | None, stream: TextIO) -> logging.Handler:
-    """Choose by what the log goes to. O_NONBLOCK is set on nothing that others have open as well."""
+    """Choose the handler by the kind of the file; never set O_NONBLOCK on a shared descriptor."""
     if path is not None:
         if not path.is_fifo():
             return FileHandler(path)
-        # With O_RDWR it can be opened before there is a reader, and outlives it.
+        # O_RDWR opens a FIFO without a reader, and the FIFO survives its reader.
         return _patient(os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC), os.write)
     try:
         fd = stream.fileno()
@@ -307,10 +306,10 @@ def _handler(path: Path | None, stream: TextIO) -> logging.Handler:
     if not stat.S_ISFIFO(mode):
         return logging.StreamHandler(stream)
     try:
-        # Opened anew it is the same pipe with flags of our own.
+        # The new descriptor is the same pipe with its own flags.
         own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        # Another user's pipe. Two processes that find its last room at the same moment may still wait.
+        # Another user's pipe. Two processes that see its last room at the same moment may still wait.
         return _patient(os.dup(fd), _write_if_room)
     return _patient(own, os.write)
 
@@ -328,7 +327,7 @@ def _write_if_room(fd: int, data: bytes) -> int:
 
 
 def descriptors() -> set[int]:
-    """Name the descriptors that log lines go to, which a forked child must keep."""
+    """Give the descriptors of the log, which a forked child must keep."""
     found: set[int] = set()
     for handler in logging.getLogger("aitbc_miner").handlers:
         if isinstance(handler, PatientHandler):
@@ -339,13 +338,13 @@ def descriptors() -> set[int]:
 
 
 def flush() -> None:
-    """Write the lines that had to wait, as far as there is room for them by now."""
+    """Write the waiting lines as far as the log has room."""
     for handler in logging.getLogger("aitbc_miner").handlers:
         handler.flush()
 
 
 def mask(secret: str) -> None:
-    """Keep a secret out of all log lines of this process from now on."""
+    """Mask a secret in all log lines of this process from now on."""
     for handler in logging.getLogger("aitbc_miner").handlers:
         if isinstance(handler.formatter, Formatter):
             handler.formatter.add_secret(secret)
@@ -354,16 +353,16 @@ def mask(secret: str) -> None:
 def configure(
     node_id: str, *, level: str, as_json: bool, path: str | None = None, stream: TextIO | None = None
 ) -> None:
-    """Send all log lines to one place.
+    """Send all log lines to the file `path`, else to `stream` (default: standard error).
 
-    A reader that stalls stops no process of ours: lines that it leaves are kept for a while, then dropped.
+    A stalled reader blocks no process of the node: the handler keeps unread lines, then drops the oldest.
 
     Raises:
         OSError: the log file cannot be opened.
     """
     handler = _handler(Path(path) if path else None, stream or sys.stderr)
     handler.setFormatter(Formatter(node_id, as_json=as_json))
-    # A full disk or a closed pipe under the log must never end the process that logs.
+    # A full disk or a closed pipe must never end the logging process.
     logging.raiseExceptions = False
     root = logging.getLogger("aitbc_miner")
     root.handlers[:] = [handler]

@@ -1,4 +1,4 @@
-"""Telling systemd that we are up, still alive, or stopping. Source: sd_notify(3)."""
+"""Tells systemd that the service is ready, alive or stopping. Source: sd_notify(3)."""
 
 import contextlib
 import socket
@@ -6,17 +6,17 @@ from collections.abc import MutableMapping
 
 
 class Notifier:
-    """Speaks to whoever started us, if it wants to be told; no child can, its variables are taken away."""
+    """Sends notices to systemd, if NOTIFY_SOCKET is set; removes the variable, so that no child can."""
 
     def __init__(self, environ: MutableMapping[str, str]) -> None:
         path = environ.pop("NOTIFY_SOCKET", "")
         for name in ("WATCHDOG_USEC", "WATCHDOG_PID"):
             environ.pop(name, None)
-        # A name that begins with @ is one of the abstract namespace.
+        # A name that begins with @ belongs to the abstract namespace.
         self._path = "\0" + path[1:] if path.startswith("@") else path
 
     def say(self, *lines: str) -> None:
-        """Send a message such as READY=1. One that does not arrive is missed at most by the watchdog."""
+        """Send a message such as READY=1; if a message is lost, systemd's watchdog notices."""
         if not self._path:
             return
         with (

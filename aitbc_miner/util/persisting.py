@@ -1,4 +1,4 @@
-"""What this machine's own trouble has kept the agent from doing, until it is done: never final, and shown."""
+"""Retries calls that failed because of a local fault (such as a full disk), until they succeed."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ MIN_S, MAX_S = 0.2, 30.0
 
 
 class Persisting:
-    """For the agent's main thread. `tell` is called when `trouble`, for `status`, may have changed."""
+    """Retries calls in the agent's main thread; calls `tell` if `trouble`, shown by `status`, may change."""
 
     def __init__(self, tell: Callable[[], None]) -> None:
         self._tell = tell
@@ -18,30 +18,30 @@ class Persisting:
 
     @property
     def trouble(self) -> str | None:
-        """What is in the way of the first of them."""
-        return next((said for *_, said in self._left.values()), None)
+        """The error of the first call that waits for a retry; None without such a call."""
+        return next((error for *_, error in self._left.values()), None)
 
     def do(self, what: str, call: Callable[[], object]) -> None:
-        """Do it now, or as soon as it can be done. `what` names it, and the job ("settle job j-1")."""
+        """Run `call` now, and retry after an OSError. `what` names action and object ("settle job j-1")."""
         backoff = self._left[what][2] if what in self._left else Backoff(MIN_S, MAX_S)
         try:
             call()
         except OSError as error:
             said = f"cannot {what}: {error}"
             self._left[what] = (clock.now() + backoff.next(), call, backoff, said)
-            events("agent").warning("tried again", error=said)
+            events("agent").warning("call retried later", error=said)
             self._tell()
             return
         if self._left.pop(what, None):
             self._tell()
 
     def next_due(self) -> float | None:
-        """When to try the next one again."""
+        """Give the time of the next retry; None without a waiting call."""
         return min((due for due, *_ in self._left.values()), default=None)
 
     def start_due(self) -> None:
-        """Try again what is due."""
+        """Retry the calls that are due."""
         for what, (due, call, *_) in list(self._left.items()):
-            # What an earlier one has brought about is not done twice.
+            # An earlier call in this loop may have done this call's work too.
             if due <= clock.now() and what in self._left:
                 self.do(what, call)

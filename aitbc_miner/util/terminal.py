@@ -1,6 +1,6 @@
-"""Text for people: made harmless, cut and wrapped to the width of their terminal.
+"""Makes text safe for a terminal, and cuts and wraps text to the terminal's width.
 
-Much of what is shown comes from strangers (jobs, the coordinator), so it goes through `visible`.
+Jobs and the coordinator supply much of the shown text, so `visible` escapes control characters.
 """
 
 import shutil
@@ -11,19 +11,19 @@ NARROWEST = 40
 
 
 def width() -> int:
-    """Give how many columns a page may take: $COLUMNS, else the terminal's; 80 into a pipe or a file."""
+    """Give the columns of a page: $COLUMNS, else the terminal's width, else 80 (pipe or file)."""
     return max(NARROWEST, shutil.get_terminal_size((80, 24)).columns)
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""Write what would act on a terminal (escape sequences, line breaks, …) as \x1b and the like."""
+    r"""Escape characters that act on a terminal (escape sequences, line breaks, …), such as \x1b."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() or char in keep else repr(char)[1:-1] for char in text)
 
 
 def columns(text: str) -> int:
-    """Give how many columns a text takes."""
+    """Give the columns of a text on a terminal."""
     return len(text) if text.isascii() else sum(map(_columns, text))
 
 
@@ -34,13 +34,13 @@ def _columns(char: str) -> int:
 
 
 def cut(text: str, most: int) -> str:
-    """Make a text fit, with … in the place of what is left out."""
+    """Cut a text to `most` columns, with … in place of the omitted end."""
     text = visible(text)
     return text if columns(text) <= most else _head(text, most - 1) + "…"
 
 
 def _head(text: str, most: int) -> str:
-    """Give as much of a text as fits, and of one that does not fit at all its first letter."""
+    """Give the beginning of a text that fits into `most` columns."""
     end = 0
     for char in text:
         most -= _columns(char)
@@ -51,13 +51,13 @@ def _head(text: str, most: int) -> str:
 
 
 def pad(text: str, most: int) -> str:
-    """Cut or fill a text to a width."""
+    """Cut or fill a text to `most` columns."""
     text = cut(text, most)
     return text + " " * (most - columns(text))
 
 
 def wrap(label: str, text: str, *, lines: int = 99, most: int | None = None) -> list[str]:
-    """Break a text into lines that begin under one another; `label` stands before the first."""
+    """Break a text into lines with `label` before the first line and equal indents before the others."""
     most = most or width()
     if columns(label) > most // 2:
         return [cut(label.rstrip(), most), *wrap("    ", text, lines=lines, most=most)]
@@ -74,7 +74,7 @@ def _pieces(text: str, inside: int) -> Iterator[str]:
     for whole in text.split():
         word = whole
         while columns(word) > inside:
-            # A path or a key is longer than a line: it fills what is left, and goes on.
+            # A word longer than a line, such as a path, fills the rest of the line and continues on the next.
             room = inside - columns(line) - 1 if line else inside
             head = _head(word, room)
             if room >= inside // 2 and head:
@@ -92,7 +92,7 @@ def _pieces(text: str, inside: int) -> Iterator[str]:
 
 
 def duration(seconds: float) -> str:
-    """Write a time in the two units that matter: 3d04h, 5h09m, 2m30s, 7s."""
+    """Write a time in its two largest units: 3d04h, 5h09m, 2m30s, 7s."""
     whole = int(max(0.0, seconds))
     for big, one, small, other in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= big:
@@ -101,7 +101,7 @@ def duration(seconds: float) -> str:
 
 
 def size(number: float) -> str:
-    """Write bytes in the largest unit that they fill."""
+    """Write a number of bytes in the largest unit not above the number."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if number < 1024:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What decides which code runs: the files on the way to a program, and a few environment variables."""
+"""Checks who else could change a file or its directories, and which variables and paths jobs may get."""
 
 import os
 import re
@@ -6,48 +6,51 @@ import stat
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-# What loaders, shells and interpreters obey, and what the node itself sets.
+from aitbc_miner.util import fs
+
+# Variables that control loaders, shells and interpreters, and variables that the node itself sets.
 _RESERVED = re.compile(
     r"(LD_|PYTHON|AITBC_|GLIBC_|GCONV_|BASH|NVIDIA_).*"
     r"|PATH|HOME|TMPDIR|LANG|IFS|ENV|SHELLOPTS|CUDA_VISIBLE_DEVICES|CUDA_DEVICE_ORDER"
 )
 _ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,127}")
 
-# What no job may read, or what its sandbox has of its own.
+# Directories that no job may read, or of which each sandbox has its own.
 _NOT_SHOWN = ("/proc", "/sys", "/dev", "/run", "/tmp", "/job", "/root", "/etc/aitbc", "/var/lib/aitbc")  # noqa: S108
 
 
+_DANGLING = "{} is a link to a missing file, which others could create"
 TREE_MAX = 10_000
-"""How many files `distrust_tree` looks at before it refuses."""
+"""`distrust_tree` checks at most so many files."""
 
 
 def parse_bind(value: object) -> Path:
-    """Read a directory or file that jobs may read besides what is in their sandbox.
+    """Parse the path of an additional directory or file for the sandboxes of jobs.
 
     Raises:
-        ValueError: it is no plain absolute path, or is, holds or is in what jobs must not see.
+        ValueError: the path is not plain and absolute, or is, contains or is inside a hidden directory.
     """
     path = Path(value) if isinstance(value, str) else Path()
-    # Two slashes at the front are kept by pathlib, which then finds //etc in no directory that it knows.
+    # pathlib keeps two leading slashes, and then does not find //etc inside /etc.
     if path.root != "/" or ".." in path.parts or not str(path).isprintable():
         raise ValueError("must be an absolute path without `..`, such as /srv/models")
     for place in map(Path, _NOT_SHOWN):
         if path.is_relative_to(place) or place.is_relative_to(path):
-            raise ValueError(f"would show jobs {place}, which they must not see; name a directory elsewhere")
+            raise ValueError(f"would show {place} to jobs, which must not see it; name a directory elsewhere")
     return path
 
 
 def may_be_set(name: str) -> bool:
-    """Whether an operator may let jobs set this environment variable at all."""
+    """Whether an operator may permit jobs to set this environment variable."""
     return bool(_ENV_NAME.fullmatch(name)) and not _RESERVED.fullmatch(name)
 
 
 def distrust(path: Path, also: Collection[int] = ()) -> str | None:
-    """Say who else could change what `path` leads to; None when nobody but root, this user and `also` can.
+    """Say who else could change the file at `path`; None if only root, this user and `also` could.
 
-    Every step the kernel takes is looked at, links and their targets included: whoever can write one of the
-    directories on the way decides what is found at its end. Sticky directories, such as /tmp, are fine, since
-    only its owner can replace an entry there, and the entry's owner is looked at next.
+    The function checks each step of the kernel's lookup, including links and their targets: whoever can write
+    a directory on the way can replace the file. A sticky directory, such as /tmp, passes: only its owner can
+    replace an entry there, and the function checks the entry's owner next.
 
     Raises:
         OSError: a step is missing or not readable.
@@ -63,12 +66,12 @@ def distrust(path: Path, also: Collection[int] = ()) -> str | None:
 
 
 def distrust_directory(path: Path) -> str | None:
-    """Say who else could change a directory, what leads to it, or what is in it.
+    """Say who else could change a directory, its entries, or the way to it; None as for `distrust`.
 
-    Unlike on the way to it, a sticky directory will not do here: anybody may add to it.
+    The directory itself must not be sticky and writable, because then anybody may add entries.
 
     Raises:
-        OSError: it is missing or not readable.
+        OSError: the directory is missing or not readable.
     """
     mode = path.stat().st_mode
     if problem := distrust(path):
@@ -77,7 +80,7 @@ def distrust_directory(path: Path) -> str | None:
 
 
 def distrust_place(path: Path) -> str | None:
-    """Say who else could put something at `path`, where there may be nothing yet.
+    """Say who else could create a file at `path`, which may be missing; None as for `distrust`.
 
     Raises:
         OSError: a step is not readable.
@@ -92,13 +95,12 @@ def distrust_place(path: Path) -> str | None:
     try:
         return distrust(path) if mode & 0o022 or path.is_symlink() else None
     except FileNotFoundError:
-        # What is at the end of /dev/stderr has no path.
-        leads_nowhere = path.is_symlink() and not path.exists()
-        return f"{path} leads nowhere, where others might make something" if leads_nowhere else None
+        # /dev/stderr leads to an open file without a path, so lstat fails although the file exists.
+        return _DANGLING.format(path) if path.is_symlink() and not path.exists() else None
 
 
 def refusal(path: Path, also: Collection[int] = ()) -> str | None:
-    """Say why a file that decides about what root or jobs do is not to be obeyed, and what mends that."""
+    """Say why the node must not use a file that controls root or jobs, with the remedy; None if it may."""
     try:
         problem = distrust_directory(path) if path.is_dir() else distrust(path, also)
     except OSError as error:
@@ -108,10 +110,10 @@ def refusal(path: Path, also: Collection[int] = ()) -> str | None:
 
 
 def distrust_tree(top: Path) -> str | None:
-    """Say who else could change a directory, what leads to it, or anything in it, at any depth.
+    """Say who else could change a directory, the way to it, or an entry at any depth.
 
     Raises:
-        OSError: something is missing or not readable, or there is too much to look at.
+        OSError: an entry is missing or not readable, or the tree has more than TREE_MAX files.
     """
     looked_at = 0
     waiting = [top]
@@ -123,28 +125,28 @@ def distrust_tree(top: Path) -> str | None:
             for entry in entries:
                 looked_at += 1
                 if looked_at > TREE_MAX:
-                    raise OSError(f"more than {TREE_MAX} files in {top}; install packages elsewhere")
+                    raise OSError(f"{top} has more than {TREE_MAX} files; install packages elsewhere")
                 path = Path(entry.path)
                 if entry.is_dir():
                     waiting.append(path)
                 elif entry.name.startswith(".#") and entry.is_symlink():
-                    continue  # the lock of an editor, which leads nowhere and which no program reads
+                    continue  # an editor's lock: a link without a target, which no program reads
                 elif not path.exists():
-                    return f"{path} leads nowhere, where others might make something"
+                    return _DANGLING.format(path)
                 elif problem := _distrust_entry(path, entry.stat(follow_symlinks=False)):
                     return problem
     return None
 
 
 def _distrust_entry(path: Path, info: os.stat_result) -> str | None:
-    # What leads here has been looked at. A link can lead anywhere, and goes the long way.
+    # The caller has checked the directories above. A link may leave them, so `distrust` checks its whole way.
     plain = not stat.S_ISLNK(info.st_mode) and not info.st_mode & 0o022
     return None if plain and info.st_uid in {0, os.geteuid()} else distrust(path)
 
 
-def _steps(path: Path, max_links: int = 40) -> Iterator[tuple[Path, os.stat_result]]:
-    """Walk as the kernel does: each directory, each link, and the way that the link points."""
-    here, ahead = Path("/"), list(reversed(path.parts[1:]))
+def _steps(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield each directory and link that the kernel visits on the way to `path`, and the path's own entry."""
+    here, ahead, max_links = Path("/"), list(reversed(path.parts[1:])), fs.MAX_LINKS
     yield here, here.lstat()
     while ahead:
         part = ahead.pop()

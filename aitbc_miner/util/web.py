@@ -1,6 +1,6 @@
-"""What every HTTP client of ours needs: a connection within its time, TLS, and replies as they really come.
+"""Connections of the node's HTTP clients: addresses, time-outs, TLS, proxies, interim replies.
 
-No `Dialer` outlives its process; each belongs to one client, whose threads may share it.
+Each HTTP client owns one `Dialer`, which its threads may share.
 """
 
 import base64
@@ -17,31 +17,32 @@ from typing import Any, NamedTuple
 
 from aitbc_miner.util.clock import now
 
-STAGGER_S = 0.25  # RFC 8305: how long an address has for itself before the next is asked beside it
-# http.client has room for 100, which proxies and content networks exceed; this is a bound all the same.
-http.client._MAXHEADERS = 256  # type: ignore[attr-defined]  # noqa: SLF001  # it has no other way
+STAGGER_S = 0.25
+"""The pause before the next address is tried beside the previous addresses; see RFC 8305."""
+# http.client accepts 100 header lines, but proxies and content networks send more.
+http.client._MAXHEADERS = 256  # type: ignore[attr-defined]  # noqa: SLF001  # there is no public setting
 MAX_INTERIM = 100
 MAX_ADDRESSES = 32
-"""Of one name: whoever answers for it could have us hold a socket to each of thousands."""
+"""The most addresses of a name: a name server could send thousands, each of which needs a socket."""
 
 
-class NoConnection(TimeoutError):  # noqa: N818  # says what happened
-    """None of the addresses took the connection in time."""
+class NoConnection(TimeoutError):  # noqa: N818  # names the event
+    """No address accepted the connection in time."""
 
 
 class NoHandshake(TimeoutError):  # noqa: N818
-    """The connection was taken, and the TLS handshake was not answered in time."""
+    """The peer accepted the connection but did not finish the TLS handshake in time."""
 
 
 class Proxy:
-    """An HTTP proxy; `credential` reads the `user:password` that it alone is to see."""
+    """An HTTP proxy; `credential` reads the proxy's `user:password`."""
 
     def __init__(self, url: str, credential: Callable[[], str] | None = None) -> None:
         self.url = url
         self._credential = credential
 
     def headers(self) -> dict[str, str]:
-        """Give what is said to the proxy alone; raises what `credential` does."""
+        """Give the headers for the proxy only. Raises: the errors of `credential`."""
         if self._credential is None:
             return {}
         encoded = base64.b64encode(self._credential().encode()).decode()
@@ -52,18 +53,22 @@ class Proxy:
 
 
 class Address(NamedTuple):
-    """One address of a name: its family, and what `connect` takes."""
+    """One address of a name: its family, and the address for `socket.connect`."""
 
     family: int
     sockaddr: Any
 
 
 class ProxyRefused(OSError):  # noqa: N818
-    """A proxy does not connect us to where we want to go."""
+    """The proxy refuses a connection to the requested host."""
 
 
 def tunnel(sock: Any, host: str, port: int, proxy: Proxy) -> None:
-    """Have the proxy that a socket leads to connect it to a host. Raises ProxyRefused."""
+    """Ask the proxy at the other end of `sock` to connect `sock` to a host.
+
+    Raises:
+        ProxyRefused: the proxy answered with an error status.
+    """
     name = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     headers = {"Host": name, **proxy.headers()}
     lines = [f"CONNECT {name} HTTP/1.1", *(f"{key}: {value}" for key, value in headers.items()), "", ""]
@@ -74,17 +79,17 @@ def tunnel(sock: Any, host: str, port: int, proxy: Proxy) -> None:
     finally:
         reply.close()
     if not 200 <= reply.status < 300:
-        raise ProxyRefused(f"it answered {reply.status}")
+        raise ProxyRefused(f"HTTP status {reply.status}")
 
 
 def look_up(host: str, port: int, flags: int = 0) -> list[Address]:
-    """Give all addresses of a name. Raises socket.gaierror; the resolver has time-outs of its own."""
+    """Give all addresses of a name, within the resolver's time-outs. Raises socket.gaierror: no address."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     return list(dict.fromkeys(Address(family, where) for family, _, _, _, where in found))
 
 
 class Dialer:
-    """Connects to whichever address of a name answers first, and knows later which of them did not."""
+    """Connects to the first address of a name that answers; later tries silent addresses last."""
 
     def __init__(self) -> None:
         self._slow: set[tuple[str, str]] = set()
@@ -100,21 +105,21 @@ class Dialer:
         permit: Callable[[list[Address]], list[Address]] = lambda found: found,
         tick: Callable[[], object] = lambda: None,
     ) -> socket.socket:
-        """Connect within `timeout_s`, handshake included, which `finish` makes of a connected socket.
+        """Connect within `timeout_s`, including the TLS handshake that `finish` does on the socket.
 
-        An address that does not answer `finish` uses up its own part of the time alone. `permit` chooses
-        among the addresses; `tick` is called at least each `STAGGER_S` of connecting, and may raise.
+        Each address gets only its part of the time for `finish`. `permit` selects the permitted addresses.
+        While connecting, the method calls `tick` at least every `STAGGER_S`; `tick` may raise.
 
         Raises:
-            OSError: no address took it; NoConnection and NoHandshake are its kinds for time-outs.
+            OSError: no address accepted; after a time-out NoConnection or NoHandshake.
         """
         left = permit(look_up(host, port))
         deadline = now() + timeout_s
         while True:
-            left.sort(key=lambda one: (host, one.sockaddr[0]) in self._slow)
+            left.sort(key=lambda address: (host, address.sockaddr[0]) in self._slow)
             del left[MAX_ADDRESSES:]
             sock, answered, silent = _race(left, deadline, tick)
-            self._slow |= {(host, one.sockaddr[0]) for one in silent}
+            self._slow |= {(host, address.sockaddr[0]) for address in silent}
             self._slow.discard((host, answered.sockaddr[0]))
             self._last.at = (host, answered.sockaddr[0])
             left.remove(answered)
@@ -131,7 +136,7 @@ class Dialer:
                 raise
 
     def blame(self) -> None:
-        """Ask the address that this thread connected to last after all others from now on."""
+        """From now on try the address of this thread's last connection after all other addresses."""
         if at := getattr(self._last, "at", None):
             self._slow.add(at)
 
@@ -139,7 +144,7 @@ class Dialer:
 def _race(
     addresses: list[Address], deadline: float, tick: Callable[[], object]
 ) -> tuple[socket.socket, Address, list[Address]]:
-    """Give the first connection there is, its address, and those that were asked before and said nothing."""
+    """Give the first connection, its address, and the addresses that were tried without an answer."""
     todo = list(addresses)
     pause_s = min(STAGGER_S, (deadline - now()) / (2 * len(todo) or 1))
     error: OSError = NoConnection("timed out")
@@ -168,7 +173,7 @@ def _race(
                 sock, address = asked.pop(fileno)
                 number = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
                 if not number:
-                    return sock, address, [one for _, one in asked.values()]
+                    return sock, address, [silent for _, silent in asked.values()]
                 sock.close()
                 error = OSError(number, os.strerror(number))
     raise error
@@ -188,14 +193,14 @@ def _begin(address: Address) -> socket.socket:
 
 
 class TooMuch(http.client.HTTPException):
-    """A reply has more lines before its body than anybody has use for."""
+    """A reply exceeds a bound: too many or too long header lines, or too many interim replies."""
 
 
 class Response(http.client.HTTPResponse):
-    """A reply that may be announced by interim ones, of which http.client knows 100 alone."""
+    """A reply, after any interim replies (1xx); http.client skips only status 100."""
 
     def begin(self) -> None:
-        """Read all before the body. Raises TooMuch for what http.client tells by words alone."""
+        """Read status and headers. Raises TooMuch for the bounds of http.client, which have no own class."""
         try:
             super().begin()
         except http.client.HTTPException as error:
@@ -216,10 +221,10 @@ class Response(http.client.HTTPResponse):
 
 
 def tls_context(ca_file: Path | None = None, *, verify: bool = True) -> ssl.SSLContext:
-    """Make a context that trusts the system's certificates, or those of `ca_file` alone.
+    """Make a context that trusts the system's certificates, or only the certificates of `ca_file`.
 
-    From Python 3.13 on the strict checks of RFC 5280 are the default; they refuse the CA that a plain
-    `openssl req -x509` makes. What is trusted must not depend on the interpreter.
+    From Python 3.13 on, the strict checks of RFC 5280 are the default and refuse the CA of a plain
+    `openssl req -x509`. The function removes the checks, so that all versions of Python trust the same CAs.
     """
     if verify:
         context = ssl.create_default_context(cafile=ca_file)
@@ -236,44 +241,32 @@ _NEW_CA = (
     'openssl req -x509 -newkey rsa:3072 -nodes -days 3650 -keyout ca.key -out ca.pem -subj "/CN=our CA"'
     " -addext keyUsage=critical,keyCertSign,cRLSign"
 )
-# By the numbers of OpenSSL's x509_vfy.h: what is wrong, and what helps.
+# By the numbers of OpenSSL's x509_vfy.h: cause and remedy.
 _CERTIFICATES = (
-    (
-        {10},
-        "has expired",
-        "it must be renewed there, unless this machine's clock is wrong (see `timedatectl`)",
-    ),
-    (
-        {9},
-        "is not valid yet",
-        "this machine's clock is probably slow: see `timedatectl`, and `timedatectl set-ntp true`",
-    ),
-    (
-        {62, 64},
-        "is for another name",
-        "use the name that it is for, or have this name among its subjectAltName entries",
-    ),
+    ({10}, "has expired", "renew the certificate there; or is this machine's clock wrong? (`timedatectl`)"),
+    ({9}, "is not valid yet", "set this machine's clock if it is slow (`timedatectl set-ntp true`)"),
+    ({62, 64}, "is for another name", "use its name, or add this name to its subjectAltName entries"),
     (
         {2, 18, 19, 20, 21},
         "is not trusted",
-        "name the certificate of its issuer in {key}, or have the whole machine trust that"
-        " (/usr/local/share/ca-certificates, then update-ca-certificates); a server must send the"
-        " certificates in between, too",
+        "name the issuer's certificate in {key}, or let the whole machine trust the issuer"
+        " (/usr/local/share/ca-certificates, then update-ca-certificates); the server must also send"
+        " intermediate certificates",
     ),
-    ({66, 67, 68}, "is too weak", "it must be made anew, with RSA of 3072 bits or P-256, and SHA-256"),
-    ({32, 79}, "comes from a CA whose own certificate is not one of a CA", f"make the CA anew: `{_NEW_CA}`"),
+    ({66, 67, 68}, "is too weak", "renew the certificate there, with RSA of 3072 bits or P-256, and SHA-256"),
+    ({32, 79}, "comes from a CA without a CA certificate", f"make the CA's certificate anew: `{_NEW_CA}`"),
 )
-# What OpenSSL 3.0 to 3.5 call bytes that are no TLS.
+# The reasons of OpenSSL 3.0 to 3.5 for bytes other than TLS.
 _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
 
 
 def certificate_fault(error: ssl.SSLCertVerificationError, key: str = "") -> tuple[str, str]:
-    """Say what is wrong with a certificate, and what helps; `key` is the setting of a CA file."""
+    """Give cause and remedy for a rejected certificate; `key` is the configuration key of a CA file."""
     rows = (row[1:] for row in _CERTIFICATES if error.verify_code in row[0])
-    cause, remedy = next(rows, ("is not acceptable", "it must be made anew there"))
+    cause, remedy = next(rows, ("is not acceptable", "renew the certificate there"))
     return f"{cause} ({error.verify_message})", remedy.replace("{key}", key)
 
 
 def speaks_no_tls(error: ssl.SSLError) -> bool:
-    """Whether what answered a TLS handshake was no TLS, as an HTTP server's complaint."""
+    """Whether the peer answered a TLS handshake with other bytes, such as an HTTP error page."""
     return (error.reason or "").upper().replace(" ", "_") in _NO_TLS

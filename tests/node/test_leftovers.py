@@ -164,7 +164,7 @@ def test_what_takes_too_long_is_told_and_goes_the_next_time(
 ) -> None:
     run_as(OWNER, f"for end in 'ab': open({name!r} + end, 'w').close()")
     cleanup.remove_memory_of(OWNER.uid, 0)
-    error = f"{SHM}: it is too much for the time there is"
+    error = f"{SHM}: too many files to remove in time"
     assert logged(caplog) == [{"uid": OWNER.uid, "number": 1, "errors": [error]}]
     assert in_memory(OWNER) == [Path(name).name + end for end in "ab"]
     cleanup.remove_memory_of(OWNER.uid, TIME_S)

@@ -272,7 +272,7 @@ def test_an_untrusted_certificate_and_a_trusted_one(peer: Start, tmp_path: Path)
     url = f"https://{server.address}"
     assert failure(url).startswith(
         f"cannot pull a job: the TLS certificate of {server.address} is not trusted"
-        " (self-signed certificate); name the certificate of its issuer in coordinator.ca_file"
+        " (self-signed certificate); name the issuer's certificate in coordinator.ca_file"
     )
     for trusted in ({"ca_file": pem}, {"verify": False}):
         with client(url, **trusted) as http:

@@ -179,28 +179,24 @@ def test_each_fault_of_a_certificate_has_its_remedy(peer: Start, tmp_path: Path)
         return Party("server", authority, **how).server(tmp_path)
 
     said = refusal(peer, made(starts=-2, ends=-1), trusted)
-    assert said.startswith(
-        "has expired (certificate has expired); it must be renewed there, unless this machine"
-    )
+    assert said.startswith("has expired (certificate has expired); renew the certificate there; or is this")
     said = refusal(peer, made(starts=1, ends=2), trusted)
-    assert said.startswith(
-        "is not valid yet (certificate is not yet valid); this machine's clock is probably slow"
-    )
+    assert said.startswith("is not valid yet (certificate is not yet valid); set this machine's clock if it")
     said = refusal(peer, made(names=["other.test"]), trusted)
     assert said.startswith("is for another name (IP address mismatch, ")
-    assert said.endswith("use the name that it is for, or have this name among its subjectAltName entries")
+    assert said.endswith("use its name, or add this name to its subjectAltName entries")
     for tls, whom in ((made(), stranger.file(tmp_path)), (made(), None)):
         said = refusal(peer, tls, whom)
         assert said.startswith(
-            "is not trusted (unable to get local issuer certificate); name the certificate of"
+            "is not trusted (unable to get local issuer certificate); name the issuer's certificate in"
         )
         assert "coordinator.ca_file" in said
     between = Party("between", authority, ca=True)
     incomplete = Party("server", between).server(tmp_path)
-    assert "must send the certificates in between" in refusal(peer, incomplete, trusted)
+    assert "must also send intermediate certificates" in refusal(peer, incomplete, trusted)
     pretender = Party("no CA", authority)
     false = Party("server", pretender).server(tmp_path, pretender)
-    assert f"make the CA anew: `{web._NEW_CA}`" in refusal(peer, false, trusted)
+    assert f"make the CA's certificate anew: `{web._NEW_CA}`" in refusal(peer, false, trusted)
 
 
 @pytest.mark.needs("openssl")
