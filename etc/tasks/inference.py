@@ -1,7 +1,7 @@
 """Asks a language model over HTTP: OpenAI's chat completions, or Ollama's generate.
 
-The address and the protocol are the operator's, in the service's file. A job brings the prompt, the model out
-of those that the service offers, and two numbers.
+The operator sets address and protocol in the service's file. A job supplies the prompt, a model from the
+service's list, and two numbers.
 """
 
 import json
@@ -19,7 +19,7 @@ TIMEOUT_S = 600.0
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any, **__: Any) -> None:
-        """Follow none: an endpoint of the operator's answers itself."""
+        """Follow no redirect: the operator's server must answer itself."""
         return
 
 
@@ -31,7 +31,7 @@ def run(
     max_tokens: Annotated[int, Meta(ge=1, le=1_000_000)] = 1024,
     temperature: Annotated[float, Meta(ge=0, le=2)] = 0.7,
 ) -> dict[str, Any]:
-    """Ask once and wait for the whole answer: its text, the model's own name, and the tokens it took."""
+    """Ask once and wait for the whole answer; return the text, the model's name and the number of tokens."""
     if protocol == "openai":
         said = _post(
             f"{endpoint.rstrip('/')}/v1/chat/completions",
@@ -58,7 +58,7 @@ def run(
         text = said.get("response")
         tokens = {"prompt_tokens": said.get("prompt_eval_count"), "output_tokens": said.get("eval_count")}
     if not isinstance(text, str):
-        raise TaskError("NO_ANSWER", "the model's server answered, and there is no text in what it said")
+        raise TaskError("NO_ANSWER", "the model's server sent an answer without text")
     return {"text": text, "model": str(said.get("model") or model), "usage": tokens}
 
 
@@ -66,7 +66,7 @@ def _post(url: str, payload: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(  # noqa: S310  # the operator's own address
         url, json.dumps(payload).encode(), {"Content-Type": "application/json"}
     )
-    # No proxy: the address is one of this network.
+    # No proxy: the address belongs to this network.
     opener = urllib.request.build_opener(_NoRedirect, urllib.request.ProxyHandler({}))
     try:
         with opener.open(request, timeout=TIMEOUT_S) as reply:
@@ -74,13 +74,13 @@ def _post(url: str, payload: dict[str, Any]) -> dict[str, Any]:
     except urllib.error.HTTPError as error:
         raise TaskError("REFUSED", f"the model's server answered {error.code}") from None
     except OSError as error:
-        raise TaskError("UNREACHABLE", f"the model's server cannot be reached: {error}") from None
+        raise TaskError("UNREACHABLE", f"cannot reach the model's server: {error}") from None
     if len(body) > MAX_REPLY:
-        raise TaskError("TOO_LONG", f"the model's server said more than {MAX_REPLY} bytes")
+        raise TaskError("TOO_LONG", f"the model's server sent more than {MAX_REPLY} bytes")
     try:
         return _object(json.loads(body))
     except (ValueError, RecursionError):
-        raise TaskError("NO_ANSWER", "the model's server answered with something that is no JSON") from None
+        raise TaskError("NO_ANSWER", "the model's server sent an answer that is not JSON") from None
 
 
 def _first(value: object) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from msgspec import Meta
 from aitbc_miner.task import progress
 
 CHUNK = 200_000
-"""Points a process throws before it reports, about a tenth of a second."""
+"""A process throws so many points, in about a tenth of a second, before it reports."""
 
 
 def run(
@@ -18,9 +18,9 @@ def run(
     seed: int = 0,
     processes: Annotated[int, Meta(ge=0, le=1024)] = 0,
 ) -> dict[str, Any]:
-    """Throw `samples` points; `processes` of 0 means one for each CPU this job may use."""
+    """Throw `samples` points in `processes` processes (0: one for each CPU of the job)."""
     workers = processes or len(os.sched_getaffinity(0))
-    # A seed for each chunk, not each process: the same seed gives the same answer on any number of CPUs.
+    # Each chunk has its own seed, so that the result does not depend on the number of processes.
     chunks = -(-samples // CHUNK)
     work = ((f"{seed}/{number}", min(CHUNK, samples - number * CHUNK)) for number in range(chunks))
     step = chunks // 100 or 1  # a hundred reports are enough

@@ -1,4 +1,4 @@
-"""Hashes every file below a directory of the job and writes output/tree.sha256, as `sha256sum` does."""
+"""Hashes every file below a directory of the job; writes output/tree.sha256 in the form of `sha256sum`."""
 
 import hashlib
 import os
@@ -9,7 +9,7 @@ from aitbc_miner.task import TaskError, output_dir, progress, work_dir
 
 
 def run(root: str = ".") -> dict[str, Any]:
-    """Return the digest of the whole list, which changes with any name or content in the tree."""
+    """Return the digest of the list, which changes with each name and content in the tree."""
     top = (work_dir() / root).resolve()
     if not top.is_relative_to(work_dir().resolve()):
         raise TaskError("OUTSIDE", f"{root!r} is not below the job's work directory")
@@ -32,13 +32,13 @@ def run(root: str = ".") -> dict[str, Any]:
 
 
 def _files(top: Path) -> list[Path]:
-    # Links are left out: what they point to may lie outside the tree.
+    # No links: their targets may be outside the tree.
     found = [Path(where, name) for where, _, names in os.walk(top) for name in names]
     return [path for path in found if path.is_file() and not path.is_symlink()]
 
 
 def _line(digest: str, name: Path) -> bytes:
-    # As sha256sum writes it: a name with a newline or backslash is escaped, and the line says so.
+    # sha256sum escapes a newline or backslash in a name, and marks the line by a leading backslash.
     raw = os.fsencode(name)
     escaped = raw.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
     return (b"\\" if escaped != raw else b"") + digest.encode() + b"  " + escaped + b"\n"
