@@ -1,8 +1,8 @@
-"""Tools for those who try out or work on the miner; nothing of the miner itself imports them.
+"""Tools to try out and develop the miner; the miner itself imports none of them.
 
-What a person starts lies here; its code is in the packages:
+The commands are in this directory, their code is in the packages:
 
 * demo_node, test_runner, benchmark, fault_harness, fuzzer, vm_lab: of demo, test, bench, faults, fuzz and vm
-* mock: doubles of coordinators; mock_coordinator.py starts one
-* lib: what several of them use
+* mock: doubles of coordinators; mock_coordinator.py starts a double
+* lib: code that several tools share
 """

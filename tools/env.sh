@@ -1,11 +1,11 @@
-# Sourced by tools/demo and tools/test: finds a Python, makes a virtual environment at the first run, says so.
-# Gives $root (the checkout) and $venv.
+# Sourced by tools/demo, tools/test and others: finds a Python, and makes a virtual environment at the first run.
+# Sets $root (the checkout) and $venv.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 say() { printf '%s\n' "$*" >&2; }
 
-# As root, jobs run as users who own nothing, and must still reach the interpreter and this code.
+# As root, jobs run as unprivileged users, who must be able to read the interpreter and this code.
 stranger() { runuser -u nobody -- "$@" 2>/dev/null; }
 
 leave_private_checkout() {
@@ -13,10 +13,10 @@ leave_private_checkout() {
   stranger test -r "$root/setup.cfg" && return 0
   local mirror
   mirror=/var/cache/aitbc-miner-checkout/$(printf %s "$root" | sha256sum | cut -c1-12)
-  say "other users cannot read $root; working in a copy of it at $mirror"
+  say "other users cannot read $root; using a copy in $mirror"
   mkdir -p "$mirror"
   chmod 755 "${mirror%/*}" "$mirror"
-  # All but the environment, which is expensive to make and tied to its place.
+  # Keep the virtual environment, which takes long to make and cannot move.
   find "$mirror" -mindepth 1 -maxdepth 1 ! -name '.venv*' -exec rm -rf {} +
   tar -C "$root" --exclude='./.venv*' --exclude=./.git -cf - . | tar -C "$mirror" --no-same-owner -xf -
   chmod -R go+rX "$mirror"
@@ -40,15 +40,15 @@ find_python() {
   return 1
 }
 
-# ensure_packages USE...: what of Debian the command needs, by the list in tools/vm_lab/debian.py. Root gets it installed;
-# another user is told the one line, and whatever needs none of it runs.
+# ensure_packages USE...: the command's Debian packages, by the list in tools/vm_lab/debian.py. As root, the function
+# installs missing packages. For another user it prints the command to install them, and the rest runs without them.
 ensure_packages() {
   local missing=() line
   if ! find_python >/dev/null; then
     line="apt-get install --no-install-recommends python3 python3-venv"
     if [ "$(id -u)" = 0 ]; then apt_install python3 python3-venv; fi
     if ! find_python >/dev/null; then
-      say "cannot set up: no python3 of version 3.11 or later with venv that others may run; as root: $line"
+      say "cannot set up: no python3 from 3.11 on with venv, which other users may run; as root: $line"
       exit 1
     fi
   fi
@@ -57,7 +57,7 @@ ensure_packages() {
   if [ "$(id -u)" = 0 ]; then
     apt_install "${missing[@]}"
   else
-    say "not installed: ${missing[*]}. What needs them is left out; to leave nothing out, as root:"
+    say "packages are missing, and the parts that need them will not run: ${missing[*]}; as root:"
     say "  apt-get install --no-install-recommends ${missing[*]}"
   fi
 }
@@ -69,18 +69,18 @@ apt_install() {
   if ! { apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends "$@"; } \
     >"$log" 2>&1 </dev/null; then
     cat "$log" >&2
-    say "cannot set up: cannot install $*, see above"
+    say "cannot install $*: see the error of apt-get above"
     exit 1
   fi
   rm "$log"
 }
 
-# ensure_venv EXTRA: an environment in .venv with the package and, if named, what its extra needs, in the versions and
-# with the hashes of tools/locks.
+# ensure_venv EXTRA: makes the virtual environment .venv with the package and the requirements of EXTRA (if given), in
+# the versions and with the hashes of tools/locks.
 ensure_venv() {
   venv=$root/.venv
   made "$1" && return 0
-  # Of two that start together, one waits: it must not find an environment that is half made.
+  # A second command that starts meanwhile waits, so that it never finds a half-made environment.
   (
     flock 9
     made "$1" || make_venv "$1"
@@ -88,12 +88,12 @@ ensure_venv() {
 }
 
 pip_install() {
-  # Warnings tell root to use a virtual environment, which this is, or are for who packaged cgroupspy; errors pass.
+  # Drops pip's warnings: about root outside a virtual environment, and about the packaging of cgroupspy. Errors pass.
   PIP_ROOT_USER_ACTION=ignore "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" \
     2> >(grep -vE '^(WARNING|  DEPRECATION)' >&2)
 }
 
-# made EXTRA: whether that is done already; sets what make_venv needs to know.
+# made EXTRA: whether the environment is complete already; sets the variables of make_venv.
 made() {
   python=$(find_python) || exit 1
   base=$("$python" -c 'import sys; print(sys.version, sys._base_executable)')
@@ -105,8 +105,8 @@ made() {
 make_venv() {
   umask 022
   if [ "$(cat "$venv/.made-by" 2>/dev/null)" = "$base" ]; then
-    local what=${1:+the tests need}
-    say "adding what ${what:-the package needs} to the virtual environment in $venv (a minute or two)"
+    local whose=${1:+the tests}
+    say "adding the requirements of ${whose:-the package} to the virtual environment in $venv (a minute or two)"
   else
     say "first run: making a virtual environment in $venv with $python (a minute or two)"
     "$python" -m venv --clear "$venv"
@@ -116,21 +116,21 @@ make_venv() {
   pip_install --require-hashes --no-build-isolation --requirement "$root/tools/locks/${1:-run}.lock"
   pip_install --no-deps --no-build-isolation --editable "$root"
   if [ "$1" = test ] && [ -z "$(command -v cc gcc clang)" ]; then
-    say "no C compiler here: installing one (ziglang) into the environment, for the stub of the GPU library"
+    say "no C compiler found: installing ziglang into the virtual environment, for the stub of the GPU library"
     pip_install --require-hashes --requirement "$root/tools/locks/compiler.lock"
   fi
   printf '%s' "$wanted" >"$stamp"
 }
 
-# ensure_versions newest|lowest: an environment of its own, with the versions at that end of setup.cfg's bounds. Upper
-# bounds do not count for the newest: a release beyond them is to be seen here before anybody else sees it.
+# ensure_versions newest|lowest: makes a separate environment with the newest or lowest versions of setup.cfg's bounds.
+# `newest` ignores upper bounds, so that the tests meet a new release before users do.
 ensure_versions() {
   local change
   case ${1:-} in
     newest) change='s/,<[^,]*//' ;;
     lowest) change='s/>=([^,]+).*/==\1/' ;;
     *)
-      say "unknown versions: ${1:-none}; --versions newest, or --versions lowest"
+      say "unknown versions: ${1:-none}; use --versions newest or --versions lowest"
       exit 2
       ;;
   esac
@@ -144,7 +144,7 @@ ensure_versions() {
   "$venv/bin/python" -m pip list --disable-pip-version-check --format freeze | paste -sd ' '
 }
 
-# Whether that environment has no other versions than tools/locks, with which all other tests run.
+# Whether this environment has the versions of tools/locks, with which all other tests run.
 has_locked_versions() {
   local others
   others=$(comm -23 <("$venv/bin/python" -m pip list --disable-pip-version-check --format freeze | names) \
@@ -152,5 +152,5 @@ has_locked_versions() {
   [ -z "$others" ]
 }
 
-# As packages are compared: whatever their case, and with one kind of dash.
+# Normalizes the names of packages: lower case, dashes instead of underscores, no extras.
 names() { sed 's/\[.*\]//' | tr 'A-Z_' 'a-z-' | sort -u; }

@@ -64,7 +64,7 @@ def test_a_first_run_over_a_faulty_configuration_leaves_all_to_the_next(before: 
     said = install(check=False)
     assert "nonsense" in said
     assert "cannot make the slots' users: the configuration has faults" in said
-    assert said.endswith("not installed; what was there before is as it was\n")
+    assert said.endswith("not installed; the previous installation is unchanged\n")
     assert not CURRENT.parent.exists()
     assert not Path("/usr/lib/systemd/system", MAIN).exists()
     # The next test sees that the unit is enabled all the same.
@@ -182,7 +182,7 @@ def test_killed_between_switch_and_restart_the_next_run_makes_it_good(
     killed = subprocess.run(command, env={**os.environ, "BASH_ENV": str(hook)}, check=False)
     assert killed.returncode == -9
     assert machine.main_pid() == main
-    assert "restarting the miner; running jobs go on" in install()
+    assert "restarting the miner; running jobs continue" in install()
     pid = machine.wait_new_main(main)
     assert str(CURRENT.resolve()) in Path(f"/proc/{pid}/cmdline").read_text()
 
@@ -224,7 +224,7 @@ def test_what_cannot_be_made_leaves_the_old_version(installed: None, tmp_path: P
     )
     assert done.returncode == 1
     assert "cannot install the packages: see pip's message above" in done.stderr
-    assert "what was there before is as it was" in done.stderr
+    assert "the previous installation is unchanged" in done.stderr
     assert (files(), version()) == had
 
 

@@ -1,6 +1,6 @@
-"""What the node costs, beside doing without it.
+"""Measures the cost of the node against runs without a node.
 
-* main: what `tools/bench` does
-* preload: what preloading saves a task
-* sandbox: what the sandbox costs a job
+* main: the command `tools/bench`
+* preload: the time that preloading saves a task
+* sandbox: the time that the sandbox costs a job
 """

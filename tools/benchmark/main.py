@@ -1,9 +1,9 @@
-"""Measures the node beside doing without it, in one run: figures of two runs do not compare.
+"""Measures jobs with and without a node in one run, because figures of separate runs are not comparable.
 
-latency: a job's way in parts, from the coordinator's reply to the program's first instruction, and from its
-last instruction to the accepted result. throughput: no-op jobs through several slots. sandbox: what it costs
-to start a program in the sandbox. preload: what it saves a task that its modules are imported ahead. The
-program is a few lines of C that print the boot-time clock, the same clock as the mock coordinator's.
+latency: the times of a job's phases, from the coordinator's reply to the program's first instruction, and
+from its last instruction to the accepted result. throughput: empty jobs in several slots. sandbox: the cost
+of starting a program in the sandbox. preload: the time saved by importing a task's modules ahead. The program
+is a few lines of C that print the boot-time clock, which the mock coordinator also uses.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def main() -> int:
     parser.add_argument(
         "what", choices=["latency", "throughput", "sandbox", "preload", "all"], nargs="?", default="all"
     )
-    parser.add_argument("--jobs", type=int, help="how many (100; 500 for throughput, 20 for preload)")
-    parser.add_argument("--slots", type=int, default=4, help="slots for throughput (4)")
+    parser.add_argument("--jobs", type=int, help="number of jobs (100; 500 for throughput, 20 for preload)")
+    parser.add_argument("--slots", type=int, default=4, help="number of slots for throughput (4)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="aitbc-bench-") as folder:
         program = build(Path(folder))
@@ -59,7 +59,7 @@ def main() -> int:
 
 
 def build(folder: Path) -> Path:
-    """Compile the program that tells when it ran."""
+    """Compile the program that prints its times."""
     folder.chmod(0o755)
     program = folder / NOOP
     subprocess.run(
@@ -70,7 +70,7 @@ def build(folder: Path) -> Path:
 
 
 def node_for(coordinator: MockCoordinator, program: Path, slots: int) -> LocalNode:
-    """Make a node that may run only this program."""
+    """Make a node whose allowlist has only this program."""
     specs = [{"name": f"cpu{i}", "kind": "cpu", "memory_max": "256M", "pids_max": 64} for i in range(slots)]
     node = LocalNode(coordinator.url, specs, coordinator={"poll_interval_s": 0.05})
     (node.directory / "allowlist.d" / "noop.yaml").write_text(f"command: {{path: {program}}}\n")
@@ -78,7 +78,7 @@ def node_for(coordinator: MockCoordinator, program: Path, slots: int) -> LocalNo
 
 
 def latency(program: Path, jobs: int) -> None:
-    """One job at a time: where its time goes."""
+    """Run jobs one at a time and print the times of their phases."""
     alone = [plain(program) for _ in range(jobs)]
     parts: dict[str, list[float]] = {"reply to first instruction": [], "last instruction to accepted": []}
     with MockCoordinator() as coordinator, node_for(coordinator, program, 1):
@@ -95,14 +95,14 @@ def latency(program: Path, jobs: int) -> None:
 
 
 def plain(program: Path) -> float:
-    """Start the program without a node; gives seconds to its first instruction."""
+    """Start the program without a node; give the seconds to its first instruction."""
     began = clock.now()
     out = subprocess.run([program], stdout=subprocess.PIPE, check=True).stdout
     return float(out.split()[0]) - began
 
 
 def run_one(coordinator: MockCoordinator) -> Job:
-    """Submit a job and wait until its result was accepted."""
+    """Submit a job and wait until the coordinator accepted its result."""
     job_id = coordinator.submit({"runner": "cli", "command": NOOP})
     coordinator.wait(lambda ledger: ledger.job(job_id).state in FINAL, 30.0)
     job = coordinator.job(job_id)
@@ -112,14 +112,14 @@ def run_one(coordinator: MockCoordinator) -> Job:
 
 
 def printed(job: Job) -> tuple[float, float]:
-    """Read the two times that the program printed from its log."""
+    """Read the two times that the program printed into its log."""
     log = next(it for it in job.accepted.artifacts if it.path == "logs/exec.log") if job.accepted else None
     first, last = (log.file.read_text() if log else "").split()
     return float(first), float(last)
 
 
 def throughput(program: Path, jobs: int, slots: int) -> None:
-    """Many no-op jobs at once, beside running them with nothing around them."""
+    """Run many empty jobs at once, with a node and without a node."""
     bare = timed(lambda: run_bare(program, jobs, slots))
     with MockCoordinator() as coordinator, node_for(coordinator, program, slots):
         ids = [coordinator.submit({"runner": "cli", "command": NOOP}) for _ in range(jobs)]
@@ -136,14 +136,14 @@ def throughput(program: Path, jobs: int, slots: int) -> None:
 
 
 def run_bare(program: Path, jobs: int, slots: int) -> None:
-    """Run the program as often, as many at a time, with nothing around it."""
+    """Run the program as often and as parallel, without a node."""
     numbers = "\n".join(map(str, range(jobs))).encode()
     command = ["xargs", f"-P{slots}", "-n1", str(program)]
     subprocess.run(command, input=numbers, stdout=subprocess.DEVNULL, check=True)
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Give how many seconds a call takes."""
+    """Give the seconds of a call."""
     began = clock.now()
     call()
     return clock.now() - began

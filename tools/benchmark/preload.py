@@ -1,4 +1,4 @@
-"""What preloading saves a task: the same in two nodes, one of which preloads, turn by turn in one run."""
+"""Measures the time that preloading saves a task: two nodes, with and without preloading, run it in turn."""
 
 import contextlib
 import importlib.util
@@ -20,15 +20,15 @@ IDLE_S = 2.0
 
 
 def saved(turns: int) -> None:
-    """Print how long the task takes in both, from its preparation to its end."""
+    """Print the time of the task on both nodes, from its preparation to its end."""
     if importlib.util.find_spec(MODULE) is None:
-        print(f"preload: cannot be measured here: there is no {MODULE}")
+        print(f"cannot measure preload: the module {MODULE} is missing")
         return
     user = resolve("auto", "aitbc", []).service
     if problem := why_not(Sandbox(user, tmp_bytes=MIB, shm_bytes=MIB)):
-        print(f"preload: cannot be measured here: {problem}")
+        print(f"cannot measure preload: {problem}")
         return
-    print(f"preload: a task that imports {MODULE}, {turns} each, in an idle slot, in ms (median, best)")
+    print(f"preload: a task that imports {MODULE}, {turns} runs on each node, idle slot, ms (median, best)")
     with contextlib.ExitStack() as stack:
         cold, warm = (_coordinator(stack, preload) for preload in ([], [MODULE]))
         took: dict[str, list[float]] = {"cold": [], "preloaded": []}
@@ -60,6 +60,6 @@ def _run(mock: MockCoordinator) -> float:
     mock.wait(lambda ledger: ledger.job(job_id).state in FINAL, 60.0)
     body = mock.job(job_id).reports[-1].body
     if body.get("error_code"):
-        raise RuntimeError(f"the task failed: {body}")
+        raise RuntimeError(f"cannot measure preload: the task failed: {body}")
     timings: dict[str, float] = body["timings"]
     return timings["prepare"] + timings["run"]

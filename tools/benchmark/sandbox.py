@@ -1,4 +1,4 @@
-"""What the sandbox costs a job: a program started as a job is, with and without, turn by turn in one run."""
+"""Measures the cost of the sandbox: starts a program as a job, with and without a sandbox, in turn."""
 
 import os
 import select
@@ -25,14 +25,14 @@ PROGRAMS = {
 
 
 def cost(turns: int) -> None:
-    """Print for each program how long it takes from fork to reaped, bare and in the sandbox."""
+    """Print for each program the time from fork to wait, without and with the sandbox."""
     become_subreaper()
     user = Identity(UID, GID, "nobody") if os.geteuid() == 0 else None
     box = Sandbox(user, tmp_bytes=MIB, shm_bytes=MIB)
     if problem := why_not(box):
-        print(f"sandbox: cannot be measured here: {problem}")
+        print(f"cannot measure sandbox: {problem}")
         return
-    print(f"sandbox: {turns} runs each, from fork to reaped, in ms (median, best)")
+    print(f"sandbox: {turns} runs each, from fork to wait, ms (median, best)")
     with tempfile.TemporaryDirectory(prefix="aitbc-bench-") as folder:
         job = Path(folder)
         job.chmod(0o755)
@@ -54,7 +54,7 @@ def cost(turns: int) -> None:
 
 
 def run(box: Sandbox, job: Path, argv: Sequence[str], *, boxed: bool) -> float:
-    """Start the program once and give the seconds until it is reaped."""
+    """Start the program once and give the seconds until its wait returns."""
     user = box.runs_as
     with ExitStack() as stack:
         null = os.open(os.devnull, os.O_RDWR)

@@ -1,4 +1,4 @@
-"""The demo: a coordinator, a node, real jobs of every kind; those of tasks/ and allowlist/ are made for it.
+"""The demo: a coordinator, a node and real jobs of every kind. tasks/ and allowlist/ serve the demo only.
 
-* main: what `tools/demo` does
+* main: the command `tools/demo`
 """

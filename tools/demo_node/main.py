@@ -32,7 +32,7 @@ TIMEOUT_S = 60.0
 
 
 class Example(Struct, frozen=True):
-    """A job to show: what it is, its manifest, and the code it must end with (OK for success)."""
+    """A job of the demo: description, manifest, and the expected code at its end (OK for success)."""
 
     what: str
     manifest: dict[str, Any]
@@ -41,7 +41,7 @@ class Example(Struct, frozen=True):
 
 
 def examples(files: str) -> Iterator[Example]:
-    """Make the jobs; `files` is the address where the coordinator serves the inputs."""
+    """Make the jobs; the coordinator serves the inputs at the address `files`."""
 
     def cli(what: str, command: str, *args: str, expected: str = "OK", **more: Any) -> Example:
         manifest = {"runner": "cli", "command": command, "args": list(args), "timeout_s": 30, **more}
@@ -90,7 +90,7 @@ def examples(files: str) -> Iterator[Example]:
 
 
 class Table:
-    """Shows the state of each job as it changes: in place on a terminal, a line a change elsewhere."""
+    """Shows the states of the jobs: in place on a terminal, else one line for each change."""
 
     def __init__(self, coordinator: MockCoordinator, jobs: dict[str, Example]) -> None:
         self._coordinator = coordinator
@@ -100,7 +100,7 @@ class Table:
         self._began = time.monotonic()
 
     def show(self) -> None:
-        """Print what is new."""
+        """Print the changes."""
         states = {job_id: self._coordinator.job(job_id) for job_id in self._jobs}
         now = {job_id: f"{job.state:<7} {job.error_code or ''}".strip() for job_id, job in states.items()}
         if now == self._shown:
@@ -123,7 +123,7 @@ class Table:
 
 
 def follow(coordinator: MockCoordinator, jobs: dict[str, Example]) -> None:
-    """Wait until all jobs are final, showing them."""
+    """Show the jobs until all are final."""
     table = Table(coordinator, jobs)
     cancelled: set[str] = set()
     deadline = time.monotonic() + TIMEOUT_S
@@ -141,7 +141,7 @@ def follow(coordinator: MockCoordinator, jobs: dict[str, Example]) -> None:
 
 
 def report(coordinator: MockCoordinator, node: LocalNode, jobs: dict[str, Example]) -> bool:
-    """Print for each job what came of it; True when all is as expected."""
+    """Print the result of each job; True if all results are as expected."""
     good = True
     for job_id, example in jobs.items():
         job = coordinator.job(job_id)
@@ -151,7 +151,7 @@ def report(coordinator: MockCoordinator, node: LocalNode, jobs: dict[str, Exampl
         mark = "as expected" if right else f"EXPECTED {example.expected}"
         accepted = sum(report.verdict == "accepted" for report in job.reports)
         print(f"\n{cut(f'{job_id}: {example.what}', width())}")
-        print(f"  {got} ({mark}); handed out {len(job.handed)} times, reports accepted: {accepted}")
+        print(f"  {got} ({mark}); handed out {len(job.handed)} times, accepted reports: {accepted}")
         for line in details(node, job_id):
             print(cut(line, width()))
         if job.accepted:
@@ -167,7 +167,7 @@ def settled(node: LocalNode, job_id: str) -> bool:
 
 
 def details(node: LocalNode, job_id: str) -> Iterator[str]:
-    """Say what the node's own record of the job tells."""
+    """Describe the node's own record of the job."""
     folder = node.jobs / job_id
     if not (folder / "outcome.json").exists():
         return
@@ -183,14 +183,14 @@ def details(node: LocalNode, job_id: str) -> Iterator[str]:
 
 
 def leftovers(node: LocalNode, pids: set[int]) -> list[str]:
-    """Name what the node left behind: processes and cgroups."""
+    """Name the processes and cgroups that the node left behind."""
     left = [f"process {pid}" for pid in sorted(pids) if psutil.pid_exists(pid)]
     group = node.cgroup()
     return [*left, *([f"cgroup {group}"] if group else [])]
 
 
 def main() -> int:
-    """Run the demo; gives the exit status."""
+    """Run the demo; give the exit status."""
     parser = argparse.ArgumentParser(prog="tools/demo", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave coordinator and node running until Ctrl-C")
     keep = parser.parse_args().keep
@@ -209,35 +209,41 @@ def main() -> int:
         }.items():
             for source in sources:
                 node.put(name, ROOT / source)
-        who = "root: each slot's jobs run as a user of their own" if os.geteuid() == 0 else "an ordinary user"
+        who = (
+            "root: the jobs of each slot run as a separate user" if os.geteuid() == 0 else "an ordinary user"
+        )
         print(f"coordinator {coordinator.root}\nnode        {node.directory}\nas          {who}\n")
         good = run(coordinator, node, keep=keep)
-    print(f"\n{'all as expected' if good else 'NOT as expected'}; records and log stay in {node.directory}")
+    verdict = "all jobs ended as expected" if good else "some jobs did NOT end as expected"
+    print(f"\n{verdict}; records and log stay in {node.directory}")
     return 0 if good else 1
 
 
 def run(coordinator: MockCoordinator, node: LocalNode, *, keep: bool) -> bool:
-    """Run all jobs through a node, and stop it."""
+    """Run all jobs on a node, then stop the node."""
     jobs: dict[str, Example] = {}
     for number, example in enumerate(examples(coordinator.root), 1):
         jobs[coordinator.submit({"job_id": f"job-{number:02}", **example.manifest})] = example
     with node:
         follow(coordinator, jobs)
         with suppress(TimeoutError):
-            # The coordinator knows; the node may still be writing down that it does.
+            # The coordinator has accepted all reports; the node may not have recorded the answers yet.
             wait_until(lambda: all(settled(node, job_id) for job_id in jobs), 5.0)
         good = report(coordinator, node, jobs)
         ctl = shlex.quote(str(Path(sys.executable).parent / "aitbc-minerctl"))
         if keep:
-            # At once, also where a pipe would keep it until the end.
-            print(f"\nstill running; try:\n  {ctl} --socket {node.socket} status\nCtrl-C ends it", flush=True)
+            # Flush, because a pipe would keep the text until the end.
+            print(
+                f"\ncoordinator and node run; try:\n  {ctl} --socket {node.socket} status\nCtrl-C ends both",
+                flush=True,
+            )
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()
         pids = set(node.pids())
     with suppress(TimeoutError):
         wait_until(lambda: not leftovers(node, pids), 5.0)
     left = leftovers(node, pids)
-    print(f"\nleft behind: {', '.join(left) or 'no process, no cgroup'}")
+    print(f"\nleft behind: {', '.join(left) or 'no processes, no cgroups'}")
     return good and not left
 
 

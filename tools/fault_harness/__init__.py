@@ -1,14 +1,14 @@
-"""Kills, lost answers and failing disks for real nodes, and a count of what that did to their jobs.
+"""Faults for real nodes: kills, lost answers and disk errors, and checks of the nodes' jobs after them.
 
 * main: the command line of `tools/faults`
-* campaign: one node, killed again and again, and then looked at
-* plan: the boundaries of a node's steps, and which fault comes when
-* steps: knows of every step, holds a process at one; shim.c is its other end
-* node: who of a node's processes is who, and how each is ended
+* campaign: kills the processes of a node again and again, then checks the node
+* plan: the boundaries of a node's steps, and the sequence of faults
+* steps: observes every step and stops a process at a boundary, together with shim.c
+* node: finds and kills a node's processes
 * jobs: the jobs of a campaign
-* redis: a real Redis, which is killed as well
-* checks: what must hold when a campaign is over
-* scenarios: a coordinator that is away, or whose answers are lost
-* inject: one system call after the other fails, or is the last
-* answers: what comes of odd answers of a coordinator
+* redis: a real Redis, which a campaign also kills
+* checks: the conditions that must hold after a campaign
+* scenarios: a coordinator that is away, or loses its answers
+* inject: makes system calls fail, one after the other, or kills the process at each call
+* answers: odd answers of a coordinator
 """

@@ -1,8 +1,8 @@
-"""What comes of odd answers: each status with each body, at each call, once or for long, heard or unheard.
+"""Tests odd answers of a coordinator: each status and body at each call, once or for long, heard or not.
 
-A node's agent and heartbeat, as they are, in threads of this process against a double; what stands for the
-supervisor ends jobs when they may. All delays are shrunk. No job may be lost, done twice, killed or called
-E_UPLOAD, for in the end the coordinator always comes back.
+A node's real agent and heartbeat run in threads of this process against a double; a stub of the supervisor
+ends the jobs. All delays are short. No job may be lost, done twice, killed or end as E_UPLOAD, because the
+coordinator always works again in the end.
 """
 
 import itertools
@@ -53,7 +53,7 @@ RUNNING_MEANWHILE = frozenset({"register", "heartbeat", "progress", "jobs"})
 
 
 class Case(NamedTuple):
-    """One odd answer; `heard`: the call was carried out before."""
+    """An odd answer; `heard`: the coordinator carries out the call before it answers."""
 
     dialect: str
     endpoint: str
@@ -64,7 +64,7 @@ class Case(NamedTuple):
 
     @property
     def fault(self) -> str:
-        """As the double knows it."""
+        """The fault in the notation of the double."""
         return f"{'after:' if self.heard else ''}says:{self.status}:{self.body}"
 
     def __str__(self) -> str:
@@ -72,7 +72,7 @@ class Case(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """What came of the cases: how many, what was wrong."""
+    """The number of cases and the findings."""
 
     cases: int
     found: Counter[str]
@@ -80,7 +80,7 @@ class Shown(NamedTuple):
 
 
 def every(dialect: str) -> list[Case]:
-    """Give all cases of a dialect that are odd: a yes, a final no, or a lie about a call is none."""
+    """Give all odd answers of a dialect, without acceptances, final refusals and false answers."""
     product = itertools.product([dialect], ENDPOINTS[dialect], STATUSES, BODIES, [1, LONG], [False, True])
     return [case for case in itertools.starmap(Case, product) if not _is_meant(case)]
 
@@ -95,7 +95,7 @@ def _is_meant(case: Case) -> bool:
 
 
 def pairwise(cases: list[Case]) -> list[Case]:
-    """Choose cases that have each pair of values of two factors in one of them, if any of all has."""
+    """Choose cases so that each possible pair of values of two factors occurs in a case."""
     pairs = {case: set(itertools.combinations(enumerate(case), 2)) for case in cases}
     left = set().union(*pairs.values())
     chosen: list[Case] = []
@@ -107,7 +107,7 @@ def pairwise(cases: list[Case]) -> list[Case]:
 
 
 def run(dialect: str, cases: list[Case]) -> Shown:
-    """Run cases one after the other at one node."""
+    """Run cases one after the other on one node."""
     found: Counter[str] = Counter()
     examples: list[str] = []
     with _shrunk(), _node(dialect) as node:
@@ -119,7 +119,7 @@ def run(dialect: str, cases: list[Case]) -> Shown:
 
 
 def run_all(*, full: bool) -> list[tuple[str, Shown]]:
-    """Run both dialects, each in parts of its own process."""
+    """Run both dialects, each in several processes."""
     parts: list[tuple[str, list[Case]]] = []
     for dialect in ENDPOINTS:
         cases = every(dialect) if full else pairwise(every(dialect))
@@ -133,7 +133,7 @@ def run_all(*, full: bool) -> list[tuple[str, Shown]]:
 
 
 class _Node:
-    """Two threads of the node's own code, and one that ends its jobs."""
+    """Two threads with the node's code, and a thread that ends the jobs."""
 
     def __init__(self, dialect: str, mock: "MockCoordinator | MockAitbc", directory: Path) -> None:
         self.dialect, self.mock, self.directory = dialect, mock, directory
@@ -171,7 +171,7 @@ class _Node:
             each.close()
 
     def suffer(self, case: Case, job_id: str) -> str:
-        """Have a job done while the coordinator answers oddly; gives what was wrong, empty for nothing."""
+        """Run a job while the coordinator answers oddly; give the finding, or an empty text."""
         if case.endpoint == "register":
             self.mock.fault("heartbeat", "status:401", 1)
         if case.endpoint in RUNNING_MEANWHILE:
@@ -317,7 +317,7 @@ def _settings(dialect: str, url: str, directory: Path) -> config.Config:
 
 @contextmanager
 def _shrunk() -> Iterator[None]:
-    """Shorten what is not configured; a process of its own has it so to its end."""
+    """Shorten the delays without a configuration key, for the rest of this process."""
     delivery_queue.RETRY_MIN_S = admission.ACK_RETRY_MIN_S = 0.01
     reconcile.AGAIN_S = 0.02
     rate_limits.WINDOW_S, rate_limits.PAUSES_S = 0.1, (0.02,) * 5

@@ -1,4 +1,4 @@
-"""One node, killed again and again while it works, and then looked at: nothing may be lost or done twice."""
+"""Kills one node again and again while it works, then checks that no job was lost or done twice."""
 
 import threading
 import time
@@ -42,9 +42,9 @@ WAITING_JOBS = 6
 
 
 class Settings(Struct, frozen=True):
-    """What a campaign is like; `drop` and `disk` are shares of answers lost and of writes that fail.
+    """The settings of a campaign; `drop` and `disk`: the shares of lost answers and of failed writes.
 
-    `redis`: the node's queue is in a Redis of its own, which is killed and started again on the way.
+    `redis`: the node's queue is in its own Redis, which the campaign kills and starts too.
     """
 
     seed: str
@@ -56,7 +56,7 @@ class Settings(Struct, frozen=True):
 
 
 class Tally(Struct):
-    """What a campaign has done and found."""
+    """The faults and findings of a campaign."""
 
     kills: Counter[str] = msgspec.field(default_factory=Counter)
     hits: Counter[Boundary] = msgspec.field(default_factory=Counter)
@@ -71,7 +71,7 @@ class Tally(Struct):
 
 
 class Campaign:
-    """Everything of one node and its coordinator. `enough` says when to stop, `tell` prints a fault."""
+    """One node and its coordinator. `enough` decides when to stop, `tell` prints a fault."""
 
     def __init__(self, settings: Settings, enough: Callable[[], bool], tell: Callable[[str], None]) -> None:
         self._settings = settings
@@ -102,7 +102,7 @@ class Campaign:
         self._jobs = Jobs(settings.seed, self._node)
 
     def run(self) -> Tally:
-        """Kill until it is enough, let everything end, and check."""
+        """Kill processes until `enough`, let all jobs end, and check the node."""
         tally, node = self.tally, self._node
         tally.directory = str(node.directory)
         try:
@@ -124,7 +124,7 @@ class Campaign:
         return tally
 
     def _tell(self, text: str) -> None:
-        """Say what was done, also to whoever looks into the directory of a node that did not stand it."""
+        """Print a fault, and log the fault in the node's directory."""
         self._say(text)
         with (self._node.directory / "faults.log").open("a") as log:
             log.write(f"{clock.wall()} {text}\n")
@@ -183,7 +183,7 @@ class Campaign:
         self.tally.hits[moment.boundary] += 1
 
     def _strike(self, fault: Fault, moment: Moment | None, pid: int | None) -> None:
-        """Kill, and note what that may mean for which jobs."""
+        """Kill processes, and note the jobs that the kill may affect."""
         with self._striking:
             workers = self._node.workers()
             role = "all" if fault.whom is Whom.ALL else self._role(pid, workers, fault, moment)
@@ -208,7 +208,7 @@ class Campaign:
         return "heartbeat" if moment.boundary.step in {"register", "heartbeat"} else "agent"
 
     def _held_by(self, workers: AbstractSet[int | None]) -> set[str]:
-        """Name the jobs that these workers may have, also those of which none has written that down."""
+        """Name the jobs that these workers may have, recorded or not."""
         held: set[str] = set()
         for job_id in list(self._open) if workers else ():
             with suppress(OSError, msgspec.DecodeError):
@@ -219,7 +219,7 @@ class Campaign:
         return held
 
     def _risk(self, held: set[str], workers: AbstractSet[int | None], moment: Moment | None) -> None:
-        """Note the jobs of workers that were killed: they may be lost. One whose outcome stood may not."""
+        """Note the jobs of killed workers, which may be lost unless their outcome was on disk."""
         stood = moment.job_id if moment and moment.boundary == Boundary("outcome", Side.AFTER) else None
         self._fates.at_risk |= held - {stood}
         if moment is None or moment.job_id is None or moment.pid not in workers:
@@ -252,7 +252,7 @@ class Campaign:
         return value
 
     def _tend(self) -> None:
-        """Keep the node up, jobs waiting, and cancel those that are to be."""
+        """Restart the node if necessary, submit jobs, and cancel the jobs to be cancelled."""
         with self._striking:
             if self._node.process_ended():
                 self._note_exit()
@@ -276,7 +276,7 @@ class Campaign:
             )
 
     def _provoke(self, boundary: Boundary) -> None:
-        """Bring about what does not come by itself."""
+        """Cause the rare steps that do not happen by themselves."""
         if boundary.step == "register":
             self._mock.ledger.revoke_tokens()
         elif boundary.step == "workers" and (pid := self._node.find(Whom.WORKER)):
@@ -285,7 +285,7 @@ class Campaign:
     # --- the end -------------------------------------------------------------------------------------------
 
     def _settle(self) -> list[Finding]:
-        """Let every job end and every report be taken, and stop the node."""
+        """Wait until every job has ended and every report is accepted, then stop the node."""
         self._feeding = False
         if self._redis:
             self._redis.revive()

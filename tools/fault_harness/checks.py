@@ -1,4 +1,4 @@
-"""What must hold when a campaign is over, by the ledger and the machine, whatever was killed."""
+"""Checks after a campaign: the coordinator's ledger, the node's records and the machine."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ OF_THE_DISK = frozenset({ErrorCode.E_DISK, ErrorCode.E_INTERNAL})
 
 
 class Finding(Struct, frozen=True):
-    """Something that is not as it must be."""
+    """A failed check."""
 
     kind: str
     what: str
@@ -32,9 +32,9 @@ class Finding(Struct, frozen=True):
 
 
 class Fates(Struct):
-    """What the kills may have done to jobs.
+    """The jobs that kills affected.
 
-    `at_risk` are jobs whose worker was killed, so that they may be lost; `doomed` those that must be.
+    at_risk: jobs of killed workers, which may be lost. doomed: jobs that must be lost.
     """
 
     at_risk: set[str]
@@ -44,7 +44,7 @@ class Fates(Struct):
 def check(
     mock: MockCoordinator, node: FaultNode, kinds: dict[str, Kind], fates: Fates, *, disk: bool
 ) -> list[Finding]:
-    """Check everything. The node has been stopped, and all had the time to end."""
+    """Make all checks, after the node has stopped and all jobs had time to end."""
     findings: list[Finding] = []
     for job_id, kind in kinds.items():
         job = mock.job(job_id)
@@ -58,7 +58,7 @@ def check(
 
 
 def check_job(job: Job, kind: Kind, runs: int, fates: Fates, *, disk: bool = False) -> Iterator[Finding]:
-    """Compare one job's end with what it may be."""
+    """Compare a job's end with its permitted ends."""
     name = job.job_id
     accepted = [report for report in job.reports if report.verdict is Verdict.ACCEPTED]
     others = [report for report in job.reports if report.verdict not in {Verdict.ACCEPTED, Verdict.DUPLICATE}]
@@ -89,7 +89,7 @@ def check_job(job: Job, kind: Kind, runs: int, fates: Fates, *, disk: bool = Fal
 
 
 def check_records(root: Path, mock: MockCoordinator) -> Iterator[Finding]:
-    """Read every record that the node has left."""
+    """Check that every record of the node is readable."""
     broken = root / BROKEN
     for entry in sorted(broken.iterdir()) if broken.exists() else ():
         yield Finding("broken", f"set aside: {entry.name}")
@@ -114,7 +114,7 @@ def check_records(root: Path, mock: MockCoordinator) -> Iterator[Finding]:
 
 
 def check_log(path: Path) -> Iterator[Finding]:
-    """Look for what the node itself takes for a defect."""
+    """Find the defects that the node has logged."""
     with path.open(errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if "broken record" in line:

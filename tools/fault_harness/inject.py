@@ -1,8 +1,8 @@
-"""Lets one system call after the other fail, or be the last, in one process of a node, by way of strace.
+"""Makes the system calls of a node's process fail, one after the other, by strace.
 
-Each process that a job goes through (agent, worker, supervisor), each call by which it touches the disk, each
-way in which that may fail: the first such call fails while a job goes through the node, then in a further run
-the second, and so on, until a run ends in which none did. Whatever fails, the job must end as if it had not.
+For each process (agent, worker, supervisor), each call that touches the disk and each error: in the first run
+the first such call fails (or kills the process) while a job goes through the node, in the second run the
+second call, and so on, until no call fails in a run. The job must end as without the fault.
 """
 
 import shutil
@@ -51,7 +51,7 @@ KIND = Kind("whole", 'cat in; echo it is done > "$AITBC_OUTPUT_DIR/result.txt"',
 
 
 class Plan(NamedTuple):
-    """Which process meets which end of which call; `EIO` and the like, or `KILL`."""
+    """A process, a system call, and the fault: an errno such as `EIO`, or `KILL`."""
 
     whom: Whom
     call: str
@@ -72,7 +72,7 @@ FEW = (
 
 
 class Injected(Struct):
-    """What was done, by plan, and what was found."""
+    """The number of faults by plan, and the findings."""
 
     hits: Counter[Plan] = field(default_factory=Counter)
     runs: int = 0
@@ -82,13 +82,13 @@ class Injected(Struct):
 
 
 def inject(plans: tuple[Plan, ...], most: int, tell: Callable[[str], None]) -> Injected:
-    """Carry the plans out, each with up to `most` runs.
+    """Carry out the plans, each with up to `most` runs.
 
     Raises:
-        RuntimeError: there is no strace.
+        RuntimeError: strace is not installed.
     """
     if shutil.which("strace") is None:
-        raise RuntimeError("cannot inject: there is no strace; `apt-get install strace`")
+        raise RuntimeError("cannot inject faults: strace is not installed; apt-get install strace")
     with ExitStack() as stack:
         mock = stack.enter_context(MockCoordinator(lease_s=2.0))
         node = FaultNode(
@@ -127,7 +127,7 @@ class _Injector:
         return done
 
     def _once(self, plan: Plan, number: int) -> int:
-        """Let one job go through while the call of this number fails; gives how many did."""
+        """Run a job while the call of this number fails; give the number of failed calls."""
         pid = self._up(plan.whom)
         out = self._node.directory / "strace.out"
         how = f"signal={plan.fault}" if plan.fault == KILL else f"error={plan.fault}"
@@ -167,7 +167,7 @@ class _Injector:
         return hits
 
     def _up(self, whom: Whom) -> int:
-        """See to it that the node is up, and give the process."""
+        """Start the node if necessary, and give the process."""
 
         def ready() -> int | None:
             if self._node.process_ended():
@@ -215,7 +215,7 @@ def _ended(job: Job) -> str:
 
 
 def shown(done: Injected) -> Iterator[str]:
-    """Say what was done, as lines of a table."""
+    """Give the faults as lines of a table."""
     yield f"{done.runs} runs; jobs: " + ", ".join(f"{n} {how}" for how, n in done.endings.most_common())
     faults = sorted({plan.fault for plan in done.hits})
     yield f"{'process':<11} {'call':<7} " + " ".join(f"{fault:>7}" for fault in faults)
@@ -227,7 +227,7 @@ def shown(done: Injected) -> Iterator[str]:
 
 
 def _see_off(strace: "subprocess.Popen[bytes]") -> None:
-    """Have strace end: it may wait for ever for threads of a process that it has killed."""
+    """End strace, which may wait for ever for threads of a killed process."""
     try:
         strace.wait(SEE_OFF_S)
     except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""A campaign's jobs: short, of several kinds, each leaving a mark for each run. Which comes when is pure."""
+"""The short jobs of a campaign; each run leaves a mark. The sequence follows from the seed alone."""
 
 import random
 from typing import Any
@@ -13,10 +13,10 @@ CLEAN = '[ -z "$LD_PRELOAD$AITBC_FAULT_SOCKET" ] || exit 99; '
 
 
 class Kind(Struct, frozen=True):
-    """A kind of job: what its program does after its mark, how it may end (None: well), its frequency.
+    """A kind of job: its program after the mark, its permitted end (None: success), its frequency.
 
-    `attempts` is how often its retry policy lets the program be started. `MARKS` in the line stands for the
-    names of the job's marks.
+    attempts: the most starts of the program by its retry policy. The names of the job's marks replace
+    `MARKS`.
     """
 
     name: str
@@ -44,7 +44,7 @@ KINDS = (
 
 
 class Jobs:
-    """Makes one job after another, as the seed says."""
+    """Makes the jobs of a seed."""
 
     def __init__(self, seed: str, marks: MarkedJobs) -> None:
         self._rng = random.Random(seed)

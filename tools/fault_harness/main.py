@@ -1,16 +1,16 @@
-"""Kills a node's processes at every step of a job, and then counts: no job may be lost, or done twice.
+"""Kills a node's processes at every step of a job, then checks that no job was lost or done twice.
 
-campaign: real nodes with real short jobs against mock coordinators; supervisor, agent, heartbeat, a worker or
-all of them are killed (SIGKILL), at a chosen boundary of a step or at random, until it is enough. Then all is
-let end, and the ledger, the records and the machine are checked.
-outage: the coordinator is away for --minutes while --jobs jobs end. drop: --times answers to /jobs/result
-are lost after it was carried out.
-answers: each status with each body at each call of both dialects, once or for long, heard or unheard; each
-pair of these, or with --full all of them.
-inject: by strace, one system call after the other of worker, agent and supervisor fails, or is its last,
-while a job goes through the node; some of them, or with --full all.
+campaign: real nodes run short jobs of mock coordinators. The tool kills (SIGKILL) supervisor, agent,
+heartbeat, a worker or all processes, at the boundary of a step or at random, up to --kills or --minutes. Then
+it lets all jobs end, and checks the coordinator's ledger, the node's records and the machine.
+outage: the coordinator is away for --minutes while --jobs jobs end.
+drop: the coordinator carries out --times calls of /jobs/result, but their answers are lost.
+answers: the coordinator answers calls of both dialects with odd statuses and bodies, once or for long, before
+or after it carries out the call. The tool tries each pair of these factors, or with --full all combinations.
+inject: strace makes single system calls of worker, agent and supervisor fail, or kills the process at the
+call, while a job runs on the node. The tool tries some calls, or with --full all calls.
 
-Exit status 1 when anything is not as it must be; the node's directory is kept then, and named.
+The exit status is 1 if a check fails; the tool then keeps the node's directory and prints its path.
 """
 
 import argparse
@@ -39,7 +39,7 @@ KEEP_SAYING_S = 15.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what is asked for and print what came of it; gives the exit status."""
+    """Run the chosen test and print its results; give the exit status."""
     options = _options(argv)
     began = time.monotonic()
     tell = partial(_tell, began, options.verbose)
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             done = inject(FULL if options.full else FEW, options.most, tell)
             print("\n".join(shown(done)))
             return _print_findings([(done.directory, done.findings)])
-    print(f"seed {options.seed}; the same faults again: tools/faults {_repeat(options)}", flush=True)
+    print(f"seed {options.seed}; to repeat these faults: tools/faults {_repeat(options)}", flush=True)
     tallies = run_campaigns(options, tell)
     return print_tallies(tallies, time.monotonic() - began)
 
@@ -66,19 +66,19 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("what", choices=["campaign", "outage", "drop", "answers", "inject"], nargs="?", default="campaign")
-    add("--seed", default=secrets.token_hex(4), help="which faults come, and in which order")
-    add("--kills", type=int, help=f"stop after so many ({DEFAULT_KILLS}, unless --minutes is given)")
-    add("--minutes", type=float, help="stop after so long; for outage how long it lasts (5)")
-    add("--nodes", type=int, default=2, help="nodes at once, each with its own coordinator (2)")
-    add("--slots", type=int, default=4, help="slots a node (4)")
-    add("--drop-replies", type=float, default=0.0, metavar="P", help="share of all answers that are lost")
+    add("--seed", default=secrets.token_hex(4), help="seed of the sequence of faults")
+    add("--kills", type=int, help=f"stop after so many kills ({DEFAULT_KILLS}, unless --minutes is given)")
+    add("--minutes", type=float, help="stop after so many minutes; outage: the minutes of the outage (5)")
+    add("--nodes", type=int, default=2, help="number of nodes at once, each with its own coordinator (2)")
+    add("--slots", type=int, default=4, help="number of slots of each node (4)")
+    add("--drop-replies", type=float, default=0.0, metavar="P", help="share of answers that get lost")
     add("--disk", type=float, default=0.0, metavar="P", help="share of writes, fsyncs and renames that fail")
-    add("--redis", action="store_true", help="the queue in a real Redis, killed and started on the way")
-    add("--jobs", type=int, default=20, help="jobs for outage (20)")
-    add("--times", type=int, default=50, help="answers that are lost for drop (50)")
-    add("--full", action="store_true", help="for answers and inject: all of them, some 20 minutes")
-    add("--most", type=int, default=MOST, metavar="N", help="runs for each call and fault of inject")
-    add("-v", "--verbose", action="store_true", help="say each fault as it is done")
+    add("--redis", action="store_true", help="keep the queue in a real Redis, and kill and start it too")
+    add("--jobs", type=int, default=20, help="outage: number of jobs (20)")
+    add("--times", type=int, default=50, help="drop: number of lost answers (50)")
+    add("--full", action="store_true", help="answers, inject: try all combinations, about 20 minutes")
+    add("--most", type=int, default=MOST, metavar="N", help="inject: the most runs for each call and fault")
+    add("-v", "--verbose", action="store_true", help="print each fault")
     options = parser.parse_args(argv)
     if options.kills is None and options.minutes is None:
         options.kills = DEFAULT_KILLS
@@ -102,7 +102,7 @@ def _tell_of(tell: Callable[[str], None], name: str, text: str) -> None:
 
 
 def run_campaigns(options: argparse.Namespace, tell: Callable[[str], None]) -> list[Tally]:
-    """Run a campaign on each node, until there are kills enough or the time is over."""
+    """Run a campaign on each node, until the number of kills or the time is reached."""
     campaigns: list[Campaign] = []
     stop = threading.Event()
     until = None if options.minutes is None else time.monotonic() + options.minutes * 60
@@ -127,7 +127,7 @@ def run_campaigns(options: argparse.Namespace, tell: Callable[[str], None]) -> l
 
 
 def print_tallies(tallies: list[Tally], seconds: float) -> int:
-    """Print what came of the campaigns; gives the exit status."""
+    """Print the results of the campaigns; give the exit status."""
     kills = sum((tally.kills for tally in tallies), Counter[str]())
     endings = sum((tally.endings for tally in tallies), Counter[str]())
     passed = sum((tally.passed for tally in tallies), Counter[Boundary]())
@@ -138,13 +138,14 @@ def print_tallies(tallies: list[Tally], seconds: float) -> int:
     )
     print(f"{sum(tally.jobs for tally in tallies)} jobs: {_list(endings)}")
     if dropped := sum(tally.dropped for tally in tallies):
-        print(f"{dropped} answers lost besides")
+        print(f"{dropped} further answers lost")
     if disk := sum((tally.disk for tally in tallies), Counter[str]()):
         print(f"disk errors: {_list(disk)}")
     print_table(hits, passed)
     missed = [each for tally in tallies for each in tally.missed]
     print(
-        f"{len(missed)} faults whose boundary did not come up in time" + "".join(f"\n  {m}" for m in missed)
+        f"{len(missed)} faults not made, because no process reached the boundary in time"
+        + "".join(f"\n  {m}" for m in missed)
     )
     never = [f"{side} {step}" for step, side in BOUNDARIES if not hits[Boundary(step, side)]]
     print(f"boundaries without a kill: {', '.join(never) or 'none'}")
@@ -152,7 +153,7 @@ def print_tallies(tallies: list[Tally], seconds: float) -> int:
 
 
 def print_table(hits: Counter[Boundary], passed: Counter[Boundary]) -> None:
-    """Print how often something was killed on each side of each step, and how often the step was taken."""
+    """Print the number of kills before and after each step, and how often the node took the step."""
     print(f"\n{'step':<12} {'kills before':>12} {'after':>6} {'taken':>7}")
     for step, meaning in STEPS.items():
         before, after = Boundary(step, Side.BEFORE), Boundary(step, Side.AFTER)
@@ -183,12 +184,12 @@ def _print_answers(*, full: bool, began: float) -> int:
 
 
 def _print_findings(of_nodes: list[tuple[str, list[Finding]]]) -> int:
-    """Print what is wrong, and remove the directories of nodes of which all is well."""
+    """Print the findings, and remove the directories of nodes without findings."""
     found = Counter(finding.kind for _, findings in of_nodes for finding in findings)
     print(", ".join(f"{found[kind]} {kind}" for kind in KINDS))
     for directory, findings in of_nodes:
         if findings:
-            print(f"in {directory}, which is kept:" + "".join(f"\n  {finding}" for finding in findings))
+            print(f"findings in {directory} (kept):" + "".join(f"\n  {finding}" for finding in findings))
         else:
             shutil.rmtree(directory, ignore_errors=True)
     return 1 if found else 0

@@ -1,4 +1,4 @@
-"""A node to be killed: who of its processes is who, and how each of them is ended."""
+"""A node for kills: finds its processes and kills them."""
 
 import os
 import signal
@@ -21,7 +21,7 @@ GONE_S = 20.0
 
 
 class FaultNode(MarkedJobs, LocalNode):
-    """A node whose own processes load the shim, and whose jobs leave marks in `marks`."""
+    """A node whose processes load the shim, and whose jobs leave marks in `marks`."""
 
     def __init__(self, base_url: str, slots: int, environ: Mapping[str, str], **changes: Any) -> None:
         rows = [{"name": f"cpu{i}", "kind": "cpu", "pids_max": 64} for i in range(slots)]
@@ -39,15 +39,15 @@ class FaultNode(MarkedJobs, LocalNode):
         return self.process.pid if self.process else 0
 
     def own_processes(self) -> list[int]:
-        """Find the processes of the node that are alive, those of an earlier run too; no program of a job."""
+        """Find the live processes of the node and its earlier runs, without the programs of jobs."""
         return [pid for pid in psutil.pids() if str(self.config) in _command(pid)]
 
     def all_processes(self) -> list[int]:
-        """Find the processes of the node and of its jobs that are alive, whoever their parent is now."""
+        """Find the live processes of the node and its jobs, whatever their parent."""
         return [pid for pid in psutil.pids() if _belongs(pid, self.directory)]
 
     def workers(self) -> dict[str, int]:
-        """Give the pids of the workers that are alive, by slot; those of an earlier run too."""
+        """Give the pids of live workers by slot, including earlier runs."""
         try:
             book = msgspec.json.decode(
                 self.socket.with_name("workers.json").read_bytes(), type=dict[str, WorkerName]
@@ -57,7 +57,7 @@ class FaultNode(MarkedJobs, LocalNode):
         return {slot: name.pid for slot, name in book.items() if process_start(name.pid) == name.start}
 
     def find(self, whom: Whom, slot: int = 0) -> int | None:
-        """Give the pid of a kind of process, if it can be told now; of the workers, one of them."""
+        """Give the pid of a process of this kind, if it is known now; of the workers any."""
         if whom in {Whom.SUPERVISOR, Whom.ALL}:
             return None if self.process_ended() else self.supervisor
         workers = sorted(self.workers().values())
@@ -72,7 +72,7 @@ class FaultNode(MarkedJobs, LocalNode):
         return None
 
     def calling_from(self, port: int) -> int | None:
-        """Give the pid of the process that has this port."""
+        """Give the pid of the process with this TCP port."""
         for pid in self.own_processes():
             with suppress(psutil.Error):
                 connections = psutil.Process(pid).net_connections("tcp")
@@ -89,20 +89,20 @@ class FaultNode(MarkedJobs, LocalNode):
         wait_until(lambda: not any(alive(pid) for pid in pids), GONE_S, 0.002)
 
     def kill_all(self) -> None:
-        """Kill every process of the node; programs of jobs die with their workers, or do not."""
+        """Kill every process of the node; programs of jobs may outlive their workers."""
         # The supervisor first, for nobody else starts workers.
         self.kill([self.supervisor])
         while pids := self.own_processes():
             self.kill(pids)
 
     def remains(self) -> list[str]:
-        """Name what is left on the machine when nothing should be: processes and cgroups."""
+        """Name the node's remaining processes and cgroups, of which none should remain."""
         found = [f"process {pid}: {' '.join(_command(pid))[:100]}" for pid in self.all_processes()]
         group = self.cgroup()
         return [*found, *([f"cgroup {group}"] if group else [])]
 
     def clean_up(self) -> None:
-        """Leave no process and no cgroup, whatever state the node is in. The directory stays."""
+        """Remove all processes and cgroups in any state of the node; keep the directory."""
         if self.process is not None:
             self.kill_all()
             self.process.wait(GONE_S)
@@ -122,7 +122,7 @@ def _command(pid: int) -> list[str]:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has collected yet does not."""
+    """Whether a process runs; a zombie does not."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,7 +1,7 @@
-"""What a campaign does to a node: the boundaries of its steps, and which fault comes when. Pure.
+"""The boundaries of a node's steps, and the sequence of faults of a campaign. Pure.
 
-The sequence of faults follows from the seed alone. When each of them strikes is the machine's affair, so a
-second run with the seed is the same campaign, not the same interleaving.
+The sequence follows from the seed alone. The machine decides the moment of each fault, so a second run with
+the same seed has the same faults, but not the same interleaving.
 """
 
 import random
@@ -13,7 +13,7 @@ from msgspec import Struct
 
 
 class Whom(StrEnum):
-    """Who is killed: `HERE` is whoever stands at the boundary."""
+    """The process to kill; `HERE` is the process at the boundary."""
 
     HERE = "here"
     SUPERVISOR = "supervisor"
@@ -24,7 +24,7 @@ class Whom(StrEnum):
 
 
 class Side(StrEnum):
-    """On which side of a step."""
+    """The side of a step."""
 
     BEFORE = "before"
     AFTER = "after"
@@ -81,10 +81,10 @@ AT_RANDOM = (Whom.SUPERVISOR, Whom.SUPERVISOR, Whom.AGENT, Whom.HEARTBEAT, Whom.
 
 
 class Fault(Struct, frozen=True):
-    """A kill: at a boundary, or at no particular one.
+    """A kill, at a boundary or at any moment.
 
-    `passes` is how often the boundary is let pass first, `pause_s` the time before the fault is made ready,
-    and `down_s` how long the node stays down if its supervisor is hit.
+    passes: the boundary is first passed so often. pause_s: the time before the fault is prepared. down_s: the
+    node stays down for so long if its supervisor is killed.
     """
 
     number: int
@@ -101,7 +101,7 @@ class Fault(Struct, frozen=True):
 
 
 def faults(seed: str) -> Iterator[Fault]:
-    """Give the faults of a seed, without end; see `_round`."""
+    """Yield the faults of a seed without end; see `_round`."""
     rng = random.Random(seed)
     number = 0
     while True:
@@ -118,10 +118,10 @@ def faults(seed: str) -> Iterator[Fault]:
 
 
 def _round(rng: random.Random) -> Iterator[tuple[Whom, Boundary | None]]:
-    """Give each boundary twice: once whoever stands there is killed, once the supervisor or all.
+    """Yield each boundary twice: kill the process at the boundary, and kill the supervisor or all.
 
-    The two kinds take turns: a child that dies again and again is started after ever longer pauses, until
-    its supervisor is a new one. One kind is half a round ahead, so that half a round comes to every boundary.
+    The two kinds alternate, because the supervisor restarts a dying child after ever longer pauses, until a
+    new supervisor runs. One kind is half a round ahead, so that half a round has every boundary.
     """
     order = rng.sample(BOUNDARIES, len(BOUNDARIES))
     half = len(order) // 2

@@ -1,4 +1,4 @@
-"""A real Redis for a node's queue, which is killed and started again while the node works."""
+"""A real Redis for a node's queue, which a campaign kills and starts again."""
 
 import os
 import shutil
@@ -17,7 +17,7 @@ LEASE_S = 5
 
 
 class FaultRedis:
-    """A server in a directory of its own below `folder`; what it has acknowledged outlives its kills."""
+    """A server in its own directory below `folder`; acknowledged writes survive a kill."""
 
     def __init__(self, folder: Path) -> None:
         found = shutil.which("redis-server", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/bin")
@@ -35,11 +35,11 @@ class FaultRedis:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What a node's configuration says in `queue`."""
+        """The section `queue` of a node's configuration."""
         return {"backend": "redis", "url": f"unix://{self._socket}?db=0", "lease_s": LEASE_S}
 
     def turn(self, number: int) -> str:
-        """Kill it or start it, if that comes with this fault; says which, or nothing."""
+        """Kill or start Redis if this fault includes it; give the action, or an empty text."""
         place = number % ROUND
         if place == ROUND // 2 and self._process:
             self._end()
@@ -50,10 +50,10 @@ class FaultRedis:
         return ""
 
     def revive(self) -> None:
-        """Have it run.
+        """Start Redis if it does not run.
 
         Raises:
-            TimeoutError: it does not answer.
+            TimeoutError: Redis does not answer.
         """
         if self._process is None:
             with (self._folder / "redis.log").open("ab") as log:

@@ -1,4 +1,4 @@
-"""Two ways for a coordinator to be of no help: it is away for minutes, or its answers are lost."""
+"""Two scenarios: the coordinator is away for minutes, or its answers are lost."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ WELL = Kind("well", "", frozenset({None}), 1)
 
 
 class Shown(Struct):
-    """What came of a scenario: in words, what was wrong, and where the node lived."""
+    """The result of a scenario: a summary, the findings, and the node's directory."""
 
     said: list[str] = []
     findings: list[Finding] = []
@@ -29,7 +29,7 @@ Told = Callable[[str], None]
 
 
 def outage(jobs: int, minutes: float, tell: Told) -> Shown:
-    """Let `jobs` jobs, each in a slot of its own, end while the coordinator is away for `minutes`."""
+    """Let `jobs` jobs, each in its own slot, end while the coordinator is away for `minutes`."""
     with _scene(jobs) as (mock, node, shown):
         go = node.marks / "go"
         names = [
@@ -57,7 +57,7 @@ def outage(jobs: int, minutes: float, tell: Told) -> Shown:
 
 
 def drop(times: int, tell: Told, jobs: int = 10) -> Shown:
-    """Lose `times` answers to /jobs/result, each after the result was accepted, or known already."""
+    """Lose `times` answers to /jobs/result, each after the coordinator accepted or knew the result."""
     with _scene(4) as (mock, node, shown):
         mock.fault("result", "drop_after", times)
         names = [mock.submit(node.script(f"dropped-{i}", "true")) for i in range(jobs)]

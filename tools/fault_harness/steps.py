@@ -1,7 +1,7 @@
-"""Knows of every step that the node's processes take, and can hold one there: the other end of the shim.
+"""Observes every step of the node's processes and can stop a process at a step: the server of the shim.
 
-`shim.c`, loaded into the node's processes, asks here before each step on disk and after it; the mock
-coordinator asks around each call. While the answer is not given, the step is not taken.
+`shim.c`, loaded into the node's processes, asks this module before and after each step on disk; the mock
+coordinator asks before and after each call. A process waits for the answer before it goes on.
 """
 
 import errno
@@ -30,7 +30,7 @@ DISK_FAULTS = {"create": errno.ENOSPC, "rename": errno.ENOSPC, "fsync": errno.EI
 
 
 class Moment(NamedTuple):
-    """A process at a boundary; `port` instead of `pid` where it is known by its call to the coordinator."""
+    """A process at a boundary; known by `port` instead of `pid` during a call to the coordinator."""
 
     boundary: Boundary
     pid: int | None = None
@@ -39,7 +39,7 @@ class Moment(NamedTuple):
 
 
 class Trap:
-    """What waits for a boundary: `spring` is called there, once, with the process still standing there."""
+    """A trap at a boundary: `spring` is called once, while the process waits there."""
 
     def __init__(self, boundary: Boundary, passes: int, spring: Callable[[Moment], None]) -> None:
         self.boundary = boundary
@@ -50,7 +50,7 @@ class Trap:
         self._taken = False
 
     def meets(self, moment: Moment) -> bool:
-        """Spring, if this is the moment; False when it is not."""
+        """Spring the trap if this is its boundary; False otherwise."""
         if moment.boundary != self.boundary:
             return False
         with self._lock:
@@ -63,17 +63,17 @@ class Trap:
         return True
 
     def disarm(self) -> bool:
-        """Spring no more; True when it has sprung already."""
+        """Disarm the trap; True if it has sprung already."""
         with self._lock:
             taken, self._taken = self._taken, True
         return taken and self.sprung.wait(30.0)
 
 
 class Gate:
-    """All steps of one node come by here, each in a thread of its own.
+    """Handles all steps of a node, each in its own thread.
 
-    `drop` is the share of the coordinator's answers that are lost, `disk` that of writes that fail; the seed
-    says which. `marks` is where the jobs' programs leave their marks.
+    drop: the share of lost answers of the coordinator. disk: the share of failed writes. The seed selects
+    them. marks: the directory of the marks of the jobs' programs.
     """
 
     def __init__(self, seed: str, marks: Callable[[], Path], *, drop: float = 0.0, disk: float = 0.0) -> None:
@@ -90,12 +90,12 @@ class Gate:
         self.failed: Counter[str] = Counter()
 
     def calm(self) -> None:
-        """From now on nothing goes wrong any more."""
+        """Make no more faults."""
         self.trap = None
         self._drop = self._disk = 0.0
 
     def call(self, endpoint: str, side: str, port: int) -> bool:
-        """Stand between the node and the coordinator; True loses the answer. See `mock.exchange.Boundary`."""
+        """Handle a call to the coordinator; True loses the answer. See `mock.exchange.Boundary`."""
         if endpoint not in STEPS:
             return False
         if self._meet(Moment(Boundary(endpoint, Side(side)), port=port)):
@@ -105,7 +105,7 @@ class Gate:
         return lost
 
     def before(self, operation: str, pid: int, first: str, second: str) -> tuple[int, Moment | None]:
-        """Stand before a step on disk: the errno that it fails with, and what is known of it."""
+        """Handle the moment before a step on disk: give its errno if it must fail, and its record."""
         if operation in DISK_FAULTS and self._falls(operation, self._disk):
             self.failed[operation] += 1
             return DISK_FAULTS[operation], None
@@ -115,7 +115,7 @@ class Gate:
         return 0, named
 
     def after(self, operation: str, moment: Moment) -> None:
-        """Stand after it."""
+        """Handle the moment after a step on disk."""
         moment = moment._replace(boundary=Boundary(moment.boundary.step, Side.AFTER))
         if operation == "execve" and not self._marked(moment):
             return
@@ -150,7 +150,7 @@ class Gate:
         return None
 
     def _marked(self, moment: Moment) -> bool:
-        """Wait for the program's mark, if anybody wants to know."""
+        """Wait for the program's mark, if a trap needs the mark."""
         if self.trap is None or self.trap.boundary != moment.boundary:
             return False
         with suppress(TimeoutError):
@@ -176,7 +176,7 @@ def _parent(pid: int) -> int | None:
 
 
 class _Conversation(socketserver.StreamRequestHandler):
-    """One step of one process; the top of shim.c says how it goes."""
+    """Handles one step of one process by the protocol at the top of shim.c."""
 
     server: "StepServer"
 
@@ -197,7 +197,7 @@ class _Conversation(socketserver.StreamRequestHandler):
 
 
 class StepServer(socketserver.ThreadingUnixStreamServer):
-    """Listens for the shim. `environ` is what a process needs to be asked of; `disk` asks for more steps."""
+    """Listens for the shim. `environ`: the variables that load the shim; `disk`: also observe writes."""
 
     daemon_threads = True
     request_queue_size = 128
@@ -218,7 +218,7 @@ class StepServer(socketserver.ThreadingUnixStreamServer):
         self._thread.start()
 
     def close(self) -> None:
-        """Listen no more: whoever asks is let go."""
+        """Stop listening, and let all waiting processes go on."""
         self.shutdown()
         self._thread.join()
         self.server_close()
@@ -228,8 +228,8 @@ def build_shim(folder: Path) -> Path:
     """Compile the shim.
 
     Raises:
-        RuntimeError: there is no C compiler.
-        subprocess.CalledProcessError: it does not compile.
+        RuntimeError: the machine has no C compiler.
+        subprocess.CalledProcessError: the shim does not compile.
     """
     shim = folder / "fault_shim.so"
     source = Path(__file__).with_name("shim.c")

@@ -1,4 +1,4 @@
-"""Hostile input for every decoder of what comes from outside; the targets are in tests/fuzz.
+"""Hostile input for every decoder of data from outside; the targets are in tests/fuzz.
 
-* main: what `tools/fuzz` does: tries each target in a process of its own, keeps what it finds
+* main: the command `tools/fuzz`: runs each target in its own process, and keeps the findings
 """

@@ -1,10 +1,10 @@
-"""Tries the decoders with hostile input until it is enough, one target after another.
+"""Feeds hostile input to the decoders, one target after the other, for a time or a number of inputs.
 
-Each target is tried in a process of its own, so that a crash, an input that takes for ever or one that takes
-all memory is a finding like any other. A finding is kept as a file, with the command that repeats it. Targets
-and their promises are in tests/fuzz, where a new finding belongs into found.py.
+Each target runs in its own process, so that a crash, an endless run or exhausted memory is a finding too. The
+tool keeps the input of a finding as a file, and prints the command that repeats the finding. The targets and
+their permitted errors are in tests/fuzz; add a new finding to found.py there.
 
-Exit status 1 when anything is found.
+The exit status is 1 after a finding.
 """
 
 import argparse
@@ -36,7 +36,7 @@ BROKEN = 3
 
 
 class Settings(NamedTuple):
-    """How long a target is tried: seconds, or inputs; and which inputs."""
+    """The time or number of inputs for a target, and the seed."""
 
     seconds: float
     runs: int | None
@@ -44,7 +44,7 @@ class Settings(NamedTuple):
 
 
 class Tally(NamedTuple):
-    """What came of a target."""
+    """The result of a target."""
 
     runs: int
     seconds: float
@@ -52,7 +52,7 @@ class Tally(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Try what is asked for and print what came of it; gives the exit status."""
+    """Run the chosen targets and print the results; give the exit status."""
     options = _options(argv)
     if options.input is not None:
         return _repeat(TARGETS[options.targets[0]], options.input.read_bytes())
@@ -76,30 +76,33 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="tools/fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)} (all)")
-    add("--seconds", type=float, default=DEFAULT_S, help=f"for each target ({DEFAULT_S:.0f})")
-    add("--runs", type=int, help="inputs for each target, instead of seconds")
+    add("targets", nargs="*", metavar="TARGET", help=f"one or more of {', '.join(TARGETS)} (all)")
+    add("--seconds", type=float, default=DEFAULT_S, help=f"seconds for each target ({DEFAULT_S:.0f})")
+    add("--runs", type=int, help="number of inputs for each target, instead of a time")
     add(
-        "--seed", type=int, default=secrets.randbits(31), help="which inputs; with --runs the very same again"
+        "--seed",
+        type=int,
+        default=secrets.randbits(31),
+        help="seed of the inputs; with --runs the same seed gives the same inputs",
     )
     add(
         "--keep",
         type=Path,
         default=ROOT / "build" / "fuzz",
         metavar="DIR",
-        help="where findings go (build/fuzz)",
+        help="directory of the findings (build/fuzz)",
     )
-    add("--input", type=Path, metavar="FILE", help="try this one on the one target that is named")
+    add("--input", type=Path, metavar="FILE", help="run the named target with this input only")
     options = parser.parse_args(argv)
     if unknown := set(options.targets) - set(TARGETS):
-        parser.error(f"no such target: {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
+        parser.error(f"unknown target: {', '.join(sorted(unknown))}; the targets are {', '.join(TARGETS)}")
     if options.input is not None and len(options.targets) != 1:
         parser.error("--input needs one target")
     return options
 
 
 def explore(target: Target, settings: Settings) -> Tally:
-    """Try one target in processes of its own; after a crash another one goes on with other inputs."""
+    """Run a target in its own processes; after a crash the next process goes on with other inputs."""
     began = time.monotonic()
     runs, findings = 0, dict[str, Finding]()
     number = settings.seed
@@ -142,7 +145,7 @@ def _one_process(
 
 
 def _next(end: "Connection[None, int | Finding]", process: ForkProcess, fd: int) -> int | Finding | None:
-    """Wait for what it says; None when it had to be killed."""
+    """Wait for the process's result; None if the process had to be killed."""
     while not end.poll(STUCK_S):
         # It says something after each round, and its clock of the input goes on with each.
         if time.time() - os.fstat(fd).st_mtime > STUCK_S:
@@ -197,7 +200,7 @@ def _repeat(target: Target, data: bytes) -> int:
         except BaseException:  # noqa: BLE001  # whatever comes out is what was asked for
             traceback.print_exc()
             return 1
-    print("nothing was found with this input")
+    print("no finding with this input")
     return 0
 
 

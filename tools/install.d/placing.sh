@@ -1,11 +1,11 @@
 # Sourced by tools/install: users, files, and the samples of the configuration.
 
-# A file appears under its name when it is whole and on disk: a full disk or a power cut leaves the old one.
+# Writes a file completely before it gets its name, so that a full disk or a power cut leaves the old file.
 # place MODE SOURCE TARGET [GROUP]
 place() {
   install -D -m "$1" -g "${4:-root}" "$2" "$3.aitbc-new" && sync "$3.aitbc-new" && mv -T "$3.aitbc-new" "$3" || {
     rm -f "$3.aitbc-new"
-    die "cannot write $3: see above; make room there, then tools/install again"
+    die "cannot write $3: see above; make room on the disk, then run tools/install again"
   }
 }
 
@@ -14,7 +14,7 @@ link() {
   mv -T "$2.aitbc-new" "$2"
 }
 
-# A line for each thing that was made here.
+# Adds a line to $made for each user, group or sample.
 note_made() {
   { { [ ! -e "$made" ] || cat "$made"; } && printf '%s\n' "$@"; } >"$made.list"
   place 644 "$made.list" "$made"
@@ -38,7 +38,7 @@ place_files() {
 
 make_users() {
   local kind name new=() members
-  # Where it was as long as the directory was root's.
+  # Earlier versions kept the list here, while the directory belonged to root.
   if [ -O "$state/made-here" ] && [ ! -e "$made" ]; then mv "$state/made-here" "$made"; fi
   while read -r kind name; do
     getent "$kind" "$name" >/dev/null || new+=("$kind $name")
@@ -48,13 +48,13 @@ make_users() {
   [ ${#new[@]} = 0 ] || note_made "${new[@]}"
   members=$(getent group aitbc | cut -d: -f4 | tr , '\n' | { grep -vx aitbc || true; })
   for name in $members; do
-    say "$name is in the group aitbc, which reads the token; to let $name look at the miner and no more:" \
+    say "$name is in the group aitbc and can read the token; to let $name only read the miner's state:" \
       "gpasswd -d $name aitbc; usermod -aG aitbc-view $name"
   done
 }
 
-# What is there is the operator's: a file that he changed stays changed, one that he removed stays away. What is new in
-# this version arrives.
+# Existing files belong to the operator: a changed file stays changed, and a removed file stays removed. Only the new
+# samples of this version are added.
 place_samples() {
   local name
   mkdir -p "$etc"
@@ -65,7 +65,7 @@ place_samples() {
 
 place_directory() {
   local sample target known
-  # 0.1 noted its directories only; which samples it knew is told by its own copy of them.
+  # Version 0.1 noted only directories; its copy of the samples shows which samples it had placed.
   if grep -qsxF "samples $2" "$made" && ! grep -qsF "sample $2/" "$made"; then
     known=("$doc/examples/$1"/*.*)
     [ ${#known[@]} = 0 ] || note_made "${known[@]/#*\//sample $2/}"
@@ -78,7 +78,7 @@ place_directory() {
     target=$2/${sample##*/}
     ! grep -qsxF "sample $target" "$made" || continue
     seen+=("sample $target")
-    # Not into a directory that he removed.
+    # Not into a directory that the operator removed.
     if [ -d "$2" ] && [ ! -e "$target" ]; then
       place 644 "$sample" "$target"
       arrived+=("$target")
@@ -86,31 +86,31 @@ place_directory() {
   done
 }
 
-# Each slot's jobs are a user of their own, who owns nothing else and can log in nowhere.
+# The jobs of each slot run as their own user, who owns no other files and cannot log in.
 make_slot_users() {
   local version=${building:-$current} layout names name
-  # What else `check` would refuse is said when the users are there.
+  # `check`, which needs the users, reports all other faults later.
   layout=$(as_the_service "$version/bin/aitbc-miner" slots --config "$etc/config.yaml" 2>/dev/null) || {
     as_the_service "$version/bin/aitbc-miner" slots --config "$etc/config.yaml" >/dev/null || true
-    die "cannot make the slots' users: the configuration has faults, see above; mend them, then tools/install again"
+    die "cannot make the slots' users: the configuration has faults, see above; correct them, then tools/install again"
   }
-  # Some names are in quotes, for YAML has other ideas about 0 or no.
+  # A parser reads the names, because YAML quotes names such as 0 or no.
   names=$("$version/bin/python" -c 'import sys, yaml
 for slot in yaml.safe_load(sys.stdin)["slots"]: print(slot["name"])' <<<"$layout")
   for name in $names; do
     name=aitbc-job-$name
     getent passwd "$name" >/dev/null && continue
     useradd --system --user-group --no-create-home --home-dir /nonexistent --shell /usr/sbin/nologin "$name" ||
-      die "cannot make the user $name: see above; names of at most 22 letters suit a slot"
+      die "cannot make the user $name: see above; a slot's name may have at most 22 characters"
     note_made "passwd $name" "group $name"
   done
 }
 
-# A power cut soon after would leave empty files, and an empty unit is a masked one to systemd.
+# Without this a power cut could leave empty files; systemd treats an empty unit as masked.
 settle() {
   local place
   for place in "$lib" /usr/lib/systemd/system /usr/bin "$etc" "$tasks" "$state"; do
-    # The operator may have removed one.
+    # The operator may have removed a directory.
     [ ! -e "$place" ] || sync -f "$place"
   done
 }

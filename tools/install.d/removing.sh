@@ -1,10 +1,10 @@
-# Sourced by tools/install: takes the miner off this machine.
+# Sourced by tools/install: removes the miner from this machine.
 
 uninstall() {
   local purge=$1
-  [ -e "$lib" ] || say "nothing is installed in $lib; removing what else there may be"
+  [ -e "$lib" ] || say "$lib is missing; removing the other files of the miner, if any"
   if is_booted && [ -e /usr/lib/systemd/system/aitbc-miner.service ]; then
-    say "stopping the miner; running jobs end now (up to a minute)"
+    say "stopping the miner and ending all running jobs (up to a minute)"
     systemctl stop aitbc-miner.service aitbc-miner-slots.service aitbc.slice ||
       die "cannot stop the miner: see above; nothing was removed"
     systemctl --quiet reset-failed "${units[@]}" 2>/dev/null || true
@@ -21,12 +21,12 @@ uninstall() {
     rmdir --ignore-fail-on-non-empty "${etc%/*}" "${state%/*}" 2>/dev/null || true
     say "removed"
   else
-    say "removed; the configuration stays in $etc, the records of jobs in $state," \
-      "and so do the users whom they belong to (--purge removes all three)"
+    say "removed, except the configuration in $etc, the records of jobs in $state" \
+      "and the users of the miner and its jobs (--purge removes all three)"
   fi
 }
 
-# The operator's own tasks are not ours to remove.
+# Removes only unchanged samples; the operator's own tasks stay.
 remove_sample_tasks() {
   local sample
   for sample in "$doc"/examples/tasks/*; do
@@ -36,15 +36,15 @@ remove_sample_tasks() {
   rmdir --ignore-fail-on-non-empty "$tasks" "${tasks%/*}" "${tasks%/*/*}" 2>/dev/null || true
 }
 
-# With their files and not before: whoever got their numbers next would own what they leave.
+# Only together with their files: the next users with the same numbers would own the files.
 remove_users() {
   local kind name
   [ -e "$made" ] || return 0
   while read -r kind name; do
-    # A user's own group goes with him.
+    # userdel also removes the user's own group.
     case $kind in
       passwd) ! getent passwd "$name" >/dev/null || userdel "$name" ;;
       group) ! getent group "$name" >/dev/null || groupdel "$name" ;;
-    esac || die "cannot remove $name ($kind): see above; then tools/install --uninstall --purge again"
+    esac || die "cannot remove $name ($kind): see above; then run tools/install --uninstall --purge again"
   done < <(sort -ru "$made")
 }

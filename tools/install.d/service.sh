@@ -1,31 +1,31 @@
-# Sourced by tools/install: whether the new version would start, and that what ran before runs again.
+# Sourced by tools/install: checks that the new version would start, and restarts the miner.
 
 is_booted() { [ -d /run/systemd/system ]; }
 
 is_sample() { grep -q '^ *base_url: https://coordinator\.example/' "$etc/config.yaml"; }
 
-# Whatever `run` would refuse, `check` refuses, and before anything points to the new version.
+# `check` finds every fault that would stop `run`, before the machine uses the new version.
 check_configuration() {
   local status=0 sample
   if is_sample; then return; fi
   passes_check || status=$?
   if [ "$status" != 0 ] && [ ${#arrived[@]} -gt 0 ]; then
-    # Perhaps it is a sample that has just arrived, such as a second rule for a command that the operator has.
+    # A new sample may be the cause, such as a second rule for a command of the operator.
     rm "${arrived[@]}"
     if passes_check >/dev/null; then
-      say "left out, for with them the configuration would have the faults above: ${arrived[*]}"
+      say "samples not installed, because they would cause the faults above: ${arrived[*]}"
       arrived=()
       return
     fi
   fi
   [ "$status" = 0 ] ||
-    die "cannot go on: $(build_of "${building:-$current}") does not accept the configuration, see above;" \
-      "mend it, then tools/install again"
+    die "cannot install: $(build_of "${building:-$current}") does not accept the configuration, see above;" \
+      "correct the faults, then run tools/install again"
   [ -e "$complete" ] || return 0
-  for sample in "${arrived[@]}"; do say "new: $sample (if you do not want it, remove it: it will not come back)"; done
+  for sample in "${arrived[@]}"; do say "new sample: $sample (you may remove the file; it will not come back)"; done
 }
 
-# A coordinator that does not answer (69) is no fault of the configuration.
+# Status 69 (the coordinator does not answer) is no fault of the configuration.
 passes_check() {
   local said status=0
   said=$(as_the_service "${building:-$current}/bin/aitbc-miner" check --config "$etc/config.yaml" 2>&1) || status=$?
@@ -34,7 +34,7 @@ passes_check() {
   return "$status"
 }
 
-# With what systemd adds to the environment, such as tokens named env:NAME.
+# Runs a command with the environment that systemd gives the service, such as tokens named env:NAME.
 as_the_service() {
   local unit=
   if is_booted; then unit=$(systemctl show --value -p Environment aitbc-miner.service); fi
@@ -53,7 +53,7 @@ os.execve(command[0], command, {**os.environ, **dict(each.split("=", 1) for each
 ' "$etc/environment" "$unit" "$@"
 }
 
-# What this run or a later one still has to do is on disk before anything is changed.
+# Before any change, the disk notes that this run or a later run must restart the miner.
 note_owed() {
   if [ "$1" = upgrade ] && is_booted && is_wanted; then
     : >"$owed"
@@ -61,10 +61,10 @@ note_owed() {
   fi
 }
 
-# It runs, is about to, or would if it could: only who stops it by hand does not want it.
+# Whether the operator wants the miner to run: always, unless the operator stopped the service.
 is_wanted() { [[ $(systemctl show --value -p ActiveState aitbc-miner.service) == @(active|activating|reloading|failed) ]]; }
 
-# Whether what runs was started from the version that is installed.
+# Whether the running miner was started from the installed version.
 runs_current() {
   local pid
   pid=$(systemctl show --value -p MainPID aitbc-miner.service)
@@ -73,19 +73,19 @@ runs_current() {
 
 take_units() {
   if is_booted; then systemctl daemon-reload; fi
-  # Once only: whether the miner starts with the machine is the operator's to change.
+  # Only at the first installation, because the operator may disable the service later.
   if [ "$1" = yes ]; then systemctl --quiet enable aitbc-miner.service; fi
 }
 
 # start_or_restart VERB FIRST
 start_or_restart() {
-  local why="journalctl -u aitbc-miner tells why; mend it, then tools/install again"
+  local why="see journalctl -u aitbc-miner; correct the cause, then run tools/install again"
   if systemctl --quiet is-active aitbc-miner.service; then
     if [ "$1" = upgrade ] || { [ -e "$owed" ] && ! runs_current; }; then
-      say "restarting the miner; running jobs go on"
+      say "restarting the miner; running jobs continue"
       systemctl restart aitbc-miner.service || die "cannot restart the miner: $why"
     elif ! runs_current; then
-      say "the old version still runs; systemctl restart aitbc-miner changes to the new one, running jobs go on"
+      say "the old version still runs; run systemctl restart aitbc-miner to change; running jobs continue"
     fi
   elif [ -e "$owed" ] || is_wanted || { [ "$2" = yes ] && ! is_sample; }; then
     systemctl reset-failed aitbc-miner.service 2>/dev/null || true

@@ -1,6 +1,6 @@
-# Sourced by tools/install: one virtual environment for each version, and which of them is in use.
+# Sourced by tools/install: makes a virtual environment for each version, and switches between versions.
 
-# What the installed version was made of: the same again need not be made.
+# Hashes the sources of a version, so that the installer need not make the same version again.
 fingerprint() {
   /usr/bin/python3 --version
   if [ -n "$1" ]; then
@@ -11,8 +11,8 @@ fingerprint() {
   fi
 }
 
-# A version is complete in a directory of its own before anything points to it: whatever goes wrong, the old one
-# is as it was, and the workers of running jobs keep the files that they were started from.
+# Completes a version in its own directory before the machine uses it. So a failure leaves the old version unchanged, and
+# workers of running jobs keep the files of their version.
 make_version() {
   local verb=$1 wheels=$2 print pip locks=$root/tools/locks
   print=$(fingerprint "$wheels")
@@ -29,7 +29,7 @@ make_version() {
   if [ -n "$wheels" ]; then
     pip_install --no-index --find-links "$wheels" "aitbc-miner==$(checkout_version)"
   else
-    # A copy, for setuptools leaves its traces in what it builds.
+    # Builds a copy, because setuptools leaves files in the source directory.
     scratch=$(mktemp -d)
     cp -r "$root"/{aitbc_miner,setup.cfg,pyproject.toml,README.md,LICENSE} "$scratch"
     pip_install --require-hashes --requirement "$locks/build.lock"
@@ -38,12 +38,12 @@ make_version() {
   fi
   "$building/bin/aitbc-miner" --version >"$building/build"
   printf '%s' "$print" >"$building/fingerprint"
-  # Of two builds with the same version, their commits say which one is older.
+  # The times of the commits order two builds of the same version.
   git -c safe.directory="$root" -C "$root" log -1 --format=%ct >"$building/committed" 2>/dev/null || true
   say_change
 }
 
-# pip is run from the wheel that ensurepip has: making it a part of each version takes more time than all else.
+# Runs pip from ensurepip's wheel, because installing pip in each version takes longer than all other steps.
 bundled_pip() {
   /usr/bin/python3 - <<'END'
 import ensurepip, pathlib, sysconfig
@@ -55,12 +55,12 @@ END
 pip_install() {
   PIP_ROOT_USER_ACTION=ignore interruptible "$building/bin/python" "$pip" install --quiet --no-cache-dir --no-input \
     --disable-pip-version-check "$@" || {
-    say "cannot install the packages: see pip's message above; use --wheels DIR where there is no network" >&2
+    say "cannot install the packages: see pip's error above; without a network use --wheels DIR" >&2
     return 1
   }
 }
 
-# "0.1.0+3f9c2a1b"; 0.1.0 said no more than its version.
+# "0.1.0+3f9c2a1b"; version 0.1.0 printed only its version.
 build_of() { awk '{ print $2 }' "$1/build" 2>/dev/null || "$1/bin/aitbc-miner" --version | awk '{ print $2 }'; }
 
 say_change() {
@@ -80,7 +80,7 @@ say_change() {
   esac
 }
 
-# Whether the first is older, newer or the same; nothing where one is not known.
+# Prints whether the first is older, newer or the same; nothing if either is unknown.
 order() {
   [ -n "$1" ] && [ -n "$2" ] || return 0
   if [ "$1" = "$2" ]; then
@@ -103,14 +103,14 @@ sweep_versions() {
   for version in "$lib"/versions/*; do
     [ "$version" != "$(readlink -f "$current")" ] || continue
     if in_use "$version"; then
-      say "$version stays until the jobs that were started from it have ended; the next tools/install removes it"
+      say "keeping $version for its running jobs; the next tools/install after their end removes the directory"
     else
       rm -rf "$version"
     fi
   done
 }
 
-# The name comes by way of standard input, or grep's own arguments would be found.
+# grep reads the name from standard input, because it would find its own arguments in /proc.
 in_use() {
   local known=(/proc/[0-9]*/maps /proc/[0-9]*/cmdline)
   grep -aqsF -f - "${known[@]}" <<<"$1/"

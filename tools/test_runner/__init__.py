@@ -1,6 +1,6 @@
-"""How the tests are run.
+"""Runs the tests.
 
-* main: what `tools/test` does: its phases, and the tables of what they took
-* spread: plugin of pytest: which process runs which test
-* pytest_needs: plugin of pytest: leaves out, and counts, what needs a package that is missing
+* main: the command `tools/test`: its phases, and the tables of their times
+* spread: a plugin of pytest that distributes the tests over processes
+* pytest_needs: a plugin of pytest that skips and counts the tests without their Debian packages
 """

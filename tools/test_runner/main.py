@@ -1,4 +1,4 @@
-"""What `tools/test` does: linters, types, tests, then two machines side by side; and a table of it."""
+"""The command `tools/test`: runs linters, mypy and tests, then two Debian machines, and prints a table."""
 
 import argparse
 import asyncio
@@ -29,14 +29,14 @@ CAMPAIGN_S = 14_400
 
 
 class Case(NamedTuple):
-    """How long one test took."""
+    """The time of a test."""
 
     seconds: float
     name: str
 
 
 class Done(NamedTuple):
-    """What came of a phase: its row in the table."""
+    """The result of a phase: its row in the table."""
 
     name: str
     seconds: float
@@ -45,9 +45,9 @@ class Done(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """One step: commands that run one after the other, whatever comes of each.
+    """A step of `tools/test`: commands in sequence; a failed command does not stop the next.
 
-    Lines that they print begin with `prefix`. pytest's JUnit files are in `results`.
+    `prefix` stands before each line of output. `results` has pytest's JUnit files.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Phase(NamedTuple):
 
 
 async def run(phase: Phase) -> Done:
-    """Run a phase to its end; its status is the first that is not 0."""
+    """Run a phase to its end; its status is the first status above 0."""
     began = time.monotonic()
     statuses = [await _command(list(map(str, command)), phase) for command in phase.commands]
     status = next((each for each in statuses if each), 0)
@@ -93,12 +93,12 @@ async def _command(command: list[str], phase: Phase) -> int:
 
 
 async def chain(phases: Sequence[Phase]) -> list[Done]:
-    """Run phases one after the other, whatever comes of each."""
+    """Run phases in sequence; a failed phase does not stop the next."""
     return [await run(phase) for phase in phases]
 
 
 def read_cases(results: Path) -> list[Case]:
-    """Give the tests of pytest's JUnit files in a directory; none if it has not come to write one."""
+    """Give the tests in a directory's JUnit files; none if pytest has not written a file."""
     cases = (case for file in results.glob("*.xml") for case in ET.parse(file).iter("testcase"))
     return [
         Case(float(case.get("time", "0")), f"{case.get('classname')}::{case.get('name')}") for case in cases
@@ -109,7 +109,7 @@ def read_cases(results: Path) -> list[Case]:
 
 
 def native(scratch: Path) -> list[Phase]:
-    """Give what needs no machine of its own."""
+    """Give the phases that run on this machine."""
     python = sys.executable
     ruff, mypy = (Path(python).parent / name for name in ("ruff", "mypy"))
     results = scratch / "native"
@@ -140,7 +140,7 @@ def native(scratch: Path) -> list[Phase]:
 
 
 def versions() -> list[Phase]:
-    """Give the unit tests with the oldest and the newest versions of what setup.cfg requires."""
+    """Give the unit tests with the oldest and the newest versions of setup.cfg's requirements."""
     return [
         Phase(
             f"unit tests, {end} versions",
@@ -152,25 +152,25 @@ def versions() -> list[Phase]:
 
 
 def image(release: str) -> Phase:
-    """Give the making of the image of a Debian of this release; there is nothing to do if it is there."""
+    """Give the phase that makes the image of this Debian release, unless the image exists."""
     return Phase(f"Debian {release}: image", [["tools/vm", "--release", release, "build"]], f"{release}: ")
 
 
 @functools.cache
 def containers() -> bool:
-    """Whether containers can be made here; if not, the machines run their tests, and this says why."""
+    """Whether containers run here; if not, print the cause, and the emulated machines run all tests."""
     if cause := container.why_not():
-        print(f"no containers ({cause}): the emulated machines run all tests", flush=True)
+        print(f"cannot make containers: {cause}; the emulated machines run all tests", flush=True)
     return not cause
 
 
 def in_container(release: str, arguments: Sequence[str]) -> list[Phase]:
-    """Give what is done in a container with a Debian of this release: all that needs no kernel of its own."""
+    """Give the tests for a container with this Debian release: all tests without need of a kernel."""
     return [in_debian(release, "container", ["--container"], arguments)] if containers() else []
 
 
 def in_debian(release: str, name: str, options: Sequence[str], words: Sequence[str]) -> Phase:
-    """Give a run of tests in a Debian of this release; the reports are kept."""
+    """Give a run of tests in this Debian release, with its reports."""
     hours = ["--timeout", str(CAMPAIGN_S)] if "--full" in words else []
     reports = REPORTS / f"{release}-{name}"
     shutil.rmtree(reports, ignore_errors=True)
@@ -180,7 +180,7 @@ def in_debian(release: str, name: str, options: Sequence[str], words: Sequence[s
 
 
 def in_machine(release: str, arguments: Sequence[str]) -> list[Phase]:
-    """Give what is done in an emulated machine with a Debian of this release."""
+    """Give the tests for an emulated machine with this Debian release."""
     kernel = ["--own-kernel"] if containers() else []
     tests = [*kernel, "--maxfail", "3", *arguments]
     # What takes the machine down in its middle is no matter of the release, and comes last. The power cuts
@@ -222,7 +222,7 @@ async def _all(stages: Sequence[Sequence[Sequence[Phase]]]) -> list[Done]:
 
 
 def until_told(work: Callable[[], Coroutine[Any, Any, list[Done]]]) -> list[Done]:
-    """Do the work; a SIGTERM ends what it has started."""
+    """Do the work; a SIGTERM ends the started commands."""
 
     async def main() -> list[Done]:
         task = asyncio.ensure_future(work())
@@ -235,8 +235,10 @@ def until_told(work: Callable[[], Coroutine[Any, Any, list[Done]]]) -> list[Done
 def main(words: Sequence[str] | None = None) -> int:
     """Run all phases, print the tables and give the exit status."""
     parser = argparse.ArgumentParser(prog="tools/test", description=__doc__)
-    parser.add_argument("--vm", action="store_true", help="also in a Debian 12 and 13 of their own")
-    parser.add_argument("--full", action="store_true", help="in these the long campaigns, which take hours")
+    parser.add_argument("--vm", action="store_true", help="run also the tests in Debian 12 and 13 machines")
+    parser.add_argument(
+        "--full", action="store_true", help="run also the long campaigns in these machines, which take hours"
+    )
     chosen = parser.parse_args(words)
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="aitbc-test-") as made:

@@ -1,8 +1,8 @@
-"""A plugin for pytest: leaves out what needs a Debian package that a user's machine lacks, and counts it.
+"""A plugin of pytest that skips and counts the tests whose Debian packages are missing.
 
-`@pytest.mark.needs("redis-server")` names what a test cannot do without; debian.py knows how to look for it.
-As root nothing is left out: tools/test installs what is missing.
-And no example of a property has a deadline, for the machine may be busy.
+`@pytest.mark.needs("redis-server")` names a package that a test needs; debian.py checks for the package. As
+root, tools/test installs the missing packages, so no test is skipped. The plugin also removes hypothesis's
+deadline, because the machine may be busy.
 """
 
 import os
@@ -18,14 +18,14 @@ _LEFT_OUT = pytest.StashKey[dict[str, int]]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the mark known, and take the deadline away."""
+    """Register the mark and remove the deadline."""
     hypothesis.settings.register_profile("patient", deadline=None)
     hypothesis.settings.load_profile("patient")
     config.addinivalue_line("markers", "needs(*packages): Debian packages that the test cannot do without")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Take out what cannot run here."""
+    """Deselect the tests that cannot run here."""
     missing = set(debian.missing("test"))
     lacking = {item: sorted(named & missing) for item in items if (named := _needs(item)) & missing}
     if not lacking:
@@ -43,20 +43,20 @@ def _needs(item: pytest.Item) -> set[str]:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Tell the process that started this one, where tests run in several."""
+    """In a worker process of xdist, send the counts to the main process."""
     if (output := getattr(session.config, "workeroutput", None)) is not None:
         output["left out"] = session.config.stash.get(_LEFT_OUT, {})
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take what such a process tells; each of them has looked at all tests."""
+    """Receive the counts of a worker process; each worker has checked all tests."""
     if told := getattr(node, "workeroutput", {}).get("left out"):
         node.config.stash[_LEFT_OUT] = told
 
 
 def pytest_terminal_summary(terminalreporter: "pytest.TerminalReporter", config: pytest.Config) -> None:
-    """Say how many were left out, for want of what, and how to leave out none."""
+    """Print the number of skipped tests, the missing packages, and the command that installs them."""
     if left_out := config.stash.get(_LEFT_OUT, {}):
         terminalreporter.section("left out")
         for packages, count in left_out.items():

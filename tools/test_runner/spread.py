@@ -1,4 +1,4 @@
-"""A plugin of pytest, for `tools/test`: how the tests are spread over several processes (pytest-xdist)."""
+"""A plugin of pytest for `tools/test` that distributes the tests over processes (pytest-xdist)."""
 
 from functools import cache
 from pathlib import Path
@@ -9,12 +9,12 @@ from xdist.scheduler import LoadScopeScheduling
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the nodes: they wait most."""
+    """Start with tests/node, because these tests wait longest."""
     items.sort(key=lambda item: "node" not in item.path.parts)
 
 
 class Spread(LoadScopeScheduling):  # type: ignore[misc]  # it has no types
-    """Each test by itself to whoever is free, but all tests together of a module that shares a fixture."""
+    """Gives each test to a free process, but all tests of a module with a shared fixture to one process."""
 
     def _split_scope(self, nodeid: str) -> str:
         module = nodeid.partition("::")[0]
@@ -29,5 +29,5 @@ def _shares(module: Path) -> bool:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Spread:
-    """Have xdist spread them so."""
+    """Make xdist use `Spread`."""
     return Spread(config, log)

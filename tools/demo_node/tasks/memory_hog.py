@@ -1,7 +1,7 @@
-"""Takes memory until there is no more, to show what a slot's limit does."""
+"""Allocates memory without end, to show a slot's memory limit."""
 
 
 def run(mib: int) -> int:
-    """Take `mib` MiB, one after the other."""
+    """Allocate `mib` MiB in steps of 1 MiB."""
     taken = [bytearray(1 << 20) for _ in range(mib)]
     return len(taken)

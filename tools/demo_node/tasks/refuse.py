@@ -1,8 +1,8 @@
-"""Fails with a reason of its own."""
+"""Fails with an error of the task itself."""
 
 from aitbc_miner.task import TaskError
 
 
 def run(reason: str) -> None:
-    """Say no."""
+    """Raise the error."""
     raise TaskError("NOT_TODAY", reason)
