@@ -1,4 +1,4 @@
-"""A coordinator to try the miner against: `python tools/mock_coordinator.py --help`. Runs from anywhere."""
+"""A mock coordinator to try the miner: `python tools/mock_coordinator.py --help`, in any directory."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,7 @@
 """A whole node in a temporary directory, for the demo, the benchmark and the tests.
 
-It is the installed `aitbc-miner run` with a configuration of its own, all delays short, on loopback; as root
-with users and groups as far as this machine has them, else as the user who runs it.
+The node is the installed `aitbc-miner run` on loopback, with its own configuration and short delays. As root
+the node uses the users and groups that this machine has, else the present user.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ SHARE, LONGEST_PAUSE_S = 4.0, 1.0
 
 
 class LocalNode:
-    """Starts and stops a node; `directory` is what it lives in and is removed at the end unless `keep`.
+    """Starts and stops a node in `directory`, which is removed at the end unless `keep`.
 
-    `environ` is added to the environment of the node's own processes; `program` is how Python starts it.
+    `environ`: additional variables of the node's processes; `program`: the arguments of Python that start it.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class LocalNode:
         _write(self.config, config)
 
     def launch(self) -> None:
-        """Start the node, and do not wait for anything."""
+        """Start the node without waiting."""
         command = [sys.executable, *self.program, "run", "--config", str(self.config)]
         # With PYTHON… of ours the node would start itself again, without what else it was given.
         ours = {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")}
@@ -129,7 +129,7 @@ class LocalNode:
         return self.process is None or self.process.poll() is not None
 
     def status(self) -> Status | None:
-        """Ask for the node's status; None when it does not answer."""
+        """Ask for the node's status; None if the node does not answer."""
         try:
             answer, _ = ask(self.socket, Request("status"), 5.0)
         except OSError:
@@ -137,20 +137,20 @@ class LocalNode:
         return answer if isinstance(answer, Status) else None
 
     def pids(self) -> list[int]:
-        """Name all processes of the node that are alive now."""
+        """Give the pids of all live processes of the node."""
         if self.process_ended() or self.process is None:
             return []
         root = psutil.Process(self.process.pid)
         return [root.pid, *(child.pid for child in root.children(recursive=True))]
 
     def cgroup(self) -> Path | None:
-        """Give where this node's groups are, if it has any."""
+        """Give the directory of this node's groups, if it has groups."""
         mount = find_mount()
         path = own_group(mount) / f"aitbc-miner-{self.node_id}" if mount else None
         return path if path and path.exists() else None
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 30.0) -> int:
-        """Tell the node to stop and give its exit status."""
+        """Stop the node and give its exit status."""
         if self.process is None:
             return 0
         if self.process.poll() is None:
@@ -179,12 +179,13 @@ def _write(path: Path, value: object) -> None:
 
 
 def wait_until(condition: Any, timeout: float, pause: float = 0.02) -> Any:
-    """Wait for a condition to give something true, and give that.
+    """Wait until a condition gives a true value, and give the value.
 
-    Where asking is slow, as in an emulated machine, the pauses are longer: most of the time is the node's.
+    If the condition is slow, as in an emulated machine, the pauses are longer, so that the node has most of
+    the time.
 
     Raises:
-        TimeoutError: it did not within `timeout` seconds.
+        TimeoutError: the condition gave no true value within `timeout` seconds.
     """
     began = time.monotonic()
     deadline = began + timeout

@@ -1,4 +1,4 @@
-"""How a mock coordinator answers a request, whatever its dialect: the fault due, the call, the reply."""
+"""Answers a request of any dialect: the due fault, the call, the reply."""
 
 import threading
 from collections.abc import Callable
@@ -19,13 +19,13 @@ the caller's port. True hangs up there, without an answer."""
 
 
 def no_boundary(_endpoint: str, _side: str, _port: int) -> bool:
-    """Let every call be."""
+    """Make no faults at calls."""
     return False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Desk:
-    """What every request needs."""
+    """The state that every request needs."""
 
     ledger: Watched
     faults: Faults
@@ -35,7 +35,7 @@ class Desk:
 
 
 class Exchange(BaseHTTPRequestHandler):
-    """One connection; `desk` is set in a subclass, because socketserver makes the instances."""
+    """A connection; a subclass sets `desk`, because socketserver makes the instances."""
 
     desk: Desk
     credentials: ClassVar[tuple[str, ...]] = ("Authorization",)
@@ -53,21 +53,21 @@ class Exchange(BaseHTTPRequestHandler):
         self._serve("POST")
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002  the name is the base class's
-        """Print a request, if asked to."""
+        """Print a request, if printing is on."""
         if self.desk.verbose:
             super().log_message(format, *args)
 
     # What a dialect has to say.
 
     def _route(self, method: str, target: SplitResult) -> tuple[str, Callable[[], Reply]]:
-        """Find the endpoint that is called, and what answers it."""
+        """Find the endpoint of a request and its method."""
         raise NotImplementedError
 
     def _refused(self, refusal: Refusal) -> Reply:
         return error_reply(refusal.status, refusal.code, refusal.message, **refusal.headers)
 
     def _always(self) -> dict[str, str]:
-        """Give the headers that every reply has."""
+        """Give the headers of every reply."""
         return {}
 
     # Every request.
@@ -125,7 +125,7 @@ class Exchange(BaseHTTPRequestHandler):
     # What every dialect has.
 
     def _bearer(self) -> str | None:
-        """Return the bearer token; None when no header is there that could hold one."""
+        """Return the bearer token; None without a header for a token."""
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         return token.strip() if scheme.lower() == "bearer" else None
 

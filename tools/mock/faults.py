@@ -1,8 +1,8 @@
-"""What can be made to go wrong with each call, once, some times or for ever.
+"""The faults of calls: once, several times or for ever.
 
-A fault is written `NAME`, `NAME:ARGUMENT`, or `after:NAME…`. Faults that stand in the place of an answer
-leave the call undone, as if it had never arrived; with `after:` the call is carried out first and only its
-answer is spoilt. `delay`, `drop_after`, `truncate` and `slow` always carry it out.
+Write a fault as `NAME`, `NAME:ARGUMENT`, or `after:NAME…`. A fault that replaces the answer also prevents the
+call, as if the request had never arrived; with `after:` the coordinator carries the call out first and only
+the answer is wrong. `delay`, `drop_after`, `truncate` and `slow` always carry the call out.
 
     refuse          hang up before the body is read
     delay:SECONDS   answer late
@@ -59,7 +59,7 @@ DEPTH = 100_000
 
 @dataclass(frozen=True)
 class Fault:
-    """One kind of fault; `argument` as written, `after` when the call is carried out all the same."""
+    """A kind of fault; `argument`: the text after the name, `after`: the call is carried out first."""
 
     name: str
     argument: str = ""
@@ -70,7 +70,7 @@ class Fault:
         """Read a fault as the module's description writes it.
 
         Raises:
-            ValueError: it is none, with what is allowed.
+            ValueError: the text is no fault; the message lists the faults.
         """
         plain = text.removeprefix("after:")
         name, _, argument = plain.partition(":")
@@ -87,13 +87,13 @@ class Fault:
 
     @property
     def delay_s(self) -> float:
-        """How long to wait before the call is carried out, in seconds."""
+        """The seconds before the call is carried out."""
         return float(self.argument) if self.name == "delay" else 0.0
 
     def spoil(self, reply: Reply, elsewhere: str, refused: Callable[[Refusal], Reply]) -> Reply:
-        """Return what is sent in the place of `reply`.
+        """Return the reply that replaces `reply`.
 
-        `elsewhere` is where a bare redirect leads, `refused` how the dialect words an error.
+        `elsewhere` is the target of a redirect without URL, `refused` makes the dialect's error.
         """
         match self.name:
             case "delay":
@@ -151,7 +151,7 @@ _BODIES: dict[str, Callable[[], bytes]] = {
 
 
 class Faults:
-    """The faults that are set, per endpoint and in the order in which they will happen."""
+    """The pending faults of each endpoint, in their order."""
 
     def __init__(self, endpoints: frozenset[str] = ENDPOINTS) -> None:
         self._endpoints = endpoints
@@ -159,10 +159,10 @@ class Faults:
         self._set: dict[str, list[tuple[Fault, int | None]]] = {}
 
     def add(self, endpoint: str, kind: str, times: int | None = None) -> None:
-        """Make the next `times` calls of an endpoint go wrong, after those set before; None is for ever.
+        """Make the next `times` calls of an endpoint fail, after its earlier faults; None: for ever.
 
         Raises:
-            ValueError: no such endpoint, or no such fault.
+            ValueError: the endpoint or the fault is unknown.
         """
         if endpoint not in self._endpoints:
             known = ", ".join(sorted(self._endpoints))
@@ -174,12 +174,12 @@ class Faults:
             self._set.setdefault(endpoint, []).append((fault, times))
 
     def clear(self) -> None:
-        """Let everything work again."""
+        """Remove all faults."""
         with self._lock:
             self._set.clear()
 
     def take(self, endpoint: str) -> Fault | None:
-        """Return the fault that is due for this call, and count it down."""
+        """Return the due fault of this call, and count it down."""
         with self._lock:
             due = self._set.get(endpoint)
             if not due:
@@ -192,7 +192,7 @@ class Faults:
             return fault
 
     def as_list(self) -> list[dict[str, object]]:
-        """Return what is set, for people."""
+        """Return the pending faults as text."""
         with self._lock:
             return [
                 {"endpoint": endpoint, "kind": str(fault), "times": times}

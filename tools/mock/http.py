@@ -22,7 +22,7 @@ ENDLESS_BYTES = 1024**3
 
 
 class Refusal(Exception):  # noqa: N818  not every refusal is an error: 409 is an answer
-    """A call that is answered with an HTTP error status."""
+    """The answer to a call is an HTTP error status."""
 
     def __init__(self, status: int, code: str, message: str, **headers: str) -> None:
         super().__init__(message)
@@ -36,7 +36,7 @@ def json_object(text: str | bytes, what: str) -> dict[str, Any]:
     """Decode a JSON object that a client sent.
 
     Raises:
-        Refusal: 400, it is not JSON, is nested too deeply, or is no object.
+        Refusal: 400, the body is no JSON, is nested too deeply, or is no object.
     """
     try:
         value = json.loads(text)
@@ -48,7 +48,7 @@ def json_object(text: str | bytes, what: str) -> dict[str, Any]:
 
 
 def text_member(source: dict[str, Any], name: str) -> str:
-    """Return a member that must be a string with something in it; Refusal (400) if it is not."""
+    """Return a member that must be a non-empty string. Raises Refusal (400) otherwise."""
     value = source.get(name)
     if not isinstance(value, str) or not value:
         raise Refusal(400, "bad_request", f"{name} must be a string that is not empty")
@@ -66,10 +66,10 @@ class Body:
         self._ended = not self._chunked and self._left == 0
 
     def read(self, limit: int = BLOCK) -> bytes:
-        """Return some bytes, at most `limit`, or none at the end.
+        """Return at most `limit` bytes; b"" at the end.
 
         Raises:
-            ConnectionError: the client stopped half-way, so that no reply can be made.
+            ConnectionError: the client stopped half-way, so that it can get no reply.
         """
         if self._chunked and not self._left and not self._ended:
             self._next_chunk()
@@ -87,7 +87,7 @@ class Body:
         return data
 
     def text(self, limit: int = MAX_TEXT) -> bytes:
-        """Return all of a body that is to be held in memory."""
+        """Return the whole body."""
         data = bytearray()
         while block := self.read():
             data += block
@@ -96,7 +96,7 @@ class Body:
         return bytes(data)
 
     def drain(self) -> None:
-        """Read what is left, because the next request of this connection begins after it."""
+        """Read the rest of the body, because the connection's next request begins after it."""
         while self.read():
             pass
 
@@ -120,7 +120,7 @@ class Body:
 
 @dataclass(frozen=True)
 class SavedArtifact:
-    """An uploaded file: the name its sender gave it, and where it lies here under a name of our own."""
+    """An uploaded file: the sender's name for the file, and its path here."""
 
     path: str
     file: Path
@@ -143,7 +143,7 @@ class Form:
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a multipart body; `chunks` must be used up before the next part is asked for."""
+    """A part of a multipart body; read all `chunks` before the next part."""
 
     name: str
     filename: str | None
@@ -151,7 +151,7 @@ class Part:
 
 
 class Multipart:
-    """A multipart body cut into its parts while it streams by; holds one block at a time."""
+    """Cuts a streamed multipart body into its parts; holds one block at a time."""
 
     def __init__(self, read: Callable[[], bytes], boundary: str) -> None:
         self._read = read
@@ -186,7 +186,7 @@ class Multipart:
         return Part(told.get("name", ""), told.get("filename"), self._up_to(self._delimiter))
 
     def _up_to(self, mark: bytes) -> Iterator[bytes]:
-        """Yield what comes before `mark`, and drop the mark."""
+        """Yield the bytes before `mark`, and drop the mark."""
         keep = len(mark) - 1
         while (at := self._buffer.find(mark)) < 0:
             if len(self._buffer) > keep:
@@ -220,8 +220,8 @@ def receive_form(body: Body, content_type: str, folder: Path) -> Form:
     """Read a multipart body, each `artifact` part into a new file of `folder`, other parts as text.
 
     Raises:
-        Refusal: 400 or 413; files saved so far are deleted.
-        ConnectionError: the client stopped half-way; likewise.
+        Refusal: 400 or 413; the saved files are deleted.
+        ConnectionError: the client stopped half-way; the saved files are deleted.
     """
     head = HeaderParser().parsestr(f"Content-Type: {content_type}\r\n\r\n")
     boundary = head.get_boundary()
@@ -275,14 +275,14 @@ def _save(part: Part, folder: Path) -> SavedArtifact:
 
 @dataclass(frozen=True)
 class FileSpan:
-    """A stretch of a file, in bytes."""
+    """A part of a file, in bytes."""
 
     path: Path
     start: int
     length: int
 
     def chunks(self, limit: int) -> Iterator[bytes]:
-        """Yield the stretch's first `limit` bytes."""
+        """Yield the part's first `limit` bytes."""
         left = min(limit, self.length)
         with self.path.open("rb") as file:
             file.seek(self.start)
@@ -292,7 +292,7 @@ class FileSpan:
 
 
 class Sending(StrEnum):
-    """How a reply goes out: as it should, or in one of the ways that a client has to survive."""
+    """The way to send a reply: correctly, or with a fault that a client must survive."""
 
     WHOLE = "whole"
     HALF = "half"
@@ -303,7 +303,7 @@ class Sending(StrEnum):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer; status 0 is none. `byte_s` is how long each byte takes in seconds, when sent slowly."""
+    """An answer; status 0: no answer. `byte_s`: the seconds for each byte of a slow answer."""
 
     status: int = 200
     body: bytes | FileSpan = b""
@@ -314,11 +314,11 @@ class Reply:
 
     @property
     def length(self) -> int:
-        """Bytes that a whole body has."""
+        """The length of the whole body in bytes."""
         return self.body.length if isinstance(self.body, FileSpan) else len(self.body)
 
     def blocks(self, pause: Callable[[float], bool]) -> Iterator[bytes]:
-        """Yield the body as it is to be sent; `pause` waits, and is true when the server is stopping."""
+        """Yield the bytes to send; `pause` waits, and returns true if the server stops."""
         if self.sending is Sending.ENDLESS:
             filler = b" " * BLOCK
             yield from (filler for _ in range(ENDLESS_BYTES // BLOCK))
@@ -336,7 +336,7 @@ class Reply:
 
 
 def json_reply(value: object, status: int = 200, **headers: str) -> Reply:
-    """Return a reply with a JSON body; header names are given with `_` for `-`."""
+    """Return a reply with a JSON body; names of headers have `_` for `-`."""
     named = {name.replace("_", "-"): text for name, text in headers.items()}
     return Reply(status, json.dumps(value).encode(), headers=named)
 

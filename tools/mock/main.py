@@ -1,4 +1,4 @@
-"""What `tools/mock_coordinator.py` does: a double of a coordinator as a program, to try a node by hand."""
+"""The program `tools/mock_coordinator.py`: a double of a coordinator, to try a node by hand."""
 
 import argparse
 import inspect
@@ -54,27 +54,32 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--dialect", choices=DIALECTS, default=DIALECTS[0], help="what it speaks (default: bootstrap)")
+    add(
+        "--dialect",
+        choices=DIALECTS,
+        default=DIALECTS[0],
+        help="dialect of the coordinator (default: bootstrap)",
+    )
     add(
         "--listen",
         type=_address,
         default="127.0.0.1:0",
         metavar="HOST:PORT",
-        help="port 0: a free one (default)",
+        help="address; port 0 is a free port (default)",
     )
     add(
         "--jobs",
         type=_folder,
         metavar="DIR",
-        help="queue the jobs in DIR (*.json, *.yaml), read once, at the start: manifests, of which"
-        " one without job_id becomes job-0001 and so on; of aitbc-v1 payloads, or objects with payload and,"
-        " as wanted, constraints, ttl_seconds, payment_amount, job_id",
+        help="queue the jobs in DIR (*.json, *.yaml) at the start. bootstrap: manifests; a manifest without"
+        " job_id becomes job-0001 and so on. aitbc-v1: payloads, or objects with payload and optionally"
+        " constraints, ttl_seconds, payment_amount, job_id",
     )
     add(
         "--token",
         metavar="TEXT",
-        help="the bootstrap token (default: demo-token), of aitbc-v1 the API key"
-        f" (default: {KEY}); all here see it",
+        help="the bootstrap token (default: demo-token), or the API key of aitbc-v1"
+        f" (default: {KEY}); all users of this machine can see the value",
     )
     add("--verbose", action="store_true", help="print every request on stderr")
     _add_bootstrap(parser.add_argument_group("bootstrap"))
@@ -82,9 +87,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--receipts",
         action="store_true",
-        help="answer results with receipts signed by a key that is printed",
+        help="answer results with receipts; the program prints the public key of their signatures",
     )
-    add("--no-rate-limits", action="store_true", help="take any number of calls a minute")
+    add("--no-rate-limits", action="store_true", help="accept any number of calls a minute")
     options = parser.parse_args(argv)
     others = [name for dialect, names in OF_DIALECT.items() if dialect != options.dialect for name in names]
     for name in others:
@@ -95,18 +100,23 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def _add_bootstrap(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--files", type=_folder, metavar="DIR", help="serve DIR at /files/ and, broken off once, at /flaky/")
-    add("--out", type=Path, metavar="DIR", help="keep artifacts here (default: until it ends)")
+    add(
+        "--files",
+        type=_folder,
+        metavar="DIR",
+        help="serve DIR at /files/, and at /flaky/ with one interruption",
+    )
+    add("--out", type=Path, metavar="DIR", help="keep artifacts in DIR (default: until the program ends)")
     add(
         "--lease-s",
         type=float,
         default=30.0,
         metavar="N",
-        help="queue a job again that is not acked in time",
+        help="queue a job again if its ack does not arrive in time",
     )
-    silent = "queue an acked job again when its node is silent so long"
+    silent = "queue an acked job again if its node is silent for so long"
     add("--silent-s", type=float, metavar="N", help=silent)
-    add("--ignore-filters", action="store_true", help="hand out jobs whether they fit the node or not")
+    add("--ignore-filters", action="store_true", help="hand out jobs even if they do not fit the node")
     add("--repeat", action="store_true", help="answer every pull with the same job")
 
 
@@ -162,6 +172,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _tell(mock: MockAitbc) -> None:
-    print(f"token of a client, for a day: {mock.token('demo-client', 'client', 86400)}", flush=True)
+    print(f"client token, valid for a day: {mock.token('demo-client', 'client', 86400)}", flush=True)
     if mock.receipt_key:
-        print(f"receipts are signed by {mock.receipt_key}", flush=True)
+        print(f"public key of receipts: {mock.receipt_key}", flush=True)

@@ -1,4 +1,4 @@
-"""What every mock coordinator is to a test: a server on a port, its faults, and the jobs of a directory."""
+"""The base of all mock coordinators: a server on a port, its faults, and the jobs of a directory."""
 
 import json
 import socket
@@ -13,7 +13,7 @@ from tools.mock.exchange import Desk, Exchange
 
 
 class _Server(ThreadingHTTPServer):
-    """Threads that are joined at the end, and connections that can be cut to get there."""
+    """A server that joins its threads at the end, and cuts their connections first."""
 
     daemon_threads = False
     request_queue_size = 128
@@ -45,7 +45,7 @@ class _Server(ThreadingHTTPServer):
 class MockServer:
     """A context manager, or `start` and `close`.
 
-    Port 0 takes a free one and keeps it over `stop` and `start`, which play an outage: the ledger stays.
+    Port 0 takes a free port and keeps it over `stop` and `start`, which simulate an outage: the ledger stays.
     """
 
     api: ClassVar[str]
@@ -68,16 +68,16 @@ class MockServer:
 
     @property
     def root(self) -> str:
-        """Where the page is, and whatever else is beside the API."""
+        """The URL of the page and of the files beside the API."""
         return f"http://{self._address[0]}:{self._address[1]}"
 
     @property
     def url(self) -> str:
-        """The API root, what a node has as `coordinator.base_url`."""
+        """The root of the API, for a node's `coordinator.base_url`."""
         return self.root + self.api
 
     def start(self) -> None:
-        """Listen.
+        """Start listening.
 
         Raises:
             OSError: the port is taken.
@@ -106,24 +106,24 @@ class MockServer:
         self.stop()
 
     def fault(self, endpoint: str, kind: str, times: int | None = None) -> None:
-        """Make calls go wrong as faults.py describes; ValueError for what it does not know."""
+        """Add a fault, see faults.py. Raises ValueError: the endpoint or fault is unknown."""
         self.faults.add(endpoint, kind, times)
 
     def clear_faults(self) -> None:
-        """Let everything work again."""
+        """Remove all faults."""
         self.faults.clear()
 
     def load(self, folder: Path) -> list[str]:
         """Queue the job of every file of a directory (*.json, *.yaml, *.yml), by name.
 
         Raises:
-            ValueError: a file holds no job, with its name.
+            ValueError: a file has no job; the message names the file.
         """
         files = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".yaml", ".yml"})
         return [self._load(_read_job(path)) for path in files]
 
     def _load(self, job: dict[str, Any]) -> str:
-        """Queue a job as a file has it, and return its id."""
+        """Queue a job of a file, and return its id."""
         raise NotImplementedError
 
 

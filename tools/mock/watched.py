@@ -1,4 +1,4 @@
-"""What every mock coordinator's state is: behind one lock, with each request noted, and to be waited for."""
+"""The state of a mock coordinator: behind a lock, with a list of requests, and a method to wait."""
 
 import threading
 from collections import deque
@@ -13,27 +13,27 @@ T = TypeVar("T")
 
 
 class Watched:
-    """The state of a coordinator. Every method may be called from any thread."""
+    """The state of a coordinator. Any thread may call any method."""
 
     def __init__(self) -> None:
         self._lock = threading.Condition(threading.RLock())
         self._calls: deque[Call] = deque(maxlen=100_000)
 
     def calls(self, endpoint: str | None = None) -> list[Call]:
-        """Return the requests, of one endpoint or of all, oldest first."""
+        """Return the requests of an endpoint, or all requests, the oldest first."""
         with self._lock:
             return [call for call in self._calls if endpoint in {None, call.endpoint}]
 
     def note_call(self, call: Call) -> None:
-        """Enter a request."""
+        """Record a request."""
         with self._change():
             self._calls.append(call)
 
     def wait(self, predicate: Callable[[Self], T], timeout: float) -> T:
-        """Return what the predicate returns as soon as that is true; it must make no calls, the lock is held.
+        """Wait until the predicate is true and return its value; it must make no calls, the lock is held.
 
         Raises:
-            TimeoutError: it did not become true in `timeout` seconds, with where each job is.
+            TimeoutError: the predicate stayed false for `timeout` seconds; the message has each job's state.
         """
         deadline = now() + timeout
         with self._lock:
@@ -61,12 +61,12 @@ class Watched:
                 self._lock.notify_all()
 
     def _where(self) -> dict[str, str]:
-        """Where each job is, for people."""
+        """Describe the state of each job."""
         raise NotImplementedError
 
     def _expire(self) -> None:
-        """Do what has become due by the time alone."""
+        """Apply the time-outs that are due."""
 
     def _expiries(self) -> list[float]:
-        """In how many seconds something will be due."""
+        """Give the seconds until the next time-out."""
         return []

@@ -1,4 +1,4 @@
-"""What the laboratory keeps outside the tree: made once, whole or not at all, whoever asks for it at once."""
+"""The cache of images and wheels outside the tree. A lock makes each entry once, complete or not at all."""
 
 import contextlib
 import ctypes
@@ -25,7 +25,7 @@ PR_SET_PDEATHSIG = 1
 
 
 class LabError(Exception):
-    """The laboratory cannot do what it was asked; `status` is the exit status that says so."""
+    """The laboratory cannot carry out a command; `status` is the exit status."""
 
     def __init__(self, message: str, status: int = 1) -> None:
         super().__init__(message)
@@ -33,15 +33,15 @@ class LabError(Exception):
 
 
 def say(message: str) -> None:
-    """Tell the person, beside the output of what runs in the machine."""
+    """Print a message to standard error, beside the output of the machine."""
     print(f"vm: {message}", file=sys.stderr, flush=True)
 
 
 def require_packages() -> None:
-    """See that all is installed that the laboratory needs.
+    """Check that the packages of the laboratory are installed.
 
     Raises:
-        LabError: something is not; the message is the command that mends it.
+        LabError: a package or subordinate id is missing; the message has the command to add it.
     """
     root = os.geteuid() == 0
     if missing := debian.missing("vm") if root else debian.missing("vm", "user"):
@@ -59,7 +59,7 @@ def require_packages() -> None:
 
 
 def has_subordinate_ids(user: str, uid: int, etc: Path = Path("/etc")) -> bool:
-    """Say whether both tables have a line of this user, by name or by number."""
+    """Whether both tables have a line of this user, by name or by number."""
 
     def listed(table: Path) -> bool:
         lines = table.read_text().splitlines() if table.exists() else []
@@ -69,7 +69,7 @@ def has_subordinate_ids(user: str, uid: int, etc: Path = Path("/etc")) -> bool:
 
 
 def cache_root() -> Path:
-    """Give where images and wheels are kept: the system's cache for root, else the user's own."""
+    """Give the directory of images and wheels: in the system's cache for root, else in the user's cache."""
     if os.geteuid() == 0:
         return Path("/var/cache/aitbc-miner-vm")
     own = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
@@ -77,14 +77,14 @@ def cache_root() -> Path:
 
 
 def digest(*parts: object) -> str:
-    """Give a short name that changes with any of the parts, each something JSON can hold."""
+    """Give a short name that changes with each of the parts, which JSON must be able to encode."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def entry(cache: Path, name: str, build: Callable[[Path], None]) -> Path:
-    """Give the directory `name` of the cache, filled by `build` if it is not there yet.
+    """Give the directory `name` of the cache; `build` fills the directory if it is missing.
 
-    It appears under its name only when it is complete. Of several that want the same, one builds.
+    The directory gets its name when it is complete. If several processes need it, one process builds it.
     """
     target = cache / name
     if target.exists():
@@ -122,10 +122,10 @@ def die_with_parent(number: int = signal.SIGKILL) -> Callable[[], None]:
 
 
 def call(command: list[str], *, keep: Sequence[int] = (), **changes: str) -> None:
-    """Run one of the host's programs, quiet unless it fails; `keep` are descriptors that it inherits.
+    """Run a program of the host, with the inherited descriptors `keep`; print its output if it fails.
 
     Raises:
-        LabError: it failed; the message ends with the last it said.
+        LabError: the program failed; the message ends with its last output.
     """
     environment = {**os.environ, "PATH": debian.SEARCH, "LC_ALL": "C.UTF-8", **changes}
     # It led here, and would lead pip to take this checkout for something installed.
@@ -138,7 +138,7 @@ def call(command: list[str], *, keep: Sequence[int] = (), **changes: str) -> Non
         tail = output.read().decode(errors="replace").splitlines()[-30:]
     if child.returncode != 0:
         said = "\n".join(tail)
-        raise LabError(f"cannot go on: {command[0]} ended with status {child.returncode}:\n{said}")
+        raise LabError(f"cannot run {command[0]}: exit status {child.returncode}:\n{said}")
 
 
 @contextlib.contextmanager

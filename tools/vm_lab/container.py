@@ -1,7 +1,8 @@
 """A Debian of the laboratory as a container: the same image and tests, fast, on this machine's kernel.
 
-systemd-nspawn boots the image's own systemd. It has no disks, no modules, no clock of its own, and no control
-group controllers beyond what this machine hands on: tests of those are marked `own_kernel` and need QEMU.
+systemd-nspawn boots the image's own systemd. The container has no disks, kernel modules or clock of its own,
+and only the cgroup controllers that this machine delegates. Tests that need more are marked `own_kernel` and
+need QEMU.
 """
 
 import contextlib
@@ -45,9 +46,9 @@ NSPAWN = (
 
 
 def why_not() -> str:
-    """Say why no container can be made here; empty if one can, as far as is known without an image."""
+    """Give the cause why this machine cannot make containers; empty if no cause is known before the boot."""
     if os.geteuid() != 0:
-        return "only root may"
+        return "only root may make containers"
     if missing := debian.missing("container"):
         return f"packages are missing; as root: {debian.INSTALL} {' '.join(missing)}"
     tried = subprocess.run(
@@ -57,17 +58,17 @@ def why_not() -> str:
 
 
 def require() -> None:
-    """See that a container can be made.
+    """Check that this machine can make containers.
 
     Raises:
-        LabError: it cannot.
+        LabError: this machine cannot make containers.
     """
     if cause := why_not():
-        raise LabError(f"cannot make a container: {cause}; without --container, QEMU needs no rights")
+        raise LabError(f"cannot make a container: {cause}; use QEMU, without --container")
 
 
 def run(image: Path, files: Files, timeout: float, directory: Path) -> int:
-    """Boot, run the payload's command, take out the reports into the directory, and give the exit status."""
+    """Boot, run the payload's command, copy the reports into `directory`, and give the exit status."""
     with _group() as group, _booted(image, files, group) as leader:
         files.payload.seek(0)
         subprocess.run([*_in(leader), "tar", "-xf", "-", "-C", "/"], stdin=files.payload, check=True)
@@ -129,7 +130,7 @@ def _wait_booted(nspawn: subprocess.Popen[bytes], files: Files) -> int:
         time.sleep(0.2)
     files.console.seek(0)
     said = files.console.read().decode(errors="replace")
-    raise LabError(f"cannot boot a container; the last that it said:\n{said[-2000:]}")
+    raise LabError(f"cannot boot a container; its last output:\n{said[-2000:]}")
 
 
 def _is_up(leader: int) -> bool:
@@ -140,7 +141,7 @@ def _is_up(leader: int) -> bool:
 
 @contextlib.contextmanager
 def _group() -> Iterator[Path]:
-    """Make a control group below our own; it is removed with all that is left in it."""
+    """Make a control group below this process's group, and remove it with its processes at the end."""
     mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     mount = next((Path(fields[1]) for fields in mounts if fields[2] == "cgroup2"), None)
     rows = Path("/proc/self/cgroup").read_text().splitlines()

@@ -1,6 +1,6 @@
-"""What of Debian this project's commands need beyond python3: the one list, and what of it is not here.
+"""The Debian packages that this project's commands need beyond python3, and a check for missing packages.
 
-As a program: names the packages that are missing for the given uses, one a line.
+As a program: prints the packages that are missing for the given uses, one a line.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ INSTALL = "apt-get install --no-install-recommends"
 
 
 class Need(NamedTuple):
-    """A program or file, the package that brings it, and for what it is needed, as words."""
+    """A program or file, its package, and the uses that need it."""
 
     what: str
     package: str
@@ -45,7 +45,7 @@ NEEDS = (
 
 
 def missing(*uses: str) -> list[str]:
-    """Name the packages that this machine lacks for any of these uses."""
+    """Give the missing packages for these uses."""
     wanted = [need for need in NEEDS if set(uses) & set(need.uses.split())]
     absent = [need.package for need in wanted if not _is_there(need.what)]
     if importlib.util.find_spec("ensurepip") is None:

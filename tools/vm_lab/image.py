@@ -1,4 +1,4 @@
-"""How the images of the laboratory are made: the one list of packages, the recipe, and the wheels."""
+"""Makes the images of the laboratory: the list of packages, the recipe, and the wheels."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ from tools.vm_lab.cache import BIG, LabError, call, digest, entry, say
 
 
 class Release(NamedTuple):
-    """A Debian and the Python that it has."""
+    """A Debian release and its Python."""
 
     number: str
     codename: str
@@ -78,7 +78,7 @@ MASKED = (
 
 
 class Locked(NamedTuple):
-    """A package as tools/locks have it; `text` is what pip is told, with the hashes."""
+    """A package of tools/locks; `text` is its line for pip, with the hashes."""
 
     name: str
     version: str
@@ -94,14 +94,14 @@ LOCKED = re.compile(
 
 
 def requirements(checkout: Path, release: Release) -> list[Locked]:
-    """Give what the package and its tests need in the machine, as the lock file has it for that Python.
+    """Give the requirements of the package and its tests in the machine, from the lock file, for that Python.
 
-    pip would judge the conditions by the Python that it runs on, not by the one that it fetches for.
+    pip would evaluate the conditions for the Python that runs pip, not for the machine's Python.
     """
     text = (checkout / "tools" / "locks" / "test.lock").read_text()
     found = list(LOCKED.finditer(text))
     if len(found) != text.count("=="):
-        raise LabError("cannot read tools/locks/test.lock: a line of another form; see LOCKED in image.py")
+        raise LabError("cannot read tools/locks/test.lock: a line of unknown form; see LOCKED in image.py")
     return [
         Locked(each["name"], each["version"], f"{each['name']}=={each['version']} {each['hashes']}\n")
         for each in found
@@ -117,7 +117,7 @@ def _holds(locked: re.Match[str], python: str) -> bool:
 
 
 def host_python(cache: Path) -> str:
-    """Give a Python with pip and setuptools: Debian's own has neither."""
+    """Give a Python with pip and setuptools, which Debian's Python lacks."""
     lock = Path(__file__).parents[1] / "locks" / "build.lock"
     name = f"host-python-{digest(sys.version, sys.executable, lock.read_text())}"
 
@@ -164,7 +164,7 @@ def _fetch(cache: Path, locked: list[Locked], *command: str) -> None:
 
 
 def project_wheel(cache: Path, sources: Path, target: Path) -> None:
-    """Build the wheel of the package in `sources`, which is written to as well."""
+    """Build the wheel of the package in `sources`; the build also writes into `sources`."""
     pip = [host_python(cache), "-m", "pip"]
     options = ["--no-deps", "--no-build-isolation", "--no-index", f"--wheel-dir={target}"]
     call([*pip, "wheel", *options, str(sources)])
@@ -178,7 +178,7 @@ def image(cache: Path, release: Release, checkout: Path) -> Path:
 
     def build(directory: Path) -> None:
         wheels = wheelhouse(cache, release, checkout)
-        say(f"making the image of Debian {release.number}: once, a minute or two")
+        say(f"making the image of Debian {release.number} (once, a minute or two)")
         _bootstrap(directory, release, wheels, *hooks)
 
     return entry(cache, f"image-{release.number}-{key}", build)
@@ -211,7 +211,7 @@ def _bootstrap(directory: Path, release: Release, wheels: Path, prepare: str, fi
 
 @contextlib.contextmanager
 def _outputs(directory: Path) -> Iterator[dict[str, int]]:
-    """Open the files to be made, for a build that runs as subordinate ids and cannot reach them by name."""
+    """Open the output files, for a build that runs as subordinate ids and cannot open them by name."""
     with contextlib.ExitStack() as stack:
         descriptors = {}
         for name in ("root.img", "vmlinuz", "initrd"):
@@ -227,7 +227,7 @@ def _outputs(directory: Path) -> Iterator[dict[str, int]]:
 
 
 def prepare_script() -> str:
-    """Give the hook that runs before any package but the essential ones is installed; $1 is the new root."""
+    """Give the hook that runs after the essential packages and before all others; $1 is the new root."""
     lines = ["set -e", 'mkdir -p "$1/etc/initramfs-tools/conf.d" "$1/wheels"']
     lines += [
         f'printf %s {shlex.quote(text)} >"$1/etc/initramfs-tools/{name}"' for name, text in INITRD.items()

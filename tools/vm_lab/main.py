@@ -22,32 +22,36 @@ CONSOLE_LINES = 60
 THEN = "--then"
 FIRST = "/lab/first"
 VERBS = {
-    "run": "run -- COMMAND ARGS as root in /src, where the checkout is",
-    "test": f"run tests/vm, with arguments for pytest; after {THEN} once more, with others",
-    "shell": "give a console on this terminal",
+    "run": "run -- COMMAND ARGS as root in /src, the directory of the checkout",
+    "test": f"run tests/vm, with arguments for pytest; after {THEN} run pytest again with further arguments",
+    "shell": "open a console on this terminal",
     "build": "only make the images",
     "clean": "remove the images",
 }
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
-    """Parse the command line; options stand before the verb, what follows `run` and `test` is theirs."""
+    """Parse the command line; options stand before the verb, arguments of `run` and `test` after it."""
     parser = argparse.ArgumentParser(
         prog="tools/vm", description="A real Debian 12 or 13 with systemd, in QEMU without KVM."
     )
-    parser.add_argument("--release", choices=sorted(vm_image.RELEASES), help="default: 13; build, test: both")
+    parser.add_argument(
+        "--release", choices=sorted(vm_image.RELEASES), help="default: 13; build and test: both"
+    )
     parser.add_argument(
         "--container",
         action="store_true",
-        help="not in QEMU but in systemd-nspawn: fast, as root only, with this machine's kernel",
+        help="use systemd-nspawn instead of QEMU: fast, for root only, with this machine's kernel",
     )
-    parser.add_argument("--reports", type=Path, metavar="DIR", help="default: build/vm/RELEASE")
+    parser.add_argument(
+        "--reports", type=Path, metavar="DIR", help="directory of the reports; default: build/vm/RELEASE"
+    )
     parser.add_argument(
         "--timeout",
         type=float,
         default=TIMEOUT_S,
         metavar="SECONDS",
-        help="of run and test; default: %(default)g",
+        help="time-out of run and test; default: %(default)g",
     )
     verbs = "; ".join(f"{verb}: {what}" for verb, what in VERBS.items())
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help=verbs)
@@ -56,23 +60,23 @@ def arguments(words: list[str]) -> argparse.Namespace:
     if parsed.command[:1] == ["--"]:
         del parsed.command[0]
     if parsed.verb == "run" and not parsed.command:
-        parser.error("run: which command? tools/vm run -- COMMAND ARGS")
+        parser.error("run needs a command: tools/vm run -- COMMAND ARGS")
     if parsed.command and parsed.verb not in {"run", "test"}:
-        parser.error(f"{parsed.verb} takes no arguments; options stand before it")
+        parser.error(f"{parsed.verb} takes no arguments; write options before {parsed.verb}")
     if parsed.container and parsed.verb not in {"run", "test"}:
         parser.error(f"{parsed.verb} is not for a container: only run and test are")
     return parsed
 
 
 def releases(chosen: argparse.Namespace) -> list[vm_image.Release]:
-    """Give the releases to work on, in turn."""
+    """Give the chosen releases in their order."""
     if chosen.release:
         return [vm_image.RELEASES[chosen.release]]
     return list(vm_image.RELEASES.values()) if chosen.verb in {"build", "test"} else [vm_image.RELEASES["13"]]
 
 
 def command_of(chosen: argparse.Namespace) -> tuple[list[str], dict[str, str]]:
-    """Give what to run in the machine, and what is added to its environment."""
+    """Give the command for the machine, and its additional variables."""
     if chosen.verb == "shell":
         size = shutil.get_terminal_size()
         start = f"stty rows {size.lines} cols {size.columns}; exec bash -l"
@@ -92,7 +96,7 @@ def _pytest(words: list[str]) -> list[str]:
 
 
 def in_turn(first: list[str], then: list[str]) -> list[str]:
-    """Give a command for both; the second may take the machine down, and it alone is run again after that."""
+    """Join two commands. The second may reset the machine; after a reset only the second runs again."""
     script = f"""
 if [ "$AITBC_VM_BOOT" = 1 ]; then
   {shlex.join(first)}
@@ -106,7 +110,7 @@ exit "$(cat {FIRST})"
 
 
 def session(chosen: argparse.Namespace, release: vm_image.Release) -> int:
-    """Boot one machine, run in it what was chosen, and give its exit status."""
+    """Boot a machine, run the chosen command in it, and give the exit status."""
     directory = reports_directory(chosen, release)
     image = vm_image.image(cache_root(), release, CHECKOUT)
     with contextlib.ExitStack() as stack:
@@ -121,7 +125,7 @@ def session(chosen: argparse.Namespace, release: vm_image.Release) -> int:
             say(f"Debian {release.number} ran {time.monotonic() - started:.0f} s; reports are in {directory}")
             return ended
         if chosen.verb == "shell":
-            say("`poweroff` ends it properly, Ctrl-A x at once")
+            say("end the machine with `poweroff`, or at once with Ctrl-A x")
             qemu.console(image, files)
             in_time = True
         else:
@@ -132,17 +136,17 @@ def session(chosen: argparse.Namespace, release: vm_image.Release) -> int:
             return 0
         console = files.saved_console(directory / "console.txt")
         if not in_time:
-            say(f"ended the machine: it took longer than --timeout {chosen.timeout:g} s")
+            say(f"ended the machine: the command took longer than --timeout {chosen.timeout:g} s")
             return qemu.TIMED_OUT
         if status is None:
             tail = "\n".join(console.splitlines()[-CONSOLE_LINES:])
-            say(f"the machine ended without an exit status; the last of its console:\n{tail}")
+            say(f"the machine ended without an exit status; its last console output:\n{tail}")
             return qemu.NO_STATUS
         return status
 
 
 def fill(files: qemu.Files, chosen: argparse.Namespace) -> None:
-    """Write what goes into the machine: the checkout, its wheel, the command."""
+    """Write the machine's input: the checkout, its wheel, the command."""
     script = qemu.guest_script(*command_of(chosen), live=chosen.verb != "shell" and not chosen.container)
     with tempfile.TemporaryDirectory(prefix="aitbc-vm-") as scratch:
         sources, built, wheels = (Path(scratch, name) for name in ("src", "built", "wheels"))
@@ -155,7 +159,7 @@ def fill(files: qemu.Files, chosen: argparse.Namespace) -> None:
 
 
 def reports_directory(chosen: argparse.Namespace, release: vm_image.Release) -> Path:
-    """Make the directory for the reports; only our own is emptied first."""
+    """Make the directory of the reports; empty it first only if it is the default directory."""
     ours = chosen.reports is None
     base = CHECKOUT / "build" / "vm" if ours else chosen.reports
     directory = base / release.number if ours or len(releases(chosen)) > 1 else base
@@ -169,7 +173,7 @@ def reports_directory(chosen: argparse.Namespace, release: vm_image.Release) -> 
 
 
 def work(chosen: argparse.Namespace) -> int:
-    """Do what was chosen and give the exit status: the first that is not 0."""
+    """Carry out the command and give the exit status: the first status above 0."""
     if chosen.verb == "clean":
         shutil.rmtree(cache_root(), ignore_errors=True)
         return 0

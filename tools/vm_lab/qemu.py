@@ -1,4 +1,4 @@
-"""One boot of the laboratory's machine: what goes in, QEMU itself, and what comes out."""
+"""Boots the laboratory's machine in QEMU: its input, QEMU itself, and its output."""
 
 import contextlib
 import enum
@@ -57,7 +57,7 @@ GUEST = {
 
 
 def guest_script(command: list[str], environment: Mapping[str, str], *, live: bool) -> str:
-    """Give the shell script that runs the command in the machine; `live` sends what it prints to the host."""
+    """Give the shell script that runs the command in the machine; `live`: send its output to the host."""
     # On the disk before anything is run: the power may be cut at any time from here on.
     lines = [f"export {name}={shlex.quote(value)}" for name, value in {**GUEST, **environment}.items()]
     boots = "echo boot >>/lab/boots; sync -f /lab/boots; export AITBC_VM_BOOT=$(wc -l </lab/boots)"
@@ -66,7 +66,7 @@ def guest_script(command: list[str], environment: Mapping[str, str], *, live: bo
 
 
 def copy(checkout: Path, target: Path) -> None:
-    """Copy what is carried of a checkout.
+    """Copy the files of a checkout for the machine.
 
     Raises:
         LabError: a file cannot be read.
@@ -81,7 +81,7 @@ def copy(checkout: Path, target: Path) -> None:
 
 
 def pack(target: IO[bytes], sources: Path, wheels: Path, script: str) -> None:
-    """Write the tar that goes in: the sources as /src, the wheels beside those of the image, our scripts."""
+    """Write the machine's tar: the sources as /src, the wheels beside the image's wheels, the scripts."""
     with tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT) as tar:
         tar.add(sources, "src", filter=_as_root)
         tar.add(wheels, "wheels", filter=_as_root)
@@ -99,9 +99,9 @@ def _as_root(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 class Files(NamedTuple):
-    """What QEMU is given by descriptor. None has a name: whatever ends us, nothing is left on the disk.
+    """The files of QEMU, by descriptor. They have no names, so that they vanish however the process ends.
 
-    `root` is what the machine has changed of the image.
+    `root` holds the machine's changes to the image.
     """
 
     root: IO[bytes]
@@ -112,7 +112,7 @@ class Files(NamedTuple):
 
     @classmethod
     def make(cls, stack: contextlib.ExitStack) -> Self:
-        """Open all of them, empty; the disks have their sizes."""
+        """Open all files empty; the disks have their sizes."""
         opened = (tempfile.TemporaryFile(dir=BIG) for _ in cls._fields)  # noqa: SIM115 - the stack closes them
         made = cls(*map(stack.enter_context, opened))
         os.truncate(made.reports.fileno(), REPORTS_SIZE)
@@ -120,7 +120,7 @@ class Files(NamedTuple):
         return made
 
     def saved_console(self, path: Path) -> str:
-        """Give what kernel and systemd said on the console, written to the file as well."""
+        """Give the console output of kernel and systemd, and write it to the file."""
         self.console.seek(0)
         data = self.console.read()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -129,10 +129,10 @@ class Files(NamedTuple):
 
 
 def lay_over(image: Path, files: Files) -> None:
-    """Make the machine's root disk: the image, and what will be written goes into a file of this run.
+    """Make the machine's root disk: the image, and a file of this run for all changes.
 
-    In QEMU's own format, what the machine has written and not flushed may be lost when QEMU is killed, as
-    with a disk that has a cache: where new blocks are is written down at the next flush.
+    In QEMU's own format, unflushed writes may be lost when QEMU is killed, as with a disk's cache: QEMU
+    records the places of new blocks at the next flush.
     """
     descriptor = files.root.fileno()
     backing = ["-b", str(image.absolute() / "root.img"), "-F", "raw"]
@@ -142,8 +142,8 @@ def lay_over(image: Path, files: Files) -> None:
 def qemu_command(image: Path, files: Files, ports: Mapping[str, int]) -> list[str]:
     """Give QEMU's command line.
 
-    `ports` say where goes what the machine writes to /dev/virtio-ports/NAME; without any, its console is on
-    the terminal.
+    `ports` map NAME to the file for the machine's output to /dev/virtio-ports/NAME; without ports, the
+    console is on the terminal.
     """
     # An emulated kernel may panic early, before it has a way to tell QEMU: then it starts once more.
     # What protects a processor from its own faults only costs where the processor is emulated.
@@ -188,7 +188,7 @@ def _name(descriptor: int) -> str:
 
 
 class Ended(enum.Enum):
-    """How a boot came to its end."""
+    """The end of a boot."""
 
     ITSELF = enum.auto()
     CUT = enum.auto()
@@ -196,9 +196,9 @@ class Ended(enum.Enum):
 
 
 def run(image: Path, files: Files, timeout: float) -> bool:
-    """Boot, pass on to our stdout what the command prints, and wait for the end; False if time ran out.
+    """Boot, copy the command's output to stdout, and wait for the end; False after the time-out.
 
-    Each time that the machine has its power cut, it is booted again with the same disks.
+    After each power cut the machine boots again with the same disks.
     """
     deadline = time.monotonic() + timeout
     while (ended := _boot(image, files, deadline)) is Ended.CUT:
@@ -268,7 +268,7 @@ def _qemu(
 
 
 def _watch(qemu: subprocess.Popen[bytes], live: int, asked: int, deadline: float) -> Ended:
-    """Copy to stdout until QEMU has closed its end; cut the power as many ms later as it is asked to."""
+    """Copy output to stdout until QEMU ends; cut the power after the requested milliseconds."""
     cut_at = math.inf
     ended = Ended.ITSELF
     while (at := time.monotonic()) < deadline:
@@ -289,7 +289,7 @@ def _watch(qemu: subprocess.Popen[bytes], live: int, asked: int, deadline: float
 
 
 def take_out(reports: IO[bytes], directory: Path) -> int | None:
-    """Unpack the reports into the directory and give the command's exit status, None if there is none."""
+    """Unpack the reports into the directory; give the command's exit status, or None without a status."""
     status = None
     reports.seek(0)
     with contextlib.suppress(tarfile.ReadError), tarfile.open(fileobj=reports, mode="r:") as tar:
@@ -310,7 +310,7 @@ def take_out(reports: IO[bytes], directory: Path) -> int | None:
 
 
 def parse_status(text: str) -> int:
-    """Give an exit status as a shell does, from systemd's words for it: 'exited 7', 'killed TERM'."""
+    """Give the shell's exit status for systemd's text: 'exited 7', 'killed TERM'."""
     code, _, status = text.strip().partition(" ")
     if code == "exited":
         return int(status)

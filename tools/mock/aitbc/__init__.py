@@ -1,12 +1,12 @@
 """The strict double of dialect `aitbc-v1`: the AITBC coordinator as deployed, with its limits and traps.
 
-* coordinator: MockAitbc: what a test starts
+* coordinator: MockAitbc, the double for a test
 * handler: one method for each call
-* wire: its calls, what each takes, its limits, its shapes of errors
+* wire: the calls with their parameters, rate limits and errors
 * auth: JSON web tokens and API keys
-* ledger: who gets which job, and what each report changes
-* records: jobs, miners and reports; who can take what
-* receipts: receipts: signed first, and then added to
-* pages: what it shows to people and programs
-* client: a miner in a few lines that runs nothing, and its client
+* ledger: chooses the miner of a job, and applies reports
+* records: jobs, miners and reports; which miner can take which job
+* receipts: receipts, signed before their last fields are added
+* pages: the page for people and JSON for programs
+* client: a small miner that runs nothing, and its client
 """

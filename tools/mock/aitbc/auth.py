@@ -1,4 +1,4 @@
-"""Who calls the double of the AITBC coordinator: JSON web tokens and API keys, as it takes them."""
+"""Authenticates callers of the double, by JSON web tokens and API keys, as the AITBC coordinator does."""
 
 import base64
 import hashlib
@@ -14,22 +14,22 @@ from tools.mock.http import Refusal
 
 @dataclass(frozen=True)
 class Gate:
-    """The keys of miners, and the secret of tokens."""
+    """The API keys of miners, and the secret for tokens."""
 
     keys: tuple[str, ...]
     secret: str
 
     def token(self, sub: str, role: str, ttl_s: float) -> str:
-        """Return a token that is good for `ttl_s` seconds."""
+        """Return a token that is valid for `ttl_s` seconds."""
         claims = {"sub": sub, "role": role, "exp": time.time() + ttl_s}
         parts = [_text(json.dumps(part).encode()) for part in ({"alg": "HS256", "typ": "JWT"}, claims)]
         return ".".join([*parts, self._signature(".".join(parts))])
 
     def caller(self, bearer: str | None, headers: Message, role: str | None) -> str:
-        """Return who calls, by the token alone if there is one. A key is no proof of the name beside it.
+        """Return the caller, by the token if the request has a token. A key does not prove a miner's name.
 
         Raises:
-            Refusal: 401, by nobody known; 403, by somebody whose role is another than `role`.
+            Refusal: 401, the caller is unknown; 403, the caller does not have `role`.
         """
         key = headers.get("X-Api-Key")
         if bearer is not None:

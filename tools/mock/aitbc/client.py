@@ -1,4 +1,4 @@
-"""A miner in a few lines that runs nothing, and its client: what a test says to the double."""
+"""A small miner that runs nothing, and its client, for calls of a test to the double."""
 
 from typing import Any, Self
 
@@ -8,7 +8,7 @@ from tools.mock.aitbc.coordinator import KEY, MockAitbc
 
 
 class Caller:
-    """Whoever calls; every method returns the response as it came."""
+    """A caller; every method returns the unchanged response."""
 
     def __init__(self, mock: MockAitbc, **headers: str) -> None:
         self.mock = mock
@@ -31,12 +31,12 @@ class Caller:
         return self.session.request(method, self.mock.url + path, headers=headers, **more)
 
     def post(self, path: str, body: Any = None, **more: Any) -> requests.Response:
-        """POST something."""
+        """Send a POST."""
         return self.call("POST", path, body, **more)
 
 
 class Miner(Caller):
-    """A miner with an API key, registered unless told otherwise."""
+    """A miner with an API key, registered by default."""
 
     def __init__(
         self, mock: MockAitbc, name: str = "m-1", *, concurrency: int | None = 1, **capabilities: Any
@@ -49,7 +49,7 @@ class Miner(Caller):
     def register(
         self, concurrency: int = 1, region: str | None = None, **capabilities: Any
     ) -> requests.Response:
-        """Register, or once more."""
+        """Register, or register again."""
         body = {"capabilities": capabilities, "concurrency": concurrency, "region": region}
         return self.post("/miners/register", body)
 
@@ -65,7 +65,7 @@ class Miner(Caller):
         return found
 
     def take(self) -> str:
-        """Ask for a job that is waiting, and return its id."""
+        """Pull a waiting job and return its id."""
         job = self.poll()
         assert job is not None
         return str(job["job_id"])
@@ -81,20 +81,20 @@ class Miner(Caller):
         return self.post(f"/miners/{job_id}/fail", body)
 
     def listed(self, miner: str | None = None, **query: Any) -> list[str]:
-        """Ask for the list of jobs of a miner, and return their ids."""
+        """List the jobs of a miner and return their ids."""
         reply = self.post(f"/miners/{miner or self.name}/jobs", params=query)
         assert reply.status_code == 200, reply.text
         return [job["job_id"] for job in reply.json()["jobs"]]
 
 
 class JobClient(Caller):
-    """Whoever has jobs done."""
+    """A client that submits jobs."""
 
     def __init__(self, mock: MockAitbc) -> None:
         super().__init__(mock, Authorization=f"Bearer {mock.token('c-1', 'client')}")
 
     def state(self, job_id: str) -> str:
-        """Read a job, and return where it is."""
+        """Read a job and return its state."""
         return str(self.call("GET", f"/jobs/{job_id}").json()["state"])
 
     def outcome(self, job_id: str) -> int:
@@ -103,6 +103,6 @@ class JobClient(Caller):
 
 
 def plain(mock: MockAitbc, **headers: str) -> requests.Response:
-    """Send a heartbeat with these headers alone, `_` for `-` in their names."""
+    """Send a heartbeat with only these headers; their names have `_` for `-`."""
     with Caller(mock, **headers) as caller:
         return caller.post("/miners/heartbeat", {})

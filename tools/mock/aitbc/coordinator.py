@@ -1,4 +1,4 @@
-"""A strict double of the AITBC coordinator as it is deployed: its dialect, limits and traps, and faults.
+"""A strict double of the deployed AITBC coordinator: its dialect, limits and traps, with faults.
 
 In a test:
 
@@ -34,9 +34,9 @@ OF_JOB = frozenset({"payload", "constraints", "ttl_seconds", "payment_amount", "
 class MockAitbc(MockServer):
     """A coordinator of the dialect `aitbc-v1` for one test or demo.
 
-    `keys` are the API keys of miners; `window_s` is how long a minute of its limits is.
-    With `receipts`, each result is answered with one that `receipt_key` has signed. `boundary` is asked
-    around each call: see `exchange.Boundary`.
+    `keys`: the API keys of miners. `window_s`: the length of a minute of the rate limits. `receipts`: answer
+    each result with a receipt signed by `receipt_key`. `boundary` is called before and after each call: see
+    `exchange.Boundary`.
     """
 
     api = "/v1"
@@ -69,7 +69,7 @@ class MockAitbc(MockServer):
         super().__init__((host, port), AitbcHandler, desk)
 
     def token(self, sub: str = "node-1", role: str = "miner", ttl_s: float = 3600) -> str:
-        """Return a JSON web token; one of the role `client` is for the calls of clients."""
+        """Return a JSON web token; the role `client` is for the calls of clients."""
         return self._gate.token(sub, role, ttl_s)
 
     def submit(
@@ -81,21 +81,21 @@ class MockAitbc(MockServer):
         payment_amount: float | None = None,
         job_id: str | None = None,
     ) -> str:
-        """Queue a job and return its id; ValueError when that is taken, or a constraint is none."""
+        """Queue a job and return its id. Raises ValueError: the id is taken, or a constraint is unknown."""
         return self.ledger.submit(
             job_id, ttl_seconds, constraints or {}, payload=payload, payment_amount=payment_amount
         )
 
     def cancel(self, job_id: str) -> bool:
-        """Cancel a job as its client does; False when it is over."""
+        """Cancel a job as its client; False if the job has ended."""
         return self.ledger.cancel(job_id)
 
     def job(self, job_id: str) -> AitbcJob:
-        """Return a job as the database has it; KeyError when there is none."""
+        """Return a job as in the database. Raises KeyError: the job is unknown."""
         return self.ledger.job(job_id)
 
     def jobs(self) -> dict[str, AitbcJob]:
-        """Return all jobs, oldest first."""
+        """Return all jobs, the oldest first."""
         return self.ledger.jobs()
 
     def miners(self) -> dict[str, Miner]:
@@ -103,19 +103,19 @@ class MockAitbc(MockServer):
         return self.ledger.miners()
 
     def strays(self) -> list[AitbcReport]:
-        """Return the reports on jobs that were not known."""
+        """Return the reports on unknown jobs."""
         return self.ledger.strays()
 
     def calls(self, endpoint: str | None = None) -> list[Call]:
-        """Return the requests, of one endpoint or of all, oldest first."""
+        """Return the requests of an endpoint, or all requests, the oldest first."""
         return self.ledger.calls(endpoint)
 
     def forget_miners(self) -> None:
-        """Forget all miners, and no job."""
+        """Forget all miners, but keep the jobs."""
         self.ledger.forget_miners()
 
     def wipe(self) -> None:
-        """Begin with an empty database: no miners, no jobs. Limits know no difference."""
+        """Begin with an empty database, without miners and jobs; keep the counts of the rate limits."""
         self.ledger.wipe()
 
     def wait(self, predicate: Callable[[AitbcLedger], T], timeout: float = 120.0) -> T:

@@ -1,4 +1,4 @@
-"""The HTTP side of the double of the AITBC coordinator: one method for each of its calls."""
+"""The HTTP side of the double of the AITBC coordinator, with one method for each call."""
 
 import platform
 import secrets
@@ -34,7 +34,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True, kw_only=True)
 class AitbcDesk(Desk):
-    """What requests need of this dialect; without `windows` there are no limits."""
+    """The state that requests of this dialect need; without `windows` no rate limit applies."""
 
     ledger: AitbcLedger
     gate: Gate
@@ -42,7 +42,7 @@ class AitbcDesk(Desk):
 
 
 class AitbcHandler(Exchange):
-    """One connection."""
+    """A connection."""
 
     desk: AitbcDesk
     credentials = ("Authorization", "X-Api-Key")
@@ -101,7 +101,7 @@ class AitbcHandler(Exchange):
         return self._calls()[route.name](asked, *named)
 
     def _address(self) -> str:
-        """Return the address that limits go by; a proxy on this machine is believed about it."""
+        """Return the address for the rate limits; a proxy on this machine may name the address."""
         hops = [hop.strip() for hop in self.headers.get("X-Forwarded-For", "").split(",")]
         address: str = self.client_address[0]
         told = [hop for hop in hops if hop not in {"", LOOPBACK}]

@@ -1,6 +1,7 @@
-"""The database of the double of the AITBC coordinator: who gets which job, and what each report changes.
+"""The database of the double of the AITBC coordinator: chooses the miner of a job, and applies reports.
 
-It checks as little as that coordinator does: neither who reports, nor whether the job is his or over.
+As the AITBC coordinator, the ledger checks neither who reports, nor whether the miner has the job, nor its
+end.
 """
 
 import math
@@ -21,7 +22,7 @@ Sign = Callable[[AitbcJob, AitbcReport], dict[str, Any]]
 
 
 class AitbcLedger(Watched):
-    """All miners and jobs. Every method may be called from any thread."""
+    """All miners and jobs. Any thread may call any method."""
 
     def __init__(self, sign: Sign | None) -> None:
         super().__init__()
@@ -33,7 +34,7 @@ class AitbcLedger(Watched):
     # What tests look at, and do.
 
     def job(self, job_id: str) -> AitbcJob:
-        """Return a job as the database has it, expired or not; KeyError when there is none."""
+        """Return a job as in the database, expired or not. Raises KeyError: the job is unknown."""
         with self._lock:
             return self._jobs[job_id]
 
@@ -48,17 +49,17 @@ class AitbcLedger(Watched):
             return dict(self._miners)
 
     def strays(self) -> list[AitbcReport]:
-        """Return the reports on jobs that were not known here."""
+        """Return the reports on unknown jobs."""
         with self._lock:
             return list(self._strays)
 
     def forget_miners(self) -> None:
-        """Forget all miners, and no job."""
+        """Forget all miners, but keep the jobs."""
         with self._change():
             self._miners.clear()
 
     def wipe(self) -> None:
-        """Begin with an empty database. What was noted of calls and strays stays."""
+        """Begin with an empty database; keep the lists of calls and of reports on unknown jobs."""
         with self._change():
             self._miners.clear()
             self._jobs.clear()
@@ -66,10 +67,10 @@ class AitbcLedger(Watched):
     # What clients do.
 
     def submit(self, job_id: str | None, ttl_seconds: float, constraints: dict[str, Any], **job: Any) -> str:
-        """Queue a job, whose time begins now; `job` are the other fields of `AitbcJob`.
+        """Queue a job, whose lifetime begins now; `job` has the other fields of `AitbcJob`.
 
         Raises:
-            ValueError: the id is taken, or there is no such constraint.
+            ValueError: the id is taken, or a constraint is unknown.
         """
         asked, at = asked_of(constraints), datetime.now(UTC)
         job_id = job_id or secrets.token_hex(16)
@@ -83,12 +84,12 @@ class AitbcLedger(Watched):
         return job_id
 
     def read(self, job_id: str) -> AitbcJob:
-        """Return a job as a client sees it, which is when it turns out to have expired; 404 without one."""
+        """Return a job as a client sees it; the call also expires the job. 404: the job is unknown."""
         with self._change():
             return self._read(job_id)
 
     def cancel(self, job_id: str) -> bool:
-        """Cancel a job unless it is over; its miner is not told, and its place stays taken."""
+        """Cancel a job that has not ended; its miner learns nothing, and its place stays taken."""
         with self._change():
             job = self._found(job_id)
             if job.state in OPEN:
@@ -98,14 +99,14 @@ class AitbcLedger(Watched):
     # What miners do.
 
     def register(self, miner_id: str, told: dict[str, Any], payload: dict[str, Any]) -> None:
-        """Enter a miner, or anew, as `payload` said and `told` understands it. Its jobs stay as they are."""
+        """Register a miner, or register it again, by `payload` (parsed: `told`). Its jobs do not change."""
         with self._change():
             old = self._miners.get(miner_id, Miner(miner_id))
             entries = (*old.registrations, Message(now(), payload))
             self._miners[miner_id] = replace(old, **told, status="ONLINE", inflight=0, registrations=entries)
 
     def heartbeat(self, miner_id: str, told: dict[str, Any], payload: dict[str, Any]) -> None:
-        """Believe a miner; 404 when it is not known."""
+        """Record a heartbeat; 404: the miner is unknown."""
         with self._change():
             miner = self._miner(miner_id)
             kept = {name: told[name] for name in ("inflight", "status", "metadata")}
@@ -113,12 +114,12 @@ class AitbcLedger(Watched):
             self._miners[miner_id] = replace(miner, **kept, heartbeats=beats)
 
     def leave(self, miner_id: str) -> None:
-        """Mark a miner as gone; 404 when it is not known."""
+        """Mark a miner as gone; 404: the miner is unknown."""
         with self._change():
             self._miners[miner_id] = replace(self._miner(miner_id), status="OFFLINE")
 
     def poll(self, miner_id: str) -> AitbcJob | None:
-        """Hand out the oldest job that the miner may have; 500 when it is not known."""
+        """Hand out the oldest job that fits the miner; 500: the miner is unknown."""
         with self._change():
             miner = self._miners.get(miner_id)
             if miner is None:
@@ -133,10 +134,10 @@ class AitbcLedger(Watched):
             return None
 
     def result(self, report: AitbcReport) -> dict[str, Any] | None:
-        """Take a result and return its receipt.
+        """Accept a result and return its receipt.
 
         Raises:
-            Refusal: 404, there is no such job; 500, its duration is no number.
+            Refusal: 404, the job is unknown; 500, its duration is no number.
         """
         with self._change():
             job = self._reported(report)
@@ -150,7 +151,7 @@ class AitbcLedger(Watched):
             return receipt
 
     def fail(self, report: AitbcReport) -> None:
-        """Take a failure, of which the message alone is kept; the place stays taken. 404 for a stray."""
+        """Accept a failure and keep only its message; the place stays taken. 404: the job is unknown."""
         with self._change():
             job = self._reported(report)
             job = replace(job, error=report.body["error_message"], fails=(*job.fails, report))
@@ -159,7 +160,7 @@ class AitbcLedger(Watched):
                 self._miners[report.miner] = replace(miner, failed=miner.failed + 1)
 
     def complete(self, job_id: str) -> None:
-        """Do what a call does that nobody should use: complete a job, and the second time have it failed."""
+        """Carry out a broken call: complete a job, and at the second time fail the job."""
         with self._change():
             job = self._found(job_id)
             done = job.state is AitbcState.COMPLETED
@@ -168,7 +169,7 @@ class AitbcLedger(Watched):
             raise Refusal(400, "http", "job already completed")
 
     def assigned_to(self, miner_id: str, state: str | None) -> list[AitbcJob]:
-        """Return the jobs of a miner, newest first, of one state, or all for one that there is not."""
+        """Return the jobs of a miner in a state, the newest first; an unknown state returns all jobs."""
         with self._lock:
             mine = [job for job in self._jobs.values() if job.assigned_miner_id == miner_id]
         any_state = state not in set(AitbcState)
@@ -202,7 +203,7 @@ class AitbcLedger(Watched):
         return self._read(report.job_id)
 
     def _withheld(self, job: AitbcJob, miner: Miner) -> bool:
-        """Whether a better one could take the job, be it alive or a row that was left behind."""
+        """Whether a better miner could take the job, alive or only left in the database."""
         return any(
             other.status == "ONLINE"
             and other.reputation > miner.reputation
@@ -220,7 +221,7 @@ class AitbcLedger(Watched):
 
 
 def broken() -> Refusal:
-    """Return the error of what that coordinator knows to be an error of its own."""
+    """Return an internal error in the form of the AITBC coordinator."""
     return Refusal(500, "http", "Internal server error")
 
 

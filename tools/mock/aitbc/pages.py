@@ -1,4 +1,4 @@
-"""What the double of the AITBC coordinator shows to people, and as JSON to programs."""
+"""The page of the double of the AITBC coordinator for people, and its JSON for programs."""
 
 import json
 from datetime import datetime
@@ -10,7 +10,7 @@ from tools.mock.http import Reply
 
 
 def state_reply(ledger: AitbcLedger, faults: Faults) -> Reply:
-    """Return all that is known as JSON, without keys and tokens."""
+    """Return the whole state as JSON, without keys and tokens."""
     shown = {
         "jobs": list(ledger.jobs().values()),
         "miners": [

@@ -1,4 +1,4 @@
-"""Receipts as the AITBC coordinator makes them: signed first, and then added to."""
+"""Receipts as the AITBC coordinator makes them: it adds fields after the signature."""
 
 import base64
 import binascii
@@ -17,7 +17,7 @@ SECONDS = ("duration_seconds", "compute_time", "execution_time")
 
 
 class Signer:
-    """Signs, and attests with another key; `key_id` is the public half of the first as receipts name it."""
+    """Signs receipts, and attests with a second key; `key_id` is the first public key, as in receipts."""
 
     def __init__(self) -> None:
         self._key = Ed25519PrivateKey.generate()
@@ -25,7 +25,7 @@ class Signer:
         self.key_id = _key_id(self._key)
 
     def receipt(self, job: AitbcJob, report: AitbcReport) -> dict[str, Any]:
-        """Make the receipt of a result that has just come."""
+        """Make the receipt of a new result."""
         told = {"result": report.body["result"], "metrics": report.body.get("metrics") or {}}
         units = units_of(told["result"], told["metrics"], time.time() - job.requested_at.timestamp())
         prices = (told[where].get(name) for where, name in PRICES)
@@ -53,7 +53,7 @@ class Signer:
 
 
 def units_of(result: dict[str, Any], metrics: dict[str, Any], since_s: float) -> float:
-    """Say how many seconds are to be paid; the miner's word goes before all else."""
+    """Give the seconds to pay; the miner's own figure has priority."""
     given = metrics.get("duration_ms")
     duration_s = None if given is None else max(0.0, float(given) / 1000)
     seconds = (told.get(name) for name in SECONDS for told in (metrics, result))

@@ -1,7 +1,7 @@
-"""What the double of the AITBC coordinator knows, as records: jobs, miners and reports; who can take what.
+"""The records of the double of the AITBC coordinator: jobs, miners and reports; which miner fits which job.
 
-They are frozen and replaced, never changed. Times named `at` are seconds of the boot-time clock;
-`requested_at` and `expires_at` are of the day, as that coordinator has them.
+The ledger replaces records and never changes them. Times named `at` are seconds of the boot-time clock;
+`requested_at` and `expires_at` are wall-clock times, as in the AITBC coordinator.
 """
 
 from dataclasses import dataclass, field
@@ -33,7 +33,7 @@ BOND_FROM = 10
 
 
 class AitbcState(StrEnum):
-    """Where a job is, in that coordinator's words."""
+    """The state of a job, in the words of the AITBC coordinator."""
 
     QUEUED = "QUEUED"
     RUNNING = "RUNNING"
@@ -48,7 +48,7 @@ OPEN = frozenset({AitbcState.QUEUED, AitbcState.RUNNING})
 
 @dataclass(frozen=True)
 class AitbcReport:
-    """A result or a failure as it arrived; `request_id` is what the caller called the request, if it did."""
+    """A result or failure as it arrived; `request_id`: the caller's id of the request, if any."""
 
     kind: Literal["result", "fail"]
     job_id: str
@@ -60,7 +60,7 @@ class AitbcReport:
 
 @dataclass(frozen=True)
 class AitbcJob:
-    """A job and all that happened to it. Each of `results` and `fails` has counted: none is ever refused."""
+    """A job and its history. The coordinator accepted all `results` and `fails`, as it never refuses any."""
 
     job_id: str
     payload: dict[str, Any]
@@ -80,16 +80,16 @@ class AitbcJob:
 
     @property
     def overdue(self) -> bool:
-        """Whether whoever reads it now finds it expired."""
+        """Whether a reader finds the job expired now."""
         return self.state in OPEN and datetime.now(UTC) > self.expires_at
 
     @property
     def needs_bond(self) -> bool:
-        """Whether it is for miners with a bond alone, of which there are none here."""
+        """Whether the job is only for miners with a bond, which the double does not have."""
         return bool(self.constraints["bond_required"]) or (self.payment_amount or 0) >= BOND_FROM
 
     def view(self) -> dict[str, Any]:
-        """Return what clients and miners are shown of it; times are UTC and do not say so."""
+        """Return the job for clients and miners; times are UTC without a suffix."""
         return {
             "job_id": self.job_id,
             "state": self.state,
@@ -103,7 +103,7 @@ class AitbcJob:
 
 @dataclass(frozen=True)
 class Miner:
-    """A miner and what it said of itself; registrations and heartbeats as they were sent."""
+    """A miner; registrations and heartbeats as they were sent."""
 
     miner_id: str
     status: str = "ONLINE"
@@ -119,12 +119,12 @@ class Miner:
 
     @property
     def has_room(self) -> bool:
-        """Whether it may be given one job more: of 0 any number, of fewer none."""
+        """Whether the miner may get a further job: a capacity of 0 is no bound, below 0 means no jobs."""
         return self.concurrency == 0 or self.inflight < self.concurrency
 
     @property
     def reputation(self) -> float:
-        """What it says of itself, before all else; then the trust in it."""
+        """The reputation that the miner reports, else the coordinator's trust."""
         for told in (self.metadata, self.capabilities):
             if is_number(score := told.get("reputation_score")):
                 return float(score)
@@ -132,7 +132,7 @@ class Miner:
 
     @property
     def trust(self) -> float:
-        """What came of its jobs, from 0 to 1; close to the figures measured for jobs of 0.1 s."""
+        """The trust by the results of its jobs, 0 to 1; close to measured values for jobs of 0.1 s."""
         ended = self.completed + self.failed
         if not ended:
             return 0.5
@@ -141,15 +141,15 @@ class Miner:
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
-    """Whether a value is a number of JSON's."""
+    """Whether a value is a JSON number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def asked_of(constraints: dict[str, Any]) -> dict[str, Any]:
-    """Return all constraints that there are, with decimals as the text that they are handed out as.
+    """Return all constraints of a job, with decimals as text, as the coordinator sends them.
 
     Raises:
-        ValueError: there is no such constraint, with its name.
+        ValueError: a constraint is unknown; the message names the constraint.
     """
     if unknown := sorted(constraints.keys() - CONSTRAINTS.keys()):
         raise ValueError(f"cannot submit a job with constraint {unknown[0]!r}: there is none of that name")
@@ -160,7 +160,7 @@ def asked_of(constraints: dict[str, Any]) -> dict[str, Any]:
 
 
 def fits(job: AitbcJob, miner: Miner) -> bool:
-    """Whether the matcher finds that the miner has all that the job asks for."""
+    """Whether the coordinator's matcher accepts the miner for the job."""
     asked, has = job.constraints, miner.capabilities
     gpus = [gpu for gpu in _list(has.get("gpus")) if isinstance(gpu, dict)]
     wanted, vram, cuda = asked["gpu"], asked["min_vram_gb"], has.get("cuda")

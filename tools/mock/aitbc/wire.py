@@ -1,4 +1,4 @@
-"""How the AITBC coordinator is spoken to: its calls, what each takes, its limits, its shapes of errors."""
+"""The calls of the AITBC coordinator: their parameters, rate limits and forms of errors."""
 
 import json
 import re
@@ -22,7 +22,7 @@ SCANNERS = re.compile("sqlmap|nmap|nikto|burp", re.IGNORECASE)
 
 
 class Member(NamedTuple):
-    """A member of a body or a query: its type, as its complaint calls it, and what is there without it."""
+    """A member of a body or query: its type, the type's name in errors, and its default."""
 
     kind: str
     default: Any = None
@@ -54,7 +54,7 @@ Shape = dict[str, Member]
 
 
 class Route(NamedTuple):
-    """A call: its name, what faults and tests know it as, how many a minute, and what it takes."""
+    """A call: its path, its name for faults and tests, its limit a minute, and its parameters."""
 
     method: str
     path: re.Pattern[str]
@@ -121,14 +121,14 @@ ROUTES = (
 
 
 def role_for(path: str) -> str | None:
-    """Return the role that a path takes; None is a path that nobody has a role for."""
+    """Return the role that a path requires; None: no role may call the path."""
     if path.startswith("/v1/miners/"):
         return "miner"
     return "client" if path == "/v1/jobs" or path.startswith("/v1/jobs/") else None
 
 
 class Invalid(Refusal):
-    """A 422, with what is wrong with which fields."""
+    """A 422 with the faults of each field."""
 
     def __init__(self, *details: tuple[str, str, str]) -> None:
         super().__init__(422, "VALIDATION_ERROR", "Request validation failed")
@@ -136,10 +136,10 @@ class Invalid(Refusal):
 
 
 def read_body(body: Body, headers: Message) -> Any:
-    """Decode a body, which is only looked at if it is said to be JSON.
+    """Decode a body if its media type is JSON.
 
     Raises:
-        Refusal: 422, it is none; 400, it is none for reasons nobody there has thought of.
+        Refusal: 422, the body is no JSON; 400, the body has a fault that the coordinator does not expect.
     """
     data = body.text(MAX_CHUNKED)
     if not data:
@@ -155,10 +155,10 @@ def read_body(body: Body, headers: Message) -> Any:
 
 
 def check(value: object, shape: Shape, where: str) -> dict[str, Any]:
-    """Return the members that a shape has, with what stands for those that are absent.
+    """Return the members of a shape, with defaults for absent members.
 
     Raises:
-        Invalid: with all that is wrong.
+        Invalid: the error has all faults.
     """
     if not isinstance(value, dict):
         what = "Input should be a valid dictionary or object to extract fields from"
@@ -174,7 +174,7 @@ def check(value: object, shape: Shape, where: str) -> dict[str, Any]:
 
 
 def read_query(query: str, shape: Shape) -> dict[str, Any]:
-    """Return the members of a query. Invalid as `check`."""
+    """Return the members of a query. Raises Invalid as `check`."""
     values: dict[str, Any] = dict(parse_qsl(query))
     for name, text in values.items():
         if name in shape and shape[name].kind == "integer" and re.fullmatch(r"-?[0-9]{1,9}", text):
@@ -198,14 +198,14 @@ def _complaint(value: dict[str, Any], name: str, member: Member) -> tuple[str, s
 
 
 def say(value: object, status: int = 200, **headers: str) -> Reply:
-    """Return a reply in JSON as that coordinator writes it, which is not as its receipts are signed."""
+    """Return a reply in the coordinator's JSON, which differs from the JSON that it signs in receipts."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     # Half a surrogate pair cannot be sent, but its escape can.
     return replace(json_reply(None, status, **headers), body=text.encode(errors="backslashreplace"))
 
 
 def error_body(refusal: Refusal, path: str, request_id: str) -> Reply:
-    """Word an error in the shape that is its origin's."""
+    """Give an error in the form of the component that raised it."""
     match refusal:
         case Invalid():
             error = {
@@ -226,14 +226,14 @@ def error_body(refusal: Refusal, path: str, request_id: str) -> Reply:
 
 @dataclass
 class Windows:
-    """The calls of each kind by each address in the last `window_s` seconds. Mutable, with a lock."""
+    """Counts the calls of each kind and address in the last `window_s` seconds. Thread-safe."""
 
     window_s: float
     _taken: dict[tuple[str, str], deque[float]] = field(default_factory=lambda: defaultdict(deque))
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def enter(self, name: str, limit: int, address: str) -> None:
-        """Count a call. Refusal (429) when there are too many, and it is not one of them."""
+        """Count a call. Raises Refusal (429): too many calls; the refused call does not count."""
         with self._lock:
             at, taken = now(), self._taken[name, address]
             while taken and taken[0] <= at - self.window_s:

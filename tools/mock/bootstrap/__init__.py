@@ -1,9 +1,9 @@
-"""The double of dialect `bootstrap`, by which the node is judged.
+"""The double of dialect `bootstrap`, the reference for the node's tests.
 
-* coordinator: MockCoordinator: what a test starts
+* coordinator: MockCoordinator, the double for a test
 * handler: one method for each call
-* ledger: which jobs there are, who holds them, every report that came
+* ledger: the jobs, their nodes, and every report
 * records: jobs, nodes, reports and requests
-* pages: what it shows: a page, JSON, input files
-* client: a node in a few lines that runs nothing
+* pages: the page, JSON, input files
+* client: a small node that runs nothing
 """

@@ -1,4 +1,4 @@
-"""A node in a few lines that runs nothing: what a test says to the mock coordinator."""
+"""A small node that runs nothing, for calls of a test to the mock coordinator."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ SLOT = {"name": "cpu0", "kind": "cpu", "cpu_threads": 2, "memory_mb": 1024, "vra
 
 
 def manifest(job_id: str, **more: Any) -> dict[str, Any]:
-    """Return the smallest manifest there is, and `more`."""
+    """Return the smallest valid manifest, with the keys `more`."""
     return {"job_id": job_id, "runner": "cli", "command": "true", **more}
 
 
 class Client:
-    """One node; every method returns the response as it came."""
+    """A node; every method returns the unchanged response."""
 
     def __init__(self, mock: MockCoordinator, node_id: str = "node-1", *, register: bool = True) -> None:
         self.mock = mock
@@ -36,7 +36,7 @@ class Client:
         self.session.close()
 
     def post(self, path: str, body: Any = None, key: str | None = None, **more: Any) -> requests.Response:
-        """POST to the API, with the token and perhaps an Idempotency-Key."""
+        """Send a POST to the API, with the token and optionally an Idempotency-Key."""
         headers = {"Authorization": f"Bearer {self.token}", **more.pop("headers", {})}
         if key:
             headers["Idempotency-Key"] = key
@@ -46,7 +46,7 @@ class Client:
         return self.session.post(self.mock.url + path, headers=headers, **more)
 
     def get(self, path: str, **more: Any) -> requests.Response:
-        """GET something beside the API, without the token."""
+        """Send a GET beside the API, without the token."""
         return self.session.get(self.mock.root + path, **{"timeout": 10, "allow_redirects": False, **more})
 
     def heartbeat(self, **more: Any) -> requests.Response:
@@ -54,17 +54,17 @@ class Client:
         return self.post("/nodes/heartbeat", {"node_id": self.node_id, "load": 0.5, **more})
 
     def pull(self, *slots: dict[str, Any], known: tuple[str, ...] = ()) -> Any:
-        """Ask for a job that fits one of the slots; returns the manifest or None."""
+        """Pull a job that fits a slot; return the manifest or None."""
         filters = {"slots": list(slots or [SLOT]), "known": list(known)}
         return self.post("/jobs/pull", {"node_id": self.node_id, "filters": filters}).json()["job"]
 
     def ack(self, job_id: str) -> requests.Response:
-        """Take a job that was pulled."""
+        """Acknowledge a pulled job."""
         named = {"job_id": job_id, "node_id": self.node_id}
         return self.post("/jobs/ack", named, params=named)
 
     def progress(self, job_id: str, pct: Any = 50, note: Any = "half") -> requests.Response:
-        """Tell how far a job is."""
+        """Send a progress note."""
         return self.post("/jobs/progress", {"job_id": job_id, "pct": pct, "note": note})
 
     def result(
@@ -76,7 +76,7 @@ class Client:
         metadata: Any = None,
         told: dict[str, bytes] | None = None,
     ) -> requests.Response:
-        """Report a result; the metadata lists `told` in the place of `files`, or is `metadata` verbatim."""
+        """Report a result; its metadata lists `told` instead of `files`, or is `metadata` verbatim."""
         listed = [
             {"path": path, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             for path, data in (files if told is None else told).items()
@@ -93,6 +93,6 @@ class Client:
         return self.post("/jobs/fail", body, key)
 
     def run(self, job_id: str) -> None:
-        """Pull and ack a job that is waiting."""
+        """Pull and acknowledge a waiting job."""
         assert self.pull()["job_id"] == job_id
         assert self.ack(job_id).status_code == 200

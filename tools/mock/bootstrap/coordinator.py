@@ -1,4 +1,4 @@
-"""A coordinator to try the miner against: a dialect on a loopback port, and its faults.
+"""A mock coordinator of dialect `bootstrap` on a loopback port, with faults.
 
 In a test or a demo:
 
@@ -7,7 +7,7 @@ In a test or a demo:
         ...                                       # a node with coordinator.base_url = mock.url
         mock.wait(lambda ledger: ledger.job("j-1").state == "done", timeout=10)
 
-This is the dialect `bootstrap`; `mock.aitbc` has the other one, `aitbc-v1`.
+`mock.aitbc` is the double of dialect `aitbc-v1`.
 
 By hand: `python tools/mock_coordinator.py --listen 127.0.0.1:8000 --jobs DIR`, then look at http://127.0.0.1:8000/.
 """
@@ -31,8 +31,8 @@ T = TypeVar("T")
 class MockCoordinator(MockServer):
     """A coordinator of the dialect `bootstrap` for one test or demo.
 
-    Without `out_dir`, artifacts go into a directory that ends with it. `boundary` is asked around each call:
-    see `exchange.Boundary`. See `Rules` for the other arguments.
+    Without `out_dir`, artifacts go into a temporary directory. `boundary` is called before and after each
+    call: see `exchange.Boundary`. See `Rules` for the other arguments.
     """
 
     api = ROOT
@@ -70,24 +70,24 @@ class MockCoordinator(MockServer):
         super().__init__((host, port), Handler, desk)
 
     def close(self) -> None:
-        """Stop, and delete what is temporary."""
+        """Stop, and delete the temporary directory."""
         super().close()
         self._life.close()
 
     def submit(self, manifest: dict[str, Any]) -> str:
-        """Queue a job and return its id; ValueError when that is taken."""
+        """Queue a job and return its id. Raises ValueError: the id is taken."""
         return self.ledger.submit(manifest)
 
     def submit_raw(self, value: bytes, *, whole_reply: bool = False) -> str:
-        """Queue bytes to send verbatim as the job of a pull reply, or as all of it; returns their id."""
+        """Queue bytes for a pull reply, verbatim as its job or as the whole reply; return their id."""
         return self.ledger.submit_raw(value, whole_reply=whole_reply)
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a job; the node that runs it learns so at its next progress note."""
+        """Cancel a job; its node learns of it at the next progress note."""
         self.ledger.cancel(job_id)
 
     def job(self, job_id: str) -> Job:
-        """Return a job as it is now; KeyError when there is none."""
+        """Return a job as it is now. Raises KeyError: the job is unknown."""
         return self.ledger.job(job_id)
 
     def wait(self, predicate: Callable[[Ledger], T], timeout: float = 120.0) -> T:

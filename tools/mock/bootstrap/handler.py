@@ -18,7 +18,7 @@ ROOT = "/api/v1"
 
 @dataclass(frozen=True, kw_only=True)
 class BootstrapDesk(Desk):
-    """What requests need of this dialect: the token of registrations, and the folders."""
+    """The state that requests of this dialect need: the token for registrations, and the directories."""
 
     ledger: Ledger
     bootstrap_token: str
@@ -28,7 +28,7 @@ class BootstrapDesk(Desk):
 
 
 class Handler(Exchange):
-    """One connection."""
+    """A connection."""
 
     desk: BootstrapDesk
 
@@ -61,7 +61,7 @@ class Handler(Exchange):
     # What requests have in common.
 
     def _node(self, named: object = None) -> str:
-        """Return which node is calling, by its token; a body that names a node must name the same."""
+        """Return the calling node, by its token; a node in the body must be the same."""
         node_id = self.desk.ledger.node_of(self._bearer() or "")
         if node_id is None:
             raise Refusal(401, "bad_token", "this call needs the node token of a registration")
@@ -187,7 +187,7 @@ def _check_filters(filters: object) -> None:
 
 
 def _complaint(form: Form, metadata: dict[str, Any]) -> str:
-    """Compare what was uploaded with what the metadata says of it; empty when they agree."""
+    """Compare the uploaded files with the metadata; empty if they agree."""
     if not form.artifacts:
         return "a result needs at least one part named 'artifact'"
     sent = {each.path: (each.bytes, each.sha256) for each in form.artifacts}

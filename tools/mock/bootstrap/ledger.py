@@ -1,6 +1,6 @@
-"""The mock coordinator's state: which jobs there are, who holds them, and every report that came.
+"""The mock coordinator's state: the jobs, their nodes, and every report.
 
-All of it is behind one lock; the records in records.py that it hands out never change.
+A lock protects the state; the returned records (records.py) never change.
 """
 
 import json
@@ -29,7 +29,7 @@ from tools.mock.watched import Watched
 
 
 class Ledger(Watched):
-    """All nodes and jobs. Every method may be called from any thread."""
+    """All nodes and jobs. Any thread may call any method."""
 
     def __init__(self, rules: Rules) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Ledger(Watched):
         """Return a job as it is now.
 
         Raises:
-            KeyError: there is none of that id.
+            KeyError: no job has this id.
         """
         with self._now():
             return self._jobs[job_id]
@@ -59,19 +59,19 @@ class Ledger(Watched):
             return dict(self._jobs)
 
     def nodes(self) -> dict[str, Node]:
-        """Return all nodes that are registered."""
+        """Return all registered nodes."""
         with self._lock:
             return dict(self._nodes)
 
     def strays(self) -> list[Report]:
-        """Return the reports on jobs that are not known here."""
+        """Return the reports on unknown jobs."""
         with self._lock:
             return list(self._strays)
 
     # What tests and sources of jobs do.
 
     def submit(self, manifest: dict[str, Any]) -> str:
-        """Queue a job; one without an id gets one.
+        """Queue a job; a job without an id gets an id.
 
         Raises:
             ValueError: the id is taken.
@@ -85,9 +85,9 @@ class Ledger(Watched):
             return self._add(Job(job_id, number, json.dumps({"job": manifest}).encode(), manifest))
 
     def submit_raw(self, value: bytes, *, whole_reply: bool = False) -> str:
-        """Queue bytes to be sent verbatim as the pull reply's job, or as all of the reply.
+        """Queue bytes for a pull reply, verbatim as its job or as the whole reply.
 
-        Filters do not hold them back. The id returned is the job's own where it has one that is not taken.
+        Filters do not apply. The returned id is the job's own id, if the bytes have a free id.
         """
         manifest = peek_manifest(value, whole_reply=whole_reply)
         with self._change():
@@ -99,7 +99,7 @@ class Ledger(Watched):
             return self._add(Job(name, number, reply, manifest, raw=True, anonymous=anonymous))
 
     def cancel(self, job_id: str) -> None:
-        """Cancel a job: at once when nobody runs it, else its node is told at its next progress note."""
+        """Cancel a job: at once if no node runs it, else its node learns of it at the next progress note."""
         with self._change():
             job = replace(self._jobs[job_id], cancelled=True)
             if job.state in {State.QUEUED, State.LEASED}:
@@ -119,7 +119,7 @@ class Ledger(Watched):
     # What the calls do.
 
     def register(self, node_id: str, payload: dict[str, Any]) -> str:
-        """Enter a node, and return a token for it."""
+        """Register a node and return its token."""
         token = secrets.token_urlsafe(24)
         with self._change():
             node = self._nodes.get(node_id, Node(node_id))
@@ -129,12 +129,12 @@ class Ledger(Watched):
         return token
 
     def node_of(self, token: str) -> str | None:
-        """Return whose token this is."""
+        """Return the node of a token."""
         with self._lock:
             return self._tokens.get(token)
 
     def heartbeat(self, node_id: str, payload: dict[str, Any], at: float) -> None:
-        """Enter a heartbeat; 404 when the node is not known."""
+        """Record a heartbeat; 404: the node is unknown."""
         with self._change():
             node = self._nodes.get(node_id)
             if node is None:
@@ -158,9 +158,9 @@ class Ledger(Watched):
             return job
 
     def ack(self, job_id: str, node_id: str, holder: str | None = None) -> None:
-        """Turn a lease into a job; again by the same node is well, by anyone else 409.
+        """Acknowledge a lease. The same node may acknowledge again; another node gets 409.
 
-        Unless that one names who holds it: then it is another node of the same fleet, and holds it now.
+        A node that names the present holder is a node of the same fleet, and takes the job over.
         """
         with self._change():
             if holder is not None and self._jobs.get(job_id):
@@ -171,17 +171,17 @@ class Ledger(Watched):
             )
 
     def note_progress(self, job_id: str, node_id: str, progress: Progress) -> bool:
-        """Enter a progress note of a job that the node holds; returns whether the job is cancelled."""
+        """Record a progress note of the node's job; return whether the job is cancelled."""
         with self._change():
             job = self._held(job_id, node_id)
             self._jobs[job_id] = replace(job, progress=(*job.progress, progress))
             return job.cancelled
 
     def report(self, report: Report) -> Verdict:
-        """Enter a report and say whether it was accepted or known already.
+        """Record a report; return whether the report is new or known already.
 
         Raises:
-            Refusal: 404 for an unknown job, 409 for one that is final, 400 for what is wrong with it.
+            Refusal: 404, the job is unknown; 409, the job is final; 400, the report is wrong.
         """
         with self._change():
             job = self._jobs.get(report.job_id) or self._anonymous(report)
@@ -264,7 +264,7 @@ class Ledger(Watched):
         return replace(job, state=state, lease_ends=None, finished_at=now())
 
     def _ends(self, job: Job) -> float | None:
-        """When the node loses the job unless it says something."""
+        """Give the time at which a silent node loses the job."""
         if job.state is State.LEASED:
             return job.lease_ends
         if self.rules.silent_s is None or job.acked_at is None:

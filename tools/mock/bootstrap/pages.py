@@ -1,4 +1,4 @@
-"""What the mock coordinator shows: a page and JSON of its ledger, and input files."""
+"""The mock coordinator's page and JSON of its ledger, and its input files."""
 
 import json
 import re
@@ -23,7 +23,7 @@ td,th{{border:1px solid #bbb;padding:.3em .6em;text-align:left;vertical-align:to
 
 
 def state_reply(ledger: Ledger, faults: Faults) -> Reply:
-    """Return all that is known as JSON, without tokens."""
+    """Return the whole state as JSON, without tokens."""
     shown = {
         "jobs": [_job_state(job) for job in ledger.jobs().values()],
         "nodes": [_node_state(node) for node in ledger.nodes().values()],
@@ -97,17 +97,17 @@ def _files(job: Job) -> str:
 
 
 def table(title: str, heads: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    """Return a table in HTML, its cells as text and cut short."""
+    """Return a table in HTML; its cells are text, cut to a length."""
     lines = ["".join(f"<th>{head}</th>" for head in heads)]
     lines += ["".join(f"<td>{escape(str(cell)[:500])}</td>" for cell in row) for row in rows]
     return f"<h2>{title}</h2><table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def file_reply(folder: Path | None, quoted: str, wanted: str | None, if_range: str | None) -> Reply:
-    """Return a file of the folder, or the stretch of it that a Range header asks for.
+    """Return a file of the folder, or the part in a Range header.
 
     Raises:
-        Refusal: 404, there is none; 416, it has no such stretch.
+        Refusal: 404, the file is missing; 416, the file has no such part.
     """
     name = unquote(quoted)
     path = folder / name if folder and name and not re.search(r"[/\0]|^\.", name) else None
@@ -124,7 +124,7 @@ def file_reply(folder: Path | None, quoted: str, wanted: str | None, if_range: s
 
 
 def _stretch(wanted: str | None, size: int) -> tuple[int, int] | None:
-    """Return start and length of a Range header's one stretch; None when the header is to be ignored."""
+    """Return start and length of a Range header's single part; None: ignore the header."""
     match = RANGE.fullmatch(wanted or "")
     if match is None or not any(match.groups()):
         return None

@@ -1,7 +1,6 @@
-"""What the mock coordinator knows, as records: jobs, nodes, reports and requests.
+"""The mock coordinator's records: jobs, nodes, reports and requests.
 
-They are frozen and replaced, never changed: whoever has one may keep it. Times are seconds of the
-boot-time clock.
+The ledger replaces records and never changes them. Times are seconds of the boot-time clock.
 """
 
 import json
@@ -13,7 +12,7 @@ from tools.mock.http import SavedArtifact
 
 
 class State(StrEnum):
-    """Where a job is, as the coordinator sees it."""
+    """The state of a job at the coordinator."""
 
     QUEUED = "queued"
     LEASED = "leased"
@@ -26,7 +25,7 @@ FINAL = frozenset({State.DONE, State.FAILED})
 
 
 class Verdict(StrEnum):
-    """What became of a report: counted, known already (200), too late (409), or wrong (400)."""
+    """The answer to a report: counted, known already (200), too late (409), or wrong (400)."""
 
     ACCEPTED = "accepted"
     DUPLICATE = "duplicate"
@@ -38,7 +37,7 @@ class Verdict(StrEnum):
 class Report:
     """A result or a failure as it arrived. `body` is a result's metadata or the whole failure.
 
-    The files of `artifacts` are kept only when the report was accepted. `complaint` says why it was not.
+    The files of `artifacts` are kept only if the report was accepted. `complaint`: the reason of a refusal.
     """
 
     kind: Literal["result", "fail"]
@@ -54,7 +53,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Handout:
-    """One time that a job was given to a node."""
+    """One hand-out of a job to a node."""
 
     at: float
     node: str
@@ -72,9 +71,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class Job:
-    """A job and all that happened to it. `reply` is the pull reply's body, verbatim.
+    """A job and its history. `reply` is the pull reply's body, verbatim.
 
-    A job with `anonymous` came from `submit_raw` without an id that could name it; it is handed out once.
+    anonymous: `submit_raw` made the job from bytes without a usable id; it is handed out once.
     """
 
     job_id: str
@@ -96,18 +95,18 @@ class Job:
 
     @property
     def accepted(self) -> Report | None:
-        """The one report that was counted."""
+        """The counted report."""
         return next((report for report in self.reports if report.verdict is Verdict.ACCEPTED), None)
 
     @property
     def error_code(self) -> str | None:
-        """The E_ code of the failure that was counted."""
+        """The E_ code of the counted failure."""
         report = self.accepted
         return str(report.body.get("error_code")) if report and report.kind == "fail" else None
 
     @property
     def order(self) -> tuple[int, int, str]:
-        """Its place in the queue: priority, then age."""
+        """The place in the queue: by priority, then by age."""
         priority = self.manifest.get("priority")
         return (-priority if isinstance(priority, int) else 0, self.number, self.job_id)
 
@@ -122,7 +121,7 @@ class Message:
 
 @dataclass(frozen=True)
 class Node:
-    """A node and what it said of itself."""
+    """A node, as it described itself."""
 
     node_id: str
     registrations: tuple[Message, ...] = ()
@@ -131,7 +130,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Call:
-    """One request: the status that was meant, the fault that spoilt it, whether it had credentials."""
+    """A request: its status before a fault, the fault, and whether it had credentials."""
 
     at: float
     endpoint: str
@@ -142,7 +141,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Rules:
-    """How jobs are handed out; with `silent_s`, acked ones leave a node without heartbeats so long."""
+    """The rules of hand-outs; a node without heartbeats for `silent_s` loses its acked jobs."""
 
     lease_s: float = 30.0
     silent_s: float | None = None
@@ -170,7 +169,7 @@ def _number(value: object) -> float:
 
 
 def peek_manifest(value: bytes, *, whole_reply: bool) -> dict[str, Any]:
-    """Read as much of a raw job as can be read."""
+    """Read the readable part of a raw job."""
     try:
         decoded = json.loads(value)
     except (ValueError, RecursionError):
