@@ -27,17 +27,14 @@ from aitbc_miner.ipc.messages import (
     FromHeartbeat,
     FromWorker,
     PrivateLine,
-    Retuned,
     ToAgent,
     ToHeartbeat,
-    ToWorker,
 )
 from aitbc_miner.preflight.check import find_python
 from aitbc_miner.preflight.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
 from aitbc_miner.preflight.requirements import NodePlace, foreign, require
 from aitbc_miner.probe.topology import read_machine
 from aitbc_miner.queue.shared import open_shared
-from aitbc_miner.runners.registry import RunnerSet
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_unallocated, resolve
 from aitbc_miner.slots.cgroups import SlotGroup, slot_groups
@@ -56,7 +53,7 @@ from aitbc_miner.util.notify import Notifier
 from aitbc_miner.util.system import drop_privileges
 from aitbc_miner.util.web import Proxy
 from aitbc_miner.worker.context import SlotContext
-from aitbc_miner.worker.loop import Worker, adjusted
+from aitbc_miner.worker.loop import adjust_slot, run_worker
 
 
 class WorkspaceError(MinerError):
@@ -245,7 +242,7 @@ class Node:
 
     def _spawn_worker(self, slot: SlotContext) -> Child[FromWorker]:
         name = slot.spec.name
-        child: Child[FromWorker] = Child(f"worker {name}", partial(be_worker, slot), FromWorker)
+        child: Child[FromWorker] = Child(f"worker {name}", partial(run_worker, slot), FromWorker)
         self.book.note(name, child.pid)
         return child
 
@@ -299,23 +296,6 @@ class Node:
 
 def _keeper(name: str, main: Main, incoming: Any, line: socket.socket) -> Keeper[Any]:
     return Keeper(name, main, incoming, [line.fileno()], pause_min=0.5, pause_max=5.0)
-
-
-def be_worker(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
-    """Be a slot's worker, after the fork."""
-    # Neither the worker nor its jobs may see the operator's secrets.
-    for secret in slot.config.sources():
-        source, _, name = secret.partition(":")
-        if source == "env":
-            os.environ.pop(name, None)
-    channel: Channel[ToWorker] = Channel(pipe, ToWorker)
-    Worker(slot, channel, RunnerSet(slot.config.runners, slot.interpreter)).run()
-
-
-def adjust_slot(slot: SlotContext) -> Retuned:
-    """Change the limits of a slot's cgroups, in a child: its adopted worker takes no messages."""
-    group = SlotGroup(slot.group_parent, slot.spec.name) if slot.group_parent else None
-    return adjusted(group, slot.spec, slot.controllers)
 
 
 def _make_workspace(root: Path, service: Identity | None) -> None:

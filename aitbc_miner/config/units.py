@@ -103,8 +103,20 @@ def format_cpus(cpus: Iterable[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
 
 
+def parse_memory(value: object) -> int:
+    """Give the bytes of a size, at least 1M."""
+    size = parse_size(value)
+    if size < 1 << 20:
+        guess = f"did you mean {value}G or {value}M?" if str(value).isdecimal() else "such as 16G"
+        raise ValueError(f"must be at least 1M; add a unit: {guess}")
+    return size
+
+
 Size = Annotated[int, Parse(parse_size)]
 """Bytes."""
+
+MemorySize = Annotated[int, Parse(parse_memory)]
+"""Bytes, at least 1M."""
 
 Duration = Annotated[float, Parse(parse_duration)]
 """Seconds."""

@@ -11,25 +11,17 @@ from msgspec import Meta, Struct
 from aitbc_miner.config.document import BadField, Fault, Parse, read_document
 from aitbc_miner.config.dropins import drop_ins
 from aitbc_miner.config.settings import SLOTS_DIR
-from aitbc_miner.config.units import CpuList, Percent, Size, format_cpus, format_size, parse_size
+from aitbc_miner.config.units import CpuList, MemorySize, Percent, Size, format_cpus, format_size
 from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.probe.topology import MachineFacts
 from aitbc_miner.slots.fit import misfits, shared_cpus
-from aitbc_miner.slots.spec import IO_RATES, MIB, IoNice, SlotSpec
+from aitbc_miner.slots.spec import IO_RATES, IoNice, SlotSpec
 from aitbc_miner.util.trust import parse_bind
 
 _BYTES = ("swap_max", "rbps", "wbps", "as", "core", "data", "fsize", "memlock", "msgqueue", "stack")
 """The rates and limits in bytes; all others are counts or seconds."""
 _LEAST_BYTES = 64 << 10
 _RLIMITS = ("as", "core", "cpu", "data", "fsize", "memlock", "msgqueue", "nofile", "nproc", "stack")
-
-
-def _parse_memory(value: object) -> int:
-    size = parse_size(value)
-    if size < MIB:
-        guess = f"did you mean {value}G or {value}M?" if str(value).isdecimal() else "such as 16G"
-        raise ValueError(f"must be at least 1M; add a unit: {guess}")
-    return size
 
 
 def _one_of(names: Sequence[str]) -> Parse:
@@ -41,7 +33,6 @@ def _one_of(names: Sequence[str]) -> Parse:
     return Parse(parse)
 
 
-MemorySize = Annotated[int, Parse(_parse_memory)]
 Weight = Annotated[int, Meta(ge=1, le=10_000)]
 # `\Z`, because `$` would accept a line break at the end. At most 22 letters, because the slot's user is
 # aitbc-job-<slot>, and a user's name has at most 32.

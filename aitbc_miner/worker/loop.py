@@ -7,7 +7,9 @@ network. The job's directory names the worker. If the supervisor ends, the worke
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from msgspec.structs import replace
 
@@ -145,6 +147,23 @@ class Worker:
             self._log.error("outcome not written", job_id=job_id, error=str(error))
             return JobEnded(job_id, ErrorCode.E_INTERNAL, message, clean=hold.clean, remains=hold.remains)
         return JobEnded(job_id, outcome.code, outcome.message, outcome.timings, hold.clean, hold.remains)
+
+
+def run_worker(slot: SlotContext, pipe: "Connection[Any, Any]") -> None:
+    """Be a slot's worker, after the fork."""
+    # Neither the worker nor its jobs may see the operator's secrets.
+    for secret in slot.config.sources():
+        source, _, name = secret.partition(":")
+        if source == "env":
+            os.environ.pop(name, None)
+    channel: Channel[ToWorker] = Channel(pipe, ToWorker)
+    Worker(slot, channel, RunnerSet(slot.config.runners, slot.interpreter)).run()
+
+
+def adjust_slot(slot: SlotContext) -> Retuned:
+    """Change the limits of a slot's cgroups, in a child: its adopted worker takes no messages."""
+    group = SlotGroup(slot.group_parent, slot.spec.name) if slot.group_parent else None
+    return adjusted(group, slot.spec, slot.controllers)
 
 
 def adjusted(group: SlotGroup | None, spec: SlotSpec, controllers: tuple[str, ...]) -> Retuned:
