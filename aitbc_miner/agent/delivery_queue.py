@@ -46,10 +46,6 @@ class Lane:
     def __contains__(self, job_id: str) -> bool:
         return job_id in self._backoffs
 
-    def newest(self) -> list[str]:
-        """Name all jobs with an unsent report, the latest first."""
-        return list(reversed(self._backoffs))
-
     def add(self, job_id: str, due: float, failures: int = 0) -> None:
         """Have a job's report sent at `due`; a second call for the same job changes nothing.
 

@@ -262,21 +262,6 @@ class Group(Controller):  # type: ignore[misc]  # cgroupspy has no type informat
             signalled |= fresh
         self.frozen = False
 
-    def pressure(self, of: str) -> dict[str, float]:
-        """Read the percentage of time that processes here waited for `of` ("cpu", "memory" or "io").
-
-        Keys are the kernel's: "some avg10" to "full avg300"; empty if the kernel does not tell.
-        """
-        try:
-            text = self.get_property(f"{of}.pressure".encode())
-        except OSError as error:
-            if error.errno in {errno.ENOENT, errno.ENODEV, errno.EOPNOTSUPP}:
-                return {}
-            raise
-        rows = (line.split() for line in text.splitlines())
-        pairs = ((kind, *field.partition("=")) for kind, *fields in rows for field in fields)
-        return {f"{kind} {name}": float(value) for kind, name, _, value in pairs if name != "total"}
-
     def limit(self, name: str) -> int | None:
         """Read a limit from the kernel: somebody may have changed it after the node. None: no limit."""
         try:

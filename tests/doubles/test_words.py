@@ -10,6 +10,9 @@ import pytest
 from tools.documents import plain_words
 from tools.documents.plain_words import CHECKOUT, Share, Text
 
+MOST = 6.0
+"""Percent of pronouns and fillers, see docs/style.md."""
+
 MODULE = '''"""It is what it is."""
 
 LIMIT = 3
@@ -105,3 +108,8 @@ def test_the_command_fails_above_a_limit(tree: Path, most: str, status: int) -> 
     )
     assert done.returncode == status, done.stderr
     assert "26.1 %" in done.stdout
+
+
+@pytest.mark.parametrize("messages", [False, True])
+def test_the_product_speaks_in_plain_words(messages: bool) -> None:
+    assert plain_words.share(messages=messages) <= MOST

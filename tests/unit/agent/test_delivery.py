@@ -583,16 +583,6 @@ def test_a_failed_one_waits_ever_longer_but_within_bounds_and_as_long_as_asked()
     assert schedule.next_due() == now + 600
 
 
-def test_the_newest_report_is_named_first_even_while_it_is_being_sent() -> None:
-    schedule = Lane(1, 8)
-    for job_id in "abc":
-        schedule.add(job_id, 0)
-    assert schedule.start_due(0, 2) == ["a", "b"]
-    assert schedule.newest() == ["c", "b", "a"]
-    schedule.succeeded("b", 1)
-    assert schedule.newest() == ["c", "a"]
-
-
 def test_the_tries_of_an_earlier_run_count() -> None:
     schedule = Lane(1, 1000)
     schedule.add("a", 0, failures=9)

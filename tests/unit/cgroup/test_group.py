@@ -215,20 +215,6 @@ def test_cpus_that_are_named_no_more_are_all_that_the_parent_has(tmp_path: Path)
     assert limits_of(slot)["cpuset.cpus"] == "0-3"
 
 
-def test_pressure_is_read_where_the_kernel_tells(tmp_path: Path) -> None:
-    written(
-        tmp_path / "cpu.pressure", "some avg10=1.50 avg60=0.20 avg300=0.00 total=9\nfull avg10=0.25 total=1\n"
-    )
-    group = Group(tmp_path)
-    assert group.pressure("cpu") == {
-        "some avg10": 1.5,
-        "some avg60": 0.2,
-        "some avg300": 0.0,
-        "full avg10": 0.25,
-    }
-    assert group.pressure("io") == {}
-
-
 def test_enforce_lifts_what_an_older_layout_had_set(tmp_path: Path) -> None:
     slot = fake_slot(tmp_path)
     assert slot.enforce(SlotSpec(name="cpu0", kind="cpu"), ALL) == {}
