@@ -105,9 +105,6 @@ class SlotGroup:
             # The leaves need the controllers as well: for the job's limits and its own counters.
             enable(group, self._names)
         self._limit_slot(spec)
-        if "memory" in self._names:
-            for group in (self.slot, self.worker):
-                group.memory_min = WORKER_MEMORY
         self._limit_job()
         if lacking := sorted((required & asked(spec)) - self.held.keys()):
             raise CgroupError(
@@ -147,6 +144,10 @@ class SlotGroup:
     def _limit_slot(self, spec: SlotSpec) -> None:
         held = {name for name in self._names if limit_slot(self.slot, name, spec)}
         self.held = dict.fromkeys(sorted(held & asked(spec)), "cgroup")
+        if "memory" in self._names:
+            # The kernel keeps memory for a group only within the memory.min of the group above.
+            for group in (self.slot, self.worker):
+                group.memory_min = WORKER_MEMORY
         self._spec = spec
 
     def _limit_job(self) -> None:

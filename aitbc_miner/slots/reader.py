@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 import yaml
@@ -97,6 +97,14 @@ class SlotKeys(Struct, frozen=True):
         for path in self.io_max:
             if not path.startswith("/"):
                 raise BadField("io_max", f"{path[:80]!r} is no absolute path; name a directory on the disk")
+
+
+_SIZES = frozenset(
+    name
+    for name, kind in get_type_hints(SlotKeys, include_extras=True).items()
+    if get_origin(kind) is not dict and {MemorySize, Size} & set(get_args(kind))
+)
+"""The keys that people write as sizes."""
 
 
 class SlotFile(Struct, frozen=True):
@@ -223,6 +231,6 @@ def _plain(spec: SlotSpec) -> dict[str, Any]:
         plain["cpus"] = format_cpus(spec.cpus) or "auto"
     if spec.cpu_max is not None:
         plain["cpu_max"] = f"{spec.cpu_max}%"
-    for name in plain.keys() & {"memory_max", "memory_high", "swap_max"}:
+    for name in plain.keys() & _SIZES:
         plain[name] = format_size(plain[name]) if plain[name] else 0
     return plain

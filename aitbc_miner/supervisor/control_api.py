@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from msgspec.structs import replace
@@ -88,6 +88,16 @@ class ControlApi:
         self._began = clock.now()
         self._build = build()
         self._retries: dict[str, list[Later]] = {}
+        self._answers: dict[str, Callable[[Request, Later], FullAnswer | None]] = {
+            "status": self._show_status,
+            "slots": self._show_status,
+            "jobs": self._show_jobs,
+            "cancel": self._cancel,
+            "retry": self._retry,
+            **dict.fromkeys(("drain", "resume"), self._set_accepting),
+            **dict.fromkeys(FILES, self._show_files),
+            **dict.fromkeys(SLOW_VERBS, self._slow_answer),
+        }
         self.accepting = True
         self.coordinator = CoordinatorView(reachable=False, since_wall=clock.wall())
         self.deliveries = Deliveries(0)
@@ -103,28 +113,33 @@ class ControlApi:
 
     def answer(self, request: Request, later: Later) -> FullAnswer | None:
         """Answer a permitted request; None when `later` will get the answer."""
-        match request.verb:
-            case "status" | "slots":
-                return self._status(), []
-            case "jobs":
-                return Jobs([self._with_use(row) for row in self._index.rows(request.state)]), []
-            case "drain" | "resume":
-                return self._set_accepting(request.verb == "resume"), []
-            case "retry":
-                return self._retry(request.job_id, later)
-        if request.verb in SLOW_VERBS:
-            self._slow.ask(request, later)
-            return None
+        return self._answers[request.verb](request, later)
+
+    def _slow_answer(self, request: Request, later: Later) -> None:
+        self._slow.ask(request, later)
+
+    def _show_status(self, _request: Request, _later: Later) -> FullAnswer:
+        return self._status(), []
+
+    def _show_jobs(self, request: Request, _later: Later) -> FullAnswer:
+        return Jobs([self._with_use(row) for row in self._index.rows(request.state)]), []
+
+    def _show_files(self, request: Request, _later: Later) -> FullAnswer:
+        row = self._find(request, "show")
+        return (row, []) if isinstance(row, Refusal) else self._files(self._with_use(row), request.verb)
+
+    def _cancel(self, request: Request, _later: Later) -> FullAnswer:
+        row = self._find(request, "cancel")
+        return row if isinstance(row, Refusal) else self._cancel_job(row), []
+
+    def _find(self, request: Request, what: str) -> JobRow | Refusal:
         job_id = request.job_id
         row = self._index.get(job_id) if job_id else None
-        if job_id is None or row is None or not valid_job_id(job_id):
-            what = "cancel" if request.verb == "cancel" else "show"
-            return Refusal(
-                f"cannot {what} job {job_id!r}: this node has no job with this id; see `aitbc-minerctl jobs`"
-            ), []
-        if request.verb in FILES:
-            return self._files(self._with_use(row), request.verb)
-        return self._cancel_job(row), []
+        if job_id is not None and row is not None and valid_job_id(job_id):
+            return row
+        return Refusal(
+            f"cannot {what} job {job_id!r}: this node has no job with this id; see `aitbc-minerctl jobs`"
+        )
 
     def _use(self, slot: RunningSlot | None) -> JobUse | None:
         if slot is None or slot.rules.job_state is not State.RUNNING:
@@ -140,13 +155,14 @@ class ControlApi:
         ours = slot if slot and slot.rules.job_id == row.job_id else None
         return replace(row, use=use) if (use := self._use(ours)) else row
 
-    def _set_accepting(self, accepting: bool) -> Done:  # noqa: FBT001  # the new value
-        self.accepting = accepting
-        if accepting:
-            return Done("resumed: the node pulls jobs again")
+    def _set_accepting(self, request: Request, _later: Later) -> FullAnswer:
+        self.accepting = request.verb == "resume"
+        if self.accepting:
+            return Done("resumed: the node pulls jobs again"), []
         running = sum(slot.rules.job_id is not None for slot in self._slots)
         waiting = len(self._slots.queue)
-        return Done(f"draining: the node pulls no new jobs; {running} running, {waiting} waiting go on")
+        said = f"draining: the node pulls no new jobs; {running} running, {waiting} waiting go on"
+        return Done(said), []
 
     def _cancel_job(self, row: JobRow) -> Answer:
         if self._slots.cancel(row.job_id, "cancel", "by the operator"):
@@ -156,8 +172,9 @@ class ControlApi:
             f"see `aitbc-minerctl job {row.job_id}`"
         )
 
-    def _retry(self, job_id: str | None, later: Later) -> FullAnswer | None:
+    def _retry(self, request: Request, later: Later) -> FullAnswer | None:
         """Ask the agent to retry a job: the agent knows the waiting jobs and the refused reports."""
+        job_id = request.job_id
         if job_id is None or not valid_job_id(job_id):
             return Refusal(f"cannot retry: {job_id!r:.200} is not a job id; see `aitbc-minerctl jobs`"), []
         if len(self._retries) >= MAX_ASKED:

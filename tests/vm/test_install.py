@@ -154,7 +154,7 @@ def test_an_upgrade_leaves_running_jobs_alone(machine: Machine) -> None:
     said = install("--upgrade")
     assert CURRENT.resolve() != old
     # The worker has its code from there.
-    assert f"{old} stays" in said
+    assert f"keeping {old} for its running jobs" in said
     assert old.exists()
     machine.wait_new_main(main)
     assert machine.runs("long") == [pid]
@@ -223,7 +223,7 @@ def test_what_cannot_be_made_leaves_the_old_version(installed: None, tmp_path: P
         ["/src/tools/install", "--upgrade", "--wheels", tmp_path], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1
-    assert "cannot install the packages: see pip's message above" in done.stderr
+    assert "cannot install the packages: see pip's error above" in done.stderr
     assert "the previous installation is unchanged" in done.stderr
     assert (files(), version()) == had
 

@@ -296,7 +296,7 @@ def _upgrade(machine: Machine, release: Path, upgrades: int, reports: Path) -> N
         wait_heartbeat(machine.mock)
         gaps.append(longest_gap(heartbeats(machine.mock), at, now()))
         assert CURRENT.resolve() != old
-        assert f"{first} stays" in said
+        assert f"keeping {first} for its running jobs" in said
     assert first.exists()
     release.touch()
     jobs = machine.wait_final(running.pids)

@@ -5,7 +5,9 @@ import resource
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import pytest
 
 from aitbc_miner.errors import MinerError
@@ -193,3 +195,22 @@ def test_a_path_that_is_on_no_disk_is_refused(tmp_path: Path) -> None:
         disk_of("/proc", tmp_path)
     with pytest.raises(FileNotFoundError):
         disk_of(str(tmp_path / "missing"))
+
+
+# Held by the process itself, or no limit of what the job uses.
+NOT_OF_THE_CGROUP = {
+    *("name", "kind", "gpu", "mems", "nice", "ionice", "rlimits", "max_runtime_s"),
+    *("egress", "runners", "env", "binds", "io_uring"),
+}
+SAMPLES: dict[str, Any] = {"cpus": (0,), "io_max": {"/": {"rbps": 1 << 20}}}
+
+
+@pytest.mark.parametrize("name", [field.name for field in msgspec.structs.fields(SlotSpec)])
+def test_each_limit_of_a_slot_belongs_to_a_controller(name: str) -> None:
+    spec = SlotSpec(
+        **(
+            {"name": "cpu0", "kind": "cpu"}
+            | ({} if name in NOT_OF_THE_CGROUP else {name: SAMPLES.get(name, 1)})
+        )
+    )
+    assert bool(asked(spec)) == (name not in NOT_OF_THE_CGROUP)

@@ -8,7 +8,17 @@ from typing import Any
 import pytest
 
 from aitbc_miner.config.settings import Config, CoordinatorSection, WorkspaceSection
-from aitbc_miner.control.protocol import Files, FullAnswer, Later, Refusal, Request, Status
+from aitbc_miner.control.protocol import (
+    READ_VERBS,
+    SLOW_VERBS,
+    WRITE_VERBS,
+    Files,
+    FullAnswer,
+    Later,
+    Refusal,
+    Request,
+    Status,
+)
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, JobUpdate, Retried, RetryJob, SlotView
 from aitbc_miner.jobs import State
@@ -201,3 +211,10 @@ def test_each_reason_why_nothing_is_pulled_is_said(tmp_path: Path) -> None:
 def test_troubles_of_the_other_processes_are_shown(site: Site) -> None:
     site.api.reported = ["cannot serve 127.0.0.1:9464: taken; free it"]
     assert "cannot serve 127.0.0.1:9464: taken; free it" in site.problems()
+
+
+def test_each_verb_has_an_answer_of_its_own(site: Site) -> None:
+    """A verb that fell through to another one could let a reader end jobs."""
+    assert site.api._answers.keys() == READ_VERBS | WRITE_VERBS
+    changing = {site.api._answers[verb] for verb in WRITE_VERBS - SLOW_VERBS}
+    assert not changing & {site.api._answers[verb] for verb in READ_VERBS}
