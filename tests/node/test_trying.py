@@ -88,4 +88,4 @@ def test_nobody_but_root_may(config: Path) -> None:
     )
     done = sandbox(config, "true", **how)
     assert done.returncode == EXIT_NOT_PERMITTED
-    assert "only root may" in done.stderr
+    assert "cannot try the sandbox: this needs root; use sudo" in done.stderr

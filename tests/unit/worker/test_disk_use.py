@@ -1,5 +1,6 @@
 """Counting what a running job has on disk, whatever it does meanwhile."""
 
+import gc
 import os
 import subprocess
 import time
@@ -31,6 +32,7 @@ def job(tmp_path: Path) -> Path:
 @pytest.fixture
 def start(job: Path) -> Iterator[Start]:
     """Start watching the job, with so many MiB and files permitted."""
+    gc.collect()  # what an earlier test has left would else be closed meanwhile
     before = len(list(Path("/proc/self/fd").iterdir()))
     with fs.directory(job) as fd:
         made: list[DiskUse] = []
