@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     slots_.add_argument("--suggest", action="store_true", help="a layout derived from the machine")
     tasks_ = verbs.add_parser("tasks", help="list the Python tasks and their parameters")
     tasks_.add_argument("--json", action="store_true", help="with the parameters as JSON schemas")
-    verbs.add_parser("doctor", help="show the missing requirements of this machine, with their remedies")
+    verbs.add_parser("doctor", help="list what a node needs, whether this machine has it, and remedies")
     for name, verb in verbs.choices.items():
         default = None if name == "probe" else CONFIG
         text = f"(default: {default or 'none, and the slots are derived from the machine'})"
@@ -206,12 +206,12 @@ def doctor(path: Path) -> int:
     machine = probe_machine((config.workspace if config else WorkspaceSection()).root)
     missing = False
     for finding in diagnose(path, config, faults, machine, find_gpus()):
-        word = "ok" if finding.there else "MISSING" if finding.required else "lacking"
+        word = "ok" if finding.there else "MISSING" if finding.required else "optional"
         _say(f"{word:8} {finding.name:8}", finding.detail)
         missing |= finding.required and not finding.there
         for remedy in finding.remedy.split("; ") if not finding.there else []:
             _say("  →", remedy)
-    print("a requirement is missing" if missing else "no requirement is missing")
+    print("a requirement is missing" if missing else "nothing that the configuration requires is missing")
     return EXIT_FAILURE if missing else EXIT_OK
 
 

@@ -325,7 +325,7 @@ class Config(Struct, frozen=True):
         return [source for source in named if source]
 
 
-_WITHOUT_EFFECT = ("egress_dir", "secrets.pkcs11")
+_WITHOUT_EFFECT = ("egress_dir", "privileges.job_user", "secrets.pkcs11")
 _AITBC_ONLY = ("services_dir", "coordinator.price", "coordinator.share", "coordinator.receipt_keys")
 
 
@@ -348,7 +348,7 @@ def _warnings(config: Config) -> Iterator[str]:
         _WITHOUT_EFFECT, " in this version; remove the key until a later version supports it"
     )
     if there.dialect != "aitbc-v1":
-        cause = f": only aitbc-v1 uses it, coordinator.dialect is {there.dialect}"
+        cause = f" with coordinator.dialect: {there.dialect}; remove the key, or set dialect: aitbc-v1"
         unused |= dict.fromkeys(_AITBC_ONLY, cause)
     for key, cause in unused.items():
         look_up = attrgetter(key)

@@ -15,7 +15,7 @@ VIEW = {
     "/dev/nvidia-uvm-tools": "the same, for debuggers and profilers",
     "/dev/nvidia-caps/nvidia-cap{capability}": "a MIG instance",
     "/proc/driver/nvidia/version": "the driver's version, which its libraries compare with theirs",
-    "/proc/driver/nvidia/params": "who makes device nodes; without the file the libraries try to",
+    "/proc/driver/nvidia/params": "which program makes device nodes; without the file, the libraries try",
     "/proc/driver/nvidia/gpus/{pci}": "the card's name and number",
     "/proc/driver/nvidia/capabilities/gpu{minor}": "the device nodes of each MIG instance",
     "/sys/bus/pci/devices/{pci}": "where the card is; a link to the card alone, of all of /sys/devices",

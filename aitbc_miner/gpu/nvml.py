@@ -223,7 +223,7 @@ def _distinct(gpus: list[GpuInfo]) -> list[GpuInfo]:
             gpu,
             uuid=gpu.uuid if told[gpu.uuid] == 1 else "",
             mig=[part for part in gpu.mig if told[part.uuid] == 1],
-            odd=[*gpu.odd, *(["UUID (another card tells the same)"] if told[gpu.uuid] > 1 else [])],
+            odd=[*gpu.odd, *(["UUID of its own (another card has the same)"] if told[gpu.uuid] > 1 else [])],
         )
         for gpu in gpus
     ]

@@ -127,6 +127,9 @@ def _read_file(source: str, path: Path, *, private: bool) -> str:
             if private and mode & (stat.S_IROTH | stat.S_IWOTH):
                 raise _error(source, f"other users may read or write it (mode {mode:04o}); chmod o= {path}")
             return stream.read(MAX_BYTES + 1).decode("ascii")
+    except FileNotFoundError:
+        how = f"install -m 640 -g aitbc /dev/stdin {path}" if private else "check LoadCredential= of the unit"
+        raise _error(source, f"the file does not exist; {how}") from None
     except OSError as error:
         raise _error(source, f"{error.strerror}; check that the node may read {path}") from None
     except UnicodeDecodeError:

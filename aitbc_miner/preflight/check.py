@@ -144,8 +144,8 @@ class Checker:
         enabled = {"cli": self._config.runners.cli.enable, "python": self._config.runners.python.enable}
         for spec in self.slots:
             if any(enabled.values()) and not any(enabled[name] for name in spec.runners):
-                names = " and ".join(spec.runners)
-                yield f"slot {spec.name} takes no jobs: runners.{names}.enable is false"
+                keys = " or ".join(f"runners.{name}.enable" for name in spec.runners)
+                yield f"slot {spec.name} takes no jobs: the slot's runners are off; set {keys}: true"
 
     def _doubtful_binds(self) -> Iterator[str]:
         for spec in self.slots:
@@ -175,9 +175,8 @@ class Checker:
         except ConfinementError as error:
             if os.geteuid() == 0 and offered_controllers() >= set(NEEDED_CONTROLLERS):
                 # This shell's cgroup lacks controllers that systemd gives to the service.
-                self.warnings.append(
-                    f"{error} (in this shell only; the packaged service has the controllers)"
-                )
+                cause = str(error).partition(": ")[2].partition("; ")[0]
+                self.warnings.append(f"{cause} (in this shell only); no action needed for the service")
             else:
                 self._fault("cgroup.mode", str(error))
         try:
@@ -224,8 +223,8 @@ class Checker:
                 blind.setdefault(what, []).append(spec.name)
         for what, names in blind.items():
             whose = "jobs" if len(names) == len(able) else f"jobs of {' and '.join(names)}"
-            whose_need = "" if what == program else f", a file of {program}"
-            yield f"{whose} do not see {what} in their sandbox{whose_need}; name its directory in `binds`"
+            need = "" if what == program else f", and {program} needs {what}"
+            yield f"{whose} do not see {what} in their sandbox{need}; add the directory of {what} to `binds`"
         for path in entry.binds:
             yield from special(path)
 

@@ -55,7 +55,7 @@ def find_cgroups(config: Config) -> Cgroups:
         ConfinementError: `cgroup.mode` is `required`, and cpu, memory and pids cannot be limited.
     """
     if config.cgroup.mode == "off":
-        return Cgroups(None, (), ["cgroup.mode is off: only process limits hold jobs"])
+        return Cgroups(None, (), ["cgroup.mode is off: only limits of single processes apply"])
     mount = find_mount()
     place = _find_place(mount, f"aitbc-miner-{config.node_id}")
     controllers = Group(place.home).controllers() if place.home else ()
@@ -65,8 +65,8 @@ def find_cgroups(config: Config) -> Cgroups:
     if cause and config.cgroup.mode == "required":
         raise ConfinementError(f"cannot limit jobs: {cause}; {remedy}, or set cgroup.mode: auto")
     if place.parent is None:
-        return Cgroups(None, (), [f"{cause}: only process limits hold jobs"])
-    missing = [f"{cause}: process limits replace its limits where possible"] if cause else []
+        return Cgroups(None, (), [f"{cause}: only limits of single processes apply"])
+    missing = [f"{cause}: limits of single processes apply where possible"] if cause else []
     if place.note:
         missing.append(place.note)
     return Cgroups(place.parent, controllers, missing, place.home)
@@ -88,7 +88,8 @@ def _find_place(mount: Mount | None, name: str) -> _Place:
         slots = own.with_name(own.name.removesuffix(UNIT) + SLOTS_UNIT)
         if slots.is_dir() and os.access(slots, os.W_OK | os.X_OK):
             return _Place(slots, slots)
-        note = f"no unit {slots.name} runs beside {own.name}: a restart of the miner ends its jobs"
+        cause = f"no unit {slots.name} runs beside {own.name}: a restart of the miner ends the running jobs"
+        note = f"{cause}; `systemctl start {slots.name}`, then restart the miner"
         return _Place(own, own / name, note=note)
     return _Place(own, own / name)
 
@@ -127,7 +128,7 @@ def take_cgroups(config: Config, found: Cgroups) -> Cgroups:
         raise ConfinementError(f"cannot limit jobs: {needed[0]}; {remedy}")
     controllers = tuple(name for name in found.controllers if name not in refused)
     reasons = dict.fromkeys(refused.values())
-    told = [f"{reason}: process limits replace its limits where possible" for reason in reasons]
+    told = [f"{reason}: limits of single processes apply where possible" for reason in reasons]
     return Cgroups(found.parent, controllers, [*found.missing, *told], found.home)
 
 
@@ -144,11 +145,11 @@ def find_sandbox(config: Config, runs_as: Identity | None) -> tuple[bool, list[s
         ConfinementError: `sandbox.mode` is `required`, and no sandbox can be made.
     """
     if config.sandbox.mode == "off":
-        return False, ["sandbox.mode is off: jobs see the machine as their slots' users do"]
+        return False, ["sandbox.mode is off: jobs see all files that their slots' users may read"]
     probe = slot_sandbox(config, SlotSpec(name="probe", kind="cpu"), runs_as)
     problem = why_not(probe)
     if problem is None:
         return True, []
     if config.sandbox.mode == "required":
         raise ConfinementError(f"cannot sandbox jobs: {problem}; or set sandbox.mode: auto")
-    return False, [f"no sandbox: {problem}; jobs see the machine as their slots' users do"]
+    return False, [f"no sandbox: {problem}; jobs see all files that their slots' users may read"]

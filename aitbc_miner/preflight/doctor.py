@@ -57,13 +57,10 @@ def diagnose(
         if unused := unused_proxy(config, os.environ):
             detail, _, remedy = unused.partition(": ")
             yield Finding("proxy", there=False, detail=detail, remedy=remedy, required=False)
-    found = machine.tools.get("nft")
-    detail = found or "not installed; the network of a slot cannot be restricted"
-    yield Finding("nft", bool(found), detail, "apt-get install nftables", required=False)
     yield _nvidia(config, gpus)
     least = config.workspace.min_free_mb if config else 2048
     detail = f"{machine.disk_free_mb} MiB free for the workspace, {least} MiB wanted"
-    yield Finding("disk", machine.disk_free_mb >= least, detail, "free space there, or move workspace.root")
+    yield Finding("disk", machine.disk_free_mb >= least, detail, "free disk space, or move workspace.root")
 
 
 def _root(config: Config | None) -> Finding:
@@ -118,7 +115,10 @@ def _coordinator(config: Config) -> Finding:
         remedy = "set coordinator.base_url to the address that the coordinator's operator gave you"
         detail = f"{url} is an example, not a real address"
         return Finding("coordinator", there=False, detail=detail, remedy=remedy, required=False)
-    wrong, _, remedy = (look(config, os.environ) or "").partition(": ")
+    said = look(config, os.environ) or ""
+    # Errors read `cannot VERB OBJECT: CAUSE; REMEDY`, guesses `CAUSE: REMEDY`.
+    wrong, _, remedy = said.partition("; " if said.startswith("cannot ") else ": ")
+    remedy = remedy or "check coordinator.base_url and this machine's network"
     return Finding("coordinator", not wrong, wrong or f"{url} answers", remedy, required=False)
 
 
@@ -139,7 +139,7 @@ def _nvidia(config: Config | None, gpus: GpuList) -> Finding:
     error = inventory(gpus).error or (gpus.error if gpus.missing else None)
     if error:
         remedy = "apt-get install nvidia-driver" if gpus.missing else "nvidia-smi"
-        detail = f"{error.partition(';')[0]}; needed for GPU slots only"
+        detail = f"{error.partition(';')[0].partition(': GPU slots')[0]}; only GPU slots need the driver"
         return Finding("nvidia", there=False, detail=detail, remedy=remedy, required=wanted)
     names = ", ".join(gpu.name for gpu in gpus.gpus) or "the driver works; no GPU"
     return Finding("nvidia", there=True, detail=names, required=wanted)

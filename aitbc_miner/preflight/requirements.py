@@ -75,10 +75,10 @@ def _resolved(key: str, path: Path) -> Path:
             return path
         if (owner := link.lstat().st_uid) not in {0, os.geteuid()}:
             raise RequirementError(
-                f"{key}: user id {owner} owns the link {link}, so root does not follow it; name its target"
+                f"{key}: root does not follow the link {link} of user id {owner}; set {key} to its target"
             )
         path = Path(os.path.normpath(link.parent / link.readlink() / path.relative_to(link)))
-    raise RequirementError(f"{key}: {path} leads through more than {LINKS} links; name their target")
+    raise RequirementError(f"{key}: {path} leads through more than {LINKS} links; set {key} to the target")
 
 
 def _identity(place: NodePlace) -> Iterator[str]:

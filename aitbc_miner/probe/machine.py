@@ -293,7 +293,7 @@ def _cgroup_text(cgroup: CgroupFacts) -> str:
     return (
         f"{kind} at {cgroup.mount}, {'writable' if cgroup.writable else 'not writable'} here; "
         f"controllers here: {', '.join(cgroup.controllers) or 'none'}; "
-        f"passed on: {', '.join(cgroup.delegated) or 'none'}"
+        f"enabled for groups below: {', '.join(cgroup.delegated) or 'none'}"
     )
 
 
@@ -301,23 +301,23 @@ def _faults(machine: Machine, gpus: GpuList, runners: Sequence[str]) -> list[str
     """Return a message for each missing part: the part, the consequence, the remedy."""
     cgroup = machine.cgroup
     absent = [name for name in NEEDED_CONTROLLERS if name not in cgroup.controllers]
+    so = "the miner does not start, or, with cgroup.mode: auto, limits only single processes"
     unified = "boot with systemd.unified_cgroup_hierarchy=1"
     faults = [gpus.error or "", *(gpu.error or "" for gpu in gpus.gpus)]
-    faults += [f"GPU {gpu.index} does not tell its {', '.join(gpu.odd)}" for gpu in gpus.gpus if gpu.odd]
+    faults += [f"GPU {gpu.index}: the driver gives no {', '.join(gpu.odd)}" for gpu in gpus.gpus if gpu.odd]
     if not gpus.gpus and not gpus.error:
         faults.append("no NVIDIA GPU: GPU slots are not possible")
     if not runners:
         faults.append("no runner: no job can be run; enable one in the configuration")
     if not machine.sandbox:
-        faults.append("no bwrap: jobs run without a sandbox; install bubblewrap")
-    if not machine.nft:
-        faults.append("no nft: the network of a slot cannot be restricted; install nftables")
+        no = "the miner does not start, or, with sandbox.mode: auto, jobs have no sandbox"
+        faults.append(f"no bwrap: {no}; apt-get install bubblewrap")
     if cgroup.mount is None:
-        faults.append(f"no cgroup version 2: limits hold for single processes only; {unified}")
+        faults.append(f"no cgroup version 2: {so}; {unified}")
     elif absent:
         remedy = unified if cgroup.mode == "hybrid" else "run the miner as the packaged service"
         lacking = f"no cgroup controller {', '.join(absent)} here"
-        faults.append(f"{lacking}: these limits hold for single processes only; {remedy}")
+        faults.append(f"{lacking}: {so}; {remedy}")
     if cgroup.mount and not cgroup.writable:
-        faults.append("cgroup not writable: slots get no cgroups; run as root or as the packaged service")
+        faults.append(f"cgroup not writable: {so}; run as root or as the packaged service")
     return [fault for fault in faults if fault]

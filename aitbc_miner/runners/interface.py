@@ -110,8 +110,8 @@ def job_env(
         if not may_be_set(name):
             raise JobError(ErrorCode.E_DENY, f"cannot set {name[:60]!r}: no job may set this variable")
         if name not in allowed:
-            remedy = "add it to `env` of the slot and, for a command, to `env` of the allowlist entry"
-            raise JobError(ErrorCode.E_DENY, f"cannot set {name[:60]!r} in slot {slot.name}: {remedy}")
+            cause = "`env` of the slot or of the allowlist entry lacks the variable; add the variable to both"
+            raise JobError(ErrorCode.E_DENY, f"cannot set {name[:60]!r} in slot {slot.name}: {cause}")
     return {
         **manifest.env,
         **gpu_env,

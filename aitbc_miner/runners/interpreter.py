@@ -11,7 +11,7 @@ from msgspec import Struct
 
 from aitbc_miner.errors import MinerError
 from aitbc_miner.sandbox.users import Identity
-from aitbc_miner.util.trust import distrust
+from aitbc_miner.util.trust import TRUSTED, distrust
 
 OLDEST = (3, 11)
 ASK_S = 60.0
@@ -113,7 +113,7 @@ def _trust(venv: Path, path: Path) -> None:
     except OSError as error:
         raise _unusable(venv, f"cannot examine {path}: {error.strerror or error}") from error
     if problem:
-        raise _unusable(venv, f"{problem}; only root may own it or write to it")
+        raise _unusable(venv, f"{problem}; {TRUSTED}")
 
 
 def cannot_import(python: Interpreter, modules: Sequence[str], user: Identity | None) -> dict[str, str]:

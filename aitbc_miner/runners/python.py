@@ -16,7 +16,7 @@ from aitbc_miner.sandbox.spawn import REPORT_FD
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.task import REPORT_VARIABLE, Progress, Report, TaskFailure
 from aitbc_miner.util.nesting import MAX_NESTING, too_deep
-from aitbc_miner.util.trust import distrust, distrust_tree
+from aitbc_miner.util.trust import TRUSTED, distrust, distrust_tree
 
 TASK_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 
@@ -110,7 +110,7 @@ def find_task(name: str, task_paths: Sequence[Path]) -> Path:
         except OSError as error:
             raise _denied(name, f"cannot examine {file}: {error.strerror or error}") from error
         if problem:
-            raise _denied(name, f"{problem}; only root may own it or write to it")
+            raise _denied(name, f"{problem}; {TRUSTED}")
         return file
     raise _denied(name, f"no {name}.py in the task paths {', '.join(map(str, task_paths)) or '(none set)'}")
 

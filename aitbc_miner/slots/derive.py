@@ -35,8 +35,8 @@ def lay_out(
         if not chosen[spec.name]:
             used = format_cpus(named.intersection(machine.cpus)) or "none"
             message = (
-                f"no CPU is left for auto: this node may use {format_cpus(machine.cpus)}, slots name {used}, "
-                f"and {len(auto)} slots are auto; name fewer CPUs, or remove a slot"
+                f"no CPU is left for this slot: of CPUs {format_cpus(machine.cpus)}, slots name {used}, and"
+                f" {len(auto)} slots with `cpus: auto` share the rest; name fewer CPUs, or remove a slot"
             )
             faults.append(fault_at(directory, spec.name, ["cpus"], message))
     laid = [replace(spec, cpus=chosen.get(spec.name, spec.cpus)) for spec in specs]

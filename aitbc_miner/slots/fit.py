@@ -71,7 +71,7 @@ def _kernel_caps(spec: SlotSpec, machine: MachineFacts) -> Iterator[SlotMisfit]:
         message = f"{format_size(spec.swap_max or 0)} is more than the {swap // MIB}M of swap of this machine"
         yield SlotMisfit(spec.name, ("swap_max",), f"{message}; lower swap_max, or add swap", possible=True)
     if machine.pid_max is not None and (spec.pids_max or 0) > machine.pid_max:
-        message = f"{spec.pids_max} is more than this machine can have ({machine.pid_max})"
+        message = f"{spec.pids_max} is more than the kernel allows on this machine ({machine.pid_max})"
         remedy = "lower pids_max, or raise the sysctl kernel.pid_max"
         yield SlotMisfit(spec.name, ("pids_max",), f"{message}; {remedy}", possible=True)
     if machine.nr_open is not None and nofile > machine.nr_open:
@@ -109,18 +109,20 @@ def _gpus(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[SlotMisf
         elif ids is not None:
             users[ids] = spec.name
         elif (parts := machine.gpu_parts.get(str(spec.gpu))) is not None:
-            remedy = f"name an instance: {', '.join(parts) or 'none is made yet, see nvidia-smi mig'}"
-            yield SlotMisfit(spec.name, ("gpu",), f"GPU {spec.gpu} is divided into MIG instances; {remedy}")
+            message = f"is divided into MIG instances; name an instance: {', '.join(parts)}"
+            none = "has no MIG instance yet; make one with `nvidia-smi mig`, and name the instance"
+            yield SlotMisfit(spec.name, ("gpu",), f"GPU {spec.gpu} {message if parts else none}")
         else:
             here = ", ".join(" or ".join(ids) for ids in machine.gpu_ids) or "none"
-            yield SlotMisfit(spec.name, ("gpu",), f"there is no GPU {spec.gpu}; this machine has {here}")
+            yield SlotMisfit(spec.name, ("gpu",), f"there is no GPU {spec.gpu}; GPUs of this machine: {here}")
 
 
 def _memory(specs: Sequence[SlotSpec], machine: MachineFacts) -> Iterator[SlotMisfit]:
     total, here = sum(spec.memory_max or 0 for spec in specs), machine.memory_bytes
-    if total > here - min(here // 20, LEFT_TO_SYSTEM):
+    system = min(here // 20, LEFT_TO_SYSTEM)
+    if total > here - system:
         most = max(specs, key=lambda spec: spec.memory_max or 0)
-        shown = f"the slots together may use {total // MIB}M, but this machine has {here // MIB}M"
+        shown = f"all slots together may use {total // MIB}M of this machine's {here // MIB}M of memory"
         fits = total <= here
-        message = f"{shown}, which leaves too little to the system" if fits else shown
-        yield SlotMisfit(most.name, ("memory_max",), f"{message}; lower memory_max", possible=fits)
+        message = f"{shown}, and the system needs {system // MIB}M" if fits else shown
+        yield SlotMisfit(most.name, ("memory_max",), f"{message}; lower memory_max of slots", possible=fits)

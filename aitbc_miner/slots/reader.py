@@ -169,10 +169,11 @@ def _read_files(
     if not (found and found.files) and len(faults) == before:
         missing = "the directory does not exist" if found is None else "no file here ends in .yaml"
         if directory != SLOTS_DIR or not (found is None or found.empty):
-            message = f"{missing}, so the node has no slot; describe a slot in a file here, or {DERIVE}"
+            remedy = "add a *.yaml file with slots, or with `derive: true` to rent out all of the machine"
             if found and found.strange:
-                message += f"; not read: {', '.join(path.name for path in found.strange)}"
-            faults.append(Fault(str(directory), None, "", message))
+                missing += f", only {', '.join(path.name for path in found.strange)}"
+                remedy = f"rename a file to *.yaml, or {remedy}"
+            faults.append(Fault(str(directory), None, "", f"{missing}, so the node has no slot; {remedy}"))
     for path in found.files if found else ():
         if file := read_document(path, SlotFile, faults):
             yield path, file

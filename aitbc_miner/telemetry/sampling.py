@@ -165,5 +165,5 @@ def inventory(found: GpuList) -> Inventory:
             ids = tuple(filter(None, (gpu.uuid, str(gpu.index))))
             facts.append(fact(ids, gpu.vram_mb or 0, unified=gpu.unified))
     errors = [None if found.missing else found.error, *(gpu.error for gpu in found.gpus)]
-    errors += [f"GPU {gpu.index} does not tell its {', '.join(gpu.odd)}" for gpu in found.gpus if gpu.odd]
+    errors += [f"GPU {gpu.index}: the driver gives no {', '.join(gpu.odd)}" for gpu in found.gpus if gpu.odd]
     return Inventory(facts, "; ".join(filter(None, errors)) or None)

@@ -20,6 +20,7 @@ _NOT_SHOWN = ("/proc", "/sys", "/dev", "/run", "/tmp", "/job", "/root", "/etc/ai
 
 
 _DANGLING = "{} is a link to a missing file, which others could create"
+TRUSTED = "only root and the miner's user may own or write to the path; use chown or chmod"
 TREE_MAX = 10_000
 """`distrust_tree` checks at most so many files."""
 
@@ -106,7 +107,7 @@ def refusal(path: Path, also: Collection[int] = ()) -> str | None:
     except OSError as error:
         problem = error.strerror or str(error)
     what = "directory" if path.is_dir() else "file"
-    return f"cannot trust this {what}: {problem}; mend that with chown or chmod" if problem else None
+    return f"cannot trust this {what}: {problem}; correct it with chown or chmod" if problem else None
 
 
 def distrust_tree(top: Path) -> str | None:

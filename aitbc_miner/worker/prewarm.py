@@ -25,7 +25,7 @@ from aitbc_miner.worker.context import SlotContext
 from aitbc_miner.worker.hold import JobHold
 from aitbc_miner.worker.launch import Started, start_program
 
-NO_PRELOAD = "preloading needs the sandbox, and sandbox.mode is off or failed"
+NO_PRELOAD = "preloading needs a sandbox, and this node has none (sandbox.mode)"
 # Seconds: the pause after a job, in which the next job may come; the longest import; the pause after a
 # failure.
 IDLE_S, IMPORT_S, AGAIN_S = 0.1, 60.0, 60.0

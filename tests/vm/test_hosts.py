@@ -37,8 +37,8 @@ BY_PROCESS = {
 }  # fmt: skip
 BOOT = "boot with systemd.unified_cgroup_hierarchy=1"
 CONTAINER = "let the container write its cgroups"
-ONLY = "only process limits hold jobs"
-WHERE_THEY_CAN = "process limits replace its limits where possible"
+ONLY = "only limits of single processes apply"
+WHERE_THEY_CAN = "limits of single processes apply where possible"
 
 
 class Host(NamedTuple):

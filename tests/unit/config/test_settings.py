@@ -445,14 +445,17 @@ def test_warnings_about_what_has_no_effect(tmp_path: Path) -> None:
     text = """\
 queue: {path: /var/lib/q.db, max_attempts: 5}
 secrets: {pkcs11: "pkcs11:token=x"}
+privileges: {job_user: nobody}
 services_dir: /srv
 workspace: {keep_success: 1h, keep_failed: 7d, min_free_mb: 1}
 sandbox: {mode: "off"}
 """
     _, _, warnings = load(tmp_path, GOOD + text)
     assert warnings == [
+        "privileges.job_user has no effect in this version; remove the key until a later version supports it",
         "secrets.pkcs11 has no effect in this version; remove the key until a later version supports it",
-        "services_dir has no effect: only aitbc-v1 uses it, coordinator.dialect is bootstrap",
+        "services_dir has no effect with coordinator.dialect: bootstrap; remove the key, or set dialect: "
+        "aitbc-v1",
     ]
 
 

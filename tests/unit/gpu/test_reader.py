@@ -178,7 +178,7 @@ def test_one_bad_answer_takes_that_field_alone(tmp_path: Path, how: str, functio
     assert str(bad.index) in fact.ids
     assert fact.vram_mb == (0 if field == "vram_mb" else 16384)
     assert other.vram_mb == 16384
-    assert "GPU 0 does not tell its " in str(inventory(found).error)
+    assert "GPU 0: the driver gives no " in str(inventory(found).error)
     assert [entry.error for entry in usage] == [None, None]
     assert usage[0].vram_total_mb == (None if field == "vram_mb" else 16384)
 
@@ -250,7 +250,7 @@ def test_a_uuid_that_two_cards_tell_names_neither(tmp_path: Path) -> None:
     with GpuReader(environ=NvmlStub(tmp_path, gpus=2, same=1).environ) as reader:
         found = reader.list(LONG_S)
     assert [fact.ids for fact in inventory(found).gpus] == [("0",), ("1",)]
-    assert "another card tells the same" in str(inventory(found).error)
+    assert "another card has the same" in str(inventory(found).error)
 
 
 def test_the_minor_number_of_a_card_is_also_in_a_file(tmp_path: Path) -> None:

@@ -45,6 +45,14 @@ def test_from_a_file(tmp_path: Path, content: str, mode: int) -> None:
     assert read_credential(_file(tmp_path, content.encode(), mode), {}).reveal() == TOKEN
 
 
+def test_a_missing_file_has_the_remedy_of_its_source(tmp_path: Path) -> None:
+    path = tmp_path / "none"
+    missing = "the file does not exist;"
+    assert _refusal(f"file:{path}").endswith(f": {missing} install -m 640 -g aitbc /dev/stdin {path}")
+    environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert _refusal("credential:none", environ).endswith(f": {missing} check LoadCredential= of the unit")
+
+
 def test_from_systemd(tmp_path: Path) -> None:
     _file(tmp_path, mode=0o444)
     environ = {"CREDENTIALS_DIRECTORY": str(tmp_path)}
@@ -62,7 +70,7 @@ def test_it_never_shows_itself() -> None:
 def test_a_file_that_a_group_can_write(tmp_path: Path) -> None:
     source = _file(tmp_path, mode=0o660)
     path = source.removeprefix("file:")
-    cause = f"cannot trust this file: {path} can be written by others (mode 0660); mend that with chown or"
+    cause = f"cannot trust this file: {path} can be written by others (mode 0660); correct it with chown or"
     assert _refusal(source) == f"cannot read the credential {source}: {cause} chmod"
 
 
@@ -82,7 +90,9 @@ def test_an_unset_variable() -> None:
 
 def test_systemd_without_the_credential(tmp_path: Path) -> None:
     assert "add LoadCredential=token:PATH to the unit" in _refusal("credential:token")
-    assert "No such file" in _refusal("credential:token", {"CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert "the file does not exist; " in _refusal(
+        "credential:token", {"CREDENTIALS_DIRECTORY": str(tmp_path)}
+    )
 
 
 def test_not_a_regular_file(tmp_path: Path) -> None:
@@ -90,7 +100,7 @@ def test_not_a_regular_file(tmp_path: Path) -> None:
     os.mkfifo(fifo)
     assert "not a regular file" in _refusal(f"file:{fifo}")
     assert "not a regular file" in _refusal(f"file:{tmp_path}")
-    assert "No such file" in _refusal(f"file:{tmp_path}/nope")
+    assert "the file does not exist; " in _refusal(f"file:{tmp_path}/nope")
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ def test_under_systemd_slots_live_in_a_unit_of_their_own(
     assert (found.home, found.parent) == (unit, unit / "aitbc-miner-node-x")
     assert found.missing == [
         "no unit aitbc-miner-slots.service runs beside aitbc-miner.service: "
-        "a restart of the miner ends its jobs"
+        "a restart of the miner ends the running jobs; `systemctl start aitbc-miner-slots.service`, "
+        "then restart the miner"
     ]
 
 
@@ -117,7 +118,7 @@ def test_cgroups_are_taken_or_done_without_as_the_mode_says(
     refused["cpu"] = "cannot write '+cpu'"
     without = take_cgroups(config("auto"), found)
     assert without.controllers == ("memory", "pids")
-    assert without.missing == ["cannot write '+cpu': process limits replace its limits where possible"]
+    assert without.missing == ["cannot write '+cpu': limits of single processes apply where possible"]
     with pytest.raises(ConfinementError, match=r"cannot limit jobs: cannot write '.cpu'; start the miner as"):
         take_cgroups(config(), found)
 
@@ -134,7 +135,7 @@ def test_a_group_that_cannot_be_emptied_limits_nothing(
     found = find_cgroups(config())
     without = take_cgroups(config("auto"), found)
     assert (without.parent, without.controllers) == (found.parent, ())
-    assert without.missing == ["cannot write: busy: process limits replace its limits where possible"]
+    assert without.missing == ["cannot write: busy: limits of single processes apply where possible"]
     # With no controllers there is nothing to take.
     assert take_cgroups(config("auto"), without) is without
     with pytest.raises(ConfinementError, match="cannot limit jobs: cannot write: busy; start the miner as"):
@@ -151,10 +152,10 @@ def test_whoever_is_in_the_supervisors_leaf_counts_from_the_group_above_it(
 
 def test_no_cgroups_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     off = find_cgroups(config("off"))
-    assert off == Cgroups(None, (), ["cgroup.mode is off: only process limits hold jobs"])
+    assert off == Cgroups(None, (), ["cgroup.mode is off: only limits of single processes apply"])
     monkeypatch.setattr(confinement, "find_mount", lambda: None)
     missing = find_cgroups(config("auto")).missing
-    assert missing == ["the machine has no cgroup2 mount: only process limits hold jobs"]
+    assert missing == ["the machine has no cgroup2 mount: only limits of single processes apply"]
     with pytest.raises(ConfinementError, match=r"no cgroup2 mount; boot with systemd\.unified_cgroup"):
         find_cgroups(config())
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from aitbc_miner.preflight import doctor
 from aitbc_miner.preflight.network import unused_proxy
 from aitbc_miner.sandbox.users import Identity, group_of
 from tests.unit.coordinator.test_aitbc import token
@@ -140,11 +141,21 @@ def test_doctor_tells_why_nobody_can_be_reached(site: Site) -> None:
     there, detail, remedy = seen(site)
     assert (there, detail, remedy) == (
         False,
-        "cannot reach the coordinator",
-        "connection refused by 127.0.0.1:9",
+        "cannot reach the coordinator: connection refused by 127.0.0.1:9",
+        "check coordinator.base_url and this machine's network",
     )
     _, detail, _ = seen(site, base_url="https://coordinator.example")
     assert detail == "https://coordinator.example is an example, not a real address"
+
+
+def test_doctor_keeps_the_cause_of_an_error_and_its_remedy_apart(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = (
+        "cannot reach the coordinator: c did not answer the TLS handshake; for http, see coordinator.base_url"
+    )
+    monkeypatch.setattr(doctor, "look", lambda *_: said)
+    assert "; ".join(seen(site)[1:]) == said
 
 
 def test_doctor_says_that_a_proxy_is_not_used(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,7 +157,8 @@ def test_a_link_of_somebody_else_is_not_followed(
     else:
         monkeypatch.setattr(os, "geteuid", lambda: mine + 1)
     with pytest.raises(
-        RequirementError, match=r"^workspace.root: user id \d+ owns the link .*/jobs, so root"
+        RequirementError,
+        match=r"^workspace.root: root does not follow the link .*/jobs of user id \d+; set workspace.root to",
     ):
         resolved(config)
 

@@ -318,6 +318,9 @@ def test_page_fits_80_columns_and_its_texts_are_aligned() -> None:
     assert rows(page)["GPU 1"] == "broken"
 
 
+WITHOUT = "the miner does not start, or, with cgroup.mode: auto, limits only single processes"
+
+
 @pytest.mark.parametrize(
     ("changes", "gpus", "said"),
     [
@@ -326,18 +329,17 @@ def test_page_fits_80_columns_and_its_texts_are_aligned() -> None:
         ({}, GpuList([GpuInfo(1, error="cannot read GPU 1: lost")]), "cannot read GPU 1: lost"),
         ({}, GpuList(), "no NVIDIA GPU"),
         ({"sandbox": None}, GpuList([L4]), "install bubblewrap"),
-        ({"nft": None}, GpuList([L4]), "install nftables"),
         ({"cgroup": CgroupFacts("v1")}, GpuList([L4]), "no cgroup version 2"),
         ({"cgroup": CgroupFacts("none")}, GpuList([L4]), "systemd.unified_cgroup_hierarchy=1"),
         (
             {"cgroup": CgroupFacts("hybrid", "/sys/fs/cgroup/unified", ("hugetlb",), writable=True)},
             GpuList([L4]),
-            "no cgroup controller cpu, memory, pids here: these limits hold for single processes only; b",
+            f"no cgroup controller cpu, memory, pids here: {WITHOUT}; b",
         ),
         (
             {"cgroup": CgroupFacts("v2", "/sys/fs/cgroup", ("cpu", "pids"), writable=True)},
             GpuList([L4]),
-            "no cgroup controller memory here: these limits hold for single processes only; run the miner as",
+            f"no cgroup controller memory here: {WITHOUT}; run the miner as",
         ),
         (
             {"cgroup": CgroupFacts("v2", "/sys/fs/cgroup", ("cpu", "memory", "pids"))},

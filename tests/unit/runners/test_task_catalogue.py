@@ -94,7 +94,7 @@ def test_the_first_path_with_the_name_counts(place: Path, tmp_path: Path) -> Non
 
 def test_a_task_that_others_could_change_is_not_read(place: Path) -> None:
     (place / "add.py").chmod(0o666)
-    assert "only root may own it or write to it" in tasks_of(place)["add"].error
+    assert "only root and the miner's user may own or write to the path" in tasks_of(place)["add"].error
     (place / "add.py").chmod(0o644)
     # What lies beside it, it can import.
     (place / "lib").mkdir()
@@ -191,7 +191,10 @@ def test_an_environment_of_its_own(venv: Path) -> None:
         with pytest.raises(InterpreterError, match=r"failed \(exit status 3\)"):
             cannot_import(python, ["ender"], None)
         packages(venv).chmod(0o777)
-        with pytest.raises(InterpreterError, match=r"site-packages.*only root may own it or write to it"):
+        with pytest.raises(
+            InterpreterError,
+            match=r"site-packages.*only root and the miner's user may own or write to the path",
+        ):
             find_interpreter(venv)
     finally:
         packages(venv).chmod(0o755)

@@ -175,7 +175,10 @@ def test_every_fault_of_a_directory(tmp_path: Path) -> None:
     [
         (None, "the directory does not exist, so the node has no slot"),
         ({}, "no file here ends in .yaml, so the node has no slot"),
-        ({"slots.yml": "slots: [{name: a, kind: cpu}]"}, "; not read: slots.yml"),
+        (
+            {"slots.yml": "slots: [{name: a, kind: cpu}]"},
+            "no file here ends in .yaml, only slots.yml, so the node has no slot; rename a file to *.yaml",
+        ),
         ({"s.yaml~": "", ".s.yaml.swp": "", "s.yaml.sample": ""}, "no file here ends in .yaml"),
         (
             {"s.yaml": "slots: []"},
@@ -254,10 +257,10 @@ def test_slots_that_do_not() -> None:
     assert list(map(str, faults)) == [
         "slot b: cpus: there is no CPU 7-8; this machine has 0-3",
         "slot b: gpu: GPU 0 belongs to slot a already; give each GPU a single slot",
-        "slot c: gpu: there is no GPU GPU-c; this machine has 0 or GPU-a, 1 or GPU-b",
+        "slot c: gpu: there is no GPU GPU-c; GPUs of this machine: 0 or GPU-a, 1 or GPU-b",
         (
-            "slot b: memory_max: the slots together may use 17408M, but this machine has 16384M; "
-            "lower memory_max"
+            "slot b: memory_max: all slots together may use 17408M of this machine's 16384M of memory; "
+            "lower memory_max of slots"
         ),
     ]
     assert warnings == [
@@ -267,6 +270,10 @@ def test_slots_that_do_not() -> None:
 
 
 MISFITS: list[tuple[dict[str, Any], str]] = [
+    (
+        {"kind": "gpu", "gpu": "GPU-n"},
+        "gpu: GPU GPU-n has no MIG instance yet; make one with `nvidia-smi mig`, and name the instance",
+    ),
     ({"cpus": (0, 4)}, "cpus: CPU 4 is offline; chcpu -e 4, or use some of 0-3"),
     (
         {"cpus": (1, 5)},
@@ -306,13 +313,13 @@ DOUBTS: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"pids_max": 40_000},
-        "pids_max: 40000 is more than this machine can have (32768); lower pids_max, or raise the sysctl "
-        "kernel.pid_max",
+        "pids_max: 40000 is more than the kernel allows on this machine (32768); lower pids_max, or "
+        "raise the sysctl kernel.pid_max",
     ),
     (
         {"memory_max": 16 * G - 1},
-        "memory_max: the slots together may use 16383M, but this machine has 16384M, which leaves too little "
-        "to the system; lower memory_max",
+        "memory_max: all slots together may use 16383M of this machine's 16384M of memory, and the system "
+        "needs 512M; lower memory_max of slots",
     ),
 ]
 
@@ -324,7 +331,7 @@ def small(tmp_path: Path) -> MachineFacts:
         memory_bytes=16 * G,
         offline=(4,),
         barred=(5,),
-        gpu_parts={"GPU-m": ("MIG-1", "MIG-2")},
+        gpu_parts={"GPU-n": (), "GPU-m": ("MIG-1", "MIG-2")},
         swap_bytes=G,
         pid_max=32768,
         nr_open=1024,
@@ -380,7 +387,7 @@ def test_a_slot_whose_runners_are_off(tmp_path: Path) -> None:
     checker = Checker(path, config, {}, GpuList(missing=True))
     checker.check()
     assert [warning for warning in checker.warnings if warning.startswith("slot ")] == [
-        "slot a takes no jobs: runners.python.enable is false"
+        "slot a takes no jobs: the slot's runners are off; set runners.python.enable: true"
     ]
 
 
@@ -463,8 +470,8 @@ def test_auto_where_nothing_is_left(tmp_path: Path) -> None:
     laid = lay_out(read_slots(tmp_path, faults), MACHINE, faults, tmp_path)
     assert [spec.cpus for spec in laid] == [(0, 1, 2), (3,), AUTO]
     assert list(map(str, faults)) == [
-        f"{path}:6: slots[2].cpus: no CPU is left for auto: this node may use 0-3, slots name 0-2, and "
-        "2 slots are auto; name fewer CPUs, or remove a slot"
+        f"{path}:6: slots[2].cpus: no CPU is left for this slot: of CPUs 0-3, slots name 0-2, and "
+        "2 slots with `cpus: auto` share the rest; name fewer CPUs, or remove a slot"
     ]
 
 
@@ -509,7 +516,7 @@ def test_a_derived_layout_splits_no_core() -> None:
 
 def test_no_gpu_at_all() -> None:
     faults, _ = check_slots([SlotSpec(name="a", kind="gpu", gpu=0)], MachineFacts((0,), G))
-    assert [fault.message for fault in faults] == ["there is no GPU 0; this machine has none"]
+    assert [fault.message for fault in faults] == ["there is no GPU 0; GPUs of this machine: none"]
 
 
 def test_faults_name_file_and_line(tmp_path: Path) -> None:
