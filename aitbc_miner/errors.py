@@ -100,13 +100,13 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ),
     ErrorCode.E_TIMEOUT: CodeInfo(
         Retry.FINAL,
-        "the job ran longer than its own or the slot's time limit and was ended",
-        "to let longer jobs finish, raise max_runtime_s of the slot or of the allowlist entry",
+        "the job reached a time limit: timeout_s, max_runtime_s, rlimits.cpu or the coordinator's deadline",
+        "if the limit is max_runtime_s or rlimits.cpu, raise the key to let longer jobs finish",
     ),
     ErrorCode.E_OOM: CodeInfo(
         Retry.ELSEWHERE,
-        "the job needed more memory than its slot has",
-        "raise memory_max of the slot, or let the coordinator send smaller jobs",
+        "the job, or the whole machine, ran out of memory",
+        "raise memory_max of the slot; if the whole machine ran out of memory, lower memory_max of the slots",
     ),
     ErrorCode.E_VRAM: CodeInfo(
         Retry.ELSEWHERE,
@@ -126,22 +126,22 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ErrorCode.E_OUTPUT: CodeInfo(
         Retry.FINAL,
         "the job wrote more than its limit",
-        "to accept more output, raise max_output_mb of the allowlist entry or the key in the message",
+        "to accept more output, raise the key that the message names",
     ),
     ErrorCode.E_ARTIFACT: CodeInfo(
         Retry.FINAL,
         "an artifact is missing, too large, not a plain file of the job, or still in use",
-        "no action needed on this node; see logs/exec.log of the job for the cause",
+        "no action needed on this node; `aitbc-minerctl logs ID` shows the output of the job",
     ),
     ErrorCode.E_EXIT: CodeInfo(
         Retry.FINAL,
         "the program ended by itself with a non-zero exit status",
-        "no action needed on this node; see logs/exec.log of the job",
+        "no action needed on this node; `aitbc-minerctl logs ID` shows the output of the job",
     ),
     ErrorCode.E_SIGNAL: CodeInfo(
         Retry.HERE,
         "the program was ended by a signal that this node did not send",
-        "look for a crash in logs/exec.log, or for a program or person that kills jobs",
+        "look for a crash with `aitbc-minerctl logs ID`, or for a program or person that kills jobs",
     ),
     ErrorCode.E_SANDBOX: CodeInfo(
         Retry.ELSEWHERE,
@@ -150,8 +150,8 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ),
     ErrorCode.E_SECRET: CodeInfo(
         Retry.ELSEWHERE,
-        "this node could not open a secret of the job",
-        "check the node's key (secrets.pkcs11)",
+        "the job has secrets, and this node cannot open them",
+        "no action needed: this version of the miner takes no jobs with secrets",
     ),
     ErrorCode.E_EGRESS: CodeInfo(
         Retry.ELSEWHERE,
@@ -161,7 +161,7 @@ CODES: dict[ErrorCode, CodeInfo] = {
     ErrorCode.E_TASK: CodeInfo(
         Retry.FINAL,
         "the Python task rejected its parameters, or raised an error",
-        "no action needed on this node; the message and logs/exec.log have the error",
+        "no action needed on this node; the message and `aitbc-minerctl logs ID` show the error",
     ),
     ErrorCode.E_CANCELLED: CodeInfo(
         Retry.FINAL,

@@ -85,10 +85,10 @@ class Anchor:
     def _compare(self, mark: str, place: str) -> None:
         found, root = self._read(), self._context.records.root
         if found != mark:
-            cause = f"its {MARK} is of another node, {found!a:.80}" if found else f"it has no {MARK}"
+            cause = f"{MARK} is of another node ({found!a:.80})" if found else f"the directory has no {MARK}"
             raise OSError(
-                f"workspace.root {root} is not this node's workspace, which was on {place}: {cause};"
-                " no jobs are pulled. Mount its disk; or, if the old jobs are gone for good:"
+                f"cannot use workspace.root {root}: {cause}, and this node's workspace was on {place}; the"
+                " node pulls no jobs; mount the disk of the workspace, or, if its jobs are gone for good:"
                 f" `echo {mark} > {root / MARK}`"
             )
 

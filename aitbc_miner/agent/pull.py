@@ -75,7 +75,7 @@ class Puller:
 
     def _why_paused(self) -> str:
         if self._context.pending >= MAX_UNREPORTED:
-            return f"the coordinator has not yet accepted {MAX_UNREPORTED} reports or more"
+            return f"{MAX_UNREPORTED} or more reports wait for the coordinator to accept them"
         if self._closed_s > PAUSE_TOLD_S and clock.now() < self._closed_until:
             return f"the coordinator asked for a pause of {self._closed_s:.0f} s"
         if self._not_before() > clock.now() + PAUSE_TOLD_S and not self._pulling:

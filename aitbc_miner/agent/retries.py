@@ -228,7 +228,7 @@ class RetryOnDemand:
                 state = job.state().state
         except (MinerError, OSError) as error:
             return Retried(job_id, f"cannot retry job {job_id}: {error}", done=False)
-        why = f"its state is {state}; only a waiting job or a refused report can be tried again"
+        why = f"its state is {state}; only a job in RETRY_WAIT or a report can be retried"
         return Retried(job_id, f"cannot retry job {job_id}: {why}", done=False)
 
     def _requeued(self, job_id: str, future: Future[bool]) -> None:

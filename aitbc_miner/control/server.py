@@ -171,9 +171,8 @@ class ControlServer:
         reads = request.verb in READ_VERBS
         group, ids = (READERS, self._readers | self._writers) if reads else (WRITERS, self._writers)
         if uid not in {0, os.geteuid()} and not groups & ids:
-            message = (
-                f"cannot {request.verb}: only root and the group {group} may; use sudo, or join the group"
-            )
+            cause = f"only root and the group {group} may use the command"
+            message = f"cannot run `{request.verb}`: {cause}; use sudo, or join the group"
             return Refusal(message, EXIT_NOT_PERMITTED), []
         return self._answer(request, partial(self._later, client))
 

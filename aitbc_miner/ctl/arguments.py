@@ -33,8 +33,8 @@ def parser() -> argparse.ArgumentParser:
     verbs.add_parser("drain", help="pull no new jobs; present jobs go on")
     verbs.add_parser("resume", help="pull jobs again")
     verbs.add_parser("reload", help="read slots.d again; running jobs go on")
-    cancel = verbs.add_parser("cancel", help="end a job that is in a slot")
-    retry = verbs.add_parser("retry", help="retry a waiting job, or send a refused report, now")
+    cancel = verbs.add_parser("cancel", help="end a job that runs or waits")
+    retry = verbs.add_parser("retry", help="start a job in RETRY_WAIT, or send a job's report, now")
     _add_allow(verbs.add_parser("allow", help="say whether a job may run a command, and if not, why"))
     _add_sandbox(verbs.add_parser("sandbox", help="run a command in the surroundings of a job (root only)"))
     for verb in (job, logs, cancel, retry):

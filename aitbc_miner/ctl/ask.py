@@ -79,22 +79,22 @@ def _ask_the_disk(target: Target, request: Request, cause: CommandError) -> tupl
     try:
         told = stopped_node.answer_from_disk(target.config, target.socket, request)
     except (MinerError, OSError) as error:
-        raise CommandError(f"{cause}; its disk does not answer either: {error}", EXIT_UNREACHABLE) from error
+        raise CommandError(f"{cause}; cannot read the files either: {error}", EXIT_UNREACHABLE) from error
     if told is None:
-        hint = "to read its disk, name the configuration of this miner with --config"
+        hint = "to read the files of a stopped miner, name its configuration with --config"
         raise CommandError(f"{cause}; {hint}", EXIT_UNREACHABLE)
-    warn(f"no miner runs at {target.socket}; the answer comes from its disk")
+    warn(f"no miner runs at {target.socket}; the answer comes from the stopped miner's files")
     return told
 
 
 def _unreachable(path: Path, cause: str) -> CommandError:
-    remedy = "check `systemctl status aitbc-miner`, or name its socket with --socket"
+    remedy = "check `systemctl status aitbc-miner`, or name the miner's socket with --socket"
     return CommandError(f"cannot reach the miner at {path}: {cause}; {remedy}", EXIT_UNREACHABLE)
 
 
 def not_ours(verb: str) -> CommandError:
     """Make the error for an answer of the wrong type for this verb."""
-    message = f"cannot {verb}: the miner sent another kind of answer; use the aitbc-minerctl of its version"
+    message = f"cannot show `{verb}`: the answer has another type; use the miner's version of aitbc-minerctl"
     return CommandError(message, EXIT_UNREACHABLE)
 
 

@@ -175,7 +175,7 @@ def _enforcement(slots: Sequence[SlotStatus], most: int) -> list[str]:
     alike: dict[str, list[str]] = defaultdict(list)
     for entry in slots:
         held = " ".join(f"{limit}={how}" for limit, how in sorted(entry.slot.enforced.items()))
-        unknown = "as set by its worker" if entry.slot.state == "ADOPTED" else "nothing"
+        unknown = "as set by its worker" if entry.slot.state == "ADOPTED" else "none, or no worker yet"
         alike[held or unknown].append(entry.slot.offer.name)
     hidden = len(alike) > most
     lines = []
@@ -328,7 +328,7 @@ def _exit(outcome: Outcome) -> str:
         ran = "run" in outcome.timings or outcome.code == ErrorCode.E_LOST
         how = "not run to its end" if ran else "never ran"
         how = how if ended.status is None else f"status {ended.status}"
-    return f"{how}, ended by the miner for {ended.killed_for}" if ended.killed_for else how
+    return f"{how}, ended by the miner ({ended.killed_for})" if ended.killed_for else how
 
 
 def _artifacts(outcome: Outcome) -> Iterator[str]:

@@ -157,10 +157,11 @@ class _Run:
     def claim(self, what: str, got: int, size: int, cap: float) -> None:
         """Raise JobError if `size` more bytes after `got` bytes of the input `what` exceed a limit."""
         if got + size > cap:
-            raise refuse(f"cannot take input {what}: larger than {int(cap)} bytes")
+            key = "coordinator.max_input_mb" if cap == self.limits.max_bytes_each else "max_mb of the input"
+            raise refuse(f"cannot take input {what}: larger than {cap / 1e6:.12g} MB ({key})")
         if self.fetched + got + size > self.limits.max_bytes_total:
-            total = self.limits.max_bytes_total
-            raise refuse(f"cannot take input {what}: all inputs together are larger than {total} bytes")
+            total = f"{self.limits.max_bytes_total / 1e6:.12g} MB (coordinator.max_input_mb)"
+            raise refuse(f"cannot take input {what}: all inputs together are larger than {total}")
 
 
 class _Transfer:
@@ -367,7 +368,8 @@ def _connection(url: str, run: _Run) -> tuple[http.client.HTTPConnection, str, d
 def _permitted(host: str, run: _Run, found: list[Address]) -> list[Address]:
     allowed = [one for one in found if not forbidden(one.sockaddr[0], allow_private=run.allow_private)]
     if not allowed:
-        raise refuse(f"cannot fetch from {host}: jobs may not reach its address {found[0].sockaddr[0]}")
+        why = f"inputs may not come from the address {found[0].sockaddr[0]}"
+        raise refuse(f"cannot fetch from {host}: {why}; see coordinator.allow_private_inputs")
     return allowed
 
 

@@ -133,9 +133,8 @@ class SlotGroup:
                 limit_job(self.job, name, spec)
         if not waits or spec.memory_max is None:
             return ""
-        return (
-            f"the job uses {used >> 20}M: memory_max {format_size(spec.memory_max)} holds from the next job"
-        )
+        limit = f"memory_max {format_size(spec.memory_max)}"
+        return f"the running job uses {used >> 20}M, so {limit} applies from the next job on"
 
     def _usable(self, available: tuple[str, ...]) -> list[str]:
         usable = set(available) & set(self.parent.controllers())

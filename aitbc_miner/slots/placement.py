@@ -100,26 +100,24 @@ def refuse_hopeless(ticket: Ticket, offers: Sequence[Offer]) -> None:
     if any(fits(ticket, offer) for offer in offers):
         return
     needs = ticket.requirements
-    if needs.gpu or needs.vram_mb > 0:
+    kind = "GPU slot" if needs.gpu or needs.vram_mb > 0 else "slot"
+    if kind == "GPU slot":
         most = max((offer.vram_mb for offer in offers if offer.kind == "gpu"), default=None)
         if most is None:
             raise JobError(ErrorCode.E_NOGPU, "cannot place the job: no slot of this node has a GPU")
         if needs.vram_mb > most:
-            raise JobError(
-                ErrorCode.E_NOGPU,
-                f"cannot place the job: no slot has {needs.vram_mb} MB of video memory, only {most} MB",
-            )
-    able = [offer for offer in offers if ticket.runner in offer.runners]
-    if needs.gpu or needs.vram_mb > 0:
-        able = [offer for offer in able if offer.kind == "gpu"]
+            cause = f"no slot has {needs.vram_mb} MB of video memory; the largest has {most} MB"
+            raise JobError(ErrorCode.E_NOGPU, f"cannot place the job: {cause}")
+    able = [it for it in offers if ticket.runner in it.runners and (kind == "slot" or it.kind == "gpu")]
     if not able:
         raise JobError(
-            ErrorCode.E_NOSLOT, f"cannot place the job: no slot offers the runner {ticket.runner!r}"
+            ErrorCode.E_NOSLOT, f"cannot place the job: no {kind} offers the runner {ticket.runner!r}"
         )
     if ticket.egress is not None and all(offer.egress != ticket.egress for offer in able):
         raise JobError(
             ErrorCode.E_EGRESS,
-            f"cannot place the job: no slot grants egress {ticket.egress!r:.80}; set `egress` of a slot",
+            f"cannot place the job: no {kind} with the runner {ticket.runner!r} grants egress"
+            f" {ticket.egress!r:.80}; set `egress` of a slot",
         )
     _refuse_size(needs, [offer for offer in able if ticket.egress in {None, offer.egress}])
 
@@ -127,22 +125,22 @@ def refuse_hopeless(ticket: Ticket, offers: Sequence[Offer]) -> None:
 def _refuse_size(needs: Requirements, able: Sequence[Offer]) -> None:
     """Raise E_NOSLOT with the first figure that no slot has, among the slots with enough of the others."""
     wanted: list[str] = []
-    enough: list[str] = []
-    for figure, need, unit, name in (
-        ("vram_mb", needs.vram_mb, "MB of video memory", "video memory"),
-        ("cpu_threads", needs.cpu_threads, "threads", "threads"),
-        ("memory_mb", needs.memory_mb, "MiB", "memory"),
+    for figure, need, unit in (
+        ("vram_mb", needs.vram_mb, "MB of video memory"),
+        ("cpu_threads", needs.cpu_threads, "threads"),
+        ("memory_mb", needs.memory_mb, "MiB of memory"),
     ):
         if need:
             wanted.append(f"{need} {unit}")
             most = max(getattr(offer, figure) for offer in able)
             if most < need:
-                both = "both " if len(wanted) == 2 else ""
-                slots = f"slots with enough {' and '.join(enough)}" if enough else "slots here"
-                message = f"no slot has {both}{' and '.join(wanted)}; the {slots} have at most {most} {unit}"
+                *others, last = wanted
+                both = "both " if len(others) == 1 else ""
+                figures = f"{both}{', '.join(others)} and {last}" if others else last
+                slots = f"slots with {' and '.join(others)}" if others else "slots here"
+                message = f"no slot has {figures}; the {slots} have at most {most} {unit}"
                 raise JobError(ErrorCode.E_NOSLOT, f"cannot place the job: {message}")
             able = [offer for offer in able if getattr(offer, figure) >= need]
-            enough.append(name)
 
 
 def make_offer(spec: SlotSpec, *, threads: int, memory_bytes: int, vram_mb: int) -> Offer:

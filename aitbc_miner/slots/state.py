@@ -38,6 +38,7 @@ MOVES: dict[SlotState, frozenset[SlotState]] = {
     SlotState.BACKOFF: frozenset({SlotState.STARTING, SlotState.STOPPED}),
     SlotState.QUARANTINED: frozenset({SlotState.STARTING, SlotState.STOPPED}),
 }
+SLOT_REMEDY = "the node tries again by itself; if this repeats, see `journalctl -u aitbc-miner`"
 
 
 class SlotTiming(Struct, frozen=True):
@@ -294,7 +295,7 @@ def _died(slot: Slot, event: Died, now: float) -> Result:
     if slot.job_id is not None:
         actions.append(Settle(slot.job_id, f"the worker of slot {slot.name} {event.how}"))
     if slot.retiring:
-        return transition(slot, SlotState.STOPPED, now, event.how), actions
+        return transition(slot, SlotState.STOPPED, now, f"its worker {event.how}"), actions
     if slot.state is SlotState.ADOPTED:
         return transition(slot, SlotState.STARTING, now), [*actions, SpawnWorker()]
     timing = slot.timing
@@ -304,7 +305,8 @@ def _died(slot: Slot, event: Died, now: float) -> Result:
         reason = f"the worker died {len(deaths)} times within {timing.deaths_within:.0f} s; last: {event.how}"
         return replace(_quarantine(slot, reason, now), deaths=()), actions
     pause = min(timing.restart_max, timing.restart_min * 2 ** (len(deaths) - 1))
-    return replace(transition(slot, SlotState.BACKOFF, now, event.how), retry_at=now + pause), actions
+    how = f"its worker {event.how}"
+    return replace(transition(slot, SlotState.BACKOFF, now, how), retry_at=now + pause), actions
 
 
 def _adopt(slot: Slot, event: Adopt, now: float) -> Result:

@@ -24,7 +24,7 @@ from aitbc_miner.control.protocol import (
 )
 from aitbc_miner.ipc.messages import CoordinatorView, Deliveries, Retried, RetryJob, Starved
 from aitbc_miner.jobs import JobUse, State, directory_of, valid_job_id
-from aitbc_miner.slots.state import SlotState
+from aitbc_miner.slots.state import SLOT_REMEDY, SlotState
 from aitbc_miner.supervisor.disk_watch import DiskWatch
 from aitbc_miner.supervisor.job_index import JobIndex
 from aitbc_miner.supervisor.job_use import Said, use_of
@@ -105,11 +105,12 @@ class ControlApi:
         self.troubles: dict[str, Problem] = {}
         self.reported: list[str] = []
         self.starved = Starved()
-        self._deaths: dict[str, tuple[float, str]] = {}
+        self._deaths: dict[str, tuple[float, Problem]] = {}
 
     def note_death(self, name: str, text: str) -> None:
         """Have `status` show for a while how a child died."""
-        self._deaths[name] = clock.now(), text
+        remedy = "the supervisor has restarted the process; if this repeats, see `journalctl -u aitbc-miner`"
+        self._deaths[name] = clock.now(), Problem(f"the process {name} {text}", remedy)
 
     def answer(self, request: Request, later: Later) -> FullAnswer | None:
         """Answer a permitted request; None when `later` will get the answer."""
@@ -168,7 +169,7 @@ class ControlApi:
         if self._slots.cancel(row.job_id, "cancel", "by the operator"):
             return Done(f"cancelling job {row.job_id}: its program has a few seconds to end by itself")
         return Refusal(
-            f"cannot cancel job {row.job_id}: no slot runs it, its state is {row.state}; "
+            f"cannot cancel job {row.job_id}: the job neither runs nor waits, its state is {row.state}; "
             f"see `aitbc-minerctl job {row.job_id}`"
         )
 
@@ -243,9 +244,8 @@ class ControlApi:
         if view.error:
             problems.append(Problem(view.error, view.remedy or ""))
         if self.deliveries.error and self.deliveries.error != view.error:
-            problems.append(
-                Problem(self.deliveries.error, "no result is lost: the node sends the report again by itself")
-            )
+            remedy = "no result is lost: the node tries again by itself"
+            problems.append(Problem(self.deliveries.error, remedy))
         if self.deliveries.refused:
             problems.append(
                 Problem(
@@ -263,12 +263,12 @@ class ControlApi:
         for slot in self._slots:
             if slot.rules.state in BAD:
                 reason = slot.rules.reason or "unknown"
-                problems.append(Problem(f"slot {slot.name}: {reason}", "the node tries again by itself"))
+                problems.append(Problem(f"slot {slot.name}: {reason}", SLOT_REMEDY))
             elif slot.trouble:
                 what = f"slot {slot.name}: {slot.trouble}"
                 problems.append(Problem(what, "no result is lost: the worker tries again by itself"))
         recent = clock.now() - DEATH_SHOWN_S
-        problems += [Problem(f"{name} {how}") for name, (at, how) in self._deaths.items() if at > recent]
+        problems += [problem for at, problem in self._deaths.values() if at > recent]
         return problems + [Problem(notice) for notice in self._notices]
 
     def _hunger(self) -> Iterator[Problem]:

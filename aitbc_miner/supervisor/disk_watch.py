@@ -6,7 +6,7 @@ The supervisor itself only looks (statvfs, a few names). One child at a time doe
 
 from collections.abc import Callable
 from functools import partial
-from math import inf
+from math import ceil, inf
 from typing import Any
 
 from aitbc_miner.config.settings import WorkspaceSection
@@ -53,7 +53,7 @@ class DiskWatch:
             ours = (self._kept.root / MARK).exists()
         except OSError as error:
             what = f"cannot check workspace.root {self._kept.root}: {error.strerror}; the node pulls no jobs"
-            self.problem = Problem(what, "check that its disk is mounted and works")
+            self.problem = Problem(what, "check that the disk of workspace.root is mounted and works")
             self.short = True
             return
         self._judge(free, lacking)
@@ -88,11 +88,13 @@ class DiskWatch:
         self.problem = None
         if self.short:
             mb = free.size < limit.size
-            what = f"{free.size // MIB:.0f} MB" if mb else f"{free.files:.0f} inodes (files)"
+            least = self._wanted(lacking)
+            what = f"{free.size // MIB:.0f} MiB" if mb else f"{free.files:.0f} inodes (files)"
+            wanted = f"{ceil(least.size / MIB)} MiB" if mb else f"{ceil(least.files)}"
             key = "min_free_mb" if mb else "min_free_inodes"
             self.problem = Problem(
-                f"workspace.root has {what} free, below workspace.{key} ({getattr(self._kept, key)}); "
-                "the node pulls no jobs",
+                f"workspace.root has {what} free; the node pulls no jobs below {wanted}"
+                f" (workspace.{key}, 1/16 more, and what the reserve lacks)",
                 f"remove files on the disk of {self._kept.root}, or lower workspace.{key} or keep_*",
             )
         if self.short is not was:

@@ -126,7 +126,7 @@ class SlotPool:
         for name in self.slots.keys() - {plan.spec.name for plan in plans}:
             slot = self.slots[name]
             if not slot.rules.retiring:
-                kind = "will be removed when its job ends" if slot.rules.job_id else "removed"
+                kind = "will be removed after the running job" if slot.rules.job_id else "removed"
                 changes.note(kind, name)
                 # The worker ends only after its job: until then, a reload may want the slot again.
                 slot.feed(Retire())

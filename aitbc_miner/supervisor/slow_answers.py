@@ -45,8 +45,8 @@ def read_history(path: Path, request: Request, out: BinaryIO, *, still: bool = F
             _line(out, Totals())
         out.flush()
     except DatabaseError as error:
-        remedy = "try again; if the file is broken, restart the miner, which sets the file aside"
-        return f"cannot show the history: cannot read {path}: {error.__cause__ or error}; {remedy}"
+        remedy = "try again, or, if the file is broken, restart the miner, which renames the broken file"
+        return f"cannot show the history from {path}: {error.__cause__ or error}; {remedy}"
     except MinerError as error:
         return str(error)
     except OSError as error:

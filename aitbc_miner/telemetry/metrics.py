@@ -23,7 +23,7 @@ from aitbc_miner import __version__
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.gpu.reader import GpuUsage
 from aitbc_miner.ipc.messages import NodeView, SlotView
-from aitbc_miner.slots.state import SlotState
+from aitbc_miner.slots.state import SLOT_REMEDY, SlotState
 from aitbc_miner.telemetry.counters import BOUNDS, Counters
 from aitbc_miner.telemetry.sampling import Use
 from aitbc_miner.util import clock
@@ -151,8 +151,7 @@ def _problems(snapshot: Snapshot, now: float) -> Iterator[HealthProblem]:
         yield HealthProblem("no slot is set up", "run `aitbc-miner check` and `aitbc-miner slots --suggest`")
     for view in snapshot.slots:
         if view.state in {SlotState.QUARANTINED, SlotState.BACKOFF}:
-            why = view.reason or "its worker failed"
-            yield HealthProblem(f"slot {view.offer.name} is out of use: {why}", "run `aitbc-miner doctor`")
+            yield HealthProblem(f"slot {view.offer.name}: {view.reason or 'unknown'}", SLOT_REMEDY)
     if snapshot.node.agent_error:
         yield HealthProblem(
             snapshot.node.agent_error, "no action needed here: the node keeps the results and retries"
@@ -180,10 +179,10 @@ COUNTERS = {
     "registrations": Family("Registrations, by result", "result", ("sent", "failed")),
     "broken_records": Family("Records of jobs that could not be read and were set aside", always=("",)),
     "deliveries": Family(
-        "Reports that the coordinator has settled, by how", "how", ("accepted", "superseded", "refused")
+        "Reports that the coordinator has settled, by result", "how", ("accepted", "superseded", "refused")
     ),
     "rate_limited": Family("Calls that the coordinator answered with 429, by kind", "call", ("pull",)),
-    "receipts": Family("Receipts for results, by whether they verified", "check", ("verified", "unverified")),
+    "receipts": Family("Receipts for results, by result of the check", "check", ("verified", "unverified")),
     "units": Family("Units that receipts name", "check", ("verified", "unverified"), 10**6),
     "price": Family("Prices that receipts name", "check", ("verified", "unverified"), 10**6),
     "retries": Family("Attempts that failed and are followed by another, by error code", "code"),
@@ -348,7 +347,7 @@ def _node_gauges(snapshot: Snapshot) -> Iterator[Metric]:
     since = snapshot.starved_since
     yield _gauge(
         "starved_seconds",
-        "Seconds since pulls began to come back empty, once many did in a row; else 0",
+        "Seconds since the first of the pulls that all brought no job, from 300 on; else 0",
         0.0 if since is None else max(0.0, clock.now() - since),
     )
     age_s = snapshot.age_s(clock.now())

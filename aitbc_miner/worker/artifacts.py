@@ -14,6 +14,7 @@ import signal
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from math import inf
 from pathlib import Path
 
 from msgspec import Struct
@@ -185,12 +186,13 @@ class Collector:
             raise _refusal(path, f"the file has {info.st_nlink} hard links")
         if spec.max_mb is not None and info.st_size > spec.max_mb * MB:
             raise _refusal(path, f"{info.st_size} bytes are over its max_mb of {spec.max_mb:g} MB")
+        over = ErrorCode.E_OUTPUT
         if len(self._taken) >= self._caps.files:
-            raise _refusal(path, f"more than {self._caps.files} files", ErrorCode.E_OUTPUT)
-        own = self._caps.job_bytes
-        cap = self._caps.bytes if own is None else min(self._caps.bytes, own)
+            raise _refusal(path, f"more than {self._caps.files} files (workspace.max_artifacts)", over)
+        own = inf if self._caps.job_bytes is None else self._caps.job_bytes
+        cap, key = min((self._caps.bytes, "workspace.max_artifacts_mb"), (own, "max_output_mb"))
         if self._bytes + info.st_size > cap:
-            raise _refusal(path, f"more than {cap} bytes of output in all", ErrorCode.E_OUTPUT)
+            raise _refusal(path, f"all files have more than {cap / 2**20:.12g} MiB ({key})", over)
 
 
 def _refusal(path: str, cause: str | None, code: ErrorCode = ErrorCode.E_ARTIFACT) -> JobError:

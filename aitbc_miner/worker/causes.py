@@ -94,9 +94,10 @@ def _too_large_a_file(evidence: Evidence) -> Verdict | None:
     # A program that ignores SIGXFSZ, as Python does, gets an error instead, and a file of the limit's size.
     if evidence.exit.signal != signal.SIGXFSZ and not (evidence.failed and evidence.file_at_limit):
         return None
-    limit = "" if evidence.file_max is None else f": {_size(evidence.file_max)}"
-    which = f", reached by {printable(evidence.file_at_limit, 300)}" if evidence.file_at_limit else ""
-    return Verdict(ErrorCode.E_OUTPUT, f"the job wrote a file above the size limit{limit}{which}")
+    limit = "" if evidence.file_max is None else f" of {_size(evidence.file_max)}"
+    which = f"the file {printable(evidence.file_at_limit, 300)}" if evidence.file_at_limit else "a file"
+    keys = "rlimits.fsize of the slot or max_output_mb of the allowlist entry"
+    return Verdict(ErrorCode.E_OUTPUT, f"{which} of the job reached the size limit{limit}, set by {keys}")
 
 
 def _too_many_processes(evidence: Evidence) -> Verdict | None:
@@ -123,7 +124,7 @@ def _cpu_time_over(evidence: Evidence) -> Verdict | None:
     limit = evidence.cpu_max_s
     if evidence.exit.signal not in {signal.SIGKILL, signal.SIGXCPU} or limit is None or used < limit:
         return None
-    return Verdict(ErrorCode.E_TIMEOUT, f"the job used {used:.1f} s of CPU time; its limit is {limit:g} s")
+    return Verdict(ErrorCode.E_TIMEOUT, f"the job used {used:.1f} s of CPU time; rlimits.cpu is {limit:g} s")
 
 
 # The first finding counts. Kills by the kernel come first: a job that was refused a process, or that met a

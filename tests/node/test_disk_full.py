@@ -33,7 +33,7 @@ pytestmark = pytest.mark.xfail(os.geteuid() != 0, reason="only root can mount", 
 DISK_MIB, RESERVE_MIB, MIN_FREE_MIB = 24, 2, 4
 SLOTS = 8
 E_DISK_S, NORMAL_S = 20.0, 30.0
-SHORT = "below workspace.min_free_mb"
+SHORT = "(workspace.min_free_mb, 1/16 more,"
 
 
 @pytest.fixture
@@ -83,7 +83,8 @@ def test_a_disk_without_a_free_inode_loses_nothing(
             wait_until(lambda: os.statvfs(node.jobs).f_favail == 0, WAIT_S)
             wait_until(lambda: not node.now().accepting, WAIT_S)
             [problem] = [each.what for each in node.now().problems if "inodes" in each.what]
-            assert "below workspace.min_free_inodes (60); the node pulls no jobs" in problem
+            assert "; the node pulls no jobs below " in problem
+            assert " (workspace.min_free_inodes, 1/16 more," in problem
             late = coordinator.submit(node.script("late", ":"))
             go.touch()
             # What they have finished is kept, and delivered, while there is no inode to be had.
@@ -110,7 +111,9 @@ def test_a_disk_that_is_not_mounted_takes_no_jobs(
 
     def away() -> bool:
         now = node.now()
-        return not now.accepting and any("Mount its disk" in each.what for each in now.problems)
+        return not now.accepting and any(
+            "mount the disk of the workspace" in each.what for each in now.problems
+        )
 
     try:
         with mounted(node.jobs, "--bind", str(disk)):

@@ -150,7 +150,10 @@ def test_a_file_that_grows_too_large(bench: Bench, command: str, code: str | Non
     bench.submit("j1", command)
     ended = bench.run("j1")
     assert ended.code == code
-    assert code != "E_OUTPUT" or "4096 bytes (0.0 MiB), reached by " in ended.message
+    assert (
+        code != "E_OUTPUT"
+        or "reached the size limit of 4096 bytes (0.0 MiB), set by rlimits.fsize" in ended.message
+    )
 
 
 @pytest.mark.parametrize("left", [Room(0, 1000), Room(1 << 30, 0)])

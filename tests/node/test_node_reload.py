@@ -61,7 +61,7 @@ def test_slots_come_change_and_go_and_a_running_job_goes_on(node: Node, coordina
     assert "pids" in node.slot(busy).enforced
     # Now the busy one goes as well, but not before its job is done.
     node.write_slots(rows("three"))
-    assert reload(node) == f"reloaded: changed: three; will be removed when its job ends: {busy}"
+    assert reload(node) == f"reloaded: changed: three; will be removed after the running job: {busy}"
     assert node.slot(busy).reason == "will be removed when its job ends"
     more = submit(coordinator, 3)
     wait_final(coordinator, more)
@@ -80,7 +80,7 @@ def test_a_slot_that_is_wanted_again_stays(node: Node, coordinator: MockCoordina
     for job in jobs:
         node.running(job)
     node.write_slots(rows("one"))
-    assert reload(node) == "reloaded: will be removed when its job ends: two"
+    assert reload(node) == "reloaded: will be removed after the running job: two"
     node.write_slots(rows("one", "two"))
     assert reload(node) == "reloaded: removal cancelled: two"
     gate.touch()

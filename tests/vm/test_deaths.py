@@ -80,7 +80,7 @@ def causes(chance: random.Random) -> dict[str, Death]:
     by_term = {"timeout_s": 4}
     full = rf"peak (\d+) bytes.* limit {MEMORY_MAX} bytes"
     refused = r"failed, and the kernel refused the job a new process \d+ times; the limit is 16"
-    too_large = r"wrote a file above the size limit: 4194304 bytes"
+    too_large = r"reached the size limit of 4194304 bytes"
     operator, coordinator = "cancelled: by the operator", "cancelled: by the coordinator"
     return {
         "success": Death(OK, "echo done"),

@@ -133,7 +133,9 @@ def test_what_would_kill_the_job_waits_for_the_next(machine: Machine, meanwhile:
     # What harms nobody holds at once.
     wait_written(machine, "cpu0", {"job/pids.max": "60", "job/memory.max": str(200 * MIB)})
     wait_until(
-        lambda: "memory_max 32M holds from the next job" in (machine.slot().reason or ""), WAIT_S / 3, 0.2
+        lambda: "so memory_max 32M applies from the next job on" in (machine.slot().reason or ""),
+        WAIT_S / 3,
+        0.2,
     )
     grow.touch()
     assert finish(machine, jobs)["cpu0"].state is State.DONE

@@ -86,7 +86,7 @@ def test_nothing_begins_before_the_right_one_is_there(home: Home) -> None:
     home.started()
     assert home.begun == 1
     said = home.look() or ""
-    assert f"workspace.root {home.root} is not this node's workspace, which was on" in said
+    assert f"cannot use workspace.root {home.root}: the directory has no +workspace, and this node's" in said
     assert "mounted at" in said
     assert list(home.root.iterdir()) == []
     home.back(away)
@@ -102,8 +102,8 @@ def test_what_goes_while_the_node_runs_is_seen(home: Home, how: str) -> None:
     elif how == "another's":
         (home.root / MARK).write_text("0123\n")
     assert home.anchor.lost()
-    assert "no jobs are pulled" in (home.look() or "")
-    assert how != "another's" or "its +workspace is of another node, '0123'" in home.context.homeless
+    assert "the node pulls no jobs; mount the disk of the workspace, or, " in (home.look() or "")
+    assert how != "another's" or "+workspace is of another node ('0123')" in home.context.homeless
     home.root.mkdir(exist_ok=True)
     home.back(away)
     assert not home.anchor.lost()

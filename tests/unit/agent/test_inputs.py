@@ -25,6 +25,7 @@ from aitbc_miner.util.clock import now
 from tests.unit.coordinator.test_http import CERTIFICATE
 
 LIMITS = InputLimits(max_bytes_each=1_000_000, max_bytes_total=1_500_000, timeout_s=20, stall_s=5)
+BARRED = "inputs may not come from the address"
 DATA = bytes(range(256)) * 1000
 SHA = hashlib.sha256(DATA).hexdigest()
 
@@ -241,11 +242,11 @@ def test_a_size_over_the_bound(server: Server, tmp_path: Path) -> None:
     server.pages["/x"] = lambda h: h.reply(body=DATA)
     for page in ("declared", "endless"):
         said = failure(tmp_path, f"{server.base}/{page}")
-        assert said == f"cannot take input {page}: larger than 1000000 bytes"
+        assert said == f"cannot take input {page}: larger than 1 MB (coordinator.max_input_mb)"
     small = InputUrl(f"{server.base}/x", max_mb=0.2)
-    assert failure(tmp_path, small) == "cannot take input x: larger than 200000 bytes"
+    assert failure(tmp_path, small) == "cannot take input x: larger than 0.2 MB (max_mb of the input)"
     assert failure(tmp_path, inline={"i": "ü" * 500_001}) == (
-        "cannot take input i: larger than 1000000 bytes"
+        "cannot take input i: larger than 1 MB (coordinator.max_input_mb)"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -253,7 +254,9 @@ def test_a_size_over_the_bound(server: Server, tmp_path: Path) -> None:
 def test_all_inputs_together_over_the_bound(server: Server, tmp_path: Path) -> None:
     server.pages["/x"] = lambda h: h.reply(body=b"x" * 900_000)
     said = failure(tmp_path, f"{server.base}/x", inline={"i": "y" * 600_001})
-    assert said == "cannot take input x: all inputs together are larger than 1500000 bytes"
+    assert (
+        said == "cannot take input x: all inputs together are larger than 1.5 MB (coordinator.max_input_mb)"
+    )
 
 
 def test_a_wrong_sha256(server: Server, tmp_path: Path) -> None:
@@ -547,7 +550,9 @@ def test_what_is_packed_is_taken_as_it_comes(server: Server, tmp_path: Path, len
     # And it is its own bytes that are bounded.
     low = InputLimits(max_bytes_each=len(bomb) - 1, max_bytes_total=1 << 30, timeout_s=20, stall_s=5)
     (tmp_path / "x").unlink()
-    assert failure(tmp_path, f"{server.base}/x", limits=low).endswith(f"larger than {len(bomb) - 1} bytes")
+    assert failure(tmp_path, f"{server.base}/x", limits=low).endswith(
+        f"larger than {(len(bomb) - 1) / 1e6} MB (coordinator.max_input_mb)"
+    )
 
 
 # Redirects
@@ -666,7 +671,7 @@ def test_an_input_of_a_neighbour_is_refused_unless_allowed(
     monkeypatch.setattr(
         neighbours, "_is_private", lambda _: False
     )  # as if this were a public address of ours
-    said = "cannot fetch from 127.0.0.1: jobs may not reach its address 127.0.0.1"
+    said = f"cannot fetch from 127.0.0.1: {BARRED} 127.0.0.1; see coordinator.allow_private_inputs"
     assert failure(tmp_path, f"{server.base}/x", allow_private=False) == said
     assert server.requests == []
 
@@ -699,20 +704,20 @@ def test_an_address_that_takes_requests_and_answers_none_is_asked_last(
 
 
 def test_a_private_address_is_refused_unless_allowed(server: Server, tmp_path: Path) -> None:
-    said = "cannot fetch from 127.0.0.1: jobs may not reach its address 127.0.0.1"
+    said = f"cannot fetch from 127.0.0.1: {BARRED} 127.0.0.1; see coordinator.allow_private_inputs"
     assert failure(tmp_path, f"{server.base}/x", allow_private=False) == said
     port = server.server_address[1]
     for host in ("2130706433", "0x7f.1", "127.1"):
-        assert "jobs may not reach its address 127.0.0.1" in failure(
-            tmp_path, f"http://{host}:{port}/x", allow_private=False
-        )
+        assert f"{BARRED} 127.0.0.1" in failure(tmp_path, f"http://{host}:{port}/x", allow_private=False)
     assert server.requests == []
 
 
 def test_a_redirect_to_the_metadata_service_is_refused(server: Server, tmp_path: Path) -> None:
     server.pages["/x"] = lambda h: h.reply(302, Location="http://169.254.169.254/latest/meta-data")
     said = failure(tmp_path, f"{server.base}/x")
-    assert said == "cannot fetch from 169.254.169.254: jobs may not reach its address 169.254.169.254"
+    assert said == (
+        f"cannot fetch from 169.254.169.254: {BARRED} 169.254.169.254; see coordinator.allow_private_inputs"
+    )
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(

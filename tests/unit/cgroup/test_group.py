@@ -191,7 +191,9 @@ def test_a_running_job_gets_other_limits_but_none_that_would_kill_it(tmp_path: P
     slot.enforce(SlotSpec(name="cpu0", kind="cpu", memory_max=1 << 30, pids_max=99), ALL)
     written(slot.job.path / "memory.current", str(300 << 20))
     smaller = SlotSpec(name="cpu0", kind="cpu", memory_max=200 << 20, pids_max=88, cpu_weight=777)
-    assert slot.adjust(smaller, ALL) == "the job uses 300M: memory_max 200M holds from the next job"
+    assert slot.adjust(smaller, ALL) == (
+        "the running job uses 300M, so memory_max 200M applies from the next job on"
+    )
     limits = limits_of(slot)
     assert (limits["memory.max"], limits["pids.max"], limits["cpu.weight"]) == (str(1 << 30), "88", "777")
     assert slot.adjust(SlotSpec(name="cpu0", kind="cpu", memory_max=1 << 31), ALL) == ""

@@ -471,7 +471,7 @@ def test_a_stranger_may_neither_read_nor_write(
         answer, _ = answer_to(node, Request(verb))
         code, message = answer.exit_code, answer.message
     assert code == EXIT_NOT_PERMITTED
-    assert message.startswith(f"cannot {verb}: only root and the group aitbc")
+    assert message.startswith(f"cannot run `{verb}`: only root and the group aitbc")
     assert node.asked == []
 
 

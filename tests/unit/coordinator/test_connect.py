@@ -124,7 +124,7 @@ def test_numbers_are_checked_with_a_proxy_too(server: Server, tmp_path: Path) ->
     with SmallProxy() as proxy:
         for host in ("127.0.0.1", "2130706433", "0x7f.1", "[::1]"):
             said = input_failure(tmp_path, f"http://{host}:1/x", proxy=Proxy(proxy.url), allow_private=False)
-            assert "jobs may not reach its address" in said
+            assert "inputs may not come from the address" in said
         assert proxy.asked == []
 
 

@@ -379,7 +379,7 @@ def test_job_page(served: Served, tmp_path: Path) -> None:
     info = CODES[ErrorCode.E_SIGNAL]
     for part in (
         *("j-1  FAILED", "cli ffmpeg", "-y -i in", info.meaning, info.advice, "ended by signal 9"),
-        *("signal 9 (SIGKILL), ended by the miner for timeout", "run 1.500 s", "wall 1.50 s", "user 0.25 s"),
+        *("signal 9 (SIGKILL), ended by the miner (timeout)", "run 1.500 s", "wall 1.50 s", "user 0.25 s"),
         *("peak memory 3.00 MiB", "memory=rlimit", '{"n":1}', "out.txt  11 bytes", "a" * 64),
         *("log (9 bytes, 4 dropped)", "  | one", "  | two\\x1b[31m", "aitbc-minerctl logs j-1"),
     ):

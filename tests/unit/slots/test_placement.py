@@ -92,7 +92,7 @@ def test_nothing_free_or_nothing_waiting_is_nothing() -> None:
             ticket(vram_mb=24_000),
             [SMALL, GPU],
             ErrorCode.E_NOGPU,
-            "cannot place the job: no slot has 24000 MB of video memory, only 16000 MB",
+            "cannot place the job: no slot has 24000 MB of video memory; the largest has 16000 MB",
         ),
         (
             ticket(runner="wasm"),
@@ -104,8 +104,8 @@ def test_nothing_free_or_nothing_waiting_is_nothing() -> None:
             ticket(cpu_threads=4, memory_mb=64_000),
             [SMALL, LARGE],
             ErrorCode.E_NOSLOT,
-            "cannot place the job: no slot has both 4 threads and 64000 MiB; "
-            "the slots with enough threads have at most 16000 MiB",
+            "cannot place the job: no slot has both 4 threads and 64000 MiB of memory; "
+            "the slots with 4 threads have at most 16000 MiB of memory",
         ),
         # The largest memory belongs to a slot with too few threads.
         (
@@ -115,8 +115,8 @@ def test_nothing_free_or_nothing_waiting_is_nothing() -> None:
                 Offer("deep", "cpu", 2, 16_384, runners=("cli",)),
             ],
             ErrorCode.E_NOSLOT,
-            "cannot place the job: no slot has both 4 threads and 8192 MiB; "
-            "the slots with enough threads have at most 4096 MiB",
+            "cannot place the job: no slot has both 4 threads and 8192 MiB of memory; "
+            "the slots with 4 threads have at most 4096 MiB of memory",
         ),
         (
             ticket(cpu_threads=16, memory_mb=8192),
@@ -136,15 +136,29 @@ def test_nothing_free_or_nothing_waiting_is_nothing() -> None:
             ticket(cpu_threads=8, memory_mb=64_000, vram_mb=1),
             [replace(GPU, cpu_threads=8, memory_mb=32_000)],
             ErrorCode.E_NOSLOT,
-            "cannot place the job: no slot has 1 MB of video memory and 8 threads and 64000 MiB; "
-            "the slots with enough video memory and threads have at most 32000 MiB",
+            "cannot place the job: no slot has 1 MB of video memory, 8 threads and 64000 MiB of memory; "
+            "the slots with 1 MB of video memory and 8 threads have at most 32000 MiB of memory",
         ),
         # There is a GPU large enough; it is something else that its slot lacks.
         (
             ticket(gpu=1, memory_mb=9000),
             [LARGE, GPU],
             ErrorCode.E_NOSLOT,
-            "cannot place the job: no slot has 9000 MiB; the slots here have at most 8000 MiB",
+            "cannot place the job: no slot has 9000 MiB of memory; "
+            "the slots here have at most 8000 MiB of memory",
+        ),
+        (
+            ticket(gpu=1, runner="wasm"),
+            [replace(SMALL, runners=("wasm",)), GPU],
+            ErrorCode.E_NOSLOT,
+            "cannot place the job: no GPU slot offers the runner 'wasm'",
+        ),
+        (
+            replace(ticket(runner="python", gpu=1), egress="open"),
+            [replace(SMALL, egress="open"), GPU],
+            ErrorCode.E_EGRESS,
+            "cannot place the job: no GPU slot with the runner 'python' grants egress 'open'; "
+            "set `egress` of a slot",
         ),
         (
             ticket(),

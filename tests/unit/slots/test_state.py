@@ -158,6 +158,7 @@ def test_pauses_between_deaths_grow_and_the_slot_is_quarantined_after_enough_of_
     for _ in range(timing.deaths_allowed - 1):
         slot, actions = play(slot, Died("was killed by SIGSEGV"), at=now)
         assert (slot.state, actions) == (S.BACKOFF, [KillJob()])
+        assert slot.reason == "its worker was killed by SIGSEGV"
         pauses.append(slot.retry_at - now)
         now = slot.retry_at
         slot = play(slot, Tick(), at=now)[0]

@@ -15,6 +15,7 @@ from aitbc_miner.control.protocol import (
     Files,
     FullAnswer,
     Later,
+    Problem,
     Refusal,
     Request,
     Status,
@@ -102,7 +103,7 @@ def test_a_link_in_place_of_a_record_is_refused_and_leaves_nothing_open(site: Si
 def test_refusals_say_what_could_not_be_done_and_what_to_do(site: Site) -> None:
     for request, what in (
         (Request("job", "j2"), "cannot show job 'j2': this node has no job with this id"),
-        (Request("cancel", "j1"), "cannot cancel job j1: no slot runs it"),
+        (Request("cancel", "j1"), "cannot cancel job j1: the job neither runs nor waits, its state is "),
     ):
         answer, _ = site.ask(request)
         assert isinstance(answer, Refusal)
@@ -115,7 +116,7 @@ def test_a_death_is_shown_for_a_while(site: Site, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(clock, "now", lambda: times[-1])
     site.api.note_death("agent", "was killed by SIGKILL; 1 deaths so far")
     site.api.note_death("agent", "was killed by SIGKILL; 2 deaths so far")
-    shown = "agent was killed by SIGKILL; 2 deaths so far"
+    shown = "the process agent was killed by SIGKILL; 2 deaths so far"
     assert shown in site.problems()
     times.append(1000.0 + DEATH_SHOWN_S - 1)
     assert shown in site.problems()
@@ -195,8 +196,8 @@ def test_each_reason_why_nothing_is_pulled_is_said(tmp_path: Path) -> None:
     assert told(site).paused == "the coordinator has not registered this node"
     desk.coordinator = CoordinatorView(True, "", registered=True)
     assert (told(site).accepting, told(site).paused) == (True, "")
-    desk.deliveries = Deliveries(100, paused="the coordinator has not yet accepted 100 reports or more")
-    assert told(site).paused.startswith("the coordinator has not yet accepted")
+    desk.deliveries = Deliveries(100, paused="100 or more reports wait for the coordinator to accept them")
+    assert told(site).paused.startswith("100 or more reports wait")
     site.agent.child = None
     assert told(site).paused == "the agent does not run; the supervisor restarts it"
     site.disk.short = True
@@ -206,6 +207,14 @@ def test_each_reason_why_nothing_is_pulled_is_said(tmp_path: Path) -> None:
     assert not told(site).accepting
     site.ask(Request("drain"))
     assert (told(site).accepting, told(site).paused) == (False, ""), "that is what somebody wanted"
+
+
+@pytest.mark.parametrize(
+    "error", ["cannot use workspace.root: no mark; mount it", "cannot pull a job: refused"]
+)
+def test_an_error_of_the_agent_has_a_remedy_that_holds_for_each_error(site: Site, error: str) -> None:
+    site.api.deliveries = Deliveries(1, error)
+    assert Problem(error, "no result is lost: the node tries again by itself") in told(site).problems
 
 
 def test_troubles_of_the_other_processes_are_shown(site: Site) -> None:

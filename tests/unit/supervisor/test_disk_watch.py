@@ -91,9 +91,9 @@ def test_pulling_stops_below_the_limit_and_goes_on_well_above_it(site: Site) -> 
     assert site.storage.short
     problem = site.storage.problem
     assert problem is not None
-    assert (
-        problem.what
-        == "workspace.root has 159 MB free, below workspace.min_free_mb (160); the node pulls no jobs"
+    assert problem.what == (
+        "workspace.root has 159 MiB free; the node pulls no jobs below 170 MiB"
+        " (workspace.min_free_mb, 1/16 more, and what the reserve lacks)"
     )
     assert "lower workspace.min_free_mb or keep_*" in problem.remedy
     assert not site.tick(LEAST + LEAST / 16 - 1)
@@ -121,8 +121,8 @@ def test_inodes_are_guarded_as_bytes_are(site: Site) -> None:
     problem = site.storage.problem
     assert problem is not None
     assert problem.what == (
-        "workspace.root has 9999 inodes (files) free, below workspace.min_free_inodes (10000);"
-        " the node pulls no jobs"
+        "workspace.root has 9999 inodes (files) free; the node pulls no jobs below 10625"
+        " (workspace.min_free_inodes, 1/16 more, and what the reserve lacks)"
     )
     assert "lower workspace.min_free_inodes or keep_*" in problem.remedy
     assert site.said == [SpaceWanted()]

@@ -300,4 +300,4 @@ def test_another_answer_is_another_version(
     miner.answer = History()
     miner.lines = [msgspec.Raw(b"[1]")]  # type: ignore[list-item]
     assert run(monkeypatch, *words) == 69
-    assert "another kind of answer" in capsys.readouterr().err
+    assert "the answer has another type" in capsys.readouterr().err

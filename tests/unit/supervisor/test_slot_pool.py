@@ -75,7 +75,7 @@ def test_a_waiting_job_that_no_slot_can_ever_take_is_given_back(site: Site) -> N
     site.slots.place()
     assert (list(site.slots.queue), site.said) == (["waits"], [])
     # The only slot that is large enough is to go, so nothing but its present job will ever run there.
-    assert str(site.slots.lay_out([plan("small")])) == "will be removed when its job ends: large"
+    assert str(site.slots.lay_out([plan("small")])) == "will be removed after the running job: large"
     site.slots.refuse_hopeless()
     (told,) = site.said
     assert (told.job_id, told.code) == ("waits", ErrorCode.E_NOSLOT)

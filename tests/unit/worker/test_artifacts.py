@@ -406,7 +406,9 @@ def test_more_files_than_allowed_are_refused(job: Path) -> None:
     for number in range(4):
         (job / f"output/{number}").write_text("x")
     caps = Caps(files=3, bytes=100)
-    assert refused(job, caps=caps).code is ErrorCode.E_OUTPUT
+    error = refused(job, caps=caps)
+    assert error.code is ErrorCode.E_OUTPUT
+    assert error.message.endswith(": more than 3 files (workspace.max_artifacts)")
     (job / "output/3").unlink()
     for artifact in (job / "artifacts").iterdir():
         artifact.unlink()
@@ -417,7 +419,11 @@ def test_more_files_than_allowed_are_refused(job: Path) -> None:
 def test_more_bytes_in_all_than_allowed_are_refused(job: Path, caps: Caps) -> None:
     (job / "output/a").write_bytes(b"x" * 5)
     (job / "output/b").write_bytes(b"x" * 5)
-    assert refused(job, caps=caps).code is ErrorCode.E_OUTPUT
+    error = refused(job, caps=caps)
+    assert error.code is ErrorCode.E_OUTPUT
+    key = "workspace.max_artifacts_mb" if caps.bytes == 9 else "max_output_mb"
+    shown = "0" if caps.job_bytes == 0 else "8.58306884766e-06"
+    assert error.message.endswith(f": all files have more than {shown} MiB ({key})")
 
 
 def test_a_directory_of_very_many_names_is_left_early(job: Path) -> None:

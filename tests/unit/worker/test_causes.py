@@ -72,11 +72,13 @@ CALM: dict[str, Any] = {
         pytest.param(KILLED, REFUSED | {"pids_max": None}, "E_PIDS", "a new process 1234 times", id="signal"),
         pytest.param(
             ExitStatus(signal=signal.SIGXFSZ), {}, "E_OUTPUT",
-            "the job wrote a file above the size limit", id="SIGXFSZ",
+            "a file of the job reached the size limit, set by rlimits.fsize of the slot or max_output_mb of "
+            "the allowlist entry", id="SIGXFSZ",
         ),
         pytest.param(
             FAILED, LARGE, "E_OUTPUT",
-            "the job wrote a file above the size limit: 4194304 bytes (4.0 MiB), reached by work/big?",
+            "the file work/big? of the job reached the size limit of 4194304 bytes (4.0 MiB), "
+            "set by rlimits.fsize of the slot or max_output_mb of the allowlist entry",
             id="EFBIG",
         ),
         pytest.param(
@@ -92,7 +94,7 @@ CALM: dict[str, Any] = {
             "the job failed, and the disk of the workspace can hold no more files", id="no inodes",
         ),
         pytest.param(
-            KILLED, CPU, "E_TIMEOUT", "the job used 3.2 s of CPU time; its limit is 3 s", id="rlimits.cpu",
+            KILLED, CPU, "E_TIMEOUT", "the job used 3.2 s of CPU time; rlimits.cpu is 3 s", id="rlimits.cpu",
         ),
         pytest.param(
             ExitStatus(killed_for="timeout"), CALM, "E_TIMEOUT",
