@@ -47,13 +47,13 @@ TRICKS = (
         r"|numactl|strace|ltrace|script|watch|sudo|doas|su|runuser|systemd-run|bwrap|firejail|proot|entr",
         (),
         "run any other program: the program exists to start others",
-        "allow the program that jobs need",
+        "permit the program that jobs need, not the launcher",
     ),
     Trick(
         r"docker|podman|nerdctl|kubectl|qemu-.*|virsh|systemctl|crontab|at|batch",
         (),
         "have a system service run any code",
-        "allow another program",
+        "permit the program that jobs need, not the service's client",
     ),
     Trick(
         r"curl|wget|aria2c|nc(at)?|netcat|socat|ssh|scp|sftp|rsync|ftp|telnet|openssl",
@@ -126,7 +126,7 @@ TRICKS = (
         r"sed|gsed",
         ("-f", "-e", "--expression=1e", "1e sh", "w /tmp/x"),
         "run programs and write files by {word}",
-        "give the script an enum",
+        "permit fixed scripts only: give the operand an `enum`",
     ),
     Trick(
         r"sort",
@@ -146,7 +146,7 @@ TRICKS = (
         "run any program by {word}",
         LEAVE_OUT,
     ),
-    Trick(r"man|less|more|view|nano|emacs", (), "run any program from its prompt", "allow cat"),
+    Trick(r"man|less|more|view|nano|emacs", (), "run any program from its prompt", "permit /usr/bin/cat"),
     Trick(r"sqlite3", ("-init", "-cmd", ".shell sh", ".system sh"), "run any program by {word}", LEAVE_OUT),
 )
 

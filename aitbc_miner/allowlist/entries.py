@@ -234,7 +234,7 @@ class Allowlist(Struct, frozen=True):
             except OSError as error:
                 return Objection(f"cannot read {path}: {error.strerror}", rule="command.sha256")
             if digest != entry.command.sha256:
-                text = f"{path} has the sha256 {digest}, but its entry requires another"
+                text = f"{path} has sha256 {digest}, but its entry requires another; update command.sha256"
                 return Objection(text, rule="command.sha256")
         for at, bind in enumerate(entry.binds):
             if problem := _unfit(bind) or (None if bind.exists() else "does not exist"):

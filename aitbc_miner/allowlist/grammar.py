@@ -153,7 +153,7 @@ class Reader:
         fits = tuple(dict.fromkeys(word for misfit in readings for word in misfit.fits()))
         rule = best.rule if best.why or len({misfit.rule for misfit in readings}) == 1 else ""
         if at < len(self._args):
-            why = best.why or ("is not allowed at this place" if fits else "is too many: the list must end")
+            why = best.why or ("is not allowed at this place" if fits else "is one too many")
             return Objection(f"{quoted(self._args, at)} {why}", at, fits, rule)
         last = f" after {quoted(self._args, at - 1)}" if self._args else ""
         return Objection(f"an argument is missing{last}", at, fits, rule)

@@ -146,7 +146,7 @@ def _judge(groups: Sequence[PatternGroup], args: Sequence[str], work: Work) -> O
     most = sum(map(len, groups))
     if len(args) > most:
         return Objection(
-            f"{quoted(args, most)} is too many; the entry permits at most {most}", most, rule="args"
+            f"{quoted(args, most)} is one too many; the entry permits at most {most}", most, rule="args"
         )
     matched: list[list[int]] = []
     reached = {0}

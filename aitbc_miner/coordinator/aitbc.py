@@ -338,7 +338,8 @@ class AitbcCoordinator:
                 " to register the key"
             )
         if reply.status == 403:
-            return f"the coordinator answers 403 to {used}, whose role is right; check proxies and filters"
+            remedy = "check proxies and address filters in front of the coordinator"
+            return f"the coordinator answers 403 to {used}, although the token's role is miner; {remedy}"
         return (
             f"the coordinator does not accept {used}: it was signed with another key or is invalid; ask the"
             " coordinator's operator for a new token"

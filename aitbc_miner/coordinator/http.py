@@ -267,7 +267,7 @@ _CAUSES: list[tuple[tuple[type[BaseException], ...], str]] = [
     ((NoConnection,), "no connection to {peer} within {connect:g} s"),
     (
         (NoHandshake,),
-        "{peer} accepts connections, but no TLS handshake within {connect:g} s; does the server speak http?",
+        "{peer} did not answer the TLS handshake within {connect:g} s; for http, see coordinator.base_url",
     ),
     ((ssl.SSLError,), "TLS with {peer} failed ({error.reason})"),
     ((socket.gaierror,), "the name of {peer} cannot be looked up ({error.strerror})"),

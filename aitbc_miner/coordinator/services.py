@@ -59,7 +59,7 @@ class Field(Struct, frozen=True):
 
     def __post_init__(self) -> None:
         if self.type == "choice" and not self.values:
-            raise BadField("type", "is choice, which needs `values`")
+            raise BadField("type", "is choice, but the field has no `values`; add `values`")
         if self.required and self.default is not None:
             raise BadField("default", "has no effect, because the field is required; remove it")
 
@@ -186,7 +186,7 @@ def read_services(
         kinds = [*(f"type {one!r}" for one in service.match.types), f"service {service.name!r}"]
         kinds += [f"service_type {one!r}" for one in service.match.service_types]
         if twice := [kind for kind in kinds if kind in taken]:
-            message = f"{taken[twice[0]]} has {twice[0]}, too; remove it from one of the two files"
+            message = f"{twice[0]} is also in {taken[twice[0]]}; remove {twice[0]} here or there"
             faults.append(Fault(str(path), line_of(path, ["match"]), "match", message))
             continue
         taken |= dict.fromkeys(kinds, path)

@@ -24,8 +24,8 @@ def why_idle(known: Known, standing: Standing) -> list[str]:
 
 
 _BOND = (
-    "jobs that require a bond or pay 10 or more go only to miners with a bond, and the coordinator does not"
-    " tell whether this node has a bond; see your account with the coordinator"
+    "jobs with a required bond or a price of 10 or more go only to miners with a bond, and the coordinator"
+    " does not tell whether this node has a bond; see your account with the coordinator"
 )
 
 
@@ -66,5 +66,5 @@ def _matching(known: Known) -> Iterator[str]:
         if not there
     ]
     if lacking:
-        yield f"this node gets no jobs that require a {', a '.join(lacking)}, because it declares none"
+        yield f"this node gets no jobs that require a {', a '.join(lacking)}; provide what the brackets name"
     yield "jobs may require another GPU or more video memory than this node has; see `aitbc-miner probe`"

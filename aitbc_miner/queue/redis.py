@@ -114,7 +114,8 @@ return redis.call('HMGET', entry, 'task', 'attempts')
 # Parts of the server's error messages, and the remedy; the first match counts.
 _REMEDIES = (
     ("NOAUTH|WRONGPASS|NOPERM|Authentication|username-password", "correct the password in queue.password"),
-    ("OOM|maxmemory", "give Redis more memory, and `maxmemory-policy noeviction`"),
+    ("maxmemory-policy", "set `maxmemory-policy noeviction` in the configuration of Redis"),
+    ("OOM|maxmemory", "give Redis more memory"),
     ("BUSY ", "end the other client's script with `redis-cli SCRIPT KILL`"),
     ("WRONGTYPE", "another program uses the same keys; name a database for the queue alone in queue.url"),
     ("READONLY|read only", "queue.url must name the primary, not a replica"),
@@ -166,11 +167,11 @@ class RedisQueue:
 
     def examine(self) -> None:
         """Raise QueueError if the server would discard tasks with its memory full."""
-        with self._telling("trust"):
+        with self._telling("use"):
             memory = self._client.info("memory")
             policy = memory.get("maxmemory_policy", "noeviction")
             if memory.get("maxmemory") and policy != "noeviction":
-                raise redis.RedisError(f"with maxmemory-policy {policy}, a full Redis discards tasks")
+                raise redis.RedisError(f"with maxmemory-policy {policy}, a full Redis discards jobs")
 
     def hold(self, task: Task, token: str, lease_s: float) -> bool:
         """Enter a task as held, or update the task."""

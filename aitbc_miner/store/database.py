@@ -107,7 +107,7 @@ def _telling(doing: str) -> Iterator[None]:
     try:
         yield
     except (*_BROKEN, OSError) as error:
-        raise DatabaseError(f"cannot {doing}: {error}; free space on the disk, or mend the cause") from error
+        raise DatabaseError(f"cannot {doing}: {error}; free disk space, or check owner and mode") from error
 
 
 def _open(path: Path) -> sqlite3.Connection:

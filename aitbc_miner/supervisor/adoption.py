@@ -52,7 +52,7 @@ class WorkerBook:
         except FileNotFoundError:
             return {}
         except (OSError, msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            events("supervisor").warning("worker book not read", path=str(self._path), error=str(error))
+            events("supervisor").warning("list of workers not read", path=str(self._path), error=str(error))
             return {}
 
     def note(self, slot: str, pid: int) -> None:

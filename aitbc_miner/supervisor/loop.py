@@ -143,7 +143,7 @@ class Supervisor:
             do()
         except OSError as error:
             if what not in self._api.troubles:
-                self._log.warning("chore left for the next tick", what=what, error=str(error))
+                self._log.warning("chore postponed", what=what, error=str(error))
             self._api.troubles[what] = Problem(f"cannot {what}: {error}", "the node tries again by itself")
         else:
             self._api.troubles.pop(what, None)

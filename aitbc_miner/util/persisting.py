@@ -29,7 +29,7 @@ class Persisting:
         except OSError as error:
             said = f"cannot {what}: {error}"
             self._left[what] = (clock.now() + backoff.next(), call, backoff, said)
-            events("agent").warning("call retried later", error=said)
+            events("agent").warning("action postponed", error=said)
             self._tell()
             return
         if self._left.pop(what, None):

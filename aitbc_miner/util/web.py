@@ -241,11 +241,12 @@ _NEW_CA = (
     'openssl req -x509 -newkey rsa:3072 -nodes -days 3650 -keyout ca.key -out ca.pem -subj "/CN=our CA"'
     " -addext keyUsage=critical,keyCertSign,cRLSign"
 )
+_RENEW = "have the server's operator renew the certificate"
 # By the numbers of OpenSSL's x509_vfy.h: cause and remedy.
 _CERTIFICATES = (
-    ({10}, "has expired", "renew the certificate there; or is this machine's clock wrong? (`timedatectl`)"),
+    ({10}, "has expired", f"{_RENEW}, or correct this machine's clock (`timedatectl`)"),
     ({9}, "is not valid yet", "set this machine's clock if it is slow (`timedatectl set-ntp true`)"),
-    ({62, 64}, "is for another name", "use its name, or add this name to its subjectAltName entries"),
+    ({62, 64}, "is for another name", "use one of its names, or have the name added as subjectAltName"),
     (
         {2, 18, 19, 20, 21},
         "is not trusted",
@@ -253,7 +254,7 @@ _CERTIFICATES = (
         " (/usr/local/share/ca-certificates, then update-ca-certificates); the server must also send"
         " intermediate certificates",
     ),
-    ({66, 67, 68}, "is too weak", "renew the certificate there, with RSA of 3072 bits or P-256, and SHA-256"),
+    ({66, 67, 68}, "is too weak", f"{_RENEW}, with RSA of 3072 bits or P-256, and SHA-256"),
     ({32, 79}, "comes from a CA without a CA certificate", f"make the CA's certificate anew: `{_NEW_CA}`"),
 )
 # The reasons of OpenSSL 3.0 to 3.5 for bytes other than TLS.
@@ -263,7 +264,7 @@ _NO_TLS = {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "PACK
 def certificate_fault(error: ssl.SSLCertVerificationError, key: str = "") -> tuple[str, str]:
     """Give cause and remedy for a rejected certificate; `key` is the configuration key of a CA file."""
     rows = (row[1:] for row in _CERTIFICATES if error.verify_code in row[0])
-    cause, remedy = next(rows, ("is not acceptable", "renew the certificate there"))
+    cause, remedy = next(rows, ("is not acceptable", _RENEW))
     return f"{cause} ({error.verify_message})", remedy.replace("{key}", key)
 
 

@@ -92,7 +92,7 @@ NOT_THERE, IN, OUT = "is not allowed at this place", "sections[1]", "sections[2]
         ),
         ("-i a.mp4 -crf -1 o.mp4", 3, "argument 4 ('-1') is not a value of -crf", f"{OUT}.options[0].value"),
         ("-i a.mp4 -an -c:a aac o.mp4", 3, "cannot be used together with -an", f"{OUT}.options[2]"),
-        ("-i a.mp4 o.mp4 p.mp4", 3, "('p.mp4') is too many: the list must end", OUT),
+        ("-i a.mp4 o.mp4 p.mp4", 3, "('p.mp4') is one too many", OUT),
         ("-i a.mp4 o.mp4 -an", 3, "argument 4 ('-an') must come before the operands", f"{OUT}.options[1]"),
         ("-i a.mp4 ../o.mp4", 2, f"argument 3 ('../o.mp4') {NOT_THERE}", ""),
         ("-i -i.mp4 o.mp4", 1, "is not a value of -i", f"{IN}.operands[0].value"),
@@ -195,7 +195,7 @@ def test_a_bare_command_takes_no_argument() -> None:
     assert judge("", "") is None
     objection = judge("", "-v")
     assert objection is not None
-    assert str(objection) == "argument 1 ('-v') is too many: the list must end"
+    assert str(objection) == "argument 1 ('-v') is one too many"
 
 
 @pytest.mark.parametrize("arg", ["a\nb", "a\0", "\x1b[2J", "a\u202eb", "\u2028"])

@@ -150,7 +150,7 @@ def test_with_a_bearer_token_we_are_who_it_says(wire: responses.RequestsMock, se
         ("bearer", token(exp=1e300), 401, "it was signed with another key"),
         ("bearer", token(exp=-1e300), 401, "it was signed with another key"),
         ("bearer", token(role="client"), 403, "has the role 'client'; ask for a token with the role 'miner'"),
-        ("bearer", token(), 403, "whose role is right"),
+        ("bearer", token(), 403, "although the token's role is miner"),
     ],
 )
 def test_what_is_wrong_with_a_credential_is_told(

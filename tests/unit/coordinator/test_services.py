@@ -228,7 +228,7 @@ run: {task: work, params: {n: "{n}", s: "{s}!", j: "{j}", b: "{b}", fixed: [1, {
         (FULL.replace("said:", "price:"), "a name that coordinator or node reserve"),
         (FULL.replace("command: tool", "command: tool\n  task: x"), "needs either `command`"),
         (FULL.replace("{log: true}", "{log: true, task: true}"), "needs one of `task`, `file` and `log`"),
-        (FULL.replace("values: [one, two]", "values: []"), "which needs `values`"),
+        (FULL.replace("values: [one, two]", "values: []"), "is choice, but the field has no `values`"),
         (FULL.replace('pattern: "[a-z -]*"', 'pattern: "["'), "RE2"),
         (FULL.replace("types: [full, other], service_types: [fulls], when: [text, model]", ""), "match"),
         (
@@ -257,7 +257,9 @@ def test_two_for_the_same_type(tmp_path: Path) -> None:
     directory = written(tmp_path / "d", FULL)
     written(directory, FULL.replace("service: full", "service: second"), "t.yaml")
     (fault,) = faults_of(directory)
-    assert fault.startswith(f"t.yaml:3: match: {directory}/s.yaml has type 'full', too; remove it from one")
+    assert fault.startswith(
+        f"t.yaml:3: match: type 'full' is also in {directory}/s.yaml; remove type 'full' "
+    )
 
 
 def test_a_file_that_others_can_change_is_not_trusted(tmp_path: Path) -> None:

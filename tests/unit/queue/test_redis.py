@@ -177,7 +177,8 @@ def test_a_redis_that_evicts_is_not_trusted(tmp_path: Path) -> None:
         client.config_set("maxmemory", 100 << 20)
         with pytest.raises(
             QueueError,
-            match="with maxmemory-policy allkeys-lru, a full Redis discards tasks; give Redis more memory",
+            match="with maxmemory-policy allkeys-lru, a full Redis discards jobs; "
+            "set `maxmemory-policy noeviction` in the configuration of Redis",
         ):
             queue.examine()
         client.config_set("maxmemory-policy", "noeviction")
