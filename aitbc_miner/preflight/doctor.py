@@ -127,7 +127,7 @@ def _cgroup2(config: Config | None, machine: Machine) -> Finding:
     place = machine.cgroup.mount
     detail = f"at {place}" if place else "no cgroup2 mount"
     if absent:
-        detail += f", without the controllers {', '.join(absent)}: limits apply to single processes only"
+        detail += f", without the controllers {', '.join(absent)}: no limit holds for a whole slot"
     option = "systemd.unified_cgroup_hierarchy=1"
     remedy = f"add {option} to GRUB_CMDLINE_LINUX in /etc/default/grub; update-grub; reboot"
     required = config is None or config.cgroup.mode == "required"
