@@ -34,7 +34,7 @@ from aitbc_miner.preflight.check import find_python
 from aitbc_miner.preflight.confinement import ConfinementError, find_cgroups, find_sandbox, take_cgroups
 from aitbc_miner.preflight.requirements import NodePlace, foreign, require
 from aitbc_miner.probe.topology import read_machine
-from aitbc_miner.queue.shared import open_shared
+from aitbc_miner.queue.redis import open_shared
 from aitbc_miner.sandbox.spawn import become_subreaper
 from aitbc_miner.sandbox.users import Identities, Identity, PrivilegeError, is_unallocated, resolve
 from aitbc_miner.slots.cgroups import SlotGroup, slot_groups

@@ -155,17 +155,14 @@ def abuse_warnings(entry: Entry) -> Iterator[str]:
     """Yield what an entry lets jobs do although its author probably did not intend it."""
     program = Path(entry.command.path).name
     for trick in TRICKS:
-        if not re.fullmatch(trick.programs, program) or _is_prevented(trick, entry):
+        prevented = trick.unless and all(word in entry.leading for word in trick.unless)
+        if prevented or not re.fullmatch(trick.programs, program):
             continue
         word = next((word for word in trick.words if admits(entry, word)), None)
         if word is None and trick.words:
             continue
         shown = repr(word)
         yield f"lets jobs {trick.does.format(word=shown)}; {trick.remedy.format(word=shown)}"
-
-
-def _is_prevented(trick: Trick, entry: Entry) -> bool:
-    return bool(trick.unless) and all(word in entry.leading for word in trick.unless)
 
 
 def admits(entry: Entry, word: str) -> bool:

@@ -123,7 +123,11 @@ class CoordinatorSection(Struct, frozen=True):
     proxy_auth: Annotated[str, Parse(parse_source)] | None = None
 
     def __post_init__(self) -> None:
-        if self.base_url.startswith("http:") and not self.allow_http and not self._stays_here():
+        if (
+            self.base_url.startswith("http:")
+            and not self.allow_http
+            and (self.proxy or not is_loopback(self.base_url))
+        ):
             remedy = "use https, or set coordinator.allow_http: true on a network that you trust"
             raise BadField("base_url", f"is {self.base_url!r}, which sends the token unencrypted; {remedy}")
         if self.dialect == "bootstrap" and self.auth_scheme != "bearer":
@@ -134,9 +138,6 @@ class CoordinatorSection(Struct, frozen=True):
         if self.ca_file and not self.tls_verify:
             raise BadField("ca_file", "has no effect while tls_verify is false; remove one of the two keys")
         _check_proxy(self)
-
-    def _stays_here(self) -> bool:
-        return is_loopback(self.base_url) and not self.proxy
 
 
 class InputsSection(Struct, frozen=True):

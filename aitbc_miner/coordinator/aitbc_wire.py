@@ -19,7 +19,7 @@ from aitbc_miner.coordinator.interface import Assignment, Heartbeat, PulledJob, 
 from aitbc_miner.coordinator.job_failure import log_of, message_of
 from aitbc_miner.jobs import ManifestError, Outcome, decode_manifest
 from aitbc_miner.util import forgiving
-from aitbc_miner.util.nesting import too_deep
+from aitbc_miner.util.forgiving import too_deep
 
 MAX_MESSAGE = 2000
 LOG_TAIL = 1000

@@ -32,7 +32,7 @@ from aitbc_miner.coordinator.service_result import LOG, encodable, unsendable
 from aitbc_miner.errors import LocalError, MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
 from aitbc_miner.util import fs
-from aitbc_miner.util.nesting import too_deep
+from aitbc_miner.util.forgiving import too_deep
 
 ENVELOPE = 4096  # bytes around the manifest in the reply to a pull
 NODE_TOKEN = "the node token"  # noqa: S105  # a text for messages, not a token

@@ -11,7 +11,6 @@ from aitbc_miner.coordinator.rate_limits import Limits
 from aitbc_miner.coordinator.services import ServiceBook
 from aitbc_miner.identity.credentials import Credential, credential_of_root, read_credential
 from aitbc_miner.probe.machine import cuda_toolkits
-from aitbc_miner.util import log
 from aitbc_miner.util.web import Proxy
 
 
@@ -25,9 +24,7 @@ def proxy_of(url: str | None, source: str | None, environ: Mapping[str, str]) ->
     early = credential_of_root(source, environ)
 
     def reveal() -> str:
-        text = (early or read_credential(source, environ)).reveal()
-        log.mask(text)
-        return text
+        return (early or read_credential(source, environ)).reveal()
 
     return Proxy(url, reveal)
 

@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 from aitbc_miner.errors import LocalError, MinerError
 from aitbc_miner.jobs import Artifact, Outcome
 from aitbc_miner.util import fs
-from aitbc_miner.util.nesting import too_deep
+from aitbc_miner.util.forgiving import too_deep
 
 RESERVED = frozenset(
     {

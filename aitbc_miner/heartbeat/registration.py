@@ -50,7 +50,6 @@ class Access(Struct, frozen=True):
             if self.early is None:
                 raise
             credential = self.early
-        log.mask(credential.reveal())
         return connect(self.config, credential, self.proxy)
 
     def likely_cause(self) -> str | None:

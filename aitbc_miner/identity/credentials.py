@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Never
 
 from aitbc_miner.errors import MinerError
+from aitbc_miner.util import log
 from aitbc_miner.util.trust import refusal
 
 MAX_BYTES = 64 * 1024
@@ -61,7 +62,7 @@ def parse_source(value: object) -> str:
 
 
 def read_credential(source: str, environ: Mapping[str, str], owners: Collection[int] = ()) -> Credential:
-    """Read the token of `source`; `environ` has the variables and CREDENTIALS_DIRECTORY.
+    """Read the token of `source` and mask it in the log; `environ` has also CREDENTIALS_DIRECTORY.
 
     `owners` are user ids that may own the token's file, besides root and the current user.
 
@@ -86,7 +87,9 @@ def read_credential(source: str, environ: Mapping[str, str], owners: Collection[
             raise _error(source, f"systemd passed no credentials; add LoadCredential={name}:PATH to the unit")
         # systemd lets only the service's user read these files, whatever their mode.
         value = _read_file(source, Path(directory, name), private=False)
-    return Credential(source, _checked(source, value))
+    token = _checked(source, value)
+    log.mask(token)
+    return Credential(source, token)
 
 
 def stamp(source: str, environ: Mapping[str, str]) -> tuple[int, ...] | None:

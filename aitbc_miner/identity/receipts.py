@@ -14,7 +14,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from aitbc_miner.util.nesting import too_deep
+from aitbc_miner.util.forgiving import too_deep
 
 RECEIPT = "receipt.json"
 MAX_BYTES = 24 << 20

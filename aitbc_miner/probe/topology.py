@@ -78,9 +78,10 @@ def read_machine(
     memory = _meminfo(proc / "meminfo")
     held = _own_groups(proc, group)
     quotas = [quota for step in held if (quota := _quota(step)) is not None]
+    most = (_number(place / "memory.max") or _number(place / "memory.limit_in_bytes") for place in held)
     return MachineFacts(
         cpus=tuple(sorted(usable)),
-        memory_bytes=min([memory.get("MemTotal", 0), *filter(None, map(_memory_max, held))]),
+        memory_bytes=min([memory.get("MemTotal", 0), *filter(None, most)]),
         offline=tuple(sorted(set(_cpus(cpu_dir / "present")) - online)),
         barred=tuple(sorted(online - usable)),
         cores=_cores(cpu_dir),
@@ -113,10 +114,6 @@ def _own_groups(proc: Path, group: Path | None) -> list[Path]:
         below = Path(path).relative_to(root) if Path(path).is_relative_to(root) else Path()
         found += [mount / step for step in (below, *below.parents)]
     return found
-
-
-def _memory_max(group: Path) -> int | None:
-    return _number(group / "memory.max") or _number(group / "memory.limit_in_bytes")
 
 
 def _quota(group: Path) -> float | None:

@@ -3,5 +3,4 @@
 * interface: RetryQueue, which both backends implement
 * sqlite: the backend in the node's own database
 * redis: the backend in a Redis server, for a fleet of nodes
-* shared: opens the Redis backend as the configuration says
 """

@@ -12,9 +12,10 @@ lease ends. All times are the server's. The keys below the namespace are:
 Each change is one script, which the server runs atomically.
 """
 
+import hashlib
 import heapq
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any, NamedTuple
@@ -24,7 +25,9 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from aitbc_miner.queue.interface import Claim, Kind, QueueError, Task
+from aitbc_miner.config.settings import Config
+from aitbc_miner.identity.credentials import Credential, read_credential
+from aitbc_miner.queue.interface import Claim, Kind, QueueError, RetryQueue, Task
 
 _BEGIN = """
 local space, kind, job = KEYS[1], ARGV[1], ARGV[2]
@@ -329,3 +332,23 @@ def _task(fields: Any) -> Task | None:
         return msgspec.structs.replace(task, attempts=min(max(0, int(attempts)), MAX_ATTEMPTS))
     except (msgspec.DecodeError, ValueError, TypeError, RecursionError):
         return None
+
+
+def open_shared(
+    config: Config, environ: Mapping[str, str], early: Credential | None = None
+) -> RetryQueue | None:
+    """Open the queue of the fleet; None if this node is in no fleet. `early`: the password, if read before.
+
+    Raises:
+        CredentialError: the node cannot read the password.
+        QueueError: `queue.url` is not the URL of a Redis server.
+    """
+    queue = config.queue
+    if queue.backend != "redis" or queue.url is None:
+        return None
+    password = None
+    if queue.password is not None:
+        password = (early or read_credential(queue.password, environ)).reveal()
+    # Nodes of different coordinators may use the same server, but must not see each other's jobs.
+    fleet = hashlib.sha256(config.coordinator.base_url.encode()).hexdigest()[:12]
+    return RedisQueue(queue.url, password, f"aitbc-miner:{fleet}")

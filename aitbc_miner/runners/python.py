@@ -15,7 +15,7 @@ from aitbc_miner.runners.task_child import MESSAGE_MAX, Order
 from aitbc_miner.sandbox.spawn import REPORT_FD
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.task import REPORT_VARIABLE, Progress, Report, TaskFailure
-from aitbc_miner.util.nesting import MAX_NESTING, too_deep
+from aitbc_miner.util.forgiving import MAX_NESTING, too_deep
 from aitbc_miner.util.trust import TRUSTED, distrust, distrust_tree
 
 TASK_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")

@@ -140,13 +140,14 @@ def enclose(
     fds = {STATUS_FD: told, FILTER_FD: filter_fd(io_uring=sandbox.io_uring)}
     stack.callback(os.close, fds[FILTER_FD])
     fds |= {FIRST_FILE_FD + i: fd for i, fd in enumerate(files.values())}
+    free = next(fd for fd in range(FIRST_FILE_FD) if fd not in {*used, STATUS_FD})
     words = [
         *(BWRAP, *_namespaces(sandbox), *_view(sandbox, binds)),
         *(word for i, name in enumerate(files) for word in ("--file", str(FIRST_FILE_FD + i), name)),
         *(word for name in OF_JOB for word in ("--bind", str(job / name), str(HOME / name))),
         *("--remount-ro", "/", "--chdir", str(HOME / "work"), "--seccomp", str(FILTER_FD)),
         *("--", TIME, "-f", "", "-o", f"/proc/self/fd/{STATUS_FD}", "--"),
-        *("/bin/sh", "-c", _SHUT.format(_free(used)), "sh", *argv),
+        *("/bin/sh", "-c", _SHUT.format(free), "sh", *argv),
     ]
     return Enclosed(words, fds, status, partial(make_mounts, sandbox.tmp_bytes, sandbox.shm_bytes))
 
@@ -320,10 +321,6 @@ def _etc_files(sandbox: Sandbox, stack: ExitStack) -> dict[str, int]:
 def _ids(sandbox: Sandbox) -> tuple[int, int]:
     user = sandbox.runs_as
     return (user.uid, user.gid) if user else (os.getuid(), os.getgid())
-
-
-def _free(used: Collection[int]) -> int:
-    return next(fd for fd in range(FIRST_FILE_FD) if fd not in {*used, STATUS_FD})
 
 
 def in_memory(content: bytes, stack: ExitStack) -> int:

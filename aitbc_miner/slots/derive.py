@@ -66,19 +66,15 @@ def derive_slots(facts: MachineFacts) -> list[SlotSpec]:
     memory = facts.memory_bytes * 8 // 10 // (len(groups) + count) // MIB * MIB
     limits: dict[str, Any] = {"memory_max": max(MIB, memory), "pids_max": 1024}
     specs = [
-        SlotSpec(name=f"gpu{i}", kind="gpu", gpu=_best_id(facts.gpu_ids[i]), cpus=group, **limits)
-        for i, group in enumerate(groups)
+        # The index of a card changes when a card is added or a driver fails; its UUID stays.
+        SlotSpec(name=f"gpu{i}", kind="gpu", gpu=min(ids, key=str.isdecimal), cpus=group, **limits)
+        for i, (ids, group) in enumerate(zip(facts.gpu_ids, groups, strict=True))
     ]
     specs += [
         SlotSpec(name=f"cpu{i}", kind="cpu", cpus=group, **limits)
         for i, group in enumerate(divide([Want()] * count, rest, facts))
     ]
     return _bind_memory(specs, facts)
-
-
-def _best_id(ids: tuple[str, ...]) -> str:
-    # The index of a card changes when a card is added or a driver fails; its UUID stays.
-    return next((name for name in ids if not name.isdecimal()), ids[0])
 
 
 def slots_for(directory: Path, facts: MachineFacts) -> tuple[list[SlotSpec], list[Fault]]:

@@ -278,7 +278,7 @@ class Ledger:
             for kind, name in zip(sums, (slot or "none", code, day or NO_DAY), strict=True):
                 kind[name] = kind.get(name, Total(name)).plus(total)
         slots, codes, days = ([kind[name] for name in sorted(kind)] for kind in sums)
-        return Totals(everything, slots, sorted(codes, key=_most_first), days)
+        return Totals(everything, slots, sorted(codes, key=lambda total: (-total.jobs, total.name)), days)
 
     def prune(self, keep_s: float = KEEP_S, limit: int = 1000) -> int:
         """Remove at most `limit` rows older than `keep_s`, the oldest first; gives their number.
@@ -369,7 +369,3 @@ def _columns(connection: "sqlite3.Connection") -> set[str]:
 
 def _sum(one: float | None, other: float | None) -> float | None:
     return one if other is None else other if one is None else one + other
-
-
-def _most_first(total: Total) -> tuple[int, str]:
-    return -total.jobs, total.name

@@ -83,7 +83,6 @@ class ControlApi:
         self._index = index
         self._slots = slots
         self._disk = disk
-        self._slow = slow
         self._shutdown = shutdown
         self._began = clock.now()
         self._build = build()
@@ -96,7 +95,7 @@ class ControlApi:
             "retry": self._retry,
             **dict.fromkeys(("drain", "resume"), self._set_accepting),
             **dict.fromkeys(FILES, self._show_files),
-            **dict.fromkeys(SLOW_VERBS, self._slow_answer),
+            **dict.fromkeys(SLOW_VERBS, slow.ask),
         }
         self.accepting = True
         self.coordinator = CoordinatorView(reachable=False, since_wall=clock.wall())
@@ -115,9 +114,6 @@ class ControlApi:
     def answer(self, request: Request, later: Later) -> FullAnswer | None:
         """Answer a permitted request; None when `later` will get the answer."""
         return self._answers[request.verb](request, later)
-
-    def _slow_answer(self, request: Request, later: Later) -> None:
-        self._slow.ask(request, later)
 
     def _show_status(self, _request: Request, _later: Later) -> FullAnswer:
         return self._status(), []

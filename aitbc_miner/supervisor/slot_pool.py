@@ -7,7 +7,7 @@ from aitbc_miner.cgroup.group import CgroupError, Group
 from aitbc_miner.errors import JobError
 from aitbc_miner.gpu.facts import GpuFact
 from aitbc_miner.ipc.channel import MAX_WAITING, ExcessError
-from aitbc_miner.ipc.messages import CancelJob, FoundJob, Retuned, Slots, Stop
+from aitbc_miner.ipc.messages import CancelJob, FoundJob, Slots, Stop
 from aitbc_miner.jobs import EndReason, State
 from aitbc_miner.slots.placement import Ticket, place, refuse_hopeless
 from aitbc_miner.slots.state import (
@@ -96,11 +96,9 @@ class SlotPool:
         if first:
             # In a child, because some processes die slowly.
             end_others = partial(self._node.end_others, set(self.slots))
-            self._outcomes.aside("old slots", end_others, self._others_ended)
+            log = self._log
+            self._outcomes.aside("old slots", end_others, lambda how: log.debug("old slots removed", how=how))
         self.feed(Begin())
-
-    def _others_ended(self, how: Retuned | str) -> None:
-        self._log.debug("old slots removed", how=how)
 
     def follow(self, layout: Layout) -> str:
         """Change the slots as a reload wants, and describe the changes."""

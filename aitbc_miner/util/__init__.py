@@ -6,7 +6,7 @@
 * fs: durable writes, directories without links
 * locks: one process for each lock file
 * log: JSON lines, masked secrets
-* forgiving, nesting: lenient decoding of JSON, and the bound on its depth
+* forgiving: lenient decoding of JSON, and the bound on its depth
 * trust: checks who else can change a file of the operator
 * limits: rlimits, nice and ionice of a process
 * system, signals: prctl, boot id, the names of signals

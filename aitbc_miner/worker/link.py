@@ -32,11 +32,6 @@ def is_full(error: BaseException | None) -> bool:
     return isinstance(error, OSError) and error.errno in fs.FULL
 
 
-def _is_refusal(error: OSError | MinerError) -> bool:
-    # A MinerError for a refused permission is a judgement already: further tries would fail as well.
-    return isinstance(error, MinerError) and isinstance(error.__cause__, PermissionError)
-
-
 class SupervisorLink:
     """A worker's link to its supervisor; `stopping` outlives the job."""
 
@@ -124,7 +119,9 @@ class SupervisorLink:
                 cause = error if isinstance(error, OSError) else error.__cause__
                 full = is_full(cause) and backoff.failures >= FULL_TRIES and not over
                 to_end = self.must_end(job_id) if over else self.why_end(job_id)
-                if full or to_end or not fs.may_pass(cause) or _is_refusal(error):
+                # A MinerError for a refused permission is a judgement: further tries would fail as well.
+                refused = isinstance(error, MinerError) and isinstance(cause, PermissionError)
+                if full or to_end or refused or not fs.may_pass(cause):
                     raise
                 if backoff.failures == 1:
                     said = f"cannot {doing}: {error}"

@@ -17,7 +17,7 @@ from aitbc_miner.coordinator.service_result import FileChanged
 from aitbc_miner.coordinator.services import ServiceBook, read_services
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import Manifest, ManifestError, Outcome, decode_manifest
-from aitbc_miner.util.nesting import too_deep
+from aitbc_miner.util.forgiving import too_deep
 from tests.fuzz.engine import Check, Target, directory, fit_to_print, only
 from tests.fuzz.mutations import JSON, YAML, joined, mutated, parted, words
 from tests.fuzz.shapes import JSON_VALUES, TEXT

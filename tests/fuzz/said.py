@@ -39,7 +39,7 @@ from aitbc_miner.queue.interface import Kind, Task
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.store.records import pretty
 from aitbc_miner.task import LINE_MAX, Progress, Report, ReportReader
-from aitbc_miner.util.nesting import too_deep
+from aitbc_miner.util.forgiving import too_deep
 from tests.fuzz.engine import Check, Target, fit_to_print, only, simply
 from tests.fuzz.mutations import HOSTILE, JSON, joined, mutated, parted, words
 from tests.fuzz.shapes import JSON_VALUES, TEXT, encoded
