@@ -40,6 +40,9 @@ WAITING = frozenset({JobState.PULLED, JobState.ACKED, JobState.RETRY_WAIT})
 IDENTIFY_S = 10.0
 WAITING_JOBS = 6
 
+OF_WORKERS = frozenset({"PREP", "RUNNING", "COLLECTING", "ended"})
+"""The steps that only a worker takes."""
+
 
 class Settings(Struct, frozen=True):
     """The settings of a campaign; `drop` and `disk`: the shares of lost answers and of failed writes.
@@ -186,6 +189,9 @@ class Campaign:
         """Kill processes, and note the jobs that the kill may affect."""
         with self._striking:
             workers = self._node.workers()
+            if pid is not None and moment and moment.boundary.step in OF_WORKERS:
+                # On a disk that fails, the supervisor's list of its workers may lack this one.
+                workers = {**workers, f"pid {pid}": pid}
             role = "all" if fault.whom is Whom.ALL else self._role(pid, workers, fault, moment)
             hit = set(workers.values()) if role == "all" else {pid} & set(workers.values())
             held = self._held_by(hit)
