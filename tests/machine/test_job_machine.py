@@ -1,6 +1,5 @@
 """Random histories of one job on a real disk: steps, attempts, reports, and crashes in between."""
 
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from aitbc_miner.ipc.messages import CancelJob, JobSettled
 from aitbc_miner.jobs import FINAL, MOVES, Outcome, RetryPolicy, State, StateRecord
 from aitbc_miner.store.records import JobDir, RecordError, Records
 from tests.support.mute_coordinator import MuteCoordinator
+from tests.support.power_cut import cut_after
 
 S = State
 MOST = 3
@@ -35,10 +35,6 @@ POLICIES = st.builds(
 )
 # Instead of which of the fsyncs and renames the power is cut.
 CUTS = st.sampled_from([None, None, None, None, 0, 1, 2, 3, 4, 5])
-
-
-class Cut(BaseException):
-    """The power is gone."""
 
 
 class Answering(MuteCoordinator):
@@ -100,25 +96,8 @@ class JobMachine(RuleBasedStateMachine):
         if cut is None:
             act()
             return
-        left = [cut]
-        with pytest.MonkeyPatch.context() as patch:
-            for name in ("fsync", "rename"):
-                real: Callable[..., None] = getattr(os, name)
-
-                def guarded(*args: object, real: Callable[..., None] = real, **kwargs: object) -> None:
-                    left[0] -= 1
-                    if left[0] < 0:
-                        raise Cut
-                    real(*args, **kwargs)
-
-                patch.setattr(os, name, guarded)
-            try:
-                act()
-            except Cut:
-                pass
-            else:
-                return
-        self.restart()
+        if cut_after(cut, act):
+            self.restart()
 
     # --- steps ---------------------------------------------------------------------------------------------
 

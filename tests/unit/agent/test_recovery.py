@@ -17,6 +17,7 @@ from aitbc_miner.store.database import Database
 from aitbc_miner.store.ledger import Ledger, account_of
 from aitbc_miner.store.records import MANIFEST, OUTCOME, STATE, RecordError, Records
 from aitbc_miner.util import fs
+from tests.support.power_cut import cut_after
 
 S = State
 GOOD = Outcome("j1", result={"answer": 42})
@@ -303,10 +304,6 @@ def test_what_cannot_be_read_now_is_not_broken(
     assert places(recover_rest(records, list(again.unread))) == {place: ["j1"]}
 
 
-class Cut(BaseException):
-    """The power is gone."""
-
-
 @pytest.mark.parametrize("with_result", [False, True])
 def test_no_crash_while_a_record_is_mended_has_the_job_run_again(tmp_path: Path, with_result: bool) -> None:
     reached, call = True, 0
@@ -322,27 +319,6 @@ def test_no_crash_while_a_record_is_mended_has_the_job_run_again(tmp_path: Path,
             assert read_outcome(records, "j1") == GOOD
         call += 1
     assert call > 4
-
-
-def cut_after(calls: int, act: Callable[[], object]) -> bool:
-    """Cut the power instead of the given one (from 0) of all fsyncs and renames; False when it came later."""
-    left_over = [calls]
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("fsync", "rename"):
-            real: Callable[..., None] = getattr(os, name)
-
-            def guarded(*args: object, real: Callable[..., None] = real, **kwargs: object) -> None:
-                left_over[0] -= 1
-                if left_over[0] < 0:
-                    raise Cut
-                real(*args, **kwargs)
-
-            patch.setattr(os, name, guarded)
-        try:
-            act()
-        except Cut:
-            return True
-    return False
 
 
 # --- many --------------------------------------------------------------------------------------------------

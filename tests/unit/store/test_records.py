@@ -13,6 +13,7 @@ from aitbc_miner.identity.receipts import RECEIPT, Receipt
 from aitbc_miner.jobs import ArtifactSpec, Outcome, State, StateRecord
 from aitbc_miner.store.records import MANIFEST, OUTCOME, STATE, RecordError, Records
 from aitbc_miner.util import fs
+from tests.support.power_cut import Cut, cut_at
 
 RAW = b'{"job_id": "j1", "runner": "cli", "command": "true", "artifacts": [{"path": "a"}], "new": 1}'
 
@@ -87,25 +88,6 @@ def test_a_failing_disk_leaves_the_old_content(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(OSError, match="No space left"):
             fs.write_durably(fd, "file", b"new")
         assert fs.read_bounded(fd, "file", 10) == b"old"
-
-
-class Cut(BaseException):
-    """The power is gone."""
-
-
-def cut_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """Cut the power instead of the given one (from 0) of all further fsyncs and renames."""
-    left = [call]
-    for name in ("fsync", "rename"):
-        real: Callable[..., None] = getattr(os, name)
-
-        def guarded(*args: object, real: Callable[..., None] = real, **kwargs: object) -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise Cut
-            real(*args, **kwargs)
-
-        monkeypatch.setattr(os, name, guarded)
 
 
 @pytest.mark.parametrize("call", range(8))
