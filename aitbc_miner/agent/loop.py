@@ -116,7 +116,7 @@ class Agent:
 
     def _parts(self) -> list[Part]:
         # Reports before pulls: a coordinator may count a job as running until it has the report.
-        way: list[Part] = [self._anchor, self._retries, self._admission, self._delivery, self._reconciler]
+        way: list[Part] = [self._retries, self._admission, self._delivery, self._reconciler]
         rest: list[Part] = [self._puller, self._idle, self._retention, *self._watch, self._progress]
         return [*way, *rest, self._context.persisting]
 
@@ -142,7 +142,7 @@ class Agent:
 
     def _pause(self) -> float:
         now = clock.now()
-        dues = [due for part in self._parts() if (due := part.next_due()) is not None]
+        dues = [due for part in (self._anchor, *self._parts()) if (due := part.next_due()) is not None]
         return max(0.0, min(dues, default=now + IDLE_S) - now)
 
     def _obey(self, message: ToAgent) -> None:
