@@ -40,8 +40,9 @@ def test_a_job_goes_down_with_its_machine_and_is_not_run_again(no_marks: None, m
         Path("/proc/sysrq-trigger").write_text("b")
         wait_until(lambda: False, WAIT_S)
     assert json.loads((STATE / "jobs" / "doomed" / "state.json").read_text())["state"] == "RUNNING"
-    # The coordinator has it still, and hands it out once more.
-    machine.start()
+    # The coordinator has it still, and hands it out once more. If systemd has started the node at the boot,
+    # the node may not have read this coordinator's address.
+    machine.restart()
     wait_until(lambda: "E_LOST" in codes("doomed"), WAIT_S, 0.5)
     after = machine.submit(machine.script("next", "true"))
     machine.wait_final([after])

@@ -105,7 +105,7 @@ def causes(chance: random.Random) -> dict[str, Death]:
         "cancel of a deaf one": Death("E_CANCELLED", DEAF, coordinator, cancel_at_coordinator),
         "file of the program": Death("E_OUTPUT", "exec head -c 8M /dev/zero > large", too_large),
         "file of a child": Death("E_OUTPUT", "head -c 8M /dev/zero > large; exit $?", too_large),
-        "file, told by an error": Death("E_OUTPUT", LARGE_FILE, rf"{too_large}.* work/large"),
+        "file, told by an error": Death("E_OUTPUT", LARGE_FILE, f"work/large of the job {too_large}"),
         "worker killed": Death("E_LOST", FOR_EVER, "the worker of slot cpu[0-3] .*SIGKILL", kill_worker),
     }
 
