@@ -85,6 +85,8 @@ class Warm:
             and set(launch.binds) <= set(self.launch.binds)
             and len(launch.stdin) <= fcntl.fcntl(self._order, fcntl.F_GETPIPE_SZ)
             and not self.listen()
+            # Before it is ready, bubblewrap may still be mounting the directories, which must not move then.
+            and self.ready
         )
 
     def give(self, launch: Launch, stack: ExitStack) -> Started:

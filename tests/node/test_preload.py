@@ -75,13 +75,14 @@ def make(node_factory: NodeFactory, coordinator: MockCoordinator) -> Make:
 
 
 def waiting(node: Node, module: str = MODULE) -> psutil.Process | None:
-    """Find the process that waits for the slot's next task."""
+    """Find the process that waits for the slot's next task; it has done its imports, and reads its order."""
     workers = [row.slot.worker_pid for row in node.now().slots]
     for each in psutil.Process(workers[0]).children(recursive=True) if any(workers) else []:
         try:
-            if each.name().startswith("python") and module in each.cmdline():
+            reads = "pipe_read" in Path(f"/proc/{each.pid}/wchan").read_text()
+            if each.name().startswith("python") and module in each.cmdline() and reads:
                 return each
-        except psutil.NoSuchProcess:
+        except (psutil.NoSuchProcess, OSError):
             continue
     return None
 
