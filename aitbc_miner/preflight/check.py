@@ -149,7 +149,7 @@ class Checker:
 
     def _doubtful_binds(self) -> Iterator[str]:
         for spec in self.slots:
-            for path in spec.binds:
+            for path in map(Path, spec.binds):
                 try:
                     problem = distrust(path)
                 except OSError as error:
@@ -219,7 +219,7 @@ class Checker:
         needed = needs(program)
         blind: dict[Path, list[str]] = {}
         for spec in able:
-            for what in unseen([*spec.binds, *entry.binds], needed):
+            for what in unseen([*map(Path, spec.binds), *entry.binds], needed):
                 blind.setdefault(what, []).append(spec.name)
         for what, names in blind.items():
             whose = "jobs" if len(names) == len(able) else f"jobs of {' and '.join(names)}"

@@ -96,7 +96,7 @@ def slot_sandbox(
         # All other policies get no network.
         network=spec.egress == "open",
         io_uring=spec.io_uring,
-        binds=tuple(spec.binds),
+        binds=tuple(map(Path, spec.binds)),
         devices=devices,
     )
 

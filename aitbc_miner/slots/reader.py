@@ -98,6 +98,10 @@ class SlotKeys(Struct, frozen=True):
             if not path.startswith("/"):
                 raise BadField("io_max", f"{path[:80]!r} is no absolute path; name a directory on the disk")
 
+    def plain(self) -> SlotSpec:
+        """Give the slot as plain data."""
+        return SlotSpec(**msgspec.structs.asdict(self) | {"binds": list(map(str, self.binds))})
+
 
 _SIZES = frozenset(
     name
@@ -142,7 +146,7 @@ def read_slots(directory: Path, faults: list[Fault], warnings: list[Fault] | Non
             places[spec.name] = path
             for steps, message in _without_unit(spec):
                 faults.append(_at(path, index, steps, message))
-            specs.append(SlotSpec(**msgspec.structs.asdict(spec)))
+            specs.append(spec.plain())
     for path in derived if specs else ():
         message = f"is true, but {next(iter(places.values()))} has slots; remove `derive` or the slots"
         faults.append(Fault(str(path), line_of(path, ["derive"]), "derive", message))

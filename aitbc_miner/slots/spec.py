@@ -4,7 +4,6 @@
 process may import it.
 """
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import msgspec
@@ -48,6 +47,6 @@ class SlotSpec(Struct, frozen=True):
     egress: Literal["none", "open"] = "none"
     runners: list[Literal["cli", "python"]] = msgspec.field(default_factory=lambda: ["cli", "python"])
     env: list[str] = []
-    binds: list[Path] = []
+    binds: list[str] = []
     io_uring: bool = False
     mems: tuple[int, ...] | None = None

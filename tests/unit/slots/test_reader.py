@@ -27,7 +27,7 @@ SAMPLE = Path(__file__).parents[3] / "etc" / "slots.d" / "slots.yaml.sample"
 def read(text: str) -> tuple[list[SlotSpec] | None, list[str]]:
     faults: list[Fault] = []
     file = decode_text(text, SlotFile, faults, file="s.yaml")
-    specs = [SlotSpec(**msgspec.structs.asdict(keys)) for keys in file.slots] if file else None
+    specs = [keys.plain() for keys in file.slots] if file else None
     return specs, [str(fault).removeprefix("s.yaml") for fault in faults]
 
 
@@ -583,6 +583,7 @@ SPECS = st.builds(
     egress=st.sampled_from(["none", "open"]),
     runners=st.sampled_from([["cli"], ["python"], ["cli", "python"]]),
     env=st.lists(st.sampled_from(["A", "null", "yes"])),
+    binds=st.lists(st.sampled_from(["/opt", "/srv/a b"])),
 )
 
 
