@@ -149,14 +149,14 @@ class DeliveryQueue:
         return clock.now()
 
     def take_back(self, job_id: str) -> bool:
-        """Have a refused report sent again; False if the coordinator has not refused it.
+        """Have a refused report sent again; False if it was not refused, or is already on its way again.
 
         Raises:
             MinerError, OSError: a temporary fault, or the job's record is gone.
         """
         context = self._context
         with context.records.open(job_id) as job:
-            if not was_refused(job):
+            if job_id in self._jobs or not was_refused(job):
                 return False
             # The ledger first: the next start does not read the records of settled jobs.
             context.book_rest()
@@ -173,9 +173,9 @@ class DeliveryQueue:
 
         `outcome` is the job's outcome if the caller has just read it.
         """
-        entry = self._jobs.get(job_id)
-        if entry is None or entry.stage is not Stage.REPORTING:
-            entry = self._jobs.move(job_id, Stage.REPORTING)
+        if self._jobs.stage(job_id) is Stage.REPORTING:
+            return
+        entry = self._jobs.move(job_id, Stage.REPORTING)
         # An outcome that was read before may be the report of a refusal that was taken back since.
         entry.outcome = outcome
         outcome = outcome or read_outcome(self._context.records, job_id)
@@ -280,7 +280,8 @@ class DeliveryQueue:
 
     def _settled(self, outcome: Outcome, how: str, *, had_failed: bool) -> None:
         context, job_id = self._context, outcome.job_id
-        context.log.info("report accepted", job_id=job_id, code=outcome.code or "OK", how=how)
+        event = "report refused" if how == "refused" else "report accepted"
+        context.log.info(event, job_id=job_id, code=outcome.code or "OK", how=how)
         context.count("deliveries", how)
         if how == "refused" or (outcome.code is ErrorCode.E_UPLOAD and how != "superseded"):
             self._anew[job_id] = clock.now() + self._give_up.again_s

@@ -349,6 +349,29 @@ def test_a_refused_report_is_sent_anew_each_day_and_after_a_reboot(
     assert (row.code, row.delivery) == (None, "accepted")
 
 
+@pytest.mark.parametrize("by_operator", [False, True])
+def test_a_report_that_is_under_way_again_is_not_taken_back(
+    start: Callable[[], Reporting], time: Time, *, by_operator: bool
+) -> None:
+    """The coordinator has forgotten the failure that it was told of, and wants it again."""
+    desk = start()
+    desk.coordinator.answers = {"result": [Refused("413", 413)], "fail": []}
+    desk.add("j1")
+    desk.send()
+    desk.coordinator.answers = {"fail": [Busy("503", 100_000.0)]}
+    desk.delivery.repeat("j1")
+    desk.send()
+    if by_operator:
+        assert not desk.delivery.take_back("j1")
+    time.now += 90_000.0
+    desk.send()
+    assert desk.reporting == ["j1"]
+    time.now += 90_000.0
+    desk.send()
+    told = [("result", "j1"), ("fail", "j1"), ("fail", "j1"), ("fail", "j1")]
+    assert (desk.reporting, desk.coordinator.told) == ([], told)
+
+
 def test_what_is_gone_from_the_disk_is_not_sent_anew(start: Callable[[], Reporting], time: Time) -> None:
     desk = start()
     desk.coordinator.answers = {"result": [Refused("413", 413)]}
