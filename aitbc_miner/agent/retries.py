@@ -81,6 +81,8 @@ class Retries:
         if isinstance(said, JobSettled) and said.code is None and stage in WAITING and self._waits(job_id):
             # The message is late: the agent has already found the attempt's outcome on the disk.
             return
+        if stage is Stage.GONE and self._context.records.absent(job_id):
+            return  # the message crossed the news that the job is not ours
         if stage is not Stage.SETTLING:
             self._jobs.move(job_id, Stage.SETTLING)
         self._context.persisting.do(f"settle job {job_id}", partial(self._settle, said))

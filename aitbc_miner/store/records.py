@@ -255,6 +255,14 @@ class Records:
         except (FileNotFoundError, NotADirectoryError):
             return False
 
+    def absent(self, job_id: str) -> bool:
+        """Whether the job certainly has no directory here."""
+        try:
+            (self.root / directory_of(job_id)).lstat()
+        except OSError as error:
+            return isinstance(error, FileNotFoundError)
+        return False
+
     def create(self, job_id: str, manifest: bytes, *, state: State = State.PULLED, **more: Any) -> None:
         """Record a new job: its manifest as it came, and its state with the fields `more`.
 

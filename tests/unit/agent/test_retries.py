@@ -123,6 +123,11 @@ def test_what_cannot_be_judged_is_reported(alone: Judging, name: str) -> None:
     assert (alone.reported, alone.waits) == (["j1"], [])
 
 
+def test_a_cancel_of_a_job_that_was_forgotten_meanwhile_enters_nothing(alone: Judging) -> None:
+    alone.retries.settle(CancelJob("j1", "cancel", "by the operator"))
+    assert (alone.reported, alone.jobs.names()) == ([], [])
+
+
 def test_what_is_not_there_is_reported(alone: Judging) -> None:
     alone.retries.conclude("j1")
     alone.record("j2", *RAN, **THRICE)
