@@ -14,7 +14,8 @@ from msgspec import Struct
 
 from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.fleet import Fleet
-from aitbc_miner.agent.outcomes import conclude
+from aitbc_miner.agent.job_table import JobEntry
+from aitbc_miner.agent.outcomes import conclude, declare
 from aitbc_miner.coordinator.interface import (
     Busy,
     CoordinatorError,
@@ -41,6 +42,8 @@ INPUTS_TIMEOUT_S = 3600.0
 # If a reachable coordinator has not accepted the acknowledgement for this time, the node gives the job up.
 ACK_GIVE_UP_S = 600.0
 ACK_RETRY_MIN_S = 0.5
+LOOK_S = 1.0
+"""The longest time until a stop or a cancellation ends the wait between two acknowledgements."""
 
 
 class Taken(Struct, frozen=True):
@@ -78,18 +81,16 @@ class Admission:
         self._fleet = fleet
         self._stopping = stopping
 
-    def take(
-        self, pulled: PulledJob, job_id: str, offers: Sequence[Offer], cancelled: threading.Event
-    ) -> Taken:
+    def take(self, pulled: PulledJob, job_id: str, offers: Sequence[Offer], entry: JobEntry) -> Taken:
         """Admit a job that was just pulled."""
         self._records.create(job_id, pulled.raw or b"{}\n")
         if pulled.error is not None:
             with self._records.open(job_id) as job:
                 return self._refuse(job, JobError(pulled.error.code, str(pulled.error)))
-        return self.resume(job_id, offers, cancelled)
+        return self.resume(job_id, offers, entry)
 
-    def resume(self, job_id: str, offers: Sequence[Offer], cancelled: threading.Event) -> Taken:
-        """Continue the admission of a job at the step in its record; `cancelled` ends the admission."""
+    def resume(self, job_id: str, offers: Sequence[Offer], entry: JobEntry) -> Taken:
+        """Continue the admission of a job at the step in its record; `entry.cancel` ends the admission."""
         with self._records.open(job_id) as job:
             if (state := job.state()).state is State.RETRY_WAIT:
                 job.drop_stale_outcome(state)
@@ -97,11 +98,14 @@ class Admission:
                 # The job is in a slot already: its worker moved the job on after the agent read the records.
                 return Taken(job_id, report=job.has_outcome())
             try:
-                return Taken(job_id, self._take_in(job, offers, cancelled))
+                return Taken(job_id, self._take_in(job, offers, entry))
             except JobError as error:
-                if error.code is ErrorCode.E_CANCELLED and not cancelled.is_set():
+                if error.code is not ErrorCode.E_CANCELLED:
+                    return self._refuse(job, error)
+                if entry.cancel is None:
                     raise Stopping from error
-                return self._refuse(job, error)
+                declare(job, entry.cancel)
+                return Taken(job_id, report=True)
             except (Gone, _NeverOurs):
                 self._forget(job)
             except _TakenOver as error:
@@ -109,7 +113,7 @@ class Admission:
                 job.move(State.FAILED, delivery="lost", note=str(error))
         return Taken(job_id, gone=True)
 
-    def _take_in(self, job: JobDir, offers: Sequence[Offer], cancelled: threading.Event) -> Ticket:
+    def _take_in(self, job: JobDir, offers: Sequence[Offer], entry: JobEntry) -> Ticket:
         """Check, acknowledge, fetch. An acknowledged job is checked again: the slots may have changed.
 
         Raises:
@@ -129,7 +133,7 @@ class Admission:
             hopeless = error
         state = job.state()
         if state.state is State.PULLED:
-            self._acknowledge(job, manifest.runner)
+            self._acknowledge(job, manifest.runner, entry)
         elif self._fleet is not None and not self._fleet.is_ours(state):
             self._acknowledge_again(state)
         self._context.background.post(partial(self._acknowledged, job.job_id, manifest.runner))
@@ -137,7 +141,7 @@ class Admission:
             raise _TakenOver("another node of the fleet has the job")
         if hopeless is not None:
             raise hopeless
-        self._fetch(job, manifest, cancelled)
+        self._fetch(job, manifest, entry)
         return ticket
 
     def refuse_nameless(self, job_id: str, why: str) -> None:
@@ -167,7 +171,7 @@ class Admission:
             # A refused question says nothing about the job. The coordinator will answer the report.
             events("agent").warning("ownership of job not confirmed", job_id=state.job_id, error=str(error))
 
-    def _acknowledge(self, job: JobDir, runner: str) -> None:
+    def _acknowledge(self, job: JobDir, runner: str, entry: JobEntry) -> None:
         backoff = Backoff(ACK_RETRY_MIN_S, self._config.heartbeat.backoff.max_s)
         ids = _ack_ids(job.state())
         since: float | None = None
@@ -192,8 +196,12 @@ class Admission:
                     self._context.background.post(self._context.token.refused)
                     pause_s = min(pause_s, self._config.coordinator.poll_interval_s)
                 asked = error.retry_after if isinstance(error, Busy) else None
-                if self._stopping.wait(max(pause_s, asked or 0.0)):
-                    raise Stopping from error
+                left_s = max(pause_s, asked or 0.0)
+                while left_s > 0:
+                    if self._stopping.wait(min(left_s, LOOK_S)) or entry.cancel:
+                        # A cancelled job is reported: the coordinator may have received an acknowledgement.
+                        raise JobError(ErrorCode.E_CANCELLED, "the job is not acknowledged") from error
+                    left_s -= LOOK_S
             else:
                 job.move(State.ACKED, runner=runner)
                 return
@@ -213,7 +221,7 @@ class Admission:
         job.path.rename(gone)
         shutil.rmtree(gone)
 
-    def _fetch(self, job: JobDir, manifest: Manifest, cancelled: threading.Event) -> None:
+    def _fetch(self, job: JobDir, manifest: Manifest, entry: JobEntry) -> None:
         into = job.path / "input"
         # An earlier fetch, interrupted by a restart, may have left files.
         shutil.rmtree(into, ignore_errors=True)
@@ -227,7 +235,7 @@ class Admission:
             manifest,
             into,
             limits=InputLimits(most, most, INPUTS_TIMEOUT_S, STALL_S),
-            cancelled=lambda: cancelled.is_set() or self._stopping.is_set(),
+            cancelled=lambda: bool(entry.cancel) or self._stopping.is_set(),
             allow_private=self._config.coordinator.allow_private_inputs,
             proxy=self._context.input_proxy,
         )

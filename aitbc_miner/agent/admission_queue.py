@@ -10,7 +10,7 @@ from aitbc_miner.agent.anchor import Anchor
 from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.delivery_queue import DeliveryQueue
 from aitbc_miner.agent.fleet import Fleet
-from aitbc_miner.agent.job_table import Stage
+from aitbc_miner.agent.job_table import JobEntry, Stage
 from aitbc_miner.agent.retries import Retries
 from aitbc_miner.coordinator.interface import PulledJob
 from aitbc_miner.ipc.messages import CancelJob, JobReady
@@ -91,13 +91,13 @@ class AdmissionQueue:
             self._start(entry.job_id, partial(self._admission.resume, entry.job_id), None)
 
     def _start(
-        self, job_id: str, call: Callable[[list[Offer], threading.Event], Taken], ticket: Ticket | None
+        self, job_id: str, call: Callable[[list[Offer], JobEntry], Taken], ticket: Ticket | None
     ) -> None:
         slots = self._jobs.slots.slots if self._jobs.slots else []
         offers = [slot.offer for slot in slots if slot.offers]
         entry = self._jobs.move(job_id, Stage.ADMITTING)
         entry.ticket = ticket
-        self._context.start("intake", partial(call, offers, entry.cancelled), partial(self._taken, job_id))
+        self._context.start("intake", partial(call, offers, entry), partial(self._taken, job_id))
 
     def _taken(self, job_id: str, future: Future[Taken]) -> None:
         entry = self._jobs.get(job_id)
@@ -110,13 +110,16 @@ class AdmissionQueue:
             return
         self._backoff.reset()
         if entry is None or entry.stage is not Stage.ADMITTING:
-            return  # the job is in a slot, or has ended
+            # The job is in a slot, or has ended.
+            if entry and entry.cancel and entry.stage is Stage.RUNNING:
+                self._context.channel.send(entry.cancel)
+            return
         if taken.ticket is not None:
             self._jobs.move(job_id, Stage.READY).ticket = taken.ticket
             self._context.channel.send(JobReady(taken.ticket))
-            if entry.cancelled.is_set():
+            if entry.cancel:
                 # The cancellation came after the inputs. Now the supervisor knows the job, and must end it.
-                self._context.channel.send(by_coordinator(job_id))
+                self._context.channel.send(entry.cancel)
         elif taken.report:
             self._retries.conclude(job_id)
         elif taken.gone:
@@ -143,16 +146,16 @@ class AdmissionQueue:
 
     def cancel(self, word: CancelJob) -> None:
         """End a job in any stage, because the coordinator does not want the job any more."""
-        if not self.stop_fetching(word.job_id):
+        if not self.stop_fetching(word):
             # The supervisor knows each job with complete inputs.
             self._context.channel.send(word)
 
-    def stop_fetching(self, job_id: str) -> bool:
+    def stop_fetching(self, word: CancelJob) -> bool:
         """End a job during its admission; False if the job is in no admission."""
-        entry = self._jobs.get(job_id)
+        entry = self._jobs.get(word.job_id)
         if entry is None or entry.stage is not Stage.ADMITTING:
             return False
-        entry.cancelled.set()
+        entry.cancel = entry.cancel or word
         return True
 
 

@@ -4,13 +4,12 @@ Every part of the agent looks jobs up here instead of asking other parts, and mo
 truth about a job is its record on disk: the agent makes the table anew from the records at each start.
 """
 
-import threading
 from enum import StrEnum
 
-from msgspec import Struct, field
+from msgspec import Struct
 
 from aitbc_miner.errors import IllegalMove
-from aitbc_miner.ipc.messages import Slots
+from aitbc_miner.ipc.messages import CancelJob, Slots
 from aitbc_miner.jobs import Outcome
 from aitbc_miner.slots.placement import Offer, Ticket, room
 from aitbc_miner.util import clock
@@ -73,7 +72,7 @@ class JobEntry(Struct):
 
     `progress` is None until the job is acknowledged; from then on the coordinator counts the job as ours.
     `ticket` says what the job needs of a slot, None if unknown. `due` is the time of the next attempt.
-    `cancelled` ends the job during its admission. `ended_here`: an attempt on this node has ended. `outcome`:
+    `cancel` ends the job during its admission. `ended_here`: an attempt on this node has ended. `outcome`:
     the content of outcome.json, until the agent tries to send the report for the first time.
     """
 
@@ -82,7 +81,7 @@ class JobEntry(Struct):
     progress: ProgressNote | None = None
     ticket: Ticket | None = None
     due: float = 0.0
-    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancel: CancelJob | None = None
     ended_here: bool = False
     outcome: Outcome | None = None
 

@@ -149,7 +149,7 @@ class Agent:
         match message:
             case Slots():
                 self._jobs.see(message)
-            case CancelJob() if self._admission.stop_fetching(message.job_id):
+            case CancelJob() if self._admission.stop_fetching(message):
                 pass
             case JobSettled() | CancelJob():
                 # Before, the records are not there, and will tell of these jobs.

@@ -12,11 +12,13 @@ import msgspec
 import pytest
 
 from aitbc_miner.agent import admission as module
-from aitbc_miner.agent.admission import Admission, Stopping, Taken
+from aitbc_miner.agent.admission import LOOK_S, Admission, Stopping, Taken
 from aitbc_miner.agent.fleet import Fleet
+from aitbc_miner.agent.job_table import JobEntry
 from aitbc_miner.coordinator.interface import CoordinatorError, Gone, PulledJob, Refused, Told, Unreachable
 from aitbc_miner.errors import ErrorCode
-from aitbc_miner.jobs import ManifestError, Outcome, State
+from aitbc_miner.ipc.messages import CancelJob
+from aitbc_miner.jobs import EndReason, ManifestError, Outcome, State
 from aitbc_miner.queue.interface import Kind, Task
 from aitbc_miner.queue.sqlite import SqliteQueue
 from aitbc_miner.slots.placement import Offer
@@ -96,8 +98,9 @@ def context_of(records: Records, coordinator: FakeCoordinator, acked: list[tuple
     )
 
 
-def never() -> threading.Event:
-    return threading.Event()
+def never() -> JobEntry:
+    """Give the entry of a job that nobody cancels."""
+    return JobEntry("j1")
 
 
 def test_a_job_is_acknowledged_and_its_inputs_are_for_nobody_else(tmp_path: Path) -> None:
@@ -201,27 +204,47 @@ def test_a_job_that_is_refused_again_and_again_is_forgotten_and_may_come_again(
     assert it.intake.take(pulled(), "j1", OFFERS, never()).ticket is not None
 
 
-def test_a_cancel_ends_the_fetching_of_inputs(tmp_path: Path) -> None:
-    cancelled = threading.Event()
+@pytest.mark.parametrize(
+    ("why", "code"), [("cancel", ErrorCode.E_CANCELLED), ("expired", ErrorCode.E_TIMEOUT)]
+)
+def test_a_cancel_ends_the_fetching_of_inputs(tmp_path: Path, why: EndReason, code: ErrorCode) -> None:
+    entry = never()
     with socket.create_server(("127.0.0.1", 0)) as silent:
         it = rig(tmp_path)
         job = pulled(input={"urls": [f"http://127.0.0.1:{silent.getsockname()[1]}/a"]})
 
         def cancel() -> None:
             with silent.accept()[0]:
-                cancelled.set()
+                entry.cancel = CancelJob("j1", why, "by somebody")
                 ended.wait(10)
 
         ended = threading.Event()
         thread = threading.Thread(target=cancel)
         thread.start()
-        taken = it.intake.take(job, "j1", OFFERS, cancelled)
+        taken = it.intake.take(job, "j1", OFFERS, entry)
         ended.set()
         thread.join()
         assert taken.report
     state, outcome = it.kept()
     assert outcome is not None
-    assert (state, outcome.code) == (State.ACKED, ErrorCode.E_CANCELLED)
+    assert (state, outcome.code) == (State.ACKED, code)
+    assert "by somebody" in outcome.message
+
+
+def test_a_cancel_ends_the_wait_for_an_unreachable_coordinator(tmp_path: Path) -> None:
+    class Cancelling(Passing):
+        def wait(self, timeout: float | None = None) -> bool:
+            entry.cancel = CancelJob("j1", "cancel", "by the operator")
+            return super().wait(timeout)
+
+    entry, waiting = never(), Cancelling()
+    it = rig(tmp_path, *[Unreachable("away")] * 1000, stopping=waiting)
+    assert it.intake.take(pulled(), "j1", OFFERS, entry).report
+    assert waiting.at - 1000 <= LOOK_S
+    state, outcome = it.kept()
+    assert outcome is not None
+    assert (state, outcome.code) == (State.PULLED, ErrorCode.E_CANCELLED)
+    assert outcome.message.endswith("by the operator")
 
 
 def test_the_end_of_the_node_does_not_cancel_a_job(tmp_path: Path) -> None:

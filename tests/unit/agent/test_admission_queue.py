@@ -9,17 +9,18 @@ import pytest
 from msgspec.structs import replace
 
 from aitbc_miner.agent.admission import Admission, Taken
-from aitbc_miner.agent.admission_queue import by_coordinator, id_of
-from aitbc_miner.agent.job_table import TAKEN_IN, Stage
+from aitbc_miner.agent.admission_queue import id_of
+from aitbc_miner.agent.job_table import TAKEN_IN, JobEntry, Stage
 from aitbc_miner.coordinator.interface import CoordinatorError, Gone, PulledJob, Refused
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import CancelJob, JobReady, Slots, SlotView
 from aitbc_miner.jobs import ManifestError, State
 from aitbc_miner.slots.state import SlotState
-from tests.bench.agent_bench import FREE, OFFER, Desk
+from tests.bench.agent_bench import FREE, OFFER, Desk, in_slot
 from tests.support.pulled_jobs import pulled
 from tests.support.stopped_clock import Time
 
+BY_OPERATOR = CancelJob("j1", "cancel", "by the operator")
 ON_THE_WAY = (Stage.RESUMING, *TAKEN_IN)
 ODD: list[Exception] = [
     ValueError("odd"),
@@ -215,38 +216,41 @@ def test_a_stop_leaves_the_job_for_the_next_start(desk: Taking) -> None:
 
 
 def test_only_a_job_on_its_way_can_be_cancelled_here(desk: Taking) -> None:
-    assert not desk.admission.stop_fetching("j1")
+    assert not desk.admission.stop_fetching(BY_OPERATOR)
     desk.jobs.see(FREE)
     desk.admission.accept(pulled())
-    assert desk.admission.stop_fetching("j1")
-    desk.turn_until(lambda: not desk.admission.stop_fetching("j1"))
+    assert desk.admission.stop_fetching(BY_OPERATOR)
+    desk.turn_until(lambda: not desk.admission.stop_fetching(BY_OPERATOR))
 
 
+@pytest.mark.parametrize("shown", [False, True])
 def test_a_cancel_that_comes_too_late_for_the_inputs_follows_the_job(
-    desk: Taking, monkeypatch: pytest.MonkeyPatch
+    desk: Taking, monkeypatch: pytest.MonkeyPatch, *, shown: bool
 ) -> None:
     gate = threading.Event()
     real = Admission.resume
 
-    def late(intake: Admission, job_id: str, offers: list[object], cancelled: threading.Event) -> Taken:
-        taken = real(intake, job_id, [OFFER], threading.Event())
+    def late(intake: Admission, job_id: str, offers: list[object], entry: JobEntry) -> Taken:
+        taken = real(intake, job_id, [OFFER], JobEntry(job_id))
         assert gate.wait(20)
         return taken
 
     monkeypatch.setattr(Admission, "resume", late)
     desk.jobs.see(FREE)
     desk.admission.accept(pulled())
-    assert desk.admission.stop_fetching("j1")
+    assert desk.admission.stop_fetching(BY_OPERATOR)
+    if shown:
+        # An earlier agent had offered the job, and the supervisor gave it to a slot.
+        desk.jobs.see(in_slot("j1"))
     gate.set()
     said: list[object] = []
 
     def told() -> bool:
         said.extend(each for each in desk.said() if isinstance(each, JobReady | CancelJob))
-        return len(said) == 2
+        return BY_OPERATOR in said
 
     desk.turn_until(told)
-    assert [type(each) for each in said] == [JobReady, CancelJob]
-    assert said[1] == by_coordinator("j1")
+    assert [type(each) for each in said] == [*([] if shown else [JobReady]), CancelJob]
 
 
 # --- names -------------------------------------------------------------------------------------------------
