@@ -9,17 +9,18 @@ from concurrent.futures import Future
 from aitbc_miner.agent.admission_queue import AdmissionQueue
 from aitbc_miner.agent.context import AgentContext
 from aitbc_miner.agent.delivery_queue import DeliveryQueue
+from aitbc_miner.agent.job_table import WAITING
 from aitbc_miner.coordinator.interface import Assignments, Paced, PulledJob
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.channel import ChannelError
 from aitbc_miner.ipc.messages import CancelJob
-from aitbc_miner.jobs import FINAL, EndReason, ManifestError, StateRecord
+from aitbc_miner.jobs import FINAL, EndReason, ManifestError, StateRecord, valid_job_id
 from aitbc_miner.util import clock
 
 AGAIN_S = 5.0
 """The pause after a failed call."""
 MAX_BUSY = 1000
-"""With so many jobs, the node admits no listed job; a later list names the job again."""
+"""With so many jobs, the node looks at no further listed job; a later list names the job again."""
 
 
 class Reconciler:
@@ -60,7 +61,7 @@ class Reconciler:
     def next_due(self) -> float | None:
         """When to ask for the list, or to end a job at its deadline."""
         due = [*self._ends.values()]
-        if self._context.token and self._told and not self._asking:
+        if self._may_ask():
             due.append(self._at)
         return min(due, default=None)
 
@@ -70,13 +71,18 @@ class Reconciler:
         for job_id in [job_id for job_id, end in self._ends.items() if end <= now]:
             del self._ends[job_id]
             self._end(job_id, "expired", "the coordinator no longer waits for the job")
-        if not self._context.token or not self._told or self._asking or now < self._at:
+        if now < self._at or not self._may_ask():
             return
         self._asking = True
         self._before = self._jobs.ours()
         # The coordinator's list may lack a job that comes from now on.
         self._jobs.came = set(self._jobs.names())
         self._context.start("assigned", self._context.coordinator.assignments, self._answered)
+
+    def _may_ask(self) -> bool:
+        # Before the node has slots, it takes up no job of the list.
+        slots = self._jobs.slots
+        return bool(self._context.token and self._told and not self._asking and slots and slots.slots)
 
     def _answered(self, future: "Future[Assignments | None]") -> None:
         self._asking, self.asked = False, True
@@ -101,26 +107,36 @@ class Reconciler:
         listed = {each.job_id for each in told.jobs}
         self._forgotten -= listed
         self._ends = {}
-        ours, busy = self._jobs.ours(), set(self._jobs.names())
+        ours, busy, room = self._jobs.ours(), set(self._jobs.names()), self._room()
         for each in told.jobs:
             if each.job_id in ours and each.left_s is not None:
                 self._ends[each.job_id] = clock.now() + each.left_s
-            elif each.job_id not in came | busy and len(busy) < MAX_BUSY:
+            elif each.job_id not in came and each.job_id not in busy and len(busy) < MAX_BUSY:
                 busy.add(each.job_id)
                 is_late = each.left_s is not None and each.left_s <= 0
-                self._take_up(each.job_id, _too_late(each.job_id, each.job) if is_late else each.job)
+                job = _too_late(each.job_id, each.job) if is_late else each.job
+                room -= self._take_up(each.job_id, job, has_room=room > 0)
         if told.complete:
             self._miss(self._before & self._jobs.ours() - listed)
 
-    def _take_up(self, job_id: str, job: PulledJob) -> None:
-        """Admit a listed job that is new here, or repeat the report of a listed job that is settled here."""
+    def _room(self) -> int:
+        """Count the listed jobs to take up now: as many as slots may wait for one, none while draining."""
+        slots = self._jobs.slots
+        return len(slots.slots) - len(self._jobs.among(*WAITING)) if slots and slots.accepting else 0
+
+    def _take_up(self, job_id: str, job: PulledJob, *, has_room: bool) -> bool:
+        """Repeat the report of a job that is settled here, or take up a new job; True for a new job."""
         log, records = self._context.log, self._context.records
-        if not records.known(job_id) and not self._context.ledger.knows(job_id):
-            log.warning("job taken up", job_id=job_id, cause="the coordinator lists the job as ours")
-            self._admission.accept(job)
-        elif isinstance(record := records.state_of(job_id), StateRecord) and record.state in FINAL:
-            log.warning("report repeated", job_id=job_id, cause="the coordinator lists the job as unfinished")
-            self._delivery.repeat(job_id)
+        if records.known(job_id) or self._context.ledger.knows(job_id):
+            if isinstance(record := records.state_of(job_id), StateRecord) and record.state in FINAL:
+                cause = "the coordinator lists the job as unfinished"
+                log.warning("report repeated", job_id=job_id, cause=cause)
+                self._delivery.repeat(job_id)
+            return False
+        if not has_room or not valid_job_id(job_id):
+            return False
+        log.warning("job taken up", job_id=job_id, cause="the coordinator lists the job as ours")
+        return self._admission.accept(job)
 
     def _miss(self, missing: set[str]) -> None:
         """End jobs that two lists lack, with a heartbeat in between to register a forgotten node again."""

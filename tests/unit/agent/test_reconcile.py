@@ -5,14 +5,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
+from aitbc_miner.agent.job_table import Stage
 from aitbc_miner.agent.reconcile import AGAIN_S, MAX_BUSY, Reconciler
 from aitbc_miner.coordinator.interface import Assignment, Busy, Paced, PulledJob, Unreachable
 from aitbc_miner.coordinator.interface import Assignments as Told
 from aitbc_miner.errors import ErrorCode
 from aitbc_miner.ipc.messages import Beaten, BeatWanted, CancelJob, NodeToken, PrivateLine
 from aitbc_miner.jobs import ManifestError, State
-from tests.bench.agent_bench import Desk
+from tests.bench.agent_bench import FREE, Desk
 from tests.support.pulled_jobs import pulled
 from tests.support.stopped_clock import Time
 
@@ -38,6 +40,7 @@ class Compared(Desk):
         self.jobs.ours = lambda: set(self.ours)  # type: ignore[method-assign]
         self.jobs.names = lambda: [*self.ours, *self.reporting]  # type: ignore[method-assign]
         self.list = Reconciler(self.context, self.admission, self.delivery)
+        self.jobs.see(FREE)
 
     def answer(self) -> Told | None:
         self.asks += 1
@@ -290,4 +293,28 @@ def test_of_an_endless_list_so_many_are_taken_up_as_one_can_have(desk: Compared)
     desk.reporting = {"here"}
     desk.lists(*(f"j{n}" for n in range(2 * MAX_BUSY)))
     desk.ask()
-    assert len(desk.accepted) == MAX_BUSY - 1
+    assert len(desk.accepted) == 1, "there is one slot"
+
+
+@pytest.mark.parametrize("accepting", [True, False])
+def test_no_more_is_taken_up_than_the_slots_can_have_waiting(desk: Compared, *, accepting: bool) -> None:
+    desk.jobs.see(replace(FREE, slots=FREE.slots * 3, accepting=accepting))
+    desk.jobs.move("here", Stage.RESUMING)
+    desk.lists(*(f"j{n}" for n in range(20)))
+    desk.ask()
+    assert len(desk.accepted) == (2 if accepting else 0)
+
+
+def test_a_listed_id_that_is_no_job_id_is_passed_over(desk: Compared) -> None:
+    desk.told = Told([Assignment(name, PulledJob(b""), None) for name in ("..", "../x", "")])
+    desk.told.jobs.append(Assignment("j1", pulled(job_id="j1"), None))
+    desk.ask()
+    assert desk.accepted == ["j1"]
+
+
+def test_no_list_is_asked_for_before_there_are_slots(desk: Compared) -> None:
+    desk.jobs.slots = replace(FREE, slots=[])
+    assert desk.list.next_due() is None
+    desk.jobs.see(FREE)
+    desk.ask()
+    assert desk.asks == 1
