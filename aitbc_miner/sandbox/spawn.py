@@ -232,10 +232,10 @@ def spawn(  # noqa: PLR0913  # a process needs them all, by name
 
     `fds` maps the program's descriptors to ours; all others are closed. `env` is the whole environment. The
     process is born in the cgroup `group`. `uid` and `gid`, the only group, go together; None: the worker's.
-    The user must be able to reach `cwd`. `enclosed` is the source of `argv` if there is a sandbox.
+    The user must reach `cwd`. `enclosed` is the source of `argv` if there is a sandbox.
 
     Raises:
-        JobError: E_SANDBOX, the program was not started; the message names the step that failed.
+        JobError: E_MANIFEST, too long arguments or environment; E_SANDBOX, the named step failed.
     """
     steps: Steps = [
         ("session", os.setsid),
@@ -333,6 +333,8 @@ def _fork(steps: Steps, group: Group | None, enclosed: int | None, kept: Iterabl
             job.poll()
             job.close()
             number, _, why = failure.decode("utf-8", "replace").partition(" ")
+            if int(number) == errno.E2BIG:  # the arguments and the environment are the job's
+                raise JobError(ErrorCode.E_MANIFEST, f"cannot start the job: {why}")
             raise OSError(int(number), why) if int(number) in _SCARCE else _StepError(why)
         return job
 

@@ -111,7 +111,7 @@ class Collector:
                     except JobError as error:
                         if error.code is not ErrorCode.E_ARTIFACT:
                             raise
-                        self._leave_out(path, error.message.partition(": ")[2])
+                        self._leave_out(path, error.message.removeprefix(_refusing(path)))
 
     def _leave_out(self, path: str, why: str) -> None:
         shown = path if _can_be_sent(path) else ascii(path)[:200]
@@ -152,7 +152,7 @@ class Collector:
         except OSError as error:
             if fs.may_pass(error):
                 raise
-            raise JobError(ErrorCode.E_ARTIFACT, f"cannot keep {path!r}: {error.strerror}") from error
+            raise _refusal(path, error.strerror) from error
         if self._owner:
             os.fchown(fd, *self._owner)
         os.fchmod(fd, 0o640)
@@ -196,7 +196,11 @@ class Collector:
 
 
 def _refusal(path: str, cause: str | None, code: ErrorCode = ErrorCode.E_ARTIFACT) -> JobError:
-    return JobError(code, f"cannot collect {path!r}: {cause}")
+    return JobError(code, f"{_refusing(path)}{cause}")
+
+
+def _refusing(path: str) -> str:
+    return f"cannot collect {path!r}: "
 
 
 def _is_shut(error: OSError) -> bool:

@@ -442,6 +442,13 @@ def test_a_step_that_fails_is_named(options: Mapping[str, Any], said: str) -> No
     assert message.startswith(f"cannot start {SH}: {said}")
 
 
+@pytest.mark.parametrize("options", [{"env": {"MORE": "a" * 200_000}}, {"argv": [SH, "-c", "a" * 200_000]}])
+def test_arguments_that_are_too_long_are_the_fault_of_the_job(options: dict[str, Any]) -> None:
+    argv = options.pop("argv", [SH, "-c", "exit 0"])
+    code, message = in_worker(refused, argv, None, options)
+    assert (code, message) == (ErrorCode.E_MANIFEST, "cannot start the job: exec: Argument list too long")
+
+
 def test_a_directory_that_its_user_cannot_reach_fails_before_the_program(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0o700)
     options: dict[str, Any] = {"cwd": tmp_path / "closed"}

@@ -1,6 +1,7 @@
 """Collecting what a job left behind: real files, and every trap a job can lay."""
 
 import errno
+import gc
 import hashlib
 import os
 import signal
@@ -60,6 +61,7 @@ def collect(
 ) -> dict[str, Artifact]:
     wanted = [ArtifactSpec(path=spec) if isinstance(spec, str) else spec for spec in specs]
     with fs.directory(job) as fd:
+        gc.collect()  # what an earlier test has left would else be closed meanwhile
         before = len(names("/proc/self/fd"))
         collector = Collector(fd, caps, owner, group)
         try:
@@ -223,6 +225,13 @@ def test_a_trap_in_output_is_left_out_and_told_of(
     assert names(job / "artifacts") == ["0000"]
     # Declared, it is strictly what it must be.
     assert said in refused(job, place.removeprefix("output/")).message
+
+
+def test_what_is_left_out_is_told_of_whatever_its_name_is(job: Path) -> None:
+    os.mkfifo(job / "output/a: b")
+    collect(job)
+    [left] = LEFT_OUT
+    assert (left.path, left.why) == ("a: b", "a FIFO, not a regular file")
 
 
 def test_no_more_than_so_many_are_listed_as_left_out(job: Path) -> None:
