@@ -206,22 +206,30 @@ class HttpClient:
 
 
 def _reply(response: requests.Response, content: bytes, most: int, sent: Mapping[str, str]) -> HttpReply:
+    location = response.headers.get("Location", "").encode()
     if response.status_code != HTTPStatus.OK:
-        content = _untold(content, sent)
+        content, location = _untold(content, sent), _untold(location, sent)
     return HttpReply(
         response.status_code,
         content[:most].removeprefix(codecs.BOM_UTF8),
         len(content) <= most,
         retry_after(response.headers),
-        response.headers.get("Location", ""),
+        location.decode(),
         _seconds(response.headers.get("Date", "")),
     )
 
 
 def _untold(content: bytes, sent: Mapping[str, str]) -> bytes:
-    """Replace the token in the body of an error: the node logs, records and forwards such bodies."""
+    """Replace the token in the text of an error: the node logs, records and forwards such texts."""
     token = sent.get("X-Api-Key") or sent.get("Authorization", "").removeprefix("Bearer ")
-    return content.replace(token.encode(), b"***") if len(token) >= MIN_TOKEN else content
+    if len(token) < MIN_TOKEN:
+        return content
+    # Encoded anew, so that no letter of the token hides behind an escape of JSON.
+    with suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        content = msgspec.json.encode(msgspec.json.decode(content))
+    for form in (token.encode(), msgspec.json.encode(token)[1:-1]):
+        content = content.replace(form, b"***")
+    return content
 
 
 def _read(raw: Any, most: int) -> bytes:

@@ -78,10 +78,16 @@ class Formatter(logging.Formatter):
         first = {key: attrs.pop(key) for key in self.FIRST if key in attrs}
         head = {"ts": clock.wall(), "level": record.levelname.lower(), "node_id": self._node_id}
         rest = {"part": part, "event": record.getMessage(), "attrs": attrs}
-        line = json.dumps(_plain(head | first | rest)) if self._as_json else _text(head, first, rest)
+        if self._as_json:
+            # Masked before the encoding, so that no secret can break the JSON.
+            line = head | first | rest
+            return json.dumps({key: _plain(value, self._mask) for key, value in line.items()})
+        return self._mask(_text(head, first, rest))
+
+    def _mask(self, text: str) -> str:
         for form in self._masked_forms:
-            line = line.replace(form, MASK)
-        return line
+            text = text.replace(form, MASK)
+        return text
 
 
 def _forms(secret: str) -> set[str]:
@@ -98,15 +104,15 @@ def _text(head: dict[str, str], first: dict[str, Any], rest: dict[str, Any]) -> 
     return _printable(f"{begin} {rest['event']} {attrs}".rstrip())
 
 
-def _plain(value: object) -> object:
-    """Turn any value into a value for JSON, so that an odd value never costs the line."""
+def _plain(value: object, mask: Callable[[str], str]) -> object:
+    """Turn any value into a value for JSON, so that an odd value never costs the line; `mask` its texts."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {mask(str(key)): _plain(item, mask) for key, item in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_plain(item) for item in value]
+        return [_plain(item, mask) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
-    return value if isinstance(value, str | int | float | None) else str(value)
+    return value if isinstance(value, int | float | None) else mask(str(value))
 
 
 def _printable(text: str) -> str:

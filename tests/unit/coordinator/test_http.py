@@ -457,7 +457,16 @@ def test_an_error_that_quotes_the_token_is_told_without_it(peer: Start, scheme: 
     head = f"HTTP/1.1 422 X\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     with client(peer(answering(head + body)).url, auth_scheme=scheme) as http:
         reply = http.call("POST", "/x", {}, doing="x")
-    assert reply.body == own("no such token: ***")
+    assert json.loads(reply.body) == json.loads(own("no such token: ***"))
+
+
+def test_a_token_behind_escapes_or_in_an_address_is_told_by_no_error(peer: Start) -> None:
+    body = b'{"error": {"code": "x", "message": "bad \\u0073\\u0033cret-token"}}'
+    head = b"HTTP/1.1 302 X\r\nLocation: https://h/s3cret-token/x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with client(peer(answering(head + body)).url) as http:
+        reply = http.call("POST", "/x", {}, doing="x")
+    assert json.loads(reply.body)["error"]["message"] == "bad ***"
+    assert reply.location == "https://h/***/x"
 
 
 def test_more_headers_than_a_hundred(peer: Start) -> None:

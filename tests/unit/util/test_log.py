@@ -411,6 +411,16 @@ def test_a_secret_is_in_no_part_of_a_line(either: Log, secret: str) -> None:
         assert form not in text
 
 
+@pytest.mark.parametrize("secret", ['"level":', '"job_id":', "event", "true"])
+def test_no_secret_makes_a_line_other_than_json(secret: str) -> None:
+    stream = io.StringIO()
+    configure("node-1", level="info", as_json=True, stream=stream)
+    mask(secret)
+    events("agent").info("sent", job_id="j1", done=True)
+    line = json.loads(stream.getvalue())
+    assert (line["event"], line["job_id"], line["level"]) == ("sent", "j1", "info")
+
+
 @pytest.mark.parametrize("secret", SECRETS)
 def test_a_secret_is_in_no_traceback(either: Log, secret: str) -> None:
     mask(secret)
