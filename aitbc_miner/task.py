@@ -93,9 +93,22 @@ def hear_cancellation() -> None:
         _told_to_end.set()
         raise TaskCancelled
 
+    # A process pool ends its processes with SIGTERM and waits: they need the default action. The kernel holds
+    # back a SIGTERM during the fork, because a SIGTERM before the change of the action would be lost.
+    kept = threading.local()
+
+    def hold_back() -> None:
+        kept.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def let() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, kept.mask)
+
+    def be_child() -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        let()
+
     signal.signal(signal.SIGTERM, end)
-    # A process pool ends its processes with SIGTERM and waits: they need the default action.
-    os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    os.register_at_fork(before=hold_back, after_in_parent=let, after_in_child=be_child)
 
 
 def progress(pct: float, note: str = "") -> None:

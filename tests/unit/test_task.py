@@ -61,6 +61,17 @@ def test_a_fork_of_a_task_ends_as_a_pool_expects() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(task, 0)[1]) == 0
 
 
+def test_a_fork_of_a_task_that_is_ended_at_once_ends() -> None:
+    if (task := os.fork()) == 0:
+        # Runs in the child before the action of SIGTERM changes.
+        os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        hear_cancellation()
+        if os.fork() == 0:
+            os._exit(1)
+        os._exit(0 if os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGTERM else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(task, 0)[1]) == 0
+
+
 def test_word_statistics_counts_a_text(run: Run, paths: JobPaths) -> None:
     (paths.work / "text").write_text(
         "The cat's hat.\nthe Cat\u2019s Straße, THE straße\nco-op 7 \N{SNOWMAN} the_end"
