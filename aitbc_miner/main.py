@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,7 @@ from aitbc_miner.slots.reader import read_slots, to_yaml
 from aitbc_miner.slots.spec import SlotSpec
 from aitbc_miner.util.build import build
 from aitbc_miner.util.inherited import begin_command, begin_node
-from aitbc_miner.util.terminal import width, wrap
+from aitbc_miner.util.terminal import until_unread, width, wrap
 
 CONFIG = Path("/etc/aitbc/miner/config.yaml")
 
@@ -41,7 +42,8 @@ def start() -> int:
             )
             return EXIT_CONFIG
         begin_node("from aitbc_miner.main import start; sys.exit(start())")
-    return _obey(arguments)
+        return _obey(arguments)
+    return until_unread(partial(_obey, arguments))
 
 
 def main() -> int:

@@ -81,7 +81,8 @@ def _ask_the_disk(target: Target, request: Request, cause: CommandError) -> tupl
     except (MinerError, OSError) as error:
         raise CommandError(f"{cause}; cannot read the files either: {error}", EXIT_UNREACHABLE) from error
     if told is None:
-        hint = "to read the files of a stopped miner, name its configuration with --config"
+        where = target.config if target.config.exists() else f"{target.config}, which does not exist"
+        hint = f"to read a stopped miner's files, name its configuration with --config (now {where})"
         raise CommandError(f"{cause}; {hint}", EXIT_UNREACHABLE)
     warn(f"no miner runs at {target.socket}; the answer comes from the stopped miner's files")
     return told

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+from functools import partial
 from typing import Any, BinaryIO
 
 import msgspec
@@ -19,13 +20,12 @@ from aitbc_miner.ctl.ask import Target, ask_miner, close_all, job_files, not_our
 from aitbc_miner.ctl.history_page import csv_lines, history_page, json_lines, read_rows, read_totals
 from aitbc_miner.ctl.logs import log_writer, show_log
 from aitbc_miner.ctl.pages import Paint, job_page, jobs_page, judged_page, plain, slots_page, status_page
-from aitbc_miner.errors import EXIT_FAILURE, EXIT_OK, EXIT_USAGE, CommandError, MinerError
+from aitbc_miner.errors import EXIT_FAILURE, EXIT_USAGE, CommandError, MinerError
 from aitbc_miner.util.inherited import begin_command
-from aitbc_miner.util.terminal import visible
+from aitbc_miner.util.terminal import until_unread, visible
 
 MAX_RECORD = 64 << 20
 EXIT_INTERRUPTED = 130
-EXIT_PIPE = 141
 COLOURS = {"red": 31, "green": 32, "yellow": 33, "bold": 1, "dim": 2}
 
 
@@ -41,7 +41,7 @@ def main() -> int:
         sys.stdout.reconfigure(errors="replace")  # some terminals lack some characters
     arguments = parser().parse_args()
     try:
-        _run(arguments)
+        return until_unread(partial(_run, arguments))
     except MinerError as error:
         # A message may have several lines: one for each fault of the configuration.
         text = visible(str(error), keep="\n")
@@ -49,15 +49,10 @@ def main() -> int:
         return getattr(error, "exit_code", EXIT_FAILURE)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # Python's last flush at exit would fail on the broken pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE
     except OSError as error:
         print(f"aitbc-minerctl: cannot finish the command: {error.strerror}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILURE
-    return EXIT_OK
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -3,16 +3,31 @@
 Jobs and the coordinator supply much of the shown text, so `visible` escapes control characters.
 """
 
+import os
 import shutil
+import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 NARROWEST = 40
+EXIT_PIPE = 141
 
 
 def width() -> int:
     """Give the columns of a page: $COLUMNS, else the terminal's width, else 80 (pipe or file)."""
     return max(NARROWEST, shutil.get_terminal_size((80, 24)).columns)
+
+
+def until_unread(command: Callable[[], int | None]) -> int:
+    """Run a command and give its exit status; EXIT_PIPE if the reader of its output has ended."""
+    try:
+        status = command()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Python's last flush at exit would fail on the broken pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+    return status or 0
 
 
 def visible(text: str, keep: str = "") -> str:

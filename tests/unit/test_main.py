@@ -106,6 +106,21 @@ def run(*words: str, **more: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize("words", [["probe"], ["doctor"]])
+def test_a_reader_that_has_ended_ends_the_command_quietly(words: list[str]) -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from aitbc_miner.main import start; sys.exit(start())",
+        *words,
+    ]
+    done = subprocess.run(command, stdout=theirs, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
+    os.close(theirs)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def fault_texts(checker: Checker) -> str:
     return "\n".join(map(str, checker.faults))
 
