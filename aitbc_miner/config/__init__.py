@@ -7,3 +7,7 @@
 * yaml_text, yaml_types: the subset of YAML, its line numbers, its types
 * units: sizes, durations, lists of CPUs
 """
+
+from aitbc_miner.config.settings import Config, load_config
+
+__all__ = ["Config", "load_config"]

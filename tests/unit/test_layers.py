@@ -1,6 +1,7 @@
 """The shape of the code: imports point down, nothing needs the tests, files and functions stay small."""
 
 import ast
+import importlib
 import re
 import sys
 from collections.abc import Iterator
@@ -135,6 +136,21 @@ def test_a_package_names_its_files_and_has_at_most_20(package: str) -> None:
     assert sorted(named) == sorted(there)
     assert len(there) <= MOST_FILES
     assert package in FACES or len(tree.body) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("config", ["Config", "load_config"]),
+        ("queue", ["Claim", "Kind", "QueueError", "RetryQueue", "Task"]),
+        *((name, []) for name in ("main", "agent", "probe", "task", "runners.cli", "runners.python")),
+        *((name, []) for name in ("util.fs", "util.limits", "util.log")),
+    ],
+)
+def test_what_others_import_stays_where_it_is(module: str, names: list[str]) -> None:
+    there = importlib.import_module(f"aitbc_miner.{module}")
+    assert [name for name in names if not hasattr(there, name)] == []
+    assert set(names) <= set(getattr(there, "__all__", []))
 
 
 @pytest.mark.parametrize("module", SOURCES)
