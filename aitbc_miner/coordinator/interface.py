@@ -18,12 +18,10 @@ from aitbc_miner.jobs import Manifest, ManifestError, Outcome
 
 
 class CoordinatorError(MinerError):
-    """A call failed ("cannot pull a job: CAUSE"). Trying again later makes sense unless `retryable` is false.
+    """A call failed ("cannot pull a job: CAUSE"). Except for Refused and Gone, trying again may help.
 
     `status` is the HTTP status of the reply, 0 without a reply.
     """
-
-    retryable = True
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)
@@ -58,15 +56,11 @@ class Paced(CoordinatorError):
         self.wait_s = wait_s
 
 
-class _Final(CoordinatorError):
-    retryable = False
-
-
-class Refused(_Final):
+class Refused(CoordinatorError):
     """The coordinator itself rejects the content of the call (4xx). Final if it repeats the answer."""
 
 
-class Gone(_Final):
+class Gone(CoordinatorError):
     """The coordinator gave the job to another node or has closed the job: the node need not report it."""
 
 

@@ -152,7 +152,6 @@ def failure(url: str, timeout_s: float = 5, payload: object = None, **kwargs: An
     with client(url, timeout_s, **kwargs) as http, pytest.raises(Unreachable) as caught:
         http.call("POST", "/jobs/pull", payload or {}, doing="pull a job")
     assert "s3cret" not in str(caught.value)
-    assert caught.value.retryable
     return str(caught.value)
 
 
@@ -597,7 +596,6 @@ def test_statuses_that_mean_yes_unauthorized_or_busy() -> None:
 def test_statuses_worth_another_try(status: int) -> None:
     error = raised(status, b"<html>")
     assert type(error) is CoordinatorError
-    assert error.retryable
     assert str(error) == f"cannot pull a job: the coordinator answered {status}"
 
 
@@ -608,7 +606,7 @@ def test_statuses_worth_another_try(status: int) -> None:
 )
 def test_what_something_on_the_way_says_is_never_final(status: int, body: bytes) -> None:
     error = raised(status, body)
-    assert (type(error), error.retryable) == (CoordinatorError, True)
+    assert type(error) is CoordinatorError
     assert "not the coordinator but another server" in str(error)
 
 
@@ -616,14 +614,14 @@ def test_what_something_on_the_way_says_is_never_final(status: int, body: bytes)
 def test_statuses_that_are_final(status: int) -> None:
     error = raised(status, own("no"))
     assert isinstance(error, Refused)
-    assert (error.status, error.retryable) == (status, False)
+    assert error.status == status
     assert str(error) == f"cannot pull a job: the coordinator refuses ({status}: no)"
 
 
 def test_a_status_that_means_gone() -> None:
     error = raised(409, own("taken"))
     assert isinstance(error, Gone)
-    assert (error.status, error.retryable) == (409, False)
+    assert error.status == 409
     assert str(error) == "cannot pull a job: the job no longer belongs to this node (409: taken)"
 
 
