@@ -31,7 +31,6 @@ class Pattern(Protocol):
 
     def fullmatch(self, text: str) -> object | None:
         """Match the whole text."""
-        ...
 
 
 PatternGroup = Sequence[Pattern]

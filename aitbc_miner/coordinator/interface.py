@@ -145,42 +145,33 @@ class Coordinator(Protocol):
 
     def use_token(self, token: str) -> None:
         """Use the node token that another process got by registering."""
-        ...
 
     def register(self, capabilities: dict[str, Any]) -> str:
         """Register this node. Return the node token, which later calls of this object use at once."""
-        ...
 
     def leave(self) -> None:
         """Sign off: this node takes no more jobs and runs none."""
-        ...
 
     def heartbeat(self, report: Heartbeat) -> None:
         """Report the node's state. Raises UnknownNode if the node must register again."""
-        ...
 
     def assignments(self) -> Assignments | None:
         """Ask for the coordinator's list of this node's jobs; None if the dialect has no such call."""
-        ...
 
     def why_idle(self, standing: Standing) -> list[str]:
         """List the possible reasons why this node gets no jobs, each as "cause; remedy"."""
-        ...
 
     def pull(self, filters: PullFilters) -> PulledJob | None:
         """Ask for one job; None if the coordinator has none."""
-        ...
 
     def ack(self, job_id: str, holder: str | None = None) -> None:
         """Accept a pulled job, or a job that another node of the fleet, the `holder`, did not finish.
 
         Raises Gone if the node must not run the job, Refused if the node cannot have the job now.
         """
-        ...
 
     def progress(self, job_id: str, pct: float, note: str) -> bool:
         """Report a job's progress, 0 to 100. True if the coordinator wants the job cancelled."""
-        ...
 
     def result(self, job_id: str, outcome: Outcome, root: Path, key: str, *, again: bool = False) -> Told:
         """Deliver a job's result, with the artifacts below `root`, the job's directory.
@@ -188,8 +179,6 @@ class Coordinator(Protocol):
         `key` is the same for every try. `again` is whether an earlier try may have arrived although its reply
         was lost. Gone counts as delivered. Raises FileChanged if a file has changed since its collection.
         """
-        ...
 
     def fail(self, job_id: str, outcome: Outcome, key: str, *, again: bool = False) -> Told:
         """Report that a job failed; `key` and `again` as for `result`. Gone counts as delivered."""
-        ...

@@ -87,11 +87,9 @@ class Runner(Protocol):
         Raises:
             JobError: this node does not run the command or task of the job.
         """
-        ...
 
     def verdict(self, exit: ExitStatus, reports: list[Report], log_tail: str) -> Verdict:  # noqa: A002
         """Judge a job that ended by itself; not called for a job that the node ended."""
-        ...
 
 
 def job_env(
