@@ -24,7 +24,7 @@ from aitbc_miner.errors import ErrorCode
 from aitbc_miner.gpu.reader import GpuUsage
 from aitbc_miner.ipc.messages import NodeView, SlotView
 from aitbc_miner.slots.state import SLOT_REMEDY, SlotState
-from aitbc_miner.telemetry.counters import BOUNDS, Counters
+from aitbc_miner.telemetry.counters import BOUNDS, Counters, CounterTotals
 from aitbc_miner.telemetry.sampling import Use
 from aitbc_miner.util import clock
 from aitbc_miner.util.log import events
@@ -190,10 +190,11 @@ COUNTERS = {
 STEPS = "step_duration_seconds"
 
 
-class Metrics:
+class Metrics(Collector):
     """The counters, including earlier runs of the node, and the gauges of the present snapshot.
 
-    The main loop counts; any thread may render. `directory` holds the file of the counters.
+    Each scrape makes the gauges anew, so that a removed slot disappears. The main loop counts; any thread may
+    render. `directory` holds the file of the counters.
     """
 
     def __init__(self, snapshot: Snapshot, directory: Path) -> None:
@@ -205,8 +206,7 @@ class Metrics:
         for name, family in COUNTERS.items():
             for label in family.always:
                 self.counters.count(name, label, 0)
-        self._registry.register(_Counted(self.counters))
-        self._registry.register(_Gauges(self))
+        self._registry.register(self)
 
     @contextmanager
     def counted(self, name: str) -> Iterator[None]:
@@ -228,6 +228,18 @@ class Metrics:
         """Give the metrics as text in the format of Prometheus."""
         self.counters.save()
         return generate_latest(self._registry)
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all metrics; none of the counters until their file is read."""
+        yield _gauge(
+            "metrics_unsaved",
+            "1 while the counters stand still, because the node cannot write them to the disk",
+            self.counters.unsaved,
+        )
+        if self.counters.shown is not None:
+            yield from _counted(self.counters.shown)
+        yield from _node_gauges(self.snapshot)
+        yield from _slot_gauges(self.snapshot)
 
 
 class Upkeep:
@@ -292,46 +304,18 @@ def _replace(path: Path, text: bytes) -> None:
     temporary.rename(path)
 
 
-class _Counted(Collector):
-    """The saved counters; none until the file is read."""
-
-    def __init__(self, counters: Counters) -> None:
-        self._counters = counters
-
-    def collect(self) -> Iterator[Metric]:
-        yield _gauge(
-            "metrics_unsaved",
-            "1 while the counters stand still, because the node cannot write them to the disk",
-            self._counters.unsaved,
-        )
-        shown = self._counters.shown
-        if shown is None:
-            return
-        for name, family in COUNTERS.items():
-            labels = [family.label] if family.label else []
-            counts = CounterMetricFamily(f"aitbc_miner_{name}", family.meaning, labels=labels)
-            for label, n in shown.counters.get(name, {}).items():
-                counts.add_metric([label] if labels else [], n if family.scale == 1 else n / family.scale)
-            yield counts
-        steps = HistogramMetricFamily(
-            f"aitbc_miner_{STEPS}", "Duration of each step of a job", labels=["step"]
-        )
-        for step, durations in shown.durations.get(STEPS, {}).items():
-            upto = accumulate(durations.buckets.get(bound, 0) for bound in BOUNDS)
-            steps.add_metric([step], list(zip(BOUNDS, upto, strict=True)), durations.sum_s)
-        yield steps
-
-
-class _Gauges(Collector):
-    """The snapshot as gauges, made anew at each scrape, so that a removed slot disappears."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-
-    def collect(self) -> Iterator[Metric]:
-        snapshot = self._metrics.snapshot
-        yield from _node_gauges(snapshot)
-        yield from _slot_gauges(snapshot)
+def _counted(shown: CounterTotals) -> Iterator[Metric]:
+    for name, family in COUNTERS.items():
+        labels = [family.label] if family.label else []
+        counts = CounterMetricFamily(f"aitbc_miner_{name}", family.meaning, labels=labels)
+        for label, n in shown.counters.get(name, {}).items():
+            counts.add_metric([label] if labels else [], n if family.scale == 1 else n / family.scale)
+        yield counts
+    steps = HistogramMetricFamily(f"aitbc_miner_{STEPS}", "Duration of each step of a job", labels=["step"])
+    for step, durations in shown.durations.get(STEPS, {}).items():
+        upto = accumulate(durations.buckets.get(bound, 0) for bound in BOUNDS)
+        steps.add_metric([step], list(zip(BOUNDS, upto, strict=True)), durations.sum_s)
+    yield steps
 
 
 def _node_gauges(snapshot: Snapshot) -> Iterator[Metric]:
