@@ -1,6 +1,5 @@
 """Reads a GPU's place and device nodes from files of the kernel and the driver, and makes the nodes."""
 
-import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,19 +19,20 @@ def mig_capabilities(place: Path, minor: int | None, own: int | None, compute: i
     Source: "Device Nodes and Capabilities" of NVIDIA's MIG user guide.
     """
     instance = place / f"gpu{minor}" / "mig" / f"gi{own}"
-    numbers = []
-    for file in (instance / "access", instance / f"ci{compute}" / "access"):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            fields = dict(line.split(": ") for line in file.read_text().splitlines())
-            numbers.append(int(fields["DeviceFileMinor"]))
-    return tuple(numbers)
+    files = (instance / "access", instance / f"ci{compute}" / "access")
+    return tuple(number for file in files if (number := _number_in(file, "DeviceFileMinor")) is not None)
 
 
 def minor_of(place: Path, pci_bus_id: str) -> int | None:
     """Give the number of a card's node /dev/nvidia<minor>, for drivers whose NVML does not."""
+    return _number_in(place / pci_bus_id / "information", "Device Minor")
+
+
+def _number_in(file: Path, name: str) -> int | None:
+    """Give the number in the line "name: number" of a driver's file; None without such a line."""
     try:
-        lines = (place / pci_bus_id / "information").read_text().splitlines()
-        return int(next(line.split(":")[1] for line in lines if line.startswith("Device Minor:")))
+        lines = file.read_text().splitlines()
+        return int(next(line.split(":")[1] for line in lines if line.startswith(f"{name}:")))
     except (OSError, ValueError, StopIteration):
         return None
 
