@@ -86,13 +86,10 @@ class GpuList(Struct, frozen=True):
     missing: bool = False
 
 
-class NvmlReply(Struct, frozen=True):
+class NvmlReply(GpuList, frozen=True):
     """A line from the child. After an `error` the child is useless."""
 
-    gpus: list[GpuInfo] = []
     usage: list[GpuUsage] = []
-    error: str | None = None
-    missing: bool = False
 
 
 Usages: TypeAlias = list[GpuUsage]  # GpuReader has a method called `list`
