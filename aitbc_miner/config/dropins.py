@@ -1,7 +1,8 @@
 """Lists the files of drop-in directories such as slots.d and allowlist.d."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,3 +48,15 @@ def drop_ins(directory: Path, faults: list[Fault], *, suffix: str = ".yaml") -> 
     left = [path for path in paths if _LEFT.fullmatch(path.name)]
     strange = [path for path in paths if path not in files and path not in left]
     return DropIns(files, strange, all(path.name.endswith(".sample") for path in paths))
+
+
+def stamp_of(directories: Sequence[Path]) -> list[tuple[str, int, int, int]]:
+    """Give a value that changes with the files of the directories; a chmod changes the ctime, too."""
+    found = []
+    for directory in directories:
+        with suppress(OSError):
+            for path in (directory, *sorted(directory.iterdir())):
+                with suppress(OSError):
+                    info = path.stat()
+                    found.append((str(path), info.st_ino, info.st_size, info.st_ctime_ns))
+    return found

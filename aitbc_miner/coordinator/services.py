@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 
 from aitbc_miner.allowlist.patterns import Pattern, parse_pattern
 from aitbc_miner.config.document import BadField, Fault, Parse, read_document
-from aitbc_miner.config.dropins import drop_ins
+from aitbc_miner.config.dropins import drop_ins, stamp_of
 from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.coordinator.service_result import RESERVED, Source
 from aitbc_miner.errors import ErrorCode, brief
@@ -207,20 +207,10 @@ class ServiceBook:
     @property
     def services(self) -> list[Service]:
         """The current services without fault."""
-        if (seen := self._look()) != self._seen:
+        if (seen := stamp_of([self._directory])) != self._seen:
             self._services = read_services(self._directory, [])
             self._seen = seen
         return self._services
-
-    def _look(self) -> object:
-        try:
-            paths = sorted(self._directory.iterdir())
-            return [
-                (path.name, (info := path.stat()).st_ctime_ns, info.st_size, info.st_ino)
-                for path in (self._directory, *paths)
-            ]
-        except OSError as error:
-            return error.errno
 
     def manifest(self, job_id: str, payload: Mapping[str, Any]) -> dict[str, Any]:
         """Make a job's manifest, as JSON data, with the payload and the rule for the result.

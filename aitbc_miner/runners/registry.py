@@ -1,17 +1,14 @@
 """The runners that the configuration enables, with the current allowlist."""
 
-from pathlib import Path
-
 from aitbc_miner.allowlist.entries import Allowlist, load_allowlist
 from aitbc_miner.config.document import Fault
+from aitbc_miner.config.dropins import stamp_of
 from aitbc_miner.config.settings import RunnersSection
 from aitbc_miner.runners.cli import CliRunner
 from aitbc_miner.runners.interface import Runner
 from aitbc_miner.runners.interpreter import Interpreter
 from aitbc_miner.runners.python import PythonRunner
 from aitbc_miner.util.log import events
-
-Stamp = tuple[tuple[str, int, int], ...]
 
 
 class RunnerSet:
@@ -21,7 +18,7 @@ class RunnerSet:
         self._config = config
         self._interpreter = interpreter
         self._allowlist = Allowlist()
-        self._stamp: Stamp | None = None
+        self._stamp: object = None
 
     def current(self) -> dict[str, Runner]:
         """Give the enabled runners by name, after reading the allowlist again if its files changed."""
@@ -35,32 +32,15 @@ class RunnerSet:
         return runners
 
     def _refresh(self) -> None:
-        stamp = _stamp(list(self._config.cli.allowlist_dirs))
+        stamp = stamp_of(self._config.cli.allowlist_dirs)
         if stamp == self._stamp:
             return
         self._stamp = stamp
         faults: list[Fault] = []
-        allowlist = load_allowlist(list(self._config.cli.allowlist_dirs), faults, [])
+        allowlist = load_allowlist(self._config.cli.allowlist_dirs, faults, [])
         for fault in faults:
             events("worker").error(
                 "allowlist rejected", fault=str(fault), note="the last allowlist without faults stays in use"
             )
         if not faults:
             self._allowlist = allowlist
-
-
-def _stamp(directories: list[Path]) -> Stamp:
-    """Give path, ctime (which a chmod changes too) and size of every file, to detect changes."""
-    found: list[tuple[str, int, int]] = []
-    for directory in directories:
-        try:
-            entries = [directory, *sorted(directory.iterdir())]
-        except OSError:
-            continue
-        for path in entries:
-            try:
-                info = path.stat()
-            except OSError:
-                continue
-            found.append((str(path), info.st_ctime_ns, info.st_size))
-    return tuple(found)
