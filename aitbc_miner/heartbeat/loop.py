@@ -25,7 +25,7 @@ from aitbc_miner.coordinator.interface import (
 )
 from aitbc_miner.errors import MinerError
 from aitbc_miner.gpu.reader import GpuReader
-from aitbc_miner.heartbeat.registration import Access, Registration, RegistrationError
+from aitbc_miner.heartbeat.registration import Registration, RegistrationError
 from aitbc_miner.heartbeat.status_report import capability_of, remedy_for, rest_after, slot_report
 from aitbc_miner.identity.credentials import Credential, CredentialError, digest
 from aitbc_miner.ipc.channel import Channel, ChannelError
@@ -356,7 +356,7 @@ def run_heartbeat(
     interval_s = config.heartbeat.interval_s
     snapshot = Snapshot(config.node_id, config.coordinator.base_url, interval_s, started=clock.now())
     metrics = Metrics(snapshot, config.queue.path.parent)
-    registration = Registration(Access(config, environ, early, proxy), metrics)
+    registration = Registration(config, environ, metrics, early=early, proxy=proxy)
     gpus = GpuWatch(GpuReader(environ=environ), timing.sample)
     tasks = TaskWatch(config.runners.python)
     process = HeartbeatProcess(channel, line, config, registration, metrics, gpus, tasks, timing)

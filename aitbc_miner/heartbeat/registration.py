@@ -4,8 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from msgspec import Struct
-
 from aitbc_miner.config.settings import Config
 from aitbc_miner.coordinator.connect import connect
 from aitbc_miner.coordinator.diagnosis import likely_cause
@@ -30,53 +28,33 @@ class RegistrationError(MinerError):
     """The node cannot register until the operator changes something, so the next attempt has time."""
 
 
-class Access(Struct, frozen=True):
-    """The configured access to the coordinator; `early` is the credential if root has read it already."""
-
-    config: Config
-    environ: Mapping[str, str]
-    early: Credential | None = None
-    proxy: Proxy | None = None
-
-    def connect(self) -> Coordinator:
-        """Make a client with the operator's present credential, which may have been replaced.
-
-        Raises:
-            CredentialError: the credential cannot be read.
-        """
-        try:
-            credential = read_credential(self.config.coordinator.auth_token, self.environ)
-        except CredentialError:
-            if self.early is None:
-                raise
-            credential = self.early
-        return connect(self.config, credential, self.proxy)
-
-    def likely_cause(self) -> str | None:
-        """Guess a mistake in the coordinator's address."""
-        return likely_cause(self.config.coordinator, self.proxy)
-
-    def stamp(self) -> object | None:
-        """Give a value that changes when the credential's file is replaced."""
-        return stamp(self.config.coordinator.auth_token, self.environ)
-
-
 class Registration:
-    """The registration: the node token, the client that uses the token, and the registered slots (`told`)."""
+    """The registration: the node token, the client that uses the token, and the registered slots (`told`).
 
-    def __init__(self, access: Access, metrics: Metrics) -> None:
-        self._access = access
+    `early` is the operator's credential if root has read it already.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        environ: Mapping[str, str],
+        metrics: Metrics,
+        *,
+        early: Credential | None = None,
+        proxy: Proxy | None = None,
+    ) -> None:
+        self._config, self._environ, self._early, self._proxy = config, environ, early, proxy
         self._guessed: tuple[str, str | None] = ("", None)
         self._metrics = metrics
         self._client: Coordinator | None = None
         self.token: str | None = None
         self.told: list[SlotCapability] | None = None
         self.at = -math.inf
-        self._stamped = access.stamp()
+        self._stamped = self._stamp()
 
     def credential_replaced(self) -> bool:
         """Whether the credential has changed since the last call; if so, the node must register again."""
-        before, self._stamped = self._stamped, self._access.stamp() or self._stamped
+        before, self._stamped = self._stamped, self._stamp() or self._stamped
         if self._stamped == before:
             return False
         self.told = None
@@ -91,7 +69,7 @@ class Registration:
         """
         try:
             with self._metrics.counted("registrations"):
-                client = self._access.connect()
+                client = self._connect()
                 token = client.register(payload)
         except (CredentialError, Unauthorized, Refused) as error:
             raise RegistrationError(str(error)) from error
@@ -123,7 +101,7 @@ class Registration:
         if self.at > -math.inf or isinstance(error.__cause__, CredentialError):
             return None
         if (told := str(error)) != self._guessed[0]:
-            self._guessed = (told, self._access.likely_cause())
+            self._guessed = (told, likely_cause(self._config.coordinator, self._proxy))
         return self._guessed[1]
 
     def leave(self) -> None:
@@ -134,3 +112,21 @@ class Registration:
             self._client.leave()
         except CoordinatorError as error:
             events("heartbeat").warning("cannot sign off", error=str(error))
+
+    def _connect(self) -> Coordinator:
+        """Make a client with the operator's present credential, which may have been replaced.
+
+        Raises:
+            CredentialError: the credential cannot be read.
+        """
+        try:
+            credential = read_credential(self._config.coordinator.auth_token, self._environ)
+        except CredentialError:
+            if self._early is None:
+                raise
+            credential = self._early
+        return connect(self._config, credential, self._proxy)
+
+    def _stamp(self) -> object | None:
+        """Give a value that changes when the credential's file is replaced."""
+        return stamp(self._config.coordinator.auth_token, self._environ)

@@ -237,10 +237,12 @@ def test_a_coordinator_of_the_other_dialect_is_recognised(tmp_path: Path) -> Non
         assert view.remedy.startswith("an AITBC coordinator answers there: set coordinator.dialect: aitbc-v1")
 
 
-def test_it_is_looked_at_once_for_each_error_and_not_once_it_has_worked() -> None:
-    access = Mock()
-    access.likely_cause.side_effect = ["guess 1", "guess 2"]
-    registration = Registration(access, Mock())
+def test_it_is_looked_at_once_for_each_error_and_not_once_it_has_worked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    guesses = Mock(side_effect=["guess 1", "guess 2"])
+    monkeypatch.setattr("aitbc_miner.heartbeat.registration.likely_cause", guesses)
+    registration = Registration(Mock(**{"coordinator.auth_token": "env:MINER_AUTH"}), {}, Mock())
     first, second = Unreachable("cannot register: a"), Unreachable("cannot register: b")
     said = [registration.guess(error) for error in (first, first, second)]
     assert said == ["guess 1", "guess 1", "guess 2"]
