@@ -9,7 +9,7 @@ with a token is held, and a task without a token waits. So no row changes when a
 import secrets
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from aitbc_miner.queue.interface import Claim, Kind, QueueError, Task
 from aitbc_miner.store.database import Database, DatabaseError
@@ -46,7 +46,7 @@ class SqliteQueue:
     def __init__(self, database: Database, *, dead_max: int = 10_000) -> None:
         self._database = database
         self._dead_max = dead_max
-        with self._writing() as connection:
+        with _telling(self._database.writing()) as connection:
             for statement in _SCHEMA:
                 connection.execute(statement)
 
@@ -55,7 +55,7 @@ class SqliteQueue:
 
     def hold(self, task: Task, token: str, lease_s: float) -> bool:
         """Enter a task as held, or update the task."""
-        with self._writing() as connection:
+        with _telling(self._database.writing()) as connection:
             there = connection.execute(f"SELECT token FROM queue {_THIS}", _key(task.kind, task.job_id))
             allowed = (there.fetchone() or (token,)) == (token,)
             if allowed:
@@ -64,7 +64,7 @@ class SqliteQueue:
 
     def put(self, task: Task, delay_s: float, token: str | None = None) -> bool:
         """Enter a task to be done after a delay."""
-        with self._writing() as connection:
+        with _telling(self._database.writing()) as connection:
             allowed = self._may_change(connection, task.kind, task.job_id, token)
             if allowed:
                 delay_s = 0.0 if task.exhausted else delay_s
@@ -73,12 +73,12 @@ class SqliteQueue:
 
     def bury(self, task: Task) -> None:
         """Enter a task as dead."""
-        with self._writing() as connection:
+        with _telling(self._database.writing()) as connection:
             self._enter(connection, task, self._database.now(), None, bury=True)
 
     def due(self, node: str, limit: int) -> list[Task]:
         """Give tasks that `node` may claim now."""
-        with self._reading() as connection:
+        with _telling(self._database.reading()) as connection:
             rows = connection.execute(
                 f"SELECT {_TASK} FROM queue WHERE {_OF_NODE} AND at <= :now ORDER BY at, rowid LIMIT :limit",
                 {"node": node, "now": self._database.now(), "limit": limit},
@@ -88,7 +88,7 @@ class SqliteQueue:
     def claim(self, kind: Kind, job_id: str, node: str, lease_s: float) -> Claim | None:
         """Hold a due task."""
         values = {**_key(kind, job_id), "node": node, "token": secrets.token_hex(16), "lease_s": lease_s}
-        with self._writing() as connection:
+        with _telling(self._database.writing()) as connection:
             row = connection.execute(
                 "UPDATE queue SET attempts = attempts + 1, token = :token, at = :now + :lease_s,"
                 " becomes = iif(max_attempts BETWEEN 1 AND attempts + 1, 'dead', 'due')"
@@ -99,13 +99,13 @@ class SqliteQueue:
 
     def renew(self, kind: Kind, job_id: str, token: str, lease_s: float) -> bool:
         """Make a lease end `lease_s` from now."""
-        with self._writing() as connection:
+        with _telling(self._database.writing()) as connection:
             values = {**_key(kind, job_id), "token": token, "at": self._database.now() + lease_s}
             return connection.execute(f"{_SET} {_THIS} AND token = :token", values).rowcount == 1
 
     def remove(self, kind: Kind, job_id: str, token: str | None = None) -> bool:
         """Remove a finished task."""
-        with self._writing() as connection:
+        with _telling(self._database.writing()) as connection:
             key = _key(kind, job_id)
             if not connection.execute(f"SELECT 1 FROM queue {_THIS}", key).fetchone():
                 return True
@@ -116,7 +116,7 @@ class SqliteQueue:
 
     def waiting(self, kind: Kind, node: str) -> list[tuple[Task, float]]:
         """Give the waiting tasks that `node` entered, the longest due first."""
-        with self._reading() as connection:
+        with _telling(self._database.reading()) as connection:
             rows = connection.execute(
                 f"SELECT at, {_TASK} FROM queue WHERE kind = ? AND node = ? AND token IS NULL"
                 " AND becomes = 'due' ORDER BY at, rowid",
@@ -127,7 +127,7 @@ class SqliteQueue:
 
     def dead(self) -> list[Task]:
         """Give the dead tasks, the oldest first."""
-        with self._reading() as connection:
+        with _telling(self._database.reading()) as connection:
             rows = connection.execute(
                 f"SELECT {_TASK} FROM queue WHERE becomes = 'dead' AND at <= ? ORDER BY at, rowid",
                 (self._database.now(),),
@@ -136,7 +136,7 @@ class SqliteQueue:
 
     def requeue(self, kind: Kind, job_id: str) -> Task | None:
         """Make a dead or waiting task due now."""
-        with self._writing() as connection:
+        with _telling(self._database.writing()) as connection:
             values = {**_key(kind, job_id), "token": None, "at": self._database.now()}
             row = connection.execute(
                 f"{_SET}, attempts = 0, becomes = 'due' {_THIS} AND iif(becomes = 'dead', at <= :at,"
@@ -172,21 +172,12 @@ class SqliteQueue:
             (self._database.now(), self._dead_max),
         )
 
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with _telling(), self._database.reading() as connection:
-            yield connection
-
-    @contextmanager
-    def _writing(self) -> Iterator[sqlite3.Connection]:
-        with _telling(), self._database.writing() as connection:
-            yield connection
-
 
 @contextmanager
-def _telling() -> Iterator[None]:
+def _telling(connected: AbstractContextManager[sqlite3.Connection]) -> Iterator[sqlite3.Connection]:
     try:
-        yield
+        with connected as connection:
+            yield connection
     except DatabaseError as error:
         raise QueueError(str(error)) from error
 
