@@ -321,7 +321,7 @@ class Ledger:
         Leaves out each job whose report the node may still have to send: a refused report, a refused result
         (E_UPLOAD), and a job that was handed on to the fleet and may come back.
         """
-        return self._held(self._edge(0.0), self._edge(0.0), limit, but=("refused", "handed_on"), made=False)
+        return self._held(self._edge(0.0), self._edge(0.0), limit, early=True)
 
     def mark_swept(self, job_ids: Iterable[str]) -> None:
         """Note that the directories of these jobs are gone."""
@@ -330,24 +330,16 @@ class Ledger:
                 "UPDATE accounts SET swept = 1 WHERE job_id = ?", [(job_id,) for job_id in job_ids]
             )
 
-    def _held(
-        self,
-        succeeded_by: float,
-        failed_by: float,
-        limit: int,
-        but: tuple[str, str] = ("", ""),
-        *,
-        made: bool = True,
-    ) -> list[str]:
+    def _held(self, succeeded_by: float, failed_by: float, limit: int, *, early: bool = False) -> list[str]:
         kinds = []
         with self._database.reading() as connection:
             for ok, by in ((1, succeeded_by), (0, failed_by)):
                 found = connection.execute(
                     "SELECT finished, job_id FROM accounts INDEXED BY accounts_held WHERE NOT swept"
-                    " AND (code IS NULL) = ? AND finished <= ? AND delivery NOT IN (?, ?, ?)"
-                    " AND (? OR coalesce(code, '') <> 'E_UPLOAD')"
+                    " AND (code IS NULL) = ? AND finished <= ? AND delivery <> ? AND NOT (? AND"
+                    " (delivery IN ('refused', 'handed_on') OR coalesce(code, '') = 'E_UPLOAD'))"
                     " ORDER BY finished LIMIT ?",
-                    (ok, by, *but, REOPENED, made, limit),
+                    (ok, by, REOPENED, early, limit),
                 )
                 kinds.append(found.fetchall())
         return [job_id for _, job_id in heapq.merge(*kinds)][:limit]
