@@ -55,10 +55,7 @@ class _Http(HTTPConnection):
     dialer: Dialer
     answer_s: float
 
-    def _new_conn(self) -> socket.socket:
-        return self._dial()
-
-    def _dial(self, **more: Any) -> socket.socket:
+    def _new_conn(self, **more: Any) -> socket.socket:
         try:
             return self.dialer.connect(self._dns_host, self.port, float(self.timeout or 0.0), **more)
         except (TimeoutError, ConnectionRefusedError, socket.gaierror, ssl.SSLError):
@@ -88,7 +85,7 @@ class _Https(_Http, HTTPSConnection):
             return
         context = cast("ssl.SSLContext", self.ssl_context)
         host = self._dns_host.strip("[]").rstrip(".")
-        self.sock = self._dial(finish=lambda sock: context.wrap_socket(sock, server_hostname=host))
+        self.sock = self._new_conn(finish=lambda sock: context.wrap_socket(sock, server_hostname=host))
         self.is_verified = context.verify_mode == ssl.CERT_REQUIRED
 
 
