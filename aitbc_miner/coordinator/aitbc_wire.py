@@ -112,16 +112,14 @@ def heartbeat(report: Heartbeat, arch: str) -> dict[str, Any]:
 # --- incoming jobs -----------------------------------------------------------------------------------------
 
 
-class _Job(Struct):
-    job_id: str
-    payload: dict[str, Any] = {}
-    state: str = ""
-    expires_at: str | None = None
-
-
 class _State(Struct):
     job_id: str
     state: str = ""
+
+
+class _Job(_State):
+    payload: dict[str, Any] = {}
+    expires_at: str | None = None
 
 
 class _Page(Struct):
