@@ -35,13 +35,13 @@ from aitbc_miner.coordinator.interface import (
     Unauthorized,
 )
 from aitbc_miner.coordinator.rate_limits import Limits
-from aitbc_miner.coordinator.service_result import result_object, unsendable
+from aitbc_miner.coordinator.service_result import FileChanged, opened, result_object
 from aitbc_miner.coordinator.services import ServiceBook
 from aitbc_miner.coordinator.why_idle import Known, why_idle
-from aitbc_miner.errors import ErrorCode, LocalError, MinerError
+from aitbc_miner.errors import ErrorCode, MinerError
 from aitbc_miner.identity.receipts import Receipt, examine
 from aitbc_miner.jobs import Outcome
-from aitbc_miner.util import clock, fs
+from aitbc_miner.util import clock
 
 LIMITS = {"register": 50, "heartbeat": 100, "poll": 100, "result": 50, "fail": 50, "jobs": 200, "leave": 50}
 """The calls of each kind that the coordinator accepts from one IP address in 60 s."""
@@ -162,7 +162,7 @@ class AitbcCoordinator:
         self._check("poll", reply, doing)
         if reply.status == 204:
             return None
-        job = wire.pulled_job(reply, most, self._manifest, doing)
+        job = wire.pulled_job(reply, most, self._book.manifest, doing)
         if job.manifest is not None:
             self._fresh.add(job.manifest.job_id)
         return job
@@ -188,7 +188,7 @@ class AitbcCoordinator:
         complete = False
         for reply, is_last in self._pages(doing, "RUNNING"):
             if reply.complete:
-                found += wire.assigned_jobs(reply, self._manifest, doing)
+                found += wire.assigned_jobs(reply, self._book.manifest, doing)
             else:
                 found += filter(None, [wire.oversized_assignment(reply, MAX_LIST)])
             complete = is_last
@@ -251,9 +251,6 @@ class AitbcCoordinator:
         return examine(said, job_id, self._miner_id, self._profile.receipt_keys, clock.wall())
 
     # --- helpers -------------------------------------------------------------------------------------------
-
-    def _manifest(self, job_id: str, payload: Any) -> dict[str, Any]:
-        return self._book.manifest(job_id, payload)
 
     def _state_of(self, job_id: str, doing: str, miner_id: str | None = None) -> str | None:
         """Give the state of a job in the list of this node; None without the job, as after a cancellation."""
@@ -357,14 +354,7 @@ def _segment(text: str) -> str:
 
 def _manifest_in(root: Path) -> dict[str, Any]:
     """Read the job's manifest; {} if it is missing or unreadable: then the result has only the artifacts."""
-    found: object = None
-    try:
-        with fs.directory(root) as directory:
-            raw = fs.read_bounded(directory, MANIFEST, MAX_MANIFEST)
-    except OSError as error:
-        if isinstance(why := unsendable(MANIFEST, error), LocalError):
-            raise why from error
-        return {}
-    with suppress(msgspec.DecodeError, UnicodeDecodeError):
-        found = msgspec.json.decode(raw)
-    return found if isinstance(found, dict) else {}
+    with suppress(FileChanged, msgspec.DecodeError, UnicodeDecodeError), opened(root, MANIFEST) as file:
+        found = msgspec.json.decode(file.read(MAX_MANIFEST))
+        return found if isinstance(found, dict) else {}
+    return {}

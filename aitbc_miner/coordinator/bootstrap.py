@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -28,7 +29,7 @@ from aitbc_miner.coordinator.interface import (
     Unreachable,
 )
 from aitbc_miner.coordinator.job_failure import log_of, message_of
-from aitbc_miner.coordinator.service_result import LOG, encodable, unsendable
+from aitbc_miner.coordinator.service_result import LOG, FileChanged, encodable, opened, unsendable
 from aitbc_miner.errors import LocalError, MinerError
 from aitbc_miner.jobs import Artifact, Manifest, ManifestError, Outcome, decode_manifest
 from aitbc_miner.util import fs
@@ -288,7 +289,8 @@ class _CollectedFile:
             self._fd = None
 
     def _open(self) -> int:
-        fd = _open_below(self._root, self._file)
+        with fs.directory(self._root) as folder:
+            fd = fs.open_below(folder, self._file)
         status = os.fstat(fd)
         if stat.S_ISREG(status.st_mode) and status.st_size == self.len:
             return fd
@@ -302,15 +304,6 @@ class _CollectedFile:
 def _log(root: Path) -> Artifact:
     """Describe the log of a job whose log was not collected; an empty artifact if the log is missing."""
     size, digest = 0, hashlib.sha256()
-    try:
-        with os.fdopen(_open_below(root, LOG), "rb") as file:
-            size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256")
-    except OSError as error:
-        if isinstance(why := unsendable(LOG, error), LocalError):
-            raise why from error
+    with suppress(FileChanged), opened(root, LOG) as file:
+        size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256")
     return Artifact(LOG, LOG, size, digest.hexdigest(), "text/plain")
-
-
-def _open_below(root: Path, file: str) -> int:
-    with fs.directory(root) as folder:
-        return fs.open_below(folder, file)

@@ -6,7 +6,9 @@ level, and cannot choose a name that the coordinator reads as money or time: no 
 
 import base64
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -138,8 +140,15 @@ def encodable(text: str) -> str:
 
 
 def _read(root: Path, file: str, most: int) -> bytes:
+    with opened(root, file) as stream:
+        return stream.read(most)
+
+
+@contextmanager
+def opened(root: Path, file: str) -> Iterator[BufferedReader]:
+    """Open a file below the job's directory. Raises LocalError or FileChanged if it cannot be read."""
     try:
-        with fs.directory(root) as directory, os.fdopen(fs.open_below(directory, file), "rb") as opened:
-            return opened.read(most)
+        with fs.directory(root) as directory, os.fdopen(fs.open_below(directory, file), "rb") as stream:
+            yield stream
     except OSError as error:
         raise unsendable(file, error) from error
