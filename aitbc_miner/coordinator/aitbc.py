@@ -17,6 +17,7 @@ from urllib.parse import quote
 import msgspec
 from msgspec import Struct
 
+from aitbc_miner.config.settings import CoordinatorSection
 from aitbc_miner.coordinator import aitbc_wire as wire
 from aitbc_miner.coordinator.answers import AITBC, check, confirm, decode_answer, is_own_error
 from aitbc_miner.coordinator.http import HttpClient, HttpReply, clean
@@ -58,16 +59,12 @@ MAX_MANIFEST = 64 << 20
 
 
 class Profile(Struct, frozen=True):
-    """The node's settings and properties for this coordinator."""
+    """The node's settings and properties for this coordinator; `source` is the source of its credential."""
 
     node_id: str
     source: str
-    auth_scheme: str
-    region: str | None = None
-    price: float | None = None
+    settings: CoordinatorSection
     cuda: Sequence[str] = ()
-    receipt_keys: Sequence[str] = ()
-    max_job_kb: int = 256
 
 
 class AitbcCoordinator:
@@ -82,13 +79,12 @@ class AitbcCoordinator:
         self, http: HttpClient, profile: Profile, credential: str, book: ServiceBook, limits: Limits
     ) -> None:
         self._http = http
-        self._profile = profile
+        self._profile, self._settings = profile, profile.settings
         self._book = book
         self._limits = limits
         self._credential = credential
         self._miner_id = profile.node_id
-        self._bound = profile.max_job_kb * 1024
-        self._known = Known(region=profile.region, price=profile.price, cuda=bool(profile.cuda))
+        self._bound = self._settings.max_manifest_kb * 1024
         # Jobs whose reports certainly did not count, so that a further report cannot count twice.
         self._unheard: set[str] = set()
         self._fresh: set[str] = set()
@@ -101,7 +97,7 @@ class AitbcCoordinator:
         """Use the operator's credential. Raises MinerError if no header can carry the credential."""
         self._http.set_token(token)
         self._credential = token
-        claims = wire.claims_of(token) if self._profile.auth_scheme == "bearer" else None
+        claims = wire.claims_of(token) if self._settings.auth_scheme == "bearer" else None
         # If the token names a miner, the coordinator uses this name and ignores X-Miner-ID.
         self._miner_id = claims.sub if claims and claims.sub else self._profile.node_id
 
@@ -115,9 +111,9 @@ class AitbcCoordinator:
                 f"cannot {doing}: the credential from {self._profile.source}: {error}"
             ) from None
         models = sorted({model for service in self._book.services for model in service.models})
-        profile = self._profile
+        there = self._settings
         payload = wire.registration(
-            capabilities, cuda=profile.cuda, models=models, price=profile.price, region=profile.region
+            capabilities, cuda=self._profile.cuda, models=models, price=there.price, region=there.region
         )
         reply = self._call("register", "/miners/register", payload, doing)
         if reply.status == 403:
@@ -142,11 +138,13 @@ class AitbcCoordinator:
 
     def why_idle(self, standing: Standing) -> list[str]:
         """List the possible reasons why this node gets no jobs."""
-        known = msgspec.structs.replace(
-            self._known,
-            resting=tuple(self._limits.resting()),
+        known = Known(
+            region=self._settings.region,
+            price=self._settings.price,
+            cuda=bool(self._profile.cuda),
             models=any(service.models for service in self._book.services),
             services=tuple(service.name for service in self._book.services),
+            resting=tuple(self._limits.resting()),
         )
         return why_idle(known, standing)
 
@@ -248,7 +246,7 @@ class AitbcCoordinator:
             said = f"unreadable: {clean(str(error), 100)}"
         if said is None:
             return None
-        return examine(said, job_id, self._miner_id, self._profile.receipt_keys, clock.wall())
+        return examine(said, job_id, self._miner_id, self._settings.receipt_keys, clock.wall())
 
     # --- helpers -------------------------------------------------------------------------------------------
 
@@ -297,7 +295,7 @@ class AitbcCoordinator:
     ) -> HttpReply:
         """Make a call within the limits. Raises Paced, or Busy if the coordinator refuses all the same."""
         self._limits.take(endpoint)
-        named = {} if self._profile.auth_scheme == "bearer" else {"X-Miner-ID": self._profile.node_id}
+        named = {} if self._settings.auth_scheme == "bearer" else {"X-Miner-ID": self._profile.node_id}
         reply = self._http.call(
             method, path, payload, doing=doing, params=query, headers=named, max_bytes=most
         )
@@ -326,7 +324,7 @@ class AitbcCoordinator:
 
     def _why_denied(self, reply: HttpReply) -> str:
         """Explain why the coordinator rejects the credential."""
-        used, scheme = f"the credential from {self._profile.source}", self._profile.auth_scheme
+        used, scheme = f"the credential from {self._profile.source}", self._settings.auth_scheme
         if fault := wire.fault_of(self._credential, scheme):
             return f"{used} {fault}"
         if scheme == "api_key":

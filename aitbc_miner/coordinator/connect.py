@@ -44,16 +44,7 @@ def connect(config: Config, credential: Credential | None, proxy: Proxy | None =
     token = credential.reveal() if credential else ""
     source = credential.source if credential else settings.auth_token
     if settings.dialect == "aitbc-v1":
-        profile = Profile(
-            config.node_id,
-            source,
-            settings.auth_scheme,
-            region=settings.region,
-            price=settings.price,
-            cuda=cuda_toolkits(),
-            receipt_keys=settings.receipt_keys,
-            max_job_kb=settings.max_manifest_kb,
-        )
+        profile = Profile(config.node_id, source, settings, cuda_toolkits())
         limits = Limits(config.queue.path.with_name("calls.json"), LIMITS, settings.share)
         return AitbcCoordinator(http, profile, token, ServiceBook(config.services_dir), limits)
     return BootstrapCoordinator(

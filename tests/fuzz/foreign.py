@@ -9,6 +9,7 @@ import msgspec
 from hypothesis import strategies as st
 
 from aitbc_miner.config.document import Fault
+from aitbc_miner.config.settings import CoordinatorSection
 from aitbc_miner.coordinator.aitbc import AitbcCoordinator, Profile
 from aitbc_miner.coordinator.http import HttpClient, HttpReply
 from aitbc_miner.coordinator.interface import Assignments, CoordinatorError, Heartbeat, PulledJob, PullFilters
@@ -98,7 +99,8 @@ def _replies() -> Iterator[Check]:
         (where / "service.yaml").write_bytes(SERVICE)
         (where / "logs").mkdir()
         (where / "logs" / "exec.log").write_bytes(b"log")
-        profile = Profile("n", "env:X", "api_key", max_job_kb=4)
+        settings = CoordinatorSection("https://c/v1", "env:X", "aitbc-v1", "api_key", max_manifest_kb=4)
+        profile = Profile("n", "env:X", settings)
         limits = _Free(where / "calls", dict.fromkeys(("register", "heartbeat", "poll", "result", "fail"), 9))
         there = AitbcCoordinator(http, profile, "c" * 16, ServiceBook(where), limits)
 

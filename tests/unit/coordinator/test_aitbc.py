@@ -2,13 +2,14 @@
 
 import base64
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import responses
 
+from aitbc_miner.config.settings import CoordinatorSection
 from aitbc_miner.coordinator.aitbc import LIMITS, AitbcCoordinator, Profile
 from aitbc_miner.coordinator.http import HttpClient
 from aitbc_miner.coordinator.interface import (
@@ -30,6 +31,7 @@ from aitbc_miner.errors import ErrorCode
 from aitbc_miner.jobs import LogInfo, Outcome, Usage
 from tests.support.stopped_clock import Time
 
+Scheme = Literal["bearer", "api_key"]
 URL = "http://127.0.0.1:8203/v1"
 KEY = "demo-key-0123456789"
 JOB = "0123456789abcdef0123456789abcdef"
@@ -76,9 +78,14 @@ def services(tmp_path: Path) -> Path:
 
 
 def client(
-    services: Path, scheme: str = "api_key", credential: str = KEY, **profile: Any
+    services: Path,
+    scheme: Scheme = "api_key",
+    credential: str = KEY,
+    cuda: Sequence[str] = (),
+    **settings: Any,
 ) -> AitbcCoordinator:
-    made = Profile("n1", "env:MINER_AUTH", scheme, **profile)
+    there = CoordinatorSection(URL, "env:MINER_AUTH", dialect="aitbc-v1", auth_scheme=scheme, **settings)
+    made = Profile("n1", "env:MINER_AUTH", there, cuda)
     limits = Limits(services.parent / "calls.json", LIMITS)
     http = HttpClient(URL, 5, auth_scheme=scheme)
     found = AitbcCoordinator(http, made, credential, ServiceBook(services), limits)
@@ -154,7 +161,7 @@ def test_with_a_bearer_token_we_are_who_it_says(wire: responses.RequestsMock, se
     ],
 )
 def test_what_is_wrong_with_a_credential_is_told(
-    scheme: str, credential: str, status: int, said: str, wire: responses.RequestsMock, services: Path
+    scheme: Scheme, credential: str, status: int, said: str, wire: responses.RequestsMock, services: Path
 ) -> None:
     say(wire, "/miners/register", {"detail": "whatever"}, status)
     with pytest.raises(Unauthorized, match=said) as error:
