@@ -19,7 +19,7 @@ from aitbc_miner.config.dropins import drop_ins, stamp_of
 from aitbc_miner.config.yaml_text import line_of
 from aitbc_miner.coordinator.service_result import RESERVED, Source
 from aitbc_miner.errors import ErrorCode, brief
-from aitbc_miner.jobs import ArtifactSpec, ManifestError, RetryPolicy
+from aitbc_miner.jobs import ArtifactSpec, ManifestError, Requirements, RetryPolicy
 
 _PLACE = re.compile(r"\{\{|\}\}|\{([A-Za-z_][A-Za-z0-9_]*)\}|[{}]")
 
@@ -97,15 +97,6 @@ class Input(Struct, frozen=True):
     max_mb: Annotated[float, Meta(gt=0)] | None = None
 
 
-class Needs(Struct, frozen=True):
-    """The requirements for a slot; see `Requirements`."""
-
-    gpu: bool = False
-    vram_mb: Annotated[int, Meta(ge=0)] = 0
-    cpu_threads: Annotated[int, Meta(ge=0)] = 0
-    memory_mb: Annotated[int, Meta(ge=0)] = 0
-
-
 class Service(Struct, frozen=True):
     """One file of services.d.
 
@@ -117,7 +108,7 @@ class Service(Struct, frozen=True):
     run: Run
     fields: dict[FieldName, Field] = {}
     inputs: list[Input] = []
-    requirements: Needs = Needs()
+    requirements: Requirements = Requirements()
     timeout_s: Annotated[float, Meta(gt=0, le=31_536_000)] | None = None
     artifacts: list[ArtifactSpec] = []
     env: dict[str, ServiceText] = {}
