@@ -31,11 +31,9 @@ _PRIVATE = [
     )
 ]
 _PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
-_6TO4 = ipaddress.IPv6Network("2002::/16")
-_TEREDO = ipaddress.IPv6Network("2001::/32")
-# IPv6 networks with an IPv4 address in the last 32 bits. The first two mean nothing but the IPv4 address.
-_MAPPED, _NAT64 = ipaddress.IPv6Network("::ffff:0:0/96"), ipaddress.IPv6Network("64:ff9b::/96")
-_WRAPPED = (_MAPPED, _NAT64, ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
+# IPv6 networks with an IPv4 address in the last 32 bits. The first means nothing but the IPv4 address.
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_WRAPPED = (_NAT64, ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
 
 # A route with a prefix of at most so many bits leads to the Internet and not to neighbours. The absence of a
 # gateway does not tell: on a point-to-point link, the route to the Internet has no gateway either.
@@ -67,15 +65,12 @@ def forbidden(address: str, *, allow_private: bool) -> bool:
 
 def _unwrapped(ip: IP) -> tuple[ipaddress.IPv4Address | None, bool]:
     """Give the IPv4 address inside an IPv6 address, and whether the IPv6 address means nothing else."""
-    number = int(ip)
-    if ip.version == 4:
+    if isinstance(ip, ipaddress.IPv4Address):
         return None, False
-    if ip in _6TO4:
-        return ipaddress.IPv4Address(number >> 80 & 0xFFFFFFFF), True
-    if ip in _TEREDO:
-        return ipaddress.IPv4Address(~number & 0xFFFFFFFF), True
+    if inner := ip.sixtofour or ip.ipv4_mapped or (ip.teredo and ip.teredo[1]):
+        return inner, True
     network = next((one for one in _WRAPPED if ip in one), None)
-    return (ipaddress.IPv4Address(number & 0xFFFFFFFF) if network else None), network in {_MAPPED, _NAT64}
+    return (ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if network else None), network == _NAT64
 
 
 def _is_private(ip: IP) -> bool:
