@@ -58,11 +58,11 @@ class Interpreter(Struct, frozen=True):
         boot = f"{find}; from aitbc_miner.runners import {module}; sys.exit({module}.main())"
         return [str(self.program), *_ISOLATED, boot, *arguments]
 
-    def needed(self) -> list[Path]:
-        """Give the directories outside /usr that this Python reads."""
+    def needed(self, *tasks: Path) -> tuple[Path, ...]:
+        """Give the directories outside /usr that this Python reads to run tasks below `tasks`."""
         resolved = self.program.resolve().parent.parent
-        places = dict.fromkeys((*self.prefixes, resolved, PACKAGE_ROOT))
-        return [place for place in places if not place.is_relative_to("/usr")]
+        places = dict.fromkeys((*self.prefixes, resolved, PACKAGE_ROOT, *tasks))
+        return tuple(place for place in places if not place.is_relative_to("/usr"))
 
 
 _ISOLATED = ("-I", "-B", "-u", "-c")

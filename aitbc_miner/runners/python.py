@@ -56,7 +56,7 @@ class PythonRunner:
             max_output_bytes=None,
             reports=True,
             stdin=msgspec.json.encode(Order(manifest.task, str(file), manifest.params, env)),
-            binds=(*self.interpreter.needed(), *_outside_usr([file.parent])),
+            binds=self.interpreter.needed(file.parent),
             # The job's variables can change how modules import, and a waiting process has imported them.
             may_wait=bool(self.preload) and not manifest.env,
         )
@@ -64,14 +64,13 @@ class PythonRunner:
     def waiting(self, paths: JobPaths, slot: SlotSpec, gpu_env: Mapping[str, str]) -> Launch:
         """Make the Launch of a process that imports `preload` and then waits for the `stdin` of a task."""
         nothing = Manifest(job_id="", runner=self.name)
-        places = [path for path in self.task_paths if path.is_dir()]
         return Launch(
             argv=self.interpreter.command("task_child", *self.preload),
             env=job_env(nothing, paths, slot, gpu_env, []) | {REPORT_VARIABLE: str(REPORT_FD)},
             max_runtime_s=None,
             max_output_bytes=None,
             reports=True,
-            binds=(*self.interpreter.needed(), *_outside_usr(places)),
+            binds=self.interpreter.needed(*filter(Path.is_dir, self.task_paths)),
         )
 
     def verdict(self, exit: ExitStatus, reports: list[Report], log_tail: str) -> Verdict:  # noqa: A002
@@ -113,10 +112,6 @@ def find_task(name: str, task_paths: Sequence[Path]) -> Path:
             raise _denied(name, f"{problem}; {TRUSTED}")
         return file
     raise _denied(name, f"no {name}.py in the task paths {', '.join(map(str, task_paths)) or '(none set)'}")
-
-
-def _outside_usr(paths: Sequence[Path]) -> list[Path]:
-    return [path for path in paths if not path.is_relative_to("/usr")]
 
 
 def _denied(name: str, reason: str) -> JobError:
