@@ -245,14 +245,10 @@ def render_page(machine: Machine, gpus: GpuList, runners: Sequence[str]) -> str:
         ("Firewall", machine.nft or "none"),
         ("Cgroups", _cgroup_text(machine.cgroup)),
     ]
-    lines = [_wrapped(f"{label:{LABEL_WIDTH}}", text) for label, text in facts]
+    lines = [line for label, text in facts for line in wrap(f"{label:{LABEL_WIDTH}}", text)]
     if faults := _faults(machine, gpus, runners):
-        lines += ["", "Missing", *(_wrapped("  * ", fault) for fault in faults)]
+        lines += ["", "Missing", *(line for fault in faults for line in wrap("  * ", fault))]
     return "\n".join(lines) + "\n"
-
-
-def _wrapped(label: str, text: str) -> str:
-    return "\n".join(wrap(label, text))
 
 
 def _size(mebibytes: int | None) -> str:
