@@ -15,6 +15,7 @@ Each change is one script, which the server runs atomically.
 import hashlib
 import heapq
 import secrets
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import islice
@@ -126,6 +127,7 @@ _REMEDIES = (
 )
 _UNREACHABLE = "check that Redis runs, and that this machine can reach it"
 _PAGE = 1000
+CALL_TIMES = 5
 MAX_ATTEMPTS = 2**31
 """More than any policy allows. A hostile server may send a number too large to be written down again."""
 
@@ -139,8 +141,8 @@ class _Entry(NamedTuple):
 class RedisQueue:
     """A RetryQueue in a Redis server. Keeps the `dead_max` latest dead tasks.
 
-    A call makes few exchanges with the server. Each exchange may take `timeout_s`, and the node repeats none,
-    so each call ends soon. After an error the next call connects anew.
+    A call makes few exchanges with the server. Each exchange may take `timeout_s`, and the whole call
+    `CALL_TIMES` that time. The node repeats none. After an error the next call connects anew.
     """
 
     shared = True
@@ -163,6 +165,7 @@ class RedisQueue:
         self._where = _where(self._client)
         self._space = namespace
         self._dead_max = dead_max
+        self._most_s = CALL_TIMES * timeout_s
         self._hold, self._put, self._bury, self._claim, self._renew, self._remove, self._requeue = (
             self._client.register_script(_BEGIN + change)
             for change in (_HOLD, _PUT, _BURY, _CLAIM, _RENEW, _REMOVE, _REQUEUE)
@@ -284,15 +287,23 @@ class RedisQueue:
 
     @contextmanager
     def _telling(self, doing: str) -> Iterator[None]:
+        # The time-out of a socket starts anew with each byte, so a slow server could hold a call for ever.
+        end = threading.Timer(self._most_s, self._client.connection_pool.disconnect)
+        end.start()
         try:
             yield
-        except (redis.RedisError, OSError) as error:
+        except Exception as error:
+            # When the timer closes the connection, the call may fail with any error.
+            if not (isinstance(error, redis.RedisError | OSError) or end.finished.is_set()):
+                raise
             cause = str(error).partition("\n")[0] or type(error).__name__
             remedy = next(
                 (remedy for signs, remedy in _REMEDIES if any(sign in cause for sign in signs.split("|"))),
                 _UNREACHABLE,
             )
             raise QueueError(f"cannot {doing} the queue at {self._where}: {cause}; {remedy}") from error
+        finally:
+            end.cancel()
 
 
 def _client(url: str, password: str | None, timeout_s: float) -> Any:

@@ -1,5 +1,8 @@
 """The retry queue in Redis: a server that stops, hangs, is full, or holds what is not ours."""
 
+import contextlib
+import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -11,7 +14,7 @@ import pytest
 import redis
 
 from aitbc_miner.queue.interface import QueueError
-from aitbc_miner.queue.redis import RedisQueue
+from aitbc_miner.queue.redis import CALL_TIMES, RedisQueue
 from tests.support.queue_stores import (
     DEAD_MAX,
     LEASE_S,
@@ -63,6 +66,33 @@ def test_redis_goes_on_after_its_server(in_redis: RedisStore, way: str) -> None:
     assert queue.renew(RUN, "held", "mine", LEASE_S)
     assert queue.due("a", 10) == [run("waits")]
     assert queue.dead() == [run("dead")]
+
+
+def test_a_server_that_sends_a_byte_now_and_then_holds_no_call_for_long() -> None:
+    timeout_s, ended = 0.2, threading.Event()
+
+    def drip(peer: socket.socket) -> None:
+        with contextlib.suppress(OSError), peer:
+            peer.recv(1000)
+            peer.sendall(b"$100000\r\n")
+            while not ended.wait(timeout_s / 4):
+                peer.sendall(b"x")
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=drip, args=(listener.accept()[0],), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        threading.Thread(target=serve, daemon=True).start()
+        queue = RedisQueue(f"redis://127.0.0.1:{listener.getsockname()[1]}/0", None, "n", timeout_s)
+        began = time.monotonic()
+        with pytest.raises(QueueError, match="cannot read the queue"):
+            queue.dead()
+        assert CALL_TIMES * timeout_s <= time.monotonic() - began < 10 * CALL_TIMES * timeout_s
+        ended.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        queue.close()
 
 
 def test_redis_restarted_between_two_calls_is_not_noticed(in_redis: RedisStore) -> None:
