@@ -185,6 +185,11 @@ class ControlApi:
         for later in self._retries.pop(said.job_id, []):
             later(Done(said.message) if said.done else Refusal(said.message))
 
+    def forget_retries(self) -> None:
+        """Answer the clients that wait for an agent that has died."""
+        for job_id in list(self._retries):
+            self.retried(Retried(job_id, f"cannot retry job {job_id}: the agent died; try again", done=False))
+
     def _files(self, row: JobRow, verb: str) -> FullAnswer:
         """Open a job's files for the client. The client reads the files: a disk may be slow."""
         where = self._config.workspace.root / directory_of(row.job_id)

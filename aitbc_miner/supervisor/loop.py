@@ -229,6 +229,7 @@ class Supervisor:
         if keeper is self._agent:
             # The next agent reads the records and sends the ready jobs again.
             self._slots.queue.clear()
+            self._api.forget_retries()
 
     def _begin(self) -> None:
         """Make the slots once GPUs and unfinished jobs are known; later, settle the jobs of a new agent."""

@@ -51,6 +51,7 @@ class SlotPool:
         self._node = node
         self._outcomes = outcomes
         self._gpus: list[GpuFact] = []
+        self._cleared = False
         self._log = events("supervisor")
         self.slots: dict[str, RunningSlot] = {}
         self.queue: dict[str, Ticket] = {}
@@ -87,13 +88,13 @@ class SlotPool:
 
     def begin(self, gpus: list[GpuFact], found: Sequence[FoundJob]) -> None:
         """Make the slots and settle the jobs in `found`; later calls settle the jobs of a new agent."""
-        first = not self.slots
-        if first:
+        if not self.slots:
             self._gpus = gpus
             self.lay_out(self._node.plan(self._node.layout, gpus))
         for job in found:
             self.take_up(job)
-        if first:
+        if not self._cleared:
+            self._cleared = True
             # In a child, because some processes die slowly.
             end_others = partial(self._node.end_others, set(self.slots))
             log = self._log

@@ -159,6 +159,11 @@ def test_all_who_want_a_job_tried_again_get_the_agents_answer(site: Site) -> Non
         assert site.api.answer(Request("retry", f"k{n}"), answers.append) is None
     answer, _ = site.ask(Request("retry", "one-more"))
     assert answer == Refusal("cannot retry: 100 other retries wait for the agent; try again later")
+    answers.clear()
+    site.api.forget_retries()
+    assert len(answers) == MAX_ASKED
+    assert answers[0] == Refusal("cannot retry job k0: the agent died; try again")
+    assert site.api.answer(Request("retry", "one-more"), answers.append) is None
 
 
 # --- whether jobs are pulled -------------------------------------------------------------------------------

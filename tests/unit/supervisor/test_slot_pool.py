@@ -100,6 +100,22 @@ def test_a_job_of_an_unknown_worker_is_settled(site: Site) -> None:
     assert site.slots.of("j1") is None, "nothing to adopt"
 
 
+def test_processes_of_old_slots_are_ended_once_after_all_jobs_were_taken_up(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(Outcomes, "aside", lambda _self, name, *_: begun.append(name))
+    node: Any = site.slots._node
+    node.layout, node.end_others, node.plan = None, list, lambda *_: [plan("a", problem="no GPU")]
+    broken: Any = object()
+    with pytest.raises(AttributeError):
+        site.slots.begin([], [broken])
+    assert begun == [], "the next agent names the jobs again"
+    site.slots.begin([], [])
+    site.slots.begin([], [])
+    assert begun == ["old slots"]
+
+
 def test_only_a_job_that_is_on_its_way_can_be_cancelled(site: Site) -> None:
     site.ready(plan("a"))
     site.slots.slots["a"].feed(Assign("runs"))
