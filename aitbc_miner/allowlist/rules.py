@@ -15,7 +15,7 @@ Name = Annotated[
     str,
     Meta(
         pattern=r"^[-+][!-<>-~]{1,63}\Z",
-        description="an option as it is written, such as -t or --time, without = in it",
+        description="an option with its dashes and without `=`, such as --time",
     ),
 ]
 Names = Annotated[list[Name], Meta(min_length=1, max_length=16)]

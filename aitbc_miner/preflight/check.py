@@ -275,9 +275,11 @@ class Checker:
         for service in self.services:
             run = service.run
             if run.command is not None and run.command not in self.commands:
-                self.warnings.append(f"service {service.name}: the allowlist has no command {run.command!r}")
+                remedy = "add the command to allowlist.d, or remove the service"
+                self.warnings.append(f"service {service.name}: no command {run.command!r}; {remedy}")
             if run.task is not None and run.task not in tasks:
-                self.warnings.append(f"service {service.name}: task_paths have no task {run.task!r}")
+                remedy = "add the task to a directory of task_paths, or remove the service"
+                self.warnings.append(f"service {service.name}: no task {run.task!r}; {remedy}")
             file = files[service.name]
             self.faults += [
                 Fault(str(file), line_of(file, key.split(".")), key, f"{message}, or remove the service")

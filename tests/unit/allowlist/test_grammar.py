@@ -222,9 +222,9 @@ def test_no_argument_is_longer_than_any_value_may_be() -> None:
 @pytest.mark.parametrize(
     ("text", "line", "key", "words"),
     [
-        ("options: [{name: t}]\n", 2, "options[0].name", "an option as it is written"),
-        ("options: [{name: '-t=5'}]\n", 2, "options[0].name", "without ="),
-        ("options: [{name: '-'}]\n", 2, "options[0].name", "an option as it is written"),
+        ("options: [{name: t}]\n", 2, "options[0].name", "an option with its dashes"),
+        ("options: [{name: '-t=5'}]\n", 2, "options[0].name", "without `=`"),
+        ("options: [{name: '-'}]\n", 2, "options[0].name", "an option with its dashes"),
         ("options:\n  - {name: -a}\n  - {name: [-b, -a]}\n", 3, "options", "has -a twice"),
         ("options: [{name: -a, write: [equals]}]\n", 2, "options[0].write", "no `value`"),
         ("options: [{name: --ab, value: input, write: [joined]}]\n", 2, "options[0].write", "one letter"),
