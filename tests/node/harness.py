@@ -51,17 +51,17 @@ class Node(MarkedJobs, LocalNode):
     def children(self) -> dict[str, int]:
         """Give the pids of the supervisor's children: each worker by its slot's name, agent and heartbeat.
 
-        These two are left out for as long as they cannot be told apart: the heartbeat alone serves /metrics.
+        These two are left out until they are told from children for a moment: only the heartbeat serves
+        /metrics, and only the agent keeps the database open.
         """
         assert self.process is not None
         found = {row.slot.offer.name: row.slot.worker_pid for row in self.now().slots if row.slot.worker_pid}
-        others = {
-            child.pid: _listens(child)
-            for child in psutil.Process(self.process.pid).children()
-            if child.pid not in found.values()
-        }
-        if sorted(others.values()) == [False, True]:
-            found |= {"heartbeat" if listens else "agent": pid for pid, listens in others.items()}
+        others = [
+            each for each in psutil.Process(self.process.pid).children() if each.pid not in found.values()
+        ]
+        kinds = {child.pid: _kind(child) for child in others}
+        if sorted(filter(None, kinds.values())) == ["agent", "heartbeat"]:
+            found |= {kind: pid for pid, kind in kinds.items() if kind}
         return found
 
     def all_children(self) -> dict[str, int]:
@@ -114,11 +114,13 @@ class Node(MarkedJobs, LocalNode):
             Group(group).remove(5.0)
 
 
-def _listens(process: psutil.Process) -> bool:
-    try:
-        return any(each.status == psutil.CONN_LISTEN for each in process.net_connections("inet"))
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return False  # it is ending, and then its descriptors are root's to see
+def _kind(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        if any(each.status == psutil.CONN_LISTEN for each in process.net_connections("inet")):
+            return "heartbeat"
+        if any(each.path.endswith("/queue.db") for each in process.open_files()):
+            return "agent"
+    return ""  # a child for a moment, or one that is ending: its descriptors are root's to see then
 
 
 def _belongs(process: psutil.Process, directory: Path) -> bool:
