@@ -144,7 +144,7 @@ def versions() -> list[Phase]:
     return [
         Phase(
             f"unit tests, {end} versions",
-            # Beside the emulated machines, and only with the time that these leave: their tests are the longest.
+            # Beside the emulated machines, and only with the time that they leave.
             [["nice", "tools/test", "--versions", end, "--unless-locked"]],
             f"{end}: ",
         )
