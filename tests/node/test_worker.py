@@ -417,7 +417,8 @@ def test_reading_what_a_job_pours_out_costs_a_share_of_the_time(bench: Bench) ->
     directory = bench.submit("j1", f"exec {sys.executable} -c '{POUR}'")
     began, at = cost(), clock.now()
     assert bench.run("j1").code is None
-    assert cost() - began - quiet < 0.12 * (clock.now() - at)
+    # The share is 0.05; coverage and a busy machine add to it. Without the share it is 0.35 and more.
+    assert cost() - began - quiet < 0.25 * (clock.now() - at)
     assert (directory / "logs" / "exec.log").stat().st_size > 1 << 20
 
 
