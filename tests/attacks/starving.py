@@ -42,7 +42,18 @@ while True:
     Attack(
         "memory-of-many",
         SHARE,
-        "for _ in range(8):\n    if os.fork() == 0:\n        x = bytearray(60 << 20); time.sleep(5); os._exit(0)\ntime.sleep(4); through('all of it')",
+        """
+ready, told = os.pipe()
+for _ in range(8):
+    if os.fork() == 0:
+        x = bytearray(60 << 20)
+        os.write(told, b"x")
+        time.sleep(20)
+        os._exit(0)
+os.close(told)
+sum(len(os.read(ready, 1)) for _ in range(8)) == 8 and through("all of it")
+sys.exit(1)
+""",
         codes=LIMITED,
     ),
     Attack(
