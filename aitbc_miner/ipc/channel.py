@@ -124,7 +124,7 @@ class Channel(Generic[T]):
         self._unsent_bytes += len(frame)
         self.flush()
         if self._unsent_bytes > MAX_UNSENT:
-            raise ChannelError(f"cannot send: the peer left {self._unsent_bytes} bytes unread")
+            raise ExcessError(f"cannot send: the peer left {self._unsent_bytes} bytes unread")
 
     def flush(self) -> None:
         """Send the buffered messages as far as the pipe has room.

@@ -78,7 +78,8 @@ class Child(Generic[T]):
         try:
             self.channel.send(message)
         except ChannelError as error:
-            self._fault = self._fault or str(error)
+            if isinstance(error, ExcessError):  # else the child has just ended, and not by our kill
+                self._fault = self._fault or str(error)
             self.kill()
 
     def sources(self, hear: Callable[[], None], gone: Callable[[], None]) -> dict[int, PollSource]:

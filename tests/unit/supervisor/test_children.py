@@ -118,6 +118,18 @@ def test_a_child_ended_by_a_signal_without_a_name_is_told_by_number() -> None:
     assert signal_name(signal.SIGTERM) == "SIGTERM"
 
 
+def test_who_killed_a_child_is_told_right_although_it_was_sent_more() -> None:
+    child: Child[FromAgent] = Child("agent", sleep, FromAgent)
+    os.kill(child.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    child.send(NodeView(1, None))
+    assert child.reap() == "was killed by SIGKILL"
+    reader: Child[FromAgent] = Child("agent", sleep, FromAgent)
+    while not reader._fault:
+        reader.send(NodeView(1, "x" * 100_000))
+    assert reader.reap().startswith("was ended by the supervisor: cannot send: the peer left ")
+
+
 def test_the_end_of_a_terminal_is_nothing_to_a_child() -> None:
     child: Child[FromWorker] = Child("worker", sleep, FromWorker)
     try:
