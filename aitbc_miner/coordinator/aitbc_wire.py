@@ -19,7 +19,6 @@ from aitbc_miner.coordinator.interface import Assignment, Heartbeat, PulledJob, 
 from aitbc_miner.coordinator.job_failure import log_of, message_of
 from aitbc_miner.jobs import ManifestError, Outcome, decode_manifest
 from aitbc_miner.util import forgiving
-from aitbc_miner.util.forgiving import too_deep
 
 MAX_MESSAGE = 2000
 LOG_TAIL = 1000
@@ -201,7 +200,7 @@ def oversized_assignment(reply: HttpReply, bound: int) -> Assignment | None:
 
 def _in_our_words(job: _Job, to_manifest: ToManifest) -> PulledJob:
     """Make a manifest from a job. If that fails, keep the job's JSON with the error."""
-    if too_deep(job.payload):
+    if forgiving.too_deep(job.payload):
         return _unreadable(job.job_id, "it is nested too deeply")
     try:
         made = to_manifest(job.job_id, job.payload)
